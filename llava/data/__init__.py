@@ -1,0 +1,1 @@
+"""Training data: tokenisation with label spans, the dataset, batching and sampling order."""

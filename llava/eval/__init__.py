@@ -1,0 +1,1 @@
+"""Answering questions about images with a checkpoint."""

@@ -1,0 +1,1 @@
+"""LLMs that carry a vision tower and a projector."""

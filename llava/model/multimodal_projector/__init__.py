@@ -1,0 +1,1 @@
+"""Projectors: visual features to the width of the LLM."""

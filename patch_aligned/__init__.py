@@ -1,0 +1,1 @@
+"""Patch-aligned training: the method as a plugin of `llava`, its data and its measures."""

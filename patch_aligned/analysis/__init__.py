@@ -1,0 +1,1 @@
+"""Measures of a projector: entropy, Align(V, W), cosine."""

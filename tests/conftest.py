@@ -1,0 +1,30 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+GOLDENS = Path(__file__).parent / "goldens" / "llava"
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Folder of outputs recorded from the original LLaVA, with the tiny checkpoints they were recorded on."""
+    return GOLDENS
+
+
+@pytest.fixture
+def golden_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A writable copy of the tiny checkpoints, images and data, made the working directory.
+
+    The recorded configs name the tower by a relative path (`tiny-clip`), as the recording scripts ran in that folder.
+    """
+    for name in ("tiny-clip", "tiny-llava", "tiny-vicuna", "tiny-tok-legacy", "tiny-tok-mpt", "train_init", "images"):
+        shutil.copytree(GOLDENS / name, tmp_path / name)
+    for name in ("data_conv.json", "data_mix.json", "data_plain.json"):
+        shutil.copy(GOLDENS / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
