@@ -1,0 +1,271 @@
+"""Where an image's pixels land in the square that the vision tower sees, and on its grid of visual tokens.
+
+Masks, boxes of referring expressions and pictures all go through this one module, so that they cannot disagree with
+the image. Coordinates are continuous: pixel `i` spans `[i, i + 1)`, so `0` and `width` are an image's outer edges.
+
+On each axis the image is padded, resized and cut, and all four numbers are integers:
+
+    model = (original + pad) * resized / canvas - cut
+
+Areas are therefore ratios of integers. They are summed as integers (exactly representable in float64) and divided once,
+so a token whose cell is covered by exactly half is exactly 0.5.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+Mode = Literal["crop", "pad", "anyres"]
+
+_MODE_OF_ASPECT_RATIO: dict[str | None, Mode] = {None: "crop", "square": "crop", "pad": "pad", "anyres": "anyres"}
+
+
+class AxisMap(NamedTuple):
+    """What happens along one axis: `model = (original + pad) * resized / canvas - cut`; all in pixels."""
+
+    pad: int
+    canvas: int
+    resized: int
+    cut: int
+
+
+class AreaWeights(NamedTuple):
+    """How much of each cell each original pixel covers, as integers of a common unit; areas are products of the two.
+
+    `rows_by_y[r, y] * cols_by_x[c, x] / cell_area` is the share of cell (r, c) that pixel (x, y) covers. Parts of a
+    cell outside the image belong to no pixel, so the shares of a cell on the padding sum to less than 1.
+
+    Attributes:
+        rows_by_y: float64 `[rows, height]`, whole numbers.
+        cols_by_x: float64 `[cols, width]`, whole numbers.
+        cell_area: area of one cell in the same unit.
+    """
+
+    rows_by_y: np.ndarray
+    cols_by_x: np.ndarray
+    cell_area: int
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """What happened to one image on its way into the vision tower.
+
+    Attributes:
+        original_wh: width and height of the image file, pixels.
+        side: width and height of the model image, pixels.
+        mode: `crop` (shortest edge resized, centre cut out), `pad` (centred on a square canvas, then resized) or
+            `anyres` (the base tile: the whole image squeezed to the square).
+        grid: rows and columns of visual tokens over the model image.
+        shortest_edge: length to which the processor resizes the shortest edge before its centre crop of `side`;
+            None means `side`, as CLIP's processors have it.
+    """
+
+    original_wh: tuple[int, int]
+    side: int
+    mode: Mode
+    grid: tuple[int, int]
+    shortest_edge: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = [*self.original_wh, self.side, *self.grid]
+        if self.shortest_edge is not None:
+            numbers.append(self.shortest_edge)
+        if len(self.original_wh) != 2 or len(self.grid) != 2 or any(not isinstance(n, int) or n < 1 for n in numbers):
+            raise ValueError(f"sizes must be whole pixels and at least 1, found {self}")
+        if self.mode not in ("crop", "pad", "anyres"):
+            raise ValueError(f"mode: found {self.mode!r}, expected 'crop', 'pad' or 'anyres'")
+
+    @classmethod
+    def of(
+        cls,
+        image_aspect_ratio: str | None,
+        original_wh: Sequence[int],
+        side: int,
+        grid: Sequence[int],
+        shortest_edge: int | None = None,
+    ) -> ImageGeometry:
+        """Geometry for LLaVA's configuration value `image_aspect_ratio`: None or "square", "pad", "anyres".
+
+        Raises:
+            ValueError: for another value, or for sizes below one pixel.
+        """
+        if image_aspect_ratio not in _MODE_OF_ASPECT_RATIO:
+            raise ValueError(f"image_aspect_ratio: found {image_aspect_ratio!r}, expected 'square', 'pad' or 'anyres'")
+        width, height = (int(length) for length in original_wh)
+        rows, cols = (int(count) for count in grid)
+        return cls((width, height), side, _MODE_OF_ASPECT_RATIO[image_aspect_ratio], (rows, cols), shortest_edge)
+
+    @property
+    def axes(self) -> tuple[AxisMap, AxisMap]:
+        """The exact integer maps of x and y."""
+        edge = self.side if self.shortest_edge is None else self.shortest_edge
+        if self.mode == "anyres":
+            pads, canvases, resized = (0, 0), self.original_wh, (self.side, self.side)
+        elif self.mode == "pad":
+            longest = max(self.original_wh)
+            pads, canvases, resized = square_padding_xy(self.original_wh), (longest, longest), (edge, edge)
+        else:
+            pads, canvases, resized = (0, 0), self.original_wh, shortest_edge_resized_wh(self.original_wh, edge)
+        x, y = (AxisMap(*axis, cut=(axis[2] - self.side) // 2) for axis in zip(pads, canvases, resized, strict=True))
+        return x, y
+
+    @property
+    def scale_xy(self) -> tuple[float, float]:
+        """Model pixels per original pixel; the axes differ slightly, since resized lengths are whole pixels."""
+        x, y = self.axes
+        return x.resized / x.canvas, y.resized / y.canvas
+
+    @property
+    def offset_xy(self) -> tuple[float, float]:
+        """Model coordinates of the original's top left corner: `model = original * scale + offset`."""
+        x, y = self.axes
+        return x.pad * x.resized / x.canvas - x.cut, y.pad * y.resized / y.canvas - y.cut
+
+    def points_to_model(self, points_xy_px: Any) -> np.ndarray:
+        """Original pixels `[..., 2]` -> model pixels `[..., 2]`; nothing is clipped."""
+        return _pairs(points_xy_px, 2) * np.array(self.scale_xy) + np.array(self.offset_xy)
+
+    def points_from_model(self, points_xy_model: Any) -> np.ndarray:
+        """Model pixels `[..., 2]` -> original pixels `[..., 2]`; nothing is clipped."""
+        return (_pairs(points_xy_model, 2) - np.array(self.offset_xy)) / np.array(self.scale_xy)
+
+    def boxes_xyxy_to_model(self, boxes_xyxy_px: Any) -> np.ndarray:
+        """Original pixels `[..., 4]` -> model pixels `[..., 4]`; nothing is clipped."""
+        return _pairs(boxes_xyxy_px, 4) * np.tile(self.scale_xy, 2) + np.tile(self.offset_xy, 2)
+
+    def boxes_xyxy_from_model(self, boxes_xyxy_model: Any) -> np.ndarray:
+        """Model pixels `[..., 4]` -> original pixels `[..., 4]`; nothing is clipped."""
+        return (_pairs(boxes_xyxy_model, 4) - np.tile(self.offset_xy, 2)) / np.tile(self.scale_xy, 2)
+
+    def area_weights(self, grid: tuple[int, int] | None = None) -> AreaWeights:
+        """Integer overlap of original pixels with the cells of `grid` (the token grid if None)."""
+        rows, cols = self.grid if grid is None else grid
+        width, height = self.original_wh
+        x, y = self.axes
+        rows_by_y, cell_height = _axis_weights(y, height, self.side, rows)
+        cols_by_x, cell_width = _axis_weights(x, width, self.side, cols)
+        return AreaWeights(rows_by_y, cols_by_x, cell_height * cell_width)
+
+    def token_coverage(self, mask_hw: Any) -> np.ndarray:
+        """Share of each token's cell that the transformed mask covers, by exact area.
+
+        Args:
+            mask_hw: `[..., height, width]` of the original image, 0 or 1 (or a share of each pixel).
+
+        Returns:
+            float64 `[..., rows, cols]`, 0..1. What lies outside the image counts as uncovered.
+
+        Raises:
+            ValueError: if the mask is not of the image's size.
+        """
+        return self._coverage(mask_hw, self.grid)
+
+    def mask_to_model(self, mask_hw: Any) -> np.ndarray:
+        """Share of each model pixel that the mask covers: `[..., height, width]` -> float64 `[..., side, side]`."""
+        return self._coverage(mask_hw, (self.side, self.side))
+
+    def _coverage(self, mask_hw: Any, grid: tuple[int, int]) -> np.ndarray:
+        mask = np.asarray(mask_hw, dtype=np.float64)
+        width, height = self.original_wh
+        if mask.shape[-2:] != (height, width):
+            hint = ", which is width and height swapped" if mask.shape[-2:] == (width, height) else ""
+            raise ValueError(f"mask: found shape {mask.shape}{hint}; expected [..., height={height}, width={width}]")
+        weights = self.area_weights(grid)
+        area = weights.rows_by_y @ mask @ weights.cols_by_x.T  # [..., height, width] -> [..., rows, cols]
+        return area / weights.cell_area
+
+
+def _axis_weights(axis: AxisMap, length: int, side: int, cells: int) -> tuple[np.ndarray, int]:
+    """Overlap of each pixel with each cell on one axis, `[cells, length]`, and a cell's length, in a common unit."""
+    # In units of 1 / (cells * resized) original pixels every edge of a cell and of a pixel is a whole number.
+    pixel = cells * axis.resized
+    cell = side * axis.canvas
+    first = axis.cut * cells * axis.canvas - axis.pad * pixel
+    unit = math.gcd(pixel, cell, first)
+    pixel, cell, first = pixel // unit, cell // unit, first // unit
+
+    cell_starts = first + cell * np.arange(cells, dtype=np.int64)[:, None]  # [cells, 1]
+    pixel_starts = pixel * np.arange(length, dtype=np.int64)  # [length]
+    ends = np.minimum(cell_starts + cell, pixel_starts + pixel)  # [cells, length]
+    overlap = np.maximum(ends - np.maximum(cell_starts, pixel_starts), 0)
+    return overlap.astype(np.float64), cell
+
+
+def _pairs(values: Any, size: int) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim == 0 or array.shape[-1] != size:
+        raise ValueError(f"coordinates: found shape {array.shape}, expected [..., {size}]")
+    return array
+
+
+def shortest_edge_resized_wh(original_wh: tuple[int, int], shortest_edge: int) -> tuple[int, int]:
+    """Size after CLIP's processor resized the shortest edge; the longer one is truncated to whole pixels."""
+    width, height = original_wh
+    if width <= height:
+        return shortest_edge, int(shortest_edge * height / width)
+    return int(shortest_edge * width / height), shortest_edge
+
+
+def square_padding_xy(original_wh: tuple[int, int]) -> tuple[int, int]:
+    """Pixels to the left of and above an image on its square canvas; an odd remainder goes right or below."""
+    width, height = original_wh
+    side = max(width, height)
+    return (side - width) // 2, (side - height) // 2
+
+
+def boxes_xyxy_to_square01(boxes_xyxy_px: Any, original_wh: tuple[int, int]) -> np.ndarray:
+    """Boxes `[..., 4]` in original pixels -> 0..1 of the padded square, the frame in which LLaVA-1.5 speaks boxes."""
+    return (_pairs(boxes_xyxy_px, 4) + np.tile(square_padding_xy(original_wh), 2)) / max(original_wh)
+
+
+def boxes_xyxy_from_square01(boxes_xyxy_square01: Any, original_wh: tuple[int, int]) -> np.ndarray:
+    """Boxes `[..., 4]` in 0..1 of the padded square -> original pixels; nothing is clipped."""
+    return _pairs(boxes_xyxy_square01, 4) * max(original_wh) - np.tile(square_padding_xy(original_wh), 2)
+
+
+def letterboxed_wh(original_wh: tuple[int, int], target_wh: tuple[int, int]) -> tuple[int, int]:
+    """Largest size of the image's shape inside `target_wh`; the shorter side is rounded up (upstream's rule)."""
+    width, height = original_wh
+    target_width, target_height = target_wh
+    scale_x, scale_y = target_width / width, target_height / height
+    if scale_x < scale_y:
+        return target_width, min(math.ceil(height * scale_x), target_height)
+    return min(math.ceil(width * scale_y), target_width), target_height
+
+
+def select_best_resolution(original_size: tuple[int, int], possible_resolutions: Sequence[Any]) -> Any:
+    """Resolution (width, height) that keeps most of the image's pixels; of equals, the one with least empty area.
+
+    Of several that are equal in both the first wins (upstream's rule).
+    """
+    if not possible_resolutions:
+        raise ValueError("possible_resolutions: found none, expected at least one (width, height)")
+    width, height = original_size
+
+    def kept_and_unused(resolution: Any) -> tuple[int, int]:
+        target_width, target_height = resolution
+        scale = min(target_width / width, target_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - target_width * target_height
+
+    return max(possible_resolutions, key=kept_and_unused)
+
+
+def parse_grid_pinpoints(grid_pinpoints: Any) -> list[Any]:
+    """The configuration's `image_grid_pinpoints`: a list of (width, height), or such a list written as text."""
+    pinpoints = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+    if not isinstance(pinpoints, list | tuple) or any(len(p) != 2 for p in pinpoints):
+        raise ValueError(f"image_grid_pinpoints: found {grid_pinpoints!r}, expected a list of [width, height]")
+    return list(pinpoints)
+
+
+def get_anyres_image_grid_shape(image_size: tuple[int, int], grid_pinpoints: Any, patch_size: int) -> tuple[int, int]:
+    """Tiles across and down for an image of `image_size` (width, height); `patch_size` is a tile's side in pixels."""
+    width, height = select_best_resolution(image_size, parse_grid_pinpoints(grid_pinpoints))
+    return width // patch_size, height // patch_size
