@@ -1,0 +1,217 @@
+"""Align(V, W) and cosine against closed forms and against a reference that draws every pixel."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava.image_geometry import ImageGeometry
+from patch_aligned.analysis.alignment import (
+    THRESHOLD_RULES,
+    AlignmentAccumulator,
+    cosine_maps,
+    permute_labels,
+    predicted_tokens,
+    score_regions,
+)
+
+
+def maps(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# --- the reference: loops over pixels and tokens, nothing shared with the package --------------------------------
+
+
+def reference_threshold(values: list[float], rule: str, truth_cells: float) -> float:
+    if rule == "mid_range":
+        return (min(values) + max(values)) / 2
+    if rule == "mean_std":
+        mean = sum(values) / len(values)
+        return mean + math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    if rule == "top_area":
+        chosen = max(1, min(len(values), round(truth_cells)))
+        return [*sorted(values, reverse=True), -math.inf][chosen]
+    best, threshold = -1.0, math.nan
+    for candidate in sorted(set(values))[:-1]:
+        low = [value for value in values if value <= candidate]
+        high = [value for value in values if value > candidate]
+        between = len(low) * len(high) * (sum(low) / len(low) - sum(high) / len(high)) ** 2
+        if between > best * (1 + 1e-12):
+            best, threshold = between, candidate
+    return threshold
+
+
+def reference_iou_px(values: list[float], threshold: float, mask: np.ndarray, grid: int) -> float:
+    """Draws the predicted cells and counts pixels, one by one."""
+    side = mask.shape[0]
+    cell = side // grid
+    intersection = union = 0
+    for y in range(side):
+        for x in range(side):
+            predicted = values[(y // cell) * grid + x // cell] > threshold
+            intersection += predicted and mask[y, x] == 1
+            union += predicted or mask[y, x] == 1
+    return intersection / union
+
+
+# --- closed forms ------------------------------------------------------------------------------------------------
+
+
+def test_a_perfect_map_aligns_fully():
+    labels = torch.eye(2, 3, dtype=torch.float64)
+    coverage = maps([1, 1, 0, 0], [0, 0, 0, 1])
+    tokens = torch.tensor([[2.0, 0, 0], [1, 0, 0], [0, 0, 1], [0, 5, 0]], dtype=torch.float64)
+    for rule in ("mid_range", "otsu", "top_area"):
+        scores = score_regions(tokens, labels, coverage, rule=rule)
+        assert scores.iou_px.tolist() == [1, 1]
+        assert scores.iou_tokens.tolist() == [1, 1]
+        assert scores.cosine.tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("rule", THRESHOLD_RULES)
+def test_a_constant_map_predicts_nothing(rule: str):
+    constant = torch.full((1, 49), 0.1)
+    assert not predicted_tokens(constant, rule, torch.tensor([7.0])).any()
+    scores = score_regions(torch.ones(4, 2), torch.ones(1, 2), maps([1, 0.25, 0, 0]), rule=rule)
+    assert scores.iou_px.item() == 0
+
+
+def test_half_covered_cells_count_by_their_area():
+    """Predicted: cells 0 and 1. Truth: cell 0 whole, cell 1 half, cell 2 a quarter. 1.5 of 2 + 1.75 - 1.5."""
+    tokens = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    scores = score_regions(tokens, torch.tensor([[1.0, 0]]), maps([1, 0.5, 0.25, 0]))
+    assert scores.iou_px.item() == pytest.approx(1.5 / 2.25)
+    assert scores.iou_tokens.item() == 1  # exactly half covered is covered
+
+
+def test_cosine_is_that_of_the_mean_token():
+    tokens = torch.tensor([[1.0, 0], [0, 3], [9, 9]])
+    scores = score_regions(tokens, torch.tensor([[1.0, 0]]), maps([1, 1, 0]), shuffled_labels=torch.tensor([[0.0, 1]]))
+    assert scores.cosine.item() == pytest.approx(1 / math.sqrt(10))
+    assert scores.shuffled_cosine.item() == pytest.approx(3 / math.sqrt(10))
+
+
+def test_threshold_rules_on_a_map_worked_by_hand():
+    one = maps([0.0, 0.1, 0.2, 0.9])
+    expected = {"mid_range": 0.45, "otsu": 0.2, "mean_std": 0.3 + math.sqrt(0.125), "top_area": 0.1}
+    for rule, threshold in expected.items():
+        assert THRESHOLD_RULES[rule](one, torch.tensor([2.2])).item() == pytest.approx(threshold)
+
+
+def test_a_token_at_the_threshold_is_not_predicted():
+    assert predicted_tokens(maps([0, 0.5, 1]), "mid_range").tolist() == [[False, False, True]]
+
+
+def test_zero_vectors_have_cosine_zero():
+    assert cosine_maps(torch.ones(1, 2), torch.zeros(3, 2)).tolist() == [[0, 0, 0]]
+
+
+# --- against the reference ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", THRESHOLD_RULES)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_scores_equal_a_drawing_reference(rule: str, seed: int):
+    generator = np.random.default_rng(seed)
+    grid, cell, width, regions = 4, 3, 5, 3
+    side = grid * cell
+    masks = (generator.random((regions, side, side)) < generator.random((regions, 1, 1))).astype(float)
+    masks[:, 0, 0] = 1
+    tokens = torch.from_numpy(generator.standard_normal((grid * grid, width)))
+    labels = torch.from_numpy(generator.standard_normal((regions, width)))
+    geometry = ImageGeometry.of("square", (side, side), side, (grid, grid))
+    coverage = torch.from_numpy(geometry.token_coverage(masks))  # [R, rows, cols]
+    scores = score_regions(tokens, labels, coverage, rule=rule)
+
+    for region, mask in enumerate(masks):
+        label = labels[region].numpy()
+        values = [float(t @ label / np.linalg.norm(t) / np.linalg.norm(label)) for t in tokens.numpy()]
+        threshold = reference_threshold(values, rule, mask.sum() / cell**2)
+        covered = {
+            index
+            for index in range(grid * grid)
+            if mask[index // grid * cell :, index % grid * cell :][:cell, :cell].mean() >= 0.5
+        }
+        predicted = {index for index, value in enumerate(values) if value > threshold}
+        assert scores.iou_px[region].item() == pytest.approx(reference_iou_px(values, threshold, mask, grid), rel=1e-12)
+        if covered:
+            expected = len(covered & predicted) / len(covered | predicted)
+            mean = tokens[sorted(covered)].numpy().mean(axis=0)
+            cosine = mean @ label / np.linalg.norm(mean) / np.linalg.norm(label)
+            assert scores.iou_tokens[region].item() == pytest.approx(expected, rel=1e-12)
+            assert scores.cosine[region].item() == pytest.approx(cosine, rel=1e-9)
+        else:
+            assert math.isnan(scores.iou_tokens[region].item())
+            assert math.isnan(scores.cosine[region].item())
+
+
+# --- counting -----------------------------------------------------------------------------------------------------
+
+
+def test_regions_outside_or_without_token_are_counted_where_they_belong():
+    tokens = torch.tensor([[1.0, 0], [0, 1]])
+    labels = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
+    coverage = maps([1, 0], [0.2, 0.2], [0, 0])  # whole cell; inside but no token; cut away by the crop
+    accumulator = AlignmentAccumulator()
+    accumulator.update(score_regions(tokens, labels, coverage))
+    result = accumulator.result()
+    assert (result.regions, result.regions_px, result.regions_tokens) == (3, 2, 1)
+    assert (result.regions_outside, result.regions_without_token) == (1, 1)
+    assert result.align_px == pytest.approx((1 + 0.2 / 1.2) / 2)
+    assert result.align_tokens == 1
+    assert result.cosine == 1
+    assert math.isnan(result.shuffled_cosine)
+    assert result.regions_shuffled == 0
+
+
+def test_the_mean_over_regions_is_not_the_mean_over_images():
+    tokens, label = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[1.0, 0]])
+    accumulator = AlignmentAccumulator()
+    accumulator.update(score_regions(tokens, label.expand(3, 2), maps([1, 0], [1, 0], [1, 0])))  # three hits
+    accumulator.update(score_regions(tokens, label, maps([0, 1])))  # one miss
+    accumulator.update(score_regions(tokens, torch.zeros(0, 2), torch.zeros(0, 2)))  # an image without regions
+    result = accumulator.result()
+    assert (result.align_px, result.align_px_per_image) == (0.75, 0.5)
+    assert (result.cosine, result.cosine_per_image) == (0.75, 0.5)
+    assert (result.images, result.regions) == (2, 4)
+
+
+def test_no_region_at_all_gives_nan_not_zero():
+    assert math.isnan(AlignmentAccumulator().result().align_px)
+
+
+def test_bad_shapes_and_rules_are_refused():
+    with pytest.raises(ValueError, match=r"\[4, 2\].*\[1, 3\].*do not fit"):
+        score_regions(torch.ones(4, 2), torch.ones(1, 3), torch.ones(1, 4))
+    with pytest.raises(ValueError, match=r"'median'.*mid_range, otsu"):
+        predicted_tokens(torch.ones(1, 4), "median")
+    with pytest.raises(ValueError, match="truth_cells"):
+        predicted_tokens(torch.ones(1, 4), "top_area")
+
+
+# --- the control --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(labels=st.lists(st.sampled_from("abcde"), max_size=30), seed=st.integers(0, 50))
+def test_shuffled_labels_are_a_permutation_that_changes_every_label_it_can(labels: list[str], seed: int):
+    chosen = permute_labels(labels, seed)
+    used = [source for source in chosen if source is not None]
+    assert len(set(used)) == len(used)
+    assert all(labels[source] != labels[region] for region, source in enumerate(chosen) if source is not None)
+    largest = max(Counter(labels).values(), default=0)
+    assert len(chosen) - len(used) == max(0, 2 * largest - len(labels))
+
+
+def test_shuffling_follows_the_seed():
+    labels = [f"name {index % 7}" for index in range(60)]
+    assert permute_labels(labels, 3) == permute_labels(labels, 3)
+    assert permute_labels(labels, 3) != permute_labels(labels, 4)
