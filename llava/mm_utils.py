@@ -1,0 +1,309 @@
+"""Images and prompts on their way into the model: pixel tensors, token ids, stopping words. Names are upstream's."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.image_geometry import (
+    ImageGeometry,
+    get_anyres_image_grid_shape,
+    letterboxed_wh,
+    parse_grid_pinpoints,
+    select_best_resolution,
+    square_padding_xy,
+)
+
+__all__ = [
+    "KeywordsStoppingCriteria",
+    "UnreadableImageError",
+    "count_image_tokens",
+    "divide_to_patches",
+    "expand2square",
+    "get_anyres_image_grid_shape",
+    "get_model_name_from_path",
+    "image_geometry_of",
+    "load_image_from_base64",
+    "load_rgb_image",
+    "process_anyres_image",
+    "process_images",
+    "require_image_tokens",
+    "resize_and_pad_image",
+    "select_best_resolution",
+    "tokenizer_image_token",
+    "with_space_prefix",
+]
+
+
+class UnreadableImageError(OSError):
+    """An image file that exists but cannot be decoded; the message names it and says what to do."""
+
+
+def load_rgb_image(path: str | Path) -> Image.Image:
+    """Reads a picture completely, as RGB. Animations give their first frame; EXIF rotation is not applied.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UnreadableImageError: if it is no image, is cut off, or is too large to be decoded safely.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image file; check the image folder and the data's paths") from None
+    except UnidentifiedImageError:
+        found = _begins_with(path)
+        raise UnreadableImageError(f"{path}: found {found}, expected an image; fetch the file anew") from None
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(
+            f"{path}: {error}. Shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if the file is to be trusted"
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL's decoders raise for broken files
+        raise UnreadableImageError(f"{path}: cannot be decoded ({error}); fetch the file anew") from error
+
+
+def _begins_with(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        head = file.read(12)
+    return f"a file that begins with {head!r}" if head else "an empty file"
+
+
+def load_image_from_base64(image: str | bytes) -> Image.Image:
+    """The picture in a base64 text.
+
+    Raises:
+        UnreadableImageError: if the text is not base64, or its bytes are no image.
+    """
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(image)))
+    except (binascii.Error, UnidentifiedImageError) as error:
+        raise UnreadableImageError(f"base64 image of {len(image)} characters: {error}") from error
+
+
+def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
+    """Centres an image on a square canvas of `background_color`; a square image is returned as it is."""
+    if pil_img.width == pil_img.height:
+        return pil_img
+    side = max(pil_img.size)
+    canvas = Image.new(pil_img.mode, (side, side), background_color)
+    canvas.paste(pil_img, square_padding_xy(pil_img.size))
+    return canvas
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int]) -> Image.Image:
+    """Fits an image into `target_resolution` (width, height), centred on black."""
+    target_width, target_height = target_resolution
+    width, height = letterboxed_wh(image.size, target_resolution)
+    canvas = Image.new("RGB", (target_width, target_height), (0, 0, 0))
+    canvas.paste(image.resize((width, height)), ((target_width - width) // 2, (target_height - height) // 2))
+    return canvas
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Cuts an image into square tiles of `patch_size` pixels, row by row."""
+    return [
+        image.crop((left, top, left + patch_size, top + patch_size))
+        for top in range(0, image.height, patch_size)
+        for left in range(0, image.width, patch_size)
+    ]
+
+
+def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Any) -> Tensor:
+    """Tensor `[1 + tiles, 3, side, side]`: the whole image squeezed to a square, then tiles of its letterboxed copy.
+
+    Args:
+        image: RGB.
+        processor: image processor of the vision tower.
+        grid_pinpoints: possible resolutions (width, height), as a list or as a list written as text.
+    """
+    resolution = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints))
+    side = _processed_side(processor)
+    edge = _shortest_edge(processor) or side
+    tiles = divide_to_patches(resize_and_pad_image(image, resolution), side)
+    return torch.stack([_pixel_values(processor, tile) for tile in (image.resize((edge, edge)), *tiles)])
+
+
+def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
+    """Pixel tensors as the configuration's `image_aspect_ratio` asks: None or "square", "pad", "anyres".
+
+    Returns:
+        `[images, 3, side, side]` (anyres: `[images, 1 + tiles, 3, side, side]`), or a list where shapes differ.
+
+    Raises:
+        ValueError: for another `image_aspect_ratio`.
+    """
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    if aspect_ratio not in (None, "square", "pad", "anyres"):
+        raise ValueError(f"image_aspect_ratio: found {aspect_ratio!r}, expected 'square', 'pad' or 'anyres'")
+    tensors = []
+    for image in images:
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        if aspect_ratio == "anyres":
+            tensors.append(process_anyres_image(rgb, image_processor, model_cfg.image_grid_pinpoints))
+            continue
+        if aspect_ratio == "pad":
+            rgb = expand2square(rgb, tuple(int(channel * 255) for channel in image_processor.image_mean))
+        tensors.append(_pixel_values(image_processor, rgb))
+    if tensors and all(tensor.shape == tensors[0].shape for tensor in tensors):
+        return torch.stack(tensors)
+    return tensors
+
+
+def image_geometry_of(
+    image_size: tuple[int, int], image_processor: Any, image_aspect_ratio: str | None, grid: tuple[int, int]
+) -> ImageGeometry:
+    """What `process_images` does to an image of `image_size` (width, height), for this very processor.
+
+    A processor that squeezes images to a square instead of cropping (SigLIP's) is described as such.
+    """
+    side, edge = _processed_side(image_processor), _shortest_edge(image_processor)
+    if edge is None and image_aspect_ratio in (None, "square"):
+        image_aspect_ratio = "anyres"
+    return ImageGeometry.of(image_aspect_ratio, image_size, side, grid, edge)
+
+
+def _pixel_values(processor: Any, image: Image.Image) -> Tensor:
+    preprocess = getattr(processor, "preprocess", processor)
+    return preprocess(image, return_tensors="pt")["pixel_values"][0]  # [3, side, side]
+
+
+def _shortest_edge(processor: Any) -> int | None:
+    """Length to which the processor resizes the shortest edge; None if it squeezes both edges instead."""
+    size = processor.size
+    return size if isinstance(size, int) else dict(size).get("shortest_edge")
+
+
+def _processed_side(processor: Any) -> int:
+    """Side of the processor's square output, pixels."""
+    crop = getattr(processor, "crop_size", None)
+    size = crop if crop and getattr(processor, "do_center_crop", True) else processor.size
+    if isinstance(size, int):
+        return size
+    lengths = dict(size)
+    height = lengths.get("height", lengths.get("shortest_edge"))
+    if height is None or lengths.get("width", height) != height:
+        raise ValueError(f"image processor {type(processor).__name__}: found output size {lengths}, expected a square")
+    return height
+
+
+def count_image_tokens(prompt: str) -> int:
+    """How many images a prompt refers to."""
+    return prompt.count(DEFAULT_IMAGE_TOKEN)
+
+
+def require_image_tokens(prompt: str, images: int, where: str) -> None:
+    """Checks that a prompt has one `<image>` for each image.
+
+    Raises:
+        ValueError: naming `where`, what was found and what was expected.
+    """
+    found = count_image_tokens(prompt)
+    if found != images:
+        raise ValueError(
+            f"{where}: found {found} {DEFAULT_IMAGE_TOKEN} in the text, expected {images}, one for each image; "
+            f"add or remove {DEFAULT_IMAGE_TOKEN} in {prompt[:200]!r}"
+        )
+
+
+def with_space_prefix(text: str, tokenizer: Any) -> str:
+    """`text` such that tokenizers of SentencePiece models give the ids that SentencePiece itself gives.
+
+    SentencePiece puts a space before every text. The `tokenizers` library leaves it out where a text begins with a
+    space already, so that " and" and "and" become the same ids.
+    """
+    # upstream parity: a space after `<image>` was two pieces when the published checkpoints were trained.
+    # Byte-level tokenizers tell "and" from " and", and SentencePiece itself tells " and" from "  and".
+    if text[:1] == " " and tokenizer.tokenize(" a") == tokenizer.tokenize("a"):
+        return " " + text
+    return text
+
+
+def tokenizer_image_token(
+    prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
+) -> list[int] | Tensor:
+    """Token ids of a prompt, with `image_token_index` in place of each `<image>`.
+
+    The pieces between images are tokenised each on its own, after one BOS if the tokenizer adds any.
+
+    Args:
+        prompt: text with any number of `<image>`.
+        tokenizer: tokenizer of the LLM.
+        image_token_index: id that stands for an image.
+        return_tensors: "pt" for an int64 tensor `[length]`, None for a list.
+
+    Raises:
+        ValueError: for another `return_tensors`.
+    """
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"Unsupported tensor type: {return_tensors}")
+    # Asked of the empty text: a prompt may spell out the BOS token itself (chatml, where it is `<|im_start|>`).
+    bos = tokenizer("").input_ids[:1]
+    ids: list[int] = bos if bos == [tokenizer.bos_token_id] else []
+    for position, piece in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
+        if position:
+            ids.append(image_token_index)
+        if piece:
+            ids.extend(tokenizer(with_space_prefix(piece, tokenizer), add_special_tokens=False).input_ids)
+    return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Last part of a path; for a training checkpoint `<parent>_checkpoint-N`."""
+    *parents, name = model_path.strip("/").split("/")
+    return f"{parents[-1]}_{name}" if parents and name.startswith("checkpoint-") else name
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stops a row once its answer ends with a keyword's ids, or its last few tokens decode to text with a keyword.
+
+    Rows of a batch stop one by one. Works whether `generate` hands over the prompt with the answer or, as it does when
+    it was given embeddings, the answer alone.
+
+    Args:
+        keywords: texts that end an answer.
+        tokenizer: tokenizer of the LLM.
+        input_ids: ids of the prompts, `[rows, prompt length]`.
+    """
+
+    def __init__(self, keywords: Sequence[str], tokenizer: Any, input_ids: Tensor):
+        self.keywords = list(keywords)
+        self.keyword_ids: list[Tensor] = []
+        for keyword in self.keywords:
+            ids = tokenizer(keyword).input_ids
+            if len(ids) > 1 and ids[0] == tokenizer.bos_token_id:
+                ids = ids[1:]
+            self.keyword_ids.append(torch.tensor(ids, dtype=torch.long))
+        self.max_keyword_len = max((len(ids) for ids in self.keyword_ids), default=0)
+        self.tokenizer = tokenizer
+        self.prompt_ids = input_ids
+        self.start_len = input_ids.shape[1]
+
+    def __call__(self, input_ids: Tensor, scores: Any = None, **kwargs: Any) -> Tensor:
+        """Bool tensor `[rows]`: which answers are complete."""
+        answers = input_ids[:, self.start_len :] if self._has_prompt(input_ids) else input_ids
+        finished = [self._is_finished(answer) for answer in answers]
+        return torch.tensor(finished, dtype=torch.bool, device=input_ids.device)
+
+    def _has_prompt(self, input_ids: Tensor) -> bool:
+        prompts = self.prompt_ids.to(input_ids.device)
+        if not self.start_len or input_ids.shape[1] < self.start_len or input_ids.shape[0] % prompts.shape[0]:
+            return False
+        rows_per_prompt = input_ids.shape[0] // prompts.shape[0]  # beams, or several answers to one prompt
+        return torch.equal(input_ids[:, : self.start_len], prompts.repeat_interleave(rows_per_prompt, dim=0))
+
+    def _is_finished(self, answer: Tensor) -> bool:
+        last = answer[-self.max_keyword_len :].tolist() if self.max_keyword_len else []
+        if any(last[-len(ids) :] == ids.tolist() for ids in self.keyword_ids if len(ids)):
+            return True
+        text = self.tokenizer.decode(last, skip_special_tokens=True)
+        return any(keyword in text for keyword in self.keywords)
