@@ -1,0 +1,260 @@
+"""Who owns the vision tower and the projector, and how images enter an LLM.
+
+Letters: N images, t tiles of an image (1 without anyres), S visual tokens of a tile, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+)
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.model.multimodal_merge import MergedBatch, arrange_tiles, merge, unpad_image
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.multimodal_projector.weights import gathered, load_projector, read_projector_file
+from llava.plugin import TrainingPlugin
+
+__all__ = ["EncodedImages", "LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
+
+Images = Tensor | list[Tensor]
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Projector outputs of a batch's images.
+
+    Attributes:
+        tokens: for each image its visual tokens as the LLM reads them, `[*, D]`.
+        base_tiles: `[N, S, D]`, each image's base tile (the whole image).
+    """
+
+    tokens: list[Tensor]
+    base_tiles: Tensor
+
+
+class LlavaMetaModel:
+    """Adds a vision tower and a projector to an LLM's decoder; mixed in before the decoder's class.
+
+    The constructor builds them from a config that names a tower, so that a checkpoint's projector finds its place. The
+    tower's weights are read later, by `get_vision_tower().load_model()`: they live in a folder of their own.
+    """
+
+    config: Any
+    vision_tower: VisionTower
+    mm_projector: nn.Module
+
+    def __init__(self, config: Any):
+        super().__init__(config)  # type: ignore[call-arg]
+        if getattr(config, "mm_vision_tower", None):
+            self.vision_tower = build_vision_tower(config, delay_load=True)
+            self.mm_projector = build_vision_projector(config)
+            if "unpad" in getattr(config, "mm_patch_merge_type", ""):
+                self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
+
+    def get_vision_tower(self) -> VisionTower | None:
+        """The vision tower, or None for a model without vision."""
+        return getattr(self, "vision_tower", None)
+
+    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
+        """Gives a plain LLM its tower and projector at the start of training, and records them in the config.
+
+        Args:
+            model_args: `vision_tower`, `mm_projector_type`, `mm_vision_select_layer`, `mm_vision_select_feature`,
+                `mm_patch_merge_type` and `pretrain_mm_mlp_adapter` (an `mm_projector.bin` to start from, or None).
+            fsdp: accepted for upstream's callers.
+        """
+        if self.get_vision_tower() is None:
+            self.vision_tower = build_vision_tower(model_args)
+        else:
+            self.vision_tower.load_model()
+
+        config = self.config
+        config.mm_vision_tower = model_args.vision_tower
+        config.use_mm_proj = True
+        config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
+        config.mm_hidden_size = self.vision_tower.hidden_size
+        config.mm_vision_select_layer = model_args.mm_vision_select_layer
+        config.mm_vision_select_feature = model_args.mm_vision_select_feature
+        config.mm_patch_merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
+
+        if not hasattr(self, "mm_projector"):
+            self.mm_projector = build_vision_projector(config)
+            if "unpad" in config.mm_patch_merge_type:
+                self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
+        # Under LoRA everything was frozen before; the projector is always trained in full.
+        self.mm_projector.requires_grad_(True)
+
+        if source := getattr(model_args, "pretrain_mm_mlp_adapter", None):
+            load_projector(self.mm_projector, read_projector_file(source), source)
+
+
+class LlavaMetaForCausalLM(ABC):
+    """What a multimodal LLM can do beyond its text-only class; mixed in before that class."""
+
+    config: Any
+    plugin: TrainingPlugin | None = None
+
+    @abstractmethod
+    def get_model(self) -> Any:
+        """The decoder that owns the tower and the projector."""
+
+    def get_vision_tower(self) -> VisionTower | None:
+        """The vision tower, or None for a model without vision."""
+        return self.get_model().get_vision_tower()
+
+    @property
+    def visual_grid(self) -> tuple[int, int]:
+        """Rows and columns of the grid that an image's visual tokens form."""
+        projector_grid = getattr(self.get_model().mm_projector, "grid", None)
+        side = self.get_model().vision_tower.num_patches_per_side
+        return projector_grid or (side, side)
+
+    def attach_plugin(self, plugin: TrainingPlugin | None) -> None:
+        """Lets `plugin` compute its losses inside `forward`."""
+        self.plugin = plugin
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Projector output `[N, S, D]` of images `[N, 3, H, W]`."""
+        features = self.get_model().vision_tower.encode(images)  # [N, S, C]
+        projector = self.get_model().mm_projector
+        weight = next(projector.parameters(), None)
+        return projector(features if weight is None else features.to(weight.dtype))  # [N, S, D]
+
+    def encode_image_batch(self, images: Images, image_sizes: list[tuple[int, int]] | None = None) -> EncodedImages:
+        """Encodes a batch in one pass of the tower.
+
+        Args:
+            images: `[N, 3, H, W]`; or, with tiles, `[N, t, 3, H, W]` or a list of `[t, 3, H, W]` or `[3, H, W]`.
+            image_sizes: width and height of each original image; needed for tiles in a spatial arrangement.
+        """
+        may_be_tiled = isinstance(images, list) or images.dim() == 5
+        tiled = [image if image.dim() == 4 else image[None] for image in images]  # each [t, 3, H, W]
+        counts = [len(tiles) for tiles in tiled]
+        encoded = self.encode_images(torch.cat(tiled))  # [sum t, S, D]
+        of_image = encoded.split(counts)  # each [t, S, D]
+        return EncodedImages(
+            tokens=[
+                self.arrange_tiles(tiles, image_sizes[i] if image_sizes else None) if may_be_tiled else tiles[0]
+                for i, tiles in enumerate(of_image)
+            ],
+            base_tiles=torch.stack([tiles[0] for tiles in of_image]),
+        )
+
+    def arrange_tiles(self, tiles: Tensor, original_size: tuple[int, int] | None) -> Tensor:
+        """One image's tokens `[*, D]` in the order that the config's `mm_patch_merge_type` asks for."""
+        merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
+
+        def tile_grid() -> tuple[int, int]:
+            if self.config.image_aspect_ratio != "anyres":
+                raise NotImplementedError(
+                    f"mm_patch_merge_type `{merge_type}` arranges the tiles of image_aspect_ratio `anyres`; the config "
+                    f"says `{self.config.image_aspect_ratio}`. Set mm_patch_merge_type to `flat`."
+                )
+            if original_size is None:
+                raise ValueError(f"mm_patch_merge_type `{merge_type}` needs image_sizes, one (width, height) an image.")
+            side = self.get_model().vision_tower.image_side
+            return get_anyres_image_grid_shape(original_size, self.config.image_grid_pinpoints, side)
+
+        return arrange_tiles(
+            tiles,
+            merge_type,
+            tile_grid=tile_grid,
+            original_size=original_size,
+            newline=getattr(self.get_model(), "image_newline", None),
+        )
+
+    def merge_images(
+        self,
+        input_ids: Tensor,
+        image_tokens: list[Tensor],
+        *,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        padding_side: str,
+        max_length: int | None,
+    ) -> MergedBatch:
+        """`multimodal_merge.merge` with this model's word embeddings."""
+        return merge(
+            input_ids,
+            image_tokens,
+            self.get_input_embeddings(),  # type: ignore[attr-defined]
+            attention_mask=attention_mask,
+            labels=labels,
+            padding_side=padding_side,
+            max_length=max_length,
+        )
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Images | None,
+        image_sizes: list[tuple[int, int]] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
+        """Upstream's entry point to the merge, with its conventions.
+
+        Returns:
+            `(input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels)`. Without a tower or
+            images, or at a decoding step, the arguments come back as they are. Otherwise `input_ids` is None, the
+            merged batch is padded on `config.tokenizer_padding_side` and cut to `config.tokenizer_model_max_length`,
+            and positions, mask and labels come back only where they were given.
+        """
+        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        merged = self.merge_images(
+            input_ids,
+            self.encode_image_batch(images, image_sizes).tokens,
+            attention_mask=attention_mask,
+            labels=labels,
+            padding_side=getattr(self.config, "tokenizer_padding_side", "right"),
+            max_length=getattr(self.config, "tokenizer_model_max_length", None),
+        )
+        return (
+            None,
+            None if position_ids is None else merged.position_ids,
+            None if attention_mask is None else merged.attention_mask.to(attention_mask.dtype),
+            past_key_values,
+            merged.inputs_embeds,
+            None if labels is None else merged.labels,
+        )
+
+    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
+        """Adds the tokens that `mm_use_im_patch_token` and `mm_use_im_start_end` ask for, and rows for them.
+
+        New rows start as the mean of the old ones. In stage 1 the word embeddings are trained along if start and end
+        tokens are new, as their rows would otherwise stay what they are.
+        """
+        if model_args.mm_use_im_patch_token:
+            tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+            self.resize_token_embeddings(len(tokenizer))  # type: ignore[attr-defined]
+        if not model_args.mm_use_im_start_end:
+            return
+        added = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+        self.resize_token_embeddings(len(tokenizer))  # type: ignore[attr-defined]
+        tables = [self.get_input_embeddings().weight, self.get_output_embeddings().weight]  # type: ignore[attr-defined]
+        if added:
+            with gathered(tables), torch.no_grad():
+                for table in tables:
+                    table[-added:] = table[:-added].mean(dim=0, keepdim=True)
+        if model_args.tune_mm_mlp_adapter:
+            tables[0].requires_grad_(True)
+            tables[1].requires_grad_(tables[1] is tables[0])
+        if source := model_args.pretrain_mm_mlp_adapter:
+            rows = read_projector_file(source).get("model.embed_tokens.weight")
+            if rows is not None and added:
+                with gathered(tables[:1]), torch.no_grad():
+                    tables[0][-added:] = rows[-added:]

@@ -1,0 +1,135 @@
+"""Chat about an image in the terminal.
+
+    python -m llava.serve.cli --model-path liuhaotian/llava-v1.5-7b --image-file view.jpg
+
+The answer streams as it is generated. An empty line or the end of input leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import TextStreamer
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.conversation import Conversation, conv_templates, conversation_mode
+from llava.mm_utils import get_model_name_from_path, load_rgb_image, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Upstream's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.serve.cli", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
+    parser.add_argument("--model-base", help="the LLM that a stage-1 projector belongs to")
+    parser.add_argument("--image-file", required=True, help="path or http(s) address of the image")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="template; default: the checkpoint's own")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 answers greedily; default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--load-8bit", action="store_true")
+    parser.add_argument("--load-4bit", action="store_true")
+    parser.add_argument("--debug", action="store_true", help="print each prompt as the model sees it")
+    return parser
+
+
+def load_image(image_file: str) -> Image.Image:
+    """The image at a path or an http(s) address, as RGB.
+
+    Raises:
+        OSError: it cannot be fetched or read.
+    """
+    if not image_file.startswith(("http://", "https://")):
+        return load_rgb_image(image_file)
+    import requests
+
+    response = requests.get(image_file, timeout=30)
+    response.raise_for_status()
+    return Image.open(BytesIO(response.content)).convert("RGB")
+
+
+class ImageChat:
+    """One conversation about one image."""
+
+    def __init__(self, tokenizer: Any, model: Any, image_processor: Any, image: Image.Image, template: Conversation):
+        self.tokenizer = tokenizer
+        self.model = model
+        self.conversation = template.copy()
+        self.images = process_images([image], image_processor, model.config)
+        self.image_size = image.size
+
+    def prompt(self, message: str) -> str:
+        """The whole prompt with the user's message and an open turn. The image goes before the first message."""
+        if len(self.conversation.messages) == self.conversation.offset:
+            image = DEFAULT_IMAGE_TOKEN
+            if getattr(self.model.config, "mm_use_im_start_end", False):
+                image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
+            message = f"{image}\n{message}"
+        self.conversation.append_message(self.conversation.roles[0], message)
+        self.conversation.append_message(self.conversation.roles[1], None)
+        return self.conversation.get_prompt()
+
+    def answer(self, prompt: str, *, temperature: float, max_new_tokens: int, streamer: Any = None) -> str:
+        """Generates the answer to an open turn and closes the turn with it."""
+        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt").unsqueeze(0).to(self.model.device)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        new_ids = self.model.generate(
+            ids,
+            images=self.images,
+            image_sizes=[self.image_size],
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            stop_strings=[self.conversation.stop_string],
+            tokenizer=self.tokenizer,
+            **sampling,
+        )
+        text = self.tokenizer.decode(new_ids[0], skip_special_tokens=True).strip()
+        text = text.removesuffix(self.conversation.stop_string).strip()
+        self.conversation.messages[-1][1] = text
+        return text
+
+
+def chat(session: ImageChat, args: argparse.Namespace, read_line: Callable[[str], str] = input) -> None:
+    """Reads messages and streams answers until an empty line or the end of input."""
+    roles = session.conversation.roles
+    streamer = TextStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while True:
+        try:
+            message = read_line(f"{roles[0]}: ").strip()
+        except EOFError:
+            message = ""
+        if not message:
+            print("exit...")
+            return
+        print(f"{roles[1]}: ", end="", flush=True)
+        prompt = session.prompt(message)
+        session.answer(prompt, temperature=args.temperature, max_new_tokens=args.max_new_tokens, streamer=streamer)
+        if args.debug:
+            print(f"\n{prompt!r}\n")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Loads what `args` name and chats."""
+    model_name = get_model_name_from_path(args.model_path)
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path, args.model_base, model_name, args.load_8bit, args.load_4bit, device=args.device
+    )
+    if image_processor is None:
+        raise ValueError(f"{args.model_path} has no vision tower; pass a LLaVA checkpoint.")
+    mode = args.conv_mode or conversation_mode(model_name, model.config)
+    chat(ImageChat(tokenizer, model, image_processor, load_image(args.image_file), conv_templates[mode]), args)
+
+
+if __name__ == "__main__":
+    try:
+        main(argument_parser().parse_args())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,194 @@
+"""Properties of `forward` and `generate` that no recorded output can pin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model import LlavaLlamaForCausalLM
+from llava.model.multimodal_merge import TruncatedImageError
+from llava.plugin import AlignmentContext, AuxiliaryOutput, TrainingPlugin
+
+
+@pytest.fixture
+def model(golden_world: Path) -> LlavaLlamaForCausalLM:
+    model = LlavaLlamaForCausalLM.from_pretrained("tiny-llava", dtype=torch.float32)
+    model.get_vision_tower().load_model()
+    return model.eval()
+
+
+def prompts(lengths: list[int], images: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and mask of rows with the given numbers of words and images."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(len(lengths), max(n + k for n, k in zip(lengths, images, strict=True)), dtype=torch.long)
+    for row, (length, count) in enumerate(zip(lengths, images, strict=True)):
+        words = torch.randint(5, 900, (length,), generator=generator)
+        ids[row, : length + count] = torch.cat([words[:1], torch.full((count,), IMAGE_TOKEN_INDEX), words[1:]])
+    return ids, ids != 0
+
+
+def pixels(count: int) -> Tensor:
+    return torch.randn(count, 3, 56, 56, generator=torch.Generator().manual_seed(7))
+
+
+def test_answers_at_batch_8_equal_those_one_by_one(model: LlavaLlamaForCausalLM) -> None:
+    images_per_row = [1, 0, 1, 2, 0, 1, 1, 0]
+    ids, mask = prompts([3, 9, 14, 5, 2, 7, 11, 4], images_per_row)
+    images = pixels(sum(images_per_row))
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    together = model.generate(ids, images=images, attention_mask=mask, **options)
+    alone, first = [], 0
+    for row, count in enumerate(images_per_row):
+        own = images[first : first + count] if count else None
+        alone.append(model.generate(ids[row : row + 1, : int(mask[row].sum())], images=own, **options)[0])
+        first += count
+    assert together.tolist() == torch.stack(alone).tolist()
+
+
+def test_the_side_of_the_prompt_padding_is_free(model: LlavaLlamaForCausalLM) -> None:
+    ids, mask = prompts([3, 9], [1, 1])
+    left_ids, left_mask = ids.roll(-int(ids.shape[1]), 1).clone(), mask.clone()
+    for row in range(2):
+        shift = ids.shape[1] - int(mask[row].sum())
+        left_ids[row], left_mask[row] = ids[row].roll(shift), mask[row].roll(shift)
+    options: dict[str, Any] = {"images": pixels(2), "do_sample": False, "max_new_tokens": 6}
+    right = model.generate(ids, attention_mask=mask, **options)
+    left = model.generate(left_ids, attention_mask=left_mask, **options)
+    assert right.tolist() == left.tolist()
+
+
+def test_generate_returns_only_new_tokens_and_casts_images(model: LlavaLlamaForCausalLM) -> None:
+    ids, _ = prompts([6], [1])
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+    full = model.generate(ids, images=pixels(1), **options)
+    half = model.generate(ids, images=pixels(1).half().double(), **options)
+    assert full.shape == half.shape == (1, 5)
+    assert model.generate(ids[ids >= 0][None], **options).shape == (1, 5)
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_a_wrong_number_of_images_is_refused(model: LlavaLlamaForCausalLM, images: int) -> None:
+    ids, mask = prompts([4, 4], [1, 1])
+    with pytest.raises(ValueError, match=f"2 <image> tokens but {images} images"):
+        model.generate(ids, attention_mask=mask, images=pixels(images) if images else None, max_new_tokens=1)
+
+
+def test_generate_refuses_embeddings(model: LlavaLlamaForCausalLM) -> None:
+    with pytest.raises(NotImplementedError):
+        model.generate(inputs_embeds=torch.zeros(1, 2, 64))
+
+
+def training_batch() -> dict[str, Any]:
+    ids, mask = prompts([8, 12, 10], [1, 0, 1])
+    labels = ids.clone()
+    labels[:, :4] = IGNORE_INDEX
+    labels[~mask] = IGNORE_INDEX
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "images": pixels(2)}
+
+
+def test_logits_at_supervised_positions_give_the_full_loss_and_gradients(golden_world: Path) -> None:
+    model = LlavaLlamaForCausalLM.from_pretrained("tiny-llava", dtype=torch.float64)
+    model.get_vision_tower().load_model()
+    model.get_vision_tower().double()
+    batch = training_batch()
+    losses, gradients = [], []
+    for training in (True, False):
+        model.train(training).zero_grad()
+        output = model(**batch)
+        assert (output.logits is None) == training
+        output.loss.backward()
+        losses.append(output.loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_without_supervised_tokens_has_loss_zero_and_zero_gradients(model: LlavaLlamaForCausalLM) -> None:
+    batch = training_batch()
+    batch["labels"][:] = IGNORE_INDEX
+    loss = model.train()(**batch).loss
+    loss.backward()
+    assert loss.item() == 0
+    gradient = model.get_model().mm_projector[0].weight.grad
+    assert gradient is not None and not gradient.any()
+
+
+def test_a_text_only_training_batch_keeps_the_projector_in_the_graph(model: LlavaLlamaForCausalLM) -> None:
+    ids, mask = prompts([8, 5], [0, 0])
+    model.train().requires_grad_(False)
+    model.get_model().mm_projector.requires_grad_(True)
+    loss = model(input_ids=ids, attention_mask=mask, labels=ids.where(mask, IGNORE_INDEX)).loss
+    loss.backward()
+    gradient = model.get_model().mm_projector[0].weight.grad
+    assert loss.item() > 0
+    assert gradient is not None and not gradient.any()
+
+
+def test_training_stops_where_the_length_limit_cuts_an_image(model: LlavaLlamaForCausalLM) -> None:
+    model.config.tokenizer_model_max_length = 12
+    with pytest.raises(TruncatedImageError) as caught:
+        model.train()(**training_batch())
+    assert caught.value.rows == [0, 2]
+
+
+class RecordingPlugin(TrainingPlugin):
+    """Keeps what it is shown; its loss is the mean of the visual tokens."""
+
+    context: AlignmentContext
+
+    def auxiliary_losses(self, context: AlignmentContext, batch: Any) -> AuxiliaryOutput:
+        self.context = context
+        return AuxiliaryOutput({"mean": context.visual_tokens.mean()}, {"images": torch.tensor(2.0)})
+
+
+def test_a_plugin_sees_the_projector_output_of_the_same_pass(model: LlavaLlamaForCausalLM) -> None:
+    plugin, batch = RecordingPlugin(), training_batch()
+    model.attach_plugin(plugin)
+    output = model.train()(**batch, plugin_batch={})
+    assert plugin.context.sample_of_image.tolist() == [0, 2]
+    assert plugin.context.grid == (4, 4)
+    torch.testing.assert_close(plugin.context.visual_tokens, model.encode_images(batch["images"]))
+    assert output.auxiliary_losses["mean"].item() == pytest.approx(plugin.context.visual_tokens.mean().item())
+    assert output.auxiliary_metrics["images"].item() == 2
+
+
+def test_a_plugin_leaves_out_dummy_images(model: LlavaLlamaForCausalLM) -> None:
+    plugin, batch = RecordingPlugin(), training_batch()
+    model.attach_plugin(plugin)
+    images = pixels(3)  # upstream's way: the text-only row in the middle comes with an image that nobody reads
+    model.train()(**{**batch, "images": images}, plugin_batch={})
+    torch.testing.assert_close(plugin.context.visual_tokens, model.encode_images(images[[0, 2]]))
+
+
+def test_the_caption_loss_is_the_same_bit_for_bit_with_a_plugin(model: LlavaLlamaForCausalLM) -> None:
+    batch = training_batch()
+    plain = model.train()(**batch).loss
+    model.attach_plugin(RecordingPlugin())
+    assert torch.equal(plain, model(**batch, plugin_batch={}).loss)
+
+
+def test_saved_tower_weights_carry_the_names_of_published_checkpoints(
+    model: LlavaLlamaForCausalLM, goldens: Path
+) -> None:
+    model.save_pretrained("saved")
+    assert load_file("saved/model.safetensors").keys() == load_file(goldens / "ckpt_stage2/model.safetensors").keys()
+    model.load_state_dict(load_file("saved/model.safetensors"), strict=True)
+
+
+def test_labels_in_eval_mode_give_loss_and_logits(model: LlavaLlamaForCausalLM) -> None:
+    output = model(**training_batch())
+    assert output.loss.item() > 0
+    assert output.logits.shape[-1] == 1000
+
+
+def test_logits_to_keep_selects_the_last_positions(model: LlavaLlamaForCausalLM) -> None:
+    batch = training_batch()
+    full = model(batch["input_ids"], batch["attention_mask"], images=batch["images"]).logits
+    last = model(batch["input_ids"], batch["attention_mask"], images=batch["images"], logits_to_keep=2).logits
+    torch.testing.assert_close(last, full[:, -2:])
