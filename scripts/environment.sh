@@ -1,0 +1,42 @@
+# Sourced by quickstart.sh and test.sh from the repository's root: `use_environment EXTRAS DISTRIBUTION...` makes sure
+# that `python` is one in which this checkout and the named distributions are installed.
+#
+# An active environment is used as it is; what it lacks is installed at the versions it can take, so that the torch of
+# a GPU image stays. Where none is active, .venv is made with the tested set of constraints.txt.
+
+environment_lacks() {
+    # -I keeps the current folder, which also holds `llava`, off the path.
+    ! python -I - "$PWD" "$@" 2>/dev/null <<'PYTHON'
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import llava.constants
+
+root, *names = sys.argv[1:]
+assert Path(llava.constants.__file__).resolve().parents[1] == Path(root).resolve(), "another checkout is installed"
+for name in names:
+    distribution(name)
+PYTHON
+}
+
+use_environment() {
+    local extras=$1 constraints=()
+    shift
+    if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
+        if [ ! -e .venv/bin/activate ]; then
+            python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+                echo "python3 is $(python3 --version 2>&1); Python 3.10 or newer is needed. Activate one and run this again." >&2
+                return 1
+            }
+            echo "Making the virtual environment .venv"
+            python3 -m venv .venv
+        fi
+        source .venv/bin/activate
+        constraints=(--constraint constraints.txt)
+    fi
+    if environment_lacks "$@"; then
+        echo "Installing this checkout with [$extras] into ${VIRTUAL_ENV:-${CONDA_PREFIX:-?}}"
+        python -m pip install --quiet --disable-pip-version-check "${constraints[@]+"${constraints[@]}"}" -e ".[$extras]"
+    fi
+}

@@ -1,0 +1,206 @@
+# What the four training scripts share: which weights and data, how many devices, how the command is started.
+# A script sets `stage`, `run` (its name), `global_batch` and `learning_rate`, sources this file, and calls `launch`.
+#
+# Every value in capitals is a default: set the variable of that name to change it. Any flag of the trainer may follow
+# the script's name; of two equal flags the last wins. Paths count from the root of the repository.
+#
+#   LLM=vicuna7b|vicuna13b   PROJECTOR=mlp|linear      rows of the paper's tables
+#   GPU=80g|24g   NUM_GPUS=N   what it runs on; the global batch stays, gradient accumulation makes up the rest
+#   NNODES=N NODE_RANK=I MASTER_ADDR=HOST              several machines: the same command on each, its own NODE_RANK
+#   PRESET=mini                                        the miniature on CPU: small real weights, synthetic scenes
+#   DRY_RUN=1                                          print the command, ready to paste, and stop
+
+LLM=${LLM:-vicuna7b}
+PROJECTOR=${PROJECTOR:-mlp}
+GPU=${GPU:-80g}
+PRESET=${PRESET:-full}
+NNODES=${NNODES:-1}
+DATA=${DATA:-./playground/data}
+
+die() {
+    printf '%s: %s\n' "$(basename "$0")" "$1" >&2
+    exit 1
+}
+
+count_gpus() {
+    local listed
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        listed=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES")
+    else
+        listed=$(nvidia-smi --list-gpus 2>/dev/null || true)
+    fi
+    if [ -n "$listed" ]; then wc -l <<<"$listed"; else echo 8; fi
+}
+
+choose_projector() {
+    case $PROJECTOR in
+        mlp)         MM_PROJECTOR_TYPE=${MM_PROJECTOR_TYPE:-mlp2x_gelu}; projector_suffix= ;;
+        linear)      MM_PROJECTOR_TYPE=${MM_PROJECTOR_TYPE:-linear}; projector_suffix=-linear ;;
+        cabstractor) die "PROJECTOR=cabstractor is not supported in this version yet; choose mlp or linear" ;;
+        *)           die "unknown PROJECTOR=$PROJECTOR; choose mlp or linear" ;;
+    esac
+}
+
+# The largest batch per device and the DeepSpeed configuration. The 80g lines are LLaVA-1.5's own. The 24g lines are
+# estimated from the sizes of weights and activations: set PER_DEVICE_TRAIN_BATCH_SIZE lower where they do not fit.
+choose_memory() {
+    case $stage:$LLM:$GPU in
+        pretrain:*:80g)         batch_limit=32 zero=zero2 ;;
+        pretrain:vicuna7b:24g)  batch_limit=8  zero=zero2 ;;
+        pretrain:vicuna13b:24g) batch_limit=4  zero=zero3 ;;
+        finetune*:*:80g)        batch_limit=16 zero=zero3 ;;
+        finetune_lora:*:24g)    batch_limit=4  zero=zero3 ;;
+        finetune:*:24g)         batch_limit=4  zero=zero3_offload ;;
+        *)                      die "unknown GPU=$GPU; choose 80g or 24g" ;;
+    esac
+}
+
+preset_full() {
+    case $LLM in
+        vicuna7b)  : "${MODEL_NAME_OR_PATH:=lmsys/vicuna-7b-v1.5}";  family=llava-v1.5-7b ;;
+        vicuna13b) : "${MODEL_NAME_OR_PATH:=lmsys/vicuna-13b-v1.5}"; family=llava-v1.5-13b ;;
+        llama31)   die "LLM=llama31 is not supported in this version yet; choose vicuna7b or vicuna13b" ;;
+        *)         die "unknown LLM=$LLM; choose vicuna7b or vicuna13b" ;;
+    esac
+    choose_memory
+    if [ "$stage" = pretrain ]; then
+        : "${DATA_PATH:=$DATA/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}" "${IMAGE_FOLDER:=$DATA/LLaVA-Pretrain/images}"
+    else
+        : "${DATA_PATH:=$DATA/llava_v1_5_mix665k.json}" "${IMAGE_FOLDER:=$DATA}"
+    fi
+    : "${PAD_PATH:=$DATA/PAD/pad_558k.jsonl}" "${VISION_TOWER:=openai/clip-vit-large-patch14-336}" "${VERSION:=v1}"
+    : "${NUM_GPUS:=$(count_gpus)}" "${GLOBAL_BATCH_SIZE:=$global_batch}" "${LEARNING_RATE:=$learning_rate}"
+    : "${SAVE_STEPS:=500}" "${GRADIENT_CHECKPOINTING:=True}" "${DATALOADER_NUM_WORKERS:=4}" "${REPORT_TO:=tensorboard}"
+    device_flags=(--deepspeed "${DEEPSPEED:=./scripts/$zero.json}" --bf16 True --tf32 True)
+}
+
+# SmolLM2-135M and DINOv2-small at 112 px (64 visual tokens) in float32; DeepSpeed only if DEEPSPEED names a
+# configuration.
+preset_mini() {
+    family=llava-mini
+    batch_limit=8
+    : "${MODEL_NAME_OR_PATH:=./playground/mini/cache/models/smollm2-135m-instruct}"
+    : "${VISION_TOWER:=./playground/mini/cache/models/dinov2-small}"
+    : "${DATA_PATH:=$DATA/mini/train/scenes.json}" "${IMAGE_FOLDER:=$DATA/mini/train}" "${PAD_PATH:=$DATA/mini/train/pad.jsonl}"
+    : "${VERSION:=chatml_direct}" "${MAX_STEPS:=50}"
+    : "${NUM_GPUS:=1}" "${GLOBAL_BATCH_SIZE:=8}" "${LEARNING_RATE:=$learning_rate}"
+    : "${SAVE_STEPS:=25}" "${GRADIENT_CHECKPOINTING:=False}" "${DATALOADER_NUM_WORKERS:=0}" "${REPORT_TO:=none}"
+    device_flags=(${DEEPSPEED:+--deepspeed "$DEEPSPEED"} --use_cpu True --bf16 False)
+}
+
+# nearest_divisor NUMBER WISH [at_most]: the divisor of NUMBER closest to WISH, the smaller of two at equal distance.
+nearest_divisor() {
+    local number=$1 wish=$2 distance
+    for ((distance = 0; distance < number + wish; distance++)); do
+        if ((wish > distance && number % (wish - distance) == 0)); then
+            echo $((wish - distance))
+            return
+        elif [ -z "${3:-}" ] && ((number % (wish + distance) == 0)); then
+            echo $((wish + distance))
+            return
+        fi
+    done
+}
+
+# devices * per_device_batch * accumulation = GLOBAL_BATCH_SIZE, or a refusal.
+share_out_batch() {
+    local devices=$((NNODES * NUM_GPUS)) share
+    ((GLOBAL_BATCH_SIZE % devices == 0)) ||
+        die "a global batch of $GLOBAL_BATCH_SIZE cannot be shared out among $devices devices; the nearest number that can: $(nearest_divisor "$GLOBAL_BATCH_SIZE" "$devices")"
+    share=$((GLOBAL_BATCH_SIZE / devices))
+    per_device_batch=${PER_DEVICE_TRAIN_BATCH_SIZE:-$(nearest_divisor "$share" "$batch_limit" at_most)}
+    ((share % per_device_batch == 0)) ||
+        die "PER_DEVICE_TRAIN_BATCH_SIZE=$per_device_batch does not divide the $share samples that a device takes of a global batch of $GLOBAL_BATCH_SIZE; the nearest that does: $(nearest_divisor "$share" "$per_device_batch")"
+    accumulation=$((share / per_device_batch))
+}
+
+# need FILE COMMAND: refuses to start without FILE and says which command makes it.
+need() {
+    [ -n "${DRY_RUN:-}" ] || [ -e "$1" ] || die "no file $1; next: $2"
+}
+
+# launch PROGRAM FLAGS...: starts one process per device, or prints the command.
+launch() {
+    local launcher word
+    if ((NNODES > 1)); then
+        launcher=(torchrun --nnodes "$NNODES" --node_rank "${NODE_RANK:?set it to the rank of this machine, from 0}"
+            --master_addr "${MASTER_ADDR:?set it to the address of the machine of rank 0}"
+            --master_port "${MASTER_PORT:-29500}" --nproc_per_node "$NUM_GPUS")
+    elif [ "$PRESET" = mini ] && ((NUM_GPUS == 1)); then
+        launcher=(python)
+    elif [ "$PRESET" = mini ]; then
+        launcher=(torchrun --nproc_per_node "$NUM_GPUS")
+    elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        launcher=(deepspeed --include "localhost:$CUDA_VISIBLE_DEVICES")
+    else
+        launcher=(deepspeed --num_gpus "$NUM_GPUS")
+    fi
+    if [ -z "${DRY_RUN:-}" ]; then
+        exec "${launcher[@]}" "$@"
+    fi
+    printf '%q ' "${launcher[@]}"
+    printf '%q' "$1"
+    for word in "${@:2}"; do
+        case $word in
+            --*) printf ' \\\n    %q' "$word" ;;
+            *)   printf ' %q' "$word" ;;
+        esac
+    done
+    echo
+}
+
+# Which stage 1 a finetuning starts from: the row of the table.
+choose_stage1() {
+    case ${STAGE1:-patchaligned} in
+        patchaligned) run=-patchaligned$run;  made_by=pretrain_patchaligned.sh ;;
+        captions)     made_by=pretrain.sh ;;
+        *)            die "unknown STAGE1=$STAGE1; choose patchaligned or captions" ;;
+    esac
+    : "${PRETRAIN_MM_MLP_ADAPTER:=./checkpoints/$family$projector_suffix${run%-lora}-pretrain/mm_projector.bin}"
+    need "$PRETRAIN_MM_MLP_ADAPTER" "bash scripts/v1_5/$made_by, or set PRETRAIN_MM_MLP_ADAPTER"
+}
+
+choose_projector
+case $PRESET in
+    full) preset_full ;;
+    mini) preset_mini ;;
+    *)    die "unknown PRESET=$PRESET; choose full or mini" ;;
+esac
+if [ "$stage" != pretrain ]; then choose_stage1; fi
+share_out_batch
+
+if [ "$PRESET" = mini ] && [ -z "${DRY_RUN:-}" ]; then
+    DATA=$DATA bash scripts/prepare_mini.sh
+fi
+need "$DATA_PATH" "bash scripts/prepare_data.sh --check"
+
+common_flags=(
+    --model_name_or_path "$MODEL_NAME_OR_PATH"
+    --vision_tower "$VISION_TOWER"
+    --mm_projector_type "$MM_PROJECTOR_TYPE"
+    --mm_vision_select_layer -2
+    --mm_use_im_start_end False
+    --mm_use_im_patch_token False
+    --data_path "$DATA_PATH"
+    --image_folder "$IMAGE_FOLDER"
+    --lazy_preprocess True
+    --output_dir "${OUTPUT_DIR:=./checkpoints/$family$projector_suffix$run}"
+    --num_train_epochs "${NUM_TRAIN_EPOCHS:-1}"
+    ${MAX_STEPS:+--max_steps "$MAX_STEPS"}
+    --per_device_train_batch_size "$per_device_batch"
+    --gradient_accumulation_steps "$accumulation"
+    --learning_rate "$LEARNING_RATE"
+    --weight_decay 0.
+    --warmup_ratio 0.03
+    --lr_scheduler_type cosine
+    --model_max_length "${MODEL_MAX_LENGTH:-2048}"
+    --gradient_checkpointing "$GRADIENT_CHECKPOINTING"
+    --save_strategy steps
+    --save_steps "$SAVE_STEPS"
+    --save_total_limit "${SAVE_TOTAL_LIMIT:-1}"
+    --logging_steps "${LOGGING_STEPS:-1}"
+    --dataloader_num_workers "$DATALOADER_NUM_WORKERS"
+    --report_to "$REPORT_TO"
+    --seed "${SEED:-42}"
+    "${device_flags[@]}"
+)

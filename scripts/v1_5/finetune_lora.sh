@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Stage 2 with LoRA on the LLM (rank 128) instead of all its weights; the projector learns as in finetune.sh, at a rate of
+# its own. STAGE1 as in finetune.sh. Variables: see common.sh.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+stage=finetune_lora run=-lora global_batch=128 learning_rate=2e-4
+source scripts/v1_5/common.sh
+
+launch llava/train/train_mem.py \
+    --version "$VERSION" \
+    --pretrain_mm_mlp_adapter "$PRETRAIN_MM_MLP_ADAPTER" \
+    --image_aspect_ratio pad \
+    --group_by_modality_length True \
+    --lora_enable True \
+    --lora_r 128 \
+    --lora_alpha 256 \
+    --mm_projector_lr 2e-5 \
+    "${common_flags[@]}" "$@"
