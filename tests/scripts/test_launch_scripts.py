@@ -1,0 +1,226 @@
+"""The training scripts print commands that the real argument parser reads as the paper's recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.train.arguments import parse_arguments
+from patch_aligned.arguments import PatchArguments
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts" / "v1_5"
+RECIPES = ("pretrain", "pretrain_patchaligned", "finetune", "finetune_lora")
+GLOBAL_BATCH = {"pretrain": 256, "pretrain_patchaligned": 256, "finetune": 128, "finetune_lora": 128}
+LEARNING_RATE = {"pretrain": 1e-3, "pretrain_patchaligned": 1e-3, "finetune": 2e-5, "finetune_lora": 2e-4}
+
+
+def run_script(name: str, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs a training script in an environment that holds nothing but `variables`."""
+    environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", **variables}
+    command = ["bash", str(SCRIPTS / f"{name}.sh"), *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def printed_words(name: str, *flags: str, **variables: str) -> list[str]:
+    """The printed command as a shell would read it, were it pasted."""
+    result = run_script(name, *flags, **variables)
+    assert result.returncode == 0, result.stderr
+    paste = ["bash", "-c", f"printf '%s\\0' {result.stdout}"]
+    pasted = subprocess.run(paste, capture_output=True, text=True, check=True)
+    return pasted.stdout.split("\0")[:-1]
+
+
+def parse(words: list[str]) -> tuple[Any, Any, Any, Any]:
+    """Reads a printed command with the parser of training. DeepSpeed and bfloat16 would ask for devices: left out."""
+    program = next(i for i, word in enumerate(words) if word.endswith("train_mem.py"))
+    argv = words[program + 1 :]
+    for flag in ("--deepspeed", "--bf16"):
+        if flag in argv:
+            at = argv.index(flag)
+            del argv[at : at + 2]
+    plugin = PatchArguments if words[program].startswith("patch_aligned") else None
+    return parse_arguments([*argv, "--use_cpu", "True"], plugin)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"NUM_GPUS": "1"},
+        {"NUM_GPUS": "4", "GPU": "24g"},
+        {"NUM_GPUS": "16"},
+        {"GPU": "24g", "LLM": "vicuna13b"},
+        {"PROJECTOR": "linear", "PER_DEVICE_TRAIN_BATCH_SIZE": "2"},
+        {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "head"},
+    ],
+    ids=lambda variables: "-".join(f"{key}={value}" for key, value in variables.items()) or "defaults",
+)
+def test_recipe_keeps_its_global_batch_and_hyper_parameters(recipe: str, variables: dict[str, str]) -> None:
+    model, data, training, _ = parse(printed_words(recipe, **variables))
+    devices = int(variables.get("NUM_GPUS", 8)) * int(variables.get("NNODES", 1))
+    batch = devices * training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert batch == GLOBAL_BATCH[recipe]
+    assert training.learning_rate == LEARNING_RATE[recipe]
+    assert training.lr_scheduler_type == "cosine"
+    assert training.warmup_steps == pytest.approx(0.03)
+    assert training.weight_decay == 0
+    assert training.num_train_epochs == 1
+    assert training.max_steps == -1
+    assert training.model_max_length == 2048
+    assert model.mm_vision_select_layer == -2
+    assert not model.mm_use_im_patch_token
+    assert not model.mm_use_im_start_end
+    assert model.mm_projector_type == ("linear" if variables.get("PROJECTOR") == "linear" else "mlp2x_gelu")
+    stage1 = recipe.startswith("pretrain")
+    assert data.image_aspect_ratio == ("square" if stage1 else "pad")
+    assert model.tune_mm_mlp_adapter == stage1
+    assert model.version == ("plain" if stage1 else "v1")
+    assert training.group_by_modality_length == (not stage1)
+    assert training.lora_enable == (recipe == "finetune_lora")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_eight_gpus_go_through_deepspeed_in_bfloat16(recipe: str) -> None:
+    words = printed_words(recipe)
+    assert words[:3] == ["deepspeed", "--num_gpus", "8"]
+    assert words[words.index("--bf16") + 1] == "True"
+    assert words[words.index("--tf32") + 1] == "True"
+    config = json.loads((ROOT / words[words.index("--deepspeed") + 1]).read_text())
+    assert config["zero_optimization"]["stage"] == (2 if recipe.startswith("pretrain") else 3)
+
+
+def test_patch_aligned_differs_from_the_baseline_in_the_patch_flags_alone() -> None:
+    baseline, aligned = printed_words("pretrain"), printed_words("pretrain_patchaligned")
+    patch_flags = [word for word in aligned if word.startswith("--patch_")]
+    for flag in patch_flags:
+        at = aligned.index(flag)
+        del aligned[at : at + 2]
+    assert patch_flags
+    different = [(a, b) for a, b in zip(baseline, aligned, strict=True) if a != b]
+    assert different == [
+        ("llava/train/train_mem.py", "patch_aligned/train_mem.py"),
+        ("./checkpoints/llava-v1.5-7b-pretrain", "./checkpoints/llava-v1.5-7b-patchaligned-pretrain"),
+    ]
+
+
+def test_patch_loss_takes_the_papers_schedule() -> None:
+    *_, patch = parse(printed_words("pretrain_patchaligned"))
+    assert (patch.patch_beta_start, patch.patch_beta_end, patch.patch_min_coverage) == (0, 5, 0.5)
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "finetune_lora"])
+@pytest.mark.parametrize(("choice", "script"), [("patchaligned", "pretrain_patchaligned"), ("captions", "pretrain")])
+def test_stage_2_starts_where_stage_1_of_the_same_row_ended(recipe: str, choice: str, script: str) -> None:
+    _, _, stage1, _ = parse(printed_words(script, PROJECTOR="linear"))
+    model, _, stage2, _ = parse(printed_words(recipe, STAGE1=choice, PROJECTOR="linear"))
+    assert model.pretrain_mm_mlp_adapter == f"{stage1.output_dir}/mm_projector.bin"
+    assert stage2.output_dir != stage1.output_dir
+
+
+def test_output_folders_of_all_rows_differ() -> None:
+    folders = []
+    for llm in ("vicuna7b", "vicuna13b"):
+        for projector in ("mlp", "linear"):
+            for recipe in ("pretrain", "pretrain_patchaligned"):
+                folders.append(parse(printed_words(recipe, LLM=llm, PROJECTOR=projector))[2].output_dir)
+            for recipe in ("finetune", "finetune_lora"):
+                for choice in ("patchaligned", "captions"):
+                    words = printed_words(recipe, LLM=llm, PROJECTOR=projector, STAGE1=choice)
+                    folders.append(parse(words)[2].output_dir)
+    assert len(set(folders)) == len(folders) == 24
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "pretrain_patchaligned", "finetune"])
+def test_mini_preset_runs_the_same_script_on_the_processor(recipe: str) -> None:
+    words = printed_words(recipe, PRESET="mini")
+    assert words[0] == "python"
+    assert "--tf32" not in words
+    assert "--deepspeed" not in words
+    assert words[words.index("--bf16") + 1] == "False"
+    model, _, training, _ = parse(words)
+    assert training.use_cpu
+    assert training.max_steps > 0
+    assert model.version == ("plain" if recipe.startswith("pretrain") else "chatml_direct")
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 8
+
+
+def test_mini_preset_takes_two_processes_and_deepspeed() -> None:
+    words = printed_words("pretrain_patchaligned", PRESET="mini", NUM_GPUS="2", DEEPSPEED="./scripts/zero2.json")
+    assert words[:3] == ["torchrun", "--nproc_per_node", "2"]
+    assert words[words.index("--deepspeed") + 1] == "./scripts/zero2.json"
+    assert words[words.index("--per_device_train_batch_size") + 1] == "4"
+
+
+def test_flags_after_the_script_win_and_odd_paths_stay_one_word() -> None:
+    words = printed_words("pretrain", "--learning_rate", "5e-4", IMAGE_FOLDER="/data/my images; rm $HOME")
+    _, data, training, _ = parse(words)
+    assert training.learning_rate == 5e-4
+    assert data.image_folder == "/data/my images; rm $HOME"
+
+
+def test_visible_devices_choose_the_gpus() -> None:
+    words = printed_words("pretrain", CUDA_VISIBLE_DEVICES="2,5")
+    assert words[:3] == ["deepspeed", "--include", "localhost:2,5"]
+    assert words[words.index("--gradient_accumulation_steps") + 1] == "4"
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"NUM_GPUS": "6"}, ["256", "6 devices", "nearest number that can: 4"]),
+        ({"NUM_GPUS": "7"}, ["7 devices", "nearest number that can: 8"]),
+        ({"PER_DEVICE_TRAIN_BATCH_SIZE": "24", "NUM_GPUS": "4"}, ["=24", "64 samples", "nearest that does: 16"]),
+        ({"LLM": "llama31"}, ["llama31", "not supported in this version", "vicuna7b"]),
+        ({"PROJECTOR": "cabstractor"}, ["cabstractor", "not supported in this version", "mlp"]),
+        ({"LLM": "gpt2"}, ["unknown LLM=gpt2", "vicuna7b"]),
+        ({"GPU": "12g"}, ["unknown GPU=12g", "80g or 24g"]),
+        ({"PRESET": "tiny"}, ["unknown PRESET=tiny", "mini"]),
+        ({"NNODES": "2"}, ["NODE_RANK"]),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_the_way_out(variables: dict[str, str], words: list[str]) -> None:
+    result = run_script("pretrain", **variables)
+    assert result.returncode != 0
+    assert result.stdout == ""
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "file", "command"),
+    [
+        ("pretrain", "blip_laion_cc_sbu_558k.json", "prepare_data.sh --check"),
+        ("finetune", "mm_projector.bin", "pretrain_patchaligned.sh"),
+    ],
+)
+def test_missing_input_stops_before_anything_is_loaded(recipe: str, file: str, command: str, tmp_path: Path) -> None:
+    projector = str(tmp_path / "mm_projector.bin")
+    result = run_script(recipe, DRY_RUN="", DATA=str(tmp_path), PRETRAIN_MM_MLP_ADAPTER=projector)
+    assert result.returncode == 1
+    assert file in result.stderr
+    assert command in result.stderr
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/**/*.sh")), ids=lambda path: path.name)
+def test_shell_scripts_parse(path: Path) -> None:
+    result = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_deepspeed_configurations_leave_the_batch_to_the_trainer(name: str) -> None:
+    config = json.loads((ROOT / "scripts" / f"{name}.json").read_text())
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert config[key] == "auto"
+    assert config["bf16"]["enabled"] == "auto"
+    # Either key would replace the Trainer's cosine schedule or its parameter groups.
+    assert not {"optimizer", "scheduler"} & config.keys()
+    if name == "zero3_offload":
+        assert config["zero_force_ds_cpu_optimizer"] is False

@@ -1,0 +1,86 @@
+"""The flags and values of LLaVA-1.5's own launch scripts are read under their names, with nothing edited."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava.train.arguments import parse_arguments
+
+_SHARED = {
+    "vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": "-2",
+    "mm_use_im_start_end": "False",
+    "mm_use_im_patch_token": "False",
+    "bf16": "True",
+    "num_train_epochs": "1",
+    "per_device_eval_batch_size": "4",
+    "gradient_accumulation_steps": "1",
+    "evaluation_strategy": "no",
+    "save_strategy": "steps",
+    "save_total_limit": "1",
+    "weight_decay": "0.",
+    "warmup_ratio": "0.03",
+    "lr_scheduler_type": "cosine",
+    "logging_steps": "1",
+    "tf32": "True",
+    "model_max_length": "2048",
+    "gradient_checkpointing": "True",
+    "dataloader_num_workers": "4",
+    "lazy_preprocess": "True",
+    "report_to": "wandb",
+}
+_STAGE_1 = {
+    "model_name_or_path": "lmsys/vicuna-13b-v1.5",
+    "version": "plain",
+    "data_path": "./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+    "image_folder": "./playground/data/LLaVA-Pretrain/images",
+    "tune_mm_mlp_adapter": "True",
+    "output_dir": "./checkpoints/llava-v1.5-13b-pretrain",
+    "per_device_train_batch_size": "32",
+    "save_steps": "24000",
+    "learning_rate": "1e-3",
+}
+_STAGE_2 = {
+    "model_name_or_path": "lmsys/vicuna-13b-v1.5",
+    "version": "v1",
+    "data_path": "./playground/data/llava_v1_5_mix665k.json",
+    "image_folder": "./playground/data",
+    "pretrain_mm_mlp_adapter": "./checkpoints/llava-v1.5-13b-pretrain/mm_projector.bin",
+    "image_aspect_ratio": "pad",
+    "group_by_modality_length": "True",
+    "output_dir": "./checkpoints/llava-v1.5-13b",
+    "per_device_train_batch_size": "16",
+    "save_steps": "50000",
+    "learning_rate": "2e-5",
+}
+_LORA = {"lora_enable": "True", "lora_r": "128", "lora_alpha": "256", "mm_projector_lr": "2e-5"}
+FLAGS = {
+    "pretrain": _SHARED | _STAGE_1,
+    "finetune": _SHARED | _STAGE_2,
+    "finetune_lora": _SHARED | _STAGE_2 | _LORA | {"learning_rate": "2e-4"},
+}
+NEEDS_A_DEVICE = ("bf16", "tf32")
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_launch_flags_of_upstream_are_read_unedited(script: str) -> None:
+    flags = {name: value for name, value in FLAGS[script].items() if name not in NEEDS_A_DEVICE}
+    argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    model, data, training, _ = parse_arguments([*argv, "--use_cpu", "True"])
+    for name, given in flags.items():
+        if name in ("warmup_ratio", "evaluation_strategy"):
+            continue
+        owner = next(part for part in (model, data, training) if hasattr(part, name))
+        value = getattr(owner, name)
+        if name == "report_to":
+            assert value == [given]
+        elif isinstance(value, bool):
+            assert value == (given == "True"), name
+        elif isinstance(value, (int, float)):
+            assert value == float(given), name
+        else:
+            assert value == given, name
+    # transformers 5 renamed these two; a share of all steps is what warmup_steps below 1 means there.
+    assert training.warmup_steps == pytest.approx(0.03)
+    assert training.eval_strategy == "no"

@@ -1,0 +1,184 @@
+"""The house rules: who may import whom, what must import without extras, how long a file may be, what it may name."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("llava", "patch_aligned")
+OUTSIDE = ("eval", "scripts", "playground", "benchmarks", "tests")
+
+# Module or package -> what it may import of the two packages. The longest matching name decides.
+LEAVES = ("llava.constants", "llava.conversation", "llava.image_geometry", "llava.plugin")
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "llava": ("llava",),
+    "llava.constants": (),
+    "llava.conversation": ("llava.constants",),
+    "llava.image_geometry": ("llava.constants",),
+    "llava.plugin": ("llava.constants",),
+    "llava.mm_utils": LEAVES,
+    "llava.utils": LEAVES,
+    "llava.model": (*LEAVES, "llava.mm_utils", "llava.utils", "llava.model"),
+    "llava.data": (*LEAVES, "llava.mm_utils", "llava.data"),
+    "llava.train": (*LEAVES, "llava.mm_utils", "llava.utils", "llava.model", "llava.data", "llava.train"),
+    "llava.eval": (*LEAVES, "llava.mm_utils", "llava.utils", "llava.model.builder", "llava.eval"),
+    "llava.serve": (*LEAVES, "llava.mm_utils", "llava.utils", "llava.model.builder", "llava.eval", "llava.serve"),
+    "patch_aligned": ("patch_aligned", "llava.constants", "llava.image_geometry"),
+    "patch_aligned.plugin": ("patch_aligned", "llava.plugin", "llava.image_geometry", "llava.constants"),
+    "patch_aligned.train_mem": ("patch_aligned", "llava.train.train"),
+    "patch_aligned.loss": (),
+    "patch_aligned.analysis": ("patch_aligned", "llava.image_geometry", "llava.model", "llava.mm_utils"),
+    "patch_aligned.analysis.von_neumann": (),
+    "patch_aligned.analysis.alignment": (),
+    "patch_aligned.analysis.matching_pursuit": (),
+    "patch_aligned.annotate": ("patch_aligned.annotate", "patch_aligned.annotations"),
+}
+# Modules that are formulas on tensors: torch and the standard library, nothing else.
+TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.von_neumann", "patch_aligned.analysis.alignment",
+              "patch_aligned.analysis.matching_pursuit")  # fmt: skip
+# Distributions that come with an extra. No module needs them to be imported.
+OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "liger_kernel", "tensorboard", "wandb", "flash_attn", "lmms_eval",
+            "pycocoevalcap", "ray", "scipy", "matplotlib", "gguf", "onnx")  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def within(name: str, allowed: str) -> bool:
+    return name == allowed or name.startswith(f"{allowed}.")
+
+
+class ImportCollector(ast.NodeVisitor):
+    """Names that a module imports when it runs, wherever the statement stands, but for those for type checkers."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.names: list[tuple[int, str]] = []
+
+    def visit_If(self, node: ast.If) -> None:
+        if "TYPE_CHECKING" in ast.unparse(node.test):
+            for statement in node.orelse:
+                self.visit(statement)
+        else:
+            self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.names += [(node.lineno, alias.name) for alias in node.names]
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        assert node.level == 0, f"{self.module}:{node.lineno}: imports are absolute here"
+        assert node.module is not None
+        for alias in node.names:
+            submodule = f"{node.module}.{alias.name}"
+            self.names.append((node.lineno, submodule if submodule in MODULES else node.module))
+
+
+def imports_of(module: str) -> list[tuple[int, str]]:
+    collector = ImportCollector(module)
+    collector.visit(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+    return collector.names
+
+
+def rule_of(module: str) -> tuple[str, ...]:
+    return MAY_IMPORT[max((name for name in MAY_IMPORT if within(module, name)), key=len)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_what_its_place_allows(module: str) -> None:
+    allowed = rule_of(module)
+    for line, name in imports_of(module):
+        where = f"{MODULES[module].relative_to(ROOT)}:{line} imports {name}"
+        assert name.split(".")[0] not in OUTSIDE, f"{where}, which is no part of the packages"
+        if name.split(".")[0] in PACKAGES:
+            assert any(within(name, other) for other in allowed), f"{where}; allowed are {', '.join(allowed) or 'none'}"
+        elif module in TORCH_ONLY:
+            top = name.split(".")[0]
+            assert top == "torch" or top in sys.stdlib_module_names, f"{where}; it is a formula on torch tensors alone"
+
+
+def test_llava_knows_nothing_of_patch_aligned() -> None:
+    for module, path in MODULES.items():
+        if within(module, "llava"):
+            assert not re.search(r"\bimport patch_aligned|from patch_aligned", path.read_text(encoding="utf-8")), module
+
+
+IMPORT_WITHOUT_EXTRAS = """
+import importlib, sys
+
+BLOCKED = set(sys.argv[1].split(","))
+
+
+class Without:
+    '''A finder that does not see the blocked distributions, as if they were not installed.'''
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in BLOCKED else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+for module in sys.argv[2].split(","):
+    importlib.import_module(module)
+"""
+
+
+def test_every_module_imports_without_the_extras() -> None:
+    playground = [module_name(path) for path in sorted((ROOT / "playground").rglob("*.py"))]
+    modules = [name for name in (*MODULES, *playground) if not name.endswith("__main__")]
+    command = [sys.executable, "-c", IMPORT_WITHOUT_EXTRAS, ",".join(OPTIONAL), ",".join(modules)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_constants_cost_no_torch() -> None:
+    code = "import sys, llava, llava.constants, llava.conversation; sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr or "torch was imported"
+
+
+TEXT_SUFFIXES = (".py", ".sh", ".md", ".toml", ".json", ".txt", "")
+
+
+def own_text_files() -> Iterator[Path]:
+    """Files that people write: what git tracks or would track, without recorded outputs."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in listed:
+        path = ROOT / name
+        if path.is_file() and "goldens" not in path.parts and path.suffix in TEXT_SUFFIXES:
+            yield path
+
+
+def test_no_source_file_is_longer_than_400_lines() -> None:
+    sources = [path for path in own_text_files() if path.suffix in (".py", ".sh")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
+    assert not {name: length for name, length in lengths.items() if length > 400}
+
+
+def test_no_file_names_a_place_of_one_machine() -> None:
+    # A home folder, or a scratch folder under an absolute path. Written so that this line is no example of itself.
+    place = re.compile(r"(?<![\w.~$}/-])/(?:home|root|Users|work|workspace|mnt|tmp)/[\w.-]+")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {match.group()}"
+        for path in own_text_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        for match in place.finditer(line)
+    ]
+    assert not found
