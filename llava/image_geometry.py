@@ -35,20 +35,20 @@ class AxisMap(NamedTuple):
     cut: int
 
 
-class AreaWeights(NamedTuple):
-    """How much of each cell each original pixel covers, as integers of a common unit; areas are products of the two.
+class AreaTables(NamedTuple):
+    """How far each cell is filled by the pixels before a given one, as whole numbers of a common unit of length.
 
-    `rows_by_y[r, y] * cols_by_x[c, x] / cell_area` is the share of cell (r, c) that pixel (x, y) covers. Parts of a
-    cell outside the image belong to no pixel, so the shares of a cell on the padding sum to less than 1.
+    Pixel (x, y) covers `(rows_before[y + 1, r] - rows_before[y, r]) * (cols_before[x + 1, c] - cols_before[x, c])` of
+    the area `cell_area` of cell (r, c). Parts of a cell outside the image belong to no pixel.
 
     Attributes:
-        rows_by_y: float64 `[rows, height]`, whole numbers.
-        cols_by_x: float64 `[cols, width]`, whole numbers.
-        cell_area: area of one cell in the same unit.
+        rows_before: float64 `[height + 1, rows]`, from 0 to the cell's height (less at the padding).
+        cols_before: float64 `[width + 1, cols]`, likewise.
+        cell_area: area of one cell in the square of the unit.
     """
 
-    rows_by_y: np.ndarray
-    cols_by_x: np.ndarray
+    rows_before: np.ndarray
+    cols_before: np.ndarray
     cell_area: int
 
 
@@ -143,14 +143,14 @@ class ImageGeometry:
         """Model pixels `[..., 4]` -> original pixels `[..., 4]`; nothing is clipped."""
         return (_pairs(boxes_xyxy_model, 4) - np.tile(self.offset_xy, 2)) / np.tile(self.scale_xy, 2)
 
-    def area_weights(self, grid: tuple[int, int] | None = None) -> AreaWeights:
-        """Integer overlap of original pixels with the cells of `grid` (the token grid if None)."""
+    def area_tables(self, grid: tuple[int, int] | None = None) -> AreaTables:
+        """Overlap of original pixels with the cells of `grid` (the token grid if None)."""
         rows, cols = self.grid if grid is None else grid
         width, height = self.original_wh
         x, y = self.axes
-        rows_by_y, cell_height = _axis_weights(y, height, self.side, rows)
-        cols_by_x, cell_width = _axis_weights(x, width, self.side, cols)
-        return AreaWeights(rows_by_y, cols_by_x, cell_height * cell_width)
+        rows_before, cell_height = _axis_table(y, height, self.side, rows)
+        cols_before, cell_width = _axis_table(x, width, self.side, cols)
+        return AreaTables(rows_before, cols_before, cell_height * cell_width)
 
     def token_coverage(self, mask_hw: Any) -> np.ndarray:
         """Share of each token's cell that the transformed mask covers, by exact area.
@@ -176,13 +176,15 @@ class ImageGeometry:
         if mask.shape[-2:] != (height, width):
             hint = ", which is width and height swapped" if mask.shape[-2:] == (width, height) else ""
             raise ValueError(f"mask: found shape {mask.shape}{hint}; expected [..., height={height}, width={width}]")
-        weights = self.area_weights(grid)
-        area = weights.rows_by_y @ mask @ weights.cols_by_x.T  # [..., height, width] -> [..., rows, cols]
-        return area / weights.cell_area
+        tables = self.area_tables(grid)
+        rows_by_y = np.diff(tables.rows_before, axis=0).T  # [rows, height]
+        cols_by_x = np.diff(tables.cols_before, axis=0).T  # [cols, width]
+        area = rows_by_y @ mask @ cols_by_x.T  # [..., height, width] -> [..., rows, cols]
+        return area / tables.cell_area
 
 
-def _axis_weights(axis: AxisMap, length: int, side: int, cells: int) -> tuple[np.ndarray, int]:
-    """Overlap of each pixel with each cell on one axis, `[cells, length]`, and a cell's length, in a common unit."""
+def _axis_table(axis: AxisMap, length: int, side: int, cells: int) -> tuple[np.ndarray, int]:
+    """Length of each cell before each pixel, `[length + 1, cells]`, and a cell's length, in a common unit."""
     # In units of 1 / (cells * resized) original pixels every edge of a cell and of a pixel is a whole number.
     pixel = cells * axis.resized
     cell = side * axis.canvas
@@ -190,11 +192,10 @@ def _axis_weights(axis: AxisMap, length: int, side: int, cells: int) -> tuple[np
     unit = math.gcd(pixel, cell, first)
     pixel, cell, first = pixel // unit, cell // unit, first // unit
 
-    cell_starts = first + cell * np.arange(cells, dtype=np.int64)[:, None]  # [cells, 1]
-    pixel_starts = pixel * np.arange(length, dtype=np.int64)  # [length]
-    ends = np.minimum(cell_starts + cell, pixel_starts + pixel)  # [cells, length]
-    overlap = np.maximum(ends - np.maximum(cell_starts, pixel_starts), 0)
-    return overlap.astype(np.float64), cell
+    cell_starts = first + cell * np.arange(cells, dtype=np.float64)  # [cells]
+    pixel_starts = pixel * np.arange(length + 1, dtype=np.float64)[:, None]  # [length + 1, 1]
+    starts_in_image = np.maximum(cell_starts, 0)
+    return np.clip(pixel_starts, starts_in_image, np.maximum(cell_starts + cell, 0)) - starts_in_image, cell
 
 
 def _pairs(values: Any, size: int) -> np.ndarray:
