@@ -1,0 +1,350 @@
+"""Conversation templates: how turns of a dialogue become one prompt, and which parts of it are answers.
+
+A template renders its messages as `Segment`s. `get_prompt` joins their text; training labels the supervised ones. So
+what a model learns to say starts exactly where its prompt ends at inference: after "ASSISTANT:", not after the space
+that follows it.
+
+Template texts and field names are upstream's: checkpoints were trained on them, character by character.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class SeparatorStyle(Enum):
+    """How turns are set apart."""
+
+    SINGLE = auto()
+    TWO = auto()
+    MPT = auto()
+    PLAIN = auto()
+    LLAMA_2 = auto()
+
+
+class Segment(NamedTuple):
+    """A piece of a prompt.
+
+    Attributes:
+        text: the piece, to be joined without anything in between.
+        supervised: whether the model is to produce it: an answer with the separator that closes it.
+    """
+
+    text: str
+    supervised: bool = False
+
+
+@dataclass
+class Conversation:
+    """A dialogue and the template it is written in. Copy an entry of `conv_templates` and append messages.
+
+    Attributes:
+        system: text before the first turn.
+        roles: names of the asker and of the assistant, as the template spells them.
+        messages: `[role, text]` in order. A text of None or "" leaves the turn open, for the model to fill; a tuple
+            `(text, image, mode)` carries an image, see `process_image`.
+        offset: how many leading messages are examples that belong to the template.
+        sep_style, sep, sep2: what closes the turns.
+        version: family name by which training code chooses; "mmtag" in it puts tags around images.
+        skip_next: read by chat servers, unused here.
+    """
+
+    system: str
+    roles: tuple[str, str]
+    messages: Any
+    offset: int
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
+    sep: str = "###"
+    sep2: str | None = None
+    version: str = "Unknown"
+    skip_next: bool = False
+
+    def segments(self) -> Iterator[Segment]:
+        """The prompt in pieces, answers marked.
+
+        Raises:
+            ValueError: for an unknown style, or a `LLAMA_2` conversation that does not start with the asker's text.
+        """
+        if self.sep_style not in _RENDERERS:
+            raise ValueError(f"sep_style: found {self.sep_style!r}, expected one of {[s.name for s in SeparatorStyle]}")
+        turns = [(role, message[0] if isinstance(message, tuple) else message) for role, message in self._messages()]
+        return _RENDERERS[self.sep_style](self, turns)
+
+    def get_prompt(self) -> str:
+        """The dialogue as one string, ending where the model is to go on if the last turn is open."""
+        return "".join(segment.text for segment in self.segments())
+
+    def append_message(self, role: str, message: Any) -> None:
+        """Adds a turn at the end."""
+        self.messages.append([role, message])
+
+    def _messages(self) -> list[tuple[str, Any]]:
+        """Messages with the image of the first one, if it carries one, written as text."""
+        messages = [(role, message) for role, message in self.messages]
+        if not messages or not isinstance(messages[0][1], tuple):
+            return messages
+        role, (text, *_) = messages[0]
+        text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        if "mmtag" in self.version:
+            received = [(self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"), (self.roles[1], "Received.")]
+            return [*received, (role, text), *messages[1:]]
+        return [(role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"), *messages[1:]]
+
+    def process_image(
+        self,
+        image: Image,
+        image_process_mode: str,
+        return_pil: bool = False,
+        image_format: str = "PNG",
+        max_len: int = 1344,
+        min_len: int = 672,
+    ) -> Image | str:
+        """Prepares an image for display or for sending: shaped by mode, and made smaller if longer than `max_len`.
+
+        Args:
+            image: the picture.
+            image_process_mode: "Pad" (centred on a square of CLIP's mean colour), "Default" or "Crop" (as it is),
+                "Resize" (336 x 336).
+            return_pil: return the picture instead of its base64 text.
+            image_format: file format inside the base64 text.
+            max_len: longest side allowed, pixels.
+            min_len: shortest side after making it smaller, pixels, at most.
+
+        Raises:
+            ValueError: for another mode.
+        """
+        if image_process_mode == "Pad":
+            image = _centred_on_square(image, (122, 116, 104))
+        elif image_process_mode == "Resize":
+            image = image.resize((336, 336))
+        elif image_process_mode not in ("Default", "Crop"):
+            raise ValueError(f"image_process_mode: found {image_process_mode!r}, expected Pad, Default, Crop or Resize")
+        longest, shortest = max(image.size), min(image.size)
+        if longest > max_len:
+            ratio = longest / shortest
+            shortest = int(min(max_len / ratio, min_len, shortest))
+            longest = int(shortest * ratio)
+            width, height = image.size
+            image = image.resize((shortest, longest) if height > width else (longest, shortest))
+        if return_pil:
+            return image
+        buffer = BytesIO()
+        image.save(buffer, format=image_format)
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    def get_images(self, return_pil: bool = False) -> list[Image | str]:
+        """Images of the asker's messages, prepared by `process_image`."""
+        asked = [message for _, message in self.messages[self.offset :][::2]]
+        return [self.process_image(m[1], m[2], return_pil=return_pil) for m in asked if isinstance(m, tuple)]
+
+    def to_gradio_chatbot(self) -> list[list[str | None]]:
+        """Pairs of question and answer, images as HTML, as a chat window shows them."""
+        pairs: list[list[str | None]] = []
+        for position, (_, message) in enumerate(self.messages[self.offset :]):
+            if position % 2:
+                pairs[-1][1] = message
+            elif isinstance(message, tuple):
+                text, image, mode = message
+                encoded = self.process_image(image, mode, image_format="JPEG")
+                picture = f'<img src="data:image/jpeg;base64,{encoded}" alt="user upload image" />'
+                pairs.append([picture + text.replace(DEFAULT_IMAGE_TOKEN, "").strip(), None])
+            else:
+                pairs.append([message, None])
+        return pairs
+
+    def copy(self) -> Conversation:
+        """A conversation of its own: appending to it leaves this one as it is."""
+        messages = [[role, message] for role, message in self.messages]
+        return Conversation(
+            self.system, self.roles, messages, self.offset, self.sep_style, self.sep, self.sep2, self.version
+        )
+
+    def dict(self) -> Mapping[str, Any]:
+        """Fields that can be written as JSON; of messages with an image, the text."""
+        messages = [[role, message[0] if isinstance(message, tuple) else message] for role, message in self.messages]
+        return {
+            "system": self.system,
+            "roles": self.roles,
+            "messages": messages,
+            "offset": self.offset,
+            "sep": self.sep,
+            "sep2": self.sep2,
+        }
+
+
+def _centred_on_square(image: Image, colour: tuple[int, int, int]) -> Image:
+    from PIL import Image
+
+    side = max(image.size)
+    square = Image.new(image.mode, (side, side), colour if len(image.getbands()) == 3 else colour[0])
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+Turns = list[tuple[str, "str | None"]]
+
+
+def _render_named(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
+    """`SINGLE` and `TWO`: "ROLE: text" and a separator; `TWO` has one for each side."""
+    separators = (conversation.sep, conversation.sep)
+    if conversation.sep_style is SeparatorStyle.TWO:
+        separators = (conversation.sep, conversation.sep2 or "")
+    yield Segment(conversation.system + separators[0])
+    for position, (role, text) in enumerate(turns):
+        yield Segment(f"{role}:")
+        if text:
+            yield Segment(f" {text}{separators[position % 2]}", supervised=position % 2 == 1)
+
+
+def _render_mpt(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
+    """`MPT`, also ChatML: roles bring their own opening mark and line break."""
+    yield Segment(conversation.system + conversation.sep)
+    for position, (role, text) in enumerate(turns):
+        yield Segment(role)
+        if text:
+            yield Segment(text + conversation.sep, supervised=position % 2 == 1)
+
+
+def _render_llama_2(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
+    """`LLAMA_2`: "[INST] ... [/INST]", the system text inside the first one; the tokenizer adds the first "<s>"."""
+    if turns and (not turns[0][1] or turns[0][0] != conversation.roles[0]):
+        raise ValueError(f"a LLAMA_2 conversation starts with text of {conversation.roles[0]!r}, found {turns[0]!r}")
+    system = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""
+    for position, (_, text) in enumerate(turns):
+        if not text:
+            continue
+        if position % 2:
+            yield Segment(f" {text} {conversation.sep2}", supervised=True)
+        else:
+            opening = f"[INST] {system}" if position == 0 else f"{conversation.sep}[INST] "
+            yield Segment(f"{opening}{text} [/INST]")
+
+
+def _render_plain(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
+    """`PLAIN`: texts and separators, no roles."""
+    yield Segment(conversation.system)
+    separators = (conversation.sep, conversation.sep2 or conversation.sep)
+    for position, (_, text) in enumerate(turns):
+        if text:
+            yield Segment(text + separators[position % 2], supervised=position % 2 == 1)
+
+
+_RENDERERS: dict[SeparatorStyle, Callable[[Conversation, Turns], Iterator[Segment]]] = {
+    SeparatorStyle.SINGLE: _render_named,
+    SeparatorStyle.TWO: _render_named,
+    SeparatorStyle.MPT: _render_mpt,
+    SeparatorStyle.PLAIN: _render_plain,
+    SeparatorStyle.LLAMA_2: _render_llama_2,
+}
+
+_POLITE_TO_HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions."
+)
+
+_POLITE_TO_USER = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions."
+)
+
+_LLAMA_2_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
+    "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or "
+    "illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "something not correct. If you don't know the answer to a question, please don't share false information."
+)
+
+_SEES_TAGGED_IMAGES = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to "
+    "understand the visual content that the user provides, and assist the user with a variety of tasks using "
+    "natural language.The visual content will be provided with the following format: <Image>visual "
+    "content</Image>."
+)
+
+_LLAVA_LLAMA_2_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language."
+)
+
+_MPT_SYSTEM = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+)
+
+_EXAMPLE_QUESTION = "What are the key differences between renewable and non-renewable energy sources?"
+
+_EXAMPLE_ANSWER = (
+    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of "
+    "time, such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other "
+    "hand, are finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key "
+    "differences between renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources "
+    "are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than "
+    "non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, and other "
+    "negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have "
+    "lower operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations "
+    "than non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different "
+    "situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable "
+    "sources are not, and their depletion can lead to economic and social instability.\n"
+)
+
+
+def _llama_2(system: str, sep: str = "<s>") -> Conversation:
+    return Conversation(system, ("USER", "ASSISTANT"), (), 0, SeparatorStyle.LLAMA_2, sep, "</s>", "llama_v2")
+
+
+def _vicuna(system: str, version: str = "v1") -> Conversation:
+    return Conversation(system, ("USER", "ASSISTANT"), (), 0, SeparatorStyle.TWO, " ", "</s>", version)
+
+
+def _chatml(system: str) -> Conversation:
+    roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+    return Conversation(f"<|im_start|>system\n{system}", roles, (), 0, SeparatorStyle.MPT, "<|im_end|>", version="mpt")
+
+
+def _plain() -> Conversation:
+    return Conversation("", ("", ""), (), 0, SeparatorStyle.PLAIN, "\n")
+
+
+_example = (("Human", _EXAMPLE_QUESTION), ("Assistant", _EXAMPLE_ANSWER))
+_v0 = Conversation(_POLITE_TO_HUMAN, ("Human", "Assistant"), _example, 2)
+_v1 = _vicuna(_POLITE_TO_USER)
+_chatml_direct = _chatml("Answer the questions.")
+
+conv_templates: dict[str, Conversation] = {
+    "default": _v0,
+    "v0": _v0,
+    "v1": _v1,
+    "vicuna_v1": _v1,
+    "llama_2": _llama_2(_LLAMA_2_SYSTEM),
+    "mistral_instruct": _llama_2("", sep=""),
+    "chatml_direct": _chatml_direct,
+    "mistral_direct": _chatml_direct,
+    "plain": _plain(),
+    "v0_plain": _plain(),
+    "llava_v0": Conversation(_POLITE_TO_HUMAN, ("Human", "Assistant"), (), 0),
+    "v0_mmtag": Conversation(_SEES_TAGGED_IMAGES, ("Human", "Assistant"), (), 0, version="v0_mmtag"),
+    "llava_v1": _vicuna(_POLITE_TO_HUMAN),
+    "v1_mmtag": _vicuna(_SEES_TAGGED_IMAGES, "v1_mmtag"),
+    "llava_llama_2": _llama_2(_LLAVA_LLAMA_2_SYSTEM),
+    "mpt": _chatml(_MPT_SYSTEM),
+}
+"""Every template by name. Shared by the whole process: `copy` before appending."""
+
+default_conversation = _v1
+"""Read only by code that names no template, as upstream's scripts do; this package always passes one explicitly."""

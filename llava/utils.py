@@ -1,0 +1,55 @@
+"""Small functions that code written against LLaVA imports from here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from llava.constants import LOGDIR
+
+
+def rank0_print(*args: Any) -> None:
+    """Logs its arguments, separated by spaces, on the first process of each machine."""
+    if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
+        logging.getLogger("llava").info("%s", " ".join(str(argument) for argument in args))
+
+
+def disable_torch_init() -> None:
+    """Does nothing.
+
+    Upstream's version switched off the initialisation of linear and normalisation layers to save seconds at loading,
+    for the rest of the process: layers built later, a projector for instance, kept whatever was in memory. Loading
+    skips initialisation by itself today.
+    """
+
+
+def build_logger(logger_name: str, logger_filename: str) -> logging.Logger:
+    """A logger that also writes to `logger_filename` in `LOGDIR`; standard output is left alone."""
+    logger = logging.getLogger(logger_name)
+    logger.setLevel(logging.INFO)
+    path = Path(LOGDIR) / logger_filename
+    known = [handler.baseFilename for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
+    if str(path.absolute()) not in known:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s"))
+        logger.addHandler(handler)
+    return logger
+
+
+def pretty_print_semaphore(semaphore: Any) -> str:
+    """State of an asyncio semaphore, for a server's status line."""
+    if semaphore is None:
+        return "None"
+    return f"Semaphore(value={semaphore._value}, locked={semaphore.locked()})"
+
+
+def violates_moderation(text: str) -> bool:
+    """Refuses: upstream sends the text to a commercial service, which this package does not.
+
+    Raises:
+        NotImplementedError: always; a server that moderates brings its own check.
+    """
+    raise NotImplementedError("violates_moderation is not supported; call a moderation service of your own choice")
