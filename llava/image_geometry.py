@@ -62,8 +62,8 @@ class ImageGeometry:
         mode: `crop` (shortest edge resized, centre cut out), `pad` (centred on a square canvas, then resized) or
             `anyres` (the base tile: the whole image squeezed to the square).
         grid: rows and columns of visual tokens over the model image.
-        shortest_edge: length to which the processor resizes the shortest edge before its centre crop of `side`;
-            None means `side`, as CLIP's processors have it.
+        shortest_edge: length to which the shortest edge is resized before the centre crop of `side`; None means `side`,
+            as CLIP's processors have it.
     """
 
     original_wh: tuple[int, int]
@@ -106,7 +106,7 @@ class ImageGeometry:
         """The exact integer maps of x and y."""
         edge = self.side if self.shortest_edge is None else self.shortest_edge
         if self.mode == "anyres":
-            pads, canvases, resized = (0, 0), self.original_wh, (self.side, self.side)
+            pads, canvases, resized = (0, 0), self.original_wh, (edge, edge)
         elif self.mode == "pad":
             longest = max(self.original_wh)
             pads, canvases, resized = square_padding_xy(self.original_wh), (longest, longest), (edge, edge)

@@ -27,7 +27,6 @@ from llava.image_geometry import (
 __all__ = [
     "KeywordsStoppingCriteria",
     "UnreadableImageError",
-    "count_image_tokens",
     "divide_to_patches",
     "expand2square",
     "get_anyres_image_grid_shape",
@@ -196,18 +195,13 @@ def _processed_side(processor: Any) -> int:
     return height
 
 
-def count_image_tokens(prompt: str) -> int:
-    """How many images a prompt refers to."""
-    return prompt.count(DEFAULT_IMAGE_TOKEN)
-
-
 def require_image_tokens(prompt: str, images: int, where: str) -> None:
     """Checks that a prompt has one `<image>` for each image.
 
     Raises:
         ValueError: naming `where`, what was found and what was expected.
     """
-    found = count_image_tokens(prompt)
+    found = prompt.count(DEFAULT_IMAGE_TOKEN)
     if found != images:
         raise ValueError(
             f"{where}: found {found} {DEFAULT_IMAGE_TOKEN} in the text, expected {images}, one for each image; "

@@ -20,7 +20,7 @@ from llava.image_geometry import (
     letterboxed_wh,
     select_best_resolution,
 )
-from llava.mm_utils import process_images
+from llava.mm_utils import image_geometry_of, process_images
 
 MODES = ("square", "pad", "anyres")
 SIZES = [(448, 336), (336, 448), (640, 480), (333, 500), (501, 333), (97, 61), (336, 336), (20, 31), (90, 400)]
@@ -62,18 +62,21 @@ def exact_coverage(geometry: ImageGeometry, mask: np.ndarray) -> list[list[Fract
     ]
 
 
+@pytest.mark.parametrize("shortest_edge", [112, 131])
 @pytest.mark.parametrize("aspect_ratio", [None, *MODES])
 @pytest.mark.parametrize("size_wh", SIZES)
-def test_edges_land_where_the_processor_puts_them(aspect_ratio: str | None, size_wh: tuple[int, int]) -> None:
+def test_edges_land_where_the_processor_puts_them(
+    aspect_ratio: str | None, size_wh: tuple[int, int], shortest_edge: int
+) -> None:
     """A bright half-plane on grey: its area in the processed image tells where its edge has gone."""
     side = 112
     processor = CLIPImageProcessorPil(
-        size={"shortest_edge": side},
+        size={"shortest_edge": shortest_edge},
         crop_size={"height": side, "width": side},
         image_mean=[0.0, 0.0, 0.0],  # the padding is then black as well
         image_std=[1.0, 1.0, 1.0],
     )
-    geometry = ImageGeometry.of(aspect_ratio, size_wh, side, (8, 8))
+    geometry = image_geometry_of(size_wh, processor, aspect_ratio, (8, 8))
     config = SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=[[side, side]])
     checked = 0
     for axis, length in enumerate(size_wh):
