@@ -1,0 +1,192 @@
+"""From `NAME=PATH` on a command line to a projector that can be measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.multimodal_projector.weights import load_projector, projector_state, read_projector_file
+from patch_aligned.analysis.checkpoint_tensors import checkpoint_shards, read_checkpoint_tensors
+from patch_aligned.analysis.embeddings import MeasuredProjector, SharedTower, WordEmbeddings
+
+PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
+DEFAULT_CONFIG = {"mm_projector_type": "mlp2x_gelu"}
+"""LLaVA-1.5's projector: what random weights are arranged as when no trained projector is measured beside them."""
+
+
+@dataclass(frozen=True)
+class ProjectorSource:
+    """Where a projector comes from, resolved before anything large is read.
+
+    Attributes:
+        name: as it appears in tables.
+        path: file with the projector's weights, or folder of a full checkpoint; None for random weights.
+        seed: seed of random weights.
+        config: the run's config.json beside the weights; empty where there is none.
+    """
+
+    name: str
+    path: Path | None
+    seed: int
+    config: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, specification: str) -> ProjectorSource:
+        """Understands `NAME=PATH` and `NAME=random[:SEED]`.
+
+        PATH is a folder of stage 1 (`mm_projector.bin` and `config.json`), the file itself, a LoRA folder
+        (`non_lora_trainables.bin`) or the folder of a full checkpoint.
+
+        Raises:
+            ValueError: the specification cannot be understood, or the checkpoint trained its vision tower.
+            FileNotFoundError: there is no such path, or the folder holds no weights.
+        """
+        where = f"--projector {specification}"
+        name, _, value = specification.partition("=")
+        if not name or not value:
+            raise ValueError(
+                f"{where}: expected NAME=PATH or NAME=random[:SEED], "
+                "for example --projector llava=checkpoints/llava-v1.5-7b-pretrain"
+            )
+        if match := re.fullmatch(r"random(?::(\d+))?", value):
+            return cls(name, None, int(match.group(1) or 0), {})
+        path = Path(value)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{where}: there is no {path}. Stage 1 writes mm_projector.bin and config.json to its --output_dir: "
+                "pass that folder."
+            )
+        config_file = (path if path.is_dir() else path.parent) / "config.json"
+        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        if path.is_file():
+            return cls(name, path, 0, config)
+        for candidate in PROJECTOR_FILES:
+            if (path / candidate).is_file():
+                return cls(name, path / candidate, 0, config)
+        if not checkpoint_shards(str(path)):
+            raise FileNotFoundError(
+                f"{where}: {path} holds neither {', '.join(PROJECTOR_FILES)} nor the weights of a full checkpoint. "
+                "Pass the --output_dir of a finished training run."
+            )
+        if config.get("unfreeze_mm_vision_tower"):
+            raise ValueError(
+                f"{where}: this checkpoint trained its vision tower, so it cannot share one with other projectors. "
+                "Only projectors of a frozen tower can be measured side by side."
+            )
+        return cls(name, path, 0, config)
+
+    @property
+    def is_full_checkpoint(self) -> bool:
+        """Whether the path holds a whole model, with word embeddings of its own."""
+        return self.path is not None and self.path.is_dir()
+
+    def build(
+        self, tower: SharedTower, base_words: WordEmbeddings, default_config: Mapping[str, Any]
+    ) -> MeasuredProjector:
+        """Builds the projector between the tower and the LLM and loads its weights.
+
+        Args:
+            tower: gives the input width.
+            base_words: give the output width, unless the checkpoint has its own.
+            default_config: decides the architecture of random weights.
+
+        Raises:
+            ValueError: the weights are of another width or kind; both shapes are named.
+        """
+        words = WordEmbeddings.load(str(self.path)) if self.is_full_checkpoint else base_words
+        state: dict[str, Tensor] = {}
+        if self.is_full_checkpoint:
+            state = read_checkpoint_tensors(str(self.path), lambda name: "mm_projector." in name)
+        elif self.path is not None:
+            state = read_projector_file(self.path)
+        config = dict(self.config) or (architecture_of(state) if state else dict(default_config))
+        config |= {"mm_hidden_size": tower.width, "hidden_size": words.width}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            projector = build_vision_projector(SimpleNamespace(**config))
+        if self.path is not None:
+            load_projector(projector, state, self.path)
+        source = str(self.path or f"random weights, seed {self.seed}, {config.get('mm_projector_type', 'linear')}")
+        return MeasuredProjector(self.name, source, projector.to(tower.device, torch.float32).eval(), words)
+
+
+def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Config of a projector without config.json, from the names of its tensors: `linear` or `mlpNx_gelu`.
+
+    Raises:
+        ValueError: the names are those of neither.
+    """
+    names = set(projector_state(state))
+    if names == {"weight", "bias"}:
+        return {"mm_projector_type": "linear"}
+    if not all(re.fullmatch(r"\d+\.(weight|bias)", name) for name in names):
+        raise ValueError(
+            f"The projector holds {sorted(names)[:4]}: neither a linear one nor an MLP. Put the config.json of its "
+            "training run beside it, so that its architecture is known."
+        )
+    return {"mm_projector_type": f"mlp{len(names) // 2}x_gelu"}
+
+
+def parse_projectors(specifications: Sequence[str]) -> list[ProjectorSource]:
+    """Parses all `--projector` options.
+
+    Raises:
+        ValueError: there is none, or two share a name.
+    """
+    sources = [ProjectorSource.parse(specification) for specification in specifications]
+    names = [source.name for source in sources]
+    if not sources:
+        raise ValueError("No projector to measure: pass --projector NAME=PATH at least once.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--projector: the name {twice[0]!r} is given twice; every projector needs a name of its own.")
+    return sources
+
+
+def default_config_of(sources: Sequence[ProjectorSource]) -> Mapping[str, Any]:
+    """The first trained projector's config: random weights beside it are arranged the same way."""
+    return next((source.config for source in sources if source.config), DEFAULT_CONFIG)
+
+
+def load_tower(
+    sources: Sequence[ProjectorSource], vision_tower: str | None, image_aspect_ratio: str | None, device: str
+) -> SharedTower:
+    """The tower that all projectors were trained on, with the settings of their configs.
+
+    Args:
+        sources: the projectors.
+        vision_tower: folder or hub name; None takes it from the first config that names one.
+        image_aspect_ratio: `square` or `pad`; None takes it from the first config, else `square`.
+        device: where the tower runs.
+
+    Raises:
+        ValueError: no tower is named, or the projectors read different layers.
+    """
+    configs = {source.name: source.config for source in sources if source.config}
+    name = vision_tower or next((c["mm_vision_tower"] for c in configs.values() if c.get("mm_vision_tower")), None)
+    if name is None:
+        raise ValueError("No vision tower is named by any projector's config.json: pass --vision-tower PATH.")
+    shared: dict[str, Any] = {}
+    for key, default in (("mm_vision_select_layer", -2), ("mm_vision_select_feature", "patch")):
+        values = {projector: config.get(key, default) for projector, config in configs.items()}
+        if len(set(values.values())) > 1:
+            raise ValueError(
+                f"The projectors were trained on different features: {key} is {values}. Measure them apart."
+            )
+        shared[key] = next(iter(values.values()), default)
+    trained_with = next((c["image_aspect_ratio"] for c in configs.values() if c.get("image_aspect_ratio")), "square")
+    return SharedTower(
+        name,
+        image_aspect_ratio or trained_with,
+        shared["mm_vision_select_layer"],
+        shared["mm_vision_select_feature"],
+        device,
+    )
