@@ -1,1 +1,1 @@
-"""Training data: tokenisation with label spans, the dataset, batching and sampling order."""
+"""Training data: records on disk, tokenisation with labels, samples, batches and their order."""
