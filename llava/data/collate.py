@@ -1,0 +1,121 @@
+"""From samples to a batch, and the check that a sequence has room for its image.
+
+Letters: B rows, T positions of the longest row, N images of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.tokenization import pad_rows
+
+if TYPE_CHECKING:
+    from llava.plugin import TrainingPlugin
+
+SMALLEST_TEXT_BUDGET = 16
+"""Tokens that must be left beside the images of a sequence: with fewer, no template fits, let alone an answer."""
+
+
+@dataclass
+class DataCollatorForSupervisedDataset:
+    """Joins samples of `LazySupervisedDataset`.
+
+    Rows are cut at `tokenizer.model_max_length` (before images are put in; the model cuts once more) and padded on the
+    right. The batch holds `input_ids`, `labels` and `attention_mask`, `[B, T]`; `sample_ids`; if a row has an image,
+    `images`, `[N, 3, H, W]` or a list where shapes differ, in the order of their `<image>`, and `image_sizes`; with a
+    plugin, `plugin_batch`.
+
+    Unlike upstream's, the mask follows from the rows' lengths: a real token that happens to be the padding token stays.
+
+    Samples that could not be read (see `on_error`) are left out. A batch of nothing else is one padding token without
+    label, so that all ranks stay in step.
+
+    Args:
+        tokenizer: read for `pad_token_id` and `model_max_length`.
+        plugin: joins what it added to the samples.
+    """
+
+    tokenizer: Any
+    plugin: TrainingPlugin | None = None
+
+    def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Joins samples.
+
+        Raises:
+            ValueError: if a cut removes the place of an image, or there is no token to pad with.
+        """
+        samples = [sample for sample in instances if "skipped" not in sample] or [self._placeholder(instances[0])]
+        cut = self.tokenizer.model_max_length
+        ids = [sample["input_ids"][:cut].tolist() for sample in samples]
+        lengths = torch.tensor([len(row) for row in ids])
+        input_ids = pad_rows(ids, self._padding_id())  # [B, T]
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "labels": pad_rows([sample["labels"][:cut].tolist() for sample in samples], IGNORE_INDEX),  # [B, T]
+            "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],  # [B, T]
+            "sample_ids": [sample["sample_id"] for sample in samples],
+        }
+        images = [_as_list(sample.get("image")) for sample in samples]
+        for sample, row, own in zip(samples, ids, images, strict=True):
+            found = row.count(IMAGE_TOKEN_INDEX)
+            if found != len(own):
+                raise ValueError(
+                    f"sample {sample['sample_id']}: found {found} {DEFAULT_IMAGE_TOKEN} among its first {cut} tokens, "
+                    f"expected {len(own)}, one an image; raise --model_max_length, or shorten the text before "
+                    f"{DEFAULT_IMAGE_TOKEN}"
+                )
+        if any(images):
+            batch["images"] = _stacked([image for own in images for image in own])
+            batch["image_sizes"] = [size for sample in samples for size in _as_list(sample.get("image_size"))]
+        if self.plugin is not None:
+            batch["plugin_batch"] = self.plugin.collate([sample.get("plugin_extras", {}) for sample in samples])
+        return batch
+
+    def _padding_id(self) -> int:
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer.pad_token_id is None, expected an id; set tokenizer.pad_token first")
+        return self.tokenizer.pad_token_id
+
+    def _placeholder(self, skipped: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "input_ids": torch.tensor([self._padding_id()]),
+            "labels": torch.tensor([IGNORE_INDEX]),
+            "sample_id": skipped["sample_id"],
+        }
+
+
+def check_sequence_budget(model_max_length: int, visual_tokens: int, images: int = 1) -> None:
+    """Refuses a run whose sequences have no room for an image and some text; to be called before training.
+
+    Args:
+        model_max_length: longest sequence, image included.
+        visual_tokens: tokens of one image.
+        images: most images of a sample.
+
+    Raises:
+        ValueError: if fewer than `SMALLEST_TEXT_BUDGET` tokens are left for text.
+    """
+    needed = visual_tokens * images + SMALLEST_TEXT_BUDGET
+    if model_max_length < needed:
+        raise ValueError(
+            f"--model_max_length: found {model_max_length}, expected at least {needed}, as images take "
+            f"{visual_tokens * images} tokens and text some; LLaVA trains with 2048"
+        )
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _stacked(images: list[Tensor]) -> Tensor | list[Tensor]:
+    if all(image.shape == images[0].shape for image in images):
+        return torch.stack(images)  # [N, 3, H, W]
+    return images

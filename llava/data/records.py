@@ -1,0 +1,242 @@
+"""Training records on disk: read once, kept as memory-mapped Arrow, checked before training starts.
+
+A data file is a JSON array, JSON lines (either also gzipped) or Parquet. Two kinds of record are understood:
+
+- LLaVA's: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value": text}, ...], ...}`. `image` is a path
+  in the image folder, a list of paths, or absent.
+- annotated images, which stand alone in stage 1: `{"image_id", "caption", ...}` without `conversations`. They read as
+  an image and its caption.
+
+Other keys are kept, whatever is in them: a plugin finds them in the record that it is handed.
+
+On the first use a file is turned into an Arrow table beside Hugging Face's caches. The table is found again by the
+file's path, size and time of change. Its rows hold each record's JSON as text, so nothing of it lives on the Python
+heap, workers share its pages, and half a million records open in no time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.data.json_stream import InvalidJsonError, read_json_values
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+"""Part of the tables' names: to be raised whenever what they hold changes."""
+
+_SCHEMA = pa.schema(
+    [
+        ("record", pa.large_string()),  # JSON text
+        ("sample_id", pa.large_string()),
+        ("words", pa.int32()),  # of all turns, separated by whitespace
+        ("has_image", pa.bool_()),
+        ("problem", pa.large_string()),  # why the record cannot be trained on, or null
+    ]
+)
+_ROWS_AT_ONCE = 4096
+
+
+class RecordError(ValueError):
+    """A record that cannot be used; the message names file, record, field, what was found and what was expected."""
+
+
+def as_conversation(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record in LLaVA's form; all its keys stay. An annotated image becomes `<image>` and its caption."""
+    if "conversations" in record or "image_id" not in record or "caption" not in record:
+        return dict(record)
+    turns = [{"from": "human", "value": DEFAULT_IMAGE_TOKEN}, {"from": "gpt", "value": record["caption"]}]
+    return {"id": record["image_id"], "image": record["image_id"], **record, "conversations": turns}
+
+
+def image_names(record: Mapping[str, Any]) -> list[str]:
+    """Paths of a record's images inside the image folder; empty for a text record."""
+    images = record.get("image")
+    if images is None:
+        return []
+    return [images] if isinstance(images, str) else list(images)
+
+
+def find_problem(record: Any) -> str | None:
+    """Why a record cannot be trained on in any template, or None.
+
+    A text record may speak of `<image>` (a web page's source does). Only where the first question begins or ends with
+    it, as LLaVA marks the place of an image, is the image missed.
+    """
+    if not isinstance(record, Mapping):
+        return f"found {type(record).__name__}, expected an object"
+    images = record.get("image")
+    if images is not None and not (isinstance(images, str) and images) and not _is_list_of(images, str):
+        return f"field image: found {images!r}, expected a path or a list of paths"
+    turns: Any = record.get("conversations")
+    if not _is_list_of(turns, Mapping):
+        return f"field conversations: found {_shortened(turns)}, expected a list of turns"
+    for number, turn in enumerate(turns):
+        if turn.get("from") not in ("human", "gpt"):
+            return f"field conversations[{number}].from: found {turn.get('from')!r}, expected 'human' or 'gpt'"
+        if not isinstance(turn.get("value"), str):
+            return f"field conversations[{number}].value: found {_shortened(turn.get('value'))}, expected text"
+    expected = len(image_names(record))
+    found = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    first = turns[0]["value"].strip()
+    if not expected and not (first.startswith(DEFAULT_IMAGE_TOKEN) or first.endswith(DEFAULT_IMAGE_TOKEN)):
+        return None
+    if found != expected:
+        return f"field conversations: found {found} {DEFAULT_IMAGE_TOKEN}, expected {expected}, as field image names"
+    return None
+
+
+class RecordTable:
+    """Records of one data file, memory-mapped; a sequence of dicts in LLaVA's form.
+
+    Cheap to pickle: a worker opens the table for itself.
+
+    Attributes:
+        source: the data file.
+        path: the Arrow file.
+    """
+
+    def __init__(self, source: Path, path: Path) -> None:
+        self.source = source
+        self.path = path
+        self._table: pa.Table | None = None
+
+    @property
+    def table(self) -> pa.Table:
+        """The Arrow table; its buffers are the file's pages."""
+        if self._table is None:
+            self._table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
+        return self._table
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "path": self.path, "_table": None}
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return as_conversation(json.loads(self.table["record"][row].as_py()))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[row] for row in range(len(self)))
+
+    def sample_id(self, row: int) -> str:
+        """The record's `id`, or for lack of one its image or its number."""
+        return self.table["sample_id"][row].as_py()
+
+    def where(self, row: int) -> str:
+        """File, number and id of a record, as errors name it. Records are counted from 0."""
+        return f"{self.source}, record {row} (id {self.sample_id(row)!r})"
+
+    def problems(self) -> dict[int, str]:
+        """What `find_problem` says, of the rows where it says something."""
+        column = self.table["problem"]
+        rows = np.flatnonzero(np.asarray(column.is_valid()))
+        return {int(row): column[int(row)].as_py() for row in rows}
+
+    def words(self) -> np.ndarray:
+        """Words of all turns of each record: int32 `[rows]`."""
+        return self.table["words"].to_numpy()
+
+    def has_image(self) -> np.ndarray:
+        """Which records have an image: bool `[rows]`."""
+        return self.table["has_image"].to_numpy()
+
+
+def open_records(data_path: str | Path, cache_dir: str | Path | None = None) -> RecordTable:
+    """Opens a data file, converting it first if no table of it is at hand.
+
+    Ranks and jobs that start together wait for the one that converts.
+
+    Args:
+        data_path: JSON, JSON lines, either with `.gz`, or Parquet.
+        cache_dir: where tables are kept; None means `llava_records` in `HF_HOME`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        RecordError: if it cannot be parsed, or holds no records. Records that parse but cannot be trained on are
+            reported by `RecordTable.problems`.
+    """
+    source = Path(data_path)
+    if not source.is_file():
+        raise FileNotFoundError(
+            f"{source}: no such data file, expected JSON, JSON lines (also .gz) or Parquet; check --data_path"
+        )
+    folder = Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "llava_records"
+    folder.mkdir(parents=True, exist_ok=True)
+    status = source.stat()
+    key = f"{_FORMAT}|{source.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    path = folder / f"{source.name.split('.')[0]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
+    if not path.exists():
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                _convert(source, path)
+    return RecordTable(source, path)
+
+
+def _convert(source: Path, path: Path) -> None:
+    logger.info("%s: converting to %s, once", source, path)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    rows = 0
+    try:
+        texts = _parquet_texts(source) if source.suffix == ".parquet" else read_json_values(source)
+        described = (_describe(text, record, number) for number, (text, record) in enumerate(texts))
+        with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+            while batch := list(islice(described, _ROWS_AT_ONCE)):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+                rows += len(batch)
+        if not rows:
+            raise RecordError(f"{source}: found no records, expected at least one; check --data_path")
+        unfinished.replace(path)
+    except InvalidJsonError as error:
+        raise RecordError(str(error)) from None
+    except (pa.ArrowInvalid, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise RecordError(f"{source}, after record {rows}: cannot be read ({error}); fetch the file anew") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    logger.info("%s: %d records", source, rows)
+
+
+def _describe(text: str, parsed: Any, number: int) -> dict[str, Any]:
+    record = as_conversation(parsed) if isinstance(parsed, Mapping) else {}
+    problem = find_problem(record if isinstance(parsed, Mapping) else parsed)
+    names = image_names(record) if problem is None else []
+    identity = record.get("id", record.get("image"))
+    return {
+        "record": text,
+        "sample_id": f"record-{number}" if identity is None else str(identity),
+        "words": 0 if problem else sum(len(turn["value"].split()) for turn in record["conversations"]),
+        "has_image": bool(names),
+        "problem": problem,
+    }
+
+
+def _parquet_texts(source: Path) -> Iterator[tuple[str, Any]]:
+    for batch in pq.ParquetFile(source).iter_batches(batch_size=_ROWS_AT_ONCE):
+        for row in batch.to_pylist():
+            record = {key: value for key, value in row.items() if value is not None}
+            yield json.dumps(record, ensure_ascii=False), record
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,137 @@
+"""Orders of samples that put like lengths together, and images apart from text.
+
+A batch of images and text wastes little padding, and a micro-batch of text alone leaves the vision tower idle on every
+rank alike, if all samples of a global batch are of one kind and of about one length. Orders are upstream's, index for
+index, from the same state of the random generators.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+def split_to_even_chunks(indices: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
+    """Deals indices out to chunks of equal count and about equal total length.
+
+    Each index goes to the chunk that is shortest so far and not full; where counts cannot be equal, they are dealt in
+    turn.
+    """
+    if len(indices) % num_chunks:
+        return [list(indices[chunk::num_chunks]) for chunk in range(num_chunks)]
+    capacity = len(indices) // num_chunks
+    chunks: list[list[int]] = [[] for _ in range(num_chunks)]
+    totals = [(0, chunk) for chunk in range(num_chunks)]  # a heap: the shortest first, of equals the first
+    for index in indices:
+        total, chunk = heapq.heappop(totals)
+        chunks[chunk].append(index)
+        if len(chunks[chunk]) < capacity:
+            heapq.heappush(totals, (total + int(lengths[index]), chunk))
+    return chunks
+
+
+def get_length_grouped_indices(
+    lengths: Sequence[int],
+    batch_size: int,
+    world_size: int,
+    generator: torch.Generator | None = None,
+    merge: bool = True,
+) -> list[int]:
+    """A random order in which each global batch is sorted, longest first, and dealt to ranks of about equal load.
+
+    Args:
+        lengths: of all samples.
+        batch_size: samples of a micro-batch.
+        world_size: micro-batches of a global batch: ranks times accumulation steps.
+        generator: draws the order; None means torch's global one.
+        merge: accepted for upstream's sake; the order is always one flat list.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    grouped: list[int] = []
+    for batch in _batches(order, batch_size * world_size):
+        batch.sort(key=lambda index: lengths[index], reverse=True)
+        for chunk in split_to_even_chunks(batch, lengths, world_size):
+            grouped.extend(chunk)
+    return grouped
+
+
+def get_modality_length_grouped_indices(
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
+) -> list[int]:
+    """A random order of global batches that are all images or all text, each grouped by length.
+
+    What is left over of either kind comes last, together, in the order of the data.
+
+    Args:
+        lengths: of all samples, negative for text.
+        batch_size: samples of a micro-batch.
+        world_size: micro-batches of a global batch: ranks times accumulation steps.
+        generator: draws the order of the global batches; None means torch's global one.
+
+    Raises:
+        ValueError: if a length is 0, which says neither image nor text.
+    """
+    with_image = [index for index, length in enumerate(lengths) if length > 0]
+    text = [index for index, length in enumerate(lengths) if length < 0]
+    if len(with_image) + len(text) != len(lengths):
+        zero = next(index for index, length in enumerate(lengths) if not length)
+        raise ValueError(f"lengths[{zero}]: found 0, expected a positive length for images or a negative one for text")
+    if not with_image or not text:
+        return get_length_grouped_indices(lengths, batch_size, world_size, generator=generator)
+
+    whole: list[list[int]] = []
+    rest: list[int] = []
+    for members in (with_image, text):
+        sizes = [abs(int(lengths[index])) for index in members]
+        # upstream parity: inside the kinds the global generator draws, whatever generator is given.
+        order = get_length_grouped_indices(sizes, batch_size, world_size, generator=None)
+        *batches, last = _batches([members[position] for position in order], batch_size * world_size)
+        whole.extend(batches)
+        rest.extend(last)  # upstream parity: also where it is whole
+    shuffled = torch.randperm(len(whole), generator=generator).tolist()
+    return [index for number in shuffled for index in whole[number]] + sorted(rest)
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Draws a new order with each pass; with the same state of torch's generators, the same order.
+
+    Args:
+        batch_size: samples of a micro-batch.
+        world_size: micro-batches of a global batch: ranks times accumulation steps.
+        lengths: of all samples; negative for text if `group_by_modality`.
+        generator: as for the functions of this module.
+        group_by_modality: keep images and text apart.
+
+    Raises:
+        ValueError: without lengths.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        world_size: int,
+        lengths: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        group_by_modality: bool = False,
+    ) -> None:
+        if lengths is None:
+            raise ValueError("lengths: found None, expected one length a sample")
+        self.batch_size = batch_size
+        self.world_size = world_size
+        self.lengths = lengths
+        self.generator = generator
+        self.group_by_modality = group_by_modality
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = get_modality_length_grouped_indices if self.group_by_modality else get_length_grouped_indices
+        return iter(draw(self.lengths, self.batch_size, self.world_size, generator=self.generator))
+
+
+def _batches(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
