@@ -51,6 +51,7 @@ class DataCollatorForSupervisedDataset:
             ValueError: if a cut removes the place of an image, or there is no token to pad with.
         """
         samples = [sample for sample in instances if "skipped" not in sample] or [self._placeholder(instances[0])]
+        names = [str(sample.get("sample_id", f"row {row}")) for row, sample in enumerate(samples)]
         cut = self.tokenizer.model_max_length
         ids = [sample["input_ids"][:cut].tolist() for sample in samples]
         lengths = torch.tensor([len(row) for row in ids])
@@ -59,14 +60,14 @@ class DataCollatorForSupervisedDataset:
             "input_ids": input_ids,
             "labels": pad_rows([sample["labels"][:cut].tolist() for sample in samples], IGNORE_INDEX),  # [B, T]
             "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],  # [B, T]
-            "sample_ids": [sample["sample_id"] for sample in samples],
+            "sample_ids": names,
         }
         images = [_as_list(sample.get("image")) for sample in samples]
-        for sample, row, own in zip(samples, ids, images, strict=True):
+        for name, row, own in zip(names, ids, images, strict=True):
             found = row.count(IMAGE_TOKEN_INDEX)
             if found != len(own):
                 raise ValueError(
-                    f"sample {sample['sample_id']}: found {found} {DEFAULT_IMAGE_TOKEN} among its first {cut} tokens, "
+                    f"sample {name}: found {found} {DEFAULT_IMAGE_TOKEN} among its first {cut} tokens, "
                     f"expected {len(own)}, one an image; raise --model_max_length, or shorten the text before "
                     f"{DEFAULT_IMAGE_TOKEN}"
                 )

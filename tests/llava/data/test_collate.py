@@ -67,6 +67,10 @@ def test_images_of_different_shapes_stay_a_list(collator: DataCollatorForSupervi
     assert [picture.shape[-1] for picture in collator(rows)["images"]] == [2, 3]
 
 
+def test_samples_of_other_datasets_need_no_name(collator: DataCollatorForSupervisedDataset) -> None:
+    assert collator([{"input_ids": torch.tensor([1]), "labels": torch.tensor([1])}])["sample_ids"] == ["row 0"]
+
+
 def test_a_plugin_joins_one_entry_a_row() -> None:
     class Counting(TrainingPlugin):
         def collate(self, extras: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

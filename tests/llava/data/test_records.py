@@ -119,7 +119,7 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_names_the_flag(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere.json: no such data file.*check --data_path"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json: no such data file.*check --data_path"):
         open_records(tmp_path / "nowhere.json")
 
 

@@ -1,0 +1,244 @@
+"""Training samples: a record's dialogue as ids and labels, its image as pixels, and what a plugin adds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from llava import conversation as templates
+from llava.conversation import Conversation
+from llava.data.collate import DataCollatorForSupervisedDataset
+from llava.data.records import RecordError, RecordTable, image_names, open_records
+from llava.data.tokenization import preprocess, preprocess_multimodal
+from llava.mm_utils import image_geometry_of, load_rgb_image, process_images
+
+if TYPE_CHECKING:
+    from llava.plugin import TrainingPlugin
+
+logger = logging.getLogger(__name__)
+
+_WORDS_FOR_AN_IMAGE = 128
+"""What an image adds to a sample's length in words where samples are grouped by length; upstream's number."""
+
+
+class SkippedSamples:
+    """Samples left out under `--on_error skip`, one JSON line each, in a file of this rank.
+
+    Workers of a rank append to the same file; a sample left out in two epochs stands there twice.
+
+    Args:
+        output_dir: folder of the run; None means that samples are left out with a line in the log only.
+    """
+
+    def __init__(self, output_dir: str | Path | None) -> None:
+        self.path: Path | None = None
+        if output_dir is not None:
+            rank = int(os.environ.get("RANK", "0"))
+            self.path = Path(output_dir) / (f"skipped_samples_rank{rank}.jsonl" if rank else "skipped_samples.jsonl")
+
+    def add(self, sample_id: str, reason: str) -> None:
+        """Takes down one sample."""
+        logger.warning("Skipped: %s", reason)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"id": sample_id, "reason": reason}, ensure_ascii=False) + "\n")
+
+
+class LazySupervisedDataset(Dataset):
+    """Samples of a data file, prepared when they are asked for.
+
+    A sample is a dict: `input_ids` and `labels`, int64 `[L]`, and `sample_id`. With an image also `image`, `[3, H, W]`,
+    and `image_size`, (width, height) in pixels; with several, lists of these. With a plugin also `plugin_extras`, a
+    dict, empty for text. A sample that cannot be read under `on_error="skip"` holds `sample_id` and `skipped`, the
+    reason; the collator leaves it out.
+
+    Args:
+        data_path: the data file, see `llava.data.records`.
+        tokenizer: the LLM's tokenizer.
+        data_args: read for `image_folder`, `image_aspect_ratio`, `is_multimodal`, `mm_use_im_start_end`, and, where the
+            keywords below are not given, `image_processor` and `on_error`.
+        plugin: adds tensors to samples with an image.
+        conversation: the template; None means `llava.conversation.default_conversation` as it is now.
+        grid: rows and columns of visual tokens; a plugin needs it.
+        image_processor: makes pixels of images.
+        on_error: "fail", or "skip" to leave out samples that cannot be read and list them in `output_dir`.
+        output_dir: folder of the run.
+
+    Raises:
+        FileNotFoundError: if there is no such data file.
+        RecordError: if records cannot be trained on and `on_error` is "fail"; the message names the first few.
+        ValueError: for arguments that do not go together.
+    """
+
+    def __init__(
+        self,
+        data_path: str | Path,
+        tokenizer: Any,
+        data_args: Any,
+        *,
+        plugin: TrainingPlugin | None = None,
+        conversation: Conversation | None = None,
+        grid: tuple[int, int] | None = None,
+        image_processor: Any = None,
+        on_error: str | None = None,
+        output_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.data_args = data_args
+        self.plugin = plugin
+        self.conversation = templates.default_conversation if conversation is None else conversation
+        self.grid = grid
+        self.image_processor = image_processor or getattr(data_args, "image_processor", None)
+        self.on_error = on_error or getattr(data_args, "on_error", "fail")
+        self.skipped = SkippedSamples(output_dir)
+        self._check_arguments()
+        self.records = open_records(data_path)
+        self.rows = self._usable_rows()
+
+    @property
+    def list_data_dict(self) -> RecordTable:
+        """The records; upstream's name."""
+        return self.records
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Lengths in words, 128 more with an image: int32 `[samples]`."""
+        return (self.records.words() + _WORDS_FOR_AN_IMAGE * self.records.has_image())[self.rows]
+
+    @property
+    def modality_lengths(self) -> np.ndarray:
+        """Lengths in words, at least 1, negative for text: int32 `[samples]`."""
+        words = np.maximum(self.records.words(), 1)  # the sampler tells modalities by sign
+        return np.where(self.records.has_image(), words, -words)[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(self.rows[index])
+        try:
+            return self._sample(row)
+        except RecordError as error:
+            if self.on_error == "fail":
+                raise
+            self.skipped.add(self.records.sample_id(row), str(error))
+            return {"sample_id": self.records.sample_id(row), "skipped": str(error)}
+
+    def _sample(self, row: int) -> dict[str, Any]:
+        record = self.records[row]
+        names = image_names(record)
+        sample: dict[str, Any] = {"sample_id": self.records.sample_id(row)}
+        try:
+            dialogue = [record["conversations"]]
+            if names:
+                dialogue = preprocess_multimodal(dialogue, self.data_args, self.conversation)
+            encoded = preprocess(dialogue, self.tokenizer, bool(names), self.conversation)
+        except ValueError as error:
+            raise RecordError(f"{self.records.where(row)}, {error}") from error
+        sample.update(input_ids=encoded["input_ids"][0], labels=encoded["labels"][0])
+        images = [self._load_image(name, row) for name in names]  # (pixels [3, H, W], (width, height)) each
+        if len(images) == 1:
+            sample["image"], sample["image_size"] = images[0]
+        elif images:
+            sample["image"], sample["image_size"] = [pixels for pixels, _ in images], [size for _, size in images]
+        if self.plugin is not None:
+            sample["plugin_extras"] = self._plugin_extras(record, [size for _, size in images], row)
+        return sample
+
+    def _load_image(self, name: str, row: int) -> tuple[Tensor, tuple[int, int]]:
+        path = Path(name)
+        # Links inside the folder may lead elsewhere: whoever set up the folder made them. A data file may not.
+        if path.anchor or ".." in path.parts:
+            raise RecordError(
+                f"{self.records.where(row)}, field image: found {name!r}, expected a path inside --image_folder "
+                f"{self.data_args.image_folder}; make it relative"
+            )
+        try:
+            image = load_rgb_image(Path(self.data_args.image_folder or "") / path)
+            pixels = process_images([image], self.image_processor, self.data_args)[0]  # [3, H, W]
+        except (OSError, ValueError) as error:
+            raise RecordError(
+                f"{self.records.where(row)}, field image: {error}. Records like it are left out with --on_error skip"
+            ) from error
+        return pixels, image.size
+
+    def _plugin_extras(self, record: Mapping[str, Any], sizes: list[tuple[int, int]], row: int) -> dict[str, Tensor]:
+        if not sizes:
+            return {}
+        if len(sizes) > 1:
+            raise RecordError(
+                f"{self.records.where(row)}, field image: found {len(sizes)} images, expected one, as a plugin is used"
+            )
+        assert self.plugin is not None and self.grid is not None
+        geometry = image_geometry_of(sizes[0], self.image_processor, self.data_args.image_aspect_ratio, self.grid)
+        try:
+            return self.plugin.transform_sample(record, geometry)
+        except ValueError as error:
+            raise RecordError(f"{self.records.where(row)}, {error}") from error
+
+    def _check_arguments(self) -> None:
+        if self.on_error not in ("fail", "skip"):
+            raise ValueError(f"--on_error: found {self.on_error!r}, expected 'fail' or 'skip'")
+        aspect_ratio = getattr(self.data_args, "image_aspect_ratio", None)
+        if aspect_ratio not in (None, "square", "pad"):
+            raise ValueError(f"--image_aspect_ratio: found {aspect_ratio!r}, expected 'square' or 'pad' in training")
+        if self.plugin is not None and self.grid is None:
+            raise ValueError("a plugin is given without `grid`; pass the model's visual_grid")
+
+    def _usable_rows(self) -> np.ndarray:
+        """Rows that can be trained on, checked all at once, so that no run dies of a record at its ninth hour."""
+        problems = self.records.problems()
+        rows = np.arange(len(self.records))
+        multimodal = getattr(self.data_args, "is_multimodal", False) and self.image_processor is not None
+        with_image = np.flatnonzero(self.records.has_image())
+        if len(with_image) and not multimodal:
+            raise ValueError(
+                f"{self.records.where(int(with_image[0]))} has an image, but the run has no vision tower; give "
+                "--vision_tower, or data without images"
+            )
+        if not problems:
+            return rows
+        described = [f"{self.records.where(row)}, {problem}" for row, problem in problems.items()]
+        if self.on_error == "fail":
+            listing = "\n  ".join(described[:5])
+            raise RecordError(
+                f"{len(problems)} of {len(rows)} records cannot be trained on, the first being\n  {listing}\n"
+                "Correct them, or leave them out with --on_error skip"
+            )
+        for row, reason in zip(problems, described, strict=True):
+            self.skipped.add(self.records.sample_id(row), reason)
+        usable = np.setdiff1d(rows, list(problems))
+        if not len(usable):
+            raise RecordError(f"{self.records.source}: none of {len(rows)} records can be trained on: {described[0]}")
+        return usable
+
+
+def make_supervised_data_module(
+    tokenizer: Any, data_args: Any, *, plugin: TrainingPlugin | None = None, **dataset_arguments: Any
+) -> dict[str, Any]:
+    """Arguments of the trainer that concern data: `train_dataset`, `eval_dataset` (None) and `data_collator`.
+
+    Args:
+        tokenizer: the LLM's tokenizer.
+        data_args: as for `LazySupervisedDataset`; its `data_path` is the data file.
+        plugin: adds tensors to samples and joins them to batches.
+        **dataset_arguments: keywords of `LazySupervisedDataset`.
+
+    Raises:
+        ValueError: without `data_path`.
+    """
+    if not data_args.data_path:
+        raise ValueError("--data_path is missing; give the training JSON")
+    dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, plugin=plugin, **dataset_arguments)
+    collator = DataCollatorForSupervisedDataset(tokenizer, plugin)
+    return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}

@@ -1,0 +1,262 @@
+"""Samples: text, pixels and a plugin's extras of a record; and what happens to records that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
+from llava.data.records import RecordError
+from llava.image_geometry import ImageGeometry
+from llava.plugin import TrainingPlugin
+
+pytestmark = pytest.mark.usefixtures("golden_world")
+
+GRID = (4, 4)  # of the tiny tower
+
+
+@pytest.fixture
+def processor(golden_world: Path) -> Any:
+    return CLIPImageProcessorPil.from_pretrained(golden_world / "tiny-clip")
+
+
+@pytest.fixture
+def make_dataset(tokenizer: Any, data_args: SimpleNamespace, processor: Any) -> Callable[..., LazySupervisedDataset]:
+    def make(path: Any, **keywords: Any) -> LazySupervisedDataset:
+        arguments = {"conversation": conv_templates["v1"], "image_processor": processor} | keywords
+        return LazySupervisedDataset(path, tokenizer, data_args, **arguments)
+
+    return make
+
+
+def record(name: str = "r", image: Any = "im1.png", text: str = "<image>\nWhat?") -> dict[str, Any]:
+    return {
+        "id": name,
+        "image": image,
+        "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "A boat."}],
+    }
+
+
+class Recording(TrainingPlugin):
+    """Hands back what it is asked to transform."""
+
+    def transform_sample(self, record: Mapping[str, Any], geometry: ImageGeometry) -> dict[str, torch.Tensor]:
+        self.seen = (record, geometry)
+        return {"labels_of_record": torch.tensor(len(record.get("labels", [])))}
+
+    def collate(self, extras: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {"regions": torch.tensor([int(extra.get("labels_of_record", -1)) for extra in extras])}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
+def test_samples_equal_upstreams_recordings(
+    aspect_ratio: str, make_dataset: Callable[..., Any], data_args: SimpleNamespace, goldens: Path
+) -> None:
+    data_args.image_aspect_ratio = aspect_ratio
+    pixels = np.load(goldens / "g_images.npz")
+    recorded = json.loads((goldens / "g_preprocess.json").read_text())["v1/vicuna/2048"]
+    dataset = make_dataset("data_conv.json")
+    for number, expected in enumerate(recorded):
+        sample = dataset[number]
+        assert sample["sample_id"] == f"c{number}"
+        assert sample["input_ids"].tolist() == expected["input_ids"]
+        image = dataset.records[number].get("image")  # "im3.png" is recorded as image 3
+        assert ("image" in sample) == (image is not None)
+        if image:
+            torch.testing.assert_close(
+                sample["image"], torch.from_numpy(pixels[f"{aspect_ratio}/{image[2]}"]), rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.golden
+def test_plain_batch_is_that_of_upstreams_first_stage(
+    make_dataset: Callable[..., Any], tokenizer: Any, data_args: SimpleNamespace, processor: Any, goldens: Path
+) -> None:
+    data_args.data_path, data_args.image_processor = "data_plain.json", processor
+    module = make_supervised_data_module(tokenizer, data_args, conversation=conv_templates["plain"])
+    assert module["eval_dataset"] is None
+    batch = module["data_collator"]([module["train_dataset"][number] for number in range(4)])
+    recorded = np.load(goldens / "g_stage1_manual.npz")
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert batch[name].tolist() == recorded[f"batch/{name}"].tolist()
+    torch.testing.assert_close(batch["images"], torch.from_numpy(recorded["batch/images"]), rtol=1e-5, atol=1e-6)
+
+
+def test_lengths_count_words_and_tell_images_by_sign(make_dataset: Callable[..., Any]) -> None:
+    dataset = make_dataset("data_conv.json")
+    words = [
+        sum(len(turn["value"].split()) for turn in dialogue["conversations"]) for dialogue in dataset.list_data_dict
+    ]
+    has_image = ["image" in dialogue for dialogue in dataset.list_data_dict]
+    assert dataset.lengths.tolist() == [count + 128 * image for count, image in zip(words, has_image, strict=True)]
+    assert dataset.modality_lengths.tolist() == [
+        count if image else -count for count, image in zip(words, has_image, strict=True)
+    ]
+
+
+def test_a_plugin_sees_the_whole_record_and_the_geometry(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], data_args: SimpleNamespace
+) -> None:
+    """An annotated image alone is enough: caption and regions."""
+    data_args.image_aspect_ratio = "square"
+    annotated = {"image_id": "im1.png", "size": [80, 40], "caption": "a boat", "labels": [{"tag": "boat"}]}
+    plugin = Recording()
+    path = write_data([annotated])
+    dataset = make_dataset(path, plugin=plugin, grid=GRID, conversation=conv_templates["plain"])
+    sample = dataset[0]
+    seen, geometry = plugin.seen
+    assert annotated.items() <= seen.items()
+    assert geometry == ImageGeometry.of("square", (80, 40), 56, GRID, geometry.shortest_edge)
+    assert sample["image_size"] == (80, 40) and int(sample["plugin_extras"]["labels_of_record"]) == 1
+
+
+def test_rows_without_image_have_no_extras(
+    make_dataset: Callable[..., Any], tokenizer: Any, data_args: SimpleNamespace, processor: Any
+) -> None:
+    data_args.data_path = "data_conv.json"
+    module = make_supervised_data_module(
+        tokenizer,
+        data_args,
+        plugin=Recording(),
+        grid=GRID,
+        image_processor=processor,
+        conversation=conv_templates["v1"],
+    )
+    batch = module["data_collator"]([module["train_dataset"][number] for number in (2, 0)])
+    assert batch["plugin_batch"]["regions"].tolist() == [-1, 0]
+    assert batch["images"].shape[0] == 1
+
+
+def test_several_images_of_a_record(make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]) -> None:
+    several = record(image=["im1.png", "im2.png"], text="<image> and <image>?")
+    sample = make_dataset(write_data([several]))[0]
+    assert sample["input_ids"].tolist().count(IMAGE_TOKEN_INDEX) == 2
+    assert [image.shape for image in sample["image"]] == [(3, 56, 56)] * 2
+    assert sample["image_size"] == [(80, 40), (37, 91)]
+    with pytest.raises(RecordError, match="found 2 images, expected one, as a plugin is used"):
+        make_dataset(write_data([several]), plugin=Recording(), grid=GRID)[0]
+
+
+def test_workers_give_the_same_samples(make_dataset: Callable[..., Any]) -> None:
+    dataset = make_dataset("data_conv.json")
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for here, there in zip((dataset[number] for number in range(len(dataset))), loader, strict=True):
+        assert here["sample_id"] == there["sample_id"] and torch.equal(here["input_ids"], there["input_ids"])
+    assert len(pickle.loads(pickle.dumps(dataset))) == len(dataset)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "a/../../secret.png"])
+def test_paths_cannot_leave_the_image_folder(
+    name: str, make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
+) -> None:
+    path = write_data([record("r1", image=name)])
+    with pytest.raises(RecordError, match=r"data.json, record 0 \(id 'r1'\), field image.*expected a path inside"):
+        make_dataset(path)[0]
+
+
+def test_a_link_in_the_image_folder_is_followed(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], golden_world: Path
+) -> None:
+    (golden_world / "elsewhere").mkdir()
+    (golden_world / "images" / "im1.png").rename(golden_world / "elsewhere" / "im1.png")
+    (golden_world / "images" / "coco").symlink_to(golden_world / "elsewhere")
+    assert make_dataset(write_data([record(image="coco/im1.png")]))[0]["image_size"] == (80, 40)
+
+
+def spoil(kind: str, folder: Path) -> None:
+    path = folder / "images" / "bad.png"
+    if kind == "truncated":
+        path.write_bytes((folder / "images" / "im5.png").read_bytes()[:-500])
+    elif kind == "no image":
+        path.write_text("<html>404</html>")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "a folder":
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "no image", "empty", "a folder"])
+def test_unreadable_images_are_named_or_skipped(
+    kind: str, make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], golden_world: Path, tokenizer: Any
+) -> None:
+    spoil(kind, golden_world)
+    path = write_data([record("good"), record("bad", image="bad.png")])
+    with pytest.raises(RecordError, match=r"record 1 \(id 'bad'\), field image: images/bad.png.*--on_error skip"):
+        make_dataset(path)[1]
+    sample = make_dataset(path, on_error="skip", output_dir="run")[1]
+    assert sample["sample_id"] == "bad" and "images/bad.png" in sample["skipped"] and "input_ids" not in sample
+    (line,) = Path("run/skipped_samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "bad"
+
+
+def test_records_are_checked_before_training_starts(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
+) -> None:
+    bad = [{"id": "no dialogue", "image": "im1.png"}, record("no mark", text="What?"), record("good"), "text"]
+    path = write_data(bad)
+    with pytest.raises(RecordError) as error:
+        make_dataset(path)
+    for part in ("3 of 4 records", "record 0 (id 'no dialogue')", "found 0 <image>, expected 1", "--on_error skip"):
+        assert part in str(error.value)
+    dataset = make_dataset(path, on_error="skip", output_dir="run")
+    assert len(dataset) == 1 and dataset[0]["sample_id"] == "good"
+    assert len(dataset.lengths) == len(dataset.modality_lengths) == 1
+    listed = [json.loads(line)["id"] for line in Path("run/skipped_samples.jsonl").read_text().splitlines()]
+    assert listed == ["no dialogue", "no mark", "record-3"]
+    with pytest.raises(RecordError, match="none of 1 records can be trained on"):
+        make_dataset(write_data(["text"]), on_error="skip")
+
+
+def test_turns_that_do_not_fit_the_template_name_the_record(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], conversations: list[Any]
+) -> None:
+    dataset = make_dataset(write_data([conversations[3]]), conversation=conv_templates["plain"])
+    with pytest.raises(RecordError, match=r"record 0 \(id 'c3'\), field conversations: found 6 turns.*--version v1"):
+        dataset[0]
+
+
+def test_an_empty_answer_is_left_to_the_count_of_supervised_tokens(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
+) -> None:
+    empty = record()
+    empty["conversations"][1]["value"] = ""
+    assert set(make_dataset(write_data([empty]))[0]["labels"].tolist()) == {IGNORE_INDEX}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"on_error": "ignore"}, "--on_error: found 'ignore'"),
+        ({"image_processor": None}, "no vision tower"),
+        ({"plugin": Recording()}, "without `grid`"),
+    ],
+)
+def test_arguments_that_do_not_go_together(
+    change: dict[str, Any], message: str, make_dataset: Callable[..., Any]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_dataset("data_conv.json", **change)
+
+
+def test_tiles_are_refused_in_training(make_dataset: Callable[..., Any], data_args: SimpleNamespace) -> None:
+    data_args.image_aspect_ratio = "anyres"
+    with pytest.raises(ValueError, match="--image_aspect_ratio: found 'anyres'"):
+        make_dataset("data_conv.json")
+
+
+def test_a_missing_data_path_names_the_flag(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="--data_path is missing"):
+        make_supervised_data_module(tokenizer, SimpleNamespace(data_path=None))
