@@ -136,7 +136,7 @@ def _draw_heat(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
     cosine = cell.cosine.numpy()
     side = row.truth.shape[0]
     axes.imshow(cosine, cmap=HEAT_MAP, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest")
-    _outline(axes, row.truth.numpy(), "white", width=0.9)
+    _outline(axes, row.truth.numpy(), "black", width=0.6)
     axes.set_title(f"{cosine.min():.2f} … {cosine.max():.2f}".replace("-", "−"), fontsize=8.5, pad=3, color="#495057")
 
 
@@ -166,8 +166,9 @@ def _outline(axes: Axes, mask: np.ndarray, colour: str, width: float = 1.3) -> N
     framed = np.pad(mask, 1)  # so that the outline also runs along the image's edge
     places = np.arange(-1, mask.shape[0] + 1)
     if framed.max() >= 0.5:
-        for halo, line_width in (("white", width + 1.6), (colour, width)):
-            axes.contour(places, places, framed, levels=[0.5], colors=[halo], linewidths=line_width)
+        # A white rim keeps the line visible on an image of its own colour.
+        for line_colour, line_width in (("white", width + 1.6), (colour, width)):
+            axes.contour(places, places, framed, levels=[0.5], colors=[line_colour], linewidths=line_width)
     axes.set_xlim(-0.5, mask.shape[1] - 0.5)
     axes.set_ylim(mask.shape[0] - 0.5, -0.5)
 

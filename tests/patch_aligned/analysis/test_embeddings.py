@@ -1,0 +1,153 @@
+"""The adapter gives the tokens and word embeddings that the whole model would."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from patch_aligned.analysis.checkpoint_tensors import read_checkpoint_tensors
+from patch_aligned.analysis.embeddings import SharedTower, WordEmbeddings
+from patch_aligned.analysis.projector_sources import ProjectorSource, default_config_of, load_tower, parse_projectors
+
+
+@pytest.mark.golden
+def test_pixels_features_and_tokens_equal_the_recorded_model(golden_world: Path, goldens: Path):
+    golden = np.load(goldens / "g_tower.npz")
+    (source,) = parse_projectors(["full=tiny-llava"])
+    tower = load_tower([source], None, None, "cpu")
+    projector = source.build(tower, WordEmbeddings.load("tiny-vicuna"), source.config)
+    pixels = torch.stack([tower.pixels(Image.open(golden_world / "images" / f"im{index}.png")) for index in range(4)])
+    features = tower.features(pixels)
+    tokens, grid = projector.visual_tokens(features)
+    np.testing.assert_allclose(pixels, golden["pixels"], atol=1e-6)
+    np.testing.assert_allclose(features, golden["tower/patch_-2"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tokens, golden["encode_images"], rtol=1e-5, atol=1e-5)
+    assert grid == (4, 4)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", ["ckpt_stage1", "ckpt_stage1/mm_projector.bin", "ckpt_stage1ckpt/checkpoint-2"])
+def test_a_stage_1_folder_gives_its_recorded_weights(golden_world: Path, goldens: Path, path: str):
+    source = ProjectorSource.parse(f"ours={goldens / path}")
+    tower = load_tower([source], None, None, "cpu")
+    words = WordEmbeddings.load("tiny-vicuna")
+    projector = source.build(tower, words, source.config)
+    stored = torch.load(source.path, weights_only=True)
+    for name, parameter in projector.projector.named_parameters():
+        assert torch.equal(parameter, stored[f"model.mm_projector.{name}"].float())
+    assert projector.words is words
+    assert (tower.image_aspect_ratio, tower.select_layer) == ("square", -2)
+
+
+def test_a_lone_file_shows_its_architecture_by_its_keys(golden_world: Path):
+    source = ProjectorSource.parse("lone=train_init/mm_projector.bin")
+    tower = load_tower([source], "tiny-clip", None, "cpu")
+    projector = source.build(tower, WordEmbeddings.load("tiny-vicuna"), {})
+    assert [type(layer).__name__ for layer in projector.projector] == ["Linear", "GELU", "Linear"]
+
+
+def test_a_full_checkpoint_is_measured_against_its_own_words(golden_world: Path):
+    source = ProjectorSource.parse("full=tiny-llava")
+    tower = load_tower([source], None, None, "cpu")
+    base = WordEmbeddings.load("tiny-vicuna")
+    projector = source.build(tower, base, {})
+    assert projector.words is not base
+    stored = load_file(golden_world / "tiny-llava" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(projector.words.table, stored)
+
+
+def test_random_weights_follow_their_seed_and_leave_the_global_stream_alone(golden_world: Path):
+    tower, words = SharedTower("tiny-clip"), WordEmbeddings.load("tiny-vicuna")
+    torch.manual_seed(5)
+    expected_next = torch.rand(1)
+    torch.manual_seed(5)
+    first, again, other = (
+        ProjectorSource.parse(f"r=random{seed}").build(tower, words, {"mm_projector_type": "linear"}).projector.weight
+        for seed in ("", ":0", ":1")
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.rand(1), expected_next)
+
+
+def test_random_weights_are_arranged_like_the_trained_ones(goldens: Path):
+    sources = parse_projectors(["random=random", f"trained={goldens / 'ckpt_stage1'}"])
+    assert default_config_of(sources) == sources[1].config
+    assert default_config_of(sources[:1])["mm_projector_type"] == "mlp2x_gelu"
+
+
+def test_label_embedding_is_the_mean_of_its_tokens_rows(golden_world: Path):
+    words = WordEmbeddings.load("tiny-vicuna")
+    table = load_file("tiny-vicuna/model.safetensors")["model.embed_tokens.weight"]
+    tokenizer = AutoTokenizer.from_pretrained("tiny-vicuna")
+    ids = tokenizer("red car", add_special_tokens=False).input_ids
+    embedded = words.of_labels(["red car", "dog"])
+    assert embedded.shape == (2, 64)
+    torch.testing.assert_close(embedded[0], table[ids].mean(dim=0))
+    assert words.of_labels([]).shape == (0, 64)
+
+
+def test_a_table_too_short_for_the_tokenizer_is_refused(golden_world: Path):
+    words = WordEmbeddings.load("tiny-vicuna")
+    short = WordEmbeddings(AutoTokenizer.from_pretrained("tiny-vicuna"), words.table[:5], "cut.safetensors")
+    with pytest.raises(ValueError, match=r"'dog'.*cut.safetensors ends at 4"):
+        short.of_labels(["dog"])
+
+
+@pytest.mark.parametrize("layout", ["sharded safetensors", "bin", "sharded bin"])
+def test_single_tensors_are_read_from_every_layout(tmp_path: Path, layout: str):
+    wanted, other = torch.arange(6.0).reshape(3, 2), torch.zeros(2)
+    shards = [{"model.embed_tokens.weight": wanted}, {"lm_head.weight": other}]
+    stem, ending = ("pytorch_model", "bin") if "bin" in layout else ("model", "safetensors")
+    save = torch.save if ending == "bin" else save_file
+    if "sharded" in layout:
+        names = [f"{stem}-0000{index + 1}-of-00002.{ending}" for index in range(2)]
+        for name, shard in zip(names, shards, strict=True):
+            save(shard, tmp_path / name)
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        (tmp_path / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        save(shards[0] | shards[1], tmp_path / f"{stem}.{ending}")
+    found = read_checkpoint_tensors(str(tmp_path), lambda name: "embed" in name)
+    assert list(found) == ["model.embed_tokens.weight"]
+    assert torch.equal(found["model.embed_tokens.weight"], wanted)
+
+
+def test_projectors_of_different_layers_are_not_measured_together(golden_world: Path, goldens: Path):
+    shutil.copytree(goldens / "ckpt_stage1", "other")
+    config = json.loads(Path("other/config.json").read_text())
+    Path("other/config.json").write_text(json.dumps(config | {"mm_vision_select_layer": -1}))
+    sources = parse_projectors([f"a={goldens / 'ckpt_stage1'}", "b=other"])
+    with pytest.raises(ValueError, match=r"mm_vision_select_layer is \{'a': -2, 'b': -1\}"):
+        load_tower(sources, None, None, "cpu")
+
+
+def test_a_trained_tower_cannot_be_shared(golden_world: Path):
+    config = json.loads(Path("tiny-llava/config.json").read_text())
+    Path("tiny-llava/config.json").write_text(json.dumps(config | {"unfreeze_mm_vision_tower": True}))
+    with pytest.raises(ValueError, match="trained its vision tower"):
+        ProjectorSource.parse("full=tiny-llava")
+
+
+def test_specifications_that_cannot_be_meant_are_refused(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    for specification, message in {
+        "runs/stage1": r"expected NAME=PATH",
+        "a=random:x": r"there is no random:x",
+        "a=missing": r"there is no missing.*--output_dir",
+        f"a={tmp_path / 'empty'}": r"holds neither mm_projector.bin",
+    }.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            ProjectorSource.parse(specification)
+    with pytest.raises(ValueError, match="'a' is given twice"):
+        parse_projectors(["a=random", "a=random:1"])
+    with pytest.raises(ValueError, match="at least once"):
+        parse_projectors([])

@@ -1,0 +1,181 @@
+"""The whole measurement on a tiny world, against a reference that goes its own way from files to numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from patch_aligned.analysis.embeddings import WordEmbeddings
+from patch_aligned.analysis.localisation_figure import save_localisation_figure
+from patch_aligned.analysis.measure import Measures, measure_projectors
+from patch_aligned.analysis.measured_images import MeasureSettings
+from patch_aligned.analysis.projector_sources import load_tower, parse_projectors
+from patch_aligned.analysis.report import as_json, as_markdown, write_report
+
+
+def run(pad: Path, *specifications: str, image_aspect_ratio: str | None = None, **settings: object) -> Measures:
+    sources = parse_projectors(specifications or ["random=random:1", "start=train_init/mm_projector.bin"])
+    tower = load_tower(sources, "tiny-clip", image_aspect_ratio, "cpu")
+    words = WordEmbeddings.load("tiny-vicuna")
+    projectors = [source.build(tower, words, {"mm_projector_type": "linear"}) for source in sources]
+    return measure_projectors(tower, projectors, MeasureSettings(pad, pad.parent / "pictures", **settings))  # type: ignore[arg-type]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def entropy(tokens: np.ndarray) -> float:
+    energies = np.linalg.svd(tokens.reshape(-1, tokens.shape[-1]).astype(np.float64), compute_uv=False) ** 2
+    shares = energies / energies.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def test_measures_equal_a_reference_from_files_to_numbers(golden_world: Path, pad: Path):
+    """The centre crop keeps columns 12 to 67 of 80 x 56 pixels, unscaled, so model pixels are slices of the mask."""
+    records = [json.loads(line) for line in pad.read_text().splitlines()]
+    processor, tower = CLIPImageProcessorPil.from_pretrained("tiny-clip"), CLIPVisionModel.from_pretrained("tiny-clip")
+    images = [Image.open(pad.parent / "pictures" / record["image_id"]) for record in records]
+    with torch.no_grad():
+        hidden = tower(processor(images, return_tensors="pt")["pixel_values"], output_hidden_states=True).hidden_states
+    before = hidden[-2][:, 1:].double().numpy()  # [images, 16, 32]
+    stored = torch.load("train_init/mm_projector.bin", weights_only=True)
+    weights = {name.removeprefix("model.mm_projector."): weight.double().numpy() for name, weight in stored.items()}
+    inner = torch.nn.functional.gelu(torch.from_numpy(before @ weights["0.weight"].T + weights["0.bias"])).numpy()
+    after = inner @ weights["2.weight"].T + weights["2.bias"]  # [images, 16, 64]
+    table = load_file("tiny-vicuna/model.safetensors")["model.embed_tokens.weight"].double().numpy()
+    tokenizer = AutoTokenizer.from_pretrained("tiny-vicuna")
+
+    ious, cosines = [], []
+    for record, tokens in zip(records, after, strict=True):
+        for region in record["labels"]:
+            label = table[tokenizer(region["tag"], add_special_tokens=False).input_ids].mean(axis=0)
+            mask = coco_mask.decode({"size": [56, 80], "counts": region["rle_mask"].encode()})[:, 12:68]
+            if not mask.any():
+                continue
+            cosine = unit(tokens) @ unit(label)
+            predicted = (cosine > (cosine.min() + cosine.max()) / 2).reshape(4, 4).repeat(14, 0).repeat(14, 1)
+            ious.append((predicted & (mask == 1)).sum() / (predicted | (mask == 1)).sum())
+            covered = mask.reshape(4, 14, 4, 14).mean(axis=(1, 3)).reshape(-1) >= 0.5
+            if covered.any():
+                cosines.append(unit(tokens[covered].mean(axis=0)) @ unit(label))
+
+    measures = run(pad)
+    found = measures.projectors["start"]
+    assert measures.images == 4
+    assert measures.entropy_before_nats == pytest.approx(entropy(before), rel=1e-5)
+    assert found.entropy_after_nats == pytest.approx(entropy(after), rel=1e-5)
+    assert found.entropy_drop_nats == measures.entropy_before_nats - found.entropy_after_nats
+    assert found.alignment.align_px == pytest.approx(np.mean(ious), rel=1e-5)
+    assert found.alignment.cosine == pytest.approx(np.mean(cosines), rel=1e-5)
+    counts = found.alignment
+    assert (counts.images, counts.regions, counts.regions_px, counts.regions_tokens) == (3, 7, 6, 5)
+    assert (counts.regions_outside, counts.regions_without_token) == (1, 1)
+
+
+def test_padding_keeps_the_region_that_the_crop_cuts_away(golden_world: Path, pad: Path):
+    counts = run(pad, image_aspect_ratio="pad").projectors["start"].alignment
+    assert counts.regions_outside == 0
+
+
+def test_no_number_depends_on_the_batch_size_or_on_other_projectors(golden_world: Path, pad: Path):
+    together, alone = run(pad, batch_size=3), run(pad, "start=train_init/mm_projector.bin", batch_size=1)
+    first, second = together.projectors["start"], alone.projectors["start"]
+    assert first.entropy_after_nats == pytest.approx(second.entropy_after_nats, rel=1e-6)
+    assert first.alignment.align_px == pytest.approx(second.alignment.align_px, rel=1e-6)
+    assert first.alignment.shuffled_cosine == pytest.approx(second.alignment.shuffled_cosine, rel=1e-5)
+
+
+def test_only_the_chosen_images_and_regions_count(golden_world: Path, pad: Path):
+    limited = run(pad, limit=2)
+    assert (limited.images, limited.projectors["start"].alignment.regions) == (2, 2)
+    objects = run(pad, region_kind="object")
+    assert (objects.images, objects.projectors["start"].alignment.regions) == (4, 2)
+
+
+def test_the_control_follows_its_seed(golden_world: Path, pad: Path):
+    cosines = {run(pad, seed=seed).projectors["start"].alignment.shuffled_cosine for seed in (0, 0, 1, 2, 3)}
+    assert 1 < len(cosines) < 5
+
+
+def test_sets_that_cannot_be_measured_say_why(golden_world: Path, write_pad: Callable, rectangle: Callable):
+    with pytest.raises(ValueError, match=r"no regions in 2 images.*records have labels"):
+        run(write_pad([], []))
+    with pytest.raises(ValueError, match=r"of kind 'object' \(kinds in the file: \['background'\]\)"):
+        run(write_pad([rectangle(20, 0, 40, 20, "dog") | {"kind": "background"}]), region_kind="object")
+    with pytest.raises(ValueError, match=r"all 1 regions lie outside.*--image-aspect-ratio pad"):
+        run(write_pad([rectangle(0, 0, 10, 56, "dog")]))
+
+
+def test_images_that_do_not_fit_their_records_are_named(golden_world: Path, pad: Path):
+    records = [json.loads(line) for line in pad.read_text().splitlines()]
+    Image.new("RGB", (56, 80)).save(pad.parent / "pictures" / "2.png")
+    with pytest.raises(ValueError, match=r"2\.png.*\[80, 56\].*\[56, 80\]"):
+        run(pad)
+    (pad.parent / "pictures" / "2.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2\.png"):
+        run(pad)
+    records[0]["image_id"] = "../pad.jsonl"
+    pad.write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(ValueError, match="leads out of"):
+        run(pad)
+
+
+def test_a_projector_of_another_width_names_both_shapes(golden_world: Path, pad: Path, tmp_path: Path):
+    torch.save(
+        {"model.mm_projector.weight": torch.zeros(64, 48), "model.mm_projector.bias": torch.zeros(64)}, "wide.bin"
+    )
+    with pytest.raises(ValueError, match=r"\(64, 32\).*\(64, 48\)"):
+        run(pad, "wide=wide.bin")
+
+
+def test_the_report_is_strict_json_and_a_table_beside_the_papers(golden_world: Path, pad: Path, tmp_path: Path):
+    settings = MeasureSettings(pad, pad.parent / "pictures", limit=1, threshold_rule="otsu")
+    measures = run(pad, limit=1, threshold_rule="otsu", picture_rows=1)
+    json_path, markdown_path = write_report(measures, settings, {"base": "tiny-vicuna"}, tmp_path / "out")
+    document = json.loads(json_path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert document["settings"]["threshold_rule"] == document["projectors"]["start"]["align_rule"] == "otsu"
+    assert document["settings"]["base"] == "tiny-vicuna"
+    assert document["projectors"]["start"]["align_px"] == measures.projectors["start"].alignment.align_px
+    markdown = markdown_path.read_text()
+    drop = measures.projectors["start"].entropy_drop_nats
+    assert f"| {drop:.3f} |".replace("-", "−") in markdown
+    assert "7B scale" in markdown
+    assert "| patch-aligned | 4.835 | 1.000 | 3.835 | 0.279 | 0.56 | – |" in markdown
+
+
+def test_undefined_means_are_null_and_a_dash(golden_world: Path, write_pad: Callable, rectangle: Callable):
+    pad = write_pad([rectangle(26, 14, 29, 17, "cup")])  # covers no token, and has no other label to shuffle with
+    settings = MeasureSettings(pad, pad.parent / "pictures")
+    measures = run(pad)
+    assert math.isnan(measures.projectors["start"].alignment.cosine)
+    assert as_json(measures, settings, {})["projectors"]["start"]["cosine"] is None
+    assert as_markdown(measures, settings).count("| – | – |") == 2
+
+
+def test_the_picture_shows_the_largest_region_of_evenly_spread_images(golden_world: Path, pad: Path, tmp_path: Path):
+    measures = run(pad, picture_rows=3)
+    assert [(row.image_id, row.label) for row in measures.picture] == [
+        ("0.png", "dog"), ("2.png", "dog"), ("3.png", "table"),
+    ]  # fmt: skip
+    cell = measures.picture[2].cells["start"]
+    assert cell.cosine.shape == cell.predicted.shape == (4, 4)
+    assert measures.picture[2].truth.sum() == 56 * 28
+    path = tmp_path / "picture.png"
+    save_localisation_figure(measures.picture, path, "mid_range")
+    with Image.open(path) as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 100
+    assert [row.image_id for row in run(pad, picture_rows=1).picture] == ["2.png"]
+    assert run(pad, picture_rows=0).picture == []
