@@ -84,6 +84,11 @@ class Conversation:
         """The dialogue as one string, ending where the model is to go on if the last turn is open."""
         return "".join(segment.text for segment in self.segments())
 
+    @property
+    def stop_string(self) -> str:
+        """What closes an answer: generation that has written it is done."""
+        return self.sep2 if self.sep2 and self.sep_style is not SeparatorStyle.SINGLE else self.sep
+
     def append_message(self, role: str, message: Any) -> None:
         """Adds a turn at the end."""
         self.messages.append([role, message])
@@ -345,6 +350,29 @@ conv_templates: dict[str, Conversation] = {
     "mpt": _chatml(_MPT_SYSTEM),
 }
 """Every template by name. Shared by the whole process: `copy` before appending."""
+
+NAME_RULES = (
+    ("llama-2", "llava_llama_2"),
+    ("mistral", "mistral_instruct"),
+    ("v1.6-34b", "chatml_direct"),
+    ("v1", "llava_v1"),
+    ("mpt", "mpt"),
+)
+"""Upstream's rules for checkpoints that do not say what they were trained with: part of the name, template."""
+
+
+def conversation_mode(model_name: str, config: Any) -> str:
+    """Name of the template to talk to a checkpoint in.
+
+    Args:
+        model_name: of the checkpoint, as `get_model_name_from_path` gives it.
+        config: the model's; `conversation_version` in it, which training writes, outranks the name.
+    """
+    version = getattr(config, "conversation_version", None)
+    if version in conv_templates:
+        return version
+    return next((mode for part, mode in NAME_RULES if part in model_name.lower()), "llava_v0")
+
 
 default_conversation = _v1
 """Read only by code that names no template, as upstream's scripts do; this package always passes one explicitly."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
@@ -19,7 +18,13 @@ from transformers import TextStreamer
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates, conversation_mode
-from llava.mm_utils import get_model_name_from_path, load_rgb_image, process_images, tokenizer_image_token
+from llava.mm_utils import (
+    KeywordsStoppingCriteria,
+    get_model_name_from_path,
+    load_rgb_image,
+    process_images,
+    tokenizer_image_token,
+)
 from llava.model.builder import load_pretrained_model
 
 
@@ -79,7 +84,7 @@ class ImageChat:
 
     def answer(self, prompt: str, *, temperature: float, max_new_tokens: int, streamer: Any = None) -> str:
         """Generates the answer to an open turn and closes the turn with it."""
-        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt").unsqueeze(0).to(self.model.device)
+        ids = torch.tensor([tokenizer_image_token(prompt, self.tokenizer)], device=self.model.device)  # [1, T]
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         new_ids = self.model.generate(
             ids,
@@ -87,8 +92,7 @@ class ImageChat:
             image_sizes=[self.image_size],
             max_new_tokens=max_new_tokens,
             streamer=streamer,
-            stop_strings=[self.conversation.stop_string],
-            tokenizer=self.tokenizer,
+            stopping_criteria=[KeywordsStoppingCriteria([self.conversation.stop_string], self.tokenizer, ids)],
             **sampling,
         )
         text = self.tokenizer.decode(new_ids[0], skip_special_tokens=True).strip()
@@ -97,13 +101,13 @@ class ImageChat:
         return text
 
 
-def chat(session: ImageChat, args: argparse.Namespace, read_line: Callable[[str], str] = input) -> None:
+def chat(session: ImageChat, args: argparse.Namespace) -> None:
     """Reads messages and streams answers until an empty line or the end of input."""
     roles = session.conversation.roles
     streamer = TextStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
     while True:
         try:
-            message = read_line(f"{roles[0]}: ").strip()
+            message = input(f"{roles[0]}: ").strip()
         except EOFError:
             message = ""
         if not message:

@@ -1,0 +1,84 @@
+"""Chatting in the terminal, on the tiny checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llava.conversation import conv_templates, conversation_mode
+from llava.serve.cli import ImageChat, argument_parser, load_image, main
+
+
+def arguments(*extra: str) -> list[str]:
+    return ["--model-path", "tiny-llava", "--image-file", "images/im1.png", "--device", "cpu", *extra]
+
+
+def test_a_chat_streams_each_answer_and_ends_at_an_empty_line(
+    golden_world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["What is this?", "And this?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    main(argument_parser().parse_args(arguments("--temperature", "0", "--max-new-tokens", "4", "--conv-mode", "v1")))
+    printed = capsys.readouterr().out
+    assert printed.count("ASSISTANT: ") == 2
+    assert printed.rstrip().endswith("exit...")
+
+
+def test_the_image_comes_with_the_first_message_alone(golden_world: Path) -> None:
+    from llava.model.builder import load_pretrained_model
+
+    tokenizer, model, processor, _ = load_pretrained_model("tiny-llava", None, "tiny-llava", device="cpu")
+    session = ImageChat(tokenizer, model, processor, load_image("images/im1.png"), conv_templates["v1"])
+    first = session.prompt("What is this?")
+    answer = session.answer(first, temperature=0, max_new_tokens=4)
+    second = session.prompt("And this?")
+    assert first.endswith("USER: <image>\nWhat is this? ASSISTANT:")
+    assert second.count("<image>") == 1
+    assert f"{answer}</s>USER: And this? ASSISTANT:" in second
+    assert not conv_templates["v1"].messages
+
+
+def test_a_missing_image_is_one_clear_error(golden_world: Path) -> None:
+    with pytest.raises(OSError, match=r"no-such\.png"):
+        load_image("no-such.png")
+
+
+def test_a_text_model_is_refused(golden_world: Path) -> None:
+    args = argument_parser().parse_args(["--model-path", "tiny-vicuna", "--image-file", "x", "--device", "cpu"])
+    with pytest.raises(ValueError, match="no vision tower"):
+        main(args)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("llava-v1.5-7b", "llava_v1"),
+        ("llava-v1.6-34b", "chatml_direct"),
+        ("llava-v1.6-mistral-7b", "mistral_instruct"),
+        ("llava-llama-2-13b", "llava_llama_2"),
+        ("anything", "llava_v0"),
+    ],
+)
+def test_the_template_follows_the_name_where_the_config_says_nothing(name: str, mode: str) -> None:
+    assert conversation_mode(name, SimpleNamespace()) == mode
+
+
+def test_the_template_that_training_recorded_outranks_the_name() -> None:
+    config = SimpleNamespace(conversation_version="chatml_direct")
+    assert conversation_mode("llava-v1.5-7b", config) == "chatml_direct"
+
+
+def test_device_defaults_to_what_is_there() -> None:
+    args = argument_parser().parse_args(["--model-path", "x", "--image-file", "y"])
+    assert args.device == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("mode", "stop"),
+    [("v1", "</s>"), ("llama_2", "</s>"), ("chatml_direct", "<|im_end|>"), ("v0", "###"), ("plain", "\n")],
+)
+def test_what_closes_an_answer(mode: str, stop: str) -> None:
+    assert conv_templates[mode].stop_string == stop
