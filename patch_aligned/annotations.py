@@ -1,0 +1,242 @@
+"""The Patch-Aligned Dataset (PAD): one record an image, with its regions. Read, checked and written here.
+
+A record, as in the paper's Table 9:
+
+    {"image_id": "00000/00000030.jpg", "size": [448, 336], "caption": "a canyon wall ...",
+     "labels": [{"tag": "water", "bbox": [x1, y1, x2, y2], "rle_mask": "k5d4L5..."}]}
+
+`size` is width and height in pixels; `bbox` is in pixels and may leave the image slightly; `rle_mask` is COCO's
+compressed RLE of a mask of the image's size. Files are JSON (one array), JSON lines, either of them gzipped, or
+Parquet. Keys beyond these are kept and written again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+from patch_aligned.record_files import iter_records, write_records
+from patch_aligned.rle import rle_problems
+
+_RECORD_KEYS = ("image_id", "size", "caption", "labels")
+_LABEL_KEYS = ("tag", "bbox", "rle_mask")
+_RECORDS_PER_CHECK = 64
+_LONGEST_QUOTE = 80
+
+
+class AnnotationError(ValueError):
+    """A record that breaks the format.
+
+    Attributes:
+        record_index: zero-based position in the file, -1 where the record came from elsewhere.
+        image_id: as far as it could be read.
+    """
+
+    def __init__(self, message: str, record_index: int, image_id: str) -> None:
+        super().__init__(message)
+        self.record_index = record_index
+        self.image_id = image_id
+
+
+@dataclass(frozen=True)
+class Region:
+    """One annotated object.
+
+    Attributes:
+        tag: the label, in words.
+        bbox_xyxy_px: corners in pixels of the original image; may leave it slightly.
+        rle_mask: COCO compressed RLE string of the image's size.
+        extra: keys beyond the format, kept as they are.
+    """
+
+    tag: str
+    bbox_xyxy_px: tuple[float, float, float, float]
+    rle_mask: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AnnotatedImage:
+    """One record: an image, its caption and its regions (perhaps none)."""
+
+    image_id: str
+    size_wh: tuple[int, int]
+    caption: str
+    regions: tuple[Region, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_record(self) -> dict[str, Any]:
+        """The record as it stands in a file."""
+        labels = [
+            {"tag": region.tag, "bbox": list(region.bbox_xyxy_px), "rle_mask": region.rle_mask, **region.extra}
+            for region in self.regions
+        ]
+        return {
+            "image_id": self.image_id,
+            "size": list(self.size_wh),
+            "caption": self.caption,
+            "labels": labels,
+            **self.extra,
+        }
+
+
+def read_annotations(
+    path: str | Path, on_error: Callable[[AnnotationError], None] | None = None
+) -> Iterator[AnnotatedImage]:
+    """All records of a file in order, checked; only their ids are held in memory.
+
+    Args:
+        path: a `.json`, `.jsonl`, `.json.gz`, `.jsonl.gz` or `.parquet` file.
+        on_error: called with each broken record, which is then left out; None raises at the first. A second record of
+            an image counts as broken.
+
+    Raises:
+        AnnotationError: for a record that breaks the format; names file, record, field, found and expected.
+        RecordFileError: if the file as such cannot be read.
+    """
+    path = Path(path)
+    index_of_id: dict[str, int] = {}
+    for index, outcome in _checked(iter_records(path), path):
+        if isinstance(outcome, AnnotatedImage):
+            first = index_of_id.setdefault(outcome.image_id, index)
+            if first == index:
+                yield outcome
+                continue
+            place = _Place(path, index, outcome.image_id)
+            outcome = place.error("image_id", f"the id of record {first} again", "one record an image")
+        if on_error is None:
+            raise outcome
+        on_error(outcome)
+
+
+def parse_annotation(record: Mapping[str, Any], source: str | Path = "record") -> AnnotatedImage:
+    """One record from elsewhere than a file, checked as `read_annotations` checks it.
+
+    Raises:
+        AnnotationError: if it breaks the format.
+    """
+    _, outcome = next(_checked([record], source, first_index=-1))
+    if isinstance(outcome, AnnotationError):
+        raise outcome
+    return outcome
+
+
+def write_annotations(images: Iterable[AnnotatedImage], path: str | Path) -> int:
+    """Writes a file of the kind that its suffix names, whole or not at all; returns the number of records.
+
+    Raises:
+        RecordFileError: for an unknown suffix.
+    """
+    return write_records((image.to_record() for image in images), Path(path))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a value stands, for error messages."""
+
+    source: str | Path
+    index: int
+    image_id: str
+
+    def wrong(self, name: str, value: Any, expected: str, hint: str = "") -> NoReturn:
+        quote = repr(value)
+        found = quote if len(quote) <= _LONGEST_QUOTE else quote[: _LONGEST_QUOTE - 3] + "..."
+        raise self.error(name, found, expected, hint)
+
+    def require(self, keys: Iterable[str], mapping: Any, name: str) -> None:
+        if not isinstance(mapping, Mapping):
+            self.wrong(name, mapping, f"an object with the keys {', '.join(keys)}")
+        for key in keys:
+            if key not in mapping:
+                present = ", ".join(map(str, mapping)) or "no key at all"
+                raise self.error(name, present, f"the key {key!r} too")
+
+    def error(self, name: str, found: str, expected: str, hint: str = "") -> AnnotationError:
+        record = f"record {self.index} " if self.index >= 0 else ""
+        message = (
+            f"{self.source}: {record}(image_id {self.image_id!r}), field {name!r}: found {found}; expected {expected}."
+            f"{' ' + hint if hint else ''} Correct the record, or leave it out with --patch_on_error skip."
+        )
+        return AnnotationError(message, self.index, self.image_id)
+
+
+def _checked(
+    records: Iterable[Any], source: str | Path, first_index: int = 0
+) -> Iterator[tuple[int, AnnotatedImage | AnnotationError]]:
+    """Each record's index with the image it describes, or with what is wrong with it."""
+    numbered = enumerate(records, start=first_index)
+    while chunk := list(islice(numbered, _RECORDS_PER_CHECK)):
+        outcomes: dict[int, AnnotatedImage | AnnotationError] = {}
+        for index, record in chunk:
+            try:
+                outcomes[index] = _parse(record, source, index)
+            except AnnotationError as error:
+                outcomes[index] = error
+        images = [(index, outcome) for index, outcome in outcomes.items() if isinstance(outcome, AnnotatedImage)]
+        outcomes.update(_first_broken_masks(images, source))
+        yield from outcomes.items()
+
+
+def _parse(record: Any, source: str | Path, index: int) -> AnnotatedImage:
+    """All checks except those of the masks' content, which are done for many records at once."""
+    image_id = record.get("image_id", "?") if isinstance(record, Mapping) else "?"
+    place = _Place(source, index, str(image_id))
+    place.require(_RECORD_KEYS, record, "record")
+    image_id, size, caption, labels = (record[key] for key in _RECORD_KEYS)
+    if not isinstance(image_id, str) or not image_id:
+        place.wrong("image_id", image_id, "the image's path below the image folder")
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_whole(n) and n > 0 for n in size):
+        place.wrong("size", size, "[width, height], two whole numbers of pixels")
+    if not isinstance(caption, str):
+        place.wrong("caption", caption, "a string")
+    if not isinstance(labels, list | tuple):
+        place.wrong("labels", labels, "a list of {tag, bbox, rle_mask}; an empty list for an image without regions")
+    regions = tuple(_parse_region(label, position, place) for position, label in enumerate(labels))
+    extra = {key: value for key, value in record.items() if key not in _RECORD_KEYS}
+    return AnnotatedImage(image_id, (int(size[0]), int(size[1])), caption, regions, extra)
+
+
+def _parse_region(label: Any, position: int, place: _Place) -> Region:
+    where = f"labels[{position}]"
+    place.require(_LABEL_KEYS, label, where)
+    tag, bbox, rle_mask = (label[key] for key in _LABEL_KEYS)
+    if not isinstance(tag, str) or not tag.strip():
+        place.wrong(f"{where}.tag", tag, "the label in words, not empty")
+    if not isinstance(bbox, list | tuple) or len(bbox) != 4 or not all(_is_finite(number) for number in bbox):
+        place.wrong(f"{where}.bbox", bbox, "[x1, y1, x2, y2], four finite numbers in pixels")
+    if bbox[2] < bbox[0] or bbox[3] < bbox[1]:
+        place.wrong(f"{where}.bbox", bbox, "x1 <= x2 and y1 <= y2", "Is this [x, y, width, height]?")
+    if not isinstance(rle_mask, str):
+        hint = "Take the object's 'counts'." if isinstance(rle_mask, Mapping) else ""
+        place.wrong(f"{where}.rle_mask", rle_mask, "a COCO compressed RLE string", hint)
+    extra = {key: value for key, value in label.items() if key not in _LABEL_KEYS} if len(label) > 3 else {}
+    return Region(tag, (float(bbox[0]), float(bbox[1]), float(bbox[2]), float(bbox[3])), rle_mask, extra)
+
+
+def _first_broken_masks(images: list[tuple[int, AnnotatedImage]], source: str | Path) -> dict[int, AnnotationError]:
+    """First broken mask of each record, by the record's index."""
+    regions = [(index, image, position) for index, image in images for position in range(len(image.regions))]
+    problems = rle_problems(
+        [image.regions[position].rle_mask for _, image, position in regions],
+        [image.size_wh[0] * image.size_wh[1] for _, image, _ in regions],
+    )
+    broken: dict[int, AnnotationError] = {}
+    for (index, image, position), problem in zip(regions, problems, strict=True):
+        if problem is not None and index not in broken:
+            width, height = image.size_wh
+            broken[index] = _Place(source, index, image.image_id).error(
+                f"labels[{position}].rle_mask", problem, f"width x height = {width} x {height} = {width * height}"
+            )
+    return broken
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
