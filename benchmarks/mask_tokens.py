@@ -1,0 +1,112 @@
+"""Speed of a region's token coverage from its run-length encoded mask, relative to merely decoding the mask.
+
+    python benchmarks/mask_tokens.py
+
+Ratios above 1 mean that exact coverage takes less time than `pycocotools.mask.decode` alone. Every coverage is compared
+with the decoded mask's in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core; read when numpy loads
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+from pycocotools import mask as coco_mask
+
+from llava.image_geometry import ImageGeometry
+from patch_aligned import patch_masks
+
+TARGET = 0.4
+
+
+def blob_masks(count: int, size_wh: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Ragged blobs of 1% to half of an image, like the masks of a segmentation network: bool `[count, h, w]`."""
+    width, height = size_wh
+    masks = []
+    for _ in range(count):
+        canvas = Image.new("L", size_wh)
+        corners = int(rng.integers(6, 30))
+        angles = np.sort(rng.random(corners)) * 2 * np.pi
+        radii = rng.uniform(0.08, 0.5) * height * rng.uniform(0.5, 1.3, corners)
+        x = rng.uniform(0.1, 0.9) * width + radii * np.cos(angles)
+        y = rng.uniform(0.1, 0.9) * height + radii * np.sin(angles)
+        ImageDraw.Draw(canvas).polygon(list(zip(x.tolist(), y.tolist(), strict=True)), fill=255)
+        smooth = np.asarray(canvas.filter(ImageFilter.GaussianBlur(4)), dtype=np.float64)
+        grain = Image.fromarray(rng.integers(0, 256, (height // 4, width // 4), dtype=np.uint8)).resize(size_wh)
+        masks.append(smooth + (np.asarray(grain, dtype=np.float64) - 128) / 3 > 128)
+    return np.stack(masks)
+
+
+def seconds(action: Callable[[], object], repeats: int) -> float:
+    """Median time of an action."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the comparison; the exit status is 1 if coverage is slower than the target or differs from the reference."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--width", type=int, default=448, help="width of the images in pixels (default 448)")
+    parser.add_argument("--height", type=int, default=336, help="height of the images in pixels (default 336)")
+    parser.add_argument("--regions", type=int, default=4, help="regions of an image (default 4, as in PAD)")
+    parser.add_argument("--images", type=int, default=50, help="images in the sample (default 50)")
+    parser.add_argument("--repeats", type=int, default=20, help="passes over the sample; medians count (default 20)")
+    parser.add_argument("--side", type=int, default=336, help="side of the model image (default 336)")
+    parser.add_argument("--grid", type=int, default=24, help="tokens along a side (default 24)")
+    parser.add_argument("--image_aspect_ratio", default="square", choices=["square", "pad", "anyres"])
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+
+    size_wh = (options.width, options.height)
+    geometry = ImageGeometry.of(options.image_aspect_ratio, size_wh, options.side, (options.grid, options.grid))
+    rng = np.random.default_rng(options.seed)
+    images = [blob_masks(options.regions, size_wh, rng) for _ in range(options.images)]
+    encoded = [[coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks] for masks in images]
+    strings = [[rle["counts"].decode("ascii") for rle in rles] for rles in encoded]
+
+    def decode() -> None:
+        for rles in encoded:
+            coco_mask.decode(rles)
+
+    def cover() -> None:
+        for rle_masks in strings:
+            patch_masks.token_coverage_of_regions(rle_masks, size_wh, geometry)
+
+    def cover_new_sizes() -> None:
+        for rle_masks in strings:
+            patch_masks._area_tables.cache_clear()
+            patch_masks.token_coverage_of_regions(rle_masks, size_wh, geometry)
+
+    differing = 0
+    for masks, rle_masks in zip(images, strings, strict=True):
+        coverage = patch_masks.token_coverage_of_regions(rle_masks, size_wh, geometry)
+        differing += int((coverage != geometry.token_coverage(masks)).sum())
+
+    decoding, covering, covering_new = (seconds(run, options.repeats) for run in (decode, cover, cover_new_sizes))
+    regions = options.images * options.regions
+    print(f"{decoding / covering:.2f}x the speed of decoding alone (target {TARGET}x)")
+    print(f"{decoding / covering_new:.2f}x where each image has a size not seen before")
+    print(f"{differing} of {regions * options.grid**2} coverages differ from the decoded mask's")
+    print(
+        f"microseconds a region: decode {decoding / regions * 1e6:.0f}, coverage {covering / regions * 1e6:.0f}; "
+        f"{options.width}x{options.height}, {options.regions} regions an image, grid {options.grid}"
+    )
+    return int(differing > 0 or decoding / covering < TARGET)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Coverage from run lengths against decoded masks, and the masks that are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+
+from llava.image_geometry import ImageGeometry
+from patch_aligned.patch_masks import (
+    PatchMaskError,
+    covered_tokens,
+    covered_tokens_of_regions,
+    token_coverage_of_regions,
+)
+
+
+def encode(mask: np.ndarray) -> str:
+    return coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+
+
+def random_masks(seed: int, regions: int, size_wh: tuple[int, int], density: float) -> np.ndarray:
+    return np.random.default_rng(seed).random((regions, size_wh[1], size_wh[0])) < density
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["square", "pad", "anyres"]),
+    st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    st.sampled_from([(24, 24), (16, 16), (2, 5)]),
+    st.integers(1, 4),
+    st.sampled_from([0.0, 0.02, 0.5, 0.97, 1.0]),
+    st.integers(0, 2**31),
+)
+def test_equals_the_decoded_mask_to_the_last_bit(mode, size_wh, grid, regions, density, seed) -> None:
+    geometry = ImageGeometry.of(mode, size_wh, 336, grid)
+    masks = random_masks(seed, regions, size_wh, density)
+    rle_masks = [encode(mask) for mask in masks]
+    decoded = np.stack([coco_mask.decode({"size": size_wh[::-1], "counts": rle}) for rle in rle_masks])
+    np.testing.assert_array_equal(decoded, masks)
+    coverage = token_coverage_of_regions(rle_masks, size_wh, geometry)
+    np.testing.assert_array_equal(coverage, geometry.token_coverage(masks))
+
+
+@pytest.mark.parametrize("size_wh", [(4032, 3024), (1, 3000), (5001, 17)])
+def test_stays_exact_on_large_and_extreme_images(size_wh: tuple[int, int]) -> None:
+    geometry = ImageGeometry.of("square", size_wh, 336, (24, 24))
+    y, x = np.mgrid[: size_wh[1], : size_wh[0]]
+    mask = (x * 7 + y * 3) % 301 < 140  # a quarter of a million runs in the largest
+    coverage = token_coverage_of_regions([encode(mask)], size_wh, geometry)[0]
+    np.testing.assert_allclose(coverage, geometry.token_coverage(mask), rtol=0, atol=1e-12)
+
+
+def test_the_threshold_is_inclusive() -> None:
+    geometry = ImageGeometry.of("square", (6, 6), 4, (2, 2))  # cells of 3 x 3 pixels
+    mask = np.zeros((6, 6))
+    mask[0, :3] = mask[1, 0] = 1  # 4 of 9 pixels of the first cell
+    mask[3:, 3:] = 1
+    tokens = covered_tokens(encode(mask), (6, 6), geometry)
+    assert tokens.dtype == bool
+    assert tokens.tolist() == [False, False, False, True]
+    assert covered_tokens(encode(mask), (6, 6), geometry, 4 / 9).tolist() == [True, False, False, True]
+    halves = ImageGeometry.of("pad", (4, 2), 8, (2, 2))  # above and below the image lies padding
+    assert covered_tokens(encode(np.ones((2, 4))), (4, 2), halves).tolist() == [True] * 4
+
+
+def test_tokens_run_row_by_row() -> None:
+    geometry = ImageGeometry.of("square", (3, 3), 3, (3, 3))
+    mask = np.zeros((3, 3))
+    mask[0, 2] = 1
+    assert np.flatnonzero(covered_tokens(encode(mask), (3, 3), geometry)).tolist() == [2]
+
+
+def test_a_region_may_cover_nothing() -> None:
+    geometry = ImageGeometry.of("square", (9, 3), 3, (3, 3))  # the crop keeps the middle third
+    outside = np.zeros((3, 9))
+    outside[:, :3] = 1
+    tokens = covered_tokens_of_regions([encode(outside), encode(np.zeros((3, 9)))], (9, 3), geometry)
+    assert tokens.shape == (2, 9)
+    assert not tokens.any()
+    assert covered_tokens_of_regions([], (9, 3), geometry).shape == (0, 9)
+
+
+@pytest.mark.parametrize(
+    ("size_wh", "message"),
+    [
+        ((4, 6), r"pad\.json record 3, size: found \[4, 6\], expected \[6, 4\].*swapped"),
+        ((12, 8), r"pad\.json record 3, size: found \[12, 8\], expected \[6, 4\].*another file or copy"),
+    ],
+)
+def test_a_size_that_is_not_the_images_is_refused(size_wh: tuple[int, int], message: str) -> None:
+    geometry = ImageGeometry.of("square", (6, 4), 2, (2, 2))
+    rle_mask = encode(np.ones((size_wh[1], size_wh[0])))
+    with pytest.raises(PatchMaskError, match=message):
+        covered_tokens_of_regions([rle_mask], size_wh, geometry, record="pad.json record 3")
+
+
+@pytest.mark.parametrize(
+    ("rle_mask", "found"),
+    [
+        (encode(np.ones((4, 5))), "found runs that sum to 20 pixels, expected runs that sum to 6 x 4 = 24 pixels"),
+        ("", "found an empty string"),
+        ("H0\x7f", "found a character"),
+        ("é", "found a character"),
+        (encode(np.ones((4, 6)))[:-1] + "h", "found "),
+        ("J", "found a run of -6 pixels"),
+    ],
+)
+def test_a_malformed_mask_is_named(rle_mask: str, found: str) -> None:
+    geometry = ImageGeometry.of("square", (6, 4), 2, (2, 2))
+    whole = encode(np.ones((4, 6)))
+    with pytest.raises(PatchMaskError, match=f"cat\\.jpg, region 1, rle_mask: {found}"):
+        covered_tokens_of_regions([whole, rle_mask, whole], (6, 4), geometry, record="cat.jpg")
+
+
+@given(st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=12))
+def test_no_string_does_worse_than_raise(rle_mask: str) -> None:
+    geometry = ImageGeometry.of("square", (6, 4), 2, (2, 2))
+    try:
+        coverage = token_coverage_of_regions([rle_mask], (6, 4), geometry)
+    except PatchMaskError:
+        return
+    decoded = coco_mask.decode({"size": [4, 6], "counts": rle_mask})
+    np.testing.assert_array_equal(coverage[0], geometry.token_coverage(decoded))
+
+
+def test_impossible_thresholds_are_refused() -> None:
+    geometry = ImageGeometry.of("square", (6, 4), 2, (2, 2))
+    for threshold in (0.0, -0.1, 1.01):
+        with pytest.raises(ValueError, match="min_coverage"):
+            covered_tokens(encode(np.ones((4, 6))), (6, 4), geometry, threshold)
