@@ -5,6 +5,7 @@ Letters: B images, S patches, d width of the tower, T visual tokens, D width of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -85,11 +86,12 @@ def measure_projectors(
             f"{settings.data}: all {len(survey.labels)} regions lie outside the model's image, cut away by its "
             f"{tower.image_aspect_ratio!r} geometry. Pass --image-aspect-ratio pad, which keeps the whole image."
         )
+    entropy_before_nats = before.entropy_nats()
     return Measures(
         images=done,
-        entropy_before_nats=before.entropy_nats(),
-        effective_rank_before=before.effective_rank(),
-        projectors={run.projector.name: run.result(before.entropy_nats()) for run in runs},
+        entropy_before_nats=entropy_before_nats,
+        effective_rank_before=math.exp(entropy_before_nats),
+        projectors={run.projector.name: run.result(entropy_before_nats) for run in runs},
         picture=picture,
     )
 
@@ -144,6 +146,6 @@ class _Run:
             grid=self.grid,
             entropy_after_nats=after,
             entropy_drop_nats=entropy_before_nats - after,
-            effective_rank_after=self.entropy.effective_rank(),
+            effective_rank_after=math.exp(after),
             alignment=self.alignment.result(),
         )

@@ -9,6 +9,8 @@ Letters: N tokens, d width of a token.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -89,7 +91,7 @@ class EntropyAccumulator:
 
     def effective_rank(self) -> float:
         """`exp(entropy)`: the number of equally used directions that would have the same entropy."""
-        return float(torch.special.entr(self.spectrum()).sum().exp())
+        return math.exp(self.entropy_nats())
 
 
 def entropy_nats(tokens: Tensor) -> float:

@@ -93,3 +93,15 @@ def test_undefined_entropies_say_why():
         accumulator.update(torch.full((1, WIDTH), torch.nan))
     with pytest.raises(ValueError, match="width 4 and width 12"):
         accumulator.merge(EntropyAccumulator(4))
+
+
+def test_reducing_sums_moment_and_count_over_ranks(monkeypatch: pytest.MonkeyPatch):
+    """The other rank is played by a sum that adds a twin's share, so both numbers double and the entropy stays."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor.mul_(2))
+    accumulator = EntropyAccumulator(WIDTH)
+    accumulator.update(random_tokens(20, WIDTH))
+    moment, entropy = accumulator.moment.clone(), accumulator.entropy_nats()
+    accumulator.all_reduce()
+    assert accumulator.token_count == 40
+    torch.testing.assert_close(accumulator.moment, 2 * moment)
+    assert accumulator.entropy_nats() == pytest.approx(entropy, rel=1e-12)
