@@ -64,6 +64,7 @@ def render_sheet(font_path: Path) -> None:
                 "article": row["article"],
                 "plural": row["plural"],
                 "category": row["category"],
+                "habitat": row["habitat"],
                 "colour": row["colour"] or None,
                 "simple": row["simple"] == "1",
                 "codepoint": f"U+{row['codepoint']}",

@@ -23,6 +23,7 @@ class Sprite:
         article: "a" or "an".
         plural: "pine trees".
         category: animal, food, vehicle, ...
+        habitat: where it is put in a scene that has such a place: "air", "water" or "ground".
         colour: the one colour a person would name, None where there is no such colour.
         simple: belongs to the smaller set of well distinguishable things.
         codepoint: the emoji, as "U+1F415".
@@ -33,6 +34,7 @@ class Sprite:
     article: str
     plural: str
     category: str
+    habitat: str
     colour: str | None
     simple: bool
     codepoint: str
