@@ -18,11 +18,11 @@ def region_embeddings(visual_tokens: Tensor, region_image: Tensor, region_tokens
 
     Args:
         visual_tokens: `[N, S, D]`.
-        region_image: `[R]`, image that each region belongs to, 0..N-1.
+        region_image: `[R]`, image that each region belongs to, 0..N-1; N for a region that belongs to none.
         region_tokens: `[R, S]` bool, the tokens it covers.
 
     Returns:
-        `[R, D]` in float32 (or float64); zero where a region covers no token.
+        `[R, D]` in float32 (or float64); zero where a region covers no token or belongs to no image.
 
     Raises:
         ValueError: if the shapes do not fit together.

@@ -1,0 +1,53 @@
+"""Command line flags of patch-aligned training, parsed beside LLaVA's own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class PatchArguments:
+    """Flags of the patch loss; all start with `patch_`."""
+
+    patch_data_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "PAD file (.json, .jsonl, either gzipped, or .parquet) with the regions of the training images, "
+            "joined with --data_path by the image's path. Not needed where --data_path is a PAD file itself."
+        },
+    )
+    patch_min_coverage: float = field(
+        default=0.5,
+        metadata={"help": "A region covers a visual token if its mask covers at least this share of the token's cell."},
+    )
+    patch_beta_start: float = field(default=0.0, metadata={"help": "Weight of the patch loss at the first step."})
+    patch_beta_end: float = field(
+        default=5.0, metadata={"help": "Weight of the patch loss at the last step; linear in between."}
+    )
+    patch_on_error: Literal["fail", "skip"] = field(
+        default="fail",
+        metadata={
+            "help": "Records of the PAD file that break the format, or whose size is not the image's: 'fail' stops, "
+            "'skip' trains these images on their captions only, lists the records and counts them."
+        },
+    )
+    patch_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the converted PAD file is kept (default: $PATCH_ALIGNED_CACHE, else ~/.cache/patch_aligned)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.patch_min_coverage <= 1:
+            raise ValueError(
+                f"--patch_min_coverage: found {self.patch_min_coverage}; expected a share above 0 and up to 1"
+            )
+        for name in ("patch_beta_start", "patch_beta_end"):
+            beta = getattr(self, name)
+            if not (math.isfinite(beta) and beta >= 0):
+                raise ValueError(f"--{name}: found {beta}; expected a finite number, 0 or more")
+        if self.patch_on_error not in ("fail", "skip"):
+            raise ValueError(f"--patch_on_error: found {self.patch_on_error!r}; expected 'fail' or 'skip'")

@@ -1,0 +1,180 @@
+"""A picture of a batch: per image, what the tower sees with the masks on it, and the visual tokens they cover.
+
+A wrong geometry shows at once: masks beside their objects on the left, or tokens beside the masks on the right.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from llava.image_geometry import ImageGeometry
+
+_PANEL = 420  # side of one of the two pictures of an image, pixels
+_GAP = 16
+_TEXT = 17
+_LINE = 25
+_LEGEND_COLUMNS = 2
+_MOST_IMAGES = 8
+_MOST_LABELS = 12
+_INK, _FADED, _PAPER = (32, 33, 36), (150, 152, 156), (255, 255, 255)
+_GOLDEN_ANGLE = 0.381966  # of the colour circle: any number of hues, neighbours far apart
+
+
+@dataclass(frozen=True)
+class PicturedRegion:
+    """A region: its label as the LLM reads it, its mask, and the tokens it covers (None: none, so it is not used)."""
+
+    label: str
+    rle_mask: str
+    tokens: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class PicturedImage:
+    """One image `[3, side, side]` in 0..1, with its geometry and regions."""
+
+    pixels: Tensor
+    geometry: ImageGeometry
+    title: str
+    regions: Sequence[PicturedRegion]
+
+
+def save_picture(images: Sequence[PicturedImage], path: Path) -> Path:
+    """Draws the first images of a batch, and saves them as `path` with the suffix `.png`.
+
+    Returns:
+        The file's path.
+    """
+    font = ImageFont.load_default(_TEXT)
+    blocks = [_draw_block(image, font) for image in images[:_MOST_IMAGES]]
+    columns = 2 if len(blocks) > 1 else 1
+    lines = [blocks[start : start + columns] for start in range(0, len(blocks), columns)]
+    heights = [max(block.height for block in line) for line in lines]
+    width = columns * (2 * _PANEL + 3 * _GAP) + _GAP
+    sheet = Image.new("RGB", (width, sum(heights) + 2 * _GAP + _LINE), _PAPER)
+    ImageDraw.Draw(sheet).text((2 * _GAP, _GAP), _caption(images), font=font, fill=_FADED)
+    top = 2 * _GAP + _LINE
+    for line, height in zip(lines, heights, strict=True):
+        for column, block in enumerate(line):
+            sheet.paste(block, (_GAP + column * (2 * _PANEL + 3 * _GAP), top))
+        top += height
+    path = path.with_name(f"{path.name}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def _caption(images: Sequence[PicturedImage]) -> str:
+    if not images:
+        return "A batch without images"
+    shown = f", the first {_MOST_IMAGES} of {len(images)} images" if len(images) > _MOST_IMAGES else ""
+    rows, cols = images[0].geometry.grid
+    return (
+        f"{images[0].geometry.mode}, {rows} x {cols} visual tokens{shown}.   "
+        "Left: masks on the model's image.   Right: covered tokens."
+    )
+
+
+def _draw_block(image: PicturedImage, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+    """Title, the two pictures side by side, and the legend."""
+    entries = min(len(image.regions), _MOST_LABELS + 1)
+    legend_lines = -(-entries // _LEGEND_COLUMNS)
+    width = 2 * _PANEL + _GAP
+    block = Image.new("RGB", (width + 2 * _GAP, _LINE + _PANEL + _GAP + legend_lines * _LINE + _GAP), _PAPER)
+    draw = ImageDraw.Draw(block)
+    draw.text((_GAP, 0), _shortened(image.title, width, font), font=font, fill=_INK)
+    base = (image.pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)  # [3, side, side] -> [side, side, 3]
+    block.paste(_draw_masks(base, image), (_GAP, _LINE))
+    block.paste(_draw_tokens(base, image), (_GAP + _PANEL + _GAP, _LINE))
+
+    for place, region in enumerate(image.regions[: _MOST_LABELS + 1]):
+        left = _GAP + (place % _LEGEND_COLUMNS) * (_PANEL + _GAP)
+        top = _LINE + _PANEL + _GAP // 2 + (place // _LEGEND_COLUMNS) * _LINE
+        if place == _MOST_LABELS:
+            draw.text((left, top), f"and {len(image.regions) - _MOST_LABELS} more", font=font, fill=_FADED)
+            continue
+        is_used = region.tokens is not None
+        draw.rounded_rectangle(
+            (left, top + 3, left + 26, top + 19),
+            4,
+            fill=_colour(place) if is_used else None,
+            outline=_colour(place),
+            width=2,
+        )
+        covers = (
+            f"{int(region.tokens.sum())} tokens" if region.tokens is not None else "covers no token, not in the loss"
+        )
+        text = _shortened(f"{region.label}  ({covers})", _PANEL - 40, font)
+        draw.text((left + 34, top), text, font=font, fill=_INK if is_used else _FADED)
+    return block
+
+
+def _draw_masks(base: np.ndarray, image: PicturedImage) -> Image.Image:
+    """The model's image, each region tinted and outlined."""
+    width, height = image.geometry.original_wh
+    tinted = np.asarray(Image.fromarray(base).resize((_PANEL, _PANEL), Image.Resampling.BICUBIC), dtype=np.float64)
+    for place, region in enumerate(image.regions[:_MOST_LABELS]):
+        mask = coco_mask.decode({"size": [height, width], "counts": region.rle_mask.encode()})
+        share = image.geometry.mask_to_model(mask).astype(np.float32)  # [side, side]
+        enlarged = Image.fromarray(share).resize((_PANEL, _PANEL), Image.Resampling.BILINEAR)
+        inside = np.asarray(enlarged) >= 0.5
+        colour = np.array(_colour(place), dtype=np.float64)
+        tinted[inside] = 0.62 * tinted[inside] + 0.38 * colour
+        tinted[_outline(inside)] = colour
+    return Image.fromarray(tinted.round().astype(np.uint8))
+
+
+def _draw_tokens(base: np.ndarray, image: PicturedImage) -> Image.Image:
+    """The faded image under the token grid; a cell that several regions cover shows their colours as stripes."""
+    faded = Image.fromarray(base).convert("L").convert("RGB").resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
+    picture = Image.blend(faded, Image.new("RGB", faded.size, _PAPER), 0.55)
+    rows, cols = image.geometry.grid
+    x_edges = np.linspace(0, _PANEL, cols + 1).round().astype(int)
+    y_edges = np.linspace(0, _PANEL, rows + 1).round().astype(int)
+    overlay = picture.copy()
+    draw = ImageDraw.Draw(overlay)
+    shown = [(place, region.tokens) for place, region in enumerate(image.regions[:_MOST_LABELS])]
+    for token in range(rows * cols):
+        covering = [place for place, tokens in shown if tokens is not None and tokens[token]]
+        left, right = x_edges[token % cols], x_edges[token % cols + 1]
+        top, bottom = y_edges[token // cols], y_edges[token // cols + 1]
+        stripes = np.linspace(left, right, len(covering) + 1).round().astype(int)
+        for place, start, end in zip(covering, stripes[:-1], stripes[1:], strict=True):
+            draw.rectangle((start, top, end - 1, bottom - 1), fill=_colour(place))
+    picture = Image.blend(picture, overlay, 0.8)
+    lines = ImageDraw.Draw(picture)
+    for edge in x_edges[:-1].tolist():
+        lines.line((edge, 0, edge, _PANEL), fill=_PAPER)
+    for edge in y_edges[:-1].tolist():
+        lines.line((0, edge, _PANEL, edge), fill=_PAPER)
+    return picture
+
+
+def _outline(inside: np.ndarray) -> np.ndarray:
+    """Pixels of the mask within two pixels of its border."""
+    core = inside.copy()
+    for _ in range(2):
+        padded = np.pad(core, 1)
+        core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return inside & ~core
+
+
+def _colour(place: int) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hls_to_rgb((0.58 + place * _GOLDEN_ANGLE) % 1, 0.48, 0.75)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
