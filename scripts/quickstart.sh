@@ -13,7 +13,7 @@ source scripts/environment.sh
 
 RUN=${RUN:-runs/quickstart}
 STEPS=${STEPS:-50}
-HELD_OUT=playground/data/mini/held_out
+HELDOUT=playground/data/mini/heldout
 
 say() { printf '\n[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$1"; }
 
@@ -44,8 +44,8 @@ patch-aligned measure \
     --projector captions="$RUN/captions" \
     --projector patch_aligned="$RUN/patch_aligned" \
     --base playground/mini/cache/models/smollm2-135m-instruct \
-    --data "$HELD_OUT/pad.jsonl" \
-    --image-folder "$HELD_OUT" \
+    --data "$HELDOUT/pad.json" \
+    --image-folder "$HELDOUT" \
     --output "$RUN"
 
 if [ -n "${UPDATE_DOCS:-}" ]; then

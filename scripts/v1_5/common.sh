@@ -65,12 +65,14 @@ preset_full() {
     choose_memory
     if [ "$stage" = pretrain ]; then
         : "${DATA_PATH:=$DATA/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}" "${IMAGE_FOLDER:=$DATA/LLaVA-Pretrain/images}"
+        : "${SAVE_STEPS:=500}"
     else
-        : "${DATA_PATH:=$DATA/llava_v1_5_mix665k.json}" "${IMAGE_FOLDER:=$DATA}"
+        # A checkpoint holds all weights and the optimizer: about 100 GB for 7B.
+        : "${DATA_PATH:=$DATA/llava_v1_5_mix665k.json}" "${IMAGE_FOLDER:=$DATA}" "${SAVE_STEPS:=1000}"
     fi
     : "${PAD_PATH:=$DATA/PAD/pad_558k.jsonl}" "${VISION_TOWER:=openai/clip-vit-large-patch14-336}" "${VERSION:=v1}"
     : "${NUM_GPUS:=$(count_gpus)}" "${GLOBAL_BATCH_SIZE:=$global_batch}" "${LEARNING_RATE:=$learning_rate}"
-    : "${SAVE_STEPS:=500}" "${GRADIENT_CHECKPOINTING:=True}" "${DATALOADER_NUM_WORKERS:=4}" "${REPORT_TO:=tensorboard}"
+    : "${GRADIENT_CHECKPOINTING:=True}" "${DATALOADER_NUM_WORKERS:=4}" "${REPORT_TO:=tensorboard}"
     device_flags=(--deepspeed "${DEEPSPEED:=./scripts/$zero.json}" --bf16 True --tf32 True)
 }
 
@@ -81,10 +83,15 @@ preset_mini() {
     batch_limit=8
     : "${MODEL_NAME_OR_PATH:=./playground/mini/cache/models/smollm2-135m-instruct}"
     : "${VISION_TOWER:=./playground/mini/cache/models/dinov2-small}"
-    : "${DATA_PATH:=$DATA/mini/train/scenes.json}" "${IMAGE_FOLDER:=$DATA/mini/train}" "${PAD_PATH:=$DATA/mini/train/pad.jsonl}"
+    if [ "$stage" = pretrain ]; then
+        : "${DATA_PATH:=$DATA/mini/train/train.json}" "${SAVE_STEPS:=25}"
+    else
+        : "${DATA_PATH:=$DATA/mini/train/instruct.json}" "${SAVE_STEPS:=1000}"
+    fi
+    : "${IMAGE_FOLDER:=$DATA/mini/train}" "${PAD_PATH:=$DATA/mini/train/pad.json}"
     : "${VERSION:=chatml_direct}" "${MAX_STEPS:=50}"
     : "${NUM_GPUS:=1}" "${GLOBAL_BATCH_SIZE:=8}" "${LEARNING_RATE:=$learning_rate}"
-    : "${SAVE_STEPS:=25}" "${GRADIENT_CHECKPOINTING:=False}" "${DATALOADER_NUM_WORKERS:=0}" "${REPORT_TO:=none}"
+    : "${GRADIENT_CHECKPOINTING:=False}" "${DATALOADER_NUM_WORKERS:=0}" "${REPORT_TO:=none}"
     device_flags=(${DEEPSPEED:+--deepspeed "$DEEPSPEED"} --use_cpu True --bf16 False)
 }
 

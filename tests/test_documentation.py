@@ -1,0 +1,114 @@
+"""What the documents show is real: commands parse, options exist, linked files and named tests are there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def bash_blocks() -> Iterator[tuple[str, str]]:
+    for document in DOCUMENTS:
+        for number, block in enumerate(BLOCK.findall(document.read_text(encoding="utf-8"))):
+            yield f"{document.name}-{number}", block
+
+
+def commands() -> Iterator[list[str]]:
+    """Words of each command of the documents, without comments and without the variables before them."""
+    for _, block in bash_blocks():
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in line.split("&&"):
+                words = shlex.split(command, comments=True)
+                while words and re.match(r"[A-Z_0-9]+=", words[0]):
+                    del words[0]
+                if words:
+                    yield words
+
+
+BLOCKS = dict(bash_blocks())
+COMMANDS = list(commands())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_command_blocks_are_valid_shell(name: str) -> None:
+    result = subprocess.run(["bash", "-n"], input=BLOCKS[name], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_scripts_that_documents_run_are_there() -> None:
+    scripts = [words[1] for words in COMMANDS if words[0] == "bash"]
+    assert "scripts/quickstart.sh" in scripts
+    assert "scripts/test.sh" in scripts
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
+
+
+def test_options_that_documents_show_are_in_the_help() -> None:
+    shown: dict[tuple[str, ...], set[str]] = {}
+    for words in COMMANDS:
+        if words[0] == "patch-aligned":
+            program: tuple[str, ...] = ("-m", "patch_aligned.cli", words[1])
+        elif words[:2] == ["python", "-m"] and words[2].split(".")[0] in ("llava", "patch_aligned", "playground"):
+            program = ("-m", words[2])
+        else:
+            continue
+        shown.setdefault(program, set()).update(word for word in words if word.startswith("--"))
+    assert ("-m", "patch_aligned.cli", "measure") in shown
+    assert ("-m", "llava.serve.cli") in shown
+    for program, options in shown.items():
+        command = [sys.executable, *program, "--help"]
+        result = subprocess.run(
+            command, cwd=ROOT, env={"COLUMNS": "200", "PATH": ""}, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        assert not [option for option in options if option not in result.stdout], program
+
+
+def test_python_that_the_documents_show_compiles_and_imports() -> None:
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom):
+                    assert node.module is not None
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_linked_files_are_there(document: Path) -> None:
+    shown = re.sub(r"<!--.*?-->", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", shown)
+    local = [link for link in links if "://" not in link]
+    assert not [link for link in local if not (document.parent / link).exists()]
+
+
+def test_tests_that_the_list_of_differences_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")))
+    assert named
+    defined = {
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert not named - defined
+
+
+def test_launch_recipe_that_the_readme_quotes_is_the_scripts() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = (ROOT / "scripts" / "v1_5" / "pretrain_patchaligned.sh").read_text(encoding="utf-8")
+    quoted = re.search(r"^```\n(launch .*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert quoted is not None
+    for line in quoted.group(1).splitlines():
+        assert line.strip() == "..." or line in script
