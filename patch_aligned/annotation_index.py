@@ -71,7 +71,7 @@ class AnnotationIndex:
 
     def find(self, image_id: str) -> int | None:
         """Row of an image, or None if the file has no record of it."""
-        wanted = _hash(image_id)
+        wanted = np.uint64(_hash(image_id))  # of the table's type, or searchsorted converts the whole table
         position = int(np.searchsorted(self._hashes, wanted))
         while position < len(self) and self._hashes[position] == wanted:
             row = int(self._rows[position])

@@ -233,6 +233,13 @@ def test_images_of_equal_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest
     assert index.find("dd") is None
 
 
+def test_hashes_that_no_float64_tells_apart_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("patch_aligned.annotation_index._hash", lambda image_id: 2**62 + int(image_id[:-4]))
+    records = [make_record(f"{number}.jpg") for number in range(5)]
+    index = open_annotation_index(write_json(tmp_path / "pad.json", records), tmp_path / "cache")
+    assert [index.find(record["image_id"]) for record in records] == [0, 1, 2, 3, 4]
+
+
 def test_a_changed_file_is_converted_anew_and_an_unchanged_one_is_not(tmp_path: Path):
     path = write_json(tmp_path / "pad.json", [make_record("a.jpg")])
     first = open_annotation_index(path, tmp_path / "cache")
