@@ -124,12 +124,12 @@ class PatchAlignedPlugin(TrainingPlugin):
         # Images stand in the order of their rows; the regions of a row with several images belong to its first one, and
         # those of a row whose image is not there to none.
         region_image = torch.searchsorted(context.sample_of_image, batch["region_row"])  # [R]
-        is_there = torch.isin(batch["region_row"], context.sample_of_image)
+        is_there = (batch["region_row"][:, None] == context.sample_of_image).any(dim=1)
         region_image = region_image.where(is_there, tokens.shape[0])
         cosines = region_cosines(tokens, region_image, region_tokens, embeddings)  # [R]
         unlabelled, dropped, wrong_size = batch["counts"].float()
         metrics = {
-            "patch/regions": cosines.new_tensor(regions),
+            "patch/regions": cosines.new_full((), regions),
             "patch/cosine": cosines.detach().mean(),  # NaN, so not reported, where there is no region
             "patch/dropped_regions": dropped,
             "patch/images_without_record": unlabelled,
