@@ -21,10 +21,11 @@ Span = tuple[int, int]
 class TruncatedImageError(ValueError):
     """`max_length` cuts visual tokens off; `rows` are the rows of the batch where that happens."""
 
-    def __init__(self, rows: list[int], max_length: int):
+    def __init__(self, rows: list[int], max_length: int, sample_ids: list[str] | None = None):
         self.rows = rows
+        named = [sample_ids[row] if sample_ids else f"row {row} of the batch" for row in rows]
         super().__init__(
-            f"model_max_length {max_length} cuts visual tokens off in row(s) {rows} of the batch. "
+            f"model_max_length {max_length} cuts visual tokens off in {', '.join(named)}. "
             "Raise --model_max_length, or shorten the text before the image."
         )
 

@@ -66,6 +66,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         plugin_batch: dict[str, Tensor] | None = None,
+        sample_ids: list[str] | None = None,
     ) -> LlavaOutput | tuple[Any, ...]:
         """Runs the LLM over text and images.
 
@@ -77,6 +78,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             image_sizes: width and height of each original image; needed for anyres.
             logits_to_keep: as in transformers: how many last positions (or which) get logits; 0 is all.
             plugin_batch: what the plugin's `collate` returned.
+            sample_ids: what to call the rows in errors.
             cache_position: accepted for callers written against older versions of transformers; not needed.
 
         Returns:
@@ -100,7 +102,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 max_length=getattr(self.config, "tokenizer_model_max_length", None),
             )
             if self.training and merged.truncated_rows:
-                raise TruncatedImageError(merged.truncated_rows, self.config.tokenizer_model_max_length)
+                raise TruncatedImageError(merged.truncated_rows, self.config.tokenizer_model_max_length, sample_ids)
             if self.plugin is not None and plugin_batch is not None:
                 auxiliary = self.plugin.auxiliary_losses(self.alignment_context(encoded, merged), plugin_batch)
             input_ids, inputs_embeds = None, merged.inputs_embeds

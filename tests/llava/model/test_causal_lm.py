@@ -132,8 +132,8 @@ def test_a_text_only_training_batch_keeps_the_projector_in_the_graph(model: Llav
 
 def test_training_stops_where_the_length_limit_cuts_an_image(model: LlavaLlamaForCausalLM) -> None:
     model.config.tokenizer_model_max_length = 12
-    with pytest.raises(TruncatedImageError) as caught:
-        model.train()(**training_batch())
+    with pytest.raises(TruncatedImageError, match="in first, third") as caught:
+        model.train()(**training_batch(), sample_ids=["first", "second", "third"])
     assert caught.value.rows == [0, 2]
 
 
