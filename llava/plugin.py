@@ -61,7 +61,9 @@ class TrainingPlugin:
     arguments_class: type | None = None
     """Dataclass parsed from the command line beside LLaVA's own; its fields should share a prefix."""
 
-    def setup(self, arguments: Any, tokenizer: Any, *, data_path: str | None = None, output_dir: Path | None = None) -> None:
+    def setup(
+        self, arguments: Any, tokenizer: Any, *, data_path: str | None = None, output_dir: Path | None = None
+    ) -> None:
         """Called once, after arguments are parsed and the tokenizer is loaded, before any data is read."""
 
     def transform_sample(self, record: Mapping[str, Any], geometry: ImageGeometry) -> dict[str, Tensor]:
