@@ -6,14 +6,14 @@
 #
 #   STEPS=50          optimizer steps of each training, 8 scenes each
 #   RUN=FOLDER        where the results go; an empty folder starts anew
-#   UPDATE_DOCS=1     also copies table and picture to docs/quickstart, which the README shows
+#   UPDATE_DOCS=1     also copies table and picture to docs/quickstart, and the table into the README
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 RUN=${RUN:-runs/quickstart}
 STEPS=${STEPS:-50}
-HELDOUT=playground/data/mini/heldout
+HELDOUT=${DATA:-playground/data}/mini/heldout
 
 say() { printf '\n[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$1"; }
 
@@ -51,5 +51,9 @@ patch-aligned measure \
 if [ -n "${UPDATE_DOCS:-}" ]; then
     mkdir -p docs/quickstart
     cp "$RUN/measures.json" "$RUN/measures.md" "$RUN/localisation.png" docs/quickstart/
+    python scripts/show_in_readme.py README.md docs/quickstart/measures.md
 fi
-say "Done. Table: $RUN/measures.md   picture: $RUN/localisation.png   first training batch: $RUN/patch_aligned"
+say "Done"
+echo "table                 $RUN/measures.md"
+echo "picture               $RUN/localisation.png"
+echo "first training batch  $RUN/patch_aligned/first_batch.png"

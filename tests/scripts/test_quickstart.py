@@ -1,0 +1,110 @@
+"""The quickstart runs its steps in order, trains both projectors alike, and skips what is done."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Stands for python and patch-aligned: takes down its words, and leaves a projector where a training was to.
+STUB = """#!{python}
+import json, pathlib, sys
+words = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+with open({log!r}, "a") as log:
+    log.write(json.dumps(words) + "\\n")
+if words[1].endswith("train_mem.py"):
+    folder = pathlib.Path(words[words.index("--output_dir") + 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mm_projector.bin").touch()
+"""
+
+
+def run_quickstart(folder: Path) -> list[list[str]]:
+    """Runs the script with everything heavy replaced; returns the commands that it gave, but for the check at first."""
+    bin_folder, log = folder / "bin", folder / "log.jsonl"
+    bin_folder.mkdir(exist_ok=True)
+    log.unlink(missing_ok=True)
+    for name in ("python", "patch-aligned"):
+        stub = bin_folder / name
+        stub.write_text(STUB.format(python=sys.executable, log=str(log)))
+        stub.chmod(0o755)
+    data = folder / "data" / "mini" / "train"
+    data.mkdir(parents=True, exist_ok=True)
+    for name in ("train.json", "pad.json"):
+        (data / name).touch()
+    environment = {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(folder),
+        "RUN": str(folder / "run"),
+        "DATA": str(folder / "data"),
+        "STEPS": "3",
+    }
+    command = ["bash", "scripts/quickstart.sh"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    words = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line for line in words if "-I" not in line]
+
+
+def trainings(calls: list[list[str]]) -> list[list[str]]:
+    return [words for words in calls if words[1].endswith("train_mem.py")]
+
+
+def test_both_projectors_are_trained_alike_and_measured(tmp_path: Path) -> None:
+    calls = run_quickstart(tmp_path)
+    first, second = trainings(calls)
+    assert (first[1], second[1]) == ("llava/train/train_mem.py", "patch_aligned/train_mem.py")
+    for flag in ("--seed", "--max_steps", "--data_path", "--model_name_or_path", "--learning_rate"):
+        assert first[first.index(flag) + 1] == second[second.index(flag) + 1]
+    assert first[first.index("--max_steps") + 1] == "3"
+    measure = calls[-1]
+    assert measure[:2] == ["patch-aligned", "measure"]
+    projectors = [measure[at + 1] for at, word in enumerate(measure) if word == "--projector"]
+    folders = [words[words.index("--output_dir") + 1] for words in (first, second)]
+    assert projectors == ["random=random:0", f"captions={folders[0]}", f"patch_aligned={folders[1]}"]
+    assert "heldout" in measure[measure.index("--data") + 1]
+
+
+def test_a_second_call_trains_nothing(tmp_path: Path) -> None:
+    run_quickstart(tmp_path)
+    calls = run_quickstart(tmp_path)
+    assert trainings(calls) == []
+    assert calls[-1][:2] == ["patch-aligned", "measure"]
+
+
+def test_an_interrupted_training_is_taken_up(tmp_path: Path) -> None:
+    run_quickstart(tmp_path)
+    (tmp_path / "run" / "patch_aligned" / "mm_projector.bin").unlink()
+    (only,) = trainings(run_quickstart(tmp_path))
+    assert only[1] == "patch_aligned/train_mem.py"
+
+
+@pytest.fixture(scope="module")
+def readme_writer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("show_in_readme", ROOT / "scripts" / "show_in_readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_first_table_takes_the_place_between_the_markers(readme_writer: ModuleType) -> None:
+    table = readme_writer.first_table("# Title\n\n| a |\n|---|\n| 1 |\n\ntext\n\n| b |\n")
+    assert table == ["| a |", "|---|", "| 1 |"]
+    readme = "before\n<!-- quickstart: x -->\nold\n<!-- quickstart end -->\nafter\n"
+    expected = "before\n<!-- quickstart: x -->\n| a |\n|---|\n| 1 |\n<!-- quickstart end -->\nafter\n"
+    assert readme_writer.with_table(readme, table) == expected
+    with pytest.raises(ValueError, match="markers"):
+        readme_writer.with_table("no marker\n", table)
+
+
+def test_the_readme_has_the_markers(readme_writer: ModuleType) -> None:
+    assert "| x |" in readme_writer.with_table((ROOT / "README.md").read_text(encoding="utf-8"), ["| x |"])
