@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs the tests: those that need neither a GPU nor the network. Further arguments go to pytest, as in
-# `bash scripts/test.sh -m golden` or `bash scripts/test.sh tests/patch_aligned`.
+# Runs the tests that need neither a GPU nor the network. Arguments go to pytest: `bash scripts/test.sh -m golden` chooses
+# by marker, `bash scripts/test.sh tests/patch_aligned` by folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 use_environment analysis,mini,test pytest hypothesis deepspeed matplotlib gguf onnx
 
-exec python -m pytest "$@"
+# pytest takes the last -m, so one given on the command line replaces this one.
+exec python -m pytest -m "not gpu and not net" "$@"
