@@ -1,0 +1,188 @@
+"""Command line of a training run: LLaVA's flags under LLaVA's names and defaults, on top of the Trainer's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+from transformers.utils import is_torch_tf32_available
+
+from llava.conversation import conv_templates
+from llava.train.retired_flags import RetiredFlags, map_retired_flags
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_CHOICES = ("auto", "flash_attention_2", "sdpa", "eager")
+ASPECT_RATIOS = ("square", "pad")
+
+
+@dataclass
+class ModelArguments:
+    """Which parts the model is made of, and which of them are trained."""
+
+    model_name_or_path: str | None = field(default="facebook/opt-125m", metadata={"help": "Language model."})
+    version: str | None = field(
+        default=None, metadata={"help": "Conversation template: `plain` in stage 1, `v1` in stage 2 of LLaVA-1.5."}
+    )
+    freeze_backbone: bool = False
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Stage 1: train the projector alone."})
+    vision_tower: str | None = None
+    mm_vision_select_layer: int = field(default=-1, metadata={"help": "Hidden layer of the tower; LLaVA-1.5 takes -2."})
+    pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "mm_projector.bin to start from."})
+    mm_projector_type: str | None = "linear"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = True
+    mm_patch_merge_type: str | None = "flat"
+    mm_vision_select_feature: str | None = "patch"
+    unfreeze_mm_vision_tower: bool = field(default=False, metadata={"help": "Stage 2: train the vision tower too."})
+    attn_implementation: str = field(
+        default="auto", metadata={"help": "Attention of the language model.", "choices": list(ATTENTION_CHOICES)}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What is trained on."""
+
+    data_path: str | None = field(default=None, metadata={"help": "Training JSON."})
+    lazy_preprocess: bool = field(default=False, metadata={"help": "Accepted; samples are always prepared lazily."})
+    is_multimodal: bool = False
+    image_folder: str | None = field(default=None, metadata={"help": "Root that image paths are relative to."})
+    image_aspect_ratio: str = field(
+        default="square", metadata={"help": "`square` crops the centre, `pad` keeps the whole image."}
+    )
+    on_error: str = field(
+        default="fail",
+        metadata={"help": "A sample that cannot be read: `fail` stops, `skip` lists it.", "choices": ["fail", "skip"]},
+    )
+    mm_use_im_start_end: bool = field(default=False, init=False)
+    """Follows the model's flag of that name; read where `<image>` is put into the text."""
+
+
+@dataclass
+class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
+    """The Trainer's arguments, with LLaVA's additions and defaults, and the flags that transformers 5 retired.
+
+    Raises:
+        ValueError: a value that cannot be honoured; the message names the flag and the way out.
+    """
+
+    output_dir: str = field(default="", metadata={"help": "Where checkpoints and the trained weights go."})
+    cache_dir: str | None = None
+    optim: str = "adamw_torch"
+    remove_unused_columns: bool = False
+    freeze_mm_mlp_adapter: bool = False
+    mpt_attn_impl: str | None = "triton"
+    model_max_length: int = field(
+        default=512, metadata={"help": "Longest sequence in tokens, visual tokens included. Longer ones are cut."}
+    )
+    double_quant: bool = True
+    quant_type: str = "nf4"
+    bits: int = 16
+    lora_enable: bool = False
+    lora_r: int = 64
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    lora_weight_path: str = ""
+    lora_bias: str = "none"
+    mm_projector_lr: float | None = None
+    group_by_modality_length: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("--output_dir is missing: give the folder for checkpoints and trained weights.")
+        map_retired_flags(self)
+        if self.tf32 and (self.use_cpu or not is_torch_tf32_available()):
+            # The official scripts ask for it; it changes speed, so its absence need not stop a run.
+            logger.warning("--tf32 True is dropped: there is no GPU with TF32 here (Ampere or newer).")
+            self.tf32 = None
+        if self.remove_unused_columns:
+            raise ValueError("--remove_unused_columns True would drop the images of every batch; leave it False.")
+        self._choose_gradient_checkpointing()
+        super().__post_init__()
+
+    def _choose_gradient_checkpointing(self) -> None:
+        """Takes re-entrant checkpoints out: they lose the gradient where a layer's input needs none, as in stage 1."""
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if hasattr(self, "activation_checkpointing"):  # the newer name, from transformers 5.23 or so on
+            for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+                new = old.replace("gradient", "activation")
+                if getattr(self, new) is None:
+                    setattr(self, new, getattr(self, old))
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None, plugin_arguments_class: type | None = None
+) -> tuple[ModelArguments, DataArguments, TrainingArguments, Any]:
+    """Reads the command line (or `argv`).
+
+    Returns:
+        model, data and training arguments, and an instance of `plugin_arguments_class` (`None` without one).
+
+    Raises:
+        ValueError: an unknown flag or a combination that cannot be trained.
+    """
+    classes: list[Any] = [ModelArguments, DataArguments, TrainingArguments]
+    if plugin_arguments_class is not None:
+        classes.append(plugin_arguments_class)
+    parser = transformers.HfArgumentParser(classes)
+    parsed = parser.parse_args_into_dataclasses(args=list(argv) if argv is not None else None)
+    model_args, data_args, training_args = parsed[:3]
+    check_arguments(model_args, data_args, training_args)
+    return model_args, data_args, training_args, parsed[3] if plugin_arguments_class is not None else None
+
+
+def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Refuses, before anything is loaded, what would fail or go silently wrong later.
+
+    Raises:
+        ValueError: names the flag, what was found and what was expected.
+    """
+    templates = ", ".join(sorted(conv_templates))
+    if model_args.version is None:
+        raise ValueError(
+            "--version is missing: it names the conversation template. "
+            f"Give `--version plain` for stage 1 or `--version v1` for stage 2 of LLaVA-1.5 (known: {templates})."
+        )
+    if model_args.version not in conv_templates:
+        raise ValueError(f"--version {model_args.version}: unknown conversation template; known are {templates}.")
+    if data_args.data_path is None:
+        raise ValueError("--data_path is missing: give the training JSON.")
+    if model_args.vision_tower is not None and data_args.image_folder is None:
+        raise ValueError("--image_folder is missing: give the folder that the image paths of --data_path start from.")
+    if data_args.image_aspect_ratio not in ASPECT_RATIOS:
+        raise ValueError(
+            f"--image_aspect_ratio {data_args.image_aspect_ratio}: training knows {' and '.join(ASPECT_RATIOS)}."
+        )
+    if training_args.fsdp:
+        raise ValueError(
+            f"--fsdp {training_args.fsdp}: not supported; shard with --deepspeed scripts/zero3.json instead."
+        )
+    if model_args.tune_mm_mlp_adapter and model_args.vision_tower is None:
+        raise ValueError("--tune_mm_mlp_adapter True trains the projector, but there is none without --vision_tower.")
+    if model_args.tune_mm_mlp_adapter and training_args.freeze_mm_mlp_adapter:
+        raise ValueError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train.")
+    if model_args.tune_mm_mlp_adapter and model_args.unfreeze_mm_vision_tower:
+        raise ValueError(
+            "--tune_mm_mlp_adapter saves the projector alone, so a tower trained beside it would be lost: "
+            "drop --unfreeze_mm_vision_tower, or --tune_mm_mlp_adapter."
+        )
+
+
+def refuse_unsupported_tuning(training_args: TrainingArguments) -> None:
+    """Stops a run that asks for LoRA or for quantised weights.
+
+    Raises:
+        NotImplementedError: always names the flags to drop.
+    """
+    asked = [f"--bits {training_args.bits}"] if training_args.bits in (4, 8) else []
+    asked += ["--lora_enable True"] if training_args.lora_enable else []
+    if asked:
+        raise NotImplementedError(
+            f"{' '.join(asked)}: LoRA and quantised training are not supported by this version; the flags are read so "
+            "that scripts parse. Drop them to train all weights (scripts/v1_5/finetune.sh)."
+        )

@@ -1,0 +1,256 @@
+"""Puts model, tokenizer and vision modules together for training, and says what of them is trained."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from llava.conversation import conv_templates
+from llava.data.collate import check_sequence_budget
+from llava.data.dataset import make_supervised_data_module
+from llava.model import LlavaLlamaForCausalLM
+from llava.model.multimodal_projector.weights import gathered
+from llava.plugin import TrainingPlugin
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+FLASH = "flash_attention_2"
+FALLBACK = "sdpa"
+
+
+def show_log_of_first_rank() -> None:
+    """Sends this package's log to stderr: all of it on the first rank, warnings from the others."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(format=f"[rank {rank}] %(name)s: %(message)s" if rank else "%(name)s: %(message)s")
+    for package in ("llava", "patch_aligned"):
+        logging.getLogger(package).setLevel(logging.WARNING if rank else logging.INFO)
+
+
+def rank0_print(*values: Any) -> None:
+    """Logs on the first rank; upstream's name."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.info("%s", " ".join(map(str, values)))
+
+
+def start_engine(training_args: TrainingArguments) -> None:
+    """Shows DeepSpeed the process group, which the Trainer leaves out on CPUs; ZeRO-3 loads models by it.
+
+    Raises:
+        ValueError: DeepSpeed is asked for, but no launcher has set up the process group.
+    """
+    if training_args.deepspeed and "RANK" not in os.environ:
+        raise ValueError(
+            "--deepspeed needs a launcher: start the script with `deepspeed` or `torchrun --nproc_per_node 1` in place "
+            "of `python`."
+        )
+    if training_args.deepspeed and training_args.use_cpu:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def flash_attention_obstacle(training_args: TrainingArguments) -> str | None:
+    """Why flash attention cannot be used here, in a few words; None where it can."""
+    if training_args.use_cpu or not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.cuda.get_device_capability()[0] < 8:
+        return f"{torch.cuda.get_device_name()} is older than Ampere"
+    if not is_flash_attn_2_available():
+        return "the package flash-attn is not installed"
+    if not (training_args.bf16 or training_args.fp16):
+        return "it needs --bf16 True or --fp16 True"
+    return None
+
+
+def choose_attention(flag: str, asked: str | None, training_args: TrainingArguments) -> str:
+    """The attention implementation of a run.
+
+    Args:
+        flag: `--attn_implementation`; anything but `auto` is taken at its word.
+        asked: what the entry point would like (`train_mem` asks for flash attention); given up where it cannot be had.
+        training_args: read for precision and device.
+
+    Raises:
+        ValueError: the flag demands flash attention where it cannot be had.
+    """
+    wanted = flag if flag != "auto" else asked
+    if wanted not in (None, FLASH):
+        return str(wanted)
+    obstacle = flash_attention_obstacle(training_args)
+    if obstacle is None:
+        return FLASH
+    if flag == FLASH:
+        raise ValueError(f"--attn_implementation {FLASH}: {obstacle}. Use --attn_implementation {FALLBACK}.")
+    if asked == FLASH:
+        logger.info("Attention: %s in place of %s, as %s.", FALLBACK, FLASH, obstacle)
+    return FALLBACK
+
+
+def weights_dtype(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
+    """Dtype the language model is loaded in.
+
+    DeepSpeed keeps a float32 copy of what it trains, so bfloat16 serves. Without it, weights that are trained stay in
+    float32: steps of 2e-5 are lost in bfloat16's eight bits.
+    """
+    if not training_args.bf16:
+        return torch.float32
+    frozen = model_args.tune_mm_mlp_adapter or model_args.freeze_backbone
+    return torch.bfloat16 if frozen or training_args.deepspeed else torch.float32
+
+
+def tower_dtype(training_args: TrainingArguments) -> torch.dtype:
+    """Dtype of the frozen vision tower: that of mixed precision, or float32."""
+    if training_args.bf16:
+        return torch.bfloat16
+    return torch.float16 if training_args.fp16 else torch.float32
+
+
+def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
+    """The language model's tokenizer, padding on the right."""
+    return AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        cache_dir=training_args.cache_dir,
+        model_max_length=training_args.model_max_length,
+        padding_side="right",
+        use_fast=False,
+    )
+
+
+def give_padding_token(tokenizer: Any, model: PreTrainedModel, version: str | None) -> None:
+    """Pads with `<unk>`, as upstream's checkpoints do (template `v0`: with a new `[PAD]`, where there is none).
+
+    A vocabulary without `<unk>` keeps its own padding token, or pads with the end of text.
+    """
+    if version == "v0":
+        if tokenizer.pad_token is None:
+            smart_tokenizer_and_embedding_resize({"pad_token": "[PAD]"}, tokenizer, model)
+    elif tokenizer.unk_token is not None:
+        tokenizer.pad_token = tokenizer.unk_token
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def load_language_model(model_args: ModelArguments, training_args: TrainingArguments, attention: str) -> Any:
+    """The language model with LLaVA's forward pass, without vision modules yet."""
+    model = LlavaLlamaForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        cache_dir=training_args.cache_dir,
+        attn_implementation=attention,
+        dtype=weights_dtype(model_args, training_args),
+    )
+    model.config.use_cache = False
+    if model_args.freeze_backbone:
+        model.model.requires_grad_(False)  # upstream parity: the lm_head is still trained
+    return model
+
+
+def smart_tokenizer_and_embedding_resize(
+    special_tokens_dict: dict[str, str], tokenizer: Any, model: PreTrainedModel
+) -> None:
+    """Adds special tokens, and rows for them that start as the mean of the others."""
+    added = tokenizer.add_special_tokens(special_tokens_dict)
+    model.resize_token_embeddings(len(tokenizer))
+    if not added:
+        return
+    tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    with gathered(tables), torch.no_grad():
+        for table in tables:
+            table[-added:] = table[:-added].mean(dim=0, keepdim=True)
+
+
+def add_vision(
+    model: Any, tokenizer: Any, model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+) -> None:
+    """Builds tower and projector, freezes what the stage does not train, and records all of it in the config."""
+    model.get_model().initialize_vision_modules(model_args=model_args)
+    tower, projector = model.get_vision_tower(), model.get_model().mm_projector
+    tower.to(dtype=tower_dtype(training_args), device=training_args.device)
+    if training_args.deepspeed and training_args.bf16:
+        projector.to(torch.bfloat16)  # ZeRO-3 wants one dtype
+
+    if model_args.tune_mm_mlp_adapter:
+        model.requires_grad_(False)
+        projector.requires_grad_(True)
+    if training_args.freeze_mm_mlp_adapter:
+        projector.requires_grad_(False)
+    tower.requires_grad_(model_args.unfreeze_mm_vision_tower)
+
+    config = model.config
+    config.image_aspect_ratio = data_args.image_aspect_ratio
+    config.tokenizer_padding_side = tokenizer.padding_side
+    config.tokenizer_model_max_length = tokenizer.model_max_length
+    config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
+    config.freeze_mm_mlp_adapter = training_args.freeze_mm_mlp_adapter
+    config.mm_use_im_start_end = model_args.mm_use_im_start_end
+    config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
+    config.mm_projector_lr = training_args.mm_projector_lr
+    if model_args.unfreeze_mm_vision_tower:
+        config.unfreeze_mm_vision_tower = True  # tells readers that the checkpoint's own tower is the one to use
+    model.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)
+
+
+def log_trained_parts(model: Any) -> None:
+    """One line a module: how many of its weights are trained."""
+    decoder = model.get_model()
+    parts: dict[str, Iterable[nn.Parameter]] = {
+        "word embeddings": model.get_input_embeddings().parameters(),
+        "decoder layers": [*decoder.layers.parameters(), *decoder.norm.parameters()],
+        "lm_head": model.get_output_embeddings().parameters(),
+    }
+    if model.get_vision_tower() is not None:
+        parts["mm_projector"] = decoder.mm_projector.parameters()
+        parts["vision tower"] = model.get_vision_tower().parameters()
+    for name, parameters in parts.items():
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in parameters]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
+        state = "trained" if trained and trained == total else "frozen" if not trained else f"{trained:,} trained of"
+        logger.info("%-16s %s, %s weights", name, state, f"{total:,}")
+
+
+def make_data(
+    tokenizer: Any,
+    model: Any,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    plugin: TrainingPlugin | None,
+) -> dict[str, Any]:
+    """Training set and collator, as keyword arguments of the trainer.
+
+    Raises:
+        ValueError: no record can be used, or `--model_max_length` has no room for an image and some text.
+    """
+    tower = model.get_vision_tower()
+    grid = model.visual_grid if tower is not None else None
+    if grid is not None:
+        check_sequence_budget(training_args.model_max_length, grid[0] * grid[1])
+    data_args.is_multimodal = data_args.is_multimodal or tower is not None
+    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
+    return make_supervised_data_module(
+        tokenizer,
+        data_args,
+        plugin=plugin,
+        conversation=conv_templates[str(model_args.version)],
+        grid=grid,
+        image_processor=None if tower is None else tower.image_processor,
+        output_dir=training_args.output_dir,
+    )
+
+
+def find_all_linear_names(model: nn.Module) -> list[str]:
+    """Names of the LLM's linear layers, which LoRA adapts: vision modules and the lm_head stay out."""
+    outside = ("mm_projector", "vision_tower", "vision_resampler")
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in outside)
+    }
+    return sorted(names - {"lm_head"})

@@ -1,0 +1,194 @@
+"""What a training run leaves on disk: `mm_projector.bin`, whole checkpoints, and checkpoints that survive a kill.
+
+A `checkpoint-N` folder is written beside the others under another name and renamed when all ranks are done, so that a
+folder of that name is always complete. deepspeed is imported only where it is in use.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llava.model.multimodal_projector.weights import gathered
+
+logger = logging.getLogger(__name__)
+
+PROJECTOR_FILE = "mm_projector.bin"
+STAGING_FOLDER = ".unfinished"
+PROJECTOR_KEYS = ("mm_projector", "vision_resampler", "image_newline")
+EMBEDDING_KEYS = ("embed_tokens", "embed_in")
+STATE_FILES = (("optimizer.pt", "latest"), ("trainer_state.json",))
+"""A checkpoint to resume from holds one file of each group; `latest` is DeepSpeed's."""
+
+
+def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:
+    """The whole of a parameter on the CPU, gathered first if ZeRO-3 has split it up (a collective call)."""
+    if hasattr(param, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([param]):
+            return param.data.detach().cpu().clone()
+    return param.detach().cpu().clone()
+
+
+def get_mm_adapter_state_maybe_zero_3(
+    named_params: Iterable[tuple[str, Tensor]], keys_to_match: Sequence[str]
+) -> dict[str, Tensor]:
+    """Whole copies of the parameters whose name contains one of `keys_to_match`."""
+    return {
+        name: maybe_zero_3(param, ignore_status=True)
+        for name, param in named_params
+        if any(key in name for key in keys_to_match)
+    }
+
+
+def get_peft_state_maybe_zero_3(named_params: Iterable[tuple[str, Tensor]], bias: str) -> dict[str, Tensor]:
+    """Whole copies of LoRA's parameters, and of the biases that `bias` asks for.
+
+    Args:
+        named_params: of the wrapped model.
+        bias: `none`, `all`, or `lora_only` (biases of layers that carry LoRA weights).
+
+    Raises:
+        NotImplementedError: another value of `bias`.
+    """
+    if bias not in ("none", "all", "lora_only"):
+        raise NotImplementedError(f"lora_bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
+    params = dict(named_params)
+    adapted = {name.split("lora_")[0] for name in params if "lora_" in name}
+
+    def is_wanted(name: str) -> bool:
+        if "lora_" in name or bias == "none":
+            return "lora_" in name
+        layer = name.removesuffix("bias").removesuffix("base_layer.")
+        return name.endswith("bias") and (bias == "all" or layer in adapted)
+
+    return {name: maybe_zero_3(param, ignore_status=True) for name, param in params.items() if is_wanted(name)}
+
+
+def get_peft_state_non_lora_maybe_zero_3(
+    named_params: Iterable[tuple[str, Tensor]], require_grad_only: bool = True
+) -> dict[str, Tensor]:
+    """Whole copies of what is not LoRA's (the trained ones alone, unless told otherwise)."""
+    return {
+        name: maybe_zero_3(param, ignore_status=True)
+        for name, param in named_params
+        if "lora_" not in name and (param.requires_grad or not require_grad_only)
+    }
+
+
+def projector_keys(config: Any) -> tuple[str, ...]:
+    """Parts of parameter names that `mm_projector.bin` holds; word embeddings are among them if stage 1 trains them."""
+    return PROJECTOR_KEYS + (EMBEDDING_KEYS if getattr(config, "mm_use_im_start_end", False) else ())
+
+
+def save_projector(model: nn.Module, path: Path, *, is_writer: bool) -> None:
+    """Writes the projector as upstream does: a pickled dict of whole tensors in the dtype of training.
+
+    Called by all ranks (under ZeRO-3 the weights are gathered); `is_writer` says which of them writes.
+    """
+    state = get_mm_adapter_state_maybe_zero_3(model.named_parameters(), projector_keys(model.config))
+    if is_writer:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+
+def load_projector_weights(model: nn.Module, path: Path) -> None:
+    """Reads what `save_projector` wrote back into `model`, strictly.
+
+    Raises:
+        ValueError: names or shapes differ from the model's; the message shows both.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    keys = projector_keys(model.config)
+    params = {name: param for name, param in model.named_parameters() if any(key in name for key in keys)}
+    expected = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in params.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if expected != found:
+        different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        raise ValueError(
+            f"{path} does not fit this model at {different[0]}: the file has {found.get(different[0])}, the model "
+            f"{expected.get(different[0])}. Resume with the flags that the run was started with, or give another "
+            "--output_dir."
+        )
+    with gathered(list(params.values())), torch.no_grad():
+        for name, param in params.items():
+            param.copy_(state[name])
+
+
+def missing_from_checkpoint(folder: Path) -> list[str]:
+    """What a `checkpoint-N` folder lacks to be resumed from; empty for a complete one."""
+    missing = [" or ".join(group) for group in STATE_FILES if not any((folder / name).exists() for name in group)]
+    weights = [*folder.glob("*.safetensors"), folder / PROJECTOR_FILE, folder / "latest"]
+    if not any(file.exists() for file in weights):
+        missing.append("weights")
+    if not missing:
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except ValueError:
+            missing.append("a readable trainer_state.json")
+    return missing
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The `checkpoint-N` of the largest N that a run can be resumed from; incomplete ones are named and passed over."""
+    numbered = []
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+        if match and folder.is_dir():
+            numbered.append((int(match.group(1)), folder))
+    for _, folder in sorted(numbered, reverse=True):
+        missing = missing_from_checkpoint(folder)
+        if not missing:
+            return folder
+        logger.warning("%s is passed over: it cannot be resumed from, as it lacks %s.", folder, ", ".join(missing))
+    return None
+
+
+def publish_checkpoint(staged: Path, final: Path) -> None:
+    """Moves a finished checkpoint to its name in one step, in place of an older one of that name."""
+    if final.exists():
+        old = staged.with_name(f"replaced-{final.name}")
+        final.replace(old)
+        staged.replace(final)
+        shutil.rmtree(old)
+    else:
+        staged.replace(final)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def copy_tokenizer_model(tokenizer: Any, output_dir: Path) -> None:
+    """Puts the SentencePiece file beside the tokenizer that transformers 5 writes without it.
+
+    Software written for transformers 4 opens a checkpoint through that file alone.
+    """
+    source = getattr(tokenizer, "vocab_file", None)
+    if not (source and Path(source).is_file()):
+        source = Path(getattr(tokenizer, "name_or_path", "") or "") / "tokenizer.model"
+    source, target = Path(source), output_dir / "tokenizer.model"
+    if source.is_file() and source.name == target.name and not target.exists():
+        shutil.copyfile(source, target)
+
+
+def safe_save_model_for_hf_trainer(trainer: Any, output_dir: str) -> None:
+    """Saves at the end of a run: in stage 1 the projector and the config, otherwise the whole model.
+
+    upstream parity: with `output_dir` named `checkpoint-N`, stage 1 writes `<parent>/mm_projector/checkpoint-N.bin`.
+    """
+    folder = Path(output_dir)
+    if trainer.saves_projector_only and folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        path = folder.parent / "mm_projector" / f"{folder.name}.bin"
+        save_projector(trainer.model, path, is_writer=trainer.args.should_save)
+        return
+    trainer.save_model(output_dir)

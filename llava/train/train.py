@@ -1,0 +1,126 @@
+"""Trains LLaVA: stage 1 (`--tune_mm_mlp_adapter True`, the projector alone) and stage 2 (all but the vision tower).
+
+`train` below is the whole story, from the command line to the saved weights. Names that forks import from this module
+are re-exported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava.data.collate import DataCollatorForSupervisedDataset
+from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
+from llava.data.tokenization import (
+    preprocess,
+    preprocess_llama_2,
+    preprocess_mpt,
+    preprocess_multimodal,
+    preprocess_plain,
+    preprocess_v1,
+)
+from llava.plugin import TrainingPlugin
+from llava.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+    refuse_unsupported_tuning,
+)
+from llava.train.assemble import (
+    add_vision,
+    choose_attention,
+    find_all_linear_names,
+    give_padding_token,
+    load_language_model,
+    load_tokenizer,
+    log_trained_parts,
+    make_data,
+    rank0_print,
+    show_log_of_first_rank,
+    smart_tokenizer_and_embedding_resize,
+    start_engine,
+)
+from llava.train.checkpointing import (
+    get_mm_adapter_state_maybe_zero_3,
+    get_peft_state_maybe_zero_3,
+    get_peft_state_non_lora_maybe_zero_3,
+    last_complete_checkpoint,
+    maybe_zero_3,
+    safe_save_model_for_hf_trainer,
+)
+from llava.train.llava_trainer import LLaVATrainer
+
+__all__ = [
+    "DataArguments",
+    "DataCollatorForSupervisedDataset",
+    "LLaVATrainer",
+    "LazySupervisedDataset",
+    "ModelArguments",
+    "TrainingArguments",
+    "find_all_linear_names",
+    "get_mm_adapter_state_maybe_zero_3",
+    "get_peft_state_maybe_zero_3",
+    "get_peft_state_non_lora_maybe_zero_3",
+    "make_supervised_data_module",
+    "maybe_zero_3",
+    "preprocess",
+    "preprocess_llama_2",
+    "preprocess_mpt",
+    "preprocess_multimodal",
+    "preprocess_plain",
+    "preprocess_v1",
+    "rank0_print",
+    "safe_save_model_for_hf_trainer",
+    "smart_tokenizer_and_embedding_resize",
+    "train",
+]
+
+
+def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None = None) -> LLaVATrainer:
+    """Runs one stage of training as the command line says.
+
+    A run whose `--output_dir` holds checkpoints goes on from the last complete one.
+
+    Args:
+        attn_implementation: attention that the entry point would like; `--attn_implementation` outranks it, and flash
+            attention is given up where it cannot be had.
+        plugin: adds losses and the flags of its `arguments_class`; None is plain LLaVA.
+
+    Returns:
+        the trainer, after saving.
+
+    Raises:
+        ValueError: arguments, data or a step of training are at fault; the message says which and what to do.
+    """
+    show_log_of_first_rank()
+    model_args, data_args, training_args, plugin_args = parse_arguments(
+        plugin_arguments_class=None if plugin is None else plugin.arguments_class
+    )
+    refuse_unsupported_tuning(training_args)
+    start_engine(training_args)
+
+    attention = choose_attention(model_args.attn_implementation, attn_implementation, training_args)
+    tokenizer = load_tokenizer(model_args, training_args)
+    model = load_language_model(model_args, training_args, attention)
+    give_padding_token(tokenizer, model, model_args.version)
+    if model_args.vision_tower is not None:
+        add_vision(model, tokenizer, model_args, data_args, training_args)
+    log_trained_parts(model)
+
+    if plugin is not None:
+        output_dir = Path(training_args.output_dir)
+        plugin.setup(plugin_args, tokenizer, data_path=data_args.data_path, output_dir=output_dir)
+    data = make_data(tokenizer, model, model_args, data_args, training_args, plugin)
+    trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, plugin=plugin, **data)
+
+    checkpoint = training_args.resume_from_checkpoint or last_complete_checkpoint(training_args.output_dir)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    trainer.save_state()
+    model.config.use_cache = True
+    safe_save_model_for_hf_trainer(trainer=trainer, output_dir=training_args.output_dir)
+    return trainer
+
+
+if __name__ == "__main__":
+    train()

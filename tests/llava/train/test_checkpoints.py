@@ -1,0 +1,163 @@
+"""Checkpoints hold all that a run needs to go on, and no more, and are never half written."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llava.train.checkpointing import (
+    last_complete_checkpoint,
+    load_projector_weights,
+    publish_checkpoint,
+    safe_save_model_for_hf_trainer,
+    save_projector,
+)
+
+# Four samples, three epochs: saved in the middle of an epoch, and of a logging window.
+LONG_RUN = "--per_device_train_batch_size 1 --num_train_epochs 3 --save_strategy steps --save_steps 3 --logging_steps 2"
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, without what a clock measured."""
+    entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in entries if "train_runtime" not in entry]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(run_stage_1: Any, stage_1_flags: Any) -> None:
+    run_stage_1("whole", LONG_RUN)
+
+    script = [sys.executable, str(Path(__file__).with_name("killed_run.py"))]
+    killed = subprocess.run([*script, "6", *stage_1_flags("killed", LONG_RUN)], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [path.name for path in Path("killed").glob("checkpoint-*")] == ["checkpoint-3"]
+    subprocess.run([*script, "0", *stage_1_flags("killed", LONG_RUN)], capture_output=True, check=True)
+
+    assert history(Path("killed")) == history(Path("whole"))
+    whole, resumed = (torch.load(f"{name}/mm_projector.bin") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not Path("killed/.unfinished").exists()
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+    return [tensor for entry in values for tensor in tensors_in(entry)]
+
+
+def test_a_checkpoint_of_stage_1_holds_nothing_of_the_frozen_parts(run_stage_1: Any) -> None:
+    trainer = run_stage_1("run", "--save_strategy steps --save_steps 5")
+    folder = Path("run/checkpoint-5")
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "mm_projector.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"} < names
+    trained = sum(param.numel() for param in trainer.model.parameters() if param.requires_grad)
+    weights = torch.load(folder / "mm_projector.bin")
+    moments = torch.load(folder / "optimizer.pt")["state"]
+    assert sum(tensor.numel() for tensor in tensors_in(weights)) == trained
+    assert sum(tensor.numel() for tensor in tensors_in(moments)) <= 2 * trained + 4  # two moments, one counter each
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4 * 4 * trained + 50_000
+
+
+def test_old_checkpoints_are_removed(run_stage_1: Any) -> None:
+    run_stage_1("run", "--save_strategy steps --save_steps 1 --save_total_limit 2")
+    assert {path.name for path in Path("run").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+
+
+def test_a_finished_run_started_again_trains_no_further(run_stage_1: Any, logged: Any) -> None:
+    flags = "--save_strategy steps --save_steps 2"
+    first = run_stage_1("run", flags)
+    again = run_stage_1("run", flags)
+    assert logged(again) == logged(first)
+    assert again.state.global_step == 5
+
+
+def complete(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name in ("optimizer.pt", "mm_projector.bin"):
+        (folder / name).touch()
+    (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+def test_the_last_complete_checkpoint_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert last_complete_checkpoint(tmp_path / "none") is None
+    complete(tmp_path / "checkpoint-9")
+    ten = complete(tmp_path / "checkpoint-10")
+    assert last_complete_checkpoint(tmp_path) == ten  # by number, not by name
+    half = tmp_path / "checkpoint-11"  # as upstream leaves them: weights alone
+    half.mkdir()
+    (half / "mm_projector.bin").touch()
+    assert last_complete_checkpoint(tmp_path) == ten
+    assert "checkpoint-11 is passed over" in caplog.text and "trainer_state.json" in caplog.text
+    complete(tmp_path / "checkpoint-tmp")
+    assert last_complete_checkpoint(tmp_path) == ten
+
+
+@pytest.mark.parametrize("broken", ["optimizer.pt", "mm_projector.bin", "trainer_state.json"])
+def test_each_part_of_a_checkpoint_is_needed(tmp_path: Path, broken: str) -> None:
+    (complete(tmp_path / "checkpoint-1") / broken).unlink()
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_cut_off_state_file_counts_as_missing(tmp_path: Path) -> None:
+    (complete(tmp_path / "checkpoint-1") / "trainer_state.json").write_text('{"epoch": 1')
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_publishing_replaces_an_older_checkpoint_of_the_name(tmp_path: Path) -> None:
+    old = complete(tmp_path / "checkpoint-1")
+    staged = complete(tmp_path / ".unfinished" / "checkpoint-1")
+    (staged / "new").touch()
+    publish_checkpoint(staged, old)
+    assert (old / "new").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+class TinyModel(nn.Module):
+    def __init__(self, width: int, **config: Any):
+        super().__init__()
+        self.mm_projector = nn.Linear(2, width)
+        self.embed_tokens = nn.Embedding(3, width)
+        self.config = SimpleNamespace(**config)
+
+
+def test_the_projector_comes_back_as_saved(tmp_path: Path) -> None:
+    model, other = TinyModel(3), TinyModel(3)
+    save_projector(model, tmp_path / "mm_projector.bin", is_writer=True)
+    load_projector_weights(other, tmp_path / "mm_projector.bin")
+    assert torch.equal(model.mm_projector.weight, other.mm_projector.weight)
+    assert not torch.equal(model.embed_tokens.weight, other.embed_tokens.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["mm_projector.bin"]
+
+
+def test_word_embeddings_go_along_where_stage_1_trains_them(tmp_path: Path) -> None:
+    model, other = TinyModel(3, mm_use_im_start_end=True), TinyModel(3, mm_use_im_start_end=True)
+    save_projector(model, tmp_path / "mm_projector.bin", is_writer=True)
+    load_projector_weights(other, tmp_path / "mm_projector.bin")
+    assert torch.equal(model.embed_tokens.weight, other.embed_tokens.weight)
+
+
+def test_a_projector_of_another_shape_is_refused(tmp_path: Path) -> None:
+    save_projector(TinyModel(3), tmp_path / "mm_projector.bin", is_writer=True)
+    with pytest.raises(ValueError, match=r"mm_projector.bias: the file has \(3,\), the model \(4,\)"):
+        load_projector_weights(TinyModel(4), tmp_path / "mm_projector.bin")
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    save_projector(TinyModel(3), tmp_path / "mm_projector.bin", is_writer=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_into_a_checkpoint_folder_keeps_upstreams_place(tmp_path: Path) -> None:
+    trainer = SimpleNamespace(saves_projector_only=True, model=TinyModel(3), args=SimpleNamespace(should_save=True))
+    safe_save_model_for_hf_trainer(trainer, str(tmp_path / "checkpoint-7"))
+    assert (tmp_path / "mm_projector" / "checkpoint-7.bin").exists()

@@ -1,0 +1,80 @@
+"""Samples without supervised tokens are listed and counted, and stop a run only where they are many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.train.supervision import UnsupervisedSamples, supervised_tokens
+
+
+def book(path: Path) -> UnsupervisedSamples:
+    return UnsupervisedSamples(path / "list.jsonl", lambda counts: counts)
+
+
+def test_they_are_listed_and_counted(tmp_path: Path) -> None:
+    samples = book(tmp_path)
+    samples.add(["a", "b"], [3, 0], step=0)
+    samples.close_step(0)
+    assert [json.loads(line) for line in samples.path.read_text().splitlines()] == [{"step": 0, "id": "b"}]
+    assert samples.state_dict() == {"seen": 2, "unsupervised": 1}
+
+
+def test_nothing_is_written_where_all_are_supervised(tmp_path: Path) -> None:
+    samples = book(tmp_path)
+    samples.add(["a"], [1], step=0)
+    samples.close_step(0)
+    assert not samples.path.exists()
+
+
+def test_a_global_batch_of_nothing_else_stops(tmp_path: Path) -> None:
+    samples = book(tmp_path)
+    samples.add(["a"], [0], step=7)
+    samples.add(["b"], [0], step=7)
+    with pytest.raises(ValueError, match=r"Step 7: none of the 2 samples.*a, b"):
+        samples.close_step(7)
+
+
+def test_other_ranks_can_carry_the_batch(tmp_path: Path) -> None:
+    samples = UnsupervisedSamples(tmp_path / "list.jsonl", lambda counts: [counts[0] + 1, counts[1]])
+    samples.add(["a"], [0], step=0)
+    samples.close_step(0)
+    assert samples.unsupervised == 1
+
+
+@pytest.mark.parametrize(("bad", "stops"), [(10, False), (11, True)])
+def test_more_than_one_in_a_hundred_stops(tmp_path: Path, bad: int, stops: bool) -> None:
+    samples = book(tmp_path)
+    samples.add([f"s{i}" for i in range(1000)], [0] * bad + [1] * (1000 - bad), step=0)
+    if not stops:
+        samples.close_step(0)
+        return
+    with pytest.raises(ValueError, match="11 of 1000 samples so far have no supervised token, more than 1%"):
+        samples.close_step(0)
+
+
+def test_supervised_tokens_beyond_the_cut_do_not_count() -> None:
+    ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 5, 6], [1, 5, 6, 7]])
+    labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 5, 6], [1, IGNORE_INDEX, 6, 7]])
+    assert supervised_tokens(ids, labels, 4, None).tolist() == [2, 2]  # the first position is predicted by none
+    assert supervised_tokens(ids, labels, 4, 6).tolist() == [1, 2]  # 1 + 4 + 1 positions are kept
+    assert supervised_tokens(ids, labels, 4, 5).tolist() == [0, 2]
+
+
+def test_such_a_sample_leaves_the_loss_as_it_is(run_stage_1: Any, logged: Any) -> None:
+    records = json.loads(Path("data_plain.json").read_text())
+    empty = records[0] | {"id": "empty"}
+    empty["conversations"] = [empty["conversations"][0], {"from": "gpt", "value": ""}]
+    mixed = [*json.loads(Path("data_mix.json").read_text())[:3]]
+    Path("clean.json").write_text(json.dumps(mixed))
+    Path("with_empty.json").write_text(json.dumps([*mixed, empty]))
+    clean = run_stage_1("clean", "--version v1 --data_path clean.json")
+    with_empty = run_stage_1("with_empty", "--version v1 --data_path with_empty.json")
+    assert logged(with_empty) == pytest.approx(logged(clean), rel=1e-6)
+    listed = [json.loads(line)["id"] for line in Path("with_empty/unsupervised_samples.jsonl").read_text().splitlines()]
+    assert listed == ["empty"] * 5
