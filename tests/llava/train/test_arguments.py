@@ -1,0 +1,180 @@
+"""Launch scripts written for LLaVA and transformers 4 are understood; what cannot be trained is refused in words."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from llava.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+    refuse_unsupported_tuning,
+)
+from llava.train.assemble import choose_attention, start_engine
+
+# The flags of LLaVA's scripts/v1_5/pretrain.sh; the other scripts add those of EXTRA. `--deepspeed` needs a file.
+PRETRAIN = """--model_name_or_path lmsys/vicuna-13b-v1.5 --version plain
+--data_path ./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json
+--image_folder ./playground/data/LLaVA-Pretrain/images --vision_tower openai/clip-vit-large-patch14-336
+--mm_projector_type mlp2x_gelu --tune_mm_mlp_adapter True --mm_vision_select_layer -2 --mm_use_im_start_end False
+--mm_use_im_patch_token False --bf16 True --output_dir ./checkpoints/llava-v1.5-13b-pretrain --num_train_epochs 1
+--per_device_train_batch_size 32 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1
+--evaluation_strategy no --save_strategy steps --save_steps 24000 --save_total_limit 1 --learning_rate 1e-3
+--weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --tf32 True
+--model_max_length 2048 --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True
+--report_to wandb"""
+EXTRA = """--tune_mm_mlp_adapter False --version v1 --image_aspect_ratio pad --group_by_modality_length True
+--mm_projector_lr 2e-5 --pretrain_mm_mlp_adapter ./checkpoints/llava-v1.5-13b-pretrain/mm_projector.bin
+--lora_enable True --lora_r 128 --lora_alpha 256 --bits 4"""
+SHORT = "--version plain --data_path d.json --image_folder i --vision_tower t --output_dir o --use_cpu True"
+
+
+def parse(flags: str) -> tuple[ModelArguments, DataArguments, TrainingArguments, Any]:
+    return parse_arguments([*flags.split(), "--use_cpu", "True"])
+
+
+def test_the_official_stage_1_parses() -> None:
+    model_args, _, training_args, _ = parse(PRETRAIN)
+    assert model_args.tune_mm_mlp_adapter and model_args.mm_vision_select_layer == -2
+    assert training_args.warmup_steps == 0.03 and training_args.get_warmup_steps(1000) == 30
+    assert training_args.eval_strategy == "no"
+    assert training_args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert training_args.bf16
+
+
+def test_the_official_stage_2_and_lora_parse() -> None:
+    _, data_args, training_args, _ = parse(f"{PRETRAIN} {EXTRA}")
+    assert data_args.image_aspect_ratio == "pad"
+    assert training_args.group_by_modality_length and training_args.mm_projector_lr == 2e-5
+    with pytest.raises(NotImplementedError, match="--bits 4 --lora_enable True"):
+        refuse_unsupported_tuning(training_args)
+
+
+def test_defaults_are_upstreams() -> None:
+    model_args, data_args, training_args, _ = parse(SHORT)
+    assert (model_args.mm_vision_select_layer, model_args.mm_projector_type) == (-1, "linear")
+    assert model_args.mm_use_im_patch_token and not model_args.mm_use_im_start_end
+    assert (data_args.image_aspect_ratio, data_args.is_multimodal) == ("square", False)
+    assert (training_args.optim, training_args.model_max_length, training_args.bits) == ("adamw_torch", 512, 16)
+    assert (training_args.lora_r, training_args.lora_alpha, training_args.lora_dropout) == (64, 16, 0.05)
+
+
+# Every argument of transformers 4.37 that later versions lack, with its default.
+RETIRED = """--overwrite_output_dir False --evaluation_strategy no --warmup_ratio 0.0 --save_safetensors True
+--no_cuda True --use_mps_device False --jit_mode_eval False --use_ipex False --fp16_opt_level O1
+--half_precision_backend auto --tpu_metrics_debug False --past_index -1 --fsdp_min_num_params 0 --adafactor False
+--group_by_length False --use_legacy_prediction_loop False --include_inputs_for_metrics False --fp16_backend auto
+--ray_scope last --split_batches False --include_tokens_per_second False --local_rank 0"""
+
+
+def test_retired_flags_parse() -> None:
+    parse(f"{SHORT} {RETIRED}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        ("--evaluation_strategy epoch", "eval_strategy", "epoch"),
+        ("--warmup_ratio 1.0", "warmup_steps", pytest.approx(1.0)),
+        ("--warmup_ratio 0.5 --warmup_steps 7", "warmup_steps", 7),
+        ("--per_gpu_train_batch_size 3", "per_device_train_batch_size", 3),
+        ("--per_gpu_eval_batch_size 3", "per_device_eval_batch_size", 3),
+        ("--push_to_hub_model_id a/b", "hub_model_id", "a/b"),
+        ("--adafactor True", "optim", "adafactor"),
+        ("--include_inputs_for_metrics True", "include_for_metrics", ["inputs"]),
+        ("--tf32 True", "tf32", None),
+    ],
+)
+def test_a_retired_flag_is_carried_over(flag: str, name: str, value: Any) -> None:
+    assert getattr(parse(f"{SHORT} {flag}")[2], name) == value
+
+
+def test_all_steps_warm_up_at_a_ratio_of_one() -> None:
+    assert parse(f"{SHORT} --warmup_ratio 1.0")[2].get_warmup_steps(500) == 500
+
+
+def test_the_folder_of_tensorboard_is_carried_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    parse(f"{SHORT} --logging_dir there")
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "there"
+
+
+def test_split_batches_reach_the_engine() -> None:
+    assert parse(f"{SHORT} --split_batches True")[2].accelerator_config.split_batches
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (SHORT.replace("--version plain", ""), "--version is missing.*--version plain.*--version v1.*known: .*llama_2"),
+        (SHORT.replace("plain", "v9"), "--version v9: unknown conversation template; known are .*vicuna_v1"),
+        (SHORT.replace("--data_path d.json", ""), "--data_path is missing"),
+        (SHORT.replace("--image_folder i", ""), "--image_folder is missing"),
+        (SHORT.replace("--output_dir o", ""), "--output_dir is missing"),
+        (f"{SHORT} --image_aspect_ratio anyres", "--image_aspect_ratio anyres: training knows square and pad"),
+        (SHORT.replace("--vision_tower t", "--tune_mm_mlp_adapter True"), "there is none without --vision_tower"),
+        (f"{SHORT} --tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", "leave nothing to train"),
+        (f"{SHORT} --tune_mm_mlp_adapter True --unfreeze_mm_vision_tower True", "would be lost"),
+        (f"{SHORT} --fsdp full_shard", "--fsdp.*not supported; shard with --deepspeed"),
+        (f"{SHORT} --fsdp_min_num_params 9", "--fsdp_min_num_params 9: sharding is DeepSpeed's"),
+        (f"{SHORT} --group_by_length True", "--group_by_length True: .*--group_by_modality_length"),
+        (f"{SHORT} --save_safetensors False", "--save_safetensors False"),
+        (f"{SHORT} --half_precision_backend apex", "--half_precision_backend apex"),
+        (f"{SHORT} --warmup_ratio 3", "--warmup_ratio 3.0: expected a share"),
+        (f"{SHORT} --remove_unused_columns True", "would drop the images"),
+        (f"{SHORT} --no_such_flag 1", "no_such_flag"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(flags.split())
+
+
+def test_flash_attention_is_given_up_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert choose_attention("auto", "flash_attention_2", parse(SHORT)[2]) == "sdpa"
+    assert "sdpa in place of flash_attention_2, as there is no CUDA device" in caplog.text
+
+
+def test_the_flag_outranks_the_entry_point() -> None:
+    training_args = parse(SHORT)[2]
+    assert choose_attention("eager", "flash_attention_2", training_args) == "eager"
+    assert choose_attention("auto", None, training_args) == "sdpa"
+    with pytest.raises(ValueError, match="--attn_implementation flash_attention_2: there is no CUDA device"):
+        choose_attention("flash_attention_2", None, training_args)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "half", "reason"),
+    [
+        ((7, 0), True, True, "older than Ampere"),
+        ((8, 0), False, True, "flash-attn is not installed"),
+        ((8, 0), True, False, "needs --bf16 True"),
+        ((8, 0), True, True, None),
+    ],
+)
+def test_flash_attention_needs_card_package_and_precision(
+    monkeypatch: pytest.MonkeyPatch, capability: Any, installed: bool, half: bool, reason: str | None
+) -> None:
+    from llava.train import assemble
+
+    monkeypatch.setattr(assemble.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(assemble.torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(assemble.torch.cuda, "get_device_name", lambda: "Card")
+    monkeypatch.setattr(assemble, "is_flash_attn_2_available", lambda: installed)
+    training_args = parse(SHORT)[2]
+    training_args.use_cpu, training_args.bf16 = False, half
+    obstacle = assemble.flash_attention_obstacle(training_args)
+    assert obstacle is None if reason is None else obstacle is not None and reason in obstacle
+
+
+def test_deepspeed_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    training_args = parse(SHORT)[2]
+    training_args.deepspeed = "zero2.json"
+    with pytest.raises(ValueError, match="needs a launcher"):
+        start_engine(training_args)

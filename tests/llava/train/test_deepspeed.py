@@ -1,0 +1,100 @@
+"""Two processes under DeepSpeed train as one does, and resume, in both stages and with both ways of sharding."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is part of the extra `train`")
+
+SAVING = "--save_strategy steps --save_steps 2 --gradient_checkpointing True"
+STAGE_2 = (
+    "--version v1 --data_path mix.json --tune_mm_mlp_adapter False --image_aspect_ratio pad --learning_rate 2e-4 "
+    "--mm_projector_lr 2e-5 --weight_decay 0.01 --num_train_epochs 2 --group_by_modality_length True"
+)
+
+
+def write_engine_config(stage: int) -> str:
+    """The usual configuration of LLaVA's scripts, with everything left to the Trainer."""
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
+    zero |= {"reduce_bucket_size": "auto"}
+    if stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": 0}
+        zero |= {"stage3_gather_16bit_weights_on_model_save": True}
+    batch = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+    config = dict.fromkeys(batch, "auto") | {"bf16": {"enabled": "auto"}, "zero_optimization": zero}
+    Path(f"zero{stage}.json").write_text(json.dumps(config))
+    return f"zero{stage}.json"
+
+
+def write_mixed_data() -> None:
+    """Four samples with an image and four without, so that some batches of a rank hold text alone."""
+    records = [record for record in json.loads(Path("data_mix.json").read_text()) if record["id"] != "c8"]
+    images = [record for record in records if "image" in record][:4]
+    texts = [record for record in records if "image" not in record]
+    Path("mix.json").write_text(json.dumps([*images, *texts, texts[0] | {"id": "again"}]))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_equal_one_and_resume(
+    stage: int, run_training: Any, stage_1_flags: Callable[..., list[str]]
+) -> None:
+    write_mixed_data()
+    engine = f"--deepspeed {write_engine_config(stage)} --per_device_train_batch_size 2 {SAVING}"
+    one = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    runs = {"pretrain": "", "finetune": STAGE_2}
+    singles = {name: run_training(stage_1_flags(f"{name}_one", f"{flags} {one}")) for name, flags in runs.items()}
+
+    commands = [stage_1_flags(name, f"{flags} {engine}") for name, flags in runs.items()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    script = [str(free_port()), str(Path(__file__).with_name("train_twice.py"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [*launcher, *script, *commands[0], "--next", *commands[1]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+
+    for name, trainer in singles.items():
+        first, resumed = json.loads(Path(name, "losses.json").read_text())
+        assert resumed == first
+        single = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert first == pytest.approx(single, rel=1e-5)
+
+    projector = torch.load("pretrain_one/mm_projector.bin")
+    assert_same_weights(torch.load("pretrain_first/mm_projector.bin"), projector)
+    assert_same_weights(torch.load("pretrain/mm_projector.bin"), projector)
+    whole = load_file("finetune_one/model.safetensors")
+    assert_same_weights(load_file("finetune_first/model.safetensors"), whole)
+    assert_same_weights(load_file("finetune/model.safetensors"), whole)
+
+    # Of the frozen parts a checkpoint of stage 1 holds nothing: the smallest table alone would take 256 kB.
+    saved = [path for path in Path("pretrain/checkpoint-2").rglob("*") if path.suffix in (".pt", ".bin", ".pth")]
+    assert len(saved) >= 6
+    assert max(path.stat().st_size for path in saved) < 64_000 * 4
