@@ -106,8 +106,8 @@ def weights_dtype(model_args: ModelArguments, training_args: TrainingArguments) 
     return torch.bfloat16 if frozen or training_args.deepspeed else torch.float32
 
 
-def tower_dtype(training_args: TrainingArguments) -> torch.dtype:
-    """Dtype of the frozen vision tower: that of mixed precision, or float32."""
+def mixed_precision_dtype(training_args: TrainingArguments) -> torch.dtype:
+    """Dtype that mixed precision computes in; float32 without it."""
     if training_args.bf16:
         return torch.bfloat16
     return torch.float16 if training_args.fp16 else torch.float32
@@ -172,9 +172,11 @@ def add_vision(
     """Builds tower and projector, freezes what the stage does not train, and records all of it in the config."""
     model.get_model().initialize_vision_modules(model_args=model_args)
     tower, projector = model.get_vision_tower(), model.get_model().mm_projector
-    tower.to(dtype=tower_dtype(training_args), device=training_args.device)
-    if training_args.deepspeed and training_args.bf16:
-        projector.to(torch.bfloat16)  # ZeRO-3 wants one dtype
+    half = mixed_precision_dtype(training_args)
+    if training_args.deepspeed:
+        projector.to(half)  # ZeRO-3 wants one dtype
+    tower_is_trained = model_args.unfreeze_mm_vision_tower and not training_args.deepspeed
+    tower.to(dtype=torch.float32 if tower_is_trained else half, device=training_args.device)
 
     if model_args.tune_mm_mlp_adapter:
         model.requires_grad_(False)

@@ -116,7 +116,7 @@ class LLaVATrainer(CheckpointingTrainer):
                 supervised token; the message names the samples.
         """
         ids = inputs.get("sample_ids") or [f"row {row}" for row in range(len(inputs["input_ids"]))]
-        if self._first_batch_pending:
+        if self._first_batch_pending and self.state.global_step == 0:
             self._first_batch_pending = False
             save_first_batch(self, inputs)
         outputs = model(**inputs)

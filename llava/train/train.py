@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import set_seed
+
 from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
 from llava.data.tokenization import (
@@ -98,6 +100,7 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     )
     refuse_unsupported_tuning(training_args)
     start_engine(training_args)
+    set_seed(training_args.seed)  # the Trainer seeds too, but only after the projector got its random weights
 
     attention = choose_attention(model_args.attn_implementation, attn_implementation, training_args)
     tokenizer = load_tokenizer(model_args, training_args)
