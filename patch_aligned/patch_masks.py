@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from llava.image_geometry import AreaTables, ImageGeometry
-from patch_aligned.rle import rle_problems, run_lengths
+from patch_aligned.rle import checked_run_lengths
 
 
 class PatchMaskError(ValueError):
@@ -75,24 +75,24 @@ def token_coverage_of_regions(
         return np.zeros((0, rows, cols))
     width, height = geometry.original_wh
     pixels = width * height
-    _check_masks(rle_masks, pixels, geometry, record)
+    problems, runs, mask_starts = checked_run_lengths(rle_masks, [pixels] * len(rle_masks))
+    _raise_first(problems, geometry, record)
 
     tables = _area_tables(geometry)
-    edges, first_edge = _run_edges(rle_masks, pixels)
+    edges, first_edge = _run_edges(runs, mask_starts, pixels)
     return _areas_between(edges, first_edge, tables) / tables.cell_area
 
 
-def _run_edges(rle_masks: Sequence[str], pixels: int) -> tuple[np.ndarray, np.ndarray]:
+def _run_edges(runs: np.ndarray, mask_starts: np.ndarray, pixels: int) -> tuple[np.ndarray, np.ndarray]:
     """Start, end, start, end ... of the filled runs of all masks `[E]`, and where each mask's edges begin `[R + 1]`.
 
     An edge counts the pixels of its own mask that lie before it, in column-major order.
     """
-    runs, mask_starts = run_lengths(rle_masks)
     runs_of_mask = np.diff(mask_starts, append=runs.size)  # [R]
     filled_of_mask = runs_of_mask // 2  # the first run of a mask is empty, the second filled, and so on
     place = np.arange(runs.size) - np.repeat(mask_starts, runs_of_mask)
     filled = np.flatnonzero(place & 1)
-    ends = np.cumsum(runs)[filled] - pixels * np.repeat(np.arange(len(rle_masks)), filled_of_mask)
+    ends = np.cumsum(runs)[filled] - pixels * np.repeat(np.arange(len(mask_starts)), filled_of_mask)
     edges = np.stack((ends - runs[filled], ends), axis=1).ravel()
     return edges, 2 * np.concatenate(([0], np.cumsum(filled_of_mask)))
 
@@ -137,11 +137,11 @@ def _check_size(size_wh: Sequence[int], geometry: ImageGeometry, record: str) ->
         )
 
 
-def _check_masks(rle_masks: Sequence[str], pixels: int, geometry: ImageGeometry, record: str) -> None:
+def _raise_first(problems: Sequence[str | None], geometry: ImageGeometry, record: str) -> None:
     width, height = geometry.original_wh
-    for region, problem in enumerate(rle_problems(rle_masks, [pixels] * len(rle_masks))):
+    for region, problem in enumerate(problems):
         if problem is not None:
             raise PatchMaskError(
                 f"{record}, region {region}, rle_mask: found {problem}, expected runs that sum to {width} x {height} = "
-                f"{pixels} pixels; encode the mask anew with pycocotools.mask.encode, at the image's size"
+                f"{width * height} pixels; encode the mask anew with pycocotools.mask.encode, at the image's size"
             )

@@ -31,10 +31,17 @@ def rle_problems(rle_masks: Sequence[str], pixels: Sequence[int]) -> list[str | 
     Returns:
         One entry a mask, in words that fit behind "found".
     """
+    return checked_run_lengths(rle_masks, pixels)[0]
+
+
+def checked_run_lengths(
+    rle_masks: Sequence[str], pixels: Sequence[int]
+) -> tuple[list[str | None], np.ndarray, np.ndarray]:
+    """`rle_problems`, and the `run_lengths` of the well-spelled masks, from taking the strings apart once."""
     problems = [_problem_of_spelling(text) for text in rle_masks]
     well_spelled = [position for position, problem in enumerate(problems) if problem is None]
     if not well_spelled:
-        return problems
+        return problems, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     runs, mask_starts = run_lengths([rle_masks[position] for position in well_spelled])
     totals = np.add.reduceat(runs, mask_starts)
     shortest = np.minimum.reduceat(runs, mask_starts)
@@ -43,7 +50,7 @@ def rle_problems(rle_masks: Sequence[str], pixels: Sequence[int]) -> list[str | 
             problems[position] = f"a run of {least} pixels"
         elif total != pixels[position]:
             problems[position] = f"runs that sum to {total} pixels"
-    return problems
+    return problems, runs, mask_starts
 
 
 def _problem_of_spelling(text: str) -> str | None:

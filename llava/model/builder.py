@@ -154,9 +154,17 @@ def read_config(model_path: str) -> Any:
 
 
 def llava_config(config: Any) -> LlavaConfig:
-    """A config that `LlavaLlamaForCausalLM` reads, also from checkpoints of other Llama-shaped model types."""
+    """The config that `LlavaLlamaForCausalLM` reads, from a plain Llama's or a LLaVA checkpoint's.
+
+    Raises:
+        ValueError: the LLM is of another architecture.
+    """
     if isinstance(config, LlavaConfig):
         return config
+    if config.model_type != "llama":
+        raise ValueError(
+            f"The LLM is of model type `{config.model_type}`; this version takes `llama` (Vicuna, Llama, SmolLM2, ...)."
+        )
     values = config.to_dict()
     values.pop("model_type")
     return LlavaConfig(**values)

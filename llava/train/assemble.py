@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from llava.conversation import conv_templates
 from llava.data.collate import check_sequence_budget
 from llava.data.dataset import make_supervised_data_module
 from llava.model import LlavaLlamaForCausalLM
+from llava.model.builder import llava_config
 from llava.model.multimodal_projector.weights import gathered
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -140,8 +141,10 @@ def give_padding_token(tokenizer: Any, model: PreTrainedModel, version: str | No
 
 def load_language_model(model_args: ModelArguments, training_args: TrainingArguments, attention: str) -> Any:
     """The language model with LLaVA's forward pass, without vision modules yet."""
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, cache_dir=training_args.cache_dir)
     model = LlavaLlamaForCausalLM.from_pretrained(
         model_args.model_name_or_path,
+        config=llava_config(config),
         cache_dir=training_args.cache_dir,
         attn_implementation=attention,
         dtype=weights_dtype(model_args, training_args),
@@ -194,6 +197,7 @@ def add_vision(
     config.mm_use_im_start_end = model_args.mm_use_im_start_end
     config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
     config.mm_projector_lr = training_args.mm_projector_lr
+    config.conversation_version = model_args.version  # so that a chat uses the template of training
     if model_args.unfreeze_mm_vision_tower:
         config.unfreeze_mm_vision_tower = True  # tells readers that the checkpoint's own tower is the one to use
     model.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)

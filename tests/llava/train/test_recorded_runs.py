@@ -19,6 +19,7 @@ RENAMED_BY_TRANSFORMERS = {
     "_name_or_path", "dtype", "torch_dtype", "head_dim", "mlp_bias", "rope_parameters", "rope_scaling", "rope_theta",
     "transformers_version",
 }  # fmt: skip
+ADDED_HERE = {"conversation_version"}
 
 
 @pytest.fixture
@@ -54,7 +55,8 @@ def check_steps(found: dict[str, Any], golden: dict[str, Any]) -> None:
 def check_config(folder: Path, golden: dict[str, Any]) -> None:
     found = json.loads((folder / "config.json").read_text())
     differing = {key for key in found | golden if found.get(key) != golden.get(key)}
-    assert differing <= RENAMED_BY_TRANSFORMERS
+    assert differing <= RENAMED_BY_TRANSFORMERS | ADDED_HERE
+    assert found.keys() >= ADDED_HERE
 
 
 def files_below(folder: Path) -> set[str]:
