@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper
 from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
@@ -112,6 +111,8 @@ class CheckpointingTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        from accelerate.utils import DeepSpeedSchedulerWrapper  # there only where deepspeed is installed
+
         # Frozen weights come from their own checkpoints; they would make each save of stage 1 as large as the LLM.
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
