@@ -141,7 +141,7 @@ def give_padding_token(tokenizer: Any, model: PreTrainedModel, version: str | No
 
 def load_language_model(model_args: ModelArguments, training_args: TrainingArguments, attention: str) -> Any:
     """The language model with LLaVA's forward pass, without vision modules yet."""
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, cache_dir=training_args.cache_dir)
+    config = AutoConfig.from_pretrained(str(model_args.model_name_or_path), cache_dir=training_args.cache_dir)
     model = LlavaLlamaForCausalLM.from_pretrained(
         model_args.model_name_or_path,
         config=llava_config(config),

@@ -1,0 +1,178 @@
+"""What the patch loss costs in a step of stage 1, and what computing logits at supervised positions alone saves.
+
+    python benchmarks/stage1_step.py                                    # the miniature, on CPU
+    python benchmarks/stage1_step.py --shape 7b --device cuda           # random weights at the size of LLaVA-1.5-7B
+
+Ratios come first: time inside the plugin (forward and backward) over the time of the step, and the time of a step with
+logits at all positions over that of a step as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.plugin import AlignmentContext, AuxiliaryOutput
+from llava.train.arguments import parse_arguments
+from llava.train.assemble import add_vision, give_padding_token, load_language_model, load_tokenizer, make_data
+from patch_aligned.arguments import PatchArguments
+from patch_aligned.plugin import PatchAlignedPlugin
+
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "playground/mini/cache/models"
+SCENES = ROOT / "playground/data/mini/train"
+
+
+class WatchedPlugin(PatchAlignedPlugin):
+    """Keeps what it was shown last, so that its work can be repeated alone."""
+
+    shown: tuple[AlignmentContext, Any]
+
+    def auxiliary_losses(self, context: AlignmentContext, batch: Any) -> AuxiliaryOutput:
+        """As the plugin's own."""
+        self.shown = context, batch
+        return super().auxiliary_losses(context, batch)
+
+
+def miniature(batch_size: int) -> tuple[Any, WatchedPlugin, dict[str, Any]]:
+    """Model, plugin and first batch of `PRESET=mini bash scripts/v1_5/pretrain_patchaligned.sh`."""
+    for path in (MODELS / "smollm2-135m-instruct", SCENES / "pad.json"):
+        if not path.exists():
+            raise SystemExit(f"No {path}; next: bash scripts/prepare_mini.sh")
+    with tempfile.TemporaryDirectory() as output_dir:
+        model_args, data_args, training_args, _ = parse_arguments(
+            f"--model_name_or_path {MODELS}/smollm2-135m-instruct --vision_tower {MODELS}/dinov2-small --version plain "
+            f"--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_patch_token False "
+            f"--tune_mm_mlp_adapter True --data_path {SCENES}/train.json --image_folder {SCENES} "
+            f"--lazy_preprocess True --model_max_length 2048 --use_cpu True --bf16 False "
+            f"--output_dir {output_dir}".split()
+        )
+        tokenizer = load_tokenizer(model_args, training_args)
+        model = load_language_model(model_args, training_args, "sdpa")
+        give_padding_token(tokenizer, model, model_args.version)
+        add_vision(model, tokenizer, model_args, data_args, training_args)
+        plugin = WatchedPlugin()
+        plugin.setup(PatchArguments(patch_data_path=str(SCENES / "pad.json")), tokenizer)
+        data = make_data(tokenizer, model, model_args, data_args, training_args, plugin)
+        batch = data["data_collator"]([data["train_dataset"][i] for i in range(batch_size)])
+    return model, plugin, batch
+
+
+def seven_billion(batch_size: int, device: str) -> tuple[Any, WatchedPlugin, dict[str, Any]]:
+    """LLaVA-1.5-7B with random weights in bfloat16; four regions an image, each covering 20 visual tokens."""
+    tower = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    with tempfile.TemporaryDirectory() as folder, torch.device(device):
+        CLIPVisionModel(tower).bfloat16().save_pretrained(folder)
+        CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(folder)
+        vision = {"mm_vision_tower": folder, "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu"}
+        config = LlavaConfig(**vision, mm_vision_select_layer=-2)  # type: ignore[arg-type, call-arg]
+        torch.set_default_dtype(torch.bfloat16)
+        model: Any = LlavaLlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+        model.get_vision_tower().load_model(device_map=device)
+    model.requires_grad_(False)
+    model.get_model().mm_projector.requires_grad_(True)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(3, 32000, (batch_size, 26))
+    ids[:, 1] = IMAGE_TOKEN_INDEX
+    labels = ids.clone()
+    labels[:, :2] = IGNORE_INDEX
+    regions = 4 * batch_size
+    tokens = torch.zeros(regions, 576, dtype=torch.bool)
+    tokens[:, 100:120] = True
+    batch = {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": torch.ones_like(ids, dtype=torch.bool),
+        "images": torch.randn(batch_size, 3, 336, 336, dtype=torch.bfloat16),
+        "plugin_batch": {
+            "region_row": torch.arange(batch_size).repeat_interleave(4),
+            "region_tokens": tokens,
+            "label_ids": torch.randint(3, 32000, (regions, 3)),
+            "label_lengths": torch.full((regions,), 3),
+            "counts": torch.zeros(3, dtype=torch.int64),
+        },
+    }
+    return model, WatchedPlugin(), batch
+
+
+def to_device(value: Any, device: str) -> Any:
+    """`value` with its tensors on `device`."""
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value.to(device) if torch.is_tensor(value) else value
+
+
+def median_seconds(action: Callable[[], None], repeats: int, device: str) -> float:
+    """Median time of `action`, after one run to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the ratios, then the times they come from."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("mini", "7b"), default="mini")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args(arguments)
+
+    build = miniature if args.shape == "mini" else lambda size: seven_billion(size, args.device)
+    model, plugin, batch = build(args.batch_size)
+    model, batch = model.to(args.device), to_device(batch, args.device)
+    model.attach_plugin(plugin)
+
+    def step(all_logits: bool = False) -> None:
+        model.train(not all_logits)  # in eval mode the same loss is taken from logits at all positions
+        output = model(**batch)
+        (output.loss + 5 * output.auxiliary_losses["patch"]).backward()
+        model.zero_grad()
+
+    def plugin_alone() -> None:
+        context, plugin_batch = plugin.shown
+        tokens = context.visual_tokens.detach().requires_grad_()
+        PatchAlignedPlugin.auxiliary_losses(plugin, replace(context, visual_tokens=tokens), plugin_batch).losses[
+            "patch"
+        ].backward()
+
+    step_s = median_seconds(step, args.repeats, args.device)
+    plugin_s = median_seconds(plugin_alone, 4 * args.repeats, args.device)
+    full_s = median_seconds(lambda: step(all_logits=True), args.repeats, args.device)
+    regions = len(plugin.shown[1]["region_row"])
+    print(f"plugin / step                    {plugin_s / step_s:.2%}")
+    print(f"step with all logits / step      {full_s / step_s:.2f}x")
+    print(f"step {step_s:.3f} s, plugin {plugin_s * 1e3:.2f} ms, step with all logits {full_s:.3f} s")
+    print(
+        f"{args.shape} on {args.device}: batch {args.batch_size}, {regions} regions, forward and backward, no optimizer"
+    )
+
+
+if __name__ == "__main__":
+    main()
