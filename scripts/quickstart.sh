@@ -17,12 +17,14 @@ HELDOUT=${DATA:-playground/data}/mini/heldout
 
 say() { printf '\n[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$1"; }
 
-# train NAME SCRIPT: the training script as it stands, on the miniature.
+# train NAME SCRIPT: the training script as it stands, on the miniature, but for the schedule: in so few steps LLaVA's
+# cosine has spent the learning rate by the time beta is large, so it stays constant after warm-up, for both.
 train() {
     if [ -e "$RUN/$1/mm_projector.bin" ]; then
         echo "$RUN/$1 is trained already"
     else
-        PRESET=mini MAX_STEPS=$STEPS OUTPUT_DIR=$RUN/$1 bash "scripts/v1_5/$2.sh"
+        PRESET=mini MAX_STEPS=$STEPS OUTPUT_DIR=$RUN/$1 bash "scripts/v1_5/$2.sh" \
+            --lr_scheduler_type constant_with_warmup
     fi
 }
 

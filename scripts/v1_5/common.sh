@@ -86,7 +86,8 @@ preset_mini() {
     if [ "$stage" = pretrain ]; then
         : "${DATA_PATH:=$DATA/mini/train/train.json}" "${SAVE_STEPS:=25}"
     else
-        : "${DATA_PATH:=$DATA/mini/train/instruct.json}" "${SAVE_STEPS:=1000}"
+        # 50 steps of 2e-5 would teach a model of this size next to nothing.
+        : "${DATA_PATH:=$DATA/mini/train/instruct.json}" "${SAVE_STEPS:=1000}" "${LEARNING_RATE:=1e-4}"
     fi
     : "${IMAGE_FOLDER:=$DATA/mini/train}" "${PAD_PATH:=$DATA/mini/train/pad.json}"
     : "${VERSION:=chatml_direct}" "${MAX_STEPS:=50}"
