@@ -86,8 +86,9 @@ preset_mini() {
     if [ "$stage" = pretrain ]; then
         : "${DATA_PATH:=$DATA/mini/train/train.json}" "${SAVE_STEPS:=25}"
     else
-        # 50 steps of 2e-5 would teach a model of this size next to nothing.
+        # A few steps of 2e-5 would teach a model of this size next to nothing, and all weights take their time on a CPU.
         : "${DATA_PATH:=$DATA/mini/train/instruct.json}" "${SAVE_STEPS:=1000}" "${LEARNING_RATE:=1e-4}"
+        : "${GLOBAL_BATCH_SIZE:=4}" "${MAX_STEPS:=40}"
     fi
     : "${IMAGE_FOLDER:=$DATA/mini/train}" "${PAD_PATH:=$DATA/mini/train/pad.json}"
     : "${VERSION:=chatml_direct}" "${MAX_STEPS:=50}"
