@@ -35,12 +35,6 @@ def show_log_of_first_rank() -> None:
         logging.getLogger(package).setLevel(logging.WARNING if rank else logging.INFO)
 
 
-def rank0_print(*values: Any) -> None:
-    """Logs on the first rank; upstream's name."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        logger.info("%s", " ".join(map(str, values)))
-
-
 def start_engine(training_args: TrainingArguments) -> None:
     """Shows DeepSpeed the process group, which the Trainer leaves out on CPUs; ZeRO-3 loads models by it.
 

@@ -37,7 +37,6 @@ from llava.train.assemble import (
     load_tokenizer,
     log_trained_parts,
     make_data,
-    rank0_print,
     show_log_of_first_rank,
     smart_tokenizer_and_embedding_resize,
     start_engine,
@@ -51,6 +50,7 @@ from llava.train.checkpointing import (
     safe_save_model_for_hf_trainer,
 )
 from llava.train.llava_trainer import LLaVATrainer
+from llava.utils import rank0_print
 
 __all__ = [
     "DataArguments",
