@@ -8,6 +8,7 @@ The answer streams as it is generated. An empty line or the end of input leaves.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from io import BytesIO
 from typing import Any
@@ -101,19 +102,24 @@ class ImageChat:
         return text
 
 
+def speaker_name(role: str) -> str:
+    """A template's role as a person reads it: without marks such as `<|im_start|>`."""
+    return re.sub(r"<\|.*?\|>", "", role).strip() or "-"
+
+
 def chat(session: ImageChat, args: argparse.Namespace) -> None:
     """Reads messages and streams answers until an empty line or the end of input."""
-    roles = session.conversation.roles
+    asker, assistant = (speaker_name(role) for role in session.conversation.roles)
     streamer = TextStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
     while True:
         try:
-            message = input(f"{roles[0]}: ").strip()
+            message = input(f"{asker}: ").strip()
         except EOFError:
             message = ""
         if not message:
             print("exit...")
             return
-        print(f"{roles[1]}: ", end="", flush=True)
+        print(f"{assistant}: ", end="", flush=True)
         prompt = session.prompt(message)
         session.answer(prompt, temperature=args.temperature, max_new_tokens=args.max_new_tokens, streamer=streamer)
         if args.debug:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava.conversation import conv_templates, conversation_mode
-from llava.serve.cli import ImageChat, argument_parser, load_image, main
+from llava.serve.cli import ImageChat, argument_parser, load_image, main, speaker_name
 
 
 def arguments(*extra: str) -> list[str]:
@@ -82,3 +82,8 @@ def test_device_defaults_to_what_is_there() -> None:
 )
 def test_what_closes_an_answer(mode: str, stop: str) -> None:
     assert conv_templates[mode].stop_string == stop
+
+
+@pytest.mark.parametrize(("role", "name"), [("USER", "USER"), ("<|im_start|>assistant\n", "assistant"), ("", "-")])
+def test_roles_are_shown_without_the_marks_of_the_template(role: str, name: str) -> None:
+    assert speaker_name(role) == name
