@@ -25,7 +25,7 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.weights import gathered, load_projector, read_projector_file
 from llava.plugin import TrainingPlugin
 
-__all__ = ["EncodedImages", "LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
+__all__ = ["EncodedImages", "LlavaMetaForCausalLM", "LlavaMetaModel", "start_at_mean", "unpad_image"]
 
 Images = Tensor | list[Tensor]
 
@@ -246,10 +246,7 @@ class LlavaMetaForCausalLM(ABC):
         added = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
         self.resize_token_embeddings(len(tokenizer))  # type: ignore[attr-defined]
         tables = [self.get_input_embeddings().weight, self.get_output_embeddings().weight]  # type: ignore[attr-defined]
-        if added:
-            with gathered(tables), torch.no_grad():
-                for table in tables:
-                    table[-added:] = table[:-added].mean(dim=0, keepdim=True)
+        start_at_mean(tables, added)
         if model_args.tune_mm_mlp_adapter:
             tables[0].requires_grad_(True)
             tables[1].requires_grad_(tables[1] is tables[0])
@@ -258,3 +255,12 @@ class LlavaMetaForCausalLM(ABC):
             if rows is not None and added:
                 with gathered(tables[:1]), torch.no_grad():
                     tables[0][-added:] = rows[-added:]
+
+
+def start_at_mean(tables: list[nn.Parameter], added: int) -> None:
+    """Sets the last `added` rows of each table `[M, D]` to the mean of the rows before; does nothing for 0."""
+    if not added:
+        return
+    with gathered(tables), torch.no_grad():
+        for table in tables:
+            table[-added:] = table[:-added].mean(dim=0, keepdim=True)

@@ -17,7 +17,7 @@ from llava.data.collate import check_sequence_budget
 from llava.data.dataset import make_supervised_data_module
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import llava_config
-from llava.model.multimodal_projector.weights import gathered
+from llava.model.llava_arch import start_at_mean
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
@@ -155,12 +155,8 @@ def smart_tokenizer_and_embedding_resize(
     """Adds special tokens, and rows for them that start as the mean of the others."""
     added = tokenizer.add_special_tokens(special_tokens_dict)
     model.resize_token_embeddings(len(tokenizer))
-    if not added:
-        return
-    tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    with gathered(tables), torch.no_grad():
-        for table in tables:
-            table[-added:] = table[:-added].mean(dim=0, keepdim=True)
+    tables: list[Any] = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    start_at_mean(tables, added)
 
 
 def add_vision(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
@@ -192,3 +194,21 @@ def test_logits_to_keep_selects_the_last_positions(model: LlavaLlamaForCausalLM)
     full = model(batch["input_ids"], batch["attention_mask"], images=batch["images"]).logits
     last = model(batch["input_ids"], batch["attention_mask"], images=batch["images"], logits_to_keep=2).logits
     torch.testing.assert_close(last, full[:, -2:])
+
+
+def test_rows_of_new_image_tokens_start_as_the_mean_of_the_others(model: LlavaLlamaForCausalLM) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("tiny-llava")
+    before = model.get_input_embeddings().weight.detach().clone()
+    arguments = SimpleNamespace(
+        mm_use_im_patch_token=False,
+        mm_use_im_start_end=True,
+        tune_mm_mlp_adapter=True,
+        pretrain_mm_mlp_adapter=None,
+    )
+    model.initialize_vision_tokenizer(arguments, tokenizer)
+    after = model.get_input_embeddings().weight
+    assert len(after) == len(before) + 2
+    torch.testing.assert_close(after[:-2], before)
+    torch.testing.assert_close(after[-2:], before.mean(dim=0).expand(2, -1))
+    assert after.requires_grad
+    assert not model.get_output_embeddings().weight.requires_grad
