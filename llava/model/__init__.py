@@ -5,8 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
+from llava.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
 
-__all__ = ["LlavaConfig", "LlavaLlamaForCausalLM"]
+__all__ = [
+    "LlavaConfig",
+    "LlavaLlamaForCausalLM",
+    "LlavaMistralConfig",
+    "LlavaMistralForCausalLM",
+    "LlavaQwen3Config",
+    "LlavaQwen3ForCausalLM",
+    "LlavaQwenConfig",
+    "LlavaQwenForCausalLM",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.multimodal_projector.weights import load_projector, read_projector_file
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def model_kwargs(
     return resolved
 
 
-def load_strictly(weights_path: str, config: LlavaConfig, comes_later: str | None, kwargs: dict[str, Any]) -> Any:
+def load_strictly(weights_path: str, config: Any, comes_later: str | None, kwargs: dict[str, Any]) -> Any:
     """A LLaVA model whose weights all come from `weights_path`.
 
     Args:
@@ -126,7 +126,8 @@ def load_strictly(weights_path: str, config: LlavaConfig, comes_later: str | Non
     Raises:
         ValueError: weights are missing, or there are some that the model has no place for.
     """
-    loaded: Any = LlavaLlamaForCausalLM.from_pretrained(weights_path, config=config, output_loading_info=True, **kwargs)
+    model_class = llava_model_class(config)
+    loaded: Any = model_class.from_pretrained(weights_path, config=config, output_loading_info=True, **kwargs)
     model, report = loaded
     missing = sorted(name for name in report["missing_keys"] if comes_later is None or comes_later not in name)
     unexpected = sorted(report["unexpected_keys"])
@@ -151,23 +152,6 @@ def read_config(model_path: str) -> Any:
             f"No checkpoint at {model_path}: expected a folder with config.json, or a name on the hub. "
             f"{str(error).splitlines()[0]}"
         ) from error
-
-
-def llava_config(config: Any) -> LlavaConfig:
-    """The config that `LlavaLlamaForCausalLM` reads, from a plain Llama's or a LLaVA checkpoint's.
-
-    Raises:
-        ValueError: the LLM is of another architecture.
-    """
-    if isinstance(config, LlavaConfig):
-        return config
-    if config.model_type != "llama":
-        raise ValueError(
-            f"The LLM is of model type `{config.model_type}`; this version takes `llama` (Vicuna, Llama, SmolLM2, ...)."
-        )
-    values = config.to_dict()
-    values.pop("model_type")
-    return LlavaConfig(**values)
 
 
 def find_file(model_path: str, name: str) -> str | None:

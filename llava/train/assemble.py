@@ -15,8 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 from llava.conversation import conv_templates
 from llava.data.collate import check_sequence_budget
 from llava.data.dataset import make_supervised_data_module
-from llava.model import LlavaLlamaForCausalLM
-from llava.model.builder import llava_config
+from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.llava_arch import start_at_mean
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -135,10 +134,11 @@ def give_padding_token(tokenizer: Any, model: PreTrainedModel, version: str | No
 
 def load_language_model(model_args: ModelArguments, training_args: TrainingArguments, attention: str) -> Any:
     """The language model with LLaVA's forward pass, without vision modules yet."""
-    config = AutoConfig.from_pretrained(str(model_args.model_name_or_path), cache_dir=training_args.cache_dir)
-    model = LlavaLlamaForCausalLM.from_pretrained(
+    plain = AutoConfig.from_pretrained(str(model_args.model_name_or_path), cache_dir=training_args.cache_dir)
+    config = llava_config(plain)
+    model: Any = llava_model_class(config).from_pretrained(
         model_args.model_name_or_path,
-        config=llava_config(config),
+        config=config,
         cache_dir=training_args.cache_dir,
         attn_implementation=attention,
         dtype=weights_dtype(model_args, training_args),
