@@ -21,7 +21,7 @@ from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_merge import MergedBatch, arrange_tiles, merge, unpad_image
-from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.multimodal_projector.builder import build_vision_projector, record_projector
 from llava.model.multimodal_projector.weights import gathered, load_projector, read_projector_file
 from llava.plugin import TrainingPlugin
 
@@ -70,8 +70,9 @@ class LlavaMetaModel:
         """Gives a plain LLM its tower and projector at the start of training, and records them in the config.
 
         Args:
-            model_args: `vision_tower`, `mm_projector_type`, `mm_vision_select_layer`, `mm_vision_select_feature`,
-                `mm_patch_merge_type` and `pretrain_mm_mlp_adapter` (an `mm_projector.bin` to start from, or None).
+            model_args: `vision_tower`, `mm_projector_type` (and a C-Abstractor's settings), `mm_vision_select_layer`,
+                `mm_vision_select_feature`, `mm_patch_merge_type` and `pretrain_mm_mlp_adapter` (an `mm_projector.bin`
+                to start from, or None).
             fsdp: accepted for upstream's callers.
         """
         if self.get_vision_tower() is None:
@@ -82,11 +83,10 @@ class LlavaMetaModel:
         config = self.config
         config.mm_vision_tower = model_args.vision_tower
         config.use_mm_proj = True
-        config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
-        config.mm_hidden_size = self.vision_tower.hidden_size
         config.mm_vision_select_layer = model_args.mm_vision_select_layer
         config.mm_vision_select_feature = model_args.mm_vision_select_feature
         config.mm_patch_merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
+        record_projector(config, model_args, self.vision_tower)
 
         if not hasattr(self, "mm_projector"):
             self.mm_projector = build_vision_projector(config)

@@ -7,6 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llava.model.multimodal_projector.c_abstractor import CAbstractor
+
+C_ABSTRACTOR_SETTINGS = {"mm_projector_num_queries": 256, "mm_projector_depth": 3, "mm_projector_hidden_size": 1024}
+"""Config keys that shape a C-Abstractor, with their defaults; Honeybee itself takes 144 queries."""
+
 
 class IdentityMap(nn.Module):
     """Passes features through; the tower's width must be the LLM's."""
@@ -22,20 +27,26 @@ class IdentityMap(nn.Module):
 
 
 def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds the projector that `config.mm_projector_type` names: `linear`, `mlpNx_gelu` (any N) or `identity`.
+    """Builds the projector that `config.mm_projector_type` names.
+
+    `linear`, `mlpNx_gelu` (any N), `cabstractor` or `identity`. One that changes the number of visual tokens has an
+    attribute `grid`, their rows and columns.
 
     Args:
-        config: read for `mm_projector_type` (default `linear`), `mm_hidden_size` (in) and `hidden_size` (out).
+        config: read for `mm_projector_type` (default `linear`), `mm_hidden_size` (in) and `hidden_size` (out); for
+            `cabstractor` also for what `record_projector` wrote.
         delay_load: accepted for upstream's callers; a projector has no weights of its own to load.
 
     Raises:
-        ValueError: the type is not known.
+        ValueError: the type is not known, or a C-Abstractor cannot be built as the config says.
     """
     projector_type = getattr(config, "mm_projector_type", "linear")
     if projector_type == "linear":
         return nn.Linear(config.mm_hidden_size, config.hidden_size)
     if projector_type == "identity":
         return IdentityMap()
+    if projector_type == "cabstractor":
+        return build_c_abstractor(config)
     if match := re.fullmatch(r"mlp(\d+)x_gelu", projector_type):
         depth = int(match.group(1))
         layers: list[nn.Module] = [nn.Linear(config.mm_hidden_size, config.hidden_size)]
@@ -44,5 +55,40 @@ def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any)
         return nn.Sequential(*layers)
     raise ValueError(
         f"Unknown projector type: {projector_type}. Set --mm_projector_type to `linear`, `mlp2x_gelu` (any number of "
-        "layers) or `identity`."
+        "layers), `cabstractor` or `identity`."
     )
+
+
+def build_c_abstractor(config: Any) -> CAbstractor:
+    """Builds a C-Abstractor.
+
+    Raises:
+        ValueError: the config does not say how many patches the tower has, keeps the CLS token among the features, or
+            asks for a number of queries that is no square.
+    """
+    patches = getattr(config, "mm_num_patches", None)
+    if patches is None:
+        raise ValueError(
+            "mm_projector_type is `cabstractor`, but the config lacks `mm_num_patches`, the number of the vision "
+            "tower's patches: set it (576 for CLIP-L/14 at 336 pixels)."
+        )
+    if getattr(config, "mm_vision_select_feature", "patch") != "patch":
+        raise ValueError(
+            f"mm_vision_select_feature is `{config.mm_vision_select_feature}`; a C-Abstractor convolves over patches "
+            "and has no place for the CLS token. Set --mm_vision_select_feature patch."
+        )
+    queries, depth, hidden_size = (getattr(config, key, default) for key, default in C_ABSTRACTOR_SETTINGS.items())
+    return CAbstractor(patches, config.mm_hidden_size, config.hidden_size, queries, depth, hidden_size)
+
+
+def record_projector(config: Any, model_args: Any, tower: Any) -> None:
+    """Writes into `config` what `build_vision_projector` needs: the flags of training, and sizes of the tower.
+
+    A plain projector adds no key to those that upstream writes.
+    """
+    config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
+    config.mm_hidden_size = tower.hidden_size
+    if config.mm_projector_type == "cabstractor":
+        config.mm_num_patches = tower.num_patches
+        for key, default in C_ABSTRACTOR_SETTINGS.items():
+            setattr(config, key, getattr(model_args, key, default))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 MARK = "mm_projector."
+HONEYBEE_MARK = "abstractor."
 
 
 def read_projector_file(path: str | Path) -> dict[str, Tensor]:
@@ -32,7 +34,7 @@ def read_projector_file(path: str | Path) -> dict[str, Tensor]:
         state = load_file(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    if not any(MARK in name for name in state):
+    if not projector_state(state):
         raise ValueError(f"{path} holds no projector: expected keys that contain `{MARK}`, found {sorted(state)[:5]}.")
     return state
 
@@ -40,9 +42,16 @@ def read_projector_file(path: str | Path) -> dict[str, Tensor]:
 def projector_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The projector's own entries under local names, e.g. `model.mm_projector.0.weight` -> `0.weight`.
 
-    Any key that contains `mm_projector.` counts, so prefixes added by wrappers (`base_model.model.`) do no harm.
+    Any key that contains `mm_projector.` counts, so prefixes added by wrappers (`base_model.model.`) do no harm. So
+    does `abstractor.`, as Honeybee calls its own; the place for CLS in old ones' position table is left out.
     """
-    return {name.split(MARK, 1)[1]: tensor for name, tensor in state.items() if MARK in name}
+    local = {name.split(MARK, 1)[1]: tensor for name, tensor in state.items() if MARK in name}
+    if not local:
+        local = {name.split(HONEYBEE_MARK, 1)[1]: state[name] for name in state if HONEYBEE_MARK in name}
+        positions = local.get("pos_emb")
+        if positions is not None and math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]:
+            local["pos_emb"] = positions[:, 1:]  # [1, 1 + S, C] -> [1, S, C]
+    return local
 
 
 def load_projector(projector: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
