@@ -32,7 +32,16 @@ class ModelArguments:
     vision_tower: str | None = None
     mm_vision_select_layer: int = field(default=-1, metadata={"help": "Hidden layer of the tower; LLaVA-1.5 takes -2."})
     pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "mm_projector.bin to start from."})
-    mm_projector_type: str | None = "linear"
+    mm_projector_type: str | None = field(
+        default="linear", metadata={"help": "`linear`, `mlpNx_gelu`, `cabstractor` or `identity`."}
+    )
+    mm_projector_num_queries: int = field(
+        default=256, metadata={"help": "Visual tokens that a C-Abstractor makes of an image; a square number."}
+    )
+    mm_projector_depth: int = field(
+        default=3, metadata={"help": "Blocks of a C-Abstractor before its pooling, and again after it."}
+    )
+    mm_projector_hidden_size: int = field(default=1024, metadata={"help": "Width of a C-Abstractor's convolutions."})
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = True
     mm_patch_merge_type: str | None = "flat"
