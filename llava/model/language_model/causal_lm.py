@@ -240,7 +240,13 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """transformers' `save_pretrained`, with the tower under the names that upstream's checkpoints use."""
+        """transformers' `save_pretrained`, with the tower under the names that upstream's checkpoints use.
+
+        Settings of sampling are left out of a generation config that does not sample, as Vicuna's: they have no effect,
+        and transformers 5 refuses to write them.
+        """
+        if not self.generation_config.do_sample:
+            self.generation_config.temperature = self.generation_config.top_p = self.generation_config.top_k = None
         state_dict = self.state_dict() if state_dict is None else state_dict
         tower = self.get_vision_tower()
         renamed = {tower.checkpoint_name(name) if tower else name: tensor for name, tensor in state_dict.items()}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from llava.model.language_model.causal_lm import LlavaCausalLM
+from llava.model.language_model.written_config import ReadableByTransformers4
 from llava.model.llava_arch import LlavaMetaModel
 
 
-class LlavaConfig(LlamaConfig):
+class LlavaConfig(ReadableByTransformers4, LlamaConfig):
     """Llama's config under the model type that upstream's checkpoints carry."""
 
     model_type = "llava_llama"

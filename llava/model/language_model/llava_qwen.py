@@ -5,10 +5,11 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from llava.model.language_model.causal_lm import LlavaCausalLM
+from llava.model.language_model.written_config import ReadableByTransformers4
 from llava.model.llava_arch import LlavaMetaModel
 
 
-class LlavaQwenConfig(Qwen2Config):
+class LlavaQwenConfig(ReadableByTransformers4, Qwen2Config):
     """Qwen2's config under the model type that LLaVA-NeXT's checkpoints carry."""
 
     model_type = "llava_qwen"

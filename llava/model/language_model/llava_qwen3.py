@@ -5,10 +5,11 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from llava.model.language_model.causal_lm import LlavaCausalLM
+from llava.model.language_model.written_config import ReadableByTransformers4
 from llava.model.llava_arch import LlavaMetaModel
 
 
-class LlavaQwen3Config(Qwen3Config):
+class LlavaQwen3Config(ReadableByTransformers4, Qwen3Config):
     """Qwen3's config under a model type of its own."""
 
     model_type = "llava_qwen3"
