@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import transformers
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_tf32_available
 
 from llava.conversation import conv_templates
@@ -88,15 +89,23 @@ class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
     model_max_length: int = field(
         default=512, metadata={"help": "Longest sequence in tokens, visual tokens included. Longer ones are cut."}
     )
-    double_quant: bool = True
-    quant_type: str = "nf4"
-    bits: int = 16
-    lora_enable: bool = False
+    double_quant: bool = field(default=True, metadata={"help": "With --bits 4: quantise the scales too."})
+    quant_type: str = field(
+        default="nf4", metadata={"help": "With --bits 4: the number format.", "choices": ["fp4", "nf4"]}
+    )
+    bits: int = field(
+        default=16, metadata={"help": "4 or 8: the LLM is quantised and frozen, as in QLoRA.", "choices": [4, 8, 16]}
+    )
+    lora_enable: bool = field(
+        default=False, metadata={"help": "Train adapters on the LLM's linear layers, not the LLM."}
+    )
     lora_r: int = 64
     lora_alpha: int = 16
     lora_dropout: float = 0.05
-    lora_weight_path: str = ""
-    lora_bias: str = "none"
+    lora_weight_path: str = field(default="", metadata={"help": "Output folder of a LoRA run to start from."})
+    lora_bias: Literal["none", "all", "lora_only"] = field(
+        default="none", metadata={"help": "Biases of the LLM to train along."}
+    )
     mm_projector_lr: float | None = None
     group_by_modality_length: bool = False
 
@@ -180,18 +189,31 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
             "--tune_mm_mlp_adapter saves the projector alone, so a tower trained beside it would be lost: "
             "drop --unfreeze_mm_vision_tower, or --tune_mm_mlp_adapter."
         )
+    check_adapter_arguments(model_args, training_args)
 
 
-def refuse_unsupported_tuning(training_args: TrainingArguments) -> None:
-    """Stops a run that asks for LoRA or for quantised weights.
+def check_adapter_arguments(model_args: ModelArguments, training_args: TrainingArguments) -> None:
+    """Refuses combinations of LoRA and quantised weights that would train nothing, or not what was asked for.
 
     Raises:
-        NotImplementedError: always names the flags to drop.
+        ValueError: names the flags and the way out.
     """
-    asked = [f"--bits {training_args.bits}"] if training_args.bits in (4, 8) else []
-    asked += ["--lora_enable True"] if training_args.lora_enable else []
-    if asked:
-        raise NotImplementedError(
-            f"{' '.join(asked)}: LoRA and quantised training are not supported by this version; the flags are read so "
-            "that scripts parse. Drop them to train all weights (scripts/v1_5/finetune.sh)."
+    bits = f"--bits {training_args.bits}"
+    if training_args.lora_enable and model_args.tune_mm_mlp_adapter:
+        raise ValueError(
+            "--tune_mm_mlp_adapter trains and saves the projector alone, --lora_enable adapts the LLM: drop one."
+        )
+    if training_args.lora_weight_path and not training_args.lora_enable:
+        raise ValueError("--lora_weight_path is where adapters start from: add --lora_enable True, or drop it.")
+    if training_args.bits == 16:
+        return
+    if not (training_args.lora_enable or model_args.tune_mm_mlp_adapter):
+        raise ValueError(
+            f"{bits}: quantised weights cannot be trained. Add --lora_enable True (scripts/v1_5/finetune_qlora.sh), or "
+            "train the projector alone with --tune_mm_mlp_adapter True, or drop it."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"{bits}: ZeRO-3 cannot split quantised weights. Each GPU has room for all of them: take "
+            "--deepspeed scripts/zero2.json."
         )

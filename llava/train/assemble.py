@@ -19,6 +19,7 @@ from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.llava_arch import start_at_mean
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.quantization import freeze_quantized, quantized_loading
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def weights_dtype(model_args: ModelArguments, training_args: TrainingArguments) 
     """
     if not training_args.bf16:
         return torch.float32
-    frozen = model_args.tune_mm_mlp_adapter or model_args.freeze_backbone
+    frozen = model_args.tune_mm_mlp_adapter or model_args.freeze_backbone or training_args.lora_enable
     return torch.bfloat16 if frozen or training_args.deepspeed else torch.float32
 
 
@@ -142,8 +143,11 @@ def load_language_model(model_args: ModelArguments, training_args: TrainingArgum
         cache_dir=training_args.cache_dir,
         attn_implementation=attention,
         dtype=weights_dtype(model_args, training_args),
+        **quantized_loading(training_args, mixed_precision_dtype(training_args)),
     )
     model.config.use_cache = False
+    if training_args.bits < 16:
+        freeze_quantized(model)
     if model_args.freeze_backbone:
         model.model.requires_grad_(False)  # upstream parity: the lm_head is still trained
     return model
@@ -207,7 +211,7 @@ def log_trained_parts(model: Any) -> None:
     for name, parameters in parts.items():
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in parameters]
         total, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
-        state = "trained" if trained and trained == total else "frozen" if not trained else f"{trained:,} trained of"
+        state = "trained" if trained and trained == total else "frozen" if not trained else f"{trained:,} trained"
         logger.info("%-16s %s, %s weights", name, state, f"{total:,}")
 
 
@@ -239,14 +243,3 @@ def make_data(
         image_processor=None if tower is None else tower.image_processor,
         output_dir=training_args.output_dir,
     )
-
-
-def find_all_linear_names(model: nn.Module) -> list[str]:
-    """Names of the LLM's linear layers, which LoRA adapts: vision modules and the lm_head stay out."""
-    outside = ("mm_projector", "vision_tower", "vision_resampler")
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(part in name for part in outside)
-    }
-    return sorted(names - {"lm_head"})

@@ -6,6 +6,7 @@ folder of that name is always complete. deepspeed is imported only where it is i
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -51,41 +52,6 @@ def get_mm_adapter_state_maybe_zero_3(
     }
 
 
-def get_peft_state_maybe_zero_3(named_params: Iterable[tuple[str, Tensor]], bias: str) -> dict[str, Tensor]:
-    """Whole copies of LoRA's parameters, and of the biases that `bias` asks for.
-
-    Args:
-        named_params: of the wrapped model.
-        bias: `none`, `all`, or `lora_only` (biases of layers that carry LoRA weights).
-
-    Raises:
-        NotImplementedError: another value of `bias`.
-    """
-    if bias not in ("none", "all", "lora_only"):
-        raise NotImplementedError(f"lora_bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
-    params = dict(named_params)
-    adapted = {name.split("lora_")[0] for name in params if "lora_" in name}
-
-    def is_wanted(name: str) -> bool:
-        if "lora_" in name or bias == "none":
-            return "lora_" in name
-        layer = name.removesuffix("bias").removesuffix("base_layer.")
-        return name.endswith("bias") and (bias == "all" or layer in adapted)
-
-    return {name: maybe_zero_3(param, ignore_status=True) for name, param in params.items() if is_wanted(name)}
-
-
-def get_peft_state_non_lora_maybe_zero_3(
-    named_params: Iterable[tuple[str, Tensor]], require_grad_only: bool = True
-) -> dict[str, Tensor]:
-    """Whole copies of what is not LoRA's (the trained ones alone, unless told otherwise)."""
-    return {
-        name: maybe_zero_3(param, ignore_status=True)
-        for name, param in named_params
-        if "lora_" not in name and (param.requires_grad or not require_grad_only)
-    }
-
-
 def projector_keys(config: Any) -> tuple[str, ...]:
     """Parts of parameter names that `mm_projector.bin` holds; word embeddings are among them if stage 1 trains them."""
     return PROJECTOR_KEYS + (EMBEDDING_KEYS if getattr(config, "mm_use_im_start_end", False) else ())
@@ -98,10 +64,23 @@ def save_projector(model: nn.Module, path: Path, *, is_writer: bool) -> None:
     """
     state = get_mm_adapter_state_maybe_zero_3(model.named_parameters(), projector_keys(model.config))
     if is_writer:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        save_tensors(state, path)
+
+
+def save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    """Writes a pickled dict of tensors, upstream's format, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Writes `config.json` beside weights that are not quantised, though the frozen ones may be while training."""
+    config = copy.copy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
 
 
 def load_projector_weights(model: nn.Module, path: Path) -> None:
@@ -110,15 +89,23 @@ def load_projector_weights(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: names or shapes differ from the model's; the message shows both.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
     keys = projector_keys(model.config)
     params = {name: param for name, param in model.named_parameters() if any(key in name for key in keys)}
+    fill_strictly(params, torch.load(path, map_location="cpu", weights_only=True), path)
+
+
+def fill_strictly(params: dict[str, nn.Parameter], state: dict[str, Tensor], source: Path) -> None:
+    """Copies `state` into the parameters of the same names; under ZeRO-3 on gathered parameters.
+
+    Raises:
+        ValueError: names or shapes differ; the message shows both.
+    """
     expected = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in params.items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
         different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         raise ValueError(
-            f"{path} does not fit this model at {different[0]}: the file has {found.get(different[0])}, the model "
+            f"{source} does not fit this model at {different[0]}: the file has {found.get(different[0])}, the model "
             f"{expected.get(different[0])}. Resume with the flags that the run was started with, or give another "
             "--output_dir."
         )

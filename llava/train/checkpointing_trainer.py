@@ -19,14 +19,16 @@ from llava.train.checkpointing import (
     copy_tokenizer_model,
     load_projector_weights,
     publish_checkpoint,
+    save_config,
     save_projector,
 )
+from llava.train.lora import is_adapted, load_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointingTrainer(Trainer):
-    """A Trainer whose `checkpoint-N` folders are always complete, and small in stage 1.
+    """A Trainer whose `checkpoint-N` folders are always complete, and small in stage 1 and with LoRA.
 
     In stage 1 (`config.tune_mm_mlp_adapter`) a checkpoint holds `mm_projector.bin` and `config.json`, as upstream's,
     and besides them the optimizer, the schedule, random states and the position in the data.
@@ -90,12 +92,15 @@ class CheckpointingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Stage 1: `mm_projector.bin` and `config.json`. Otherwise the whole model, with `tokenizer.model`."""
+        """Stage 1: `mm_projector.bin` and `config.json`. LoRA: see `llava.train.lora`. Otherwise the whole model."""
         folder = Path(output_dir or self.args.output_dir)
         if self.saves_projector_only:
             save_projector(self.model, folder / PROJECTOR_FILE, is_writer=self.args.should_save)
             if self.args.should_save:
-                self.model.config.save_pretrained(folder)
+                save_config(self.model.config, folder)
+            return
+        if is_adapted(self.model):
+            save_adapter(self.model, folder, is_writer=self.args.should_save)
             return
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
@@ -104,6 +109,8 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.saves_projector_only:
             load_projector_weights(self.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
+        elif is_adapted(self.model):
+            load_adapter(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

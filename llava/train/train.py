@@ -1,4 +1,5 @@
-"""Trains LLaVA: stage 1 (`--tune_mm_mlp_adapter True`, the projector alone) and stage 2 (all but the vision tower).
+"""Trains LLaVA: stage 1 (`--tune_mm_mlp_adapter True`, the projector alone) and stage 2 (all but the vision tower, or
+with `--lora_enable True` adapters on the LLM).
 
 `train` below is the whole story, from the command line to the saved weights. Names that forks import from this module
 are re-exported.
@@ -26,12 +27,10 @@ from llava.train.arguments import (
     ModelArguments,
     TrainingArguments,
     parse_arguments,
-    refuse_unsupported_tuning,
 )
 from llava.train.assemble import (
     add_vision,
     choose_attention,
-    find_all_linear_names,
     give_padding_token,
     load_language_model,
     load_tokenizer,
@@ -43,13 +42,18 @@ from llava.train.assemble import (
 )
 from llava.train.checkpointing import (
     get_mm_adapter_state_maybe_zero_3,
-    get_peft_state_maybe_zero_3,
-    get_peft_state_non_lora_maybe_zero_3,
     last_complete_checkpoint,
     maybe_zero_3,
     safe_save_model_for_hf_trainer,
 )
 from llava.train.llava_trainer import LLaVATrainer
+from llava.train.lora import (
+    add_lora,
+    find_all_linear_names,
+    get_peft_state_maybe_zero_3,
+    get_peft_state_non_lora_maybe_zero_3,
+    load_adapter,
+)
 from llava.utils import rank0_print
 
 __all__ = [
@@ -98,7 +102,6 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     model_args, data_args, training_args, plugin_args = parse_arguments(
         plugin_arguments_class=None if plugin is None else plugin.arguments_class
     )
-    refuse_unsupported_tuning(training_args)
     start_engine(training_args)
     set_seed(training_args.seed)  # the Trainer seeds too, but only after the projector got its random weights
 
@@ -106,8 +109,12 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     tokenizer = load_tokenizer(model_args, training_args)
     model = load_language_model(model_args, training_args, attention)
     give_padding_token(tokenizer, model, model_args.version)
+    if training_args.lora_enable:
+        model = add_lora(model, training_args)
     if model_args.vision_tower is not None:
         add_vision(model, tokenizer, model_args, data_args, training_args)
+    if training_args.lora_weight_path:
+        load_adapter(model, Path(training_args.lora_weight_path))
     log_trained_parts(model)
 
     if plugin is not None:

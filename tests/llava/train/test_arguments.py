@@ -12,7 +12,6 @@ from llava.train.arguments import (
     ModelArguments,
     TrainingArguments,
     parse_arguments,
-    refuse_unsupported_tuning,
 )
 from llava.train.assemble import choose_attention, start_engine
 
@@ -29,7 +28,7 @@ PRETRAIN = """--model_name_or_path lmsys/vicuna-13b-v1.5 --version plain
 --report_to wandb"""
 EXTRA = """--tune_mm_mlp_adapter False --version v1 --image_aspect_ratio pad --group_by_modality_length True
 --mm_projector_lr 2e-5 --pretrain_mm_mlp_adapter ./checkpoints/llava-v1.5-13b-pretrain/mm_projector.bin
---lora_enable True --lora_r 128 --lora_alpha 256 --bits 4"""
+--lora_enable True --lora_r 128 --lora_alpha 256"""
 SHORT = "--version plain --data_path d.json --image_folder i --vision_tower t --output_dir o --use_cpu True"
 
 
@@ -50,8 +49,7 @@ def test_the_official_stage_2_and_lora_parse() -> None:
     _, data_args, training_args, _ = parse(f"{PRETRAIN} {EXTRA}")
     assert data_args.image_aspect_ratio == "pad"
     assert training_args.group_by_modality_length and training_args.mm_projector_lr == 2e-5
-    with pytest.raises(NotImplementedError, match="--bits 4 --lora_enable True"):
-        refuse_unsupported_tuning(training_args)
+    assert (training_args.lora_enable, training_args.lora_r, training_args.lora_alpha) == (True, 128, 256)
 
 
 def test_defaults_are_upstreams() -> None:
@@ -119,6 +117,9 @@ def test_split_batches_reach_the_engine() -> None:
         (SHORT.replace("--vision_tower t", "--tune_mm_mlp_adapter True"), "there is none without --vision_tower"),
         (f"{SHORT} --tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", "leave nothing to train"),
         (f"{SHORT} --tune_mm_mlp_adapter True --unfreeze_mm_vision_tower True", "would be lost"),
+        (f"{SHORT} --tune_mm_mlp_adapter True --lora_enable True", "the projector alone, --lora_enable adapts the LLM"),
+        (f"{SHORT} --lora_weight_path a", "add --lora_enable True"),
+        (f"{SHORT} --bits 4", "--bits 4: quantised weights cannot be trained. Add --lora_enable True"),
         (f"{SHORT} --fsdp full_shard", "--fsdp.*not supported; shard with --deepspeed"),
         (f"{SHORT} --fsdp_min_num_params 9", "--fsdp_min_num_params 9: sharding is DeepSpeed's"),
         (f"{SHORT} --group_by_length True", "--group_by_length True: .*--group_by_modality_length"),

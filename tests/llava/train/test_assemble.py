@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from llava.train.assemble import find_all_linear_names, give_padding_token
+from llava.train.assemble import give_padding_token
+from llava.train.lora import find_all_linear_names
 
 STAGE_2 = "--version v1 --data_path two.json --tune_mm_mlp_adapter False --num_train_epochs 1"
 

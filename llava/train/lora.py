@@ -1,0 +1,144 @@
+"""LoRA: low-rank adapters on the LLM's linear layers, and the folders that such a run saves and resumes from.
+
+A folder holds what was trained and no more: the adapter in peft's format (`adapter_model.safetensors`,
+`adapter_config.json`), all else that was trained in `non_lora_trainables.bin`, and the whole model's `config.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.train.arguments import TrainingArguments
+from llava.train.checkpointing import fill_strictly, maybe_zero_3, save_config, save_tensors
+from llava.train.extras import require
+
+NON_LORA_FILE = "non_lora_trainables.bin"
+VISION_PARTS = ("mm_projector", "vision_tower", "vision_resampler")
+ADAPTER = "default"
+"""peft's name of the one adapter. It stands in the names of parameters, not in those of files."""
+
+
+def find_all_linear_names(model: nn.Module) -> list[str]:
+    """Names of the LLM's linear layers, which LoRA adapts: vision modules and the lm_head stay out."""
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in VISION_PARTS)
+    }
+    return sorted(names - {"lm_head"})
+
+
+def add_lora(model: Any, training_args: TrainingArguments) -> Any:
+    """Freezes the LLM and puts adapters beside its linear layers; vision modules are added afterwards.
+
+    Adapters are float32, as weights that are trained are, except under DeepSpeed, which keeps a float32 copy of its
+    own and wants one dtype.
+
+    Returns:
+        the model in peft's wrapper.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    require("peft", "--lora_enable True")
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=training_args.lora_r,
+        lora_alpha=training_args.lora_alpha,
+        target_modules=find_all_linear_names(model),
+        lora_dropout=training_args.lora_dropout,
+        bias=training_args.lora_bias,
+        task_type="CAUSAL_LM",
+    )
+    if training_args.gradient_checkpointing:
+        # All that enters the first layer comes from frozen weights; re-entrant checkpoints would find no gradient.
+        model.enable_input_require_grads()
+    return get_peft_model(model, config, autocast_adapter_dtype=not training_args.deepspeed)
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether `add_lora` has wrapped the model."""
+    return hasattr(model, "peft_config")
+
+
+def get_peft_state_maybe_zero_3(named_params: Iterable[tuple[str, Tensor]], bias: str) -> dict[str, Tensor]:
+    """Whole copies of LoRA's parameters, and of the biases that `bias` asks for.
+
+    Args:
+        named_params: of the wrapped model.
+        bias: `none`, `all`, or `lora_only` (biases of layers that carry LoRA weights).
+
+    Raises:
+        NotImplementedError: another value of `bias`.
+    """
+    if bias not in ("none", "all", "lora_only"):
+        raise NotImplementedError(f"lora_bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
+    params = dict(named_params)
+    adapted = {name.split("lora_")[0] for name in params if "lora_" in name}
+
+    def is_wanted(name: str) -> bool:
+        if "lora_" in name or bias == "none":
+            return "lora_" in name
+        layer = name.removesuffix("bias").removesuffix("base_layer.")
+        return name.endswith("bias") and (bias == "all" or layer in adapted)
+
+    return {name: maybe_zero_3(param, ignore_status=True) for name, param in params.items() if is_wanted(name)}
+
+
+def get_peft_state_non_lora_maybe_zero_3(
+    named_params: Iterable[tuple[str, Tensor]], require_grad_only: bool = True
+) -> dict[str, Tensor]:
+    """Whole copies of what is not LoRA's (the trained ones alone, unless told otherwise)."""
+    return {
+        name: maybe_zero_3(param, ignore_status=True)
+        for name, param in named_params
+        if "lora_" not in name and (param.requires_grad or not require_grad_only)
+    }
+
+
+def save_adapter(model: Any, folder: Path, *, is_writer: bool) -> None:
+    """Writes the adapter, what else was trained, and the config.
+
+    Called by all ranks (under ZeRO-3 the weights are gathered); `is_writer` says which of them writes.
+    """
+    named = list(model.named_parameters())
+    of_llm = [(name, param) for name, param in named if not any(part in name for part in VISION_PARTS)]
+    adapter = get_peft_state_maybe_zero_3(of_llm, model.peft_config[ADAPTER].bias)
+    rest = get_peft_state_non_lora_maybe_zero_3([(name, param) for name, param in named if name not in adapter])
+    if is_writer:
+        model.save_pretrained(folder, state_dict=adapter, save_embedding_layers=False)
+        save_tensors({name_in_file(model, name): tensor for name, tensor in rest.items()}, folder / NON_LORA_FILE)
+        save_config(model.config, folder)
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Reads what `save_adapter` (or upstream's training) wrote back into a model in training, strictly.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: names or shapes differ from what the model trains; the message shows both.
+    """
+    from peft import load_peft_weights
+
+    for needed in ("adapter_config.json", NON_LORA_FILE):
+        if not (folder / needed).is_file():
+            raise FileNotFoundError(
+                f"No {needed} in {folder}: give the output folder of a run with --lora_enable True."
+            )
+    state = load_peft_weights(str(folder), device="cpu")
+    state |= torch.load(folder / NON_LORA_FILE, map_location="cpu", weights_only=True)
+    trained = {name_in_file(model, name): param for name, param in model.named_parameters() if param.requires_grad}
+    fill_strictly(trained, state, folder)
+
+
+def name_in_file(model: Any, name: str) -> str:
+    """The name under which a folder holds the parameter that the wrapped model calls `name`."""
+    tower = model.get_vision_tower()
+    name = name.replace(f".{ADAPTER}.", ".") if "lora_" in name else name
+    return tower.checkpoint_name(name) if tower is not None else name
