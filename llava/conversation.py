@@ -16,6 +16,7 @@ from enum import Enum, auto
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava import system_prompts
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
 if TYPE_CHECKING:
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
 
 
 class SeparatorStyle(Enum):
-    """How turns are set apart."""
+    """How turns are set apart. The first five are upstream's; the others carry LLaVA-NeXT's names."""
 
     SINGLE = auto()
     TWO = auto()
     MPT = auto()
     PLAIN = auto()
     LLAMA_2 = auto()
+    LLAMA_3 = auto()
+    CHATML = auto()
 
 
 class Segment(NamedTuple):
@@ -244,69 +247,31 @@ def _render_plain(conversation: Conversation, turns: Turns) -> Iterator[Segment]
             yield Segment(text + separators[position % 2], supervised=position % 2 == 1)
 
 
+def _render_headed(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
+    """`LLAMA_3` and `CHATML`: roles bring a header of their own; without a system text there is no system turn.
+
+    Texts are trimmed, as Llama 3's own template does: a line break at an answer's start would become one token with
+    the header's, which at inference stands there already. ChatML breaks the line after each turn.
+    """
+    line_break = "\n" if conversation.sep_style is SeparatorStyle.CHATML else ""
+    if conversation.system:
+        yield Segment(conversation.system + conversation.sep + line_break)
+    for position, (role, text) in enumerate(turns):
+        yield Segment(role)
+        if trimmed := (text or "").strip():
+            yield Segment(trimmed + conversation.sep, supervised=position % 2 == 1)
+            yield Segment(line_break)
+
+
 _RENDERERS: dict[SeparatorStyle, Callable[[Conversation, Turns], Iterator[Segment]]] = {
     SeparatorStyle.SINGLE: _render_named,
     SeparatorStyle.TWO: _render_named,
     SeparatorStyle.MPT: _render_mpt,
     SeparatorStyle.PLAIN: _render_plain,
     SeparatorStyle.LLAMA_2: _render_llama_2,
+    SeparatorStyle.LLAMA_3: _render_headed,
+    SeparatorStyle.CHATML: _render_headed,
 }
-
-_POLITE_TO_HUMAN = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the human's questions."
-)
-
-_POLITE_TO_USER = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions."
-)
-
-_LLAMA_2_SYSTEM = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
-    "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or "
-    "illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\n"
-    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
-    "something not correct. If you don't know the answer to a question, please don't share false information."
-)
-
-_SEES_TAGGED_IMAGES = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to "
-    "understand the visual content that the user provides, and assist the user with a variety of tasks using "
-    "natural language.The visual content will be provided with the following format: <Image>visual "
-    "content</Image>."
-)
-
-_LLAVA_LLAMA_2_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
-    "user provides, and assist the user with a variety of tasks using natural language."
-)
-
-_MPT_SYSTEM = (
-    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-)
-
-_EXAMPLE_QUESTION = "What are the key differences between renewable and non-renewable energy sources?"
-
-_EXAMPLE_ANSWER = (
-    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of "
-    "time, such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other "
-    "hand, are finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key "
-    "differences between renewable and non-renewable energy sources:\n"
-    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources "
-    "are finite and will eventually run out.\n"
-    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than "
-    "non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, and other "
-    "negative effects.\n"
-    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have "
-    "lower operational costs than non-renewable sources.\n"
-    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations "
-    "than non-renewable sources.\n"
-    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different "
-    "situations and needs, while non-renewable sources are more rigid and inflexible.\n"
-    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable "
-    "sources are not, and their depletion can lead to economic and social instability.\n"
-)
 
 
 def _llama_2(system: str, sep: str = "<s>") -> Conversation:
@@ -322,13 +287,25 @@ def _chatml(system: str) -> Conversation:
     return Conversation(f"<|im_start|>system\n{system}", roles, (), 0, SeparatorStyle.MPT, "<|im_end|>", version="mpt")
 
 
+def _llama_3(system: str) -> Conversation:
+    headers = [f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user", "assistant")]
+    style = SeparatorStyle.LLAMA_3
+    return Conversation(headers[0] + system, (headers[1], headers[2]), (), 0, style, "<|eot_id|>", version="llama_v3")
+
+
+def _qwen(system: str) -> Conversation:
+    opening = f"<|im_start|>system\n{system}" if system else ""
+    roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+    return Conversation(opening, roles, (), 0, SeparatorStyle.CHATML, "<|im_end|>", version="qwen")
+
+
 def _plain() -> Conversation:
     return Conversation("", ("", ""), (), 0, SeparatorStyle.PLAIN, "\n")
 
 
-_example = (("Human", _EXAMPLE_QUESTION), ("Assistant", _EXAMPLE_ANSWER))
-_v0 = Conversation(_POLITE_TO_HUMAN, ("Human", "Assistant"), _example, 2)
-_v1 = _vicuna(_POLITE_TO_USER)
+_example = (("Human", system_prompts.EXAMPLE_QUESTION), ("Assistant", system_prompts.EXAMPLE_ANSWER))
+_v0 = Conversation(system_prompts.POLITE_TO_HUMAN, ("Human", "Assistant"), _example, 2)
+_v1 = _vicuna(system_prompts.POLITE_TO_USER)
 _chatml_direct = _chatml("Answer the questions.")
 
 conv_templates: dict[str, Conversation] = {
@@ -336,29 +313,40 @@ conv_templates: dict[str, Conversation] = {
     "v0": _v0,
     "v1": _v1,
     "vicuna_v1": _v1,
-    "llama_2": _llama_2(_LLAMA_2_SYSTEM),
+    "llama_2": _llama_2(system_prompts.LLAMA_2_SYSTEM),
     "mistral_instruct": _llama_2("", sep=""),
     "chatml_direct": _chatml_direct,
     "mistral_direct": _chatml_direct,
     "plain": _plain(),
     "v0_plain": _plain(),
-    "llava_v0": Conversation(_POLITE_TO_HUMAN, ("Human", "Assistant"), (), 0),
-    "v0_mmtag": Conversation(_SEES_TAGGED_IMAGES, ("Human", "Assistant"), (), 0, version="v0_mmtag"),
-    "llava_v1": _vicuna(_POLITE_TO_HUMAN),
-    "v1_mmtag": _vicuna(_SEES_TAGGED_IMAGES, "v1_mmtag"),
-    "llava_llama_2": _llama_2(_LLAVA_LLAMA_2_SYSTEM),
-    "mpt": _chatml(_MPT_SYSTEM),
+    "llava_v0": Conversation(system_prompts.POLITE_TO_HUMAN, ("Human", "Assistant"), (), 0),
+    "v0_mmtag": Conversation(system_prompts.SEES_TAGGED_IMAGES, ("Human", "Assistant"), (), 0, version="v0_mmtag"),
+    "llava_v1": _vicuna(system_prompts.POLITE_TO_HUMAN),
+    "v1_mmtag": _vicuna(system_prompts.SEES_TAGGED_IMAGES, "v1_mmtag"),
+    "llava_llama_2": _llama_2(system_prompts.SEES_IMAGES),
+    "mpt": _chatml(system_prompts.MPT_SYSTEM),
+    # Up to here upstream's. The following carry LLaVA-NeXT's names and texts, but for `qwen_3`.
+    "llava_llama_3": _llama_3(system_prompts.SEES_IMAGES),
+    "qwen_1_5": _qwen(system_prompts.QWEN_2_SYSTEM),
+    "qwen_2": _qwen(system_prompts.QWEN_2_SYSTEM),
+    "qwen_2_5": _qwen(system_prompts.QWEN_2_5_SYSTEM),
+    "qwen_3": _qwen(""),  # Qwen3 has no system text of its own
 }
 """Every template by name. Shared by the whole process: `copy` before appending."""
+
+MODEL_TYPE_RULES = {"llava_qwen": "qwen_2", "llava_qwen3": "qwen_3"}
+"""For checkpoints that do not say what they were trained with: `model_type` of the config, template."""
 
 NAME_RULES = (
     ("llama-2", "llava_llama_2"),
     ("mistral", "mistral_instruct"),
     ("v1.6-34b", "chatml_direct"),
+    ("llama-3", "llava_llama_3"),
+    ("llama3", "llava_llama_3"),
     ("v1", "llava_v1"),
     ("mpt", "mpt"),
 )
-"""Upstream's rules for checkpoints that do not say what they were trained with: part of the name, template."""
+"""Where the type does not decide: part of the checkpoint's name, template. Upstream's rules, and Llama 3."""
 
 
 def conversation_mode(model_name: str, config: Any) -> str:
@@ -366,12 +354,17 @@ def conversation_mode(model_name: str, config: Any) -> str:
 
     Args:
         model_name: of the checkpoint, as `get_model_name_from_path` gives it.
-        config: the model's; `conversation_version` in it, which training writes, outranks the name.
+        config: the model's; `conversation_version` in it, which training writes, comes first, then its `model_type`,
+            then the name. A Mistral whose name says nothing gets `mistral_instruct`, any other LLM `llava_v0`.
     """
     version = getattr(config, "conversation_version", None)
     if version in conv_templates:
         return version
-    return next((mode for part, mode in NAME_RULES if part in model_name.lower()), "llava_v0")
+    model_type = getattr(config, "model_type", None)
+    if model_type in MODEL_TYPE_RULES:
+        return MODEL_TYPE_RULES[model_type]
+    fallback = "mistral_instruct" if model_type == "llava_mistral" else "llava_v0"
+    return next((mode for part, mode in NAME_RULES if part in model_name.lower()), fallback)
 
 
 default_conversation = _v1

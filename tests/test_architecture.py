@@ -20,7 +20,8 @@ LEAVES = ("llava.constants", "llava.conversation", "llava.image_geometry", "llav
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "llava": ("llava",),
     "llava.constants": (),
-    "llava.conversation": ("llava.constants",),
+    "llava.conversation": ("llava.constants", "llava.system_prompts"),
+    "llava.system_prompts": (),
     "llava.image_geometry": ("llava.constants",),
     "llava.plugin": ("llava.constants",),
     "llava.mm_utils": LEAVES,
