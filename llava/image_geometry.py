@@ -21,9 +21,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-Mode = Literal["crop", "pad", "anyres"]
+Mode = Literal["crop", "pad", "squeeze"]
 
-_MODE_OF_ASPECT_RATIO: dict[str | None, Mode] = {None: "crop", "square": "crop", "pad": "pad", "anyres": "anyres"}
+_MODE_OF_ASPECT_RATIO: dict[str | None, Mode] = {None: "crop", "square": "crop", "pad": "pad", "anyres": "squeeze"}
 
 
 class AxisMap(NamedTuple):
@@ -58,12 +58,15 @@ class ImageGeometry:
 
     Attributes:
         original_wh: width and height of the image file, pixels.
-        side: width and height of the model image, pixels.
+        side: width and height of the model image, pixels: what the tower's patches cover.
         mode: `crop` (shortest edge resized, centre cut out), `pad` (centred on a square canvas, then resized) or
-            `anyres` (the base tile: the whole image squeezed to the square).
+            `squeeze` (the whole image squeezed to the square: anyres' base tile, or what SigLIP's processor does).
         grid: rows and columns of visual tokens over the model image.
         shortest_edge: length to which the shortest edge is resized before the centre crop of `side`; None means `side`,
             as CLIP's processors have it.
+        processed_side: side of the image processor's output, of whose left upper corner the model image is a part; None
+            means `side`. They differ where patches do not fill the output: 27 of 14 pixels leave 6 of SigLIP's 384
+            unseen.
     """
 
     original_wh: tuple[int, int]
@@ -71,15 +74,15 @@ class ImageGeometry:
     mode: Mode
     grid: tuple[int, int]
     shortest_edge: int | None = None
+    processed_side: int | None = None
 
     def __post_init__(self) -> None:
-        numbers = [*self.original_wh, self.side, *self.grid]
-        if self.shortest_edge is not None:
-            numbers.append(self.shortest_edge)
+        optional = [length for length in (self.shortest_edge, self.processed_side) if length is not None]
+        numbers = [*self.original_wh, self.side, *self.grid, *optional]
         if len(self.original_wh) != 2 or len(self.grid) != 2 or any(not isinstance(n, int) or n < 1 for n in numbers):
             raise ValueError(f"sizes must be whole pixels and at least 1, found {self}")
-        if self.mode not in ("crop", "pad", "anyres"):
-            raise ValueError(f"mode: found {self.mode!r}, expected 'crop', 'pad' or 'anyres'")
+        if self.mode not in ("crop", "pad", "squeeze"):
+            raise ValueError(f"mode: found {self.mode!r}, expected 'crop', 'pad' or 'squeeze'")
 
     @classmethod
     def of(
@@ -104,15 +107,16 @@ class ImageGeometry:
     @property
     def axes(self) -> tuple[AxisMap, AxisMap]:
         """The exact integer maps of x and y."""
-        edge = self.side if self.shortest_edge is None else self.shortest_edge
-        if self.mode == "anyres":
+        output = self.side if self.processed_side is None else self.processed_side
+        edge = output if self.shortest_edge is None else self.shortest_edge
+        if self.mode == "squeeze":
             pads, canvases, resized = (0, 0), self.original_wh, (edge, edge)
         elif self.mode == "pad":
             longest = max(self.original_wh)
             pads, canvases, resized = square_padding_xy(self.original_wh), (longest, longest), (edge, edge)
         else:
             pads, canvases, resized = (0, 0), self.original_wh, shortest_edge_resized_wh(self.original_wh, edge)
-        x, y = (AxisMap(*axis, cut=(axis[2] - self.side) // 2) for axis in zip(pads, canvases, resized, strict=True))
+        x, y = (AxisMap(*axis, cut=(axis[2] - output) // 2) for axis in zip(pads, canvases, resized, strict=True))
         return x, y
 
     @property

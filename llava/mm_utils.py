@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "load_rgb_image",
     "process_anyres_image",
     "process_images",
+    "processed_side",
     "require_image_tokens",
     "resize_and_pad_image",
     "select_best_resolution",
@@ -126,14 +128,16 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Any
         grid_pinpoints: possible resolutions (width, height), as a list or as a list written as text.
     """
     resolution = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints))
-    side = _processed_side(processor)
+    side = processed_side(processor)
     edge = _shortest_edge(processor) or side
     tiles = divide_to_patches(resize_and_pad_image(image, resolution), side)
     return torch.stack([_pixel_values(processor, tile) for tile in (image.resize((edge, edge)), *tiles)])
 
 
 def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
-    """Pixel tensors as the configuration's `image_aspect_ratio` asks: None or "square", "pad", "anyres".
+    """Pixel tensors as the configuration's `image_aspect_ratio` asks: None, "square" or "original", "pad", "anyres".
+
+    "original" is what lmms-eval's tasks write into a config that names none: the processor alone, as for "square".
 
     Returns:
         `[images, 3, side, side]` (anyres: `[images, 1 + tiles, 3, side, side]`), or a list where shapes differ.
@@ -142,7 +146,7 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
         ValueError: for another `image_aspect_ratio`.
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
-    if aspect_ratio not in (None, "square", "pad", "anyres"):
+    if aspect_ratio not in (None, "square", "original", "pad", "anyres"):
         raise ValueError(f"image_aspect_ratio: found {aspect_ratio!r}, expected 'square', 'pad' or 'anyres'")
     tensors = []
     for image in images:
@@ -159,16 +163,28 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
 
 
 def image_geometry_of(
-    image_size: tuple[int, int], image_processor: Any, image_aspect_ratio: str | None, grid: tuple[int, int]
+    image_size: tuple[int, int],
+    image_processor: Any,
+    image_aspect_ratio: str | None,
+    grid: tuple[int, int],
+    seen_side: int | None = None,
 ) -> ImageGeometry:
     """What `process_images` does to an image of `image_size` (width, height), for this very processor.
 
     A processor that squeezes images to a square instead of cropping (SigLIP's) is described as such.
+
+    Args:
+        image_size: width and height of the image file, pixels.
+        image_processor: of the vision tower.
+        image_aspect_ratio: None or "square", "pad", "anyres" (the base tile).
+        grid: rows and columns of visual tokens.
+        seen_side: the tower's `seen_side`; None where its patches fill the processor's output.
     """
-    side, edge = _processed_side(image_processor), _shortest_edge(image_processor)
-    if edge is None and image_aspect_ratio in (None, "square"):
-        image_aspect_ratio = "anyres"
-    return ImageGeometry.of(image_aspect_ratio, image_size, side, grid, edge)
+    side, edge = processed_side(image_processor), _shortest_edge(image_processor)
+    geometry = ImageGeometry.of(image_aspect_ratio, image_size, seen_side or side, grid, edge)
+    if geometry.side != side:
+        geometry = replace(geometry, processed_side=side)
+    return replace(geometry, mode="squeeze") if edge is None and geometry.mode == "crop" else geometry
 
 
 def _pixel_values(processor: Any, image: Image.Image) -> Tensor:
@@ -182,8 +198,12 @@ def _shortest_edge(processor: Any) -> int | None:
     return size if isinstance(size, int) else dict(size).get("shortest_edge")
 
 
-def _processed_side(processor: Any) -> int:
-    """Side of the processor's square output, pixels."""
+def processed_side(processor: Any) -> int:
+    """Side of the processor's square output, pixels.
+
+    Raises:
+        ValueError: the output is no square.
+    """
     crop = getattr(processor, "crop_size", None)
     size = crop if crop and getattr(processor, "do_center_crop", True) else processor.size
     if isinstance(size, int):

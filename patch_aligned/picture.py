@@ -39,7 +39,7 @@ class PicturedRegion:
 
 @dataclass(frozen=True)
 class PicturedImage:
-    """One image `[3, side, side]` in 0..1, with its geometry and regions."""
+    """One image in 0..1, with its geometry and regions: `[3, side, side]`, or more to the right and below, unseen."""
 
     pixels: Tensor
     geometry: ImageGeometry
@@ -91,7 +91,8 @@ def _draw_block(image: PicturedImage, font: ImageFont.FreeTypeFont | ImageFont.I
     block = Image.new("RGB", (width + 2 * _GAP, _LINE + _PANEL + _GAP + legend_lines * _LINE + _GAP), _PAPER)
     draw = ImageDraw.Draw(block)
     draw.text((_GAP, 0), _shortened(image.title, width, font), font=font, fill=_INK)
-    base = (image.pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)  # [3, side, side] -> [side, side, 3]
+    seen = image.pixels[:, : image.geometry.side, : image.geometry.side]  # [3, side, side]
+    base = (seen.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)  # [3, side, side] -> [side, side, 3]
     block.paste(_draw_masks(base, image), (_GAP, _LINE))
     block.paste(_draw_tokens(base, image), (_GAP + _PANEL + _GAP, _LINE))
 

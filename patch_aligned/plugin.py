@@ -30,7 +30,7 @@ from patch_aligned.record_files import iter_records
 logger = logging.getLogger(__name__)
 
 _NO_RECORD = -1
-_MODES: tuple[Mode, ...] = ("crop", "pad", "anyres")
+_MODES: tuple[Mode, ...] = ("crop", "pad", "squeeze")
 
 
 class PatchAlignedPlugin(TrainingPlugin):
@@ -38,7 +38,7 @@ class PatchAlignedPlugin(TrainingPlugin):
 
     In the batch (all whole numbers or bools, since engines may cast floats):
         region_row `[R]`, region_tokens `[R, S]`, label_ids `[R, K]`, label_lengths `[R]`: what the loss reads;
-        image_row, record_row `[N]`, geometry `[N, 7]`, region_position `[R]`: where it came from, for the picture;
+        image_row, record_row `[N]`, geometry `[N, 8]`, region_position `[R]`: where it came from, for the picture;
         counts `[3]`: images without a record, regions that cover no token, records left out for their size.
     """
 
@@ -110,7 +110,7 @@ class PatchAlignedPlugin(TrainingPlugin):
             "label_lengths": lengths,
             "image_row": rows,
             "record_row": torch.tensor([int(extra["record_row"]) for extra in given], dtype=torch.int64),
-            "geometry": torch.stack([extra["geometry"] for extra in given] or [torch.zeros(7, dtype=torch.int64)]),
+            "geometry": torch.stack([extra["geometry"] for extra in given] or [torch.zeros(8, dtype=torch.int64)]),
             "counts": sum((extra["counts"] for extra in given), start=torch.zeros(3, dtype=torch.int64)),
         }
 
@@ -228,10 +228,10 @@ def _join(extras: list[dict[str, Tensor]], key: str, empty: Tensor | None = None
 
 
 def _pack_geometry(geometry: ImageGeometry) -> Tensor:
-    edge = geometry.shortest_edge or 0
-    return torch.tensor([*geometry.original_wh, geometry.side, *geometry.grid, _MODES.index(geometry.mode), edge])
+    optional = geometry.shortest_edge or 0, geometry.processed_side or 0
+    return torch.tensor([*geometry.original_wh, geometry.side, *geometry.grid, _MODES.index(geometry.mode), *optional])
 
 
 def _unpack_geometry(packed: Tensor) -> ImageGeometry:
-    width, height, side, rows, cols, mode, edge = packed.tolist()
-    return ImageGeometry((width, height), side, _MODES[mode], (rows, cols), edge or None)
+    width, height, side, rows, cols, mode, edge, output = packed.tolist()
+    return ImageGeometry((width, height), side, _MODES[mode], (rows, cols), edge or None, output or None)

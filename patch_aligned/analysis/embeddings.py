@@ -139,10 +139,11 @@ class SharedTower:
         return process_images([image], self.tower.image_processor, config)[0]
 
     def displayed(self, pixels: Tensor) -> Tensor:
-        """Undoes the normalisation: `[3, side, side]` -> values 0..1 for a picture."""
+        """Undoes the normalisation: `[3, side, side]` -> values 0..1 for a picture, without what no patch covers."""
         processor = self.tower.image_processor
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-        return (pixels * std + mean).clamp(0, 1)
+        seen = self.tower.seen_side
+        return (pixels[:, :seen, :seen] * std + mean).clamp(0, 1)
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
@@ -151,7 +152,8 @@ class SharedTower:
 
     def geometry(self, original_wh: tuple[int, int], grid: tuple[int, int]) -> ImageGeometry:
         """What `pixels` does to an image of this size, with the token grid of a projector."""
-        return image_geometry_of(original_wh, self.tower.image_processor, self.image_aspect_ratio, grid)
+        processor, seen = self.tower.image_processor, self.tower.seen_side
+        return image_geometry_of(original_wh, processor, self.image_aspect_ratio, grid, seen)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from fractions import Fraction
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import DINOv3ViTImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava.image_geometry import (
     ImageGeometry,
@@ -68,7 +71,6 @@ def exact_coverage(geometry: ImageGeometry, mask: np.ndarray) -> list[list[Fract
 def test_edges_land_where_the_processor_puts_them(
     aspect_ratio: str | None, size_wh: tuple[int, int], shortest_edge: int
 ) -> None:
-    """A bright half-plane on grey: its area in the processed image tells where its edge has gone."""
     side = 112
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": shortest_edge},
@@ -77,7 +79,32 @@ def test_edges_land_where_the_processor_puts_them(
         image_std=[1.0, 1.0, 1.0],
     )
     geometry = image_geometry_of(size_wh, processor, aspect_ratio, (8, 8))
-    config = SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=[[side, side]])
+    assert edges_checked(processor, geometry, aspect_ratio) or min(size_wh) < 40
+
+
+@pytest.mark.parametrize("processor_class", [SiglipImageProcessorPil, DINOv3ViTImageProcessor])
+@pytest.mark.parametrize("aspect_ratio", [None, *MODES])
+@pytest.mark.parametrize("size_wh", SIZES)
+def test_edges_land_where_a_squeezing_processor_puts_them(
+    aspect_ratio: str | None, size_wh: tuple[int, int], processor_class: Any
+) -> None:
+    """SigLIP's and DINOv3's processors keep no aspect ratio; of 112 pixels, 8 patches of 13 leave 8 unseen."""
+    square = {"height": 112, "width": 112}
+    processor = processor_class(size=square, image_mean=[0.0, 0.0, 0.0], image_std=[1.0, 1.0, 1.0])
+    geometry = image_geometry_of(size_wh, processor, aspect_ratio, (8, 8), seen_side=104)
+    assert geometry.mode == ("pad" if aspect_ratio == "pad" else "squeeze")
+    # DINOv3's bilinear kernel keeps areas less exactly where it enlarges.
+    tolerance = 0.04 if processor_class is SiglipImageProcessorPil else 0.08
+    assert edges_checked(processor, geometry, aspect_ratio, tolerance) or min(size_wh) < 40
+
+
+def edges_checked(processor: Any, geometry: ImageGeometry, aspect_ratio: str | None, tolerance: float = 0.04) -> int:
+    """Follows the edges of bright half-planes on grey; how many were found where the geometry says.
+
+    The bright area in the processed image tells where an edge has gone.
+    """
+    size_wh, side = geometry.original_wh, geometry.side
+    config = SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=[[112, 112]])
     checked = 0
     for axis, length in enumerate(size_wh):
         scale, offset = geometry.scale_xy[axis], geometry.offset_xy[axis]
@@ -96,9 +123,9 @@ def test_edges_land_where_the_processor_puts_them(
             last = int(predicted + margin)  # beyond it all is bright, so the bright area up to it tells the edge
             first = max(int(predicted - margin), 0)
             found = last - (profile[first:last] - 0.2).sum() / 0.6
-            assert found == pytest.approx(predicted, abs=0.04)
+            assert found == pytest.approx(predicted, abs=tolerance)
             checked += 1
-    assert checked or min(size_wh) < 40
+    return checked
 
 
 @settings(max_examples=60, deadline=None)
@@ -177,6 +204,20 @@ def test_a_processor_that_resizes_beyond_its_crop() -> None:
     """DINOv2's processors resize the shortest edge to 256 and cut 224: the border leaves, also in pad mode."""
     geometry = ImageGeometry.of("pad", (256, 256), 224, (16, 16), shortest_edge=256)
     assert (geometry.scale_xy, geometry.offset_xy) == ((1.0, 1.0), (-16.0, -16.0))
+
+
+def test_what_no_patch_covers_is_outside_the_grid() -> None:
+    """SigLIP so400m at 384: 27 patches of 14 pixels end at 378, so a cell is 14 pixels and not 384 / 27."""
+    processor = SiglipImageProcessorPil(size={"height": 384, "width": 384})
+    geometry = image_geometry_of((384, 384), processor, "square", (27, 27), seen_side=378)
+    assert (geometry.scale_xy, geometry.offset_xy) == ((1.0, 1.0), (0.0, 0.0))
+    mask = np.zeros((384, 384))
+    mask[26 * 14 : 378, 25 * 14 : 26 * 14] = 1  # the last row but for what is unseen, the last column but one
+    covered = geometry.token_coverage(mask)
+    assert covered[26, 25] == 1 and covered.sum() == 1
+    mask[:] = 0
+    mask[378:] = 1
+    assert geometry.token_coverage(mask).sum() == geometry.mask_to_model(mask).sum() == 0
 
 
 @pytest.mark.parametrize(

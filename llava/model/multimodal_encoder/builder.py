@@ -8,14 +8,26 @@ from typing import Any
 from transformers import AutoConfig
 
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.dinov2_encoder import Dinov2VisionTower
+from llava.model.multimodal_encoder.dinov2_encoder import Dinov2VisionTower, Dinov2WithRegistersVisionTower
+from llava.model.multimodal_encoder.dinov3_encoder import Dinov3VisionTower
+from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 
 TOWER_OF_MODEL_TYPE: dict[str, type[VisionTower]] = {
     "clip": CLIPVisionTower,
     "clip_vision_model": CLIPVisionTower,
+    "siglip": SiglipVisionTower,
+    "siglip_vision_model": SiglipVisionTower,
     "dinov2": Dinov2VisionTower,
+    "dinov2_with_registers": Dinov2WithRegistersVisionTower,
+    "dinov3_vit": Dinov3VisionTower,
 }
+"""Model types of transformers. SigLIP 2's models of fixed resolution are of type `siglip`, too."""
+NOT_SUPPORTED = {
+    "siglip2": "a SigLIP 2 model of variable resolution (naflex), which has no square grid of patches",
+    "dinov3_convnext": "a convolutional DINOv3, whose hidden layers are no patches of one size",
+}
+NOT_SUPPORTED["siglip2_vision_model"] = NOT_SUPPORTED["siglip2"]
 
 
 def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> VisionTower:
@@ -31,6 +43,10 @@ def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> VisionTower:
     name = getattr(vision_tower_cfg, "mm_vision_tower", None) or getattr(vision_tower_cfg, "vision_tower", None)
     if not name:
         raise ValueError("No vision tower is named: pass --vision_tower NAME or set `mm_vision_tower` in config.json.")
+    if getattr(vision_tower_cfg, "s2", False):
+        raise ValueError(
+            "The config asks for a tower at several scales (`s2`), which is not supported. Set `s2` to false."
+        )
     try:
         model_type = AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError) as error:
@@ -41,7 +57,7 @@ def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> VisionTower:
         ) from error
     if model_type not in TOWER_OF_MODEL_TYPE:
         raise ValueError(
-            f"Unknown vision tower: {name} is of model type `{model_type}`. "
+            f"Unknown vision tower: {name} is {NOT_SUPPORTED.get(model_type, f'of model type `{model_type}`')}. "
             f"Supported: {', '.join(TOWER_OF_MODEL_TYPE)}."
         )
     return TOWER_OF_MODEL_TYPE[model_type](name, args=vision_tower_cfg, **kwargs)

@@ -11,19 +11,34 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
+from llava.mm_utils import processed_side
+
+FLAT, NESTED = "vision_tower.vision_tower.", "vision_tower.vision_tower.vision_model."
+
 
 class VisionTower(nn.Module):
-    """A frozen vision encoder with upstream's interface; one subclass a kind of encoder.
+    """A vision encoder with upstream's interface, frozen unless a run trains it; one subclass a kind of encoder.
+
+    A frozen tower stays in evaluation mode: some encoders (DINOv3) move their positions about in training mode.
 
     Args:
         vision_tower: hub name or local folder of the encoder.
         args: read for `mm_vision_select_layer`, `mm_vision_select_feature` (`patch` drops the CLS token, `cls_patch`
-            keeps it) and `unfreeze_mm_vision_tower`.
+            keeps it). Register tokens never stay.
         delay_load: read only the configuration now; `load_model` reads the weights.
+
+    Raises:
+        ValueError: the encoder cannot give what is selected, or the image processor's output does not fit the encoder.
     """
 
     model_class: type[PreTrainedModel]
     config_class: type[PreTrainedConfig]
+    has_cls = True
+    """Whether a CLS token stands before the patches."""
+    has_position_table = True
+    """Whether positions are a table for one image side only."""
+    was_nested = False
+    """Whether checkpoints, as transformers 4 wrote them, have the encoder's weights in a `vision_model`."""
 
     def __init__(self, vision_tower: str, args: Any, delay_load: bool = False):
         super().__init__()
@@ -35,11 +50,21 @@ class VisionTower(nn.Module):
                 f"Unexpected select feature: {self.select_feature}. "
                 "Set --mm_vision_select_feature to `patch` (without the CLS token) or `cls_patch` (with it)."
             )
+        if self.select_feature == "cls_patch" and not self.has_cls:
+            raise ValueError(
+                f"Unexpected select feature: cls_patch, but {vision_tower} has no CLS token. "
+                "Set --mm_vision_select_feature to `patch`."
+            )
         self.is_loaded = False
         self.cfg_only = self.config_class.from_pretrained(vision_tower)
         # The PIL processor gives the pixels that published checkpoints were trained on; torchvision's differ by up to
         # 0.16 after normalisation.
         self.image_processor = AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
+        if self.has_position_table and self.image_side != self.cfg_only.image_size:
+            raise ValueError(
+                f"{vision_tower}: the image processor gives {self.image_side} pixels (preprocessor_config.json), but "
+                f"the encoder has positions for {self.cfg_only.image_size} (config.json). Make the two agree."
+            )
         if not delay_load:
             self.load_model()
 
@@ -49,12 +74,16 @@ class VisionTower(nn.Module):
             return
         self.vision_tower = self.model_class.from_pretrained(self.vision_tower_name, device_map=device_map)
         self.vision_tower.requires_grad_(False)
+        self.vision_tower.eval()
         self.is_loaded = True
+        if self.was_nested:
+            self.register_load_state_dict_pre_hook(drop_nested_prefix)
 
     def feature_select(self, image_forward_outs: Any) -> Tensor:
-        """The chosen hidden layer `[B, 1 + S, C]`, without or with the CLS token."""
-        features = image_forward_outs.hidden_states[self.select_layer]
-        return features[:, 1:] if self.select_feature == "patch" else features
+        """Features of the chosen hidden layer: the patches `[B, S, C]`, or with CLS in front `[B, 1 + S, C]`."""
+        features = image_forward_outs.hidden_states[self.select_layer]  # [B, CLS and registers + S, C]
+        patches = features[:, self.tokens_in_front :]  # [B, S, C]
+        return patches if self.select_feature == "patch" else torch.cat([features[:, :1], patches], dim=1)
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Features `[B, S, C]` of images `[B, 3, H, W]`, in the images' dtype; a list of images gives a list."""
@@ -64,14 +93,22 @@ class VisionTower(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Features `[B, S, C]` in the tower's own dtype. Gradients flow only where the tower is trained."""
-        trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.is_trained and torch.is_grad_enabled()):
             outputs = self.vision_tower(images.to(self.device, self.dtype), output_hidden_states=True)
             return self.feature_select(outputs)
 
+    def train(self, mode: bool = True) -> VisionTower:
+        """Switches to training mode where the tower is trained."""
+        return super().train(mode and self.is_loaded and self.is_trained)
+
     def checkpoint_name(self, name: str) -> str:
         """The name under which a checkpoint of the whole model holds the tensor that the model calls `name`."""
-        return name
+        return name.replace(FLAT, NESTED) if self.was_nested and FLAT in name and NESTED not in name else name
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any weight of the tower is trained."""
+        return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
     @property
     def dummy_feature(self) -> Tensor:
@@ -99,9 +136,14 @@ class VisionTower(nn.Module):
         return self.config.hidden_size
 
     @property
+    def tokens_in_front(self) -> int:
+        """Tokens before the patches: CLS, and registers where the encoder has any."""
+        return int(self.has_cls) + getattr(self.config, "num_register_tokens", 0)
+
+    @property
     def image_side(self) -> int:
-        """Side of the square model image, in pixels."""
-        return self.config.image_size
+        """Side of the square model image, in pixels: what the image processor gives."""
+        return processed_side(self.image_processor)
 
     @property
     def num_patches_per_side(self) -> int:
@@ -109,6 +151,18 @@ class VisionTower(nn.Module):
         return self.image_side // self.config.patch_size
 
     @property
+    def seen_side(self) -> int:
+        """Pixels of the image, from its left upper corner, that patches cover: the rest is less than a patch wide."""
+        return self.num_patches_per_side * self.config.patch_size
+
+    @property
     def num_patches(self) -> int:
         """Patches S of the model image."""
         return self.num_patches_per_side**2
+
+
+def drop_nested_prefix(module: VisionTower, state_dict: dict[str, Tensor], prefix: str, *unused: Any) -> None:
+    """Lets `load_state_dict` read the names that checkpoints use."""
+    nested, flat = prefix + "vision_tower.vision_model.", prefix + "vision_tower."
+    for name in [name for name in state_dict if name.startswith(nested)]:
+        state_dict[flat + name.removeprefix(nested)] = state_dict.pop(name)

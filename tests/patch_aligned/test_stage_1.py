@@ -1,0 +1,103 @@
+"""Stage 1 with the patch loss, whole runs on tiny models: projectors and tiles whose grid is not the tower's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from llava.mm_utils import process_images
+from llava.model.builder import load_pretrained_model
+from llava.train.train import train
+from patch_aligned.plugin import PatchAlignedPlugin
+
+FLAGS = (
+    "--bf16 False --use_cpu True --report_to none --logging_steps 1 --seed 42 --vision_tower tiny-clip "
+    "--mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False --disable_tqdm True "
+    "--model_name_or_path tiny-vicuna --image_folder images --model_max_length 2048 --version plain "
+    "--tune_mm_mlp_adapter True --per_device_train_batch_size 2 --lr_scheduler_type constant --learning_rate 3e-3 "
+    "--save_strategy no --data_path pad.json --patch_beta_start 5 --patch_beta_end 5 --output_dir run"
+)
+QUADRANTS = ("water", "traffic light", "dog", "red boat")  # left above, right above, left below, right below
+
+
+def quadrant_record(image: str) -> dict[str, Any]:
+    """A PAD record whose four regions are the quarters of the image."""
+    width, height = Image.open(Path("images") / image).size
+    labels = []
+    for place, tag in enumerate(QUADRANTS):
+        mask = np.zeros((2, height // 2, 2, width // 2), dtype=np.uint8)
+        mask[place // 2, :, place % 2] = 1
+        rle_mask = coco_mask.encode(np.asfortranarray(mask.reshape(height, width)))["counts"].decode()
+        labels.append({"tag": tag, "bbox": [0, 0, 1, 1], "rle_mask": rle_mask})
+    return {"image_id": image, "size": [width, height], "caption": "a lake", "labels": labels}
+
+
+class Watched(PatchAlignedPlugin):
+    """Keeps what its loss was given."""
+
+    def auxiliary_losses(self, context: Any, batch: Any) -> Any:
+        self.context, self.batch = context, batch
+        return super().auxiliary_losses(context, batch)
+
+
+@pytest.fixture
+def run_stage_1(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Watched]]:
+    """Trains on the named images with further flags; returns the trainer and the plugin."""
+    monkeypatch.setenv("PATCH_ALIGNED_CACHE", str(golden_world / "cache"))
+    monkeypatch.setattr("llava.data.records.HF_HOME", str(golden_world / "cache"))
+
+    def run(images: list[str], flags: str) -> tuple[Any, Watched]:
+        Path("pad.json").write_text(json.dumps([quadrant_record(image) for image in images]))
+        monkeypatch.setattr(sys, "argv", ["train_mem.py", *FLAGS.split(), *flags.split()])
+        plugin = Watched()
+        return train(plugin=plugin), plugin
+
+    return run
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+CABSTRACTOR = (
+    "--mm_projector_type cabstractor --mm_projector_num_queries 4 --mm_projector_depth 1 --mm_projector_hidden_size 24"
+)
+
+
+def test_regions_pull_on_the_grid_of_a_c_abstractor(run_stage_1: Any) -> None:
+    trainer, plugin = run_stage_1(["im0.png", "im5.png"], f"{CABSTRACTOR} --max_steps 12")
+    assert trainer.model.visual_grid == plugin.context.grid == (2, 2)  # the tower's is 4 x 4
+    assert plugin.context.visual_tokens.shape[:2] == (2, 4)
+    expected = torch.eye(4, dtype=torch.bool).repeat(2, 1)
+    assert torch.equal(plugin.batch["region_tokens"], expected)  # a quarter of the image is one token
+    patch, cosine = logged(trainer, "loss/patch"), logged(trainer, "patch/cosine")
+    assert patch[-1] < patch[0] - 0.3 and cosine[-1] > cosine[0] + 0.3
+    assert logged(trainer, "patch/dropped_regions") == [0] * 12
+
+
+def test_a_trained_c_abstractor_is_saved_and_read_back(run_stage_1: Any) -> None:
+    trainer, _ = run_stage_1(["im0.png", "im5.png"], f"{CABSTRACTOR} --max_steps 1")
+    trained = trainer.model.get_model().mm_projector.state_dict()
+    stored = torch.load("run/mm_projector.bin", weights_only=True)
+    assert stored.keys() == {f"model.mm_projector.{name}" for name in trained}
+    config = json.loads(Path("run/config.json").read_text())
+    keys = ("type", "num_queries", "depth", "hidden_size")
+    assert [config[f"mm_projector_{key}"] for key in keys] == ["cabstractor", 4, 1, 24]
+    assert config["mm_num_patches"] == 16
+
+    _, model, processor, _ = load_pretrained_model("run", "tiny-vicuna", "run", device="cpu")
+    assert model.visual_grid == (2, 2)
+    pixels = process_images([Image.open("images/im1.png")], processor, model.config)
+    with torch.no_grad():
+        expected = trainer.model.eval().encode_images(pixels)
+        torch.testing.assert_close(model.encode_images(pixels), expected, rtol=1e-6, atol=1e-6)
+    assert expected.shape == (1, 4, 64)
