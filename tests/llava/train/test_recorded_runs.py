@@ -113,3 +113,30 @@ def test_stage_2(goldens: Path, run_training: Any, recorded_steps: dict[str, Any
         with safe_open(goldens / "ckpt_stage2" / "model.safetensors", "pt") as theirs:
             for name in shapes:
                 torch.testing.assert_close(ours.get_tensor(name), theirs.get_tensor(name), rtol=1e-4, atol=2e-5)
+
+
+def test_lora(goldens: Path, run_training: Any, recorded_steps: dict[str, Any]) -> None:
+    pytest.importorskip("peft", reason="peft is part of the extra `train`")
+    golden = json.loads((goldens / "g_train_lora.json").read_text())
+    data = Path("data_mix.json")
+    data.write_text(json.dumps([record for record in json.loads(data.read_text()) if record["id"] != "c8"]))
+    run_training(golden["args"])
+    # The random start of A counts from the third step on, when B has left zero: six seeds gave 7.215 to 7.222.
+    assert recorded_steps["loss"][2] == pytest.approx(golden["loss"][2], abs=0.01)
+    del recorded_steps["loss"][2], golden["loss"][2]
+    check_steps(recorded_steps, golden)
+    folder = Path("ckpt_lora")
+    assert files_below(folder) == set(golden["files"])
+    check_config(folder, golden["config.json"])
+    settings, recorded = (
+        json.loads((path / "adapter_config.json").read_text()) for path in (folder, goldens / "ckpt_lora")
+    )
+    for key in ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "base_model_name_or_path"):
+        assert settings[key] == recorded[key]
+    assert sorted(settings["target_modules"]) == sorted(recorded["target_modules"])
+    rest = torch.load(folder / "non_lora_trainables.bin")
+    found = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in rest.items()}
+    assert found == golden["non_lora_trainables.bin"]
+    with safe_open(folder / "adapter_model.safetensors", "pt") as ours:
+        shapes = {name: list(ours.get_slice(name).get_shape()) for name in ours.keys()}  # noqa: SIM118
+    assert shapes == golden["adapter_model.safetensors"]
