@@ -1,4 +1,4 @@
-# What the four training scripts share: which weights and data, how many devices, how the command is started.
+# What the training scripts share: which weights and data, how many devices, how the command is started.
 # A script sets `stage`, `run` (its name), `global_batch` and `learning_rate`, sources this file, and calls `launch`.
 #
 # Every value in capitals is a default: set the variable of that name to change it. Any flag of the trainer may follow
@@ -48,6 +48,8 @@ choose_memory() {
         pretrain:*:80g)         batch_limit=32 zero=zero2 ;;
         pretrain:vicuna7b:24g)  batch_limit=8  zero=zero2 ;;
         pretrain:vicuna13b:24g) batch_limit=4  zero=zero3 ;;
+        finetune_qlora:*:80g)   batch_limit=16 zero=zero2 ;;  # ZeRO-3 cannot split weights of 4 bits
+        finetune_qlora:*:24g)   batch_limit=4  zero=zero2 ;;
         finetune*:*:80g)        batch_limit=16 zero=zero3 ;;
         finetune_lora:*:24g)    batch_limit=4  zero=zero3 ;;
         finetune:*:24g)         batch_limit=4  zero=zero3_offload ;;
@@ -67,7 +69,7 @@ preset_full() {
         : "${DATA_PATH:=$DATA/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}" "${IMAGE_FOLDER:=$DATA/LLaVA-Pretrain/images}"
         : "${SAVE_STEPS:=500}"
     else
-        # A checkpoint holds all weights and the optimizer: about 100 GB for 7B.
+        # A checkpoint of finetune.sh holds all weights and the optimizer: about 100 GB for 7B; with adapters, 5 GB.
         : "${DATA_PATH:=$DATA/llava_v1_5_mix665k.json}" "${IMAGE_FOLDER:=$DATA}" "${SAVE_STEPS:=1000}"
     fi
     : "${PAD_PATH:=$DATA/PAD/pad_558k.jsonl}" "${VISION_TOWER:=openai/clip-vit-large-patch14-336}" "${VERSION:=v1}"
@@ -87,7 +89,8 @@ preset_mini() {
         : "${DATA_PATH:=$DATA/mini/train/train.json}" "${SAVE_STEPS:=25}"
     else
         # A few steps of 2e-5 would teach a model of this size next to nothing, and all weights take their time on a CPU.
-        : "${DATA_PATH:=$DATA/mini/train/instruct.json}" "${SAVE_STEPS:=1000}" "${LEARNING_RATE:=1e-4}"
+        if [ "$stage" = finetune ]; then : "${LEARNING_RATE:=1e-4}"; fi
+        : "${DATA_PATH:=$DATA/mini/train/instruct.json}" "${SAVE_STEPS:=1000}"
         : "${GLOBAL_BATCH_SIZE:=4}" "${MAX_STEPS:=40}"
     fi
     : "${IMAGE_FOLDER:=$DATA/mini/train}" "${PAD_PATH:=$DATA/mini/train/pad.json}"
@@ -165,7 +168,7 @@ choose_stage1() {
         captions)     made_by=pretrain.sh ;;
         *)            die "unknown STAGE1=$STAGE1; choose patchaligned or captions" ;;
     esac
-    : "${PRETRAIN_MM_MLP_ADAPTER:=./checkpoints/$family$projector_suffix${run%-lora}-pretrain/mm_projector.bin}"
+    : "${PRETRAIN_MM_MLP_ADAPTER:=./checkpoints/$family$projector_suffix${run%-*lora}-pretrain/mm_projector.bin}"
     need "$PRETRAIN_MM_MLP_ADAPTER" "bash scripts/v1_5/$made_by, or set PRETRAIN_MM_MLP_ADAPTER"
 }
 
@@ -212,4 +215,10 @@ common_flags=(
     --report_to "$REPORT_TO"
     --seed "${SEED:-42}"
     "${device_flags[@]}"
+)
+lora_flags=(
+    --lora_enable True
+    --lora_r "${LORA_R:-128}"
+    --lora_alpha "${LORA_ALPHA:-256}"
+    --mm_projector_lr "${MM_PROJECTOR_LR:-2e-5}"
 )

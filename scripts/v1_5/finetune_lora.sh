@@ -12,8 +12,5 @@ launch llava/train/train_mem.py \
     --pretrain_mm_mlp_adapter "$PRETRAIN_MM_MLP_ADAPTER" \
     --image_aspect_ratio pad \
     --group_by_modality_length True \
-    --lora_enable True \
-    --lora_r 128 \
-    --lora_alpha 256 \
-    --mm_projector_lr 2e-5 \
+    "${lora_flags[@]}" \
     "${common_flags[@]}" "$@"

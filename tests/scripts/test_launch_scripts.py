@@ -15,9 +15,10 @@ from patch_aligned.arguments import PatchArguments
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts" / "v1_5"
-RECIPES = ("pretrain", "pretrain_patchaligned", "finetune", "finetune_lora")
-GLOBAL_BATCH = {"pretrain": 256, "pretrain_patchaligned": 256, "finetune": 128, "finetune_lora": 128}
-LEARNING_RATE = {"pretrain": 1e-3, "pretrain_patchaligned": 1e-3, "finetune": 2e-5, "finetune_lora": 2e-4}
+ADAPTERS = ("finetune_lora", "finetune_qlora")
+RECIPES = ("pretrain", "pretrain_patchaligned", "finetune", *ADAPTERS)
+GLOBAL_BATCH = {"pretrain": 256, "pretrain_patchaligned": 256} | dict.fromkeys(("finetune", *ADAPTERS), 128)
+LEARNING_RATE = {"pretrain": 1e-3, "pretrain_patchaligned": 1e-3, "finetune": 2e-5} | dict.fromkeys(ADAPTERS, 2e-4)
 
 
 def run_script(name: str, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -83,7 +84,10 @@ def test_recipe_keeps_its_global_batch_and_hyper_parameters(recipe: str, variabl
     assert model.tune_mm_mlp_adapter == stage1
     assert model.version == ("plain" if stage1 else "v1")
     assert training.group_by_modality_length == (not stage1)
-    assert training.lora_enable == (recipe == "finetune_lora")
+    assert training.lora_enable == (recipe in ADAPTERS)
+    assert training.bits == (4 if recipe == "finetune_qlora" else 16)
+    if training.lora_enable:
+        assert (training.lora_r, training.lora_alpha, training.mm_projector_lr) == (128, 256, 2e-5)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -93,7 +97,7 @@ def test_eight_gpus_go_through_deepspeed_in_bfloat16(recipe: str) -> None:
     assert words[words.index("--bf16") + 1] == "True"
     assert words[words.index("--tf32") + 1] == "True"
     config = json.loads((ROOT / words[words.index("--deepspeed") + 1]).read_text())
-    assert config["zero_optimization"]["stage"] == (2 if recipe.startswith("pretrain") else 3)
+    assert config["zero_optimization"]["stage"] == (3 if recipe in ("finetune", "finetune_lora") else 2)
 
 
 def test_patch_aligned_differs_from_the_baseline_in_the_patch_flags_alone() -> None:
@@ -115,7 +119,7 @@ def test_patch_loss_takes_the_papers_schedule() -> None:
     assert (patch.patch_beta_start, patch.patch_beta_end, patch.patch_min_coverage) == (0, 5, 0.5)
 
 
-@pytest.mark.parametrize("recipe", ["finetune", "finetune_lora"])
+@pytest.mark.parametrize("recipe", ["finetune", *ADAPTERS])
 @pytest.mark.parametrize(("choice", "script"), [("patchaligned", "pretrain_patchaligned"), ("captions", "pretrain")])
 def test_stage_2_starts_where_stage_1_of_the_same_row_ended(recipe: str, choice: str, script: str) -> None:
     _, _, stage1, _ = parse(printed_words(script, PROJECTOR="linear"))
@@ -130,14 +134,14 @@ def test_output_folders_of_all_rows_differ() -> None:
         for projector in ("mlp", "linear"):
             for recipe in ("pretrain", "pretrain_patchaligned"):
                 folders.append(parse(printed_words(recipe, LLM=llm, PROJECTOR=projector))[2].output_dir)
-            for recipe in ("finetune", "finetune_lora"):
+            for recipe in ("finetune", *ADAPTERS):
                 for choice in ("patchaligned", "captions"):
                     words = printed_words(recipe, LLM=llm, PROJECTOR=projector, STAGE1=choice)
                     folders.append(parse(words)[2].output_dir)
-    assert len(set(folders)) == len(folders) == 24
+    assert len(set(folders)) == len(folders) == 32
 
 
-@pytest.mark.parametrize("recipe", ["pretrain", "pretrain_patchaligned", "finetune"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_mini_preset_runs_the_same_script_on_the_processor(recipe: str) -> None:
     words = printed_words(recipe, PRESET="mini")
     assert words[0] == "python"
