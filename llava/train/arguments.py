@@ -17,7 +17,7 @@ from llava.train.retired_flags import RetiredFlags, map_retired_flags
 logger = logging.getLogger(__name__)
 
 ATTENTION_CHOICES = ("auto", "flash_attention_2", "sdpa", "eager")
-ASPECT_RATIOS = ("square", "pad")
+ASPECT_RATIOS = ("square", "pad", "anyres")
 
 
 @dataclass
@@ -26,7 +26,11 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(default="facebook/opt-125m", metadata={"help": "Language model."})
     version: str | None = field(
-        default=None, metadata={"help": "Conversation template: `plain` in stage 1, `v1` in stage 2 of LLaVA-1.5."}
+        default=None,
+        metadata={
+            "help": "Conversation template: `plain` in stage 1. In stage 2 `v1` for Vicuna, `llava_llama_3` for Llama 3, "
+            "`mistral_instruct` for Mistral, `qwen_2` for Qwen2 and Qwen2.5, `qwen_3` for Qwen3."
+        },
     )
     freeze_backbone: bool = False
     tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Stage 1: train the projector alone."})
@@ -62,7 +66,11 @@ class DataArguments:
     is_multimodal: bool = False
     image_folder: str | None = field(default=None, metadata={"help": "Root that image paths are relative to."})
     image_aspect_ratio: str = field(
-        default="square", metadata={"help": "`square` crops the centre, `pad` keeps the whole image."}
+        default="square",
+        metadata={"help": "`square` crops the centre, `pad` keeps the whole image, `anyres` adds tiles of it."},
+    )
+    image_grid_pinpoints: str | None = field(
+        default=None, metadata={"help": "With anyres: sizes to tile, such as '[[336, 672], [672, 336], [672, 672]]'."}
     )
     on_error: str = field(
         default="fail",
@@ -174,7 +182,12 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         raise ValueError("--image_folder is missing: give the folder that the image paths of --data_path start from.")
     if data_args.image_aspect_ratio not in ASPECT_RATIOS:
         raise ValueError(
-            f"--image_aspect_ratio {data_args.image_aspect_ratio}: training knows {' and '.join(ASPECT_RATIOS)}."
+            f"--image_aspect_ratio {data_args.image_aspect_ratio}: training knows {', '.join(ASPECT_RATIOS)}."
+        )
+    if data_args.image_aspect_ratio == "anyres" and not data_args.image_grid_pinpoints:
+        raise ValueError(
+            "--image_grid_pinpoints is missing: anyres needs the sizes that images are tiled at, multiples of the "
+            "tower's side, such as '[[336, 672], [672, 336], [672, 672]]'."
         )
     if training_args.fsdp:
         raise ValueError(

@@ -15,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 from llava.conversation import conv_templates
 from llava.data.collate import check_sequence_budget
 from llava.data.dataset import make_supervised_data_module
+from llava.image_geometry import parse_grid_pinpoints
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.llava_arch import start_at_mean
 from llava.plugin import TrainingPlugin
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 FLASH = "flash_attention_2"
 FALLBACK = "sdpa"
+LLAMA_3_PADDING = "<|finetune_right_pad_id|>"
 
 
 def show_log_of_first_rank() -> None:
@@ -122,7 +124,8 @@ def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments)
 def give_padding_token(tokenizer: Any, model: PreTrainedModel, version: str | None) -> None:
     """Pads with `<unk>`, as upstream's checkpoints do (template `v0`: with a new `[PAD]`, where there is none).
 
-    A vocabulary without `<unk>` keeps its own padding token, or pads with the end of text.
+    A vocabulary without `<unk>` keeps its own padding token, or takes the one that Llama 3.1 holds but does not name,
+    or else the end of text.
     """
     if version == "v0":
         if tokenizer.pad_token is None:
@@ -130,7 +133,21 @@ def give_padding_token(tokenizer: Any, model: PreTrainedModel, version: str | No
     elif tokenizer.unk_token is not None:
         tokenizer.pad_token = tokenizer.unk_token
     elif tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.pad_token = LLAMA_3_PADDING if LLAMA_3_PADDING in vocabulary else tokenizer.eos_token
+
+
+def stop_at_end_mark(tokenizer: Any, model: PreTrainedModel, version: str) -> None:
+    """Lets generation stop at what closes the template's answers, beside the ends that the LLM came with.
+
+    A base LLM knows its end of text alone, and whoever generates from the checkpoint need not know the template. Marks
+    of several tokens (`###`) are left to the caller's stopping criteria.
+    """
+    mark = tokenizer.get_added_vocab().get(conv_templates[version].stop_string)
+    known = model.generation_config.eos_token_id
+    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if mark is not None and mark not in ends:
+        model.generation_config.eos_token_id = [*ends, mark]
 
 
 def load_language_model(model_args: ModelArguments, training_args: TrainingArguments, attention: str) -> Any:
@@ -168,22 +185,24 @@ def add_vision(
 ) -> None:
     """Builds tower and projector, freezes what the stage does not train, and records all of it in the config."""
     model.get_model().initialize_vision_modules(model_args=model_args)
-    tower, projector = model.get_vision_tower(), model.get_model().mm_projector
+    tower, adapter = model.get_vision_tower(), adapter_weights(model.get_model())
     half = mixed_precision_dtype(training_args)
     if training_args.deepspeed:
-        projector.to(half)  # ZeRO-3 wants one dtype
+        for weight in adapter:
+            weight.data = weight.data.to(half)  # ZeRO-3 wants one dtype
     tower_is_trained = model_args.unfreeze_mm_vision_tower and not training_args.deepspeed
     tower.to(dtype=torch.float32 if tower_is_trained else half, device=training_args.device)
 
     if model_args.tune_mm_mlp_adapter:
         model.requires_grad_(False)
-        projector.requires_grad_(True)
-    if training_args.freeze_mm_mlp_adapter:
-        projector.requires_grad_(False)
+    for weight in adapter:
+        weight.requires_grad_(not training_args.freeze_mm_mlp_adapter)
     tower.requires_grad_(model_args.unfreeze_mm_vision_tower)
 
     config = model.config
     config.image_aspect_ratio = data_args.image_aspect_ratio
+    if data_args.image_aspect_ratio == "anyres":
+        config.image_grid_pinpoints = parse_grid_pinpoints(data_args.image_grid_pinpoints)
     config.tokenizer_padding_side = tokenizer.padding_side
     config.tokenizer_model_max_length = tokenizer.model_max_length
     config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
@@ -195,6 +214,12 @@ def add_vision(
     if model_args.unfreeze_mm_vision_tower:
         config.unfreeze_mm_vision_tower = True  # tells readers that the checkpoint's own tower is the one to use
     model.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)
+
+
+def adapter_weights(decoder: Any) -> list[nn.Parameter]:
+    """What stage 1 trains: the projector, and the vector that closes rows of tiles where there is one."""
+    newline = getattr(decoder, "image_newline", None)
+    return [*decoder.mm_projector.parameters(), *([] if newline is None else [newline])]
 
 
 def log_trained_parts(model: Any) -> None:
@@ -231,7 +256,9 @@ def make_data(
     tower = model.get_vision_tower()
     grid = model.visual_grid if tower is not None else None
     if grid is not None:
-        check_sequence_budget(training_args.model_max_length, grid[0] * grid[1])
+        sizes = getattr(model.config, "image_grid_pinpoints", None) or [(1, 1)]
+        most_visual_tokens = max(model.visual_tokens_of(tuple(size)) for size in sizes)
+        check_sequence_budget(training_args.model_max_length, most_visual_tokens)
     data_args.is_multimodal = data_args.is_multimodal or tower is not None
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
     return make_supervised_data_module(
@@ -240,6 +267,7 @@ def make_data(
         plugin=plugin,
         conversation=conv_templates[str(model_args.version)],
         grid=grid,
+        seen_side=None if tower is None else tower.seen_side,
         image_processor=None if tower is None else tower.image_processor,
         output_dir=training_args.output_dir,
     )

@@ -39,6 +39,7 @@ from llava.train.assemble import (
     show_log_of_first_rank,
     smart_tokenizer_and_embedding_resize,
     start_engine,
+    stop_at_end_mark,
 )
 from llava.train.checkpointing import (
     get_mm_adapter_state_maybe_zero_3,
@@ -109,6 +110,7 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     tokenizer = load_tokenizer(model_args, training_args)
     model = load_language_model(model_args, training_args, attention)
     give_padding_token(tokenizer, model, model_args.version)
+    stop_at_end_mark(tokenizer, model, str(model_args.version))
     if training_args.lora_enable:
         model = add_lora(model, training_args)
     if model_args.vision_tower is not None:

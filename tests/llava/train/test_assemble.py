@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from llava.train.assemble import give_padding_token
+from llava.train.assemble import give_padding_token, stop_at_end_mark
 from llava.train.lora import find_all_linear_names
 
+LLAMA_3 = ("<|finetune_right_pad_id|>", "<|eot_id|>")
 STAGE_2 = "--version v1 --data_path two.json --tune_mm_mlp_adapter False --num_train_epochs 1"
 
 
@@ -65,13 +66,31 @@ def test_bfloat16_keeps_what_is_trained_in_float32(
         ("v1", {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>"}, "<unk>"),
         ("v1", {"unk_token": None, "pad_token": "<pad>", "eos_token": "</s>"}, "<pad>"),
         ("v1", {"unk_token": None, "pad_token": None, "eos_token": "</s>"}, "</s>"),
+        ("v1", {"unk_token": None, "pad_token": None, "eos_token": "<|eot_id|>", "vocabulary": LLAMA_3}, LLAMA_3[0]),
         ("v0", {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>"}, "<pad>"),
     ],
 )
-def test_padding_token(version: str, tokens: dict[str, str | None], pad: str) -> None:
-    tokenizer = SimpleNamespace(**tokens)
+def test_padding_token(version: str, tokens: dict[str, Any], pad: str) -> None:
+    tokenizer = SimpleNamespace(**tokens, get_vocab=lambda: tokens.get("vocabulary", []))
     give_padding_token(tokenizer, SimpleNamespace(), version)  # type: ignore[arg-type]
     assert tokenizer.pad_token == pad
+
+
+@pytest.mark.parametrize(
+    ("known", "version", "ends"),
+    [
+        (1, "llava_llama_3", [1, 9]),  # the base model's end of text alone
+        ([1, 8, 9], "llava_llama_3", [1, 8, 9]),
+        (None, "llava_llama_3", [9]),
+        (1, "v0", 1),  # `###` is no token
+        (1, "plain", 1),
+    ],
+)
+def test_generation_stops_at_the_templates_end_mark(known: Any, version: str, ends: Any) -> None:
+    tokenizer = SimpleNamespace(get_added_vocab=lambda: {"<|end_of_text|>": 1, "<|eom_id|>": 8, "<|eot_id|>": 9})
+    model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=known))
+    stop_at_end_mark(tokenizer, model, version)
+    assert model.generation_config.eos_token_id == ends
 
 
 @pytest.mark.golden
