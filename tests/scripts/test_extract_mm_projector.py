@@ -1,0 +1,54 @@
+"""`scripts/extract_mm_projector.py` takes a projector out of any kind of checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava.model.builder import load_pretrained_model
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.multimodal_projector.weights import load_projector, read_projector_file
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "extract_mm_projector.py"
+
+
+def extract(model_path: str, output: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--model-path", model_path, "--output", output]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_file_is_what_stage_2_starts_from(golden_world: Path) -> None:
+    result = extract("tiny-llava", "out/mm_projector.bin")
+    assert result.returncode == 0, result.stderr
+    expected = {name: t for name, t in load_file("tiny-llava/model.safetensors").items() if "mm_projector" in name}
+    found = torch.load("out/mm_projector.bin", weights_only=True)
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+    _, model, _, _ = load_pretrained_model("tiny-llava", None, "x", device="cpu")
+    projector = build_vision_projector(model.config)
+    load_projector(projector, read_projector_file("out/mm_projector.bin"), "out/mm_projector.bin")
+    features = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(projector(features), model.get_model().mm_projector(features))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("folder", ["ckpt_stage1", "ckpt_lora", "ckpt_stage2"])
+def test_each_form_of_checkpoint_gives_its_projector(folder: str, golden_world: Path, goldens: Path) -> None:
+    shutil.copytree(goldens / folder, folder)
+    result = extract(folder, "mm_projector.bin")
+    assert result.returncode == 0, result.stderr
+    assert len(torch.load("mm_projector.bin", weights_only=True)) == 4
+    assert Path("mm_projector.bin").stat().st_size < 60_000
+
+
+def test_a_checkpoint_without_a_projector_is_named(golden_world: Path) -> None:
+    result = extract("tiny-vicuna", "mm_projector.bin")
+    assert result.returncode != 0
+    assert "tiny-vicuna holds no projector" in result.stderr
