@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "llava.model": (*LEAVES, "llava.mm_utils", "llava.utils", "llava.model"),
     "llava.data": (*LEAVES, "llava.mm_utils", "llava.data"),
     "llava.train": (*LEAVES, "llava.mm_utils", "llava.utils", "llava.model", "llava.data", "llava.train"),
+    "llava.convert": (*LEAVES, "llava.mm_utils", "llava.utils", "llava.model", "llava.convert"),
     "llava.eval": (*LEAVES, "llava.mm_utils", "llava.utils", "llava.model.builder", "llava.eval"),
     "llava.serve": (*LEAVES, "llava.mm_utils", "llava.utils", "llava.model.builder", "llava.eval", "llava.serve"),
     "patch_aligned": ("patch_aligned", "llava.constants", "llava.image_geometry"),

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CLI_OF_COMMAND = {"patch-aligned": "patch_aligned.cli", "llava-convert": "llava.convert.cli"}
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -56,8 +57,8 @@ def test_scripts_that_documents_run_are_there() -> None:
 def test_options_that_documents_show_are_in_the_help() -> None:
     shown: dict[tuple[str, ...], set[str]] = {}
     for words in COMMANDS:
-        if words[0] == "patch-aligned":
-            program: tuple[str, ...] = ("-m", "patch_aligned.cli", words[1])
+        if words[0] in CLI_OF_COMMAND:
+            program: tuple[str, ...] = ("-m", CLI_OF_COMMAND[words[0]], words[1])
         elif words[:2] == ["python", "-m"] and words[2].split(".")[0] in ("llava", "patch_aligned", "playground"):
             program = ("-m", words[2])
         else:

@@ -1,0 +1,148 @@
+"""The command `llava-convert`. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="LLaVA checkpoints to Hugging Face's LlavaForConditionalGeneration, and back.",
+)
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+) -> None:
+    """LLaVA checkpoints to Hugging Face's LlavaForConditionalGeneration, and back."""
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    context.obj = {"debug": debug}
+
+
+@contextmanager
+def _clear_errors(debug: bool) -> Iterator[None]:
+    """Ends with one sentence and exit code 2 where the input is wrong; bugs keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from error
+
+
+class Dtype(str, Enum):
+    """Dtype of the written weights."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class AspectRatio(str, Enum):
+    """What happens to an image that is no square."""
+
+    SQUARE = "square"
+    PAD = "pad"
+
+
+@app.command("to-hf", epilog="How to serve the folder: docs/serving.md.")
+def to_hf_command(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="LLaVA checkpoint: a folder or a hub name.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A new folder for transformers.")],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The language model, where SRC is a projector alone or a LoRA adapter."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights; `auto` is that of SRC's config.")] = Dtype.AUTO,
+    conv_mode: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Conversation template. Default: what SRC records, else by its name."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+) -> None:
+    """Writes a folder that `AutoModelForImageTextToText` and vLLM load: weights, processor, chat template, model card.
+
+    What Hugging Face's Llava can carry is converted: the projector `mlp2x_gelu`; CLIP, SigLIP and DINOv2 towers; images
+    cropped or padded to a square; any language model that this package takes. Everything else is refused by name. Runs
+    on the CPU, with memory for about one copy of the model.
+
+    Examples:
+
+    `llava-convert to-hf checkpoints/llava-v1.5-7b exports/llava-v1.5-7b`
+
+    `llava-convert to-hf checkpoints/projector exports/stage-1 --base lmsys/vicuna-7b-v1.5`
+    """
+    with _clear_errors(context.obj["debug"]):
+        from llava.convert.to_hf import to_hf
+
+        to_hf(source, destination, base, dtype.value, conv_mode, max_shard_size)
+    _report(destination, "load or serve it as its README.md says; before you publish it, fill in the licence there.")
+
+
+@app.command("from-hf")
+def from_hf_command(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A LlavaForConditionalGeneration: folder or hub name.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A new folder for the LLaVA checkpoint.")],
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name the tower by this hub name or folder, if it has SRC's very weights (that is checked). Default: "
+            "SRC's tower is written to DST/vision_tower.",
+        ),
+    ] = None,
+    image_aspect_ratio: Annotated[
+        AspectRatio | None,
+        typer.Option(
+            help="How images are made square. Default: what SRC's image processor does. The published llava-1.5 "
+            "folders crop, though the models were trained with `pad`."
+        ),
+    ] = None,
+    conv_mode: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Conversation template to record in config.json.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+) -> None:
+    """Writes a full LLaVA checkpoint, as stage 2 does: to evaluate, fine-tune or measure a model from the hub here.
+
+    Rows of the word embeddings that no token of the tokenizer has are trimmed. A folder that `to-hf` wrote comes back
+    bit for bit.
+
+    Example:
+
+    `llava-convert from-hf llava-hf/llava-1.5-7b-hf checkpoints/llava-v1.5-7b --image-aspect-ratio pad --conv-mode v1
+    --vision-tower openai/clip-vit-large-patch14-336`
+    """
+    with _clear_errors(context.obj["debug"]):
+        from llava.convert.from_hf import from_hf
+
+        ratio = image_aspect_ratio.value if image_aspect_ratio else None
+        from_hf(source, destination, vision_tower, ratio, conv_mode, max_shard_size)
+    _report(destination, f"python -m llava.serve.cli --model-path {destination} --image-file IMAGE")
+
+
+def _report(folder: Path, next_step: str) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    size_mb = sum(path.stat().st_size for path in files) / 1e6
+    typer.echo(f"Wrote {folder}: {len(files)} files, {size_mb:.1f} MB.")
+    typer.echo(f"Next: {next_step}")
+
+
+if __name__ == "__main__":
+    sys.exit(app())

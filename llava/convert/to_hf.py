@@ -1,0 +1,187 @@
+"""From a LLaVA checkpoint to a folder of `LlavaForConditionalGeneration`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers import LlavaConfig as HfLlavaConfig
+
+from llava.conversation import Conversation, conv_templates, conversation_mode
+from llava.convert.chat_template import chat_template
+from llava.convert.model_card import write_model_card
+from llava.convert.processor import add_image_token, llava_image_processor, llava_processor
+from llava.convert.weight_names import file_name_of
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model, read_config
+from llava.model.checkpoint_files import copy_file, save_weights
+from llava.model.multimodal_encoder.builder import build_vision_tower
+
+ORIGINAL_CONFIG = "llava_config.json"
+"""The checkpoint's own config, kept beside Hugging Face's for the way back."""
+
+ROWS_MULTIPLE_OF = 64
+"""New rows of the word embeddings are rounded up to this, as in the published `llava-hf` folders."""
+
+HAS_CLS = {"clip_vision_model": True, "dinov2": True, "siglip_vision_model": False}
+"""Towers whose features Hugging Face's Llava selects as LLaVA does: whether a CLS token comes before the patches."""
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+def to_hf(
+    source: str,
+    destination: str | Path,
+    base: str | None = None,
+    dtype: Dtype = "auto",
+    conv_mode: str | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Writes the folder and returns its path. Runs on the CPU, with memory for about one copy of the model.
+
+    Args:
+        source: folder or hub name of a LLaVA checkpoint, of any form that `load_pretrained_model` takes.
+        destination: a new folder.
+        base: the LLM that a projector or an adapter belongs to.
+        dtype: dtype of the weights; `auto` keeps that of the checkpoint's config.
+        conv_mode: template to talk to it in; None for the checkpoint's own.
+        max_shard_size: largest file of weights.
+
+    Raises:
+        FileExistsError: `destination` holds files.
+        ValueError: the checkpoint has a part that Hugging Face's Llava has no counterpart for; names it.
+    """
+    destination = Path(destination)
+    require_new_folder(destination)
+    config = read_config(source)
+    require_counterpart(config)
+    name = get_model_name_from_path(source)
+    mode = conv_mode or conversation_mode(name, config)
+    if mode not in conv_templates:
+        raise ValueError(f"--conv-mode: found {mode!r}, expected one of {', '.join(sorted(conv_templates))}")
+
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    kept = stored if dtype == "auto" else getattr(torch, dtype)
+    tokenizer, model, _, _ = load_pretrained_model(source, base, name, device="cpu", dtype=kept)
+    tower = model.get_vision_tower()
+    tower_type = tower.config.model_type
+    image_id = add_image_token(tokenizer)
+    drops_cls = HAS_CLS[tower_type] and tower.select_feature == "patch"
+    strategy: Literal["default", "full"] = "default" if drops_cls else "full"
+    weights = {file_name_of(name, tower_type): tensor for name, tensor in model.state_dict().items()}
+    rows = add_vocabulary_rows(weights, image_id + 1)
+    if model.config.tie_word_embeddings:
+        del weights["language_model.lm_head.weight"]
+
+    destination.mkdir(parents=True, exist_ok=True)
+    save_weights(weights, destination, max_shard_size)
+    hf_config = HfLlavaConfig(
+        vision_config=without_place(tower.config),
+        text_config=text_config(model, rows, kept),
+        image_token_index=image_id,
+        image_seq_length=tower.num_patches + int(HAS_CLS[tower_type] and not drops_cls),
+        projector_hidden_act="gelu",
+        multimodal_projector_bias=True,
+        vision_feature_layer=tower.select_layer,
+        vision_feature_select_strategy=strategy,
+        tie_word_embeddings=model.config.tie_word_embeddings,
+        architectures=["LlavaForConditionalGeneration"],
+        dtype=kept,
+    )
+    hf_config.save_pretrained(destination)
+    own = {**model.config.to_dict(), "conversation_version": mode}
+    own.pop("_name_or_path", None)
+    (destination / ORIGINAL_CONFIG).write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    conversation = conv_templates[mode]
+    template = chat_template(conversation, tokenizer, getattr(model.config, "mm_use_im_start_end", False))
+    images = llava_image_processor(tower.image_processor, getattr(model.config, "image_aspect_ratio", None) == "pad")
+    processor = llava_processor(tokenizer, images, tower.config.patch_size, HAS_CLS[tower_type], strategy, template)
+    processor.save_pretrained(destination)
+    images.save_pretrained(destination)  # transformers 4 reads preprocessor_config.json
+    copy_file(base or source, destination, "tokenizer.model")
+    generation_config(tokenizer, conversation).save_pretrained(destination)
+    write_model_card(destination, source, base, model.config, mode, tower_type)
+    return destination
+
+
+def require_new_folder(destination: Path) -> None:
+    """Raises `FileExistsError` where the folder holds anything: half of an old checkpoint would mix with the new."""
+    if destination.is_dir() and any(destination.iterdir()):
+        raise FileExistsError(f"{destination} is not empty: name a new folder, or remove what is in it.")
+
+
+def require_counterpart(config: Any) -> None:
+    """Raises `ValueError` naming the first key of a checkpoint's config that Hugging Face's Llava has no match for."""
+    if not getattr(config, "mm_vision_tower", None):
+        raise ValueError(f"The checkpoint is no LLaVA: config.json has no `mm_vision_tower` ({config.model_type}).")
+    expected = {
+        "mm_projector_type": (getattr(config, "mm_projector_type", "linear"), ("mlp2x_gelu",)),
+        "mm_patch_merge_type": (getattr(config, "mm_patch_merge_type", "flat"), ("flat",)),
+        "image_aspect_ratio": (getattr(config, "image_aspect_ratio", None), (None, "square", "pad")),
+    }
+    for key, (found, allowed) in expected.items():
+        if found not in allowed:
+            raise ValueError(
+                f"config.json: {key} is `{found}`, and LlavaForConditionalGeneration can carry only "
+                f"{', '.join(f'`{value}`' for value in allowed if value)}. The checkpoint runs with `llava` alone."
+            )
+    tower_type = build_vision_tower(config, delay_load=True).config.model_type
+    if tower_type not in HAS_CLS:
+        raise ValueError(
+            f"config.json: mm_vision_tower is `{config.mm_vision_tower}`, of model type `{tower_type}`, and "
+            f"LlavaForConditionalGeneration selects features as LLaVA does only for {', '.join(sorted(HAS_CLS))}. "
+            "The checkpoint runs with `llava` alone."
+        )
+
+
+def add_vocabulary_rows(weights: dict[str, Tensor], needed: int) -> int:
+    """Makes room for `needed` word embeddings; returns the number of rows then.
+
+    New rows are the mean of the others. So a new token's logit is the mean of all logits and never the greatest: greedy
+    answers stay what they were.
+
+    Args:
+        weights: under file names; both tables `[M, D]` are replaced in place where they are too short.
+    """
+    tables = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+    rows = len(weights[tables[0]])
+    if rows >= needed:
+        return rows
+    padded = -(-needed // ROWS_MULTIPLE_OF) * ROWS_MULTIPLE_OF
+    for name in tables:
+        mean = weights[name].float().mean(dim=0, keepdim=True).to(weights[name].dtype)
+        weights[name] = torch.cat([weights[name], mean.expand(padded - rows, -1)])  # [padded, D]
+    return padded
+
+
+def text_config(model: Any, rows: int, dtype: torch.dtype) -> Any:
+    """The config of the LLM alone, of its own class, without LLaVA's keys."""
+    config_class = next(c for c in type(model.config).__mro__ if c.__module__.startswith("transformers."))
+    model_class = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers.models."))
+    known = config_class().to_dict().keys() - {"model_type", "_name_or_path"}
+    values = {key: value for key, value in model.config.to_dict().items() if key in known}
+    return config_class(**{**values, "vocab_size": rows, "architectures": [model_class.__name__], "dtype": dtype})
+
+
+def without_place(config: Any) -> Any:
+    """A copy of a config that does not say where on this machine it was read from."""
+    values = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "model_type")}
+    return type(config)(**values)
+
+
+def generation_config(tokenizer: Any, conversation: Conversation) -> GenerationConfig:
+    """Ends an answer at EOS and, where it is a token, at the mark that closes answers in the template."""
+    ends = [tokenizer.eos_token_id]
+    mark = tokenizer(conversation.stop_string, add_special_tokens=False).input_ids
+    if len(mark) == 1 and mark[0] not in ends and tokenizer.convert_ids_to_tokens(mark[0]) == conversation.stop_string:
+        ends.append(mark[0])
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=tokenizer.pad_token_id,
+    )

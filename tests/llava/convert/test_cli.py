@@ -1,0 +1,27 @@
+"""The command `llava-convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from llava.convert.cli import app
+
+
+def test_there_and_back_says_what_was_written_and_what_is_next(golden_world: Path) -> None:
+    result = CliRunner().invoke(app, ["to-hf", "tiny-llava", "hf"])
+    assert result.exit_code == 0, result.output
+    assert "Wrote hf: 11 files" in result.output
+    result = CliRunner().invoke(app, ["from-hf", "hf", "back", "--image-aspect-ratio", "square"])
+    assert result.exit_code == 0, result.output
+    assert "Next: python -m llava.serve.cli --model-path back" in result.output
+
+
+def test_wrong_input_ends_with_one_sentence_and_code_2(golden_world: Path) -> None:
+    result = CliRunner().invoke(app, ["to-hf", "tiny-vicuna", "hf"])
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: The checkpoint is no LLaVA")
+    result = CliRunner().invoke(app, ["to-hf", "tiny-llava", "hf", "--conv-mode", "v9"])
+    assert result.exit_code == 2
+    assert "--conv-mode: found 'v9'" in result.output
