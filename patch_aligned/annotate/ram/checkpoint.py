@@ -36,9 +36,9 @@ _WHERE = (
 )
 
 _FOUND_OBJECTS = (
-    "found Python objects besides tensors ({}), which are not read, as loading them can run any code. Where you trust the "
-    "file, save its weights alone, torch.save({{'model': torch.load(path, weights_only=False)['model']}}, new_path), and "
-    "give that one"
+    "found Python objects besides tensors ({}), which are not read, as loading them can run any code. Where you trust "
+    "the file, save its weights only: torch.save({{'model': torch.load(path, weights_only=False)['model']}}, new_path) "
+    "and give that one"
 )
 
 
