@@ -52,6 +52,12 @@ def test_pixels_equal_upstream(goldens: Path, processor, images, image_facts, as
         np.testing.assert_array_equal(pixels, recorded[f"{aspect_ratio}/{position}"])
 
 
+def test_original_is_the_processor_alone(processor, images) -> None:
+    """The value that tasks of lmms-eval write into a config that names no aspect ratio."""
+    square, original = (SimpleNamespace(image_aspect_ratio=ratio) for ratio in ("square", "original"))
+    assert torch.equal(process_images(images, processor, original), process_images(images, processor, square))
+
+
 @pytest.mark.golden
 def test_batches_are_stacked_where_shapes_agree(processor, images, image_facts) -> None:
     assert process_images(images, processor, SimpleNamespace(image_aspect_ratio="pad")).shape == (7, 3, 56, 56)

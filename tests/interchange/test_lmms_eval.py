@@ -1,0 +1,155 @@
+"""lmms-eval's own `llava` adapter runs on this package: the answers are the model's, and no batch changes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pytest
+from PIL import Image
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+
+pytest.importorskip("lmms_eval")
+pytestmark = pytest.mark.slow  # lmms-eval takes half a minute to start
+
+MAX_NEW_TOKENS = 12
+QUESTIONS: list[tuple[str, str | None]] = [
+    ("What is in the picture?", "im0.png"),
+    ("Is it night?", "im1.png"),
+    ("Name three colours.", None),
+    ("Where do the people walk, and what do they carry with them?", "im2.png"),
+    ("Who is it?", "im3.png"),
+    ("Which is larger, a boat or a bird? Answer with one word.", None),
+    ("Describe the scene.", "im4.png"),
+    ("How many?", "im5.png"),
+    ("Count to ten.", None),
+    ("What does the sign say?", "im6.png"),
+]
+TEXT_ROWS = [row for row, (_, image) in enumerate(QUESTIONS) if image is None]
+WRONG_ROWS = (1, 2)  # rows whose accepted answer is one that the model does not give
+
+TASK = """
+task: {name}
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {table}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.doc_to_visual
+doc_to_text: !function utils.doc_to_text
+doc_to_target: question
+generation_kwargs: {generation}
+process_results: !function utils.process_results
+metric_list:
+  - {{metric: accepted, aggregation: mean, higher_is_better: true}}
+"""
+
+
+class Outcome(NamedTuple):
+    """What lmms-eval says of a task."""
+
+    answers: list[str]
+    score: float
+
+
+@pytest.fixture
+def tasks(golden_world: Path) -> Callable[[list[list[str]]], None]:
+    """Writes two tasks with the given accepted answers: `pictures`, and `originals`, which asks for unpadded images."""
+    folder = golden_world / "tasks"
+
+    def write(accepted: list[list[str]]) -> None:
+        folder.mkdir()
+        shutil.copy(Path(__file__).with_name("picture_questions.py"), folder / "utils.py")
+        images = [None if name is None else {"bytes": Path("images", name).read_bytes()} for _, name in QUESTIONS]
+        features = datasets.Features({"question": datasets.Value("string"), "image": datasets.Image()})
+        table = datasets.Dataset.from_dict({"question": [q for q, _ in QUESTIONS], "image": images}, features=features)
+        table.add_column("accepted", accepted).to_parquet(folder / "questions.parquet")
+        for name, options in (("pictures", {}), ("originals", {"image_aspect_ratio": "original"})):
+            generation = json.dumps({"max_new_tokens": MAX_NEW_TOKENS, "temperature": 0, **options})
+            text = TASK.format(name=name, table=folder / "questions.parquet", generation=generation)
+            (folder / f"{name}.yaml").write_text(text)
+
+    return write
+
+
+@pytest.fixture
+def evaluate(golden_world: Path) -> Callable[[list[str], int], dict[str, Outcome]]:
+    """Runs `python -m lmms_eval --model llava` on the tiny checkpoint; returns the outcome of each task."""
+
+    def run(tasks: list[str], batch_size: int) -> dict[str, Outcome]:
+        output = golden_world / f"out-{batch_size}"
+        command = ["--model", "llava", "--model_args", "pretrained=tiny-llava,device_map=auto,device=cpu",
+                   "--tasks", ",".join(tasks), "--include_path", "tasks", "--batch_size", str(batch_size),
+                   "--log_samples", "--output_path", str(output)]  # fmt: skip
+        home = {"HF_HOME": str(golden_world / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        result = subprocess.run(
+            [sys.executable, "-m", "lmms_eval", *command],
+            env=os.environ | home | {"CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        scores = list(output.rglob("*_results.json"))
+        assert len(scores) == 1, result.stderr[-3000:]  # a failed run exits with 0
+        results = json.loads(scores[0].read_text())["results"]
+        found = {}
+        for task in tasks:
+            (samples,) = output.rglob(f"*_samples_{task}.jsonl")
+            rows = [json.loads(line) for line in samples.read_text().splitlines()]
+            answers = {row["doc_id"]: row["filtered_resps"] for row in rows}
+            found[task] = Outcome([answers[row] for row in range(len(QUESTIONS))], results[task]["accepted,none"])
+        return found
+
+    return run
+
+
+def own_answers(newline_before_text: bool = False) -> list[str]:
+    """What the tiny checkpoint answers to each question alone, without lmms-eval."""
+    tokenizer, model, processor, _ = load_pretrained_model("tiny-llava", None, "tiny-llava", device="cpu")
+    answers = []
+    for question, name in QUESTIONS:
+        conversation = conv_templates["vicuna_v1"].copy()
+        before = "<image>\n" if name else "\n" if newline_before_text else ""
+        conversation.append_message("USER", before + question)
+        conversation.append_message("ASSISTANT", None)
+        ids: Any = tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        images: Any = None
+        if name:
+            with Image.open(Path("images", name)) as image:
+                images = process_images([image.convert("RGB")], processor, model.config)
+            images = images.half()  # the adapter's cast, on CPUs too
+        new_ids = model.generate(ids[None], images=images, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        answers.append(tokenizer.decode(new_ids[0], skip_special_tokens=True))
+    return answers
+
+
+def test_batches_of_1_and_8_give_the_models_own_answers_and_one_score(tasks: Any, evaluate: Any) -> None:
+    alone = own_answers()
+    # The adapter puts a newline before text without image, where another row of the batch has one.
+    beside_images = own_answers(newline_before_text=True)
+    assert [row for row, pair in enumerate(zip(alone, beside_images, strict=True)) if len(set(pair)) > 1] == TEXT_ROWS
+    tasks([["no such answer"] if row in WRONG_ROWS else [alone[row], beside_images[row]] for row in range(10)])
+
+    one_by_one = evaluate(["pictures", "originals"], 1)
+    assert one_by_one["pictures"] == (alone, 0.8)
+    assert one_by_one["originals"] == (alone, 0.8)  # the config's own image_aspect_ratio, `pad`, is kept
+    assert evaluate(["pictures"], 8)["pictures"] == (beside_images, 0.8)
+
+
+def test_a_checkpoint_without_aspect_ratio_takes_the_tasks(golden_world: Path, tasks: Any, evaluate: Any) -> None:
+    config = json.loads(Path("tiny-llava/config.json").read_text())
+    del config["image_aspect_ratio"]
+    Path("tiny-llava/config.json").write_text(json.dumps(config))
+    cropped = own_answers(newline_before_text=True)
+    tasks([[answer] for answer in cropped])
+    assert evaluate(["originals"], 8)["originals"] == (cropped, 1.0)
