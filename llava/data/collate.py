@@ -28,8 +28,8 @@ class DataCollatorForSupervisedDataset:
 
     Rows are cut at `tokenizer.model_max_length` (before images are put in; the model cuts once more) and padded on the
     right. The batch holds `input_ids`, `labels` and `attention_mask`, `[B, T]`; `sample_ids`; if a row has an image,
-    `images`, `[N, 3, H, W]` or a list where shapes differ, in the order of their `<image>`, and `image_sizes`; with a
-    plugin, `plugin_batch`.
+    `images`, `[N, 3, H, W]` (anyres: `[N, tiles, 3, H, W]`) or a list where shapes differ, in the order of their
+    `<image>`, and `image_sizes`; with a plugin, `plugin_batch`.
 
     Unlike upstream's, the mask follows from the rows' lengths: a real token that happens to be the padding token stays.
 
@@ -118,5 +118,5 @@ def _as_list(value: Any) -> list[Any]:
 
 def _stacked(images: list[Tensor]) -> Tensor | list[Tensor]:
     if all(image.shape == images[0].shape for image in images):
-        return torch.stack(images)  # [N, 3, H, W]
+        return torch.stack(images)  # [N, 3, H, W] or [N, tiles, 3, H, W]
     return images

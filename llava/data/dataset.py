@@ -56,19 +56,20 @@ class SkippedSamples:
 class LazySupervisedDataset(Dataset):
     """Samples of a data file, prepared when they are asked for.
 
-    A sample is a dict: `input_ids` and `labels`, int64 `[L]`, and `sample_id`. With an image also `image`, `[3, H, W]`,
-    and `image_size`, (width, height) in pixels; with several, lists of these. With a plugin also `plugin_extras`, a
-    dict, empty for text. A sample that cannot be read under `on_error="skip"` holds `sample_id` and `skipped`, the
-    reason; the collator leaves it out.
+    A sample is a dict: `input_ids` and `labels`, int64 `[L]`, and `sample_id`. With an image also `image`, `[3, H, W]`
+    (anyres: `[tiles, 3, H, W]`, the base tile first), and `image_size`, (width, height) in pixels; with several, lists
+    of these. With a plugin also `plugin_extras`, a dict, empty for text. A sample that cannot be read under
+    `on_error="skip"` holds `sample_id` and `skipped`, the reason; the collator leaves it out.
 
     Args:
         data_path: the data file, see `llava.data.records`.
         tokenizer: the LLM's tokenizer.
-        data_args: read for `image_folder`, `image_aspect_ratio`, `is_multimodal`, `mm_use_im_start_end`, and, where the
-            keywords below are not given, `image_processor` and `on_error`.
+        data_args: read for `image_folder`, `image_aspect_ratio`, `image_grid_pinpoints` (anyres), `is_multimodal`,
+            `mm_use_im_start_end`, and, where the keywords below are not given, `image_processor` and `on_error`.
         plugin: adds tensors to samples with an image.
         conversation: the template; None means `llava.conversation.default_conversation` as it is now.
         grid: rows and columns of visual tokens; a plugin needs it.
+        seen_side: pixels of the model image that patches cover; None for all.
         image_processor: makes pixels of images.
         on_error: "fail", or "skip" to leave out samples that cannot be read and list them in `output_dir`.
         output_dir: folder of the run.
@@ -88,6 +89,7 @@ class LazySupervisedDataset(Dataset):
         plugin: TrainingPlugin | None = None,
         conversation: Conversation | None = None,
         grid: tuple[int, int] | None = None,
+        seen_side: int | None = None,
         image_processor: Any = None,
         on_error: str | None = None,
         output_dir: str | Path | None = None,
@@ -97,7 +99,7 @@ class LazySupervisedDataset(Dataset):
         self.data_args = data_args
         self.plugin = plugin
         self.conversation = templates.default_conversation if conversation is None else conversation
-        self.grid = grid
+        self.grid, self.seen_side = grid, seen_side
         self.image_processor = image_processor or getattr(data_args, "image_processor", None)
         self.on_error = on_error or getattr(data_args, "on_error", "fail")
         self.skipped = SkippedSamples(output_dir)
@@ -165,7 +167,7 @@ class LazySupervisedDataset(Dataset):
             )
         try:
             image = load_rgb_image(Path(self.data_args.image_folder or "") / path)
-            pixels = process_images([image], self.image_processor, self.data_args)[0]  # [3, H, W]
+            pixels = process_images([image], self.image_processor, self.data_args)[0]  # [3, H, W] or [tiles, 3, H, W]
         except (OSError, ValueError) as error:
             raise RecordError(
                 f"{self.records.where(row)}, field image: {error}. Records like it are left out with --on_error skip"
@@ -180,7 +182,8 @@ class LazySupervisedDataset(Dataset):
                 f"{self.records.where(row)}, field image: found {len(sizes)} images, expected one, as a plugin is used"
             )
         assert self.plugin is not None and self.grid is not None
-        geometry = image_geometry_of(sizes[0], self.image_processor, self.data_args.image_aspect_ratio, self.grid)
+        aspect_ratio = self.data_args.image_aspect_ratio
+        geometry = image_geometry_of(sizes[0], self.image_processor, aspect_ratio, self.grid, self.seen_side)
         try:
             return self.plugin.transform_sample(record, geometry)
         except ValueError as error:
@@ -190,8 +193,8 @@ class LazySupervisedDataset(Dataset):
         if self.on_error not in ("fail", "skip"):
             raise ValueError(f"--on_error: found {self.on_error!r}, expected 'fail' or 'skip'")
         aspect_ratio = getattr(self.data_args, "image_aspect_ratio", None)
-        if aspect_ratio not in (None, "square", "pad"):
-            raise ValueError(f"--image_aspect_ratio: found {aspect_ratio!r}, expected 'square' or 'pad' in training")
+        if aspect_ratio not in (None, "square", "pad", "anyres"):
+            raise ValueError(f"--image_aspect_ratio: found {aspect_ratio!r}, expected 'square', 'pad' or 'anyres'")
         if self.plugin is not None and self.grid is None:
             raise ValueError("a plugin is given without `grid`; pass the model's visual_grid")
 

@@ -5,6 +5,7 @@ Letters: N images, t tiles of an image (1 without anyres), S visual tokens of a 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,12 @@ class LlavaMetaModel:
         self.mm_projector.requires_grad_(True)
 
         if source := getattr(model_args, "pretrain_mm_mlp_adapter", None):
-            load_projector(self.mm_projector, read_projector_file(source), source)
+            state = read_projector_file(source)
+            load_projector(self.mm_projector, state, source)
+            newline = state.get("model.image_newline")
+            if newline is not None and hasattr(self, "image_newline"):
+                with gathered([self.image_newline]), torch.no_grad():
+                    self.image_newline.copy_(newline)
 
 
 class LlavaMetaForCausalLM(ABC):
@@ -119,6 +125,15 @@ class LlavaMetaForCausalLM(ABC):
         projector_grid = getattr(self.get_model().mm_projector, "grid", None)
         side = self.get_model().vision_tower.num_patches_per_side
         return projector_grid or (side, side)
+
+    def visual_tokens_of(self, image_size: tuple[int, int]) -> int:
+        """How many visual tokens an image of `image_size` (width, height) becomes, tiles included."""
+        rows, cols = self.visual_grid
+        tiles = 1
+        if getattr(self.config, "image_aspect_ratio", None) == "anyres":
+            tiles += math.prod(self.tile_grid(image_size))
+        shape = torch.empty(tiles, rows * cols, self.config.hidden_size, device="meta")  # [t, S, D], no memory
+        return len(self.arrange_tiles(shape, image_size))
 
     def attach_plugin(self, plugin: TrainingPlugin | None) -> None:
         """Lets `plugin` compute its losses inside `forward`."""
@@ -153,26 +168,32 @@ class LlavaMetaForCausalLM(ABC):
 
     def arrange_tiles(self, tiles: Tensor, original_size: tuple[int, int] | None) -> Tensor:
         """One image's tokens `[*, D]` in the order that the config's `mm_patch_merge_type` asks for."""
-        merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
-
-        def tile_grid() -> tuple[int, int]:
-            if self.config.image_aspect_ratio != "anyres":
-                raise NotImplementedError(
-                    f"mm_patch_merge_type `{merge_type}` arranges the tiles of image_aspect_ratio `anyres`; the config "
-                    f"says `{self.config.image_aspect_ratio}`. Set mm_patch_merge_type to `flat`."
-                )
-            if original_size is None:
-                raise ValueError(f"mm_patch_merge_type `{merge_type}` needs image_sizes, one (width, height) an image.")
-            side = self.get_model().vision_tower.image_side
-            return get_anyres_image_grid_shape(original_size, self.config.image_grid_pinpoints, side)
-
+        newline = getattr(self.get_model(), "image_newline", None)
         return arrange_tiles(
             tiles,
-            merge_type,
-            tile_grid=tile_grid,
+            getattr(self.config, "mm_patch_merge_type", "flat"),
+            tile_grid=lambda: self.tile_grid(original_size),
             original_size=original_size,
-            newline=getattr(self.get_model(), "image_newline", None),
+            newline=None if newline is None else newline.to(tiles.device),
         )
+
+    def tile_grid(self, original_size: tuple[int, int] | None) -> tuple[int, int]:
+        """Tiles across and down that an image is cut into.
+
+        Raises:
+            NotImplementedError: the config's `image_aspect_ratio` cuts no tiles.
+            ValueError: the image's size is not known.
+        """
+        if self.config.image_aspect_ratio != "anyres":
+            merge_type = self.config.mm_patch_merge_type
+            raise NotImplementedError(
+                f"mm_patch_merge_type `{merge_type}` arranges the tiles of image_aspect_ratio `anyres`; the config "
+                f"says `{self.config.image_aspect_ratio}`. Set mm_patch_merge_type to `flat`."
+            )
+        if original_size is None:
+            raise ValueError("image_aspect_ratio `anyres` needs image_sizes, one (width, height) an image.")
+        side = self.get_model().vision_tower.image_side
+        return get_anyres_image_grid_shape(original_size, self.config.image_grid_pinpoints, side)
 
     def merge_images(
         self,

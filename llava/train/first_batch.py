@@ -26,11 +26,12 @@ def undo_normalisation(images: Tensor, mean: list[float], std: list[float]) -> T
 def save_first_batch(trainer: LLaVATrainer, inputs: dict[str, Any]) -> None:
     """Hands the first micro-batch of the first rank to the plugin's `describe_first_batch`.
 
-    Nothing is drawn for a batch without images, or with images of different shapes.
+    Of tiled images (anyres) the base tile is shown. Nothing is drawn for a batch without images.
     """
     images = inputs.get("images")
-    if trainer.plugin is None or not trainer.args.should_save or not isinstance(images, Tensor) or images.dim() != 4:
+    if trainer.plugin is None or not trainer.args.should_save or images is None:
         return
+    images = torch.stack([image if image.dim() == 3 else image[0] for image in images])  # [N, 3, H, W]
     processor = trainer.model.get_vision_tower().image_processor
     path = Path(trainer.args.output_dir) / FIRST_BATCH
     pixels = undo_normalisation(images, processor.image_mean, processor.image_std)

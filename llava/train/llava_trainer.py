@@ -146,9 +146,10 @@ class LLaVATrainer(CheckpointingTrainer):
         """Stops on a loss that is not finite, and keeps the book of samples without supervised tokens."""
         config = self.model.config
         has_tower = self.model.get_vision_tower() is not None
-        rows, cols = self.model.visual_grid if has_tower else (1, 1)
+        sizes = [self.model.visual_tokens_of(size) for size in inputs.get("image_sizes", [])] if has_tower else []
+        visual_tokens = torch.tensor(sizes, dtype=torch.long, device=inputs["input_ids"].device)  # [N]
         max_length = getattr(config, "tokenizer_model_max_length", None) if has_tower else None
-        counts = supervised_tokens(inputs["input_ids"], inputs["labels"], rows * cols, max_length)
+        counts = supervised_tokens(inputs["input_ids"], inputs["labels"], visual_tokens, max_length)
         is_finite = loss.detach().isfinite().long().reshape(1)
         finite, *tokens = torch.cat([is_finite, counts]).tolist()  # the one wait for the GPU
         step = self.state.global_step

@@ -19,19 +19,19 @@ GRACE_SAMPLES = 10
 LARGEST_SHARE = 0.01
 
 
-def supervised_tokens(input_ids: Tensor, labels: Tensor, tokens_per_image: int, max_length: int | None) -> Tensor:
+def supervised_tokens(input_ids: Tensor, labels: Tensor, visual_tokens: Tensor, max_length: int | None) -> Tensor:
     """How many tokens of each row carry a label after images are put in and the row is cut, `[B]`.
 
     Args:
         input_ids: `[B, T]`, right-padded, IMAGE_TOKEN_INDEX for an image.
         labels: `[B, T]`.
-        tokens_per_image: visual tokens that take the place of one image.
+        visual_tokens: how many take the place of each image, `[N]`, in the order of the rows.
         max_length: where the model cuts a row; None where it does not.
     """
     supervised = labels != IGNORE_INDEX  # [B, T]
     if max_length is not None:
         place = (input_ids != IMAGE_TOKEN_INDEX).long()
-        place[input_ids == IMAGE_TOKEN_INDEX] = tokens_per_image
+        place[input_ids == IMAGE_TOKEN_INDEX] = visual_tokens
         supervised = supervised & (place.cumsum(1) <= max_length)
     return supervised[:, 1:].sum(1)  # [B]; nothing predicts the first position
 

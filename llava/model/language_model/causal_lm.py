@@ -160,7 +160,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             return EncodedImages([], torch.empty(0, device=self.device))
         side = self.get_model().vision_tower.image_side
         dummy = torch.zeros(1, 3, side, side, device=self.device)
-        return EncodedImages([], self.encode_images(dummy)[:0])  # [0, S, D], still connected to the projector
+        tokens = self.arrange_tiles(self.encode_images(dummy), (side, side))  # [S or S + 1, D]
+        return EncodedImages([], tokens[None][:0])  # [0, S, D], still connected to the projector
 
     def alignment_context(self, encoded: EncodedImages, merged: MergedBatch) -> AlignmentContext:
         """What the plugin sees: the images that belong to a row, in the order of the rows."""

@@ -251,9 +251,24 @@ def test_arguments_that_do_not_go_together(
         make_dataset("data_conv.json", **change)
 
 
-def test_tiles_are_refused_in_training(make_dataset: Callable[..., Any], data_args: SimpleNamespace) -> None:
-    data_args.image_aspect_ratio = "anyres"
-    with pytest.raises(ValueError, match="--image_aspect_ratio: found 'anyres'"):
+def test_a_tiled_image_comes_with_its_base_tile_s_geometry(
+    make_dataset: Callable[..., Any], data_args: SimpleNamespace, write_data: Callable[[Any], Path]
+) -> None:
+    data_args.image_aspect_ratio, data_args.image_grid_pinpoints = "anyres", "[[56, 112], [112, 56], [112, 112]]"
+    plugin = Recording()
+    [wide, square] = make_dataset(
+        write_data([record("wide"), record("square", "im0.png")]), plugin=plugin, grid=GRID, seen_side=56
+    )
+    assert wide["image"].shape == (3, 3, 56, 56) and wide["image_size"] == (80, 40)  # the whole image, and two tiles
+    assert square["image"].shape == (3, 3, 56, 56)
+    wide_geometry = make_dataset(write_data([record()]), plugin=plugin, grid=GRID)[0] and plugin.seen[1]
+    assert wide_geometry == ImageGeometry.of("anyres", (80, 40), 56, GRID, 56)
+    assert wide_geometry.scale_xy == (56 / 80, 56 / 40)
+
+
+def test_an_unknown_aspect_ratio_is_refused(make_dataset: Callable[..., Any], data_args: SimpleNamespace) -> None:
+    data_args.image_aspect_ratio = "letterbox"
+    with pytest.raises(ValueError, match="--image_aspect_ratio: found 'letterbox'"):
         make_dataset("data_conv.json")
 
 

@@ -113,7 +113,11 @@ def test_split_batches_reach_the_engine() -> None:
         (SHORT.replace("--data_path d.json", ""), "--data_path is missing"),
         (SHORT.replace("--image_folder i", ""), "--image_folder is missing"),
         (SHORT.replace("--output_dir o", ""), "--output_dir is missing"),
-        (f"{SHORT} --image_aspect_ratio anyres", "--image_aspect_ratio anyres: training knows square and pad"),
+        (
+            f"{SHORT} --image_aspect_ratio letterbox",
+            "--image_aspect_ratio letterbox: training knows square, pad, anyres",
+        ),
+        (f"{SHORT} --image_aspect_ratio anyres", "--image_grid_pinpoints is missing"),
         (SHORT.replace("--vision_tower t", "--tune_mm_mlp_adapter True"), "there is none without --vision_tower"),
         (f"{SHORT} --tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", "leave nothing to train"),
         (f"{SHORT} --tune_mm_mlp_adapter True --unfreeze_mm_vision_tower True", "would be lost"),
