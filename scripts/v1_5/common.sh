@@ -4,7 +4,7 @@
 # Every value in capitals is a default: set the variable of that name to change it. Any flag of the trainer may follow
 # the script's name; of two equal flags the last wins. Paths count from the root of the repository.
 #
-#   LLM=vicuna7b|vicuna13b   PROJECTOR=mlp|linear      rows of the paper's tables
+#   LLM=vicuna7b|vicuna13b|llama31   PROJECTOR=mlp|linear|cabstractor   rows of the paper's tables
 #   GPU=80g|24g   NUM_GPUS=N   what it runs on; the global batch stays, gradient accumulation makes up the rest
 #   NNODES=N NODE_RANK=I MASTER_ADDR=HOST              several machines: the same command on each, its own NODE_RANK
 #   PRESET=mini                                        the miniature on CPU: small real weights, synthetic scenes
@@ -36,8 +36,8 @@ choose_projector() {
     case $PROJECTOR in
         mlp)         MM_PROJECTOR_TYPE=${MM_PROJECTOR_TYPE:-mlp2x_gelu}; projector_suffix= ;;
         linear)      MM_PROJECTOR_TYPE=${MM_PROJECTOR_TYPE:-linear}; projector_suffix=-linear ;;
-        cabstractor) die "PROJECTOR=cabstractor is not supported in this version yet; choose mlp or linear" ;;
-        *)           die "unknown PROJECTOR=$PROJECTOR; choose mlp or linear" ;;
+        cabstractor) MM_PROJECTOR_TYPE=${MM_PROJECTOR_TYPE:-cabstractor}; projector_suffix=-cabstractor ;;
+        *)           die "unknown PROJECTOR=$PROJECTOR; choose mlp, linear or cabstractor" ;;
     esac
 }
 
@@ -47,6 +47,7 @@ choose_memory() {
     case $stage:$LLM:$GPU in
         pretrain:*:80g)         batch_limit=32 zero=zero2 ;;
         pretrain:vicuna7b:24g)  batch_limit=8  zero=zero2 ;;
+        pretrain:llama31:24g)   batch_limit=4  zero=zero2 ;;
         pretrain:vicuna13b:24g) batch_limit=4  zero=zero3 ;;
         finetune_qlora:*:80g)   batch_limit=16 zero=zero2 ;;  # ZeRO-3 cannot split weights of 4 bits
         finetune_qlora:*:24g)   batch_limit=4  zero=zero2 ;;
@@ -61,8 +62,12 @@ preset_full() {
     case $LLM in
         vicuna7b)  : "${MODEL_NAME_OR_PATH:=lmsys/vicuna-7b-v1.5}";  family=llava-v1.5-7b ;;
         vicuna13b) : "${MODEL_NAME_OR_PATH:=lmsys/vicuna-13b-v1.5}"; family=llava-v1.5-13b ;;
-        llama31)   die "LLM=llama31 is not supported in this version yet; choose vicuna7b or vicuna13b" ;;
-        *)         die "unknown LLM=$LLM; choose vicuna7b or vicuna13b" ;;
+        llama31)
+            # The paper says "Llama 3.1 8B"; Instruct is taken, as Vicuna is a chat model too.
+            : "${MODEL_NAME_OR_PATH:=meta-llama/Llama-3.1-8B-Instruct}" "${VERSION:=llava_llama_3}"
+            family=llava-v1.5-llama-3.1-8b
+            ;;
+        *)         die "unknown LLM=$LLM; choose vicuna7b, vicuna13b or llama31" ;;
     esac
     choose_memory
     if [ "$stage" = pretrain ]; then

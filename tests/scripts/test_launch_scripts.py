@@ -58,6 +58,9 @@ def parse(words: list[str]) -> tuple[Any, Any, Any, Any]:
         {"NUM_GPUS": "4", "GPU": "24g"},
         {"NUM_GPUS": "16"},
         {"GPU": "24g", "LLM": "vicuna13b"},
+        {"LLM": "llama31"},
+        {"GPU": "24g", "LLM": "llama31"},
+        {"PROJECTOR": "cabstractor"},
         {"PROJECTOR": "linear", "PER_DEVICE_TRAIN_BATCH_SIZE": "2"},
         {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "head"},
     ],
@@ -78,11 +81,14 @@ def test_recipe_keeps_its_global_batch_and_hyper_parameters(recipe: str, variabl
     assert model.mm_vision_select_layer == -2
     assert not model.mm_use_im_patch_token
     assert not model.mm_use_im_start_end
-    assert model.mm_projector_type == ("linear" if variables.get("PROJECTOR") == "linear" else "mlp2x_gelu")
+    assert model.mm_projector_type == variables.get("PROJECTOR", "mlp2x_gelu")
+    assert (model.mm_projector_num_queries, model.mm_projector_depth, model.mm_projector_hidden_size) == (256, 3, 1024)
     stage1 = recipe.startswith("pretrain")
     assert data.image_aspect_ratio == ("square" if stage1 else "pad")
     assert model.tune_mm_mlp_adapter == stage1
-    assert model.version == ("plain" if stage1 else "v1")
+    llama = variables.get("LLM") == "llama31"
+    assert model.version == ("plain" if stage1 else "llava_llama_3" if llama else "v1")
+    assert ("Llama-3.1-8B" in model.model_name_or_path) == llama
     assert training.group_by_modality_length == (not stage1)
     assert training.lora_enable == (recipe in ADAPTERS)
     assert training.bits == (4 if recipe == "finetune_qlora" else 16)
@@ -130,15 +136,15 @@ def test_stage_2_starts_where_stage_1_of_the_same_row_ended(recipe: str, choice:
 
 def test_output_folders_of_all_rows_differ() -> None:
     folders = []
-    for llm in ("vicuna7b", "vicuna13b"):
-        for projector in ("mlp", "linear"):
+    for llm in ("vicuna7b", "vicuna13b", "llama31"):
+        for projector in ("mlp", "linear", "cabstractor"):
             for recipe in ("pretrain", "pretrain_patchaligned"):
                 folders.append(parse(printed_words(recipe, LLM=llm, PROJECTOR=projector))[2].output_dir)
             for recipe in ("finetune", *ADAPTERS):
                 for choice in ("patchaligned", "captions"):
                     words = printed_words(recipe, LLM=llm, PROJECTOR=projector, STAGE1=choice)
                     folders.append(parse(words)[2].output_dir)
-    assert len(set(folders)) == len(folders) == 32
+    assert len(set(folders)) == len(folders) == 72
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -182,9 +188,8 @@ def test_visible_devices_choose_the_gpus() -> None:
         ({"NUM_GPUS": "6"}, ["256", "6 devices", "nearest number that can: 4"]),
         ({"NUM_GPUS": "7"}, ["7 devices", "nearest number that can: 8"]),
         ({"PER_DEVICE_TRAIN_BATCH_SIZE": "24", "NUM_GPUS": "4"}, ["=24", "64 samples", "nearest that does: 16"]),
-        ({"LLM": "llama31"}, ["llama31", "not supported in this version", "vicuna7b"]),
-        ({"PROJECTOR": "cabstractor"}, ["cabstractor", "not supported in this version", "mlp"]),
-        ({"LLM": "gpt2"}, ["unknown LLM=gpt2", "vicuna7b"]),
+        ({"PROJECTOR": "resampler"}, ["unknown PROJECTOR=resampler", "mlp, linear or cabstractor"]),
+        ({"LLM": "gpt2"}, ["unknown LLM=gpt2", "vicuna7b", "llama31"]),
         ({"GPU": "12g"}, ["unknown GPU=12g", "80g or 24g"]),
         ({"PRESET": "tiny"}, ["unknown PRESET=tiny", "mini"]),
         ({"NNODES": "2"}, ["NODE_RANK"]),
