@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.model.adapters import IMAGE_NEWLINE, PROJECTOR, TOWER, add_lora, fill_trained, read_trained_tensors
+from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.language_model.families import llava_config, llava_model_class
-from llava.model.multimodal_projector.weights import load_projector, read_projector_file
+from llava.model.language_model.llava_llama import LlavaConfig
+from llava.model.strict_loading import fill_strictly, from_pretrained_strictly
+from llava.model.tensor_files import NON_LORA_FILE, PROJECTOR_FILE, Form, checkpoint_form, find_file, recorded_base
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT_LENGTH = 2048
+NOT_QUANTISED = ["model.mm_projector", "model.vision_tower", "lm_head"]
+"""Modules that 4-bit and 8-bit loading leave whole; transformers compares the beginnings of full names."""
 
 
 class LoadedModel(NamedTuple):
@@ -36,62 +43,78 @@ def load_pretrained_model(
     device_map: Any = "auto",
     device: str = "cuda",
     use_flash_attn: bool = False,
+    multimodal: bool = True,
+    customized_config: Any = None,
+    overwrite_config: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> LoadedModel:
     """Loads tokenizer, model and image processor.
 
-    What is loaded is decided by the files in `model_path`, not by its name:
+    What is loaded is decided by the files in `model_path` and its config, not by its name:
 
-    - a full LLaVA checkpoint (stage 2): `config.json` names a vision tower, weights lie beside it;
+    - a whole LLaVA (stage 2): `config.json` names a vision tower, weights lie beside it. Of a tower's weights among
+      them, those are used that were trained (`unfreeze_mm_vision_tower` in the config);
     - a projector alone (stage 1): `mm_projector.bin` and `config.json`; the LLM comes from `model_base`;
+    - a LoRA adapter: `adapter_config.json`, the adapter's weights and `non_lora_trainables.bin`; the LLM, or the LLaVA
+      that training went on from, comes from `model_base`. The adapter is merged, but for quantised weights;
     - a plain LLM: no vision tower in the config; the image processor is then None.
 
     Args:
         model_path: folder or hub name of the checkpoint.
-        model_base: folder or hub name of the LLM that a projector belongs to; None for a full checkpoint.
+        model_base: folder or hub name of what a projector or an adapter belongs to; None for a whole model.
         model_name: kept for upstream's callers; not needed.
-        load_8bit: quantise the LLM to 8 bits (needs bitsandbytes and CUDA).
-        load_4bit: quantise the LLM to 4 bits, nf4 (needs bitsandbytes and CUDA).
+        load_8bit: quantise the LLM to 8 bits (needs bitsandbytes).
+        load_4bit: quantise the LLM to 4 bits, nf4 (needs bitsandbytes).
         device_map: as in transformers; used where `device` is "cuda".
-        device: "cuda", "cpu", ...
+        device: "cuda", "cpu", ...; without a CUDA device, "cuda" means wherever `device_map` says.
         use_flash_attn: ask for flash_attention_2.
+        multimodal: kept for lmms-eval, which passes it; the config decides.
+        customized_config: read in place of the checkpoint's config: a JSON file, a folder or a config object.
+        overwrite_config: values to set in the config.
         **kwargs: passed to `from_pretrained`. `dtype` (or `torch_dtype`) wins over the default, float16 on CUDA and
             float32 elsewhere.
 
     Raises:
-        FileNotFoundError: there is nothing at `model_path`, or a projector's weights are missing.
-        ValueError: a projector folder comes without `model_base`, or weights do not fit.
+        FileNotFoundError: there is nothing at `model_path`, or a file is missing.
+        ValueError: `model_base` is missing, or weights do not fit; the message names them.
     """
+    form = checkpoint_form(model_path)
     kwargs = model_kwargs(load_8bit, load_4bit, device_map, device, use_flash_attn, kwargs)
-    config = read_config(model_path)
-    is_projector_alone = find_file(model_path, "mm_projector.bin") is not None and not has_llm_weights(model_path)
-    if is_projector_alone and model_base is None:
-        raise ValueError(
-            f"{model_path} holds a projector alone (mm_projector.bin), as stage 1 writes it. "
-            "Name the LLM it was trained with: --model-base FOLDER_OR_HUB_NAME."
-        )
-    if find_file(model_path, "adapter_config.json") is not None:
-        raise ValueError(
-            f"{model_path} holds a LoRA adapter (adapter_config.json), which this version cannot load. "
-            "Merge it into its base first and pass the merged folder."
-        )
+    weights_path = whose_weights(form, model_path, model_base)
+    config = choose_config(model_path, weights_path, customized_config, overwrite_config or {})
+    has_tokenizer = find_file(model_path, "tokenizer_config.json") is not None
+    tokenizer = AutoTokenizer.from_pretrained(model_path if has_tokenizer else weights_path)
+    is_quantised = "quantization_config" in kwargs
 
-    weights_path = model_base if is_projector_alone and model_base is not None else model_path
-    tokenizer = AutoTokenizer.from_pretrained(weights_path)
     if not getattr(config, "mm_vision_tower", None):
-        text_model = AutoModelForCausalLM.from_pretrained(weights_path, **kwargs)
-        return LoadedModel(tokenizer, text_model, None, context_length(config))
+        if form is Form.PROJECTOR:
+            raise ValueError(f"{model_path} holds a projector, but its config.json names no vision tower.")
+        text_model, _ = from_pretrained_strictly(AutoModelForCausalLM, weights_path, config=config, **kwargs)
+        if form is Form.ADAPTER:
+            text_model = add_lora(text_model, model_path, merge=not is_quantised)
+        return LoadedModel(tokenizer, text_model.eval(), None, context_length(config))
 
-    model = load_strictly(weights_path, llava_config(config), "mm_projector" if is_projector_alone else None, kwargs)
-    if is_projector_alone:
-        source = find_file(model_path, "mm_projector.bin")
-        assert source is not None
-        load_projector(model.get_model().mm_projector, read_projector_file(source), source)
+    vocabulary = config.vocab_size
+    if form is not Form.WHOLE_MODEL:
+        config.vocab_size = read_config(weights_path).vocab_size  # the base's tables come in their own size
+    model, to_come = from_pretrained_strictly(
+        llava_model_class(config),
+        weights_path,
+        may_come_later if form is not Form.WHOLE_MODEL else None,
+        config=config,
+        **kwargs,
+    )
     add_image_tokens(tokenizer, model)
-    tower = model.get_vision_tower()
-    tower.load_model(device_map=None)
-    tower.to(device=model.device, dtype=kwargs["dtype"])
-    return LoadedModel(tokenizer, model.eval(), tower.image_processor, context_length(config))
+    trained: dict[str, Tensor] = {}
+    if form is not Form.WHOLE_MODEL:
+        fit_vocabulary(model, vocabulary, len(tokenizer))
+        source = find_file(model_path, PROJECTOR_FILE if form is Form.PROJECTOR else NON_LORA_FILE)
+        trained = read_trained_tensors(source) if source is not None else {}
+        fill_trained(model, trained, to_come, source or f"{model_path}, which has no {NON_LORA_FILE},")
+    if form is Form.ADAPTER:
+        model = add_lora(model, model_path, merge=not is_quantised)
+    load_tower(model, trained, weights_path)
+    return LoadedModel(tokenizer, model.eval(), model.get_vision_tower().image_processor, context_length(config))
 
 
 def model_kwargs(
@@ -99,86 +122,95 @@ def model_kwargs(
 ) -> dict[str, Any]:
     """Arguments of `from_pretrained` that follow from those of `load_pretrained_model`."""
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
     if dtype is None:
-        dtype = torch.float16 if device.startswith("cuda") else torch.float32
+        is_cuda = device.startswith("cuda") and torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"})
+        dtype = torch.float16 if is_cuda else torch.float32
     resolved = {"dtype": dtype, "device_map": device_map if device == "cuda" else {"": device}, **kwargs}
     if load_8bit:
-        resolved["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["mm_projector"])
+        resolved["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTISED)
     elif load_4bit:
         resolved["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=torch.float16 if dtype == "auto" else dtype,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_quant_type="nf4",
-            llm_int8_skip_modules=["mm_projector", "lm_head"],
+            llm_int8_skip_modules=NOT_QUANTISED,
         )
     if use_flash_attn:
         resolved["attn_implementation"] = "flash_attention_2"
     return resolved
 
 
-def load_strictly(weights_path: str, config: Any, comes_later: str | None, kwargs: dict[str, Any]) -> Any:
-    """A LLaVA model whose weights all come from `weights_path`.
-
-    Args:
-        comes_later: part of the names of weights that the caller fills in.
+def whose_weights(form: Form, model_path: str, model_base: str | None) -> str:
+    """Where the LLM's weights lie: in the checkpoint itself, or in its base.
 
     Raises:
-        ValueError: weights are missing, or there are some that the model has no place for.
+        ValueError: a base is needed and missing, or holds no whole model.
     """
-    model_class = llava_model_class(config)
-    loaded: Any = model_class.from_pretrained(weights_path, config=config, output_loading_info=True, **kwargs)
-    model, report = loaded
-    missing = sorted(name for name in report["missing_keys"] if comes_later is None or comes_later not in name)
-    unexpected = sorted(report["unexpected_keys"])
-    if missing or unexpected:
+    if form is Form.WHOLE_MODEL:
+        if model_base is not None:
+            logger.warning("%s holds %s: --model-base %s is not read.", model_path, form.value, model_base)
+        return model_path
+    if model_base is None:
         raise ValueError(
-            f"The weights in {weights_path} do not fit its config. Missing: {missing[:10]} ({len(missing)}). "
-            f"Unexpected: {unexpected[:10]} ({len(unexpected)}). Check that config.json belongs to these weights."
+            f"{model_path} holds {form.value}. Name what it was trained on: --model-base FOLDER_OR_HUB_NAME"
+            f"{recorded_base(model_path)}."
         )
-    return model
+    base_form = checkpoint_form(model_base)
+    if base_form is not Form.WHOLE_MODEL:
+        raise ValueError(f"--model-base {model_base} holds {base_form.value}; expected {Form.WHOLE_MODEL.value}.")
+    return model_base
+
+
+def choose_config(model_path: str, weights_path: str, customized: Any, overwrites: dict[str, Any]) -> Any:
+    """The config to build the model from; a LLaVA's, where it names a vision tower."""
+    if customized is not None:
+        config = read_config(customized) if isinstance(customized, str) else customized
+    else:  # adapters that peft alone has written have no config of the model
+        config = read_config(model_path if find_file(model_path, "config.json") is not None else weights_path)
+    for name, value in overwrites.items():
+        setattr(config, name, value)
+    return llava_config(config) if getattr(config, "mm_vision_tower", None) else config
 
 
 def read_config(model_path: str) -> Any:
-    """The config at `model_path`.
+    """The config of a checkpoint, or in a JSON file.
+
+    LLaVA checkpoints of before 2024 call themselves `llava`, a name that transformers has since given to its own model.
 
     Raises:
-        FileNotFoundError: there is no folder with a config, and no such name on the hub.
+        FileNotFoundError: there is no config there, and no such name on the hub.
+        ValueError: it is of a kind that cannot be read, such as transformers' own LLaVA.
     """
     try:
-        return AutoConfig.from_pretrained(model_path)
+        values, _ = PreTrainedConfig.get_config_dict(model_path)
     except OSError as error:
         raise FileNotFoundError(
             f"No checkpoint at {model_path}: expected a folder with config.json, or a name on the hub. "
             f"{str(error).splitlines()[0]}"
         ) from error
+    model_type = values.get("model_type")
+    if model_type == "llava" and "text_config" in values:
+        raise ValueError(
+            f"{model_path} is a LLaVA of transformers (LlavaForConditionalGeneration), whose weights are named "
+            "otherwise. Convert it with llava-convert, or load it with transformers."
+        )
+    if model_type == "llava":
+        return LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
+    try:
+        return AutoConfig.from_pretrained(model_path)
+    except ValueError as error:
+        raise ValueError(
+            f"The config.json of {model_path} has model type `{model_type}`, which cannot be read: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
-def find_file(model_path: str, name: str) -> str | None:
-    """Path of a file of a checkpoint, in a local folder or fetched from the hub; None where there is none."""
-    if Path(model_path).is_dir():
-        path = Path(model_path) / name
-        return str(path) if path.is_file() else None
-    from transformers.utils import cached_file
-
-    return cached_file(
-        model_path,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-
-
-def has_llm_weights(model_path: str) -> bool:
-    """Whether the checkpoint holds weights of an LLM, in one file or in shards."""
-    names = (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    )
-    return any(find_file(model_path, name) is not None for name in names)
+def may_come_later(name: str) -> bool:
+    """Whether a weight may be missing from a base, as the checkpoint that names the base brings it."""
+    return name.startswith(PROJECTOR) or name == IMAGE_NEWLINE
 
 
 def add_image_tokens(tokenizer: Any, model: Any) -> None:
@@ -191,6 +223,52 @@ def add_image_tokens(tokenizer: Any, model: Any) -> None:
     if added:
         tokenizer.add_tokens(added, special_tokens=True)
         model.resize_token_embeddings(len(tokenizer))
+
+
+def fit_vocabulary(model: Any, vocabulary: int, tokens: int) -> None:
+    """Gives the base's tables the number of rows that training had.
+
+    Args:
+        model: its tables have as many rows as the base, or as the tokenizer.
+        vocabulary: rows in training, from the checkpoint's config.
+        tokens: how many tokens the tokenizer has.
+
+    Raises:
+        ValueError: there would be tokens without a row.
+    """
+    if vocabulary < tokens:
+        raise ValueError(
+            f"The checkpoint was trained with {vocabulary} words (vocab_size in config.json), the base has {tokens}. "
+            "Pass as --model-base the LLM it was trained on."
+        )
+    if vocabulary != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(vocabulary)
+
+
+def load_tower(model: Any, trained: dict[str, Tensor], weights_path: str) -> None:
+    """Reads the vision tower's weights, from its own folder; those that were trained, from the checkpoint.
+
+    Args:
+        model: its tower has no weights yet.
+        trained: weights trained beside a base; those of a tower among them are used.
+        weights_path: whole model, whose tower is used if its config says `unfreeze_mm_vision_tower`.
+
+    Raises:
+        ValueError: weights of a trained tower are missing, superfluous, or of another shape.
+    """
+    tower = model.get_vision_tower()
+    tower.load_model(device_map=None)
+    tower.to(device=model.device, dtype=model.dtype)
+    source: Mapping[str, Tensor] = trained
+    if not any(name.startswith(TOWER) for name in trained):
+        if not getattr(model.config, "unfreeze_mm_vision_tower", False):
+            return
+        source = CheckpointTensors(weights_path)
+    # Older versions of transformers saved the numbers of the positions too.
+    own = {name: source[name] for name in source if name.startswith(TOWER) and not name.endswith("position_ids")}
+    parameters = {tower.checkpoint_name(TOWER + name): p for name, p in tower.named_parameters()}
+    hint = "Its config.json says `unfreeze_mm_vision_tower`: a tower that was trained is read from the checkpoint."
+    fill_strictly(parameters, own, f"The vision tower in {weights_path}", hint)
 
 
 def context_length(config: Any) -> int:

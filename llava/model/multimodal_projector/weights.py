@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from llava.model.strict_loading import fill_strictly, gathered
+from llava.model.tensor_files import read_tensors
+
+__all__ = ["gathered", "load_projector", "projector_state", "read_projector_file"]
 
 MARK = "mm_projector."
 HONEYBEE_MARK = "abstractor."
@@ -28,12 +30,7 @@ def read_projector_file(path: str | Path) -> dict[str, Tensor]:
             f"No projector weights at {path}. Stage 1 writes them as <output_dir>/mm_projector.bin; "
             "run scripts/v1_5/pretrain.sh first or pass the path of that file."
         )
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_tensors(path)
     if not projector_state(state):
         raise ValueError(f"{path} holds no projector: expected keys that contain `{MARK}`, found {sorted(state)[:5]}.")
     return state
@@ -60,31 +57,5 @@ def load_projector(projector: nn.Module, state: Mapping[str, Tensor], source: st
     Raises:
         ValueError: keys are missing or unexpected, or a shape differs; names both sides and the likely reason.
     """
-    loaded = projector_state(state)
-    parameters = dict(projector.named_parameters())
-    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in loaded.items()}
-    if expected != found:
-        differing = [
-            f"{name}: model {expected.get(name, 'has no such tensor')}, file {found.get(name, 'has no such tensor')}"
-            for name in sorted(expected.keys() | found.keys())
-            if expected.get(name) != found.get(name)
-        ]
-        reason = (
-            "A shape with 0 comes from a file saved from ZeRO-3 shards without gathering; save it again."
-            if any(0 in shape for shape in found.values())
-            else "The projector was trained for another LLM, another vision tower or another --mm_projector_type."
-        )
-        raise ValueError(f"The projector in {source} does not fit this model. {'; '.join(differing)}. {reason}")
-    with gathered(list(parameters.values())), torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(loaded[name])
-
-
-def gathered(parameters: list[nn.Parameter]) -> Any:
-    """Context in which ZeRO-3 partitions of `parameters` are whole and writable; does nothing elsewhere."""
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
-    return nullcontext()
+    hint = "The projector was trained for another LLM, another vision tower or another --mm_projector_type."
+    fill_strictly(dict(projector.named_parameters()), projector_state(state), f"The projector in {source}", hint)

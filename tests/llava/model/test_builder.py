@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from transformers import LlavaConfig
 
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("form", ["full", "projector_only", "tiny_llava", "text_base"])
+@pytest.mark.parametrize("form", ["full", "projector_only", "lora", "tiny_llava", "text_base"])
 def test_each_form_gives_the_recorded_logits_and_answer(form: str, golden_world: Path, goldens: Path) -> None:
     case = json.loads((goldens / "g_builder.json").read_text())[form]
     expected = np.load(goldens / "g_builder.npz")[f"{form}/logits"]
@@ -66,18 +67,92 @@ def test_a_missing_folder_is_named(golden_world: Path) -> None:
         load_pretrained_model("no-such-folder", None, "x", device="cpu")
 
 
-def test_missing_and_unexpected_weights_are_named(golden_world: Path) -> None:
-    weights = load_file("tiny-llava/model.safetensors")
-    weights["model.surprise"] = weights.pop("model.mm_projector.2.bias")
-    save_file(weights, "tiny-llava/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model\.mm_projector\.2\.bias.*model\.surprise"):
+def test_a_base_beside_a_whole_model_is_said_to_be_unread(golden_world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_pretrained_model("tiny-llava", "tiny-vicuna", "x", device="cpu")
+    assert "--model-base tiny-vicuna is not read" in caplog.text
+
+
+def test_a_projector_is_no_base(golden_world: Path, goldens: Path) -> None:
+    shutil.copytree(goldens / "ckpt_stage1", "stage1")
+    with pytest.raises(ValueError, match="--model-base stage1 holds a projector alone"):
+        load_pretrained_model("stage1", "stage1", "x", device="cpu")
+
+
+def edit_config(folder: str, **values: Any) -> None:
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# Keys of the published llava-v1.5-7b that transformers does not know, and two that it reads into generation.
+PUBLISHED = {
+    "freeze_mm_vision_resampler": False,
+    "max_length": 4096,
+    "mm_resampler_type": None,
+    "tune_mm_vision_resampler": False,
+    "unfreeze_mm_vision_tower": False,
+    "transformers_version": "4.31.0",
+}
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
+def test_keys_and_names_of_published_checkpoints_do_no_harm(golden_world: Path, model_type: str) -> None:
+    ids = torch.tensor([[1, 20, 30, 40]])
+    expected = load_pretrained_model("tiny-llava", None, "x", device="cpu").model(input_ids=ids).logits
+    edit_config("tiny-llava", model_type=model_type, mm_vision_tower=str(Path("tiny-clip").resolve()), **PUBLISHED)
+    edit = json.loads(Path("tiny-llava/generation_config.json").read_text()) | {"temperature": 0.9, "top_p": 0.6}
+    Path("tiny-llava/generation_config.json").write_text(json.dumps(edit))
+    _, model, _, context_len = load_pretrained_model("tiny-llava", None, "x", device="cpu")
+    assert type(model).__name__ == "LlavaLlamaForCausalLM"
+    assert context_len == 2048
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    answer = model.generate(ids, do_sample=False, max_new_tokens=3, min_new_tokens=3)
+    assert answer.shape == (1, 3)
+
+
+def test_the_llava_of_transformers_is_told_apart(tmp_path: Path) -> None:
+    LlavaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Convert it with llava-convert"):
+        load_pretrained_model(str(tmp_path), None, "x", device="cpu")
+
+
+def test_a_model_type_that_is_not_known_is_named(golden_world: Path) -> None:
+    edit_config("tiny-llava", model_type="llava_mpt")
+    with pytest.raises(ValueError, match="model type `llava_mpt`, which cannot be read"):
         load_pretrained_model("tiny-llava", None, "x", device="cpu")
 
 
-def test_a_projector_of_another_width_names_both_shapes(golden_world: Path, goldens: Path) -> None:
-    shutil.copytree(goldens / "ckpt_stage1", "stage1")
-    state = torch.load("stage1/mm_projector.bin", weights_only=True)
-    state["model.mm_projector.0.weight"] = torch.zeros(64, 48)
-    torch.save(state, "stage1/mm_projector.bin")
-    with pytest.raises(ValueError, match=r"0\.weight: model \(64, 32\), file \(64, 48\)"):
-        load_pretrained_model("stage1", "tiny-vicuna", "x", device="cpu")
+@pytest.mark.parametrize(("scaling", "factor"), [(None, 1.0), ({"type": "linear", "factor": 4.0}, 4.0)])
+def test_rotary_settings_of_old_configs_are_read(golden_world: Path, scaling: Any, factor: float) -> None:
+    edit_config("tiny-llava", rope_theta=500000.0, rope_scaling=scaling)
+    edit_config("tiny-vicuna", rope_theta=500000.0, rope_scaling=scaling)
+    expected = 500000.0 ** (-torch.arange(0, 16, 2) / 16) / factor  # heads of width 16
+    for folder in ("tiny-llava", "tiny-vicuna"):
+        _, model, _, _ = load_pretrained_model(folder, None, "x", device="cpu")
+        torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected, rtol=1e-6, atol=0)
+
+
+def test_what_lmms_eval_passes_is_taken_without_cuda(golden_world: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    config = json.loads(Path("tiny-llava/config.json").read_text()) | {"image_aspect_ratio": "square"}
+    Path("other.json").write_text(json.dumps(config))
+    _, model, _, _ = load_pretrained_model(
+        "tiny-llava",
+        None,
+        "llava",
+        device_map="auto",
+        multimodal=True,
+        attn_implementation="eager",
+        customized_config="other.json",
+        overwrite_config={"mm_patch_merge_type": "spatial"},
+    )
+    assert model.device.type == "cpu"
+    assert model.dtype == model.get_vision_tower().dtype == torch.float32
+    assert model.config._attn_implementation == "eager"
+    assert (model.config.image_aspect_ratio, model.config.mm_patch_merge_type) == ("square", "spatial")
+
+
+def test_a_dtype_may_be_given_by_name(golden_world: Path) -> None:
+    for dtype, expected in (("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+        _, model, _, _ = load_pretrained_model("tiny-llava", None, "x", device="cpu", torch_dtype=dtype)
+        assert model.dtype == model.get_vision_tower().dtype == expected

@@ -1,0 +1,171 @@
+"""`load_pretrained_model` reads weights strictly, from every layout, and runs no pickle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llava.model.builder import load_pretrained_model
+from llava.model.tensor_files import read_tensors
+
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+
+def load(folder: str, base: str | None = None) -> Any:
+    return load_pretrained_model(folder, base, "x", device="cpu").model
+
+
+def edit_config(folder: str, **values: Any) -> None:
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def save_shards(weights: dict[str, Tensor], folder: Path, ending: str) -> None:
+    stem = "pytorch_model" if ending == "bin" else "model"
+    names = sorted(weights)
+    shards = [names[::2], names[1::2]]
+    files = [f"{stem}-0000{number}-of-00002.{ending}" for number in (1, 2)]
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {name: weights[name] for name in shard}
+        if ending == "bin":
+            torch.save(tensors, folder / file)
+        else:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("layout", ["bin", "old bin", "bin shards", "safetensors shards"])
+def test_every_layout_gives_the_same_weights(golden_world: Path, layout: str) -> None:
+    expected = load("tiny-llava").state_dict()
+    folder = golden_world / "tiny-llava"
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # as transformers 4.31 saved
+    (folder / "model.safetensors").unlink()
+    if "shards" in layout:
+        save_shards(weights, folder, layout.split()[0])
+    else:
+        zipped = layout == "bin"
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    found = load("tiny-llava").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_no_pickled_object_is_ever_built(golden_world: Path, goldens: Path) -> None:
+    shutil.copytree(goldens / "ckpt_stage1", "stage1")
+    state = torch.load("stage1/mm_projector.bin", weights_only=True)
+    torch.save(state | {"surprise": Fraction(1, 2)}, "stage1/mm_projector.bin")
+    with pytest.raises(ValueError, match=r"mm_projector\.bin cannot be read as a file of tensors.*never run here"):
+        load("stage1", "tiny-vicuna")
+    weights = load_file("tiny-llava/model.safetensors")
+    Path("tiny-llava/model.safetensors").unlink()
+    torch.save(weights | {"surprise": Fraction(1, 2)}, "tiny-llava/pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"tiny-llava cannot be read as a file of tensors.*never run here"):
+        load("tiny-llava")
+
+
+def test_files_that_are_no_state_dict_are_refused(tmp_path: Path) -> None:
+    torch.save([torch.zeros(2)], tmp_path / "list.bin")
+    with pytest.raises(ValueError, match=r"list\.bin holds a list"):
+        read_tensors(tmp_path / "list.bin")
+    torch.save({"weight": torch.zeros(2), "epoch": 3}, tmp_path / "more.bin")
+    with pytest.raises(ValueError, match=r"more\.bin holds more than tensors: \['epoch'\]"):
+        read_tensors(tmp_path / "more.bin")
+    for name in ("cut.bin", "cut.safetensors"):
+        (tmp_path / name).write_bytes(b"cut off")
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            read_tensors(tmp_path / name)
+
+
+def test_missing_and_unexpected_weights_are_named(golden_world: Path) -> None:
+    weights = load_file("tiny-llava/model.safetensors")
+    weights["model.surprise"] = weights.pop("model.mm_projector.2.bias")
+    save_file(weights, "tiny-llava/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.mm_projector\.2\.bias.*model\.surprise"):
+        load("tiny-llava")
+
+
+def test_a_weight_of_another_shape_is_named_with_both_shapes(golden_world: Path) -> None:
+    edit_config("tiny-llava", intermediate_size=96)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj\.weight: model \(64, 96\), file \(64, 128\)"):
+        load("tiny-llava")
+
+
+def test_a_projector_of_another_width_names_both_shapes(golden_world: Path, goldens: Path) -> None:
+    shutil.copytree(goldens / "ckpt_stage1", "stage1")
+    state = torch.load("stage1/mm_projector.bin", weights_only=True)
+    state["model.mm_projector.0.weight"] = torch.zeros(64, 48)
+    torch.save(state, "stage1/mm_projector.bin")
+    with pytest.raises(ValueError, match=r"0\.weight: model \(64, 32\), file \(64, 48\)"):
+        load("stage1", "tiny-vicuna")
+
+
+def test_a_stranger_in_a_projector_file_is_named(golden_world: Path, goldens: Path) -> None:
+    shutil.copytree(goldens / "ckpt_stage1", "stage1")
+    state = torch.load("stage1/mm_projector.bin", weights_only=True)
+    torch.save(state | {"model.vision_resampler.weight": torch.zeros(2)}, "stage1/mm_projector.bin")
+    with pytest.raises(ValueError, match=r"vision_resampler\.weight: model has no such tensor, file \(2,\)"):
+        load("stage1", "tiny-vicuna")
+
+
+def test_start_and_end_tokens_of_stage_1_get_their_trained_rows(golden_world: Path, goldens: Path) -> None:
+    shutil.copytree(goldens / "ckpt_stage1", "stage1")
+    edit_config("stage1", mm_use_im_start_end=True, vocab_size=1002)
+    state = torch.load("stage1/mm_projector.bin", weights_only=True)
+    table = torch.randn(1002, 64)
+    torch.save(state | {"model.embed_tokens.weight": table}, "stage1/mm_projector.bin")
+    tokenizer, model, _, _ = load_pretrained_model("stage1", "tiny-vicuna", "x", device="cpu")
+    assert tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"]) == [1000, 1001]
+    assert torch.equal(model.get_input_embeddings().weight, table)
+    assert model.lm_head.weight.shape == (1002, 64)
+
+
+def tower_checkpoint(goldens: Path, trained: bool) -> dict[str, Tensor]:
+    """Copies the recorded checkpoint of stage 2, with a tower that differs from the one in its own folder."""
+    shutil.copytree(goldens / "ckpt_stage2", "stage2")
+    weights = load_file("stage2/model.safetensors")
+    weights = {name: tensor + name.startswith(TOWER) for name, tensor in weights.items()}
+    save_file(weights, "stage2/model.safetensors", metadata={"format": "pt"})
+    edit_config("stage2", unfreeze_mm_vision_tower=trained)
+    return {name: tensor for name, tensor in weights.items() if name.startswith(TOWER)}
+
+
+def test_a_copy_of_the_frozen_tower_is_passed_over(golden_world: Path, goldens: Path, capfd: Any) -> None:
+    tower_checkpoint(goldens, trained=False)
+    tower = load("stage2").get_vision_tower()
+    own = load_file("tiny-clip/model.safetensors")
+    found = tower.vision_tower.state_dict()
+    assert all(torch.equal(found[name.removeprefix("vision_model.")], own[name]) for name in own)
+    assert "vision_model" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["one file", "bin shards"])
+def test_a_trained_tower_is_read_from_the_checkpoint(golden_world: Path, goldens: Path, layout: str) -> None:
+    trained = tower_checkpoint(goldens, trained=True)
+    if layout == "bin shards":
+        weights = load_file("stage2/model.safetensors")
+        weights[TOWER + "embeddings.position_ids"] = torch.arange(17)[None]  # as transformers 4.30 saved
+        save_shards(weights, Path("stage2"), "bin")
+        Path("stage2/model.safetensors").unlink()
+    found = load("stage2").get_vision_tower().vision_tower.state_dict()
+    assert {TOWER + name for name in found} == trained.keys()
+    assert all(torch.equal(found[name.removeprefix(TOWER)], tensor) for name, tensor in trained.items())
+
+
+def test_a_trained_tower_must_be_whole(golden_world: Path, goldens: Path) -> None:
+    tower_checkpoint(goldens, trained=True)
+    weights = load_file("stage2/model.safetensors")
+    weights[TOWER + "surprise"] = weights.pop(TOWER + "post_layernorm.bias")
+    save_file(weights, "stage2/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"post_layernorm\.bias: model \(32,\), file has no.*surprise: model has no"):
+        load("stage2")
