@@ -28,8 +28,8 @@ class ModelArguments:
     version: str | None = field(
         default=None,
         metadata={
-            "help": "Conversation template: `plain` in stage 1. In stage 2 `v1` for Vicuna, `llava_llama_3` for Llama 3, "
-            "`mistral_instruct` for Mistral, `qwen_2` for Qwen2 and Qwen2.5, `qwen_3` for Qwen3."
+            "help": "Conversation template: `plain` in stage 1. In stage 2 `v1` for Vicuna, `llava_llama_3` for Llama "
+            "3, `mistral_instruct` for Mistral, `qwen_2` for Qwen2 and Qwen2.5, `qwen_3` for Qwen3."
         },
     )
     freeze_backbone: bool = False
