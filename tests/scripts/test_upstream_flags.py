@@ -1,4 +1,4 @@
-"""The flags and values of LLaVA-1.5's own launch scripts are read under their names, with nothing edited."""
+"""The flags and values of LLaVA's own launch scripts are read under their names, with nothing edited."""
 
 from __future__ import annotations
 
@@ -54,11 +54,45 @@ _STAGE_2 = {
     "save_steps": "50000",
     "learning_rate": "2e-5",
 }
-_LORA = {"lora_enable": "True", "lora_r": "128", "lora_alpha": "256", "mm_projector_lr": "2e-5"}
+_TASK = {
+    "model_name_or_path": "liuhaotian/llava-v1.5-13b",  # a LLaVA already, so no projector to start from
+    "output_dir": "./checkpoints/llava-v1.5-13b-task",
+}
+_LORA = {
+    "lora_enable": "True",
+    "lora_r": "128",
+    "lora_alpha": "256",
+    "mm_projector_lr": "2e-5",
+    "learning_rate": "2e-4",
+}
+# The first LLaVA's recipes name no projector type (it was linear), no aspect ratio and no grouping.
+_FIRST_LLAVA = {
+    "model_name_or_path": "./checkpoints/vicuna-v1-3-7b",
+    "version": "v1",
+    "data_path": "./playground/data/llava_instruct_80k.json",
+    "image_folder": "/path/to/coco/train2017",
+    "vision_tower": "openai/clip-vit-large-patch14",
+    "pretrain_mm_mlp_adapter": "./checkpoints/llava-vicuna-v1-3-7b-pretrain/mm_projector.bin",
+    "output_dir": "./checkpoints/llava-vicuna-v1-3-7b-finetune_lora",
+    "per_device_train_batch_size": "16",
+    "save_steps": "50000",
+    "learning_rate": "2e-5",
+}
+
+
+def without(flags: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in flags.items() if name not in names}
+
+
 FLAGS = {
-    "pretrain": _SHARED | _STAGE_1,
-    "finetune": _SHARED | _STAGE_2,
-    "finetune_lora": _SHARED | _STAGE_2 | _LORA | {"learning_rate": "2e-4"},
+    "v1_5/pretrain": _SHARED | _STAGE_1,
+    "v1_5/finetune": _SHARED | _STAGE_2,
+    "v1_5/finetune_lora": _SHARED | _STAGE_2 | _LORA,
+    "v1_5/finetune_task": without(_SHARED | _STAGE_2 | _TASK, "pretrain_mm_mlp_adapter"),
+    "v1_5/finetune_task_lora": without(_SHARED | _STAGE_2 | _TASK | _LORA, "pretrain_mm_mlp_adapter"),
+    "finetune": without(_SHARED | _FIRST_LLAVA, "mm_projector_type"),
+    "finetune_lora": without(_SHARED | _FIRST_LLAVA | {"lora_enable": "True"}, "mm_projector_type"),
+    "finetune_qlora": without(_SHARED | _FIRST_LLAVA | {"lora_enable": "True", "bits": "4"}, "mm_projector_type"),
 }
 NEEDS_A_DEVICE = ("bf16", "tf32")
 

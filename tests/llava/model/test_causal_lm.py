@@ -189,6 +189,21 @@ def test_labels_in_eval_mode_give_loss_and_logits(model: LlavaLlamaForCausalLM) 
     assert output.logits.shape[-1] == 1000
 
 
+def test_an_answers_likelihood_as_lmms_eval_asks_for_it(model: LlavaLlamaForCausalLM) -> None:
+    """Its call: no mask, labels as long as the ids, float16 images; it reads the output as a dict."""
+    ids, _ = prompts([9], [1])
+    labels = ids.clone()
+    labels[:, :6] = IGNORE_INDEX
+    images = pixels(1).half()
+    with torch.inference_mode():
+        output = model(input_ids=ids, labels=labels, images=images, use_cache=True, image_sizes=[[80, 40]])
+        answer = ids[0, 6:]
+        logits = model(input_ids=ids, images=images).logits[0, -len(answer) - 1 : -1]
+    assert output["logits"].shape == (1, 9 + 16, 1000)
+    likelihood = logits.double().log_softmax(-1)[range(len(answer)), answer].mean()
+    assert output["loss"].item() == pytest.approx(-likelihood.item(), rel=1e-5)
+
+
 def test_logits_to_keep_selects_the_last_positions(model: LlavaLlamaForCausalLM) -> None:
     batch = training_batch()
     full = model(batch["input_ids"], batch["attention_mask"], images=batch["images"]).logits

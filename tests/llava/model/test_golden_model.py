@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def load(**overrides: Any) -> LlavaLlamaForCausalLM:
 
 def close(actual: Tensor, expected: np.ndarray, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual.double(), torch.from_numpy(expected).double(), rtol=tolerance, atol=tolerance)
+
+
+def fill(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Values as they were recorded with: normals seeded by the name's checksum, scaled by the shape."""
+    normals = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    scale = 0.05 if len(shape) == 1 else 1 / np.sqrt(np.prod(shape[1:]))
+    return torch.from_numpy((scale * normals).astype(np.float32))
 
 
 @pytest.fixture
@@ -83,6 +91,24 @@ def test_projector_keys(projector_type: str, goldens: Path) -> None:
     assert {name: list(t.shape) for name, t in projector.state_dict().items()} == expected
 
 
+@pytest.mark.parametrize("projector_type", ["linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu"])
+def test_projector_outputs(projector_type: str, goldens: Path) -> None:
+    config = types.SimpleNamespace(mm_projector_type=projector_type, mm_hidden_size=32, hidden_size=64)
+    projector = build_vision_projector(config)
+    with torch.no_grad():
+        for name, parameter in projector.named_parameters():
+            parameter.copy_(fill(f"model.mm_projector.{name}", tuple(parameter.shape)))
+        close(projector(fill("x", (2, 16, 32))), np.load(goldens / f"g_proj_{projector_type}.npy"))
+
+
+def test_projector_classes_of_a_missing_type_and_of_no_layers(goldens: Path) -> None:
+    recorded = json.loads((goldens / "g_projectors.json").read_text())
+    config = types.SimpleNamespace(mm_hidden_size=32, hidden_size=64)
+    assert type(build_vision_projector(config)).__name__ == recorded["default_when_missing"]
+    config.mm_projector_type = "mlp0x_gelu"
+    assert type(build_vision_projector(config)).__name__ == recorded["mlp0x_gelu"]
+
+
 def test_unknown_projector_types_are_refused_by_name() -> None:
     for name in ("mlp2x_silu", "foo"):
         with pytest.raises(ValueError, match=f"Unknown projector type: {name}"):
@@ -105,7 +131,7 @@ def test_merge_of_text_and_images(name: str, golden_world: Path, goldens: Path, 
         model.config.mm_patch_merge_type = merge_type
         model.config.image_aspect_ratio, model.config.image_grid_pinpoints = "anyres", PINPOINTS
         if "unpad" in merge_type:
-            model.model.image_newline = torch.nn.Parameter(newline())
+            model.model.image_newline = torch.nn.Parameter(fill("model.image_newline", (64,)))
         tiles = np.load(goldens / "g_images.npz")
         images = [torch.from_numpy(tiles[f"anyres/{i}"]) if name.startswith("anyres") else pixels[i] for i in (1, 4)]
     elif isinstance(case["imgs"][0], list):
@@ -128,14 +154,6 @@ def test_merge_of_text_and_images(name: str, golden_world: Path, goldens: Path, 
         if value is not None:
             assert str(value.dtype) == CASES[name]["dtypes"][key]
             close(value, golden[f"{name}/{key}"])
-
-
-def newline() -> Tensor:
-    """The recorded `image_newline`: normals seeded by the name's checksum, at the scale of the recording."""
-    import zlib
-
-    generator = np.random.RandomState(zlib.crc32(b"model.image_newline"))
-    return torch.from_numpy((0.05 * generator.standard_normal(64)).astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["mixed_right", "mixed_left", "truncated_20_right", "text_only_batch"])

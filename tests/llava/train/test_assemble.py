@@ -60,6 +60,13 @@ def test_bfloat16_keeps_what_is_trained_in_float32(
     assert logged(trainer) == pytest.approx(golden, rel=5e-3)  # bfloat16 has eight bits
 
 
+def test_start_and_end_tokens_are_trained_and_saved_with_the_projector(run_stage_1: Any) -> None:
+    model = run_stage_1("run", "--mm_use_im_start_end True --max_steps 2").model
+    assert not model.get_output_embeddings().weight.requires_grad
+    saved = torch.load("run/mm_projector.bin")
+    assert saved["model.embed_tokens.weight"].shape == (1002, 64)
+
+
 @pytest.mark.parametrize(
     ("version", "tokens", "pad"),
     [
