@@ -1,0 +1,189 @@
+"""The output folder of an annotation run: its manifest, its settings, and its shards.
+
+manifest.jsonl      the images, one line each
+settings.json       what decides the records: models with the hashes of their weights, thresholds, versions
+shards/00000.jsonl.gz ...
+logs/               how long each shard took; nothing reads it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from patch_aligned.annotate.files import written_whole
+from patch_aligned.annotate.manifest import ManifestEntry, manifest_bytes, read_manifest, write_manifest
+from patch_aligned.annotate.shards import Record, ShardError, ShardHeader, read_shard, shard_path
+
+_NAMES_SHOWN = 5
+
+
+class RunFolderError(ValueError):
+    """A folder that isn't a run's, or is another run's."""
+
+
+class RunFolder:
+    """An output folder, opened.
+
+    Attributes:
+        path: the folder.
+        entries: the manifest's, in order.
+        settings: what settings.json says.
+        settings_sha256: its hash, which every shard carries.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads a run's manifest and settings.
+
+        Raises:
+            RunFolderError: no run's folder, or a manifest that isn't the one of the settings.
+            ManifestError: a broken manifest.
+        """
+        self.path = path
+        settings_path, manifest_path = _settings_path(path), _manifest_path(path)
+        for file in (settings_path, manifest_path):
+            if not file.is_file():
+                raise RunFolderError(
+                    f"{file}: found no such file; expected the output folder of `patch-aligned annotate`"
+                )
+        content = settings_path.read_bytes()
+        try:
+            self.settings: dict[str, Any] = json.loads(content)
+            self.shard_size: int = self.settings["shard_size"]
+            expected = self.settings["manifest_sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{settings_path}: found no settings of a run ({error!r})") from error
+        self.settings_sha256 = hashlib.sha256(content).hexdigest()
+        self.entries: list[ManifestEntry] = read_manifest(manifest_path)
+        found = hashlib.sha256(manifest_path.read_bytes()).hexdigest()
+        if found != expected:
+            raise RunFolderError(
+                f"{manifest_path}: found sha256 {found}, expected {expected} as in settings.json. Was it edited? "
+                "Annotate into another --output"
+            )
+
+    @classmethod
+    def start(cls, path: Path, entries: list[ManifestEntry], settings: Mapping[str, Any], shard_size: int) -> RunFolder:
+        """Makes the folder, or goes on with one that was made with the same images and settings.
+
+        Several processes may do so at once: all of them write the same bytes.
+
+        Raises:
+            RunFolderError: names each setting that differs from the folder's.
+        """
+        content = manifest_bytes(entries)
+        wanted = {"shard_size": shard_size, "manifest_sha256": hashlib.sha256(content).hexdigest(), **settings}
+        path.mkdir(parents=True, exist_ok=True)
+        if not _manifest_path(path).exists():
+            write_manifest(entries, _manifest_path(path))
+        if not _settings_path(path).exists():
+            with written_whole(_settings_path(path)) as temporary:
+                temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        folder = cls(path)
+        if [entry.image_id for entry in folder.entries] != [entry.image_id for entry in entries]:
+            raise RunFolderError(f"{path}: {_difference_of_images(folder.entries, entries)}. {_ANOTHER}")
+        differences = [
+            f"{name}: the folder has {was!r}, this call {now!r}"
+            for name, was, now in _differences(folder.settings, json.loads(json.dumps(wanted)))
+        ]
+        if differences:
+            raise RunFolderError(
+                f"{path}: was begun with other settings, and one data set has one.\n  "
+                + "\n  ".join(differences)
+                + f"\n{_ANOTHER}"
+            )
+        return folder
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the whole run, done or not."""
+        return -(-len(self.entries) // self.shard_size)
+
+    def first_of(self, shard: int) -> int:
+        """Row of the shard's first image in the manifest."""
+        return shard * self.shard_size
+
+    def entries_of(self, shard: int) -> list[ManifestEntry]:
+        """The images of a shard."""
+        return self.entries[self.first_of(shard) : self.first_of(shard + 1)]
+
+    def shard_path(self, shard: int) -> Path:
+        """Its file, which is there if it is done."""
+        return shard_path(self.path, shard)
+
+    def read_shard(self, shard: int) -> tuple[ShardHeader, list[Record]]:
+        """A finished shard: its header and one record for each of its images, in order.
+
+        Raises:
+            ShardError: it is missing, not as it was written, of other settings, or of other images.
+        """
+        path = self.shard_path(shard)
+        header, records = read_shard(path)
+        if header.settings_sha256 != self.settings_sha256:
+            raise ShardError(
+                f"{path}, field 'settings_sha256': found {header.settings_sha256}, expected {self.settings_sha256} of "
+                f"{_settings_path(self.path)}. It belongs to another run; remove it and annotate again"
+            )
+        expected = [entry.image_id for entry in self.entries_of(shard)]
+        if [record.get("image_id") for record in records] != expected or header.shard != shard:
+            raise ShardError(
+                f"{path}: found other images than those of the manifest's rows {self.first_of(shard)} to "
+                f"{self.first_of(shard) + len(expected) - 1}. Remove it and annotate again"
+            )
+        return header, records
+
+    def is_done(self, shard: int) -> bool:
+        """Whether the shard is there and sound."""
+        try:
+            self.read_shard(shard)
+        except ShardError:
+            return False
+        return True
+
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards that aren't there. Those that are there aren't read."""
+        return [shard for shard in range(self.num_shards) if not self.shard_path(shard).is_file()]
+
+    def iter_records(self) -> Iterator[Record]:
+        """All records in the manifest's order; one shard is held at a time.
+
+        Raises:
+            ShardError: see `read_shard`.
+        """
+        for shard in range(self.num_shards):
+            yield from self.read_shard(shard)[1]
+
+
+_ANOTHER = "Go on with the same ones, or name another --output"
+
+
+def _settings_path(path: Path) -> Path:
+    return path / "settings.json"
+
+
+def _manifest_path(path: Path) -> Path:
+    return path / "manifest.jsonl"
+
+
+def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, old and new value of each leaf that differs."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted({*was, *now}):
+            yield from _differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif was != now:
+        yield name, was, now
+
+
+def _difference_of_images(was: list[ManifestEntry], now: list[ManifestEntry]) -> str:
+    old, new = ({entry.image_id for entry in entries} for entries in (was, now))
+    if old == new:
+        return f"the manifest has the same {len(old)} images in another order"
+    parts = [
+        f"{len(names)} {what} ({', '.join(sorted(names)[:_NAMES_SHOWN])}{', ...' if len(names) > _NAMES_SHOWN else ''})"
+        for names, what in ((new - old, "that the manifest lacks"), (old - new, "of the manifest that are gone"))
+        if names
+    ]
+    return f"found other images than the run began with: {' and '.join(parts)}"
