@@ -122,7 +122,7 @@ def _listed(named: Iterable[tuple[str, str, str]], source: Path) -> list[Manifes
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts or not _is_utf8(name):
             raise ManifestError(
-                f"{place}: found image {name!r}, expected a path below the image folder: relative, without '..', in UTF-8"
+                f"{place}: found image {name!r}, expected a path below the image folder, without '..', in UTF-8"
             )
         image_id = str(path)
         repeated += image_id in entries
