@@ -34,12 +34,16 @@ class AnnotationError(ValueError):
     Attributes:
         record_index: zero-based position in the file, -1 where the record came from elsewhere.
         image_id: as far as it could be read.
+        field, found, expected: the parts of the message, empty where it has no such parts.
     """
 
-    def __init__(self, message: str, record_index: int, image_id: str) -> None:
+    def __init__(
+        self, message: str, record_index: int, image_id: str, *, field: str = "", found: str = "", expected: str = ""
+    ) -> None:
         super().__init__(message)
         self.record_index = record_index
         self.image_id = image_id
+        self.field, self.found, self.expected = field, found, expected
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ class _Place:
             f"{self.source}: {record}(image_id {self.image_id!r}), field {name!r}: found {found}; expected {expected}."
             f"{' ' + hint if hint else ''} Correct the record, or leave it out with --patch_on_error skip."
         )
-        return AnnotationError(message, self.index, self.image_id)
+        return AnnotationError(message, self.index, self.image_id, field=name, found=found, expected=expected)
 
 
 def _checked(

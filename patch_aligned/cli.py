@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from patch_aligned.command_errors import clear_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,22 +29,6 @@ def _options(
     """Patch-aligned training: its data and its measures."""
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
     context.obj = {"debug": debug}
-
-
-def clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a command end with one sentence and exit code 2 where its input is wrong; bugs keep their traceback."""
-
-    @functools.wraps(command)
-    def wrapped(context: typer.Context, **arguments: Any) -> Any:
-        try:
-            return command(context, **arguments)
-        except (ValueError, OSError, ImportError) as error:
-            if context.obj["debug"]:
-                raise
-            typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(2) from error
-
-    return wrapped
 
 
 class ThresholdRule(str, Enum):
