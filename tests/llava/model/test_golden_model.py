@@ -116,7 +116,7 @@ def test_unknown_projector_types_are_refused_by_name() -> None:
 
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
-CASES = json.loads((Path(__file__).parents[2] / "goldens/llava/g_prepare.json").read_text())["cases"]
+CASES = json.loads((Path(__file__).parents[2] / "goldens" / "llava" / "g_prepare.json").read_text())["cases"]
 
 
 @pytest.mark.parametrize("name", CASES)
