@@ -1,4 +1,4 @@
-"""A small Qwen with tied word embeddings through both stages, from a plain LLM's folder to one that says how to talk to it."""
+"""A small Qwen with tied word embeddings through both stages; its folder says how to talk to it."""
 
 from __future__ import annotations
 
