@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from patch_aligned.annotate.files import sha256_of
+from patch_aligned.annotate.non_finite import NonFiniteScoresError
 from patch_aligned.annotate.ram.checkpoint import load_ram
 from patch_aligned.annotate.ram.model import RamModel
 from patch_aligned.annotate.ram.tag_list import check_counts, read_tag_list, read_thresholds
@@ -21,18 +22,6 @@ Resample = Literal["bilinear", "bicubic"]
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in 0..1
 _DEVIATION = (0.229, 0.224, 0.225)
-
-
-class NonFiniteScoresError(ArithmeticError):
-    """Images whose scores are not finite, even in float32.
-
-    Attributes:
-        positions: of these images in the batch.
-    """
-
-    def __init__(self, positions: list[int]) -> None:
-        super().__init__(f"RAM: found scores that are not finite for images {positions} of the batch, also in float32")
-        self.positions = positions
 
 
 class Tag(NamedTuple):
@@ -183,7 +172,7 @@ class RamTagger:
             logits[again] = self._logits(pixel_values[again], torch.float32)
             again = _rows_not_finite(logits)
         if again:
-            raise NonFiniteScoresError(again)
+            raise NonFiniteScoresError("RAM", again)
         return logits.sigmoid()
 
     def tag(self, images: Sequence[Image.Image]) -> list[list[Tag]]:
