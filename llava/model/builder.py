@@ -16,7 +16,15 @@ from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.strict_loading import fill_strictly, from_pretrained_strictly
-from llava.model.tensor_files import NON_LORA_FILE, PROJECTOR_FILE, Form, checkpoint_form, find_file, recorded_base
+from llava.model.tensor_files import (
+    NON_LORA_FILE,
+    PROJECTOR_FILE,
+    Form,
+    checkpoint_form,
+    find_file,
+    no_checkpoint,
+    recorded_base,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -187,10 +195,7 @@ def read_config(model_path: str) -> Any:
     try:
         values, _ = PreTrainedConfig.get_config_dict(model_path)
     except OSError as error:
-        raise FileNotFoundError(
-            f"No checkpoint at {model_path}: expected a folder with config.json, or a name on the hub. "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        raise no_checkpoint(model_path, error) from error
     model_type = values.get("model_type")
     if model_type == "llava" and "text_config" in values:
         raise ValueError(

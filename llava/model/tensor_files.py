@@ -33,7 +33,20 @@ class Form(Enum):
 
 
 def checkpoint_form(model_path: str) -> Form:
-    """Tells by its files what a checkpoint holds."""
+    """Tells by its files what a checkpoint holds.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no such name on the hub, or it cannot be reached.
+    """
+    if not Path(model_path).is_dir():
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+        from transformers.utils import cached_file
+
+        try:  # asked once, with errors: `find_file` takes each failure for a missing file, after some patience
+            cached_file(model_path, "config.json")
+        except OSError as error:
+            if not isinstance(error.__cause__, RemoteEntryNotFoundError):  # an adapter may be there without a config
+                raise no_checkpoint(model_path, error) from error
     if find_file(model_path, ADAPTER_CONFIG_FILE) is not None:
         return Form.ADAPTER
     # Published checkpoints keep the projector of stage 1 beside the weights of stage 2.
@@ -41,6 +54,14 @@ def checkpoint_form(model_path: str) -> Form:
     if not has_weights and find_file(model_path, PROJECTOR_FILE) is not None:
         return Form.PROJECTOR
     return Form.WHOLE_MODEL
+
+
+def no_checkpoint(model_path: str, error: OSError) -> FileNotFoundError:
+    """The error to raise where there is nothing to load."""
+    return FileNotFoundError(
+        f"No checkpoint at {model_path}: expected a folder with config.json, or a name on the hub. "
+        f"{str(error).splitlines()[0]}"
+    )
 
 
 def recorded_base(model_path: str) -> str:

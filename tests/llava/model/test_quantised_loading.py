@@ -1,0 +1,47 @@
+"""4-bit and 8-bit loading: the LLM's layers alone are quantised, and answers stay near those of full precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llava.model.builder import load_pretrained_model, model_kwargs
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+IDS = torch.tensor([[1, -200, 20, 30, 40]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    images = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=IDS, images=images).logits
+
+
+# Weights of the tiny model are Gaussian and 64 wide, which costs nf4 more than a trained model: 10% a layer.
+@pytest.mark.parametrize(
+    ("option", "kind", "error"), [("load_8bit", "Linear8bitLt", 0.04), ("load_4bit", "Linear4bit", 0.3)]
+)
+def test_the_llms_layers_are_quantised_and_nothing_else(
+    golden_world: Path, option: str, kind: str, error: float
+) -> None:
+    whole = load_pretrained_model("tiny-llava", None, "x", device="cpu").model
+    model = load_pretrained_model("tiny-llava", None, "x", device="cpu", **{option: True}).model
+    kinds = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {name for name, found in kinds.items() if found == kind} == {
+        name for name in kinds if name.startswith("model.layers.")
+    }
+    assert sum(found == "Linear" for found in kinds.values()) > 3  # projector, lm_head, tower
+    expected, found = logits(whole), logits(model)
+    assert torch.isfinite(found).all()
+    assert 0 < (found - expected).norm() / expected.norm() < error
+    assert model.generate(IDS[:, 2:], do_sample=False, max_new_tokens=3, min_new_tokens=3).shape == (1, 3)
+
+
+def test_quantised_layers_compute_in_the_dtype_of_the_model() -> None:
+    for dtype, expected in (("bfloat16", torch.bfloat16), ("auto", torch.float16), (None, torch.float32)):
+        options = model_kwargs(False, True, "auto", "cpu", False, {"dtype": dtype})
+        assert options["quantization_config"].bnb_4bit_compute_dtype == expected
