@@ -64,7 +64,7 @@ def add_lora(model: Any, adapter_path: str, *, merge: bool) -> Any:
             layers by their last part, and a tower has some of the same names.
         adapter_path: folder or hub name with `adapter_config.json` and the adapter's weights.
         merge: add the adapter to the weights. Otherwise it stays beside them, as it must where they are quantised:
-            rounding the sum would lose most of it.
+            the sum would be rounded again, and small adapters lost.
 
     Returns:
         the model in its own class, without peft's wrapper.
