@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llava.model.multimodal_projector.weights import gathered
+from llava.model.strict_loading import fill_strictly
+from llava.model.tensor_files import PROJECTOR_FILE, read_tensors
 
 logger = logging.getLogger(__name__)
 
-PROJECTOR_FILE = "mm_projector.bin"
 STAGING_FOLDER = ".unfinished"
 PROJECTOR_KEYS = ("mm_projector", "vision_resampler", "image_newline")
+RESUMING_HINT = "Give the flags that its run was started with; to start anew, give another --output_dir."
 EMBEDDING_KEYS = ("embed_tokens", "embed_in")
 STATE_FILES = (("optimizer.pt", "latest"), ("trainer_state.json",))
 """A checkpoint to resume from holds one file of each group; `latest` is DeepSpeed's."""
@@ -91,27 +92,7 @@ def load_projector_weights(model: nn.Module, path: Path) -> None:
     """
     keys = projector_keys(model.config)
     params = {name: param for name, param in model.named_parameters() if any(key in name for key in keys)}
-    fill_strictly(params, torch.load(path, map_location="cpu", weights_only=True), path)
-
-
-def fill_strictly(params: dict[str, nn.Parameter], state: dict[str, Tensor], source: Path) -> None:
-    """Copies `state` into the parameters of the same names; under ZeRO-3 on gathered parameters.
-
-    Raises:
-        ValueError: names or shapes differ; the message shows both.
-    """
-    expected = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in params.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if expected != found:
-        different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-        raise ValueError(
-            f"{source} does not fit this model at {different[0]}: the file has {found.get(different[0])}, the model "
-            f"{expected.get(different[0])}. Resume with the flags that the run was started with, or give another "
-            "--output_dir."
-        )
-    with gathered(list(params.values())), torch.no_grad():
-        for name, param in params.items():
-            param.copy_(state[name])
+    fill_strictly(params, read_tensors(path), path, RESUMING_HINT)
 
 
 def missing_from_checkpoint(folder: Path) -> list[str]:

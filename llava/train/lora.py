@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from llava.model.strict_loading import fill_strictly
+from llava.model.tensor_files import ADAPTER_FILES, NON_LORA_FILE, find_file, read_tensors
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpointing import fill_strictly, maybe_zero_3, save_config, save_tensors
+from llava.train.checkpointing import RESUMING_HINT, maybe_zero_3, save_config, save_tensors
 from llava.train.extras import require
 
-NON_LORA_FILE = "non_lora_trainables.bin"
 VISION_PARTS = ("mm_projector", "vision_tower", "vision_resampler")
 ADAPTER = "default"
 """peft's name of the one adapter. It stands in the names of parameters, not in those of files."""
@@ -124,17 +124,15 @@ def load_adapter(model: Any, folder: Path) -> None:
         FileNotFoundError: a file is missing.
         ValueError: names or shapes differ from what the model trains; the message shows both.
     """
-    from peft import load_peft_weights
-
-    for needed in ("adapter_config.json", NON_LORA_FILE):
-        if not (folder / needed).is_file():
-            raise FileNotFoundError(
-                f"No {needed} in {folder}: give the output folder of a run with --lora_enable True."
-            )
-    state = load_peft_weights(str(folder), device="cpu")
-    state |= torch.load(folder / NON_LORA_FILE, map_location="cpu", weights_only=True)
+    weights = next((path for name in ADAPTER_FILES if (path := find_file(str(folder), name))), None)
+    rest = find_file(str(folder), NON_LORA_FILE)
+    if weights is None or rest is None:
+        raise FileNotFoundError(
+            f"No {NON_LORA_FILE if weights else ADAPTER_FILES[0]} in {folder}: give the output folder of a run with "
+            "--lora_enable True."
+        )
     trained = {name_in_file(model, name): param for name, param in model.named_parameters() if param.requires_grad}
-    fill_strictly(trained, state, folder)
+    fill_strictly(trained, read_tensors(weights) | read_tensors(rest), folder, RESUMING_HINT)
 
 
 def name_in_file(model: Any, name: str) -> str:

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
+from llava.model.builder import NOT_QUANTISED
 from llava.train.arguments import TrainingArguments
 from llava.train.extras import require
-
-KEPT_WHOLE = ["model.mm_projector", "model.vision_tower", "lm_head"]
-"""Modules that are not quantised; transformers compares the beginnings of full names."""
 
 
 def quantized_loading(training_args: TrainingArguments, compute_dtype: torch.dtype) -> dict[str, Any]:
@@ -27,7 +25,7 @@ def quantized_loading(training_args: TrainingArguments, compute_dtype: torch.dty
     quantization = BitsAndBytesConfig(
         load_in_4bit=training_args.bits == 4,
         load_in_8bit=training_args.bits == 8,
-        llm_int8_skip_modules=KEPT_WHOLE,
+        llm_int8_skip_modules=NOT_QUANTISED,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_use_double_quant=training_args.double_quant,
         bnb_4bit_quant_type=training_args.quant_type,

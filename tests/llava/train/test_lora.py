@@ -87,7 +87,7 @@ def test_adapters_of_another_rank_are_refused(run_lora: Any) -> None:
 
 
 def test_a_folder_without_adapters_is_refused(run_lora: Any) -> None:
-    with pytest.raises(FileNotFoundError, match=r"No adapter_config\.json in tiny-vicuna"):
+    with pytest.raises(FileNotFoundError, match=r"No adapter_model\.safetensors in tiny-vicuna"):
         run_lora("run", "--lora_weight_path tiny-vicuna")
 
 

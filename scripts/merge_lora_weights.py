@@ -1,0 +1,47 @@
+"""Merges a LoRA run into its base: the result is a whole checkpoint that loads without `--model-base`.
+
+usage: python scripts/merge_lora_weights.py --model-path CHECKPOINT --model-base LLM --save-model-path FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model
+from llava.train.checkpointing import copy_tokenizer_model
+
+
+def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
+    """Writes the merged model and its tokenizer, in the dtype of the base, to `save_model_path`.
+
+    Args:
+        model_path: output folder of a run with `--lora_enable True`, or one of its checkpoints.
+        model_base: folder or hub name of the LLM that the run started from.
+        save_model_path: folder to write.
+    """
+    name = get_model_name_from_path(model_path)
+    dtype = AutoConfig.from_pretrained(model_base).dtype
+    tokenizer, model, _, _ = load_pretrained_model(
+        model_path, model_base, name, device_map="cpu", device="cpu", dtype=dtype
+    )
+    model.save_pretrained(save_model_path)
+    tokenizer.save_pretrained(save_model_path)
+    copy_tokenizer_model(tokenizer, Path(save_model_path))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", required=True, help="output folder of a LoRA run, or one of its checkpoints")
+    parser.add_argument("--model-base", required=True, help="the LLM that the run started from")
+    parser.add_argument("--save-model-path", required=True, help="folder for the merged checkpoint")
+    arguments = parser.parse_args()
+    merge_lora(arguments.model_path, arguments.model_base, arguments.save_model_path)
+
+
+if __name__ == "__main__":
+    main()
