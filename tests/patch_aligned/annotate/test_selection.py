@@ -1,0 +1,143 @@
+"""Which candidates become labels, and what they are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as numpy_strategies
+
+from patch_aligned.annotate.candidates import Candidate, CandidateThresholds
+from patch_aligned.annotate.selection import (
+    Selection,
+    SelectionError,
+    mask_of_label,
+    non_maximum_suppression,
+    select,
+)
+
+SIZE_WH = (100, 80)
+
+
+def candidate(score: float, box: tuple[float, ...] = (10, 10, 50, 50), **changes: Any) -> Candidate:
+    fields: dict[str, Any] = {"best_tag": "tennis racket", "best_tag_score": 0.3, "tokens": (("racket", score),)}
+    return Candidate(bbox_xyxy_px=box, score=score, **(fields | changes))  # type: ignore[arg-type]
+
+
+def brute_force_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
+    """By the definition, one pair at a time, with plain numbers."""
+    kept: list[int] = []
+    for new in sorted(range(len(boxes)), key=lambda position: -scores[position]):
+        a = boxes[new].tolist()
+        for better in kept:
+            b = boxes[better].tolist()
+            sides = [min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])]
+            both = max(sides[0], 0.0) * max(sides[1], 0.0)
+            union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+            if union > 0 and both / union > threshold:
+                break
+        else:
+            kept.append(new)
+    return kept
+
+
+# Few different coordinates and scores: overlaps at the threshold itself, equal scores and boxes without area are common.
+@st.composite
+def boxes_and_scores(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    count = draw(st.integers(0, 30))
+    points = draw(numpy_strategies.arrays(np.float64, (count, 2, 2), elements=st.integers(0, 6)))
+    scores = draw(numpy_strategies.arrays(np.float64, count, elements=st.sampled_from([0.2, 0.3, 0.4, 0.5])))
+    return np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1), scores
+
+
+@given(boxes_and_scores(), st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 0.7, 1.0]))
+@example((np.zeros((0, 4)), np.zeros(0)), 0.5)
+def test_nms_equals_brute_force_and_torchvision(drawn: tuple[np.ndarray, np.ndarray], threshold: float) -> None:
+    boxes, scores = drawn
+    kept = non_maximum_suppression(boxes, scores, threshold)
+    assert kept == brute_force_nms(boxes, scores, threshold)
+    torch, ops = pytest.importorskip("torch"), pytest.importorskip("torchvision.ops")
+    assert kept == ops.nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).tolist()
+
+
+def test_nms_keeps_the_first_of_equal_boxes_and_an_overlap_at_the_threshold() -> None:
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 6]], dtype=float)
+    assert non_maximum_suppression(boxes, np.array([0.5, 0.5, 0.4, 0.3]), 0.5) == [0, 2]
+    assert non_maximum_suppression(boxes, np.array([0.5, 0.5, 0.4, 0.3]), 1.0) == [0, 1, 2, 3]
+
+
+def test_overlapping_boxes_suppress_each_other_whatever_they_show() -> None:
+    found = [candidate(0.3, best_tag="cat"), candidate(0.8, (11, 10, 50, 50)), candidate(0.5, (60, 10, 90, 50))]
+    assert [selected.position for selected in select(found, Selection(), SIZE_WH)] == [1, 2]
+
+
+def test_scores_have_to_be_above_the_threshold() -> None:
+    found = [candidate(0.25), candidate(0.250001, (60, 10, 90, 50))]
+    assert [selected.position for selected in select(found, Selection(), SIZE_WH)] == [1]
+    assert select(found, Selection(box_threshold=0.3), SIZE_WH) == []
+    assert select([], Selection(), SIZE_WH) == []
+
+
+def test_an_unlikely_box_suppresses_nothing() -> None:
+    found = [candidate(0.2, (0, 0, 50, 50)), candidate(0.9, (0, 0, 50, 49))]
+    assert [selected.position for selected in select(found, Selection(), SIZE_WH)] == [1]
+
+
+def test_the_area_counts_within_the_image() -> None:
+    found = [candidate(0.9, (-50, 0, 5, 10)), candidate(0.8, (90, 0, 101, 10))]  # 50 and 100 px in it
+    kept = [selected.position for selected in select(found, Selection(min_box_area_px=100), SIZE_WH)]
+    assert kept == [1]
+    assert len(select(found, Selection(), SIZE_WH)) == 2
+
+
+@pytest.mark.parametrize(
+    ("label_mode", "text_threshold", "tag", "phrase"),
+    [
+        ("phrase", 0.2, "tennis racket", "tennis racket"),
+        ("phrase", 0.5, "racket", "racket"),
+        ("phrase", 0.7, "tennis racket", ""),  # no token is above it: the best tag
+        ("best_tag", 0.5, "tennis racket", "racket"),
+    ],
+)
+def test_a_region_is_named_by_phrase_or_by_best_tag(
+    label_mode: Any, text_threshold: float, tag: str, phrase: str
+) -> None:
+    found = [candidate(0.6, tokens=(("tennis", 0.4), ("racket", 0.6)))]
+    (selected,) = select(found, Selection(text_threshold=text_threshold, label_mode=label_mode), SIZE_WH)
+    assert (selected.tag, selected.phrase) == (tag, phrase)
+
+
+def test_a_label_has_both_names_their_scores_and_its_mask() -> None:
+    (selected,) = select([candidate(0.1), candidate(0.6)], Selection(), SIZE_WH)
+    mask = {"rle_mask": "0`o0", "area_px": 3, "predicted_iou": 0.5}
+    label = selected.to_label(mask)
+    assert label == {
+        "tag": "racket", "bbox": [10, 10, 50, 50], "score": 0.6, "phrase": "racket", "best_tag": "tennis racket",
+        "best_tag_score": 0.3, "candidate": 1, **mask,
+    }  # fmt: skip
+    assert mask_of_label(label) == mask
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"box_threshold": 1.5}, "box_threshold: found 1.5, expected 0 to 1"),
+        ({"nms_iou": float("nan")}, "nms_iou: found nan"),
+        ({"min_box_area_px": -1}, "min_box_area_px: found -1, expected 0 or more"),
+        ({"label_mode": "tag"}, "label_mode: found 'tag', expected one of phrase, best_tag"),
+    ],
+)
+def test_selections_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        Selection(**changes)
+
+
+def test_thresholds_below_those_of_the_candidates_are_refused() -> None:
+    Selection(box_threshold=0.15, text_threshold=0.15).require_within(CandidateThresholds())
+    with pytest.raises(SelectionError, match=r"box_threshold: found 0.1, expected 0.15 or more.*--candidate_box_thre"):
+        Selection(box_threshold=0.1).require_within(CandidateThresholds())
+    with pytest.raises(SelectionError, match="text_threshold: found 0.2, expected 0.3 or more"):
+        Selection().require_within(CandidateThresholds(text=0.3))
