@@ -112,10 +112,25 @@ def convert_checkpoint(source: Path, weights: Path) -> ConvertedCheckpoint:
     with torch.device("meta"):
         _check_fit(state, RamModel(config), source)
     checkpoint = ConvertedCheckpoint(weights, config, source.name, source.stat().st_size, sha256_of(source))
+    save_converted(state, checkpoint)
+    return checkpoint
+
+
+def save_converted(state: Mapping[str, Tensor], checkpoint: ConvertedCheckpoint) -> None:
+    """Writes weights under `RamModel`'s names to `checkpoint.weights`, and last the JSON that describes them.
+
+    Raises:
+        RamCheckpointError: if the folder can't be written.
+    """
+    weights = checkpoint.weights
     described = {
         "format": _FORMAT,
-        "config": asdict(config),
-        "source": {"name": source.name, "bytes": checkpoint.source_bytes, "sha256": checkpoint.source_sha256},
+        "config": asdict(checkpoint.config),
+        "source": {
+            "name": checkpoint.source_name,
+            "bytes": checkpoint.source_bytes,
+            "sha256": checkpoint.source_sha256,
+        },
     }
     try:
         weights.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +142,6 @@ def convert_checkpoint(source: Path, weights: Path) -> ConvertedCheckpoint:
         raise RamCheckpointError(
             f"{weights}: can't be written ({error}). Name another folder for the converted file, or make room"
         ) from error
-    return checkpoint
 
 
 def _read_published(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,35 @@
+"""Reading images as LLaVA's training reads them, so that masks fit the pixels that the model will see.
+
+That means: decoded by PIL, converted to RGB whatever the mode, the first frame of an animation, and *not* rotated by
+EXIF. `size` and boxes are those of this picture. An image that can't be read whole is an error, never a blank picture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+
+class UnreadableImageError(ValueError):
+    """An image that isn't there, is no image, is cut off, or is too large to be decoded safely."""
+
+
+def decode_image(path: Path) -> Image.Image:
+    """The whole picture as RGB.
+
+    Raises:
+        UnreadableImageError: says why; the message doesn't name the folder, so that it is the same on each machine.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UnreadableImageError("no such file") from None
+    except UnidentifiedImageError:
+        size = path.stat().st_size
+        raise UnreadableImageError("an empty file" if size == 0 else f"{size} bytes that are no image") from None
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(str(error)) from None
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL's decoders raise for broken files
+        raise UnreadableImageError(f"cannot be decoded: {error}".replace(str(path), path.name)) from error

@@ -1,0 +1,148 @@
+"""Tiny random models in the place of RAM, Grounding DINO and SAM, in the formats in which the real ones come.
+
+What they find is noise. They are there so that the whole annotation pipeline can run on two CPU cores in seconds: they
+have the real architectures, and load through the same code.
+
+    python -m playground.mini.annotation_models --out playground/mini/cache/annotation_models
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertTokenizer,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoImageProcessorPil,
+    SamConfig,
+    SamImageProcessorPil,
+    SamMaskDecoderConfig,
+    SamModel,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+    SwinConfig,
+)
+
+from patch_aligned.annotate.ram.checkpoint import ConvertedCheckpoint, save_converted
+from patch_aligned.annotate.ram.model import RamConfig, RamModel
+
+DEFAULT_OUT = Path(__file__).parent / "cache" / "annotation_models"
+_NAMES = Path(__file__).parent / "assets" / "sprite_names.csv"
+_BERT_IDS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ",": 1010, ".": 1012, "?": 1029}
+_RAM_PX = 96
+_SHARE_OF_TAGS = 0.4  # of all tags in all images, above the threshold
+_SPREAD_OF_BOX_SCORES = 0.3
+
+
+def write_models(out: Path) -> None:
+    """Writes `ram.converted.safetensors`, `ram_tag_list.txt`, `ram_thresholds.txt`, `grounding_dino` and `sam`.
+
+    Args:
+        out: folder, made if need be. The same files come out each time.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tags = tag_names()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _write_ram(out, tags)
+        _write_grounding_dino(out / "grounding_dino", tags)
+        _write_sam(out / "sam")
+
+
+def tag_names() -> list[str]:
+    """Names of the sprites of the miniature's simple scenes."""
+    with _NAMES.open(encoding="utf-8", newline="") as file:
+        return sorted({row["name"] for row in csv.DictReader(file) if row["simple"] == "1"})
+
+
+def _write_ram(out: Path, tags: list[str]) -> None:
+    config = RamConfig(
+        kind="ram", image_size=_RAM_PX, window_size=3, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8),
+        num_tags=len(tags), label_width=64, hidden_size=64, intermediate_size=128, decoder_layers=2,
+    )  # fmt: skip
+    model = RamModel(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(
+                parameter, std=2 * parameter.shape[-1] ** -0.5
+            )  # or all images would look alike to it
+    with torch.no_grad():
+        scores = model(_smooth_noise(64), model.tag_queries()).sigmoid()  # [64, tags]
+    threshold = scores.quantile(1 - _SHARE_OF_TAGS).item()
+    (out / "ram_tag_list.txt").write_text("".join(f"{tag}\n" for tag in tags), encoding="utf-8")
+    (out / "ram_thresholds.txt").write_text(f"{threshold:.6f}\n" * len(tags), encoding="utf-8")
+    checkpoint = ConvertedCheckpoint(
+        out / "ram.converted.safetensors", config, "random", 0, hashlib.sha256(b"random").hexdigest()
+    )
+    save_converted(model.state_dict(), checkpoint)
+
+
+def _smooth_noise(count: int) -> Tensor:
+    """Pictures of soft blobs, `[count, 3, side, side]`, normalised."""
+    return torch.nn.functional.interpolate(torch.randn(count, 3, 4, 4), size=_RAM_PX, mode="bicubic")
+
+
+def _write_grounding_dino(folder: Path, tags: list[str]) -> None:
+    vocabulary = dict(_BERT_IDS)
+    vocabulary |= {f"[unused{number}]": number for number in range(1030) if number not in _BERT_IDS.values()}
+    for word in sorted({word for tag in tags for word in tag.split()}):
+        vocabulary[word] = len(vocabulary)
+    config = GroundingDinoConfig(
+        backbone_config=SwinConfig(
+            image_size=128, embed_dim=16, depths=[1] * 4, num_heads=[1, 2, 4, 8], window_size=7,
+            out_features=["stage2", "stage3", "stage4"],  # type: ignore[call-arg]
+        ),
+        text_config=BertConfig(
+            vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=64, max_position_embeddings=256,
+        ),
+        d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, num_queries=30,
+    )  # fmt: skip
+    detector = GroundingDinoForObjectDetection(config)
+    with torch.no_grad():  # untrained scores are all nearly 0 or nearly 1
+        detector.model.text_projection.weight.mul_(_SPREAD_OF_BOX_SCORES)
+        detector.model.decoder.layer_norm.weight.mul_(_SPREAD_OF_BOX_SCORES)
+    detector.save_pretrained(folder)
+    BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    GroundingDinoImageProcessorPil(size={"shortest_edge": 160, "longest_edge": 266}).save_pretrained(folder)
+
+
+def _write_sam(folder: Path) -> None:
+    config = SamConfig(
+        vision_config=SamVisionConfig(
+            hidden_size=32, output_channels=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8,
+            window_size=4, global_attn_indexes=[1], num_pos_feats=8, mlp_dim=64, initializer_range=0.02,
+        ),
+        prompt_encoder_config=SamPromptEncoderConfig(
+            hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4
+        ),
+        mask_decoder_config=SamMaskDecoderConfig(
+            hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16
+        ),
+    )  # fmt: skip
+    SamModel(config).save_pretrained(folder)
+    SamImageProcessorPil(
+        size={"longest_edge": 64}, pad_size={"height": 64, "width": 64},
+        mask_size={"longest_edge": 16}, mask_pad_size={"height": 16, "width": 16},
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="Folder to write to.")
+    out = parser.parse_args().out
+    write_models(out)
+    print(f"Written: {out}")
+
+
+if __name__ == "__main__":
+    main()
