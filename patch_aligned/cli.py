@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from patch_aligned.command_errors import clear_errors
+from patch_aligned.dataset.commands import app as dataset_app
+from patch_aligned.pack_command import app as pack_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -129,6 +131,9 @@ def measure(
         device=device,
     )
 
+
+app.add_typer(dataset_app)
+app.add_typer(pack_app)
 
 if __name__ == "__main__":
     sys.exit(app())

@@ -1,0 +1,132 @@
+"""A PAD file joined with LLaVA's training JSON by image: captions and sample ids come from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from patch_aligned.annotations import AnnotatedImage, read_annotations, write_annotations
+from patch_aligned.record_files import iter_records
+
+UNMATCHED_SUFFIX = ".unmatched.jsonl"
+_ANSWERERS = ("gpt", "assistant")
+
+
+class JoinError(ValueError):
+    """The two files have no image in common, or a sample cannot be read."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """How the two files met.
+
+    Attributes:
+        matched: PAD records that have a sample.
+        pad_only: PAD records without a sample.
+        samples_only: images of samples without a PAD record.
+        further_samples: samples of an image that an earlier sample had already; the first gives the caption.
+        without_image: samples that have no image, or several.
+        written: records of the new file.
+        unmatched: lists the images of `pad_only` and `samples_only`.
+    """
+
+    matched: int
+    pad_only: int
+    samples_only: int
+    further_samples: int
+    without_image: int
+    written: int
+    unmatched: Path
+
+
+def join(
+    pad: Path,
+    samples: Path,
+    output: Path,
+    *,
+    only_matched: bool = False,
+    watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
+) -> Joined:
+    """Writes the PAD file anew, in its order, with each image's caption, and `id`, from its first training sample.
+
+    The caption is the sample's first answer. Records without a sample keep their own caption. The images that are in
+    one file only are listed in `<output>.unmatched.jsonl`. Captions of all samples are held in memory: some 100 MB for
+    LLaVA's 558K.
+
+    Args:
+        pad: PAD file.
+        samples: LLaVA's training JSON, see docs/data.md.
+        output: PAD file of any kind.
+        only_matched: leave records without a sample out.
+        watch: passes the PAD records on, one by one; it may show the progress.
+
+    Raises:
+        JoinError: no image is in both files, or a sample has no answer.
+        AnnotationError, RecordFileError: a broken PAD record, a missing or broken file.
+    """
+    caption_of, further, without = _captions(samples)
+    asked = len(caption_of)
+    first_sample = next(iter(caption_of), None)
+    matched = pad_only = 0
+    first_record: str | None = None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unmatched_path = output.with_name(output.name + UNMATCHED_SUFFIX)
+    unmatched: list[str] = []
+
+    def joined() -> Iterator[AnnotatedImage]:
+        nonlocal matched, pad_only, first_record
+        for image in watch(read_annotations(pad)):
+            first_record = first_record or image.image_id
+            if found := caption_of.pop(image.image_id, None):
+                sample_id, caption = found
+                matched += 1
+                extra = image.extra if sample_id is None else {**image.extra, "id": sample_id}
+                yield replace(image, caption=caption, extra=extra)
+                continue
+            pad_only += 1
+            unmatched.append(image.image_id)
+            if not only_matched:
+                yield image
+        if not matched:
+            raise JoinError(
+                f"{pad} and {samples}: found no image in both; image_id is such as {first_record!r}, image such as "
+                f"{first_sample!r}. Expected paths below one folder: strip or add the leading folders in one of them"
+            )
+
+    written = write_annotations(joined(), output)
+    with unmatched_path.open("w", encoding="utf-8") as file:
+        for name, images in ((pad, unmatched), (samples, caption_of)):
+            file.writelines(json.dumps({"only_in": str(name), "image": image}) + "\n" for image in images)
+    return Joined(matched, pad_only, asked - matched, further, without, written, unmatched_path)
+
+
+def _captions(samples: Path) -> tuple[dict[str, tuple[str | None, str]], int, int]:
+    """Id and caption of each image's first sample; how many samples came again; how many have no single image."""
+    caption_of: dict[str, tuple[str | None, str]] = {}
+    further = without = 0
+    for index, sample in enumerate(iter_records(samples)):
+        if not isinstance(sample, Mapping):
+            raise JoinError(f"{samples}: record {index}: found {sample!r:.80}; expected an object of LLaVA's JSON")
+        image = sample.get("image")
+        if not isinstance(image, str):
+            without += 1
+        elif image in caption_of:
+            further += 1
+        else:
+            sample_id = sample.get("id")
+            caption_of[image] = (None if sample_id is None else str(sample_id), _answer(sample, samples, index))
+    return caption_of, further, without
+
+
+def _answer(sample: Mapping[str, Any], samples: Path, index: int) -> str:
+    turns = sample.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, Mapping) and turn.get("from") in _ANSWERERS and isinstance(turn.get("value"), str):
+            return turn["value"].strip()
+    raise JoinError(
+        f"{samples}: record {index} (image {sample.get('image')!r}), field 'conversations': found no answer; expected "
+        f"a turn whose 'from' is {' or '.join(_ANSWERERS)} and whose 'value' is text. Correct the record"
+    )

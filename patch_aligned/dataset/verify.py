@@ -1,0 +1,301 @@
+"""Checks of a PAD file beyond its format: boxes against images, masks against boxes, records against image files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from patch_aligned.annotations import AnnotatedImage, AnnotationError, Region, read_annotations
+from patch_aligned.dataset.image_files import ImageFileError, stored_size_wh
+from patch_aligned.record_files import RecordFileError
+
+Box = tuple[float, float, float, float]
+_EXAMPLES = 20  # of each check, in verify.json
+_SUSPICIOUS_IOU = 0.5
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """What the checks allow.
+
+    Attributes:
+        image_folder: folder that ids are relative to, for the checks against the image files; None leaves them out.
+        box_tolerance: share of an image's width and height by which a box may leave the image.
+        min_mask_box_iou: IoU of a region's box with the tightest box around its mask below which they contradict.
+    """
+
+    image_folder: Path | None = None
+    box_tolerance: float = 0.05
+    min_mask_box_iou: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("box_tolerance", "min_mask_box_iou"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: found {value}, expected a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong (`error`) or odd (`warning`) in one place of the file."""
+
+    severity: Literal["error", "warning"]
+    check: str
+    record: int
+    image_id: str
+    field: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        place = f"record {self.record} (image_id {self.image_id!r}), field {self.field!r}"
+        return f"{place}: found {self.found}; expected {self.expected}"
+
+
+@dataclass
+class Verification:
+    """What was read, and what was found.
+
+    Attributes:
+        records: all, the broken ones too.
+        images: records that keep the format.
+        counts: problems of each check, by severity.
+        examples: the first problems of each check.
+    """
+
+    file: Path
+    settings: VerifySettings
+    records: int = 0
+    images: int = 0
+    images_without_regions: int = 0
+    regions: int = 0
+    counts: dict[str, dict[str, int]] = field(default_factory=lambda: {"error": {}, "warning": {}})
+    examples: dict[str, list[Problem]] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> int:
+        """Number of errors."""
+        return sum(self.counts["error"].values())
+
+    @property
+    def warnings(self) -> int:
+        """Number of warnings."""
+        return sum(self.counts["warning"].values())
+
+    def add(self, problem: Problem) -> None:
+        """Counts one problem."""
+        of_severity = self.counts[problem.severity]
+        of_severity[problem.check] = of_severity.get(problem.check, 0) + 1
+        examples = self.examples.setdefault(problem.check, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(problem)
+
+
+def verify_file(
+    path: Path,
+    settings: VerifySettings,
+    on_problem: Callable[[Problem], None] = lambda problem: None,
+    watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
+) -> Verification:
+    """Checks a file record by record.
+
+    A record that breaks the format counts with its first problem, and nothing else of it is checked. Where the file as
+    such is broken, this is a problem too, and ends the check.
+
+    Args:
+        path: PAD file.
+        settings: what the checks allow.
+        on_problem: called with each problem.
+        watch: passes the records that keep the format on, one by one; it may show the progress.
+
+    Raises:
+        RecordFileError: if the file is missing, or of an unknown kind.
+    """
+    found = Verification(path, settings)
+
+    def add(problem: Problem) -> None:
+        found.add(problem)
+        on_problem(problem)
+
+    def reject(error: AnnotationError) -> None:
+        found.records += 1
+        check = f"format of {re.sub(r'[0-9]+', '', error.field)}"
+        place = (error.record_index, error.image_id, error.field)
+        add(Problem("error", check, *place, error.found, error.expected))
+
+    try:
+        for image in watch(read_annotations(path, on_error=reject)):
+            for problem in image_problems(image, found.records, settings):
+                add(problem)
+            found.records += 1
+            found.images += 1
+            found.images_without_regions += not image.regions
+            found.regions += len(image.regions)
+    except RecordFileError as error:
+        if not path.is_file() or not found.records:
+            raise
+        add(Problem("error", "file", found.records, "?", "record", str(error), "a sound file"))
+    return found
+
+
+def image_problems(image: AnnotatedImage, record: int, settings: VerifySettings) -> Iterator[Problem]:
+    """Problems of one record that keeps the format; `record` is its place in the file."""
+    if settings.image_folder is not None:
+        yield from _file_problems(image, record, settings.image_folder)
+    width, height = image.size_wh
+    encoded = [{"size": [height, width], "counts": region.rle_mask.encode()} for region in image.regions]
+    areas = coco_mask.area(encoded) if encoded else []  # [R]
+    tight_xywh = coco_mask.toBbox(encoded) if encoded else np.zeros((0, 4))  # [R, 4]
+    first_of: dict[Any, int] = {}
+    for position, region in enumerate(image.regions):
+        x, y, w, h = tight_xywh[position].tolist()
+        tight = (x, y, x + w, y + h)
+        for severity, check, key, value, expected in (
+            *_box_problems(region, image.size_wh, settings.box_tolerance),
+            *_mask_problems(region, int(areas[position]), tight, settings.min_mask_box_iou),
+            *_score_problems(region),
+        ):
+            yield Problem(severity, check, record, image.image_id, f"labels[{position}].{key}", value, expected)
+        first = first_of.setdefault((region.tag, region.rle_mask), position)
+        if first != position:
+            value = f"tag {region.tag!r} and mask of labels[{first}] again"
+            place = (record, image.image_id, f"labels[{position}]")
+            yield Problem("warning", "region twice", *place, value, "each region once")
+
+
+_Finding = tuple[Literal["error", "warning"], str, str, str, str]  # severity, check, key, found, expected
+
+
+def _box_problems(region: Region, size_wh: tuple[int, int], tolerance: float) -> Iterator[_Finding]:
+    width, height = size_wh
+    x1, y1, x2, y2 = region.bbox_xyxy_px
+    found = _box_text(region.bbox_xyxy_px)
+    if (x2 - x1) * (y2 - y1) == 0:
+        yield "error", "box without area", "bbox", found, "x1 < x2 and y1 < y2"
+    slack_x, slack_y = tolerance * width, tolerance * height
+    if x1 < -slack_x or y1 < -slack_y or x2 > width + slack_x or y2 > height + slack_y:
+        expected = f"a box in the image of {width} x {height}, which it may leave by {tolerance:.0%}"
+        yield "error", "box outside image", "bbox", found, expected
+
+
+def _mask_problems(region: Region, area: int, tight: Box, min_iou: float) -> Iterator[_Finding]:
+    if area == 0:
+        yield "error", "empty mask", "rle_mask", "a mask without a pixel", "at least one pixel"
+        return
+    iou = box_iou(tight, region.bbox_xyxy_px)
+    found = f"a mask within {_box_text(tight)}, IoU {iou:.2f} with bbox {_box_text(region.bbox_xyxy_px)}"
+    if iou < min_iou:
+        yield "error", "mask against box", "rle_mask", found, f"IoU of at least {min_iou:g}"
+    elif iou < _SUSPICIOUS_IOU:
+        yield "warning", "mask against box", "rle_mask", found, f"IoU of at least {_SUSPICIOUS_IOU:g}"
+
+
+def _score_problems(region: Region) -> Iterator[_Finding]:
+    score = region.extra.get("score")
+    if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
+        yield "error", "score", "score", repr(score), "a finite number"
+
+
+def _file_problems(image: AnnotatedImage, record: int, image_folder: Path) -> Iterator[Problem]:
+    try:
+        stored = stored_size_wh(image_folder, image.image_id)
+    except ImageFileError as error:
+        yield Problem("error", "image file", record, image.image_id, "image_id", error.found, error.expected)
+        return
+    if stored != image.size_wh:
+        hint = "width and height are swapped" if stored == image.size_wh[::-1] else "another file or copy"
+        found, expected = str(list(image.size_wh)), f"{list(stored)}, as the image file has it ({hint})"
+        yield Problem("error", "image size", record, image.image_id, "size", found, expected)
+
+
+def box_iou(first: Box, second: Box) -> float:
+    """Intersection over union of two boxes; 0 where both are without area."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    common = max(width, 0.0) * max(height, 0.0)
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
+    return common / (areas - common) if areas > common else 0.0
+
+
+def _box_text(box: Box) -> str:
+    return "[" + ", ".join(f"{number:.1f}" for number in box) + "]"
+
+
+def as_json(found: Verification) -> dict[str, Any]:
+    """The report: settings, counts, and the first problems of each check."""
+    settings = asdict(found.settings)
+    settings["image_folder"] = found.settings.image_folder.as_posix() if found.settings.image_folder else None
+    return {
+        "file": found.file.as_posix(),
+        "settings": settings,
+        "records": found.records,
+        "images": found.images,
+        "images_without_regions": found.images_without_regions,
+        "regions": found.regions,
+        "errors": found.errors,
+        "warnings": found.warnings,
+        "counts": found.counts,
+        "examples": {check: [asdict(problem) for problem in problems] for check, problems in found.examples.items()},
+    }
+
+
+def table_rows(found: Verification) -> list[tuple[str, str, str, str]]:
+    """Severity, check, number and first example of each kind of problem, errors first."""
+    rows = []
+    for severity, counts in found.counts.items():
+        for check, count in sorted(counts.items(), key=lambda item: -item[1]):
+            example = next((str(problem) for problem in found.examples[check] if problem.severity == severity), "")
+            rows.append((severity, check, f"{count:,}", example))
+    return rows
+
+
+def summary(found: Verification) -> str:
+    """What was read and found, in one sentence."""
+    checked = "the image files too" if found.settings.image_folder else "without the image files"
+    return (
+        f"{found.file}: {found.records:,} records, {found.images:,} of them keep the format, "
+        f"{found.images_without_regions:,} without regions, {found.regions:,} regions; checked {checked}. "
+        f"{found.errors:,} errors, {found.warnings:,} warnings."
+    )
+
+
+def as_markdown(found: Verification) -> str:
+    """The same as a page to read."""
+    lines = ["# Verification", "", summary(found), ""]
+    if rows := table_rows(found):
+        lines += ["| severity | check | number | first |", "|---|---|--:|---|"]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        lines += ["", "Every problem is a line of `problems.jsonl`."]
+    return "\n".join([*lines, ""])
+
+
+def write_verification(
+    path: Path,
+    settings: VerifySettings,
+    output: Path,
+    watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
+) -> Verification:
+    """Verifies a file and writes `verify.json`, `verify.md` and `problems.jsonl` into the folder `output`.
+
+    Raises:
+        RecordFileError: if the file is missing, of an unknown kind, or broken before its first record.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "problems.jsonl").open("w", encoding="utf-8") as file:
+
+        def write(problem: Problem) -> None:
+            file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
+
+        found = verify_file(path, settings, write, watch)
+    text = json.dumps(as_json(found), indent=2, ensure_ascii=False)
+    (output / "verify.json").write_text(text + "\n", encoding="utf-8")
+    (output / "verify.md").write_text(as_markdown(found), encoding="utf-8")
+    return found

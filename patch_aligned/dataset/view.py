@@ -1,0 +1,250 @@
+"""A page to look through a PAD file with a browser: one HTML file that holds its images and loads nothing.
+
+Masks travel as they are, as RLE strings, and are drawn by the page. The tokens are chosen here, by the same code that
+chooses them in training.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from patch_aligned.annotations import AnnotatedImage, Region, read_annotations
+from patch_aligned.dataset.image_files import ImageFileError, image_path
+from patch_aligned.dataset.stats import TokenGrid
+
+MOST_IMAGES = 5000
+_JPEG_QUALITY = 82
+
+
+class ViewError(ValueError):
+    """Nothing to show, or too much."""
+
+
+@dataclass(frozen=True)
+class ViewSelection:
+    """Which records are shown.
+
+    Attributes:
+        start: place of the first in the file.
+        limit: how many at most.
+        image_ids: only these, if any are given.
+        tag: only images with this text in a tag, whatever the case.
+    """
+
+    start: int = 0
+    limit: int = 100
+    image_ids: frozenset[str] = frozenset()
+    tag: str | None = None
+
+    def __contains__(self, image: AnnotatedImage) -> bool:
+        if self.image_ids and image.image_id not in self.image_ids:
+            return False
+        return self.tag is None or any(self.tag.lower() in region.tag.lower() for region in image.regions)
+
+
+@dataclass
+class Viewed:
+    """What is on the pages.
+
+    Attributes:
+        pages: files, in order.
+        without_picture: images that are missing, broken, or of another size; the page says why.
+        next_record: place of the first record that fitted no more, None if there is none.
+    """
+
+    pages: list[Path]
+    images: int
+    regions: int
+    without_picture: int = 0
+    next_record: int | None = None
+
+
+def write_view(
+    pad: Path,
+    image_folder: Path,
+    output: Path,
+    *,
+    selection: ViewSelection | None = None,
+    tokens: TokenGrid | None = None,
+    page_size: int = 250,
+    thumbnail_side: int = 640,
+    watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
+) -> Viewed:
+    """Writes the page `output`, or several (`view.html`, `view-2.html` ...) that lead to each other.
+
+    Args:
+        pad: PAD file.
+        image_folder: folder that its ids are relative to.
+        output: an `.html` file.
+        selection: which records; None means the first 100.
+        tokens: the grid on which regions cover tokens; None means LLaVA-1.5's in stage 1.
+        page_size: records on one page.
+        thumbnail_side: longest side of an embedded image, pixels.
+        watch: passes the shown images on, one by one; it may show the progress.
+
+    Raises:
+        ViewError: no record is selected, or more than `MOST_IMAGES`.
+        AnnotationError, RecordFileError: a broken record or file.
+    """
+    selection = selection or ViewSelection()
+    tokens = tokens or TokenGrid()
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ViewError(f"--output {output}: found suffix {output.suffix!r}, expected .html")
+    if selection.limit > MOST_IMAGES:
+        raise ViewError(
+            f"--limit {selection.limit}: expected at most {MOST_IMAGES}, since every image is embedded. "
+            "Look at a part: --start, --limit, --tag, --ids"
+        )
+    chosen, next_record = _select(pad, selection)
+    pages = [
+        output if page == 0 else output.with_stem(f"{output.stem}-{page + 1}")
+        for page in range(math.ceil(len(chosen) / page_size))
+    ]
+    viewed = Viewed(pages, len(chosen), sum(len(image.regions) for _, image in chosen), next_record=next_record)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    places = iter([record for record, _ in chosen])
+    images = iter(watch(image for _, image in chosen))
+    for number, page in enumerate(pages):
+        entries = []
+        for image in islice(images, page_size):
+            entries.append(_entry(next(places), image, image_folder, tokens, thumbnail_side))
+            viewed.without_picture += entries[-1]["picture"] is None
+        page.write_text(_page(entries, pad, tokens, pages, number), encoding="utf-8")
+    return viewed
+
+
+def _select(pad: Path, selection: ViewSelection) -> tuple[list[tuple[int, AnnotatedImage]], int | None]:
+    """The chosen records with their places, and the place of the next one that would have been chosen."""
+    chosen: list[tuple[int, AnnotatedImage]] = []
+    for record, image in enumerate(read_annotations(pad)):
+        if record < selection.start or image not in selection:
+            continue
+        if len(chosen) == selection.limit:
+            return chosen, record
+        chosen.append((record, image))
+        if selection.image_ids and len(chosen) == len(selection.image_ids):
+            break
+    if not chosen:
+        wanted = [*sorted(selection.image_ids)[:3], *([f"tag {selection.tag!r}"] if selection.tag else [])]
+        raise ViewError(
+            f"{pad}: found no record{f' of {wanted}' if wanted else ''} from record {selection.start} on; expected at "
+            "least one. Choose others by --start, --ids or --tag"
+        )
+    return chosen, None
+
+
+def _entry(
+    record: int, image: AnnotatedImage, image_folder: Path, tokens: TokenGrid, thumbnail_side: int
+) -> dict[str, Any]:
+    """What the page knows of one image."""
+    width, height = image.size_wh
+    picture, problem = None, None
+    try:
+        picture = _picture(image, image_folder, thumbnail_side)
+    except ImageFileError as error:
+        problem = str(error)
+    geometry = tokens.geometry(image.size_wh)
+    seen = geometry.points_from_model([[0, 0], [tokens.side, tokens.side]]).ravel()  # [2, 2] -> [4]
+    covered = tokens.covered(image)  # [R, tokens]
+    encoded = [{"size": [height, width], "counts": region.rle_mask.encode()} for region in image.regions]
+    areas = coco_mask.area(encoded) if encoded else []
+    regions = [
+        {
+            "tag": region.tag,
+            "bbox": list(region.bbox_xyxy_px),
+            "rle_mask": region.rle_mask,
+            "area_percent": round(100 * float(area) / (width * height), 1),
+            "tokens": base64.b64encode(np.packbits(of_region).tobytes()).decode(),
+            "tokens_covered": int(of_region.sum()),
+            **_further(region),
+        }
+        for region, area, of_region in zip(image.regions, areas, covered, strict=True)
+    ]
+    return {
+        "record": record,
+        "image_id": image.image_id,
+        "size": [width, height],
+        "caption": image.caption,
+        "status": image.extra.get("status"),
+        "picture": picture,
+        "problem": problem,
+        "seen": [round(float(edge), 3) for edge in seen],
+        "regions": regions,
+    }
+
+
+def _further(region: Region) -> dict[str, Any]:
+    """The region's score, and its other further values as one text."""
+    score = region.extra.get("score")
+    others = {key: value for key, value in region.extra.items() if key != "score" and value not in (None, region.tag)}
+    found: dict[str, Any] = {"extra": "; ".join(f"{key}: {value}" for key, value in others.items())}
+    if isinstance(score, int | float) and math.isfinite(score):
+        found["score"] = f"{score:.2f}"
+    return found
+
+
+def _picture(image: AnnotatedImage, image_folder: Path, side: int) -> str:
+    """The image, made smaller, as a data URI.
+
+    Raises:
+        ImageFileError: it is missing, broken, or not of the record's size.
+    """
+    path = image_path(image_folder, image.image_id)
+    try:
+        with Image.open(path) as opened:
+            if opened.size != image.size_wh:
+                raise ImageFileError(f"{path} of {opened.size}", f"the record's size {image.size_wh}")
+            opened.draft("RGB", (side, side))  # JPEG files decode at a smaller size at once
+            smaller = opened.convert("RGB")
+    except FileNotFoundError:
+        raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
+    except (Image.DecompressionBombError, OSError, SyntaxError) as error:
+        raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; fetch the file anew") from error
+    smaller.thumbnail((side, side))
+    content = io.BytesIO()
+    smaller.save(content, "JPEG", quality=_JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _page(entries: list[dict[str, Any]], pad: Path, tokens: TokenGrid, pages: list[Path], number: int) -> str:
+    document = {
+        "grid": [tokens.grid, tokens.grid],
+        "image_aspect_ratio": tokens.image_aspect_ratio,
+        "min_coverage": tokens.min_coverage,
+        "pages": [page.name for page in pages],
+        "page": number,
+        "records": entries,
+    }
+    part = f", page {number + 1} of {len(pages)}" if len(pages) > 1 else ""
+    parts = {
+        "title": html.escape(f"{pad.name}{part}"),
+        "style": _resource("view.css"),
+        "script": _resource("view.js"),
+        "data": _json_for_html(document),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _resource("view.html"))
+
+
+def _json_for_html(document: Any) -> str:
+    """JSON that no text of the data can end early, whatever it says: no angle bracket is left in it."""
+    text = json.dumps(document, ensure_ascii=True, allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _resource(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
