@@ -38,7 +38,9 @@ class CheckpointTensors(Mapping[str, Tensor]):
         self._file_of: dict[str, str] = {}
         for name in WEIGHT_FILES:
             if index := find_file(checkpoint, f"{name}.index.json"):
-                self._file_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+                shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+                # A name and no path, so that no index leads out of the folder.
+                self._file_of = {name: Path(shard).name for name, shard in shard_of.items()}
                 return
             if find_file(checkpoint, name):
                 self._file_of = dict.fromkeys(self._opened(name).keys(), name)

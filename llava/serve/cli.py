@@ -35,7 +35,7 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="python -m llava.serve.cli", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
-    parser.add_argument("--model-base", help="the LLM that a stage-1 projector belongs to")
+    parser.add_argument("--model-base", help="the LLM that a stage-1 projector or a LoRA adapter belongs to")
     parser.add_argument("--image-file", required=True, help="path or http(s) address of the image")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="template; default: the checkpoint's own")

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from llava.image_geometry import ImageGeometry
 from llava.mm_utils import image_geometry_of, process_images
+from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from patch_aligned.analysis.checkpoint_tensors import read_checkpoint_tensors
 from patch_aligned.labels import LabelTokenizer
 
 WORD_TABLE_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
@@ -51,14 +51,15 @@ class WordEmbeddings:
         """
         from transformers import AutoTokenizer
 
-        tables = read_checkpoint_tensors(base, lambda name: name.endswith(WORD_TABLE_ENDINGS))
+        weights = CheckpointTensors(base)
+        tables = [name for name in weights if name.endswith(WORD_TABLE_ENDINGS)]
         if len(tables) != 1:
             raise ValueError(
                 f"{base}: expected one tensor named *{' or *'.join(WORD_TABLE_ENDINGS)}, "
                 f"found {sorted(tables) or 'none'}. "
                 "Pass --base the folder of the language model that the projector was trained for."
             )
-        return cls(AutoTokenizer.from_pretrained(base), next(iter(tables.values())), base)
+        return cls(AutoTokenizer.from_pretrained(base), weights[tables[0]], base)
 
     @property
     def width(self) -> int:

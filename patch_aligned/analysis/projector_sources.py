@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.weights import load_projector, projector_state, read_projector_file
-from patch_aligned.analysis.checkpoint_tensors import checkpoint_shards, read_checkpoint_tensors
+from llava.model.tensor_files import WEIGHT_FILES
 from patch_aligned.analysis.embeddings import MeasuredProjector, SharedTower, WordEmbeddings
 
 PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
@@ -69,10 +70,11 @@ class ProjectorSource:
         config = json.loads(config_file.read_text()) if config_file.is_file() else {}
         if path.is_file():
             return cls(name, path, 0, config)
-        for candidate in PROJECTOR_FILES:
-            if (path / candidate).is_file():
-                return cls(name, path / candidate, 0, config)
-        if not checkpoint_shards(str(path)):
+        # Weights of a whole model come first: published ones keep the projector of stage 1 beside those of stage 2.
+        if not any((path / file).is_file() for file in WEIGHT_FILES):
+            for candidate in PROJECTOR_FILES:
+                if (path / candidate).is_file():
+                    return cls(name, path / candidate, 0, config)
             raise FileNotFoundError(
                 f"{where}: {path} holds neither {', '.join(PROJECTOR_FILES)} nor the weights of a full checkpoint. "
                 "Pass the --output_dir of a finished training run."
@@ -105,7 +107,8 @@ class ProjectorSource:
         words = WordEmbeddings.load(str(self.path)) if self.is_full_checkpoint else base_words
         state: dict[str, Tensor] = {}
         if self.is_full_checkpoint:
-            state = read_checkpoint_tensors(str(self.path), lambda name: "mm_projector." in name)
+            weights = CheckpointTensors(str(self.path))
+            state = {name: weights[name] for name in weights if "mm_projector." in name}
         elif self.path is not None:
             state = read_projector_file(self.path)
         config = dict(self.config) or (architecture_of(state) if state else dict(default_config))

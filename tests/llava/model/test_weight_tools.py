@@ -178,3 +178,31 @@ def test_upstreams_flags_are_read(exact_pair: None) -> None:
         assert result.stdout.startswith("Wrote ")
     for folder in ("whole", "delta", "again"):
         assert Path(folder, WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize("layout", ["sharded safetensors", "bin", "sharded bin"])
+def test_tensors_are_read_from_every_layout(tmp_path: Path, layout: str):
+    wanted, other = torch.arange(6.0).reshape(3, 2), torch.zeros(2)
+    shards = [{"model.embed_tokens.weight": wanted}, {"lm_head.weight": other}]
+    stem, ending = ("pytorch_model", "bin") if "bin" in layout else ("model", "safetensors")
+    save = torch.save if ending == "bin" else save_file
+    if "sharded" in layout:
+        names = [f"{stem}-0000{index + 1}-of-00002.{ending}" for index in range(2)]
+        for name, shard in zip(names, shards, strict=True):
+            save(shard, tmp_path / name)
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        (tmp_path / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        save(shards[0] | shards[1], tmp_path / f"{stem}.{ending}")
+    found = CheckpointTensors(str(tmp_path))
+    assert set(found) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert torch.equal(found["model.embed_tokens.weight"], wanted)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path):
+    (tmp_path / "inside").mkdir()
+    save_file({"w": torch.zeros(1)}, tmp_path / "outside.safetensors")
+    index = {"weight_map": {"w": "../outside.safetensors"}}
+    (tmp_path / "inside" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"outside\.safetensors is missing"):
+        CheckpointTensors(str(tmp_path / "inside"))["w"]

@@ -55,7 +55,7 @@ def test_without_pictures_none_is_written(golden_world: Path, pad: Path, tmp_pat
         ({"data": "missing.json"}, "--data missing.json: there is no such file"),
         ({"image_folder": "missing"}, "--image-folder missing: there is no such folder"),
         ({"region_kind": "object", "limit": "1"}, "no regions of kind 'object'"),
-        ({"base": "images"}, "images holds no model.safetensors"),
+        ({"base": "images"}, "No weights at images: expected model.safetensors"),
         ({"device": "cuda:9"}, "--device"),
     ],
 )

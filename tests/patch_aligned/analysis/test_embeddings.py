@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from patch_aligned.analysis.checkpoint_tensors import read_checkpoint_tensors
 from patch_aligned.analysis.embeddings import SharedTower, WordEmbeddings
 from patch_aligned.analysis.projector_sources import ProjectorSource, default_config_of, load_tower, parse_projectors
 
@@ -102,23 +101,9 @@ def test_a_table_too_short_for_the_tokenizer_is_refused(golden_world: Path):
         short.of_labels(["dog"])
 
 
-@pytest.mark.parametrize("layout", ["sharded safetensors", "bin", "sharded bin"])
-def test_single_tensors_are_read_from_every_layout(tmp_path: Path, layout: str):
-    wanted, other = torch.arange(6.0).reshape(3, 2), torch.zeros(2)
-    shards = [{"model.embed_tokens.weight": wanted}, {"lm_head.weight": other}]
-    stem, ending = ("pytorch_model", "bin") if "bin" in layout else ("model", "safetensors")
-    save = torch.save if ending == "bin" else save_file
-    if "sharded" in layout:
-        names = [f"{stem}-0000{index + 1}-of-00002.{ending}" for index in range(2)]
-        for name, shard in zip(names, shards, strict=True):
-            save(shard, tmp_path / name)
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        (tmp_path / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    else:
-        save(shards[0] | shards[1], tmp_path / f"{stem}.{ending}")
-    found = read_checkpoint_tensors(str(tmp_path), lambda name: "embed" in name)
-    assert list(found) == ["model.embed_tokens.weight"]
-    assert torch.equal(found["model.embed_tokens.weight"], wanted)
+def test_a_whole_models_projector_is_not_that_of_an_earlier_stage_beside_it(golden_world: Path, goldens: Path):
+    shutil.copy(goldens / "ckpt_stage1" / "mm_projector.bin", "tiny-llava")
+    assert ProjectorSource.parse("full=tiny-llava").is_full_checkpoint
 
 
 def test_projectors_of_different_layers_are_not_measured_together(golden_world: Path, goldens: Path):
