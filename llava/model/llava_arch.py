@@ -174,7 +174,7 @@ class LlavaMetaForCausalLM(ABC):
             getattr(self.config, "mm_patch_merge_type", "flat"),
             tile_grid=lambda: self.tile_grid(original_size),
             original_size=original_size,
-            newline=None if newline is None else newline.to(tiles.device),
+            newline=None if newline is None else gathered_in_forward(newline, self).to(tiles.device),
         )
 
     def tile_grid(self, original_size: tuple[int, int] | None) -> tuple[int, int]:
@@ -276,6 +276,19 @@ class LlavaMetaForCausalLM(ABC):
             if rows is not None and added:
                 with gathered(tables[:1]), torch.no_grad():
                     tables[0][-added:] = rows[-added:]
+
+
+def gathered_in_forward(parameter: nn.Parameter, module: Any) -> nn.Parameter:
+    """A parameter that `module` reads without being its owner: ZeRO-3 would leave it in pieces. Does nothing elsewhere.
+
+    From the second forward pass on, ZeRO-3 gathers it with the module's own.
+    """
+    if hasattr(parameter, "ds_id") and not parameter.numel():
+        import deepspeed
+
+        deepspeed.zero.register_external_parameter(module, parameter)
+        parameter.all_gather()  # type: ignore[attr-defined]
+    return parameter
 
 
 def start_at_mean(tables: list[nn.Parameter], added: int) -> None:
