@@ -21,7 +21,8 @@ def with_progress(records: Iterable[T], description: str, unit: str = "images") 
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=None, rate="")
         count = 0
         for count, record in enumerate(records, start=1):

@@ -117,7 +117,7 @@ def verify_file(
         watch: passes the records that keep the format on, one by one; it may show the progress.
 
     Raises:
-        RecordFileError: if the file is missing, or of an unknown kind.
+        RecordFileError: if the file is missing.
     """
     found = Verification(path, settings)
 
@@ -140,7 +140,7 @@ def verify_file(
             found.images_without_regions += not image.regions
             found.regions += len(image.regions)
     except RecordFileError as error:
-        if not path.is_file() or not found.records:
+        if not path.is_file():
             raise
         add(Problem("error", "file", found.records, "?", "record", str(error), "a sound file"))
     return found
@@ -286,7 +286,7 @@ def write_verification(
     """Verifies a file and writes `verify.json`, `verify.md` and `problems.jsonl` into the folder `output`.
 
     Raises:
-        RecordFileError: if the file is missing, of an unknown kind, or broken before its first record.
+        RecordFileError: if the file is missing.
     """
     output.mkdir(parents=True, exist_ok=True)
     with (output / "problems.jsonl").open("w", encoding="utf-8") as file:
