@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from patch_aligned.annotate.reselect_command import app as reselect_app
 from patch_aligned.command_errors import clear_errors
 from patch_aligned.dataset.commands import app as dataset_app
 from patch_aligned.pack_command import app as pack_app
@@ -20,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Patch-aligned training: its data and its measures.",
+    # LLaVA's flags are spelled with underscores: both are taken, in all commands.
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
 )
 
 
@@ -134,6 +137,7 @@ def measure(
 
 app.add_typer(dataset_app)
 app.add_typer(pack_app)
+app.add_typer(reselect_app)
 
 if __name__ == "__main__":
     sys.exit(app())

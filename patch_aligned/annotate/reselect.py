@@ -1,0 +1,171 @@
+"""`patch-aligned reselect`: other thresholds, NMS or labels for images that are annotated already, without a model.
+
+Records keep all of the detector's candidates, but masks of those alone that became regions. So a new choice may rename
+regions and leave some out. Where it adds a box that has no mask it is refused, and the boxes are named: lower
+thresholds do that, a higher `nms_iou`, and a lower one where it takes away a box that had suppressed others. After
+`annotate --segment_candidates` every candidate has its mask, and any choice will do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from patch_aligned.annotate.candidates import Candidate, CandidateError, CandidateThresholds, mask_fields
+from patch_aligned.annotate.files import written_whole
+from patch_aligned.annotate.merge import SETTINGS_SUFFIX, merge
+from patch_aligned.annotate.run_folder import RunFolder
+from patch_aligned.annotate.selection import Selection, mask_of_label, select
+from patch_aligned.annotate.shards import Record
+from patch_aligned.record_files import iter_records, write_records
+
+_RESELECTABLE = ("ok", "no_boxes", "no_masks")
+_SHOWN = 5
+
+
+class ReselectionError(ValueError):
+    """Records without candidates, or boxes that were never segmented."""
+
+
+@dataclass
+class Counts:
+    """What a choice of candidates gives.
+
+    Attributes:
+        images: those with regions.
+        regions: of all images.
+        tags: different ones.
+    """
+
+    images: int = 0
+    regions: int = 0
+    tags: set[str] = field(default_factory=set)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Counts a record's labels."""
+        self.images += bool(record["labels"])
+        self.regions += len(record["labels"])
+        self.tags.update(label["tag"] for label in record["labels"])
+
+
+def reselect(
+    source: Path, output: Path, selection: Selection, *, keep_candidates: bool = False
+) -> tuple[Counts, Counts]:
+    """Writes a PAD file with the labels that another selection gives.
+
+    Args:
+        source: the output folder of `patch-aligned annotate`: what `merge` would take of it is written. Or a PAD file
+            that was merged with its candidates: all its records are, some perhaps without regions.
+        output: a `.json`, `.jsonl`, `.json.gz`, `.jsonl.gz` or `.parquet` file. Beside it goes
+            `<output>.settings.json`, the run's settings with the new `selection`.
+        selection: how to choose.
+        keep_candidates: so that the output can be reselected again.
+
+    Returns:
+        What the labels were, and what they are.
+
+    Raises:
+        SelectionError: for thresholds below those of the candidates.
+        ReselectionError: for records without candidates, or boxes without a mask. Nothing is written then.
+    """
+    if not source.exists():
+        raise ReselectionError(f"{source}: found no such file or folder, expected a run's folder or a PAD file")
+    run = RunFolder(source) if source.is_dir() else None
+    settings = dict(run.settings) if run else _settings_beside(source)
+    if "detector" not in settings:
+        raise ReselectionError(
+            f"{source}: found no detector in its settings, expected candidates that a detector found"
+        )
+    selection.require_within(CandidateThresholds(**settings["detector"]["candidate_thresholds"]))
+    before, after = Counts(), Counts()
+
+    def records(old: Iterable[Record]) -> Iterator[Record]:
+        unsegmented: list[str] = []
+        images = 0
+        for record in old:
+            new, without_mask = reselected(record, selection, source)
+            unsegmented += without_mask
+            images += bool(without_mask)
+            before.add(record)
+            after.add(new)
+            if not keep_candidates and run is None:  # merge sees to it itself
+                del new["candidates"]
+            yield new
+        if unsegmented:
+            raise ReselectionError(_refusal(source, unsegmented, images))
+
+    if run:
+        merge(run, output, keep_candidates=keep_candidates, watch=records)
+    else:
+        write_records(records(iter_records(source)), output)
+    with written_whole(output.with_name(output.name + SETTINGS_SUFFIX)) as temporary:
+        text = json.dumps(settings | {"selection": asdict(selection)}, indent=1, sort_keys=True)
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return before, after
+
+
+def reselected(record: Record, selection: Selection, source: str | Path = "record") -> tuple[Record, list[str]]:
+    """A record with the labels that another selection gives, and its boxes that would be labels but have no mask.
+
+    Images that were never detected in (unreadable ones and others) stay as they are.
+
+    Raises:
+        ReselectionError: for a record without candidates, or broken ones.
+    """
+    place = f"{source}: image_id {record.get('image_id')!r}"
+    if not isinstance(record.get("candidates"), list):
+        raise ReselectionError(
+            f"{place}, field 'candidates': found none, expected the detector's boxes. Give the run's folder, or a file "
+            "merged with --keep_candidates"
+        )
+    if record.get("status") not in _RESELECTABLE:
+        return dict(record), []
+    try:
+        candidates = [
+            Candidate.from_record(entry, f"candidates[{position}]")
+            for position, entry in enumerate(record["candidates"])
+        ]
+    except CandidateError as error:
+        raise ReselectionError(f"{place}, {error}. Annotate the image again") from error
+    masks = {position: mask_fields(entry) for position, entry in enumerate(record["candidates"])}
+    masks |= {label["candidate"]: mask_of_label(label) for label in record["labels"]}
+    empty = {position for position, mask in masks.items() if mask.get("area_px") == 0} | set(
+        record.get("empty_masks", ())
+    )
+    chosen = select(candidates, selection, record["size"])
+    labels = []
+    without_mask = []
+    for selected in chosen:
+        if selected.position in empty:
+            continue
+        if mask := masks[selected.position]:
+            labels.append(selected.to_label(mask))
+        else:
+            box = ", ".join(f"{number:.0f}" for number in selected.candidate.bbox_xyxy_px)
+            without_mask.append(
+                f"{record['image_id']}: {selected.tag!r} at [{box}], score {selected.candidate.score:.3f}"
+            )
+    status = "ok" if labels else "no_masks" if chosen else "no_boxes"
+    return {**record, "labels": labels, "status": status, "reason": None}, without_mask
+
+
+def _settings_beside(pad: Path) -> dict[str, Any]:
+    path = pad.with_name(pad.name + SETTINGS_SUFFIX)
+    if not path.is_file():
+        raise ReselectionError(
+            f"{path}: found no such file, expected the settings that `patch-aligned merge` wrote beside the PAD file"
+        )
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def _refusal(source: Path, unsegmented: list[str], images: int) -> str:
+    more = f"\n  and {len(unsegmented) - _SHOWN} more" if len(unsegmented) > _SHOWN else ""
+    return (
+        f"{source}: {len(unsegmented)} boxes of {images} images would become regions but have no mask. Nothing was "
+        "written. Choose thresholds at least as high as those of the run and its nms_iou, or annotate with "
+        "--segment_candidates:\n  " + "\n  ".join(unsegmented[:_SHOWN]) + more
+    )
