@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from patch_aligned.annotate.commands import app as annotate_app
 from patch_aligned.annotate.reselect_command import app as reselect_app
 from patch_aligned.command_errors import clear_errors
 from patch_aligned.dataset.commands import app as dataset_app
@@ -138,6 +139,7 @@ def measure(
 app.add_typer(dataset_app)
 app.add_typer(pack_app)
 app.add_typer(reselect_app)
+app.add_typer(annotate_app)
 
 if __name__ == "__main__":
     sys.exit(app())

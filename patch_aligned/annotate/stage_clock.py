@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
+
+STAGES = ("decode", "tag", "detect", "segment")
+
+
+class StageTime(NamedTuple):
+    """Images that a stage took, and how long.
+
+    Attributes:
+        images: their number.
+        seconds: wall time, with what it waited for. Chunks that are worked on at once count each.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: StageTime) -> StageTime:  # type: ignore[override]
+        return StageTime(self.images + other.images, self.seconds + other.seconds)
+
+
+StageTimes = dict[str, StageTime]
+"""By stage."""
 
 
 class StageClock:
-    """Seconds and images by stage, counted by any number of threads.
+    """Counts the time of stages in any number of threads.
 
     Attributes:
-        seconds: wall time of each stage, including what it waited for. Chunks that are worked on at once count each.
-        images: that each stage took.
+        times: what was counted.
     """
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.images: Counter[str] = Counter()
+        self.times: StageTimes = dict.fromkeys(STAGES, StageTime())
         self._lock = threading.Lock()
 
     @contextmanager
@@ -29,10 +48,4 @@ class StageClock:
         yield
         elapsed = time.perf_counter() - begin
         with self._lock:
-            self.seconds[stage] += elapsed  # type: ignore[assignment]
-            self.images[stage] += images
-
-    def rates(self) -> dict[str, float]:
-        """Images a second of each stage."""
-        with self._lock:
-            return {stage: self.images[stage] / seconds for stage, seconds in self.seconds.items() if seconds}
+            self.times[stage] += StageTime(images, elapsed)

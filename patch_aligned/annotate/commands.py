@@ -1,0 +1,260 @@
+"""The commands `patch-aligned annotate` and `patch-aligned models fetch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from patch_aligned.command_errors import clear_errors
+
+app = typer.Typer(rich_markup_mode="markdown")
+models_app = typer.Typer(name="models", no_args_is_help=True, help="The models that annotate.")
+app.add_typer(models_app)
+
+_MODELS, _CHOICE, _WORK = "Models", "Which boxes become regions", "How the work is done"
+
+
+@app.command(epilog="Output, statuses and many GPUs: docs/annotation.md.")
+@clear_errors
+def annotate(
+    context: typer.Context,
+    images: Annotated[
+        Path,
+        typer.Option(
+            "--images",
+            metavar="PATH",
+            help="A folder of images, or a list: .txt with a path a line, .jsonl, LLaVA's .json.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Manifest, settings and shards. The same call goes on.")
+    ],
+    image_folder: Annotated[
+        Path | None, typer.Option("--image_folder", metavar="DIR", help="What the paths of a list count from.")
+    ] = None,
+    ram: Annotated[
+        Path | None,
+        typer.Option("--ram", metavar="FILE", help="RAM's or RAM++'s .pth.", rich_help_panel=_MODELS),
+    ] = None,
+    ram_tag_list: Annotated[
+        Path | None,
+        typer.Option("--ram_tag_list", metavar="FILE", help="RAM's ram_tag_list.txt.", rich_help_panel=_MODELS),
+    ] = None,
+    ram_thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            "--ram_thresholds", metavar="FILE", help="RAM's ram_tag_list_threshold.txt.", rich_help_panel=_MODELS
+        ),
+    ] = None,
+    resample: Annotated[
+        Literal["bilinear", "bicubic"],
+        typer.Option("--resample", help="How pictures are resized for RAM.", rich_help_panel=_MODELS),
+    ] = "bilinear",
+    detector: Annotated[
+        str,
+        typer.Option("--detector", help="Grounding DINO or MM Grounding DINO: folder or hub.", rich_help_panel=_MODELS),
+    ] = "IDEA-Research/grounding-dino-tiny",
+    detector_revision: Annotated[
+        str, typer.Option("--detector_revision", help="Commit on the hub.", rich_help_panel=_MODELS)
+    ] = "main",
+    sam: Annotated[
+        str, typer.Option("--sam", help="SAM or SAM 2: folder or hub.", rich_help_panel=_MODELS)
+    ] = "facebook/sam-vit-huge",
+    sam_revision: Annotated[
+        str, typer.Option("--sam_revision", help="Commit on the hub.", rich_help_panel=_MODELS)
+    ] = "main",
+    stages: Annotated[
+        Literal["models", "oracle"],
+        typer.Option(
+            "--stages", help="`oracle` answers from --oracle, to test the machinery.", rich_help_panel=_MODELS
+        ),
+    ] = "models",
+    oracle: Annotated[
+        Path | None,
+        typer.Option("--oracle", metavar="PAD", help="PAD file that knows the answer.", rich_help_panel=_MODELS),
+    ] = None,
+    prompt_join: Annotated[
+        Literal[", ", ". "],
+        typer.Option("--prompt_join", help="What joins the tags of a prompt.", rich_help_panel=_CHOICE),
+    ] = ", ",
+    box_threshold: Annotated[
+        float, typer.Option("--box_threshold", help="A box's score is above it.", rich_help_panel=_CHOICE)
+    ] = 0.25,
+    text_threshold: Annotated[
+        float,
+        typer.Option("--text_threshold", help="A token's score in the phrase is above it.", rich_help_panel=_CHOICE),
+    ] = 0.2,
+    nms_iou: Annotated[
+        float, typer.Option("--nms_iou", help="Of two boxes that overlap more one goes.", rich_help_panel=_CHOICE)
+    ] = 0.5,
+    label_mode: Annotated[
+        Literal["phrase", "best_tag"],
+        typer.Option("--label_mode", help="What a region is called.", rich_help_panel=_CHOICE),
+    ] = "phrase",
+    min_box_area: Annotated[
+        float,
+        typer.Option("--min_box_area", help="Pixels of a box within the image, at least.", rich_help_panel=_CHOICE),
+    ] = 1.0,
+    candidate_box_threshold: Annotated[
+        float,
+        typer.Option(
+            "--candidate_box_threshold", help="Candidates are kept above it, for reselect.", rich_help_panel=_CHOICE
+        ),
+    ] = 0.15,
+    candidate_text_threshold: Annotated[
+        float,
+        typer.Option("--candidate_text_threshold", help="Likewise for their tokens.", rich_help_panel=_CHOICE),
+    ] = 0.15,
+    engine: Annotated[
+        Literal["local", "torchrun", "ray"],
+        typer.Option("--engine", help="One process, one of several (RANK, WORLD_SIZE), or Ray.", rich_help_panel=_WORK),
+    ] = "local",
+    ray_workers: Annotated[
+        int | None,
+        typer.Option("--ray_workers", min=1, help="Actors. Default: one a GPU.", rich_help_panel=_WORK),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="`auto`, `cpu`, `cuda:1` ...", rich_help_panel=_WORK)
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="`auto`: bfloat16 on a GPU, float32 on a CPU.", rich_help_panel=_WORK),
+    ] = "auto",
+    shard_size: Annotated[
+        int, typer.Option("--shard_size", min=1, help="Images a shard.", rich_help_panel=_WORK)
+    ] = 2000,
+    on_error: Annotated[
+        Literal["skip", "fail"],
+        typer.Option("--on_error", help="Record an image that fails, or stop there.", rich_help_panel=_WORK),
+    ] = "skip",
+    tag_batch: Annotated[
+        int, typer.Option("--tag_batch", min=1, help="Images tagged at a time.", rich_help_panel=_WORK)
+    ] = 64,
+    detect_batch: Annotated[
+        int,
+        typer.Option("--detect_batch", min=1, help="Images of one size detected at a time.", rich_help_panel=_WORK),
+    ] = 8,
+    segment_batch: Annotated[
+        int, typer.Option("--segment_batch", min=1, help="Images segmented at a time.", rich_help_panel=_WORK)
+    ] = 8,
+    chunk: Annotated[
+        int,
+        typer.Option("--chunk", min=1, help="Decoded images in memory, for each chunk.", rich_help_panel=_WORK),
+    ] = 256,
+    chunks_at_once: Annotated[
+        int,
+        typer.Option("--chunks_at_once", min=1, help="2 prepares a chunk during the last.", rich_help_panel=_WORK),
+    ] = 2,
+    decode_workers: Annotated[
+        int, typer.Option("--decode_workers", min=1, help="Threads that decode.", rich_help_panel=_WORK)
+    ] = 8,
+    min_side: Annotated[
+        int, typer.Option("--min_side", min=1, help="Images with a shorter side are skipped.", rich_help_panel=_WORK)
+    ] = 16,
+    max_aspect: Annotated[
+        float,
+        typer.Option("--max_aspect", min=1, help="Images that are narrower are skipped.", rich_help_panel=_WORK),
+    ] = 10.0,
+) -> None:
+    """Annotates images with regions: RAM tags, Grounding DINO boxes the tags, SAM masks the boxes.
+
+    The work is cut into shards, each one file that appears whole or not at all: a call that was interrupted is made
+    again and goes on. Every image gets one record, with its status. Afterwards `patch-aligned merge` makes one file.
+
+    Example:
+
+    `patch-aligned annotate --images blip_laion_cc_sbu_558k.json --image_folder images --output runs/pad
+    --ram models/ram_swin_large_14m.pth --ram_tag_list models/ram_tag_list.txt
+    --ram_thresholds models/ram_tag_list_threshold.txt`
+    """
+    from patch_aligned.annotate.candidates import CandidateThresholds
+    from patch_aligned.annotate.command import run_annotate
+    from patch_aligned.annotate.process_shard import Workload
+    from patch_aligned.annotate.recipes import ModelRecipe, OracleRecipe, Recipe
+    from patch_aligned.annotate.selection import Selection
+
+    recipe: Recipe
+    if stages == "oracle":
+        if oracle is None:
+            raise ValueError("--stages oracle: found no --oracle, expected the PAD file that knows the answer")
+        recipe = OracleRecipe(oracle.resolve())
+    elif ram is None or ram_tag_list is None or ram_thresholds is None:
+        raise ValueError(
+            "--ram, --ram_tag_list, --ram_thresholds: not all are given. `patch-aligned models fetch` gets the files"
+        )
+    else:
+        recipe = ModelRecipe(
+            ram=ram.resolve(),
+            ram_tag_list=ram_tag_list.resolve(),
+            ram_thresholds=ram_thresholds.resolve(),
+            detector=str(Path(detector).resolve()) if Path(detector).is_dir() else detector,
+            sam=str(Path(sam).resolve()) if Path(sam).is_dir() else sam,
+            detector_revision=detector_revision,
+            sam_revision=sam_revision,
+            resample=resample,
+            prompt_join=prompt_join,
+            candidate_thresholds=CandidateThresholds(candidate_box_threshold, candidate_text_threshold),
+            selection=Selection(box_threshold, text_threshold, nms_iou, label_mode, min_box_area),
+            dtype=dtype,
+        )
+    workload = Workload(
+        tag_batch=tag_batch,
+        detect_batch=detect_batch,
+        segment_batch=segment_batch,
+        chunk=chunk,
+        decode_workers=decode_workers,
+        chunks_at_once=chunks_at_once,
+        min_side=min_side,
+        max_aspect=max_aspect,
+        on_error=on_error,
+    )
+    run_annotate(
+        images=images,
+        image_folder=image_folder,
+        output=output,
+        recipe=recipe,
+        workload=workload,
+        engine=engine,
+        shard_size=shard_size,
+        device=device,
+        ray_workers=ray_workers,
+    )
+
+
+@models_app.callback()
+def _models() -> None:
+    """The models that annotate."""
+
+
+@models_app.command()
+@clear_errors
+def fetch(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the files go.")] = Path(
+        "playground/data/annotation_models"
+    ),
+    ram: Annotated[Literal["ram", "ram_plus"], typer.Option("--ram", help="Which tagger.")] = "ram",
+    detector: Annotated[
+        str, typer.Option("--detector", help="Hub name of Grounding DINO.")
+    ] = "IDEA-Research/grounding-dino-tiny",
+    detector_revision: Annotated[str, typer.Option("--detector_revision", help="Commit on the hub.")] = "main",
+    sam: Annotated[str, typer.Option("--sam", help="Hub name of SAM or SAM 2.")] = "facebook/sam-vit-huge",
+    sam_revision: Annotated[str, typer.Option("--sam_revision", help="Commit on the hub.")] = "main",
+) -> None:
+    """Fetches RAM with its tag list and thresholds, Grounding DINO and SAM, and checks what is there already.
+
+    RAM's files are checked against their published hashes. Without a network it says which file belongs where.
+    """
+    from patch_aligned.annotate.models import RAM_WEIGHTS, TAG_FILES, HubCheckpoint, fetch_models
+
+    weights = RAM_WEIGHTS[ram]
+    detector_checkpoint, sam_checkpoint = HubCheckpoint(detector, detector_revision), HubCheckpoint(sam, sam_revision)
+    fetch_models(output, [weights, *TAG_FILES], [detector_checkpoint, sam_checkpoint])
+    typer.echo(
+        f"All there. Next: patch-aligned annotate --ram {output / weights.name} "
+        f"--ram_tag_list {output / TAG_FILES[0].name} --ram_thresholds {output / TAG_FILES[1].name} "
+        f"--detector {output / detector_checkpoint.folder_name} --sam {output / sam_checkpoint.folder_name} "
+        "--images ... --output ..."
+    )

@@ -1,0 +1,63 @@
+"""One annotation run as plain values, and the worker that does its shards, in whichever process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from patch_aligned.annotate.manifest import ManifestEntry
+from patch_aligned.annotate.process_shard import Workload, process_shard
+from patch_aligned.annotate.recipes import Recipe, settings_of
+from patch_aligned.annotate.run_folder import RunFolder
+from patch_aligned.annotate.shards import ShardHeader
+from patch_aligned.annotate.stage_clock import StageClock, StageTimes
+
+
+@dataclass(frozen=True)
+class AnnotationJob:
+    """What to do.
+
+    Attributes:
+        entries: images, in the manifest's order.
+        image_folder: what their ids count from.
+        output: the run's folder.
+        recipe: what builds the stages.
+        workload: how much at once.
+        shard_size: images a shard.
+    """
+
+    entries: list[ManifestEntry]
+    image_folder: Path
+    output: Path
+    recipe: Recipe
+    workload: Workload
+    shard_size: int = 2000
+
+
+class ShardWorker:
+    """The models on one device, at work on one shard at a time.
+
+    Attributes:
+        folder: the run's, made or opened with the settings of this worker's models.
+    """
+
+    def __init__(self, job: AnnotationJob, device: str) -> None:
+        """Loads the models and opens the folder.
+
+        Raises:
+            ValueError: a model that doesn't load, or a folder that was begun with other settings.
+        """
+        self._job = job
+        self._stages = job.recipe.build(device)
+        settings = settings_of(self._stages, job.workload.min_side, job.workload.max_aspect)
+        self.folder = RunFolder.start(job.output, job.entries, settings, job.shard_size)
+
+    def process(self, shard: int) -> tuple[ShardHeader, StageTimes]:
+        """Does one shard; returns its header and what it took."""
+        clock = StageClock()
+        header = process_shard(self.folder, shard, self._stages, self._job.image_folder, self._job.workload, clock)
+        return header, clock.times
+
+    def ready(self) -> bool:
+        """True, once the models are loaded."""
+        return True
