@@ -28,7 +28,8 @@ from patch_aligned.record_files import PAD_SCHEMA, RecordFileError, batch_to_rec
 logger = logging.getLogger(__name__)
 
 _FORMAT = "1"  # part of the cache key; raise it when the layout of the folder or a check changes
-_ROWS_PER_BATCH = 256
+ROWS_PER_BATCH = 256
+"""Rows that stand together on disk; files beside the index keep to the same batches."""
 _RECORDS, _REJECTED = "records.arrow", "rejected.jsonl"
 _HASHES, _ROWS, _COUNTS = "hashes.npy", "rows.npy", "region_counts.npy"
 _REJECTED_SHOWN = 5
@@ -61,8 +62,17 @@ class AnnotationIndex:
     def __getitem__(self, row: int) -> AnnotatedImage:
         if not 0 <= row < len(self):
             raise IndexError(f"{self.source}: row {row} of {len(self)}")
-        batch = self._reader.get_batch(row // _ROWS_PER_BATCH).slice(row % _ROWS_PER_BATCH, 1)
+        batch = self._reader.get_batch(row // ROWS_PER_BATCH).slice(row % ROWS_PER_BATCH, 1)
         return _image_of(batch_to_records(batch)[0])
+
+    @property
+    def batches(self) -> int:
+        """Number of batches of `ROWS_PER_BATCH` rows; the last may be shorter."""
+        return int(self._reader.num_record_batches)
+
+    def read_batch(self, number: int) -> list[AnnotatedImage]:
+        """The images of one batch, in the order of their rows."""
+        return [_image_of(record) for record in batch_to_records(self._reader.get_batch(number))]
 
     @property
     def regions(self) -> int:
@@ -75,8 +85,8 @@ class AnnotationIndex:
         position = int(np.searchsorted(self._hashes, wanted))
         while position < len(self) and self._hashes[position] == wanted:
             row = int(self._rows[position])
-            batch = self._reader.get_batch(row // _ROWS_PER_BATCH)
-            if batch.column("image_id")[row % _ROWS_PER_BATCH].as_py() == image_id:
+            batch = self._reader.get_batch(row // ROWS_PER_BATCH)
+            if batch.column("image_id")[row % ROWS_PER_BATCH].as_py() == image_id:
                 return row
             position += 1
         return None
@@ -104,6 +114,11 @@ class AnnotationIndex:
         temporary.write_text(json.dumps(counts))
         temporary.replace(known)
         return counts
+
+    def rejection_message(self) -> str:
+        """How many records were left out, where they are listed, and what is wrong with the first."""
+        first = "\n  ".join(self.rejections())
+        return f"{self.source}: {self.rejected} broken records, all listed in {self.folder / _REJECTED}:\n  {first}"
 
     def rejections(self, limit: int = _REJECTED_SHOWN) -> list[str]:
         """Messages of the first rejected records."""
@@ -168,7 +183,7 @@ def _write_conversion(source: Path, folder: Path, rejected: IO[str]) -> int:
 
     images = read_annotations(source, on_error=reject)
     with pa.OSFile(str(folder / _RECORDS), "wb") as file, pa.ipc.new_file(file, PAD_SCHEMA) as writer:
-        while chunk := list(islice(images, _ROWS_PER_BATCH)):
+        while chunk := list(islice(images, ROWS_PER_BATCH)):
             writer.write_batch(records_to_batch(image.to_record() for image in chunk))
             hashes.extend(_hash(image.image_id) for image in chunk)
             region_counts.extend(len(image.regions) for image in chunk)

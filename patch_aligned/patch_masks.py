@@ -69,7 +69,7 @@ def token_coverage_of_regions(
         PatchMaskError: if the stated size is not the image's (for instance swapped), or a mask is malformed or does not
             sum to the image's pixels.
     """
-    _check_size(size_wh, geometry, record)
+    require_size(size_wh, geometry, record)
     rows, cols = geometry.grid
     if not rle_masks:
         return np.zeros((0, rows, cols))
@@ -127,7 +127,12 @@ def _area_tables(geometry: ImageGeometry) -> AreaTables:
     return geometry.area_tables()
 
 
-def _check_size(size_wh: Sequence[int], geometry: ImageGeometry, record: str) -> None:
+def require_size(size_wh: Sequence[int], geometry: ImageGeometry, record: str) -> None:
+    """Checks that an annotation is of the image.
+
+    Raises:
+        PatchMaskError: if the stated width and height are not the image's.
+    """
     stated, actual = tuple(size_wh), geometry.original_wh
     if stated != actual:
         hint = "width and height are swapped" if stated == actual[::-1] else "the mask belongs to another file or copy"

@@ -7,7 +7,7 @@ K tokens of the longest label.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from torch import Tensor
 from llava.image_geometry import ImageGeometry, Mode
 from llava.plugin import AlignmentContext, AuxiliaryOutput, TrainingPlugin
 from patch_aligned.annotation_index import AnnotationIndex, image_id_of, open_annotation_index
-from patch_aligned.annotations import AnnotatedImage, AnnotationError
+from patch_aligned.annotations import AnnotationError
 from patch_aligned.arguments import PatchArguments
 from patch_aligned.labels import LabelTokenizer, label_embeddings, pad_label_ids
 from patch_aligned.loss import patch_loss, region_cosines
+from patch_aligned.packed_tokens import PackedTokens, open_packed_tokens
 from patch_aligned.patch_masks import PatchMaskError, covered_tokens_of_regions
 from patch_aligned.picture import PicturedImage, PicturedRegion, save_picture
 from patch_aligned.record_files import iter_records
@@ -46,6 +47,7 @@ class PatchAlignedPlugin(TrainingPlugin):
 
     arguments: PatchArguments
     index: AnnotationIndex
+    packed: PackedTokens | None
     labels: LabelTokenizer
 
     def setup(
@@ -61,12 +63,14 @@ class PatchAlignedPlugin(TrainingPlugin):
         Raises:
             ValueError: if no PAD file is named, or no image of the training file has a region.
             AnnotationError: if the PAD file has broken records and `--patch_on_error` is `fail`.
+            PackedTokensError: if the pack was made from another PAD file, or with another least coverage.
         """
         self.arguments = arguments
         self.labels = LabelTokenizer(tokenizer)
         source = arguments.patch_data_path or _annotated_training_file(data_path)
         self.index = open_annotation_index(source, arguments.patch_cache_dir)
         self._judge_rejections(output_dir)
+        self.packed = open_packed_tokens(self.index, arguments.patch_packed_path, arguments.patch_min_coverage)
         if data_path is not None:
             self._report_share(Path(data_path))
 
@@ -75,16 +79,17 @@ class PatchAlignedPlugin(TrainingPlugin):
 
         Raises:
             PatchMaskError: if the record's size is not the image's and `--patch_on_error` is `fail`.
+            PackedTokensError: if the pack was made for another geometry.
         """
         image_id = image_id_of(record)
         row = self.index.find(image_id) if image_id is not None else None
-        image = self.index[row] if row is not None else None
-        covered = self._covered_tokens(image, geometry) if image is not None else None  # [regions, S]
-        is_skipped = image is not None and covered is None
-        if image is None or covered is None:
-            row, covered = _NO_RECORD, np.zeros((0, geometry.grid[0] * geometry.grid[1]), dtype=bool)
+        found = self._tags_and_tokens(row, str(image_id), geometry) if row is not None else None
+        unlabelled, is_skipped = row is None, row is not None and found is None
+        if row is None or found is None:
+            row, found = _NO_RECORD, ([], np.zeros((0, geometry.grid[0] * geometry.grid[1]), dtype=bool))
+        tags, covered = found  # covered [regions, S]
         position = np.flatnonzero(covered.any(axis=1))  # [R] regions that stay
-        labels = [self.labels(image.regions[place].tag) for place in position] if image is not None else []
+        labels = [self.labels(tags[place]) for place in position.tolist()]
         return {
             "region_tokens": torch.from_numpy(covered[position]),
             "region_position": torch.from_numpy(position),
@@ -92,7 +97,7 @@ class PatchAlignedPlugin(TrainingPlugin):
             "label_lengths": torch.tensor([len(label) for label in labels], dtype=torch.int64),
             "record_row": torch.tensor(row),
             "geometry": _pack_geometry(geometry),
-            "counts": torch.tensor([image is None, len(covered) - len(position), is_skipped], dtype=torch.int64),
+            "counts": torch.tensor([unlabelled, len(covered) - len(position), is_skipped], dtype=torch.int64),
         }
 
     def collate(self, extras: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -171,12 +176,19 @@ class PatchAlignedPlugin(TrainingPlugin):
             title += "  (record without regions)"
         return PicturedImage(image, geometry, title, regions)
 
-    def _covered_tokens(self, image: AnnotatedImage, geometry: ImageGeometry) -> np.ndarray | None:
-        """bool `[regions, S]`, or None where the record does not fit the image and such records are to be skipped."""
-        masks = [region.rle_mask for region in image.regions]
-        name = f"{self.index.source}: image_id {image.image_id!r}"
+    def _tags_and_tokens(
+        self, row: int, image_id: str, geometry: ImageGeometry
+    ) -> tuple[Sequence[str], np.ndarray] | None:
+        """Tags and bool `[regions, S]`, or None where the record does not fit the image and such are to be skipped."""
         try:
-            return covered_tokens_of_regions(masks, image.size_wh, geometry, self.arguments.patch_min_coverage, name)
+            if self.packed is not None:
+                return self.packed.read(row, image_id, geometry)
+            image = self.index[row]
+            masks = [region.rle_mask for region in image.regions]
+            name = f"{self.index.source}: image_id {image_id!r}"
+            least = self.arguments.patch_min_coverage
+            covered = covered_tokens_of_regions(masks, image.size_wh, geometry, least, name)
+            return [region.tag for region in image.regions], covered
         except PatchMaskError as error:
             if self.arguments.patch_on_error == "fail":
                 raise
@@ -186,15 +198,13 @@ class PatchAlignedPlugin(TrainingPlugin):
     def _judge_rejections(self, output_dir: Path | None) -> None:
         if not self.index.rejected:
             return
-        report = self.index.folder / "rejected.jsonl"
-        first = "\n  ".join(self.index.rejections())
-        message = f"{self.index.source}: {self.index.rejected} broken records, all listed in {report}:\n  {first}"
+        message = self.index.rejection_message()
         if self.arguments.patch_on_error == "fail":
             raise AnnotationError(message, -1, "")
         logger.warning("Left out, %s", message)
         if output_dir is not None:
             output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / "patch_skipped.jsonl").write_bytes(report.read_bytes())
+            (output_dir / "patch_skipped.jsonl").write_bytes((self.index.folder / "rejected.jsonl").read_bytes())
 
     def _report_share(self, data_path: Path) -> None:
         images, with_regions = self.index.coverage_of(data_path)
