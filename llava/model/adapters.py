@@ -56,6 +56,11 @@ def fill_trained(model: Any, trained: dict[str, Tensor], to_come: Iterable[str],
     fill_strictly({name: parameters[name] for name in wanted}, tensors, source, hint)
 
 
+def is_of_llm(name: str) -> bool:
+    """Whether an adapter's tensor belongs to the LLM; an adapter with all biases may hold those of vision modules."""
+    return not name.startswith((WRAPPER + PROJECTOR, WRAPPER + TOWER))
+
+
 def add_lora(model: Any, adapter_path: str, *, merge: bool) -> Any:
     """Adds a LoRA adapter to `model`, strictly.
 
@@ -89,8 +94,8 @@ def add_lora(model: Any, adapter_path: str, *, merge: bool) -> Any:
 
     wrapped = PeftModel(model, config)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    found_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items() if is_of_llm(name)}
+    found_shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if is_of_llm(name)}
     if expected_shapes != found_shapes:
         raise ValueError(
             f"{source} does not fit this model. {differences(expected_shapes, found_shapes)}. "

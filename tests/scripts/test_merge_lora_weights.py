@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import LlamaForCausalLM
 
 pytest.importorskip("peft", reason="peft is part of the extra `train`")
 
@@ -27,10 +28,16 @@ TRAINING = (
 )
 
 
-@pytest.mark.parametrize("flags", ["", "--bits 4", "--unfreeze_mm_vision_tower True"], ids=["lora", "qlora", "tower"])
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--bits 4", "--unfreeze_mm_vision_tower True", "--lora_bias all", "--lora_bias lora_only"],
+    ids=["lora", "qlora", "tower", "all biases", "biases of adapted layers"],
+)
 def test_merged_logits_equal_the_adapters(golden_world: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
     if "bits" in flags:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is part of the extra `train`")
+    if "bias" in flags:
+        LlamaForCausalLM.from_pretrained("tiny-vicuna", attention_bias=True).save_pretrained("tiny-vicuna")
     monkeypatch.setattr(sys, "argv", ["train.py", *TRAINING.split(), *flags.split()])
     trained = train().model.eval()
     folders = ["--model-path", "run", "--model-base", "tiny-vicuna", "--save-model-path", "merged"]

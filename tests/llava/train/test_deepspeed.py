@@ -1,4 +1,4 @@
-"""Two processes under DeepSpeed train as one does, and resume, in both stages and with both ways of sharding."""
+"""Two processes under DeepSpeed train as one does, and resume: in both stages, with adapters, sharded either way."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is part of the extra `train`")
+for package in ("deepspeed", "peft", "bitsandbytes"):
+    pytest.importorskip(package, reason=f"{package} is part of the extra `train`")
 
 SAVING = "--save_strategy steps --save_steps 2 --gradient_checkpointing True"
 STAGE_2 = (
     "--version v1 --data_path mix.json --tune_mm_mlp_adapter False --image_aspect_ratio pad --learning_rate 2e-4 "
     "--mm_projector_lr 2e-5 --weight_decay 0.01 --num_train_epochs 2 --group_by_modality_length True"
 )
+
+LORA = f"{STAGE_2} --lora_enable True --lora_r 4 --lora_alpha 8 --lora_dropout 0"
 
 
 def write_engine_config(stage: int) -> str:
@@ -57,6 +60,10 @@ def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-5)
 
 
+def read_adapter(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return load_file(f"{folder}/adapter_model.safetensors"), torch.load(f"{folder}/non_lora_trainables.bin")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_equal_one_and_resume(
@@ -65,15 +72,19 @@ def test_two_processes_equal_one_and_resume(
     write_mixed_data()
     engine = f"--deepspeed {write_engine_config(stage)} --per_device_train_batch_size 2 {SAVING}"
     one = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2"
-    runs = {"pretrain": "", "finetune": STAGE_2}
+    runs = {"pretrain": "", "finetune": STAGE_2, "lora": LORA}
+    if stage == 2:  # ZeRO-3 cannot split quantised weights
+        runs["qlora"] = f"{LORA} --bits 4"
     singles = {name: run_training(stage_1_flags(f"{name}_one", f"{flags} {one}")) for name, flags in runs.items()}
 
-    commands = [stage_1_flags(name, f"{flags} {engine}") for name, flags in runs.items()]
+    commands: list[str] = []
+    for name, flags in runs.items():
+        commands += ["--next", *stage_1_flags(name, f"{flags} {engine}")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
     script = [str(free_port()), str(Path(__file__).with_name("train_twice.py"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        [*launcher, *script, *commands[0], "--next", *commands[1]],
+        [*launcher, *script, *commands[1:]],
         env=environment,
         capture_output=True,
         text=True,
@@ -93,6 +104,15 @@ def test_two_processes_equal_one_and_resume(
     whole = load_file("finetune_one/model.safetensors")
     assert_same_weights(load_file("finetune_first/model.safetensors"), whole)
     assert_same_weights(load_file("finetune/model.safetensors"), whole)
+
+    for name in runs.keys() & {"lora", "qlora"}:
+        adapter, rest = read_adapter(f"{name}_one")
+        for folder in (f"{name}_first", name, f"{name}/checkpoint-2"):
+            assert read_adapter(folder)[0].keys() == adapter.keys()
+            assert read_adapter(folder)[1].keys() == rest.keys()
+        for folder in (f"{name}_first", name):
+            assert_same_weights(read_adapter(folder)[0], adapter)
+            assert_same_weights(read_adapter(folder)[1], rest)
 
     # Of the frozen parts a checkpoint of stage 1 holds nothing: the smallest table alone would take 256 kB.
     saved = [path for path in Path("pretrain/checkpoint-2").rglob("*") if path.suffix in (".pt", ".bin", ".pth")]
