@@ -93,9 +93,9 @@ def annotate(
         Literal["phrase", "best_tag"],
         typer.Option("--label_mode", help="What a region is called.", rich_help_panel=_CHOICE),
     ] = "phrase",
-    min_box_area: Annotated[
+    min_box_area_px: Annotated[
         float,
-        typer.Option("--min_box_area", help="Pixels of a box within the image, at least.", rich_help_panel=_CHOICE),
+        typer.Option("--min_box_area_px", help="Of a box within the image, at least.", rich_help_panel=_CHOICE),
     ] = 1.0,
     candidate_box_threshold: Annotated[
         float,
@@ -107,6 +107,14 @@ def annotate(
         float,
         typer.Option("--candidate_text_threshold", help="Likewise for their tokens.", rich_help_panel=_CHOICE),
     ] = 0.15,
+    segment_candidates: Annotated[
+        bool,
+        typer.Option(
+            "--segment_candidates",
+            help="Make masks for all candidates, so that reselect may choose any. Costs SAM's time.",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = False,
     engine: Annotated[
         Literal["local", "torchrun", "ray"],
         typer.Option("--engine", help="One process, one of several (RANK, WORLD_SIZE), or Ray.", rich_help_panel=_WORK),
@@ -196,7 +204,9 @@ def annotate(
             resample=resample,
             prompt_join=prompt_join,
             candidate_thresholds=CandidateThresholds(candidate_box_threshold, candidate_text_threshold),
-            selection=Selection(box_threshold, text_threshold, nms_iou, label_mode, min_box_area),
+            selection=Selection(box_threshold, text_threshold, nms_iou, label_mode, min_box_area_px),
+            segment_candidates=segment_candidates,
+            segment_candidates=segment_candidates,
             dtype=dtype,
         )
     workload = Workload(

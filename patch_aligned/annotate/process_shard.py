@@ -185,8 +185,16 @@ class _Work:
         def keep(item: ImageInWork, candidates: list[Candidate]) -> None:
             item.candidates = candidates
             item.selected = self.stages.select(item)
+            item.to_segment = (
+                list(range(len(candidates)))
+                if self.stages.segment_candidates
+                else [selected.position for selected in item.selected]
+            )
+            item.to_segment = [selected.position for selected in item.selected]
+            if self.stages.segment_candidates:
+                item.to_segment = list(range(len(candidates)))
             self.records[item.image_id]["candidates"] = [candidate.to_record() for candidate in candidates]
-            if not item.selected:
+            if not item.to_segment:
                 self._end(item.image_id, "no_boxes")
 
         buckets: dict[Hashable, list[ImageInWork]] = {}
@@ -200,16 +208,21 @@ class _Work:
             if not all(math.isfinite(mask.predicted_iou) for mask in masks):
                 self._end(item.image_id, "non_finite", "segment: the model's scores are not finite")
                 return
-            labels = [
-                selected.to_label({"rle_mask": mask.rle, "area_px": mask.area_px, "predicted_iou": mask.predicted_iou})
-                for selected, mask in zip(item.selected, masks, strict=True)
-                if mask.area_px
+            record = self.records[item.image_id]
+            mask_of = {
+                position: {"rle_mask": mask.rle, "area_px": mask.area_px, "predicted_iou": mask.predicted_iou}
+                for position, mask in zip(item.to_segment, masks, strict=True)
+            }
+            record["labels"] = [
+                selected.to_label(mask_of[selected.position])
+                for selected in item.selected
+                if mask_of[selected.position]["area_px"]
             ]
-            self.records[item.image_id]["labels"] = labels
-            empty = [selected.position for selected, mask in zip(item.selected, masks, strict=True) if not mask.area_px]
-            if empty:  # so that `reselect` knows that these candidates were segmented
-                self.records[item.image_id]["empty_masks"] = empty
-            self._end(item.image_id, "ok" if labels else "no_masks")
+            for position in mask_of.keys() - {selected.position for selected in item.selected}:
+                record["candidates"][position] |= mask_of[position]
+            if empty := [position for position, mask in mask_of.items() if not mask["area_px"]]:
+                record["empty_masks"] = empty
+            self._end(item.image_id, "ok" if record["labels"] else "no_masks" if item.selected else "no_boxes")
 
         self._run("segment", self.stages.segment, self.items, self.workload.segment_batch, keep)
 

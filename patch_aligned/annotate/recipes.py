@@ -45,6 +45,8 @@ class ModelRecipe:
         prompt_join: what joins the tags of a prompt.
         candidate_thresholds: below them a candidate isn't kept.
         selection: which candidates become regions.
+        segment_candidates: whether all candidates get a mask.
+        segment_candidates: make masks for all of them.
         dtype: what models compute in, by name; `auto` is bfloat16 on a GPU and float32 on a CPU.
     """
 
@@ -59,6 +61,8 @@ class ModelRecipe:
     prompt_join: PromptJoin = ", "
     candidate_thresholds: CandidateThresholds = CandidateThresholds()  # noqa: RUF009 - it can't change
     selection: Selection = field(default_factory=Selection)
+    segment_candidates: bool = False
+    segment_candidates: bool = False
     dtype: str = "auto"
 
     def build(self, device: str) -> Stages:
@@ -85,7 +89,7 @@ class ModelRecipe:
         # Where the files are doesn't decide anything; what is in them does.
         detector.settings |= _identity(self.detector, self.detector_revision, detector_folder)
         segmenter.settings |= _identity(self.sam, self.sam_revision, sam_folder)
-        return ModelStages(tagger, detector, segmenter, self.selection)
+        return ModelStages(tagger, detector, segmenter, self.selection, segment_candidates=self.segment_candidates)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Counts:
 
 
 def reselect(
-    source: Path, output: Path, selection: Selection, *, keep_candidates: bool = False
+    source: Path, output: Path, changes: Mapping[str, Any], *, keep_candidates: bool = False
 ) -> tuple[Counts, Counts]:
     """Writes a PAD file with the labels that another selection gives.
 
@@ -61,7 +61,7 @@ def reselect(
             that was merged with its candidates: all its records are, some perhaps without regions.
         output: a `.json`, `.jsonl`, `.json.gz`, `.jsonl.gz` or `.parquet` file. Beside it goes
             `<output>.settings.json`, the run's settings with the new `selection`.
-        selection: how to choose.
+        changes: attributes of `Selection` that differ from the run's.
         keep_candidates: so that the output can be reselected again.
 
     Returns:
@@ -79,6 +79,7 @@ def reselect(
         raise ReselectionError(
             f"{source}: found no detector in its settings, expected candidates that a detector found"
         )
+    selection = replace(Selection(**settings["selection"]), **changes)
     selection.require_within(CandidateThresholds(**settings["detector"]["candidate_thresholds"]))
     before, after = Counts(), Counts()
 

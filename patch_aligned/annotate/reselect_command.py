@@ -25,29 +25,28 @@ def reselect(
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="PAD file: .json, .jsonl, .jsonl.gz or .parquet.")],
     box_threshold: Annotated[
-        float, typer.Option("--box_threshold", min=0, max=1, help="A box's score has to be above it.")
-    ] = 0.25,
+        float | None, typer.Option("--box_threshold", min=0, max=1, help="A box's score is above it.")
+    ] = None,
     text_threshold: Annotated[
-        float,
-        typer.Option("--text_threshold", min=0, max=1, help="A token's score has to be above it to be in the phrase."),
-    ] = 0.2,
+        float | None, typer.Option("--text_threshold", min=0, max=1, help="A token's score in the phrase is above it.")
+    ] = None,
     nms_iou: Annotated[
-        float, typer.Option("--nms_iou", min=0, max=1, help="Of two boxes that overlap more only the better one stays.")
-    ] = 0.5,
+        float | None, typer.Option("--nms_iou", min=0, max=1, help="Of two boxes that overlap more one goes.")
+    ] = None,
     label_mode: Annotated[
-        Literal["phrase", "best_tag"],
-        typer.Option(
-            "--label_mode", help="Name regions by Grounding DINO's phrase, or by the tag of the image that fits best."
-        ),
-    ] = "phrase",
-    min_box_area_px: Annotated[
-        float, typer.Option("--min_box_area_px", min=0, help="Boxes with a smaller area within the image are left out.")
-    ] = 0,
+        Literal["phrase", "best_tag"] | None,
+        typer.Option("--label_mode", help="Call a region by Grounding DINO's phrase, or by the tag that fits best."),
+    ] = None,
+    min_box_area: Annotated[
+        float | None, typer.Option("--min_box_area", min=0, help="Pixels of a box within the image, at least.")
+    ] = None,
     keep_candidates: Annotated[
         bool, typer.Option("--keep_candidates", help="Keep the boxes before NMS, to reselect again.")
     ] = False,
 ) -> None:
     """Chooses and names regions anew, from the boxes that an annotation run kept at low thresholds.
+
+    Options that aren't given stay as they were in the run.
 
     No model is needed, and masks are taken over. So the choice may get stricter, and labels may change; a box that was
     never segmented can't become a region. If the new thresholds ask for one, nothing is written, and the boxes are
@@ -60,10 +59,16 @@ def reselect(
     `patch-aligned reselect runs/pad --box_threshold 0.35 --label_mode best_tag --output pad_035.jsonl.gz`
     """
     from patch_aligned.annotate.reselect import reselect as reselect_records
-    from patch_aligned.annotate.selection import Selection
 
-    selection = Selection(box_threshold, text_threshold, nms_iou, label_mode, min_box_area_px)
-    before, after = reselect_records(source, output, selection, keep_candidates=keep_candidates)
+    options = {
+        "box_threshold": box_threshold,
+        "text_threshold": text_threshold,
+        "nms_iou": nms_iou,
+        "label_mode": label_mode,
+        "min_box_area_px": min_box_area,
+    }
+    changes = {name: value for name, value in options.items() if value is not None}
+    before, after = reselect_records(source, output, changes, keep_candidates=keep_candidates)
     for name, was, now in (
         ("images with regions", before.images, after.images),
         ("regions", before.regions, after.regions),

@@ -29,6 +29,8 @@ class ImageInWork:
         tags: from the first stage.
         candidates: from the second, at low thresholds and before boxes on the same object are suppressed.
         selected: those of them that become regions.
+        to_segment: positions of the candidates that get a mask.
+        to_segment: positions of the candidates that get a mask: the selected ones, or all.
     """
 
     image_id: str
@@ -36,6 +38,8 @@ class ImageInWork:
     tags: list[Tag] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     selected: list[Selected] = field(default_factory=list)
+    to_segment: list[int] = field(default_factory=list)
+    to_segment: list[int] = field(default_factory=list)
 
 
 class Stages(Protocol):
@@ -43,9 +47,11 @@ class Stages(Protocol):
 
     Attributes:
         settings: all that decides the results, as plain values for settings.json.
+        segment_candidates: all candidates get a mask, so that others can be selected later.
     """
 
     settings: dict[str, Any]
+    segment_candidates: bool
 
     def tag(self, items: Sequence[ImageInWork]) -> list[list[Tag]]:
         """Tags of each image."""
@@ -60,14 +66,20 @@ class Stages(Protocol):
         """Those of an image's candidates that become regions."""
 
     def segment(self, items: Sequence[ImageInWork]) -> list[list[Mask]]:
-        """A mask for each selected candidate of each image."""
+        """A mask for each candidate of each image that is `to_segment`."""
 
 
 class ModelStages:
     """RAM, Grounding DINO and SAM."""
 
     def __init__(
-        self, tagger: RamTagger, detector: GroundingDetector, segmenter: SamSegmenter, selection: Selection
+        self,
+        tagger: RamTagger,
+        detector: GroundingDetector,
+        segmenter: SamSegmenter,
+        selection: Selection,
+        *,
+        segment_candidates: bool = False,
     ) -> None:
         """Puts the models in a row.
 
@@ -79,11 +91,15 @@ class ModelStages:
         self.detector = detector
         self.segmenter = segmenter
         self.selection = selection
+        self.segment_candidates = segment_candidates
+        self.segment_candidates = segment_candidates
         self.settings: dict[str, Any] = {
             "stages": "models",
             "ram": tagger.settings,
             "detector": detector.settings,
             "selection": asdict(selection),
+            "segment_candidates": segment_candidates,
+            "segment_candidates": segment_candidates,
             "sam": segmenter.settings,
         }
 
@@ -105,5 +121,5 @@ class ModelStages:
 
     def segment(self, items: Sequence[ImageInWork]) -> list[list[Mask]]:
         """SAM's masks."""
-        boxes = [[selected.candidate.bbox_xyxy_px for selected in item.selected] for item in items]
+        boxes = [[item.candidates[position].bbox_xyxy_px for position in item.to_segment] for item in items]
         return self.segmenter.segment([item.image for item in items], boxes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,26 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
 from patch_aligned.annotate.candidates import Candidate
 from patch_aligned.annotate.manifest import ManifestEntry
+from patch_aligned.annotate.process_shard import Workload, annotate_images
+from patch_aligned.annotate.ram.tagger import Tag
 from patch_aligned.annotate.reselect import ReselectionError, reselect, reselected
 from patch_aligned.annotate.run_folder import RunFolder
-from patch_aligned.annotate.selection import Selection, SelectionError, select
+from patch_aligned.annotate.sam import Mask
+from patch_aligned.annotate.selection import Selected, Selection, SelectionError, select
 from patch_aligned.annotate.shards import write_shard
+from patch_aligned.annotate.stage_clock import StageClock
+from patch_aligned.annotate.stages import ImageInWork
 from patch_aligned.annotations import read_annotations
 from patch_aligned.cli import app
 
 SIZE_WH = (100, 80)
-SETTINGS = {
-    "detector": {"candidate_thresholds": {"box": 0.15, "text": 0.15}},
-    "selection": asdict(Selection()),
-}
+SETTINGS = {"detector": {"candidate_thresholds": {"box": 0.15, "text": 0.15}}}
 
 
 def candidate(score: float, left: float = 0, tag: str = "tennis racket", width: float = 20) -> Candidate:
@@ -75,8 +79,9 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", RECORDS)
 
 
-def write_run(path: Path, records: list[dict[str, Any]]) -> Path:
-    folder = RunFolder.start(path, [ManifestEntry(one["image_id"]) for one in records], SETTINGS, shard_size=2)
+def write_run(path: Path, records: list[dict[str, Any]], selection: Selection = Selection()) -> Path:  # noqa: B008
+    settings = SETTINGS | {"selection": asdict(selection)}
+    folder = RunFolder.start(path, [ManifestEntry(one["image_id"]) for one in records], settings, shard_size=2)
     for shard in range(folder.num_shards):
         first = folder.first_of(shard)
         write_shard(
@@ -102,14 +107,14 @@ def test_the_runs_own_selection_gives_the_runs_own_records() -> None:
 
 
 def test_higher_thresholds_leave_regions_out(run: Path, tmp_path: Path) -> None:
-    before, after = reselect(run, tmp_path / "pad.jsonl", Selection(box_threshold=0.35))
+    before, after = reselect(run, tmp_path / "pad.jsonl", {"box_threshold": 0.35})
     assert labels_of(tmp_path / "pad.jsonl") == {"a.jpg": [("tennis racket", 0.9), ("dog", 0.4)]}
     assert (before.images, before.regions, before.tags) == (2, 3, {"tennis racket", "dog", "cat"})
     assert (after.images, after.regions, after.tags) == (1, 2, {"tennis racket", "dog"})
 
 
 def test_regions_keep_their_masks_and_are_renamed(run: Path, tmp_path: Path) -> None:
-    reselect(run, tmp_path / "pad.json", Selection(text_threshold=0.3))
+    reselect(run, tmp_path / "pad.json", {"text_threshold": 0.3})
     (first, second), (third,) = (image.regions for image in read_annotations(tmp_path / "pad.json"))
     assert (first.tag, first.extra["phrase"], first.extra["best_tag"]) == ("racket", "racket", "tennis racket")
     assert (second.tag, third.tag, third.extra["phrase"]) == ("dog", "cat", "")
@@ -118,31 +123,40 @@ def test_regions_keep_their_masks_and_are_renamed(run: Path, tmp_path: Path) -> 
 
 
 def test_the_images_left_out_are_listed_with_their_status(run: Path, tmp_path: Path) -> None:
-    reselect(run, tmp_path / "pad.jsonl.gz", Selection(box_threshold=0.35))
+    reselect(run, tmp_path / "pad.jsonl.gz", {"box_threshold": 0.35})
     lines = (tmp_path / "pad.jsonl.gz.skipped.jsonl").read_text(encoding="utf-8").splitlines()
     status = {entry["image_id"]: entry["status"] for entry in map(json.loads, lines)}
     assert status == {"b.jpg": "no_boxes", "c.jpg": "no_boxes", "d.jpg": "unreadable"}
 
 
 def test_settings_say_how_the_labels_were_chosen(run: Path, tmp_path: Path) -> None:
-    reselect(run, tmp_path / "pad.jsonl", Selection(box_threshold=0.35, label_mode="best_tag"))
+    reselect(run, tmp_path / "pad.jsonl", {"box_threshold": 0.35, "label_mode": "best_tag"})
     settings = json.loads((tmp_path / "pad.jsonl.settings.json").read_text(encoding="utf-8"))
     assert settings["selection"] == asdict(Selection(box_threshold=0.35, label_mode="best_tag"))
     assert settings["detector"] == SETTINGS["detector"]
 
 
+def test_what_is_not_changed_stays_as_in_the_run(tmp_path: Path) -> None:
+    own = Selection(box_threshold=0.45, label_mode="best_tag", min_box_area_px=1)
+    run = write_run(tmp_path / "run", [RECORDS[0] | {"labels": RECORDS[0]["labels"][:1]}], own)
+    reselect(run, tmp_path / "pad.jsonl", {"nms_iou": 0.4})
+    assert labels_of(tmp_path / "pad.jsonl") == {"a.jpg": [("tennis racket", 0.9)]}
+    settings = json.loads((tmp_path / "pad.jsonl.settings.json").read_text(encoding="utf-8"))
+    assert settings["selection"] == asdict(own) | {"nms_iou": 0.4}
+
+
 def test_a_merged_file_with_candidates_can_be_reselected(run: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first.parquet", tmp_path / "second.jsonl"
-    reselect(run, first, Selection(), keep_candidates=True)
-    reselect(first, second, Selection(box_threshold=0.35))
+    reselect(run, first, {}, keep_candidates=True)
+    reselect(first, second, {"box_threshold": 0.35})
     assert labels_of(second) == {"a.jpg": [("tennis racket", 0.9), ("dog", 0.4)], "b.jpg": []}
     with pytest.raises(ReselectionError, match=r"second.jsonl: image_id 'a.jpg', field 'candidates': found none"):
-        reselect(second, tmp_path / "third.jsonl", Selection(box_threshold=0.35))
+        reselect(second, tmp_path / "third.jsonl", {"box_threshold": 0.35})
 
 
 def test_boxes_without_a_mask_are_refused_and_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ReselectionError) as caught:
-        reselect(run, tmp_path / "pad.jsonl", Selection(box_threshold=0.18, text_threshold=0.15))
+        reselect(run, tmp_path / "pad.jsonl", {"box_threshold": 0.18, "text_threshold": 0.15})
     message = str(caught.value)
     assert "2 boxes of 2 images would become regions but have no mask" in message
     assert "--segment_candidates" in message
@@ -174,6 +188,57 @@ def test_a_candidate_with_an_empty_mask_becomes_no_region() -> None:
     assert (new["labels"], new["status"], without_mask) == ([], "no_masks", [])
 
 
+class NoModels:
+    """Stages whose boxes are known and whose masks fill them."""
+
+    def __init__(self, candidates: list[Candidate], *, segment_candidates: bool) -> None:
+        self.settings: dict[str, Any] = {}
+        self.candidates = candidates
+        self.segment_candidates = segment_candidates
+        self.segmented = 0
+
+    def tag(self, items: Sequence[ImageInWork]) -> list[list[Tag]]:
+        return [[Tag("dog", 0.9)] for _ in items]
+
+    def bucket(self, item: ImageInWork) -> None:
+        return None
+
+    def detect(self, items: Sequence[ImageInWork]) -> list[list[Candidate]]:
+        return [self.candidates for _ in items]
+
+    def select(self, item: ImageInWork) -> list[Selected]:
+        return select(item.candidates, Selection(), item.image.size)
+
+    def segment(self, items: Sequence[ImageInWork]) -> list[list[Mask]]:
+        chosen = [[mask_of(item.candidates[position]) for position in item.to_segment] for item in items]
+        self.segmented += sum(map(len, chosen))
+        return [[Mask(mask["rle_mask"], mask["area_px"], 0.5) for mask in masks] for masks in chosen]
+
+
+@pytest.mark.parametrize("segment_candidates", [False, True])
+def test_what_annotate_writes_is_reselected(tmp_path: Path, segment_candidates: bool) -> None:
+    Image.new("RGB", SIZE_WH).save(tmp_path / "a.png")
+    empty = candidate(0.7, 50, "sky", width=0.5)
+    candidates = [candidate(0.9), empty, candidate(0.5, 2), candidate(0.2, 70, "dog")]
+    stages = NoModels(candidates, segment_candidates=segment_candidates)
+    (written,) = annotate_images([ManifestEntry("a.png")], stages, tmp_path, Workload(), StageClock())
+    assert stages.segmented == (4 if segment_candidates else 2)
+    assert [label["candidate"] for label in written["labels"]] == [0]
+    assert reselected(written, Selection()) == (written, [])
+    lower, without_mask = reselected(written, Selection(box_threshold=0.15))
+    assert [label["candidate"] for label in lower["labels"]] == ([0, 3] if segment_candidates else [0])
+    assert len(without_mask) == (0 if segment_candidates else 1)
+
+
+def test_an_image_without_regions_may_get_some_if_all_candidates_have_masks(tmp_path: Path) -> None:
+    Image.new("RGB", SIZE_WH).save(tmp_path / "a.png")
+    stages = NoModels([candidate(0.2)], segment_candidates=True)
+    (written,) = annotate_images([ManifestEntry("a.png")], stages, tmp_path, Workload(), StageClock())
+    assert (written["status"], written["labels"]) == ("no_boxes", [])
+    lower, without_mask = reselected(written, Selection(box_threshold=0.15))
+    assert (lower["status"], len(lower["labels"]), without_mask) == ("ok", 1, [])
+
+
 @given(
     scores=st.lists(st.floats(0.15, 1), min_size=1, max_size=12),
     lefts=st.lists(st.integers(0, 79), min_size=12, max_size=12),
@@ -194,7 +259,7 @@ def test_higher_thresholds_never_need_a_new_mask(
 
 def test_thresholds_below_the_candidates_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(SelectionError, match=r"box_threshold: found 0\.1, expected 0\.15 or more"):
-        reselect(run, tmp_path / "pad.jsonl", Selection(box_threshold=0.1))
+        reselect(run, tmp_path / "pad.jsonl", {"box_threshold": 0.1})
 
 
 def test_broken_candidates_are_named_with_their_image() -> None:
@@ -208,13 +273,13 @@ def test_sources_without_a_detectors_settings_are_refused(tmp_path: Path) -> Non
     pad = tmp_path / "pad.jsonl"
     pad.write_text(json.dumps(RECORDS[0]) + "\n", encoding="utf-8")
     with pytest.raises(ReselectionError, match=r"pad.jsonl.settings.json: found no such file"):
-        reselect(pad, tmp_path / "new.jsonl", Selection())
+        reselect(pad, tmp_path / "new.jsonl", {})
     (tmp_path / "pad.jsonl.settings.json").write_text('{"stages": "oracle"}', encoding="utf-8")
     with pytest.raises(ReselectionError, match="found no detector in its settings"):
-        reselect(pad, tmp_path / "new.jsonl", Selection())
+        reselect(pad, tmp_path / "new.jsonl", {})
 
     with pytest.raises(ReselectionError, match=r"nowhere: found no such file or folder"):
-        reselect(tmp_path / "nowhere", tmp_path / "new.jsonl", Selection())
+        reselect(tmp_path / "nowhere", tmp_path / "new.jsonl", {})
 
 
 def test_options_are_taken_with_underscores_too(run: Path, tmp_path: Path) -> None:
