@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--save-model-path", required=True, help="folder for the merged checkpoint")
     arguments = parser.parse_args()
     merge_lora(arguments.model_path, arguments.model_base, arguments.save_model_path)
+    print(f"Next: python -m llava.serve.cli --model-path {arguments.save_model_path} --image-file IMAGE")
 
 
 if __name__ == "__main__":
