@@ -206,7 +206,6 @@ def annotate(
             candidate_thresholds=CandidateThresholds(candidate_box_threshold, candidate_text_threshold),
             selection=Selection(box_threshold, text_threshold, nms_iou, label_mode, min_box_area_px),
             segment_candidates=segment_candidates,
-            segment_candidates=segment_candidates,
             dtype=dtype,
         )
     workload = Workload(

@@ -27,8 +27,6 @@ class OracleError(ValueError):
 class OracleStages:
     """Answers from a PAD file, which is held in memory. Images that it doesn't have get no tags."""
 
-    segment_candidates = False
-
     segment_candidates = False  # all of them are selected anyway
 
     def __init__(self, pad: Path) -> None:

@@ -185,11 +185,6 @@ class _Work:
         def keep(item: ImageInWork, candidates: list[Candidate]) -> None:
             item.candidates = candidates
             item.selected = self.stages.select(item)
-            item.to_segment = (
-                list(range(len(candidates)))
-                if self.stages.segment_candidates
-                else [selected.position for selected in item.selected]
-            )
             item.to_segment = [selected.position for selected in item.selected]
             if self.stages.segment_candidates:
                 item.to_segment = list(range(len(candidates)))

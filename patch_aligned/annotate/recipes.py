@@ -46,7 +46,6 @@ class ModelRecipe:
         candidate_thresholds: below them a candidate isn't kept.
         selection: which candidates become regions.
         segment_candidates: whether all candidates get a mask.
-        segment_candidates: make masks for all of them.
         dtype: what models compute in, by name; `auto` is bfloat16 on a GPU and float32 on a CPU.
     """
 
@@ -61,7 +60,6 @@ class ModelRecipe:
     prompt_join: PromptJoin = ", "
     candidate_thresholds: CandidateThresholds = CandidateThresholds()  # noqa: RUF009 - it can't change
     selection: Selection = field(default_factory=Selection)
-    segment_candidates: bool = False
     segment_candidates: bool = False
     dtype: str = "auto"
 

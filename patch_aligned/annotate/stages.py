@@ -29,7 +29,6 @@ class ImageInWork:
         tags: from the first stage.
         candidates: from the second, at low thresholds and before boxes on the same object are suppressed.
         selected: those of them that become regions.
-        to_segment: positions of the candidates that get a mask.
         to_segment: positions of the candidates that get a mask: the selected ones, or all.
     """
 
@@ -38,7 +37,6 @@ class ImageInWork:
     tags: list[Tag] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     selected: list[Selected] = field(default_factory=list)
-    to_segment: list[int] = field(default_factory=list)
     to_segment: list[int] = field(default_factory=list)
 
 
@@ -92,13 +90,11 @@ class ModelStages:
         self.segmenter = segmenter
         self.selection = selection
         self.segment_candidates = segment_candidates
-        self.segment_candidates = segment_candidates
         self.settings: dict[str, Any] = {
             "stages": "models",
             "ram": tagger.settings,
             "detector": detector.settings,
             "selection": asdict(selection),
-            "segment_candidates": segment_candidates,
             "segment_candidates": segment_candidates,
             "sam": segmenter.settings,
         }

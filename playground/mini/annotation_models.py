@@ -39,6 +39,7 @@ _BERT_IDS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103
 _RAM_PX = 96
 _SHARE_OF_TAGS = 0.4  # of all tags in all images, above the threshold
 _SPREAD_OF_BOX_SCORES = 0.3
+_SPREAD_OF_BOXES = 0.15
 
 
 def write_models(out: Path) -> None:
@@ -107,7 +108,10 @@ def _write_grounding_dino(folder: Path, tags: list[str]) -> None:
         encoder_ffn_dim=64, decoder_ffn_dim=64, num_queries=30,
     )  # fmt: skip
     detector = GroundingDinoForObjectDetection(config)
-    with torch.no_grad():  # untrained scores are all nearly 0 or nearly 1
+    with torch.no_grad():  # as they come, boxes are tiny anchors, and scores are all nearly 0 or nearly 1
+        for name, parameter in detector.named_parameters():
+            if "bbox_embed" in name:
+                parameter.normal_(std=_SPREAD_OF_BOXES)
         detector.model.text_projection.weight.mul_(_SPREAD_OF_BOX_SCORES)
         detector.model.decoder.layer_norm.weight.mul_(_SPREAD_OF_BOX_SCORES)
     detector.save_pretrained(folder)
