@@ -45,7 +45,7 @@ def recorded_steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def check_steps(found: dict[str, Any], golden: dict[str, Any]) -> None:
-    assert found["loss"] == pytest.approx(golden["loss"], abs=2e-5)
+    assert found["loss"] == pytest.approx(golden["loss"], abs=2e-5)  # of about 7
     assert found["lr"] == [pytest.approx(rates, rel=1e-12) for rates in golden["lr"]]
     assert found["group_names"] == golden["group_names"]
     assert found["weight_decay"] == [group["weight_decay"] for group in golden["groups"]]
@@ -112,6 +112,7 @@ def test_stage_2(goldens: Path, run_training: Any, recorded_steps: dict[str, Any
         assert shapes == golden["model.safetensors"]
         with safe_open(goldens / "ckpt_stage2" / "model.safetensors", "pt") as theirs:
             for name in shapes:
+                # AdamW's early steps divide by tiny gradients, which magnifies rounding.
                 torch.testing.assert_close(ours.get_tensor(name), theirs.get_tensor(name), rtol=1e-4, atol=2e-5)
 
 
