@@ -3,7 +3,8 @@
 Records keep all of the detector's candidates, but masks of those alone that became regions. So a new choice may rename
 regions and leave some out. Where it adds a box that has no mask it is refused, and the boxes are named: lower
 thresholds do that, a higher `nms_iou`, and a lower one where it takes away a box that had suppressed others. After
-`annotate --segment_candidates` every candidate has its mask, and any choice will do.
+`annotate --segment_candidates` every candidate has its mask, and any choice will do. A region that is left out hands
+its mask to its candidate, and so can come back.
 """
 
 from __future__ import annotations
@@ -149,8 +150,13 @@ def reselected(record: Record, selection: Selection, source: str | Path = "recor
             without_mask.append(
                 f"{record['image_id']}: {selected.tag!r} at [{box}], score {selected.candidate.score:.3f}"
             )
+    labelled = {label["candidate"] for label in labels}
+    entries = [  # what is no region any more hands its mask back to the candidate, so that it can be one again
+        entry if position in labelled else {**entry, **masks[position]}
+        for position, entry in enumerate(record["candidates"])
+    ]
     status = "ok" if labels else "no_masks" if chosen else "no_boxes"
-    return {**record, "labels": labels, "status": status, "reason": None}, without_mask
+    return {**record, "labels": labels, "candidates": entries, "status": status, "reason": None}, without_mask
 
 
 def _settings_beside(pad: Path) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def reselect(
         Literal["phrase", "best_tag"] | None,
         typer.Option("--label_mode", help="Call a region by Grounding DINO's phrase, or by the tag that fits best."),
     ] = None,
-    min_box_area: Annotated[
-        float | None, typer.Option("--min_box_area", min=0, help="Pixels of a box within the image, at least.")
+    min_box_area_px: Annotated[
+        float | None, typer.Option("--min_box_area_px", min=0, help="Of a box within the image, at least.")
     ] = None,
     keep_candidates: Annotated[
         bool, typer.Option("--keep_candidates", help="Keep the boxes before NMS, to reselect again.")
@@ -65,7 +65,7 @@ def reselect(
         "text_threshold": text_threshold,
         "nms_iou": nms_iou,
         "label_mode": label_mode,
-        "min_box_area_px": min_box_area,
+        "min_box_area_px": min_box_area_px,
     }
     changes = {name: value for name, value in options.items() if value is not None}
     before, after = reselect_records(source, output, changes, keep_candidates=keep_candidates)

@@ -154,6 +154,13 @@ def test_a_merged_file_with_candidates_can_be_reselected(run: Path, tmp_path: Pa
         reselect(second, tmp_path / "third.jsonl", {"box_threshold": 0.35})
 
 
+def test_what_left_can_come_back() -> None:
+    stricter, _ = reselected(RECORDS[0], Selection(box_threshold=0.45))
+    assert len(stricter["labels"]) == 1
+    again, without_mask = reselected(stricter, Selection())
+    assert (again["labels"], without_mask) == (RECORDS[0]["labels"], [])
+
+
 def test_boxes_without_a_mask_are_refused_and_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ReselectionError) as caught:
         reselect(run, tmp_path / "pad.jsonl", {"box_threshold": 0.18, "text_threshold": 0.15})
