@@ -52,7 +52,8 @@ def merge(
     done = merge_run(RunFolder(run), output, keep_all=keep_all, keep_candidates=keep_candidates, watch=watch)
     _print_table([("images", f"{done.images:,}"), *((f"status {name}", f"{n:,}") for name, n in done.counts.items())])
     typer.echo(f"{output}: {done.written:,} records, {done.regions:,} regions")
-    typer.echo(f"{done.skipped}: the other {done.images - done.written:,} images")
+    if others := done.images - done.written:
+        typer.echo(f"{done.skipped}: the other {others:,} images, with the reason of each")
 
 
 @app.command()
@@ -253,7 +254,7 @@ def publish(
         watch=lambda images: with_progress(images, "Publishing"),
     )
     megabytes = sum(path.stat().st_size for path in published.files) / 1e6
-    typer.echo(f"{output}: {published.images:,} images, {len(published.files)} Parquet files, {megabytes:.1f} MB")
+    typer.echo(f"{output}: {published.images:,} images; Parquet files: {len(published.files)}, {megabytes:.2f} MB")
     if license_name is None:
         typer.echo(f"Choose a licence in {output / 'README.md'}, in its first lines and in its last section.")
     typer.echo(f"Read the card, then upload: hf upload {name} {output} --repo-type dataset")

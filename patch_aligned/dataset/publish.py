@@ -204,9 +204,11 @@ def _origin(settings: Mapping[str, Any] | None) -> str:
         return "Not recorded: the file came without the settings of an annotation run. Write here how it was made."
     rows = [f"| `{key}` | `{value}` |" for key, value in _leaves(settings)]
     steps = (
-        "RAM tags each image, Grounding DINO boxes each tag, non-maximum suppression drops boxes that overlap, and SAM "
-        "masks each box (`patch-aligned annotate`). The settings, also in `settings.json`:"
+        "By `patch-aligned annotate`, whose stages are tagging (RAM), boxes for the tags (Grounding DINO) with "
+        "non-maximum suppression, and a mask for each box (SAM). The settings, also in `settings.json`:"
     )
+    if settings.get("stages") == "oracle":
+        steps = "By `patch-aligned annotate --stages oracle`: tags, boxes and masks were given, no model made them."
     return "\n".join([steps, "", "| setting | value |", "|---|---|", *rows])
 
 

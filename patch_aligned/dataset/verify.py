@@ -263,7 +263,7 @@ def summary(found: Verification) -> str:
     return (
         f"{found.file}: {found.records:,} records, {found.images:,} of them keep the format, "
         f"{found.images_without_regions:,} without regions, {found.regions:,} regions; checked {checked}. "
-        f"{found.errors:,} errors, {found.warnings:,} warnings."
+        f"Errors: {found.errors:,}, warnings: {found.warnings:,}."
     )
 
 

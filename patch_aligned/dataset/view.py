@@ -192,10 +192,14 @@ def _further(region: Region) -> dict[str, Any]:
     """The region's score, and its other further values as one text."""
     score = region.extra.get("score")
     others = {key: value for key, value in region.extra.items() if key != "score" and value not in (None, region.tag)}
-    found: dict[str, Any] = {"extra": "; ".join(f"{key}: {value}" for key, value in others.items())}
+    found: dict[str, Any] = {"extra": "; ".join(f"{key}: {_short(value)}" for key, value in others.items())}
     if isinstance(score, int | float) and math.isfinite(score):
         found["score"] = f"{score:.2f}"
     return found
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _picture(image: AnnotatedImage, image_folder: Path, side: int) -> str:
