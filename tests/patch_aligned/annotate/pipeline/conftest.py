@@ -1,0 +1,96 @@
+"""Tiny random models, scenes whose regions are known, and a run over them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patch_aligned.annotate.job import AnnotationJob, ShardWorker
+from patch_aligned.annotate.manifest import list_images
+from patch_aligned.annotate.process_shard import Workload
+from patch_aligned.annotate.recipes import ModelRecipe
+from patch_aligned.annotate.selection import Selection
+
+# The miniature is no installed package.
+ROOT = Path(__file__).parents[4]
+SCENES = 20
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RAM, Grounding DINO and SAM with random weights, as files."""
+    from playground.mini.annotation_models import write_models
+
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_models: Path) -> ModelRecipe:
+    """The tiny models, at a threshold that some of their boxes pass."""
+    return ModelRecipe(
+        ram=tiny_models / "ram.converted.safetensors",
+        ram_tag_list=tiny_models / "ram_tag_list.txt",
+        ram_thresholds=tiny_models / "ram_thresholds.txt",
+        detector=str(tiny_models / "grounding_dino"),
+        sam=str(tiny_models / "sam"),
+        selection=Selection(box_threshold=0.99, min_box_area_px=1),
+    )
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures of two sizes below `images`, with `train.json` and `pad.json` for them."""
+    from playground.mini.scene_records import DatasetSettings, write_scene
+
+    folder = tmp_path_factory.mktemp("scenes")
+    records: dict[str, list[dict[str, Any]]] = {"train": [], "pad": []}
+    for size in ((96, 64), (64, 80)):
+        settings = DatasetSettings(count=SCENES // 2, seed=size[0], size_wh=size)
+        for index in range(settings.count):
+            written = write_scene(settings, index, folder)
+            for name, all_records in records.items():
+                all_records += written[name]
+    for name, all_records in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(all_records))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(recipe: ModelRecipe, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of one process that was never interrupted: five shards of four images."""
+    entries, folder = list_images(scenes / "train.json", scenes)
+    job = AnnotationJob(entries, folder, tmp_path_factory.mktemp("run"), recipe, Workload(decode_workers=2), 4)
+    worker = ShardWorker(job, "cpu")
+    for shard in range(worker.folder.num_shards):
+        worker.process(shard)
+    return job.output
+
+
+@pytest.fixture
+def annotate_arguments(recipe: ModelRecipe, scenes: Path) -> Callable[[Path], list[str]]:
+    """Arguments of `patch-aligned` that repeat `finished_run` into another folder."""
+    return lambda output: [
+        "annotate", "--images", str(scenes / "train.json"), "--image_folder", str(scenes), "--output", str(output),
+        "--ram", str(recipe.ram), "--ram_tag_list", str(recipe.ram_tag_list),
+        "--ram_thresholds", str(recipe.ram_thresholds), "--detector", recipe.detector, "--sam", recipe.sam,
+        "--box_threshold", "0.99", "--shard_size", "4", "--decode_workers", "2",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def deciding_files() -> Callable[[Path], dict[str, bytes]]:
+    """Content of all files of a run's folder but the logs, by path."""
+    return lambda output: {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and path.parent.name != "logs"
+    }

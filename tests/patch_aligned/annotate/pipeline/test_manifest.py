@@ -1,0 +1,85 @@
+"""Which images are annotated: of a folder, of a list, of LLaVA's JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from patch_aligned.annotate.manifest import (
+    ManifestEntry,
+    ManifestError,
+    list_images,
+    manifest_bytes,
+    read_manifest,
+    write_manifest,
+)
+
+
+def test_a_folder_is_listed_by_path_without_what_is_no_image(tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/10.JPG", "a.jpeg", "b/notes.txt", "c.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    entries, folder = list_images(tmp_path)
+    assert entries == [ManifestEntry("a.jpeg"), ManifestEntry("b/10.JPG"), ManifestEntry("b/2.png")]
+    assert folder == tmp_path
+
+
+def test_llavas_json_gives_images_in_its_order_with_the_answer_as_caption(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": "a wall \n"}]
+    records = [
+        {"id": "1", "image": "b.jpg", "conversations": turns},
+        {"id": "2", "conversations": turns},
+        {"id": "3", "image": ["a.jpg", "b.jpg"], "conversations": [{"from": "gpt", "value": "two"}]},
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps(records))
+    entries, _ = list_images(tmp_path / "llava.json", tmp_path)
+    assert entries == [ManifestEntry("b.jpg", "a wall"), ManifestEntry("a.jpg", "two")]
+
+
+def test_lists_of_paths_and_of_records(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("x/b.jpg\n\n./a.jpg\nx//b.jpg\n")
+    assert list_images(tmp_path / "list.txt", tmp_path)[0] == [ManifestEntry("x/b.jpg"), ManifestEntry("a.jpg")]
+    (tmp_path / "list.jsonl").write_text(
+        '{"image_id": "a.jpg", "caption": "one"}\n{"image": "b.jpg", "blip_caption": "two"}\n'
+    )
+    entries, _ = list_images(tmp_path / "list.jsonl", tmp_path)
+    assert entries == [ManifestEntry("a.jpg", "one"), ManifestEntry("b.jpg", "two")]
+
+
+@pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "x/../../a.jpg", "a\ud800.jpg", "."])
+def test_paths_that_leave_the_image_folder_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "list.jsonl").write_text(json.dumps({"image": "ok.jpg"}) + "\n" + json.dumps({"image": name}) + "\n")
+    with pytest.raises(ManifestError, match=r"list.jsonl: record 1: found image .* below the image folder"):
+        list_images(tmp_path / "list.jsonl", tmp_path)
+
+
+def test_what_names_no_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="found no images"):
+        list_images(tmp_path)
+    with pytest.raises(ManifestError, match=r"found no folder; expected one, or a list ending in \.txt"):
+        list_images(tmp_path / "missing")
+    (tmp_path / "list.txt").write_text("a.jpg")
+    with pytest.raises(ManifestError, match="--image_folder: found none, expected the folder"):
+        list_images(tmp_path / "list.txt")
+    with pytest.raises(ManifestError, match="found another folder than --images"):
+        list_images(tmp_path, tmp_path.parent)
+    (tmp_path / "list.jsonl").write_text('{"image": 3}\n')
+    with pytest.raises(ManifestError, match=r"record 0, field 'image': found 3, expected a path"):
+        list_images(tmp_path / "list.jsonl", tmp_path)
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    entries = [ManifestEntry("ä/1.jpg", "a “caption”\u2028of two lines"), ManifestEntry("2.jpg")]
+    path = tmp_path / "manifest.jsonl"
+    write_manifest(entries, path)
+    assert read_manifest(path) == entries
+    assert path.read_bytes() == manifest_bytes(read_manifest(path))
+
+
+def test_a_manifest_with_an_id_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.jsonl"
+    write_manifest([ManifestEntry("1.jpg"), ManifestEntry("1.jpg")], path)
+    with pytest.raises(ManifestError, match=r"record 1, field 'image_id': found '1.jpg', expected an id .* once"):
+        read_manifest(path)

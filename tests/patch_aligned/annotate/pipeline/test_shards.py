@@ -1,0 +1,136 @@
+"""Shards and the folder that holds them: whole or not at all, checked when read, of one run only."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patch_aligned.annotate.manifest import ManifestEntry
+from patch_aligned.annotate.run_folder import RunFolder, RunFolderError
+from patch_aligned.annotate.shards import ShardError, read_header, read_shard, write_shard
+
+ENTRIES = [ManifestEntry(f"{number}.jpg", "ein Bär\u2028") for number in range(5)]
+SETTINGS: dict[str, Any] = {"sam": {"model": "a", "sizes": [1, 2]}, "versions": {"torch": "2"}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.start(tmp_path / "run", ENTRIES, SETTINGS, shard_size=2)
+
+
+def write(folder: RunFolder, shard: int) -> Path:
+    records = [
+        {"image_id": entry.image_id, "caption": entry.caption, "status": "no_tags" if row else "ok"}
+        for row, entry in enumerate(folder.entries_of(shard))
+    ]
+    path = folder.shard_path(shard)
+    write_shard(path, records, shard=shard, first=folder.first_of(shard), settings_sha256=folder.settings_sha256)
+    return path
+
+
+def test_shards_hold_the_manifests_records_in_order(folder: RunFolder) -> None:
+    assert folder.missing_shards() == [0, 1, 2]
+    for shard in (2, 0, 1):
+        write(folder, shard)
+    assert folder.missing_shards() == []
+    assert [record["image_id"] for record in folder.iter_records()] == [entry.image_id for entry in ENTRIES]
+    header, records = folder.read_shard(1)
+    assert (header.shard, header.first, header.count, header.counts) == (1, 2, 2, {"no_tags": 1, "ok": 1})
+    assert records[0]["caption"] == "ein Bär\u2028"
+    assert header == read_header(folder.shard_path(1))
+
+
+def test_the_same_records_give_the_same_bytes(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write(folder, 0).read_bytes()
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    assert write(folder, 0).read_bytes() == first
+
+
+def test_what_a_killed_process_left_behind_is_cleared(folder: RunFolder) -> None:
+    path = folder.shard_path(0)
+    path.parent.mkdir()
+    (path.parent / f".{path.name}.0123.tmp").write_bytes(b"half a shard")
+    assert not folder.is_done(0)
+    write(folder, 0)
+    assert list(path.parent.iterdir()) == [path]
+    assert folder.is_done(0)
+
+
+def test_damaged_shards_are_not_done(folder: RunFolder) -> None:
+    path = write(folder, 0)
+    sound = path.read_bytes()
+    lines = gzip.decompress(sound)
+    damaged = {
+        "cut off": sound[:-20],
+        "no gzip": b"x" + sound,
+        "empty": b"",
+        "a changed record": gzip.compress(lines.replace(b"1.jpg", b"7.jpg")),
+        "a lost record": gzip.compress(b"".join(lines.splitlines(keepends=True)[:-1])),
+        "no header": gzip.compress(b"{}\n" + lines),
+    }
+    for what, content in damaged.items():
+        path.write_bytes(content)
+        assert not folder.is_done(0), what
+        with pytest.raises(ShardError, match=r"Remove it and call `patch-aligned annotate` again"):
+            read_shard(path)
+    path.write_bytes(sound)
+    assert folder.is_done(0)
+
+
+def test_shards_of_another_run_or_place_are_not_done(folder: RunFolder, tmp_path: Path) -> None:
+    other = RunFolder.start(tmp_path / "other", ENTRIES, {**SETTINGS, "sam": {"model": "b"}}, shard_size=2)
+    folder.shard_path(0).parent.mkdir()
+    folder.shard_path(0).write_bytes(write(other, 0).read_bytes())
+    with pytest.raises(ShardError, match="field 'settings_sha256'"):
+        folder.read_shard(0)
+    folder.shard_path(0).write_bytes(write(folder, 1).read_bytes())
+    with pytest.raises(ShardError, match="other images than those of the manifest's rows 0 to 1"):
+        folder.read_shard(0)
+    assert not folder.is_done(0)
+
+
+def test_numbers_that_are_not_finite_never_reach_a_shard(tmp_path: Path) -> None:
+    records = [{"image_id": "a", "status": "ok", "tags": [{"score": float("nan")}]}]
+    with pytest.raises(ValueError, match="JSON"):
+        write_shard(tmp_path / "0", records, shard=0, first=0, settings_sha256="")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_goes_on_only_with_its_own_settings(folder: RunFolder) -> None:
+    again = RunFolder.start(folder.path, ENTRIES, SETTINGS, shard_size=2)
+    assert again.settings_sha256 == folder.settings_sha256
+    other = {"sam": {"model": "b", "sizes": [1, 2]}, "versions": {"torch": "2"}, "new": 1}
+    with pytest.raises(RunFolderError) as refused:
+        RunFolder.start(folder.path, ENTRIES, other, shard_size=3)
+    assert [line.strip() for line in str(refused.value).splitlines()[1:-1]] == [
+        "new: the folder has None, this call 1",
+        "sam.model: the folder has 'a', this call 'b'",
+        "shard_size: the folder has 2, this call 3",
+    ]
+
+
+def test_a_folder_goes_on_only_with_its_own_images(folder: RunFolder) -> None:
+    with pytest.raises(RunFolderError, match=r"1 that the manifest lacks \(9.jpg\) and 1 of the manifest .* \(0.jpg\)"):
+        RunFolder.start(folder.path, [*ENTRIES[1:], ManifestEntry("9.jpg")], SETTINGS, shard_size=2)
+    with pytest.raises(RunFolderError, match="another order"):
+        RunFolder.start(folder.path, ENTRIES[::-1], SETTINGS, shard_size=2)
+
+
+def test_an_edited_manifest_is_found_out(folder: RunFolder) -> None:
+    manifest = folder.path / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace("4.jpg", "5.jpg"))
+    with pytest.raises(RunFolderError, match=r"manifest.jsonl: found sha256 .* as in settings.json"):
+        RunFolder(folder.path)
+
+
+def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"settings.json: found no such file"):
+        RunFolder(tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps({"shard_size": 2}))
+    (tmp_path / "manifest.jsonl").touch()
+    with pytest.raises(RunFolderError, match="found no settings of a run"):
+        RunFolder(tmp_path)
