@@ -82,7 +82,8 @@ def verify(
     from functools import partial
 
     from patch_aligned.dataset.progress import with_progress
-    from patch_aligned.dataset.verify import VerifySettings, summary, table_rows, write_verification
+    from patch_aligned.dataset.verify import VerifySettings
+    from patch_aligned.dataset.verify_report import summary, table_rows, write_verification
 
     if image_folder is not None and not image_folder.is_dir():
         raise FileNotFoundError(f"--image-folder {image_folder}: there is no such folder.")
