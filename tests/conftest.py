@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+
+# Set before huggingface_hub is imported: a name that is no folder fails at once, instead of after minutes of retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 GOLDENS = Path(__file__).parent / "goldens" / "llava"
 
