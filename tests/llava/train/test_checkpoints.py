@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from llava.train.checkpointing import (
@@ -78,6 +80,23 @@ def test_a_finished_run_started_again_trains_no_further(run_stage_1: Any, logged
     again = run_stage_1("run", flags)
     assert logged(again) == logged(first)
     assert again.state.global_step == 5
+
+
+def test_a_trained_tower_is_saved_and_goes_on(golden_world: Path, run_stage_1: Any, logged: Any) -> None:
+    flags = (
+        "--version v1 --data_path data_mix.json --tune_mm_mlp_adapter False --unfreeze_mm_vision_tower True "
+        "--num_train_epochs 2 --save_strategy steps --save_steps 2"
+    )
+    whole = run_stage_1("run", flags)
+    at_end = load_file("run/model.safetensors")
+    prefix, name = "model.vision_tower.vision_tower.", "vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert not torch.equal(at_end[prefix + name], load_file("tiny-clip/model.safetensors")[name])
+    shutil.rmtree(f"run/checkpoint-{whole.state.global_step}")
+    assert Path("run/checkpoint-2").is_dir() and whole.state.global_step > 2
+    resumed = run_stage_1("run", flags)
+    assert logged(resumed) == logged(whole)
+    resumed_end = load_file("run/model.safetensors")
+    assert all(torch.equal(resumed_end[name], tensor) for name, tensor in at_end.items())
 
 
 def complete(folder: Path) -> Path:
