@@ -27,7 +27,7 @@ from patch_aligned.record_files import PAD_SCHEMA, RecordFileError, batch_to_rec
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "1"  # part of the cache key; raise it when the layout of the folder or a check changes
+_FORMAT = "2"  # part of the cache key; raise it when the layout of the folder or a check changes
 ROWS_PER_BATCH = 256
 """Rows that stand together on disk; files beside the index keep to the same batches."""
 _RECORDS, _REJECTED = "records.arrow", "rejected.jsonl"
@@ -179,7 +179,7 @@ def _write_conversion(source: Path, folder: Path, rejected: IO[str]) -> int:
 
     def reject(error: AnnotationError) -> None:
         entry = {"record": error.record_index, "image_id": error.image_id, "error": str(error)}
-        rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        rejected.write(json.dumps(entry) + "\n")
 
     images = read_annotations(source, on_error=reject)
     with pa.OSFile(str(folder / _RECORDS), "wb") as file, pa.ipc.new_file(file, PAD_SCHEMA) as writer:
@@ -206,7 +206,7 @@ def image_id_of(record: Any) -> str | None:
     image_id = record.get("image_id", record.get("image"))
     if isinstance(image_id, list | tuple):
         image_id = image_id[0] if image_id else None
-    return image_id
+    return image_id if isinstance(image_id, str) else None
 
 
 def _image_of(record: dict[str, Any]) -> AnnotatedImage:
@@ -221,7 +221,7 @@ def _image_of(record: dict[str, Any]) -> AnnotatedImage:
 
 
 def _hash(image_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(image_id.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _identity(path: Path) -> str:

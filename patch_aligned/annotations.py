@@ -12,20 +12,23 @@ Parquet. Keys beyond these are kept and written again.
 
 from __future__ import annotations
 
-import math
+import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from patch_aligned.record_files import iter_records, write_records
+from patch_aligned.record_files import EXTRA_KEY, iter_records, write_records
 from patch_aligned.rle import rle_problems
 
 _RECORD_KEYS = ("image_id", "size", "caption", "labels")
 _LABEL_KEYS = ("tag", "bbox", "rle_mask")
 _RECORDS_PER_CHECK = 64
 _LONGEST_QUOTE = 80
+_LARGEST_SIDE = 1 << 20  # pixels; more than any format of images has, and squared still far from overflowing
+_LARGEST_NUMBER = sys.float_info.max
 
 
 class AnnotationError(ValueError):
@@ -147,16 +150,14 @@ class _Place:
     image_id: str
 
     def wrong(self, name: str, value: Any, expected: str, hint: str = "") -> NoReturn:
-        quote = repr(value)
-        found = quote if len(quote) <= _LONGEST_QUOTE else quote[: _LONGEST_QUOTE - 3] + "..."
-        raise self.error(name, found, expected, hint)
+        raise self.error(name, _quoted(value), expected, hint)
 
     def require(self, keys: Iterable[str], mapping: Any, name: str) -> None:
         if not isinstance(mapping, Mapping):
             self.wrong(name, mapping, f"an object with the keys {', '.join(keys)}")
         for key in keys:
             if key not in mapping:
-                present = ", ".join(map(str, mapping)) or "no key at all"
+                present = _shortened(_printable(", ".join(map(str, mapping)))) or "no key at all"
                 raise self.error(name, present, f"the key {key!r} too")
 
     def error(self, name: str, found: str, expected: str, hint: str = "") -> AnnotationError:
@@ -188,19 +189,21 @@ def _checked(
 def _parse(record: Any, source: str | Path, index: int) -> AnnotatedImage:
     """All checks except those of the masks' content, which are done for many records at once."""
     image_id = record.get("image_id", "?") if isinstance(record, Mapping) else "?"
-    place = _Place(source, index, str(image_id))
+    place = _Place(source, index, image_id if _is_text(image_id) else _quoted(image_id))
     place.require(_RECORD_KEYS, record, "record")
     image_id, size, caption, labels = (record[key] for key in _RECORD_KEYS)
-    if not isinstance(image_id, str) or not image_id:
+    if not _is_text(image_id) or not image_id:
         place.wrong("image_id", image_id, "the image's path below the image folder")
-    if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_whole(n) and n > 0 for n in size):
-        place.wrong("size", size, "[width, height], two whole numbers of pixels")
-    if not isinstance(caption, str):
+    if image_id.startswith("/") or ".." in image_id.split("/") or "\0" in image_id:
+        place.wrong("image_id", image_id, "a path that does not lead out of the image folder")
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(map(_is_side, size)):
+        place.wrong("size", size, f"[width, height], two whole numbers of pixels, 1 to {_LARGEST_SIDE}")
+    if not _is_text(caption):
         place.wrong("caption", caption, "a string")
     if not isinstance(labels, list | tuple):
         place.wrong("labels", labels, "a list of {tag, bbox, rle_mask}; an empty list for an image without regions")
     regions = tuple(_parse_region(label, position, place) for position, label in enumerate(labels))
-    extra = {key: value for key, value in record.items() if key not in _RECORD_KEYS}
+    extra = _extra(record, _RECORD_KEYS, "", place)
     return AnnotatedImage(image_id, (int(size[0]), int(size[1])), caption, regions, extra)
 
 
@@ -208,7 +211,7 @@ def _parse_region(label: Any, position: int, place: _Place) -> Region:
     where = f"labels[{position}]"
     place.require(_LABEL_KEYS, label, where)
     tag, bbox, rle_mask = (label[key] for key in _LABEL_KEYS)
-    if not isinstance(tag, str) or not tag.strip():
+    if not _is_text(tag) or not tag.strip():
         place.wrong(f"{where}.tag", tag, "the label in words, not empty")
     if not isinstance(bbox, list | tuple) or len(bbox) != 4 or not all(_is_finite(number) for number in bbox):
         place.wrong(f"{where}.bbox", bbox, "[x1, y1, x2, y2], four finite numbers in pixels")
@@ -217,7 +220,7 @@ def _parse_region(label: Any, position: int, place: _Place) -> Region:
     if not isinstance(rle_mask, str):
         hint = "Take the object's 'counts'." if isinstance(rle_mask, Mapping) else ""
         place.wrong(f"{where}.rle_mask", rle_mask, "a COCO compressed RLE string", hint)
-    extra = {key: value for key, value in label.items() if key not in _LABEL_KEYS} if len(label) > 3 else {}
+    extra = _extra(label, _LABEL_KEYS, f"{where}.", place)
     return Region(tag, (float(bbox[0]), float(bbox[1]), float(bbox[2]), float(bbox[3])), rle_mask, extra)
 
 
@@ -238,9 +241,53 @@ def _first_broken_masks(images: list[tuple[int, AnnotatedImage]], source: str | 
     return broken
 
 
-def _is_whole(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)
+def _extra(mapping: Mapping[str, Any], known: tuple[str, ...], prefix: str, place: _Place) -> dict[str, Any]:
+    """Keys beyond the format, which have to survive writing."""
+    if len(mapping) == len(known):
+        return {}
+    extra = {key: value for key, value in mapping.items() if key not in known}
+    if EXTRA_KEY in extra:
+        place.wrong(prefix + EXTRA_KEY, extra[EXTRA_KEY], "JSON text of an object; the key is Parquet's own")
+    if not _is_json(extra):
+        key = next((key for key in extra if not _is_json({key: extra[key]})), "")
+        place.wrong(
+            prefix + _printable(str(key)), extra.get(key), "a value that JSON can express, not nested too deeply"
+        )
+    return extra
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_text(value: Any) -> bool:
+    """A string of characters; JSON can spell halves of characters too, which no file can hold."""
+    return isinstance(value, str) and (value.isascii() or _printable(value) == value)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_side(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= _LARGEST_SIDE
 
 
 def _is_finite(number: Any) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    return is_number and -_LARGEST_NUMBER <= number <= _LARGEST_NUMBER
+
+
+def _quoted(value: Any) -> str:
+    try:
+        return _shortened(repr(value))
+    except (ValueError, RecursionError):  # a number too long, or a list too deep, to be printed
+        return f"a {type(value).__name__} that cannot be printed"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."

@@ -19,12 +19,15 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+EXTRA_KEY = "extra_json"
+"""Column of Parquet files that holds all further keys of a record or label, as JSON text of an object."""
+
 _LABEL_TYPE = pa.struct(
     [
         ("tag", pa.string()),
         ("bbox", pa.list_(pa.float64())),
         ("rle_mask", pa.string()),
-        ("extra_json", pa.string()),
+        (EXTRA_KEY, pa.string()),
     ]
 )
 PAD_SCHEMA = pa.schema(
@@ -33,7 +36,7 @@ PAD_SCHEMA = pa.schema(
         ("size", pa.list_(pa.int32())),
         ("caption", pa.string()),
         ("labels", pa.list_(_LABEL_TYPE)),
-        ("extra_json", pa.string()),
+        (EXTRA_KEY, pa.string()),
     ]
 )
 """Columns of a PAD record in Parquet and Arrow files."""
@@ -42,6 +45,7 @@ _RECORD_KEYS = frozenset(PAD_SCHEMA.names)
 _LABEL_KEYS = frozenset(field.name for field in _LABEL_TYPE)
 _SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 _RECORDS_PER_BATCH = 512
+_BLANKS = " \t\r\n"  # of JSON; Python knows more
 _CHUNK_CHARACTERS = 1 << 22
 _LONGEST_RECORD_CHARACTERS = 1 << 26
 
@@ -62,11 +66,16 @@ def iter_records(path: Path) -> Iterator[Any]:
     if kind == ".parquet":
         yield from _iter_parquet(path)
         return
-    with _open_text(path, kind) as file:
+    count = 0
+    with _open_bytes(path, kind) as file:
         try:
-            yield from _iter_json_lines(file, path) if ".jsonl" in kind else _iter_json_array(file, path)
+            for record in _iter_json_lines(file, path) if ".jsonl" in kind else _iter_json_array(file, path):
+                yield record
+                count += 1
         except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-            raise RecordFileError(f"{path}: not a sound {kind} file: {error}. Write or copy it again.") from error
+            raise RecordFileError(
+                f"{path}: after {count} records: not a sound {kind} file: {error}. Write or copy it again."
+            ) from error
 
 
 def write_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
@@ -101,8 +110,10 @@ def batch_to_records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     records = batch.to_pylist()
     for record in records:
         _unfold_extra(record)
-        for label in record.get("labels") or ():
-            _unfold_extra(label)
+        labels = record.get("labels")
+        for label in labels if isinstance(labels, list) else ():
+            if isinstance(label, dict):
+                _unfold_extra(label)
     return records
 
 
@@ -113,36 +124,54 @@ def _kind_of(path: Path) -> str:
     raise RecordFileError(f"{path}: found suffix {path.suffix!r}; expected one of {', '.join(_SUFFIXES)}")
 
 
-def _open_text(path: Path, kind: str) -> IO[str]:
-    if kind.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+def _open_bytes(path: Path, kind: str) -> Any:
+    return gzip.open(path) if kind.endswith(".gz") else path.open("rb")
 
 
 def _iter_parquet(path: Path) -> Iterator[Any]:
+    count = 0
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(_RECORDS_PER_BATCH):
-                yield from batch_to_records(batch)
-    except pa.ArrowInvalid as error:
-        raise RecordFileError(f"{path}: not a sound Parquet file: {error}. Write or copy it again.") from error
+                try:
+                    yield from batch_to_records(batch)
+                except (ValueError, OverflowError):  # text that is no UTF-8, a time out of range, a key twice
+                    raise RecordFileError(f"{path}: {_unreadable_value(batch, count)}") from None
+                count += len(batch)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise RecordFileError(
+            f"{path}: after {count} records: not a sound Parquet file: {error}. Write or copy it again."
+        ) from error
 
 
-def _iter_json_lines(file: IO[str], path: Path) -> Iterator[Any]:
+def _unreadable_value(batch: pa.RecordBatch, first: int) -> str:
+    for row in range(len(batch)):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column[row].as_py()
+            except (ValueError, OverflowError) as error:
+                return f"record {first + row}, field {name!r}: found a value that cannot be read ({error})"
+    return f"records {first} to {first + len(batch) - 1}: found two columns of the same name"
+
+
+def _iter_json_lines(file: IO[bytes], path: Path) -> Iterator[Any]:
     for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
         try:
-            yield json.loads(line)
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                yield json.loads(text)
         except json.JSONDecodeError as error:
             raise RecordFileError(
                 f"{path}: line {number}, column {error.colno}: {error.msg}; expected one JSON object a line"
             ) from error
+        except (ValueError, RecursionError) as error:  # no UTF-8, a number too long, or nested too deeply
+            raise RecordFileError(f"{path}: line {number}: {error}; expected one JSON object a line") from error
 
 
-def _iter_json_array(file: IO[str], path: Path) -> Iterator[Any]:
+def _iter_json_array(binary: IO[bytes], path: Path) -> Iterator[Any]:
     """Elements of a JSON array; only a few megabytes of text are held at a time."""
-    text = file.read(_CHUNK_CHARACTERS).lstrip()
+    file = io.TextIOWrapper(binary, encoding="utf-8-sig")
+    text = file.read(_CHUNK_CHARACTERS).lstrip(_BLANKS)
     if not text.startswith("["):
         hint = " Are these JSON lines? Then name the file .jsonl." if text.startswith("{") else ""
         raise RecordFileError(f"{path}: found {text[:20]!r} at the start; expected '[', one array of records.{hint}")
@@ -151,7 +180,7 @@ def _iter_json_array(file: IO[str], path: Path) -> Iterator[Any]:
     while True:
         position = _skip_blanks(text, position)
         if text[position : position + 1] == "]":
-            if rest := (text[position + 1 :] + file.read(100)).strip():
+            if rest := (text[position + 1 :] + file.read(100)).strip(_BLANKS):
                 raise RecordFileError(f"{path}: found {rest[:20]!r} behind the array's end; expected nothing")
             return
         try:
@@ -168,12 +197,14 @@ def _iter_json_array(file: IO[str], path: Path) -> Iterator[Any]:
                 ) from error
             text, position = text[position:] + more, 0
             continue
+        except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
+            raise RecordFileError(f"{path}: record {count}: {error}") from error
         yield record
         position, count = end, count + 1
 
 
 def _skip_blanks(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
+    while position < len(text) and text[position] in _BLANKS:
         position += 1
     return position
 
@@ -208,10 +239,20 @@ def _write(records: Iterable[Mapping[str, Any]], file: IO[bytes], kind: str) -> 
 def _fold_extra(mapping: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:
     folded = {key: value for key, value in mapping.items() if key in keys}
     if extra := {key: value for key, value in mapping.items() if key not in keys}:
-        folded["extra_json"] = json.dumps(extra, ensure_ascii=False)
+        folded[EXTRA_KEY] = json.dumps(extra, ensure_ascii=False)
     return folded
 
 
 def _unfold_extra(mapping: dict[str, Any]) -> None:
-    if text := mapping.pop("extra_json", None):
-        mapping.update(json.loads(text))
+    """What is no JSON text of further keys stays under its own, where the check of the record finds it."""
+    text = mapping.pop(EXTRA_KEY, None)
+    if text is None:
+        return
+    try:
+        extra = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        extra = None
+    if isinstance(extra, dict) and not extra.keys() & {*mapping, EXTRA_KEY}:
+        mapping.update(extra)
+    else:
+        mapping[EXTRA_KEY] = text

@@ -44,10 +44,13 @@ def checked_run_lengths(
         return problems, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     runs, mask_starts = run_lengths([rle_masks[position] for position in well_spelled])
     totals = np.add.reduceat(runs, mask_starts)
-    shortest = np.minimum.reduceat(runs, mask_starts)
-    for position, total, least in zip(well_spelled, totals.tolist(), shortest.tolist(), strict=True):
+    shortest, longest = np.minimum.reduceat(runs, mask_starts), np.maximum.reduceat(runs, mask_starts)
+    per_mask = zip(well_spelled, totals.tolist(), shortest.tolist(), longest.tolist(), strict=True)
+    for position, total, least, most in per_mask:
         if least < 0:
             problems[position] = f"a run of {least} pixels"
+        elif most > pixels[position]:  # asked before the total, which many long runs could overflow
+            problems[position] = f"a run of {most} pixels"
         elif total != pixels[position]:
             problems[position] = f"runs that sum to {total} pixels"
     return problems, runs, mask_starts
