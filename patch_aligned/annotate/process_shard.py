@@ -61,7 +61,7 @@ class Workload:
     decode_workers: int = 8
     chunks_at_once: int = 2
     min_side: int = 16
-    max_aspect: float = 10
+    max_aspect: float = 10.0
     on_error: Literal["skip", "fail"] = "skip"
 
 

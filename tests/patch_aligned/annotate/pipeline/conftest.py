@@ -42,7 +42,7 @@ def recipe(tiny_models: Path) -> ModelRecipe:
         ram_thresholds=tiny_models / "ram_thresholds.txt",
         detector=str(tiny_models / "grounding_dino"),
         sam=str(tiny_models / "sam"),
-        selection=Selection(box_threshold=0.99, min_box_area_px=1),
+        selection=Selection(box_threshold=0.99, min_box_area_px=1.0),
     )
 
 

@@ -1,0 +1,178 @@
+"""However many processes annotate, and however they end: the same files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from patch_aligned.annotate import engines
+from patch_aligned.annotate.engines import EngineError, Place, place_of, run_with_ray
+from patch_aligned.annotate.job import AnnotationJob
+from patch_aligned.annotate.manifest import list_images
+from patch_aligned.annotate.process_shard import Workload
+from patch_aligned.annotate.recipes import ModelRecipe, OracleRecipe
+from patch_aligned.annotate.run_folder import RunFolder
+from patch_aligned.cli import app
+
+ROOT = Path(__file__).parents[4]
+PATIENCE_SECONDS = 120
+
+Files = Callable[[Path], dict[str, bytes]]
+Arguments = Callable[[Path], list[str]]
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "patch_aligned.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
+    annotate_arguments: Arguments, finished_run: Path, tmp_path: Path, deciding_files: Files
+) -> None:
+    output = tmp_path / "run"
+    process = start(annotate_arguments(output))
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not list(output.glob("shards/*.gz")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    folder = RunFolder(output)
+    done = set(range(folder.num_shards)) - set(folder.missing_shards())
+    assert 0 < len(done) < folder.num_shards  # or nothing was interrupted
+    # As if the kill had come while files were written: one that is half there, and one beside its place.
+    first = folder.shard_path(min(done))
+    first.write_bytes(first.read_bytes()[:-100])
+    half = folder.shard_path(max(folder.missing_shards()))
+    half.with_name(f".{half.name}.0123.tmp").write_bytes(b"half")
+
+    said = finish(start(annotate_arguments(output)))
+    left = folder.num_shards - len(done) + 1
+    assert f"{left} shards are left for this process" in said.replace("\n", " ")
+    assert deciding_files(output) == deciding_files(finished_run)
+
+
+def test_two_processes_give_what_one_gives(
+    annotate_arguments: Arguments, finished_run: Path, tmp_path: Path, deciding_files: Files
+) -> None:
+    output = tmp_path / "run"
+    arguments = [*annotate_arguments(output), "--engine", "torchrun"]
+    processes = [start(arguments, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    said = [finish(process).replace("\n", " ") for process in processes]
+    assert "3 shards are left for this process (rank 0)" in said[0]
+    assert "2 shards are left for this process (rank 1)" in said[1]
+    assert deciding_files(output) == deciding_files(finished_run)
+    assert sorted(path.name for path in (output / "logs").iterdir()) == ["rank-00000.jsonl", "rank-00001.jsonl"]
+
+
+class Silent:
+    def opened(self, folder: RunFolder, todo: object) -> None:
+        self.todo = todo
+
+    def finished(self, header: object, times: object) -> None:
+        pass
+
+
+def test_rays_actors_give_what_one_process_gives(
+    recipe: ModelRecipe,
+    scenes: Path,
+    finished_run: Path,
+    tmp_path: Path,
+    deciding_files: Files,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = pytest.importorskip("ray", reason="comes with the extra annotate")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000)
+    try:
+        entries, images = list_images(scenes / "train.json", scenes)
+        job = AnnotationJob(entries, images, tmp_path / "run", recipe, Workload(decode_workers=2), 4)
+        watcher = Silent()
+        run_with_ray(job, 2, "cpu", watcher)
+        assert watcher.todo == [0, 1, 2, 3, 4]
+        assert deciding_files(job.output) == deciding_files(finished_run)
+        run_with_ray(job, 1, "cpu", watcher)
+        assert watcher.todo == []
+    finally:
+        ray.shutdown()
+
+
+def test_ray_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    job = AnnotationJob([], tmp_path, tmp_path, OracleRecipe(tmp_path), Workload())
+    with pytest.raises(EngineError, match=r"pip install 'patch-aligned-llava\[annotate\]'"):
+        run_with_ray(job, 1, "cpu", Silent())
+
+
+def test_ranks_come_from_torchruns_variables() -> None:
+    assert place_of("local", "cpu", {}) == Place(0, 1, "cpu")
+    assert place_of("torchrun", "cpu", {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Place(3, 4, "cpu")
+    with pytest.raises(EngineError, match="each of 4 processes would do all the work"):
+        place_of("local", "cpu", {"RANK": "3", "WORLD_SIZE": "4"})
+    with pytest.raises(EngineError, match="found no RANK and WORLD_SIZE"):
+        place_of("torchrun", "cpu", {})
+    with pytest.raises(EngineError, match="found '4' and '4', expected 0 to WORLD_SIZE - 1"):
+        place_of("torchrun", "cpu", {"RANK": "4", "WORLD_SIZE": "4"})
+
+
+def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 8)
+    assert place_of("torchrun", "auto", {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}).device == "cuda:5"
+    assert place_of("local", "auto", {}).device == "cuda:0"
+    monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 1)  # a Slurm array task sees its own GPU alone
+    assert place_of("torchrun", "auto", {"RANK": "13", "WORLD_SIZE": "16"}).device == "cuda:0"
+
+
+def test_every_shard_has_one_owner() -> None:
+    class Shards:
+        num_shards = 11
+
+    owned = [Place(rank, 4, "cpu").shards(Shards()) for rank in range(4)]  # type: ignore[arg-type]
+    assert sorted(shard for shards in owned for shard in shards) == list(range(11))
+
+
+def test_another_call_into_the_same_folder_is_refused_with_what_differs(
+    annotate_arguments: Arguments, finished_run: Path, deciding_files: Files
+) -> None:
+    before = deciding_files(finished_run)
+    changed = [*annotate_arguments(finished_run), "--nms_iou", "0.6", "--resample", "bicubic"]
+    result = CliRunner().invoke(app, changed)
+    assert result.exit_code == 2
+    assert "selection.nms_iou: the folder has 0.5, this call 0.6" in result.output
+    assert "ram.resample: the folder has 'bilinear', this call 'bicubic'" in result.output
+    assert deciding_files(finished_run) == before
+
+
+def test_missing_models_are_named_before_anything_is_written(annotate_arguments: Arguments, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = annotate_arguments(output)
+    arguments[arguments.index("--ram") + 1] = str(tmp_path / "no.pth")
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "no.pth: found no such file; expected the weights of RAM" in result.output
+    result = CliRunner().invoke(app, ["annotate", "--images", str(tmp_path), "--output", str(output)])
+    assert "`patch-aligned models fetch` gets the files" in result.output
+    assert not output.exists()
