@@ -56,9 +56,6 @@ def add_lora(model: Any, training_args: TrainingArguments) -> Any:
         bias=training_args.lora_bias,
         task_type="CAUSAL_LM",
     )
-    if training_args.gradient_checkpointing:
-        # All that enters the first layer comes from frozen weights; re-entrant checkpoints would find no gradient.
-        model.enable_input_require_grads()
     return get_peft_model(model, config, autocast_adapter_dtype=not training_args.deepspeed)
 
 
