@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,6 +164,22 @@ def test_a_broken_record_is_named_with_file_record_field_and_value(tmp_path: Pat
     assert f"field {field!r}: found" in message
     assert found in message
     assert "expected" in message and "--patch_on_error skip" in message
+
+
+def test_text_in_a_parquet_file_that_is_no_utf8_is_named_with_record_and_field(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([make_record(f"{number}.jpg") for number in range(3)])
+    captions = pa.array([b"a", b"b", b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(table.set_column(2, "caption", captions), tmp_path / "pad.parquet")
+    with pytest.raises(RecordFileError, match=r"pad\.parquet: record 2, field 'caption': found a value"):
+        list(read_annotations(tmp_path / "pad.parquet"))
+
+
+def test_a_parquet_file_whose_column_names_are_no_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "pad.parquet"
+    write_annotations([parse_annotation(make_record())], path)
+    path.write_bytes(path.read_bytes().replace(b"caption", b"cap\xffion"))
+    with pytest.raises(RecordFileError, match=r"pad\.parquet: after 0 records: not a sound Parquet file"):
+        list(read_annotations(path))
 
 
 def test_a_second_record_of_an_image_names_the_first(tmp_path: Path):

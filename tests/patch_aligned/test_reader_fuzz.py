@@ -395,20 +395,3 @@ def test_a_damaged_file_is_read_plainly_or_refused_by_name(
             assert str(error).startswith(f"{path}: ")
         else:
             assert suffix == ".parquet"  # where a changed byte may be another valid value
-
-
-def test_text_in_a_parquet_file_that_is_no_utf8_is_named_with_record_and_field(tmp_path: Path) -> None:
-    rows = [{**record, "labels": []} for record in RECORDS[:3]]
-    table = pa.Table.from_pylist([{key: row[key] for key in ("image_id", "size", "caption", "labels")} for row in rows])
-    captions = pa.array([b"a", b"b", b"\xff\xfe"], pa.binary()).view(pa.string())
-    pq.write_table(table.set_column(2, "caption", captions), tmp_path / "pad.parquet")
-    with pytest.raises(RecordFileError, match=r"pad\.parquet: record 2, field 'caption': found a value"):
-        list(read_annotations(tmp_path / "pad.parquet"))
-
-
-def test_a_parquet_file_whose_column_names_are_no_utf8_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "pad.parquet"
-    write_annotations(map(parse_annotation, RECORDS), path)
-    path.write_bytes(path.read_bytes().replace(b"caption", b"cap\xffion"))
-    with pytest.raises(RecordFileError, match=r"pad\.parquet: after 0 records: not a sound Parquet file"):
-        list(read_annotations(path))
