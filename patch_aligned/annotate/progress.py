@@ -53,7 +53,8 @@ class ProgressReport:
         self._task = self._progress.add_task("Annotating", total=self._images, rates="")
         self._console.print(
             f"{folder.path}: {len(folder.entries):,} images in {folder.num_shards} shards; "
-            f"{len(todo)} shards are left for this process (rank {self._rank})"
+            f"{len(todo)} shards are left for this process (rank {self._rank})",
+            soft_wrap=True,
         )
 
     def finished(self, header: ShardHeader, times: StageTimes) -> None:

@@ -37,7 +37,7 @@ DEFAULT_OUT = Path(__file__).parent / "cache" / "annotation_models"
 _NAMES = Path(__file__).parent / "assets" / "sprite_names.csv"
 _BERT_IDS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ",": 1010, ".": 1012, "?": 1029}
 _RAM_PX = 96
-_SHARE_OF_TAGS = 0.4  # of all tags in all images, above the threshold
+_SHARE_OF_TAGS = 0.6  # of all tags in all images, above the threshold
 _SPREAD_OF_BOX_SCORES = 0.3
 _SPREAD_OF_BOXES = 0.15
 

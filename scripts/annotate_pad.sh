@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# The regions of LLaVA's 558K pretraining images, by RAM, Grounding DINO and SAM: one process a GPU, each with its own
+# shards, then one file where the training scripts look for it. Called again, it goes on where it was interrupted.
+#
+# Every value in capitals is a default: set the variable of that name to change it. Any flag of `patch-aligned annotate`
+# may follow the script's name. Paths count from the root of the repository.
+#
+#   NUM_GPUS=N      processes on this machine
+#   NNODES=N NODE_RANK=I MASTER_ADDR=HOST    several machines with a shared folder: the same command on each
+#   RAM=ram_plus    RAM++ instead of RAM
+#   MERGE=0         leave merging to a later call
+#   DRY_RUN=1       print the commands, ready to paste, and stop
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+DATA=${DATA:-./playground/data}
+MODELS=${MODELS:-$DATA/annotation_models}
+IMAGES=${IMAGES:-$DATA/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}
+IMAGE_FOLDER=${IMAGE_FOLDER:-$DATA/LLaVA-Pretrain/images}
+OUTPUT=${OUTPUT:-$DATA/PAD/annotation}
+PAD_PATH=${PAD_PATH:-$DATA/PAD/pad_558k.jsonl}
+NNODES=${NNODES:-1}
+case ${RAM:-ram} in
+    ram)      weights=ram_swin_large_14m.pth ;;
+    ram_plus) weights=ram_plus_swin_large_14m.pth ;;
+    *)        echo "$(basename "$0"): unknown RAM=$RAM; choose ram or ram_plus" >&2; exit 1 ;;
+esac
+RAM_WEIGHTS=${RAM_WEIGHTS:-$MODELS/$weights}
+RAM_TAG_LIST=${RAM_TAG_LIST:-$MODELS/ram_tag_list.txt}
+RAM_THRESHOLDS=${RAM_THRESHOLDS:-$MODELS/ram_tag_list_threshold.txt}
+DETECTOR=${DETECTOR:-$MODELS/grounding-dino-tiny}
+SAM=${SAM:-$MODELS/sam-vit-huge}
+
+# run WORDS...: runs a command, or prints it.
+run() {
+    if [ -z "${DRY_RUN:-}" ]; then
+        "$@"
+    else
+        printf '%q ' "$@"
+        echo
+    fi
+}
+
+# need FILE COMMAND: refuses to start without FILE and says which command makes it.
+need() {
+    [ -n "${DRY_RUN:-}" ] || [ -e "$1" ] || { echo "$(basename "$0"): no file $1; next: $2" >&2; exit 1; }
+}
+
+count_gpus() {
+    local listed
+    listed=$(nvidia-smi --list-gpus 2>/dev/null || true)
+    if [ -n "$listed" ]; then wc -l <<<"$listed"; else echo 8; fi
+}
+
+for file in "$RAM_WEIGHTS" "$RAM_TAG_LIST" "$RAM_THRESHOLDS"; do
+    need "$file" "patch-aligned models fetch --ram ${RAM:-ram} --output $MODELS"
+done
+need "$IMAGES" "bash scripts/prepare_data.sh --check"
+
+launcher=(torchrun --nproc_per_node "${NUM_GPUS:-$(count_gpus)}")
+if ((NNODES > 1)); then
+    launcher+=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set it to the rank of this machine, from 0}"
+        --master_addr "${MASTER_ADDR:?set it to the address of the machine of rank 0}"
+        --master_port "${MASTER_PORT:-29500}")
+else
+    launcher+=(--standalone)
+fi
+if [ -n "${RANK:-}" ]; then
+    launcher=() # a Slurm array's task: one process of WORLD_SIZE, which Slurm started
+fi
+
+run "${launcher[@]+"${launcher[@]}"}" ${launcher[@]+--no_python} patch-aligned annotate --engine torchrun \
+    --images "$IMAGES" --image_folder "$IMAGE_FOLDER" --output "$OUTPUT" \
+    --ram "$RAM_WEIGHTS" --ram_tag_list "$RAM_TAG_LIST" --ram_thresholds "$RAM_THRESHOLDS" \
+    --detector "$DETECTOR" --sam "$SAM" "$@"
+
+if [ "${MERGE:-1}" = 1 ] && [ "${NODE_RANK:-0}" = 0 ]; then
+    run patch-aligned merge "$OUTPUT" --output "$PAD_PATH"
+    run patch-aligned verify "$PAD_PATH"
+fi

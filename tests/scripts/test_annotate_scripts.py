@@ -1,0 +1,132 @@
+"""The scripts that annotate: what they start parses, and the demonstration runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from patch_aligned.annotations import parse_annotation, write_annotations
+from patch_aligned.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def printed(script: str, *arguments: str, **environment: str) -> list[list[str]]:
+    """The commands that a script would start, as words."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    result = subprocess.run(
+        ["bash", f"scripts/{script}", *arguments],
+        cwd=ROOT, env={**kept, "DRY_RUN": "1", **environment}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """Options of a `patch-aligned` command, read by the real parser."""
+    _, name, *arguments = words
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    return command.make_context(name, arguments).params
+
+
+def test_annotate_pad_starts_a_process_a_gpu_and_merges_to_where_training_looks() -> None:
+    annotate, merge, verify = printed("annotate_pad.sh", "--dtype", "float16", NUM_GPUS="4", MODELS="m")
+    launcher, command = annotate[: annotate.index("patch-aligned")], annotate[annotate.index("patch-aligned") :]
+    assert launcher == ["torchrun", "--nproc_per_node", "4", "--standalone", "--no_python"]
+    options = parsed(command)
+    assert (options["engine"], options["dtype"], options["ram"]) == (
+        "torchrun",
+        "float16",
+        Path("m/ram_swin_large_14m.pth"),
+    )
+    assert parsed(merge)["run"] == options["output"]
+    assert parsed(merge)["output"] == parsed(verify)["pad"]
+    common = (ROOT / "scripts" / "v1_5" / "common.sh").read_text()
+    assert f'"${{PAD_PATH:=$DATA/{"/".join(parsed(merge)["output"].parts[-2:])}}}"' in common
+
+
+def test_several_machines_share_and_the_first_merges() -> None:
+    environment = {"NNODES": "2", "MASTER_ADDR": "host", "NUM_GPUS": "8", "RAM": "ram_plus"}
+    commands = printed("annotate_pad.sh", **environment, NODE_RANK="1")
+    assert len(commands) == 1
+    assert commands[0][3:7] == ["--nnodes", "2", "--node_rank", "1"]
+    assert any(word.endswith("ram_plus_swin_large_14m.pth") for word in commands[0])
+    assert len(printed("annotate_pad.sh", **environment, NODE_RANK="0")) == 3
+
+
+def test_a_slurm_task_is_one_process_and_does_not_merge() -> None:
+    commands = printed("slurm/annotate_pad.sbatch", "--ram_tag_list", "other.txt", SLURM_ARRAY_TASK_ID="3")
+    assert len(commands) == 1
+    assert parsed(commands[0])["ram_tag_list"] == Path("other.txt")
+    script = (ROOT / "scripts" / "slurm" / "annotate_pad.sbatch").read_text()
+    assert "RANK=$SLURM_ARRAY_TASK_ID WORLD_SIZE=${WORLD_SIZE:-8}" in script
+    assert "#SBATCH --array=0-7" in script
+
+
+def test_missing_weights_are_named_with_the_command_that_fetches_them(tmp_path: Path) -> None:
+    result = subprocess.run(
+        ["bash", "scripts/annotate_pad.sh"], cwd=ROOT, env={**os.environ, "MODELS": str(tmp_path), "DRY_RUN": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert f"no file {tmp_path}/ram_swin_large_14m.pth; next: patch-aligned models fetch" in result.stderr
+
+
+@pytest.fixture
+def truth(tmp_path: Path) -> list[dict[str, Any]]:
+    full = "0`0"  # run lengths 0 and 16: all of 4 x 4 pixels
+    label = {"tag": "dog", "bbox": [0.0, 0.0, 4.0, 4.0], "rle_mask": full}
+    records = [{"image_id": "a.jpg", "size": [4, 4], "caption": "", "labels": [label]}]
+    write_annotations(map(parse_annotation, records), tmp_path / "truth.json")
+    return records
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (None, "0 differences"),
+        (("tag", "cat"), "labels[0]: found 'cat' at [0.0, 0.0, 4.0, 4.0], expected 'dog'"),
+        (("rle_mask", "88"), "IoU of masks: mean 0.5000, lowest 0.5000"),
+        (("image_id", "b.jpg"), "b.jpg: only in"),
+    ],
+    ids=["equal", "tag", "mask", "image"],
+)
+def test_compare_pad_finds_what_differs(
+    truth: list[dict[str, Any]], tmp_path: Path, change: tuple[str, str] | None, said: str
+) -> None:
+    if change:
+        (truth[0] if change[0] == "image_id" else truth[0]["labels"][0])[change[0]] = change[1]
+    (tmp_path / "found.json").write_text(json.dumps(truth))
+    result = subprocess.run(
+        [sys.executable, "scripts/compare_pad.py", str(tmp_path / "found.json"), str(tmp_path / "truth.json")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert said in result.stdout
+    assert result.returncode == (1 if change else 0), result.stderr
+
+
+@pytest.mark.slow
+def test_the_demonstration_runs_from_pictures_to_a_checked_data_set(tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="comes with the extra demo")
+    result = subprocess.run(
+        ["bash", "scripts/annotate_demo.sh"],
+        cwd=ROOT,
+        env={**os.environ, "RUN": str(tmp_path), "SCENES": "40", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Killed by SIGKILL" in result.stdout
+    assert ", 0 shards are left" not in result.stdout
+    assert "The shards are equal, byte for byte." in result.stdout
+    assert "0 differences in ids, captions, tags and boxes" in result.stdout
+    assert "IoU of masks: mean 1.0000, lowest 1.0000" in result.stdout
+    assert (tmp_path / "view.html").is_file()
