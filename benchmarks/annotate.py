@@ -1,0 +1,172 @@
+"""How much faster images are annotated in batches than one at a time, with the same weights on the same machine.
+
+    python benchmarks/annotate.py                                  tiny random models: what the machinery costs
+    python benchmarks/annotate.py --models FOLDER --images FOLDER --device cuda      real ones
+
+"One at a time" is the reference recipe: read the image, tag it, read it again, detect, read it again, segment, write,
+in float32. "Batched" is `process_shard` as `patch-aligned annotate` runs it. Both use the same model objects. Prints
+images a second of both and their ratio, and seconds an image by stage. With tiny models nearly all of that is what
+decoding, resizing, NMS, run lengths and writing cost, not the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patch_aligned.annotate.decoding import decode_image
+from patch_aligned.annotate.manifest import ManifestEntry, list_images
+from patch_aligned.annotate.models import RAM_WEIGHTS, TAG_FILES
+from patch_aligned.annotate.process_shard import Workload, process_shard
+from patch_aligned.annotate.recipes import ModelRecipe
+from patch_aligned.annotate.run_folder import RunFolder
+from patch_aligned.annotate.selection import Selection
+from patch_aligned.annotate.stage_clock import StageClock, StageTimes
+from patch_aligned.annotate.stages import ImageInWork, Stages
+from playground.mini.annotation_models import write_models
+from playground.mini.scene_records import DatasetSettings, write_scene
+
+TINY_BOX_THRESHOLD = 0.98
+SCENE_SIZES = ((448, 336), (336, 448), (500, 336))
+
+
+def tiny_recipe(folder: Path) -> ModelRecipe:
+    """Tiny random models, written to `folder`."""
+    write_models(folder)
+    return ModelRecipe(
+        ram=folder / "ram.converted.safetensors",
+        ram_tag_list=folder / "ram_tag_list.txt",
+        ram_thresholds=folder / "ram_thresholds.txt",
+        detector=str(folder / "grounding_dino"),
+        sam=str(folder / "sam"),
+        selection=Selection(box_threshold=TINY_BOX_THRESHOLD, min_box_area_px=1.0),
+    )
+
+
+def real_recipe(folder: Path) -> ModelRecipe:
+    """What `patch-aligned models fetch --output FOLDER` fetched."""
+    return ModelRecipe(
+        ram=folder / RAM_WEIGHTS["ram"].name,
+        ram_tag_list=folder / TAG_FILES[0].name,
+        ram_thresholds=folder / TAG_FILES[1].name,
+        detector=str(folder / "grounding-dino-tiny"),
+        sam=str(folder / "sam-vit-huge"),
+        selection=Selection(min_box_area_px=1.0),
+    )
+
+
+def write_scenes(folder: Path, count: int) -> None:
+    """Pictures of the sizes that LLaVA's pretraining images have most often."""
+    for number, size in enumerate(SCENE_SIZES):
+        settings = DatasetSettings(count=-(-count // len(SCENE_SIZES)), seed=number, size_wh=size)
+        for index in range(settings.count):
+            write_scene(settings, index, folder)
+
+
+def one_at_a_time(stages: Stages, entries: list[ManifestEntry], folder: Path, output: Path) -> StageTimes:
+    """The reference recipe; returns what each stage took. Reading counts for the stage that reads."""
+    clock = StageClock()
+    with output.open("w") as file:
+        for entry in entries:
+            path = folder / entry.image_id
+            with clock.measure("tag", 1):
+                item = ImageInWork(entry.image_id, decode_image(path))
+                item.tags = stages.tag([item])[0]
+            labels: list[dict[str, Any]] = []
+            if item.tags:
+                with clock.measure("detect", 1):
+                    item.image = decode_image(path)
+                    item.candidates = stages.detect([item])[0]
+                    item.selected = stages.select(item)
+                    item.to_segment = [selected.position for selected in item.selected]
+            if item.to_segment:
+                with clock.measure("segment", 1):
+                    item.image = decode_image(path)
+                    masks = stages.segment([item])[0]
+                labels = [
+                    selected.to_label({"rle_mask": mask.rle, "area_px": mask.area_px})
+                    for selected, mask in zip(item.selected, masks, strict=True)
+                ]
+            file.write(json.dumps({"image_id": entry.image_id, "labels": labels}) + "\n")
+    return clock.times
+
+
+def timed_shard(
+    stages: Stages, entries: list[ManifestEntry], folder: Path, output: Path, workload: Workload
+) -> tuple[float, StageTimes]:
+    """Seconds of one shard of all images, and what each stage took."""
+    run = RunFolder.start(output, entries, stages.settings, len(entries))
+    clock = StageClock()
+    begin = time.perf_counter()
+    process_shard(run, 0, stages, folder, workload, clock)
+    return time.perf_counter() - begin, clock.times
+
+
+def show(name: str, seconds: float, images: int, times: StageTimes) -> None:
+    """One row of the table: milliseconds for each image that a stage took, and what no stage took."""
+    cells = [f"{1000 * taken.seconds / taken.images:7.1f}" if taken.images else "      -" for taken in times.values()]
+    rest = 1000 * (seconds - sum(taken.seconds for taken in times.values())) / images
+    print(f"{name:28}{images / seconds:9.1f}  {'  '.join(cells)}  {rest:7.1f}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True
+    )
+    parser.add_argument("--models", type=Path, help="Folder of real models. Default: tiny random ones.")
+    parser.add_argument("--images", type=Path, help="Folder of images. Default: scenes of the miniature.")
+    parser.add_argument("--limit", type=int, default=120, help="Images.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tag_batch", type=int, default=64)
+    parser.add_argument("--detect_batch", type=int, default=8)
+    parser.add_argument("--segment_batch", type=int, default=8)
+    parser.add_argument("--decode_workers", type=int, default=8)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if arguments.images is None:
+            write_scenes(folder / "scenes", arguments.limit)
+        recipe = real_recipe(arguments.models) if arguments.models else tiny_recipe(folder / "models")
+        entries, images = list_images(arguments.images or folder / "scenes")
+        entries = entries[: arguments.limit]
+        # The recipe computes in float32; the pipeline in bfloat16 where there is a GPU. The weights are the same.
+        single = replace(recipe, dtype="float32").build(arguments.device)
+        batched = recipe.build(arguments.device) if arguments.device != "cpu" else single
+        workload = Workload(
+            tag_batch=arguments.tag_batch,
+            detect_batch=arguments.detect_batch,
+            segment_batch=arguments.segment_batch,
+            decode_workers=arguments.decode_workers,
+            chunk=64,
+        )
+        one_at_a_time(single, entries[:8], images, folder / "warm.jsonl")
+        timed_shard(batched, entries[:16], images, folder / "warm", workload)
+
+        begin = time.perf_counter()
+        single_times = one_at_a_time(single, entries, images, folder / "single.jsonl")
+        single_seconds = time.perf_counter() - begin
+        one_chunk_seconds, one_chunk_times = timed_shard(
+            batched, entries, images, folder / "one", replace(workload, chunks_at_once=1)
+        )
+        batched_seconds, _ = timed_shard(batched, entries, images, folder / "two", workload)
+
+    print(f"batched over one at a time, images/s: {single_seconds / batched_seconds:.2f}")
+    print(f"{len(entries)} images on {arguments.device}, {torch.get_num_threads()} threads")
+    print(
+        f"{'':28}{'images/s':>9}  {'decode':>7}  {'tag':>7}  {'detect':>7}  {'segment':>7}  {'rest':>7}   (ms an image)"
+    )
+    show("one at a time", single_seconds, len(entries), single_times)
+    show("batched, a chunk at a time", one_chunk_seconds, len(entries), one_chunk_times)
+    print(f"{'batched, two chunks at once':28}{len(entries) / batched_seconds:9.1f}")
+
+
+if __name__ == "__main__":
+    main()
