@@ -135,7 +135,7 @@ def annotate(
     ] = 2000,
     on_error: Annotated[
         Literal["skip", "fail"],
-        typer.Option("--on_error", help="Record an image that fails, or stop there.", rich_help_panel=_WORK),
+        typer.Option("--on_error", help="Record images that fail, or stop after their shard.", rich_help_panel=_WORK),
     ] = "skip",
     tag_batch: Annotated[
         int, typer.Option("--tag_batch", min=1, help="Images tagged at a time.", rich_help_panel=_WORK)

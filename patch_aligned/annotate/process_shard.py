@@ -51,7 +51,7 @@ class Workload:
         chunks_at_once: 2 lets the next chunk be decoded and prepared while this one is on the device; 1 doesn't.
         min_side: in pixels; an image with a shorter side is skipped.
         max_aspect: an image whose sides differ by a larger factor is skipped.
-        on_error: `skip` records what went wrong and goes on, `fail` stops there.
+        on_error: `skip` records what went wrong and goes on, `fail` stops after the shard.
     """
 
     tag_batch: int = 64
@@ -84,7 +84,7 @@ def process_shard(
         clock: counts seconds and images by stage.
 
     Raises:
-        FailedImageError: for the first image that failed, where `on_error` is `fail`. Nothing is written then.
+        FailedImageError: names the images that failed, where `on_error` is `fail`. Nothing is written then.
     """
     clock = clock or StageClock()
     entries = folder.entries_of(shard)
@@ -107,6 +107,8 @@ def process_shard(
         for row, record in enumerate(records):
             if record["status"] == "out_of_memory":
                 records[row] = annotate_images([entries[row]], stages, image_folder, workload, clock)[0]
+    if workload.on_error == "fail":
+        _refuse_failed(records)
     return write_shard(
         folder.shard_path(shard),
         records,
@@ -114,6 +116,16 @@ def process_shard(
         first=folder.first_of(shard),
         settings_sha256=folder.settings_sha256,
     )
+
+
+def _refuse_failed(records: Sequence[Record]) -> None:
+    failed = [record for record in records if record["status"] in FAILED_STATUSES]
+    if failed:
+        listed = "; ".join(f"{record['image_id']}: {record['status']} ({record['reason']})" for record in failed[:5])
+        raise FailedImageError(
+            f"{len(failed)} images failed, and their shard was not written: {listed}{'; ...' if failed[5:] else ''}. "
+            "Mend them, or record them and go on with --on_error skip"
+        )
 
 
 def annotate_images(
@@ -124,11 +136,7 @@ def annotate_images(
     clock: StageClock,
     decoders: Executor | None = None,
 ) -> list[Record]:
-    """One record for each image, in order. All of them are in memory at once.
-
-    Raises:
-        FailedImageError: see `process_shard`.
-    """
+    """One record for each image, in order. All of them are in memory at once."""
     work = _Work(entries, stages, workload, clock)
     work.decode(image_folder, decoders)
     work.tag()
@@ -241,10 +249,6 @@ class _Work:
 
     def _end(self, image_id: str, status: str, reason: str | None = None) -> None:
         self.records[image_id] |= {"status": status, "reason": reason}
-        if status in FAILED_STATUSES and self.workload.on_error == "fail":
-            raise FailedImageError(
-                f"{image_id}: {status} ({reason}). Mend the image, or record it and go on with --on_error skip"
-            )
 
 
 def _empty_record(entry: ManifestEntry) -> Record:

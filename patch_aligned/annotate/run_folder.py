@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 from patch_aligned.annotate.files import written_whole
 from patch_aligned.annotate.manifest import ManifestEntry, manifest_bytes, read_manifest, write_manifest
 from patch_aligned.annotate.shards import Record, ShardError, ShardHeader, read_shard, shard_path
+
+_logger = logging.getLogger(__name__)
 
 _NAMES_SHOWN = 5
 
@@ -139,7 +142,9 @@ class RunFolder:
         """Whether the shard is there and sound."""
         try:
             self.read_shard(shard)
-        except ShardError:
+        except ShardError as error:
+            if self.shard_path(shard).exists():
+                _logger.warning("%s", error)
             return False
         return True
 
