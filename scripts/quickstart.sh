@@ -4,7 +4,7 @@
 # out. Ends with a table and a picture in runs/quickstart. Called again, it skips what is done and continues what was
 # interrupted.
 #
-#   STEPS=50          optimizer steps of each training, 8 scenes each
+#   STEPS=100         optimizer steps of each training, 8 scenes each: two passes over 400 scenes
 #   RUN=FOLDER        where the results go; an empty folder starts anew
 #   UPDATE_DOCS=1     also copies table and picture to docs/quickstart, and the table into the README
 set -euo pipefail
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 RUN=${RUN:-runs/quickstart}
-STEPS=${STEPS:-50}
+STEPS=${STEPS:-100}
 HELDOUT=${DATA:-playground/data}/mini/heldout
 
 say() { printf '\n[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$1"; }
