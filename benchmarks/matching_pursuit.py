@@ -4,8 +4,8 @@
 
 The loop is Algorithm 1 to the letter: for each token and round one product with the whole table of word embeddings,
 which is already scaled to unit length. Both take the same threads, and their words and coefficients are compared in the
-same run. Seconds are those of the fastest run, and of the loop's fastest token, so that other work on the machine counts
-little; the ratio of processor time stands beside that of the clock.
+same run. Seconds are those of the fastest run, and of the loop's fastest token, so that other work on the machine
+counts little; the ratio of processor time stands beside that of the clock.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--words", type=int, default=32000, help="words of the table (default 32000)")
     parser.add_argument("--widths", type=int, nargs="+", default=[1024, 4096], help="default 1024 4096")
     parser.add_argument("--rounds", type=int, default=5, help="words a token (default 5)")
-    parser.add_argument("--chunk", type=int, default=4096, help="words compared at a time (default 4096)")
+    parser.add_argument("--chunk", type=int, default=2048, help="words compared at a time (default 2048)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of both (default 2)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of the fast way (default 3)")
     parser.add_argument("--loop_tokens", type=int, default=48, help="tokens that the loop takes (default 48)")

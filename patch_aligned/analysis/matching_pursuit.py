@@ -34,7 +34,7 @@ class WordDictionary:
         ValueError: `size` is not in 1..M, a row is not finite, or all rows are zero.
     """
 
-    def __init__(self, table: Tensor, *, size: int | None = None, unit_length: bool = True, chunk: int = 4096):
+    def __init__(self, table: Tensor, *, size: int | None = None, unit_length: bool = True, chunk: int = 2048):
         if table.ndim != 2 or not table.is_floating_point():
             raise ValueError(f"Expected a table [M, D] of floating numbers, got {list(table.shape)} of {table.dtype}.")
         size = len(table) if size is None else size
@@ -52,6 +52,7 @@ class WordDictionary:
             raise ValueError(f"Row {first} of the word embeddings holds NaN or infinity: the weights are broken.")
         if not self._norms.any():
             raise ValueError(f"All {size} word embeddings are zero: no word can be chosen.")
+        self._has_zero = not bool(self._norms.all())
 
     def __len__(self) -> int:
         return len(self.table)
@@ -83,7 +84,8 @@ class WordDictionary:
                 products.abs_()
             if self.unit_length:
                 products /= norms
-            products.masked_fill_(norms == 0, -torch.inf)
+            if self._has_zero:
+                products.masked_fill_(norms == 0, -torch.inf)
             # The first of equal values in a chunk, and a later chunk only where it is larger: the lower id.
             value, place = products.max(dim=1)  # [S], [S]
             ids = torch.where(value > largest, place + start, ids)
