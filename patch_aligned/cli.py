@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from patch_aligned.analysis.token_map_command import app as token_map_app
 from patch_aligned.annotate.commands import app as annotate_app
 from patch_aligned.annotate.reselect_command import app as reselect_app
 from patch_aligned.command_errors import clear_errors
@@ -136,6 +137,7 @@ def measure(
     )
 
 
+app.add_typer(token_map_app)
 app.add_typer(dataset_app)
 app.add_typer(pack_app)
 app.add_typer(reselect_app)

@@ -1,0 +1,120 @@
+"""The command `patch-aligned token-map`: the words on the patches of images, for several projectors."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from patch_aligned.command_errors import clear_errors
+
+app = typer.Typer(rich_markup_mode="markdown")
+
+
+class Choice(str, Enum):
+    """Which inner product a round takes for the largest."""
+
+    SIGNED = "signed"
+    ABSOLUTE = "absolute"
+
+
+class EnglishWords(str, Enum):
+    """Lists that tell English words, see `analysis.word_list`."""
+
+    AUTO = "auto"
+    PYSPELLCHECKER = "pyspellchecker"
+    NLTK = "nltk"
+    NONE = "none"
+
+
+class AspectRatio(str, Enum):
+    """What happens to an image that is no square."""
+
+    SQUARE = "square"
+    PAD = "pad"
+
+
+@app.command(epilog="How to read the maps: docs/analysis.md.")
+@clear_errors
+def token_map(
+    context: typer.Context,
+    projector: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=PATH",
+            help="A projector under a name; repeat for each. PATH is an --output_dir of stage 1, an mm_projector.bin, "
+            "a full checkpoint, or `random[:SEED]` for untrained weights.",
+        ),
+    ],
+    base: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="The language model (folder or hub name). Only its word embeddings and tokenizer are read.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where token_map.html, token_map.json and a PNG an image go.")
+    ],
+    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="An image; repeat for each.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Instead of --image: the images of a PAD file, from its first.")
+    ] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder that the image ids of --data are relative to.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many images of --data.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Words a patch.")] = 5,
+    choice: Annotated[
+        Choice,
+        typer.Option(help="Words are chosen by their largest product, as in the paper, or by its largest magnitude."),
+    ] = Choice.SIGNED,
+    orthogonal: Annotated[
+        bool, typer.Option("--orthogonal", help="Fit all words anew each round (orthogonal matching pursuit).")
+    ] = False,
+    unscaled: Annotated[
+        bool, typer.Option("--unscaled", help="Take the words as they are: Algorithm 1 to the letter.")
+    ] = False,
+    english: Annotated[
+        EnglishWords, typer.Option(help="Which list tells English words; `auto` takes one that is installed.")
+    ] = EnglishWords.AUTO,
+    png: Annotated[bool, typer.Option(help="Whether a PNG is drawn for each image.")] = True,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The vision tower. Default: the one the projectors' configs name."),
+    ] = None,
+    image_aspect_ratio: Annotated[
+        AspectRatio | None, typer.Option(help="How images are made square. Default: as in the projectors' configs.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where everything runs: `cpu`, `cuda`, `cuda:1` ...")] = "cpu",
+) -> None:
+    """Shows the words on the patches of images: which words each visual token is made of, by matching pursuit.
+
+    One map a word and projector, over the image: the nearest word of each patch, then the nearest of what is left of
+    it, and so on. The larger a word, the larger its cosine; English words are coloured.
+
+    Example:
+
+    `patch-aligned token-map --projector llava=runs/captions --projector ours=runs/patch
+    --base models/vicuna-7b-v1.5 --image street.jpg --output runs/token_map`
+    """
+    from patch_aligned.analysis.token_map import PursuitSettings
+    from patch_aligned.analysis.token_map_run import run_token_map
+
+    run_token_map(
+        projectors=projector,
+        base=base,
+        output=output,
+        images=image or [],
+        data=data,
+        image_folder=image_folder,
+        limit=limit,
+        settings=PursuitSettings(rounds, choice is Choice.ABSOLUTE, orthogonal, not unscaled),
+        english=english.value,
+        png=png,
+        vision_tower=vision_tower,
+        image_aspect_ratio=image_aspect_ratio.value if image_aspect_ratio else None,
+        device=device,
+    )

@@ -1,0 +1,100 @@
+"""Token maps as one HTML file that holds its images and loads nothing, and the same words and numbers as JSON."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from patch_aligned.analysis.token_map import MappedImage, TokenMap, colours_of_words, map_caption
+from patch_aligned.html_page import html_page
+
+_DIGITS = 4
+_JPEG_QUALITY = 85
+
+
+def token_map_document(
+    images: Sequence[MappedImage], projectors: Mapping[str, str], method: str, word_list: str | None
+) -> dict[str, Any]:
+    """Everything that the page shows, but for the pictures.
+
+    Args:
+        images: with the maps of every projector.
+        projectors: where each projector comes from, by name.
+        method: how the words were found, for the caption.
+        word_list: name of the list of English words; None where there is none.
+    """
+    entries: list[dict[str, Any]] = []
+    marks = False
+    for image in images:
+        colours = colours_of_words(image)
+        maps = [_map_entry(name, token_map, colours) for name, token_map in image.maps.items()]
+        marks |= any(word["starts_word"] for map_entry in maps for word in map_entry["words"].values())
+        entries.append({"image_id": image.image_id, "top_cosine": round(image.top_cosine, _DIGITS), "maps": maps})
+    return {
+        "method": method,
+        "word_list": word_list,
+        "marks_words": marks,
+        "projectors": dict(projectors),
+        "images": entries,
+    }
+
+
+def write_token_map_page(images: Sequence[MappedImage], document: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Writes `token_map.html` and `token_map.json` into a folder, and returns their paths.
+
+    Args:
+        images: for their pictures.
+        document: of the same images, from `token_map_document`.
+        folder: is made where it is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    page, numbers = folder / "token_map.html", folder / "token_map.json"
+    numbers.write_text(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    entries = [
+        {**entry, "picture": _data_uri(image.image)} for entry, image in zip(document["images"], images, strict=True)
+    ]
+    shown = {**document, "images": entries}
+    page.write_text(html_page(__package__, "token_map", "Token maps", shown), encoding="utf-8")
+    return page, numbers
+
+
+def _map_entry(name: str, token_map: TokenMap, colours: Mapping[str, str]) -> dict[str, Any]:
+    pursuit = token_map.pursuit
+    words = {}
+    for token_id, word in token_map.words.items():
+        words[str(token_id)] = {
+            "text": word.token.text,
+            "starts_word": word.token.starts_word,
+            "special": word.token.special,
+            "english": word.english,
+        }
+        if word.english:
+            words[str(token_id)]["colour"] = colours[word.token.text.lower()]
+    return {
+        "projector": name,
+        "grid": list(token_map.grid),
+        "captions": [map_caption(token_map, turn) for turn in range(pursuit.ids.shape[1])],
+        "ids": pursuit.ids.tolist(),
+        "coefficients": _rounded(pursuit.coefficients),
+        "cosines": _rounded(pursuit.cosines),
+        "residual_norms": _rounded(pursuit.residual_norms),
+        "words": words,
+    }
+
+
+def _rounded(values: Tensor) -> list[list[float]]:
+    return [[round(value, _DIGITS) for value in row] for row in values.tolist()]
+
+
+def _data_uri(image: Tensor) -> str:
+    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()  # [3, side, side] -> [side, side, 3]
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG", quality=_JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,113 @@
+"""What `patch-aligned token-map` does: load, decompose, draw, write."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers.utils import logging as transformers_logging
+
+from llava.mm_utils import load_rgb_image
+from patch_aligned.analysis.embeddings import MeasuredProjector, WordEmbeddings
+from patch_aligned.analysis.projector_sources import default_config_of, load_tower, parse_projectors
+from patch_aligned.analysis.token_map import MappedImage, PursuitSettings, TokenMapper, map_images
+from patch_aligned.analysis.token_map_figure import save_token_map_figure
+from patch_aligned.analysis.token_map_page import token_map_document, write_token_map_page
+from patch_aligned.analysis.word_list import english_words
+from patch_aligned.annotations import read_annotations
+from patch_aligned.dataset.image_files import image_path
+
+
+def run_token_map(
+    *,
+    projectors: Sequence[str],
+    base: str,
+    output: Path,
+    images: Sequence[Path] = (),
+    data: Path | None = None,
+    image_folder: Path | None = None,
+    limit: int = 4,
+    settings: PursuitSettings | None = None,
+    english: str = "auto",
+    png: bool = True,
+    vision_tower: str | None = None,
+    image_aspect_ratio: str | None = None,
+    device: str = "cpu",
+) -> list[MappedImage]:
+    """Writes `token_map.html`, `token_map.json` and a PNG an image into `output`, and returns the maps.
+
+    The arguments are the options of the command; `projectors` are `NAME=PATH` or `NAME=random[:SEED]`.
+
+    Raises:
+        ValueError: an input does not fit; the message says which and what to do.
+        OSError: a file or folder is missing or broken.
+        ImportError: PNGs are asked for without matplotlib, or a word list that is not installed.
+    """
+    settings = settings or PursuitSettings()
+    # All that can be wrong with the arguments is found before the first large file is read.
+    sources = parse_projectors(projectors)
+    chosen = _chosen_images(images, data, image_folder, limit)
+    if png and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("PNGs need matplotlib: pip install 'patch-aligned-llava[analysis]', or pass --no-png.")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA device here. Pass --device cpu.")
+    word_list = english_words(english)
+
+    console = Console()
+    transformers_logging.disable_progress_bar()
+    tower = load_tower(sources, vision_tower, image_aspect_ratio, device)
+    base_words = WordEmbeddings.load(base)
+    mappers: dict[str, TokenMapper] = {}
+    pairs: list[tuple[MeasuredProjector, TokenMapper]] = []
+    for source in sources:
+        projector = source.build(tower, base_words, default_config_of(sources))
+        words = projector.words
+        if words.source not in mappers:
+            mappers[words.source] = TokenMapper(words, settings, word_list, device)
+        pairs.append((projector, mappers[words.source]))
+
+    stream = map_images(((name, load_rgb_image(path)) for name, path in chosen), tower, pairs)
+    mapped = list(track(stream, "Decomposing images", total=len(chosen), console=console))
+    where = {projector.name: f"{projector.source}, words of {projector.words.source}" for projector, _ in pairs}
+    list_name = word_list.name if word_list else None
+    document = token_map_document(mapped, where, settings.described(), list_name)
+    written = list(write_token_map_page(mapped, document, output))
+    if png:
+        for number, image in enumerate(track(mapped, "Drawing", console=console), start=1):
+            picture = output / f"{number:03}_{re.sub(r'[^A-Za-z0-9._-]', '_', Path(image.image_id).stem)}.png"
+            save_token_map_figure(image, picture, f"words found by {settings.described()}", word_list is not None)
+            written.append(picture)
+    console.print("Written: " + ", ".join(str(path) for path in written), soft_wrap=True)
+    return mapped
+
+
+def _chosen_images(
+    images: Sequence[Path], data: Path | None, image_folder: Path | None, limit: int
+) -> list[tuple[str, Path]]:
+    """Id and path of each image, from files or from a PAD file."""
+    if bool(images) == (data is not None):
+        given = "both" if images else "neither"
+        raise ValueError(f"Found {given} of --image and --data; expected one: pass --image FILE, or --data PAD.")
+    if data is None:
+        if missing := [path for path in images if not path.is_file()]:
+            raise FileNotFoundError(f"--image {missing[0]}: there is no such file.")
+        return [(path.name, path) for path in images]
+    if not data.is_file():
+        raise FileNotFoundError(f"--data {data}: there is no such file.")
+    if image_folder is None or not image_folder.is_dir():
+        found = "nothing" if image_folder is None else f"{image_folder}, which is no folder"
+        raise ValueError(f"--image-folder: found {found}; expected the folder that the ids of {data} are relative to.")
+    chosen = [
+        (image.image_id, image_path(image_folder, image.image_id)) for image in islice(read_annotations(data), limit)
+    ]
+    if not chosen:
+        raise ValueError(f"--data {data}: found no record; expected at least one image.")
+    if missing := [path for _, path in chosen if not path.is_file()]:
+        raise FileNotFoundError(f"{missing[0]}: there is no such file. Is --image-folder {image_folder} the right one?")
+    return chosen

@@ -1,0 +1,42 @@
+"""One HTML file from a template, its style, its script and its data: it loads nothing and runs without a network."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from importlib import resources
+from typing import Any
+
+
+def html_page(package: str, stem: str, title: str, document: Any) -> str:
+    """The page `stem.html` of a package, with `stem.css`, `stem.js`, a title and data put into their places.
+
+    Args:
+        package: where the three files lie, such as `patch_aligned.analysis`.
+        stem: their name.
+        title: plain text.
+        document: the data, as JSON can hold it; the page finds it in its element `data`.
+
+    Raises:
+        ValueError: a number of the data is not finite.
+    """
+    folder = resources.files(package)
+    parts = {
+        "title": html.escape(title),
+        "style": folder.joinpath(f"{stem}.css").read_text(encoding="utf-8"),
+        "script": folder.joinpath(f"{stem}.js").read_text(encoding="utf-8"),
+        "data": json_for_html(document),
+    }
+    template = folder.joinpath(f"{stem}.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def json_for_html(document: Any) -> str:
+    """JSON that no text of the data can end early, whatever it says: no angle bracket is left in it.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,0 +1,295 @@
+"""Token maps: the words on the patches, their texts, and the page and pictures that show them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from patch_aligned.analysis import word_list
+from patch_aligned.analysis.embeddings import WordEmbeddings
+from patch_aligned.analysis.token_map import MappedImage, MappedToken, PursuitSettings, TokenMapper, colours_of_words
+from patch_aligned.analysis.token_map_command import Choice, EnglishWords
+from patch_aligned.analysis.token_map_figure import save_token_map_figure
+from patch_aligned.analysis.token_map_page import token_map_document, write_token_map_page
+from patch_aligned.analysis.token_text import TokenText, VocabularyText
+from patch_aligned.analysis.word_list import WORD_LISTS, WordList, english_words
+from patch_aligned.cli import app
+
+ENGLISH = WordList("a test's list", frozenset({"the", "red", "he", "t"}))
+
+
+def id_of(tokenizer, raw: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(raw)
+    assert tokenizer.convert_ids_to_tokens(token_id) == raw
+    return token_id
+
+
+@pytest.fixture
+def mapped(golden_world: Path) -> MappedImage:
+    """Tokens that are words of the tiny LLM: `▁the` in three of four patches, and `ing`."""
+    words = WordEmbeddings.load("tiny-vicuna")
+    mapper = TokenMapper(words, PursuitSettings(rounds=2), ENGLISH)
+    the, ing = (id_of(AutoTokenizer.from_pretrained("tiny-vicuna"), raw) for raw in ("▁the", "ing"))
+    tokens = 3 * words.table[[the, ing, the, the]].float()
+    return MappedImage("street.jpg", torch.rand(3, 28, 28), {"ours": mapper.map(tokens, (2, 2))})
+
+
+def document_of(mapped: MappedImage, list_name: str | None = "a list") -> dict:
+    return token_map_document([mapped], {"ours": "a file"}, PursuitSettings().described(), list_name)
+
+
+# --- texts of single tokens -----------------------------------------------------------------------------------------
+
+
+def test_sentencepiece_tokens_are_shown_on_their_own(golden_world: Path):
+    tokenizer = AutoTokenizer.from_pretrained("tiny-vicuna")
+    texts = VocabularyText(tokenizer)
+    assert len(texts) == 1000
+    assert texts[id_of(tokenizer, "▁the")] == TokenText("the", starts_word=True, special=False)
+    assert texts[id_of(tokenizer, "ing")] == TokenText("ing", starts_word=False, special=False)
+    assert texts[id_of(tokenizer, "</s>")] == TokenText("</s>", starts_word=False, special=True)
+    assert texts[id_of(tokenizer, "<0x0A>")].text == "⏎"
+    assert texts[id_of(tokenizer, "<0xC5>")].text == "<0xC5>"
+    assert texts[id_of(tokenizer, "▁")].text == "␣"
+
+
+def test_byte_level_tokens_are_shown_on_their_own(golden_world: Path):
+    tokenizer = AutoTokenizer.from_pretrained("tiny-tok-mpt")
+    texts = VocabularyText(tokenizer)
+    assert texts[id_of(tokenizer, "Ġa")] == TokenText("a", starts_word=True, special=False)
+    assert texts[id_of(tokenizer, "<|endoftext|>")] == TokenText("<|endoftext|>", starts_word=False, special=True)
+    assert texts[id_of(tokenizer, "<|im_start|>")].special  # added, though the tokenizer does not call it special
+    assert texts[id_of(tokenizer, "Ċ")].text == "⏎"
+    assert texts[id_of(tokenizer, "Ġ")].text == "␣"
+    assert texts[id_of(tokenizer, "â")].text == "<0xE2>"  # the first byte of a character of three
+
+
+@pytest.mark.parametrize("name", ["tiny-vicuna", "tiny-tok-mpt"])
+def test_every_token_has_a_visible_text(golden_world: Path, name: str):
+    texts = VocabularyText(AutoTokenizer.from_pretrained(name))
+    for token_id in range(len(texts)):
+        text = texts[token_id].text
+        assert text
+        assert text.isprintable() and not any(character.isspace() for character in text), (token_id, text)
+
+
+# --- word lists -----------------------------------------------------------------------------------------------------
+
+
+def test_a_word_is_english_whatever_its_case_but_lone_letters_are_not():
+    words = WordList("", frozenset({"dog", "a", "i", "b"}))
+    assert [text in words for text in ("Dog", "dog", "I", "a", "b", "dogg", "")] == [True] * 4 + [False] * 3
+
+
+def test_without_a_list_auto_takes_none_and_a_named_one_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(word_list.importlib.util, "find_spec", lambda name: None)
+    assert english_words("auto") is None
+    assert english_words("none") is None
+    with pytest.raises(ImportError, match=r"pip install 'patch-aligned-llava\[analysis\]'"):
+        english_words("pyspellchecker")
+    with pytest.raises(ValueError, match="the lists are auto, pyspellchecker, nltk, none"):
+        english_words("klingon")
+
+
+def test_the_installed_list_knows_inflected_words():
+    pytest.importorskip("spellchecker")
+    found = english_words("pyspellchecker")
+    assert found is not None
+    assert [text in found for text in ("bananas", "White", "tion", "的")] == [True, True, False, False]
+
+
+# --- maps -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_map_holds_the_nearest_words_and_how_near_they_are(mapped: MappedImage):
+    token_map = mapped.maps["ours"]
+    first = [token_map.words[word].token.text for word in token_map.pursuit.ids[:, 0].tolist()]
+    assert first == ["the", "ing", "the", "the"]
+    assert token_map.mean_cosine(0) == pytest.approx(1, rel=1e-5)
+    assert token_map.english_share(0) == 0.75
+    assert mapped.top_cosine == pytest.approx(1, rel=1e-5)
+
+
+def test_without_a_list_no_word_is_called_english(golden_world: Path):
+    words = WordEmbeddings.load("tiny-vicuna")
+    token_map = TokenMapper(words).map(words.table[[300]].float(), (1, 1))
+    assert token_map.pursuit.ids.shape == (1, 5)
+    assert token_map.english_share(0) is None
+    assert colours_of_words(MappedImage("x", torch.zeros(3, 4, 4), {"a": token_map})) == {}
+
+
+def test_a_table_with_fewer_rows_than_the_tokenizer_has_words_is_refused(golden_world: Path):
+    words = WordEmbeddings.load("tiny-vicuna")
+    short = WordEmbeddings(AutoTokenizer.from_pretrained("tiny-vicuna"), words.table[:990], "tiny-vicuna")
+    with pytest.raises(ValueError, match=r"tiny-vicuna: its tokenizer knows 1000 words, but its table has 990"):
+        TokenMapper(short)
+
+
+def test_rows_beyond_the_tokenizer_are_never_chosen(golden_world: Path):
+    words = WordEmbeddings.load("tiny-vicuna")
+    extra = torch.full((1, words.width), 5.0)
+    padded = WordEmbeddings(
+        AutoTokenizer.from_pretrained("tiny-vicuna"), torch.cat([words.table.float(), extra]), "tiny-vicuna"
+    )
+    assert int(TokenMapper(padded).map(extra, (1, 1)).pursuit.ids.max()) < 1000
+
+
+def test_a_word_has_one_dark_colour_everywhere_and_fragments_have_none(mapped: MappedImage):
+    colours = colours_of_words(mapped)
+    assert "the" in colours
+    assert "ing" not in colours
+    for colour in colours.values():
+        red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+        luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+        assert (0.64 + 0.05) / (luminance + 0.05) > 4  # contrast on the darkest background of a map
+
+
+# --- page and picture -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_everything_and_no_text_can_leave_its_data(mapped: MappedImage, tmp_path: Path):
+    hostile = "</script><img src=x onerror=alert(1)>"
+    token_map = mapped.maps["ours"]
+    first = int(token_map.pursuit.ids[0, 0])
+    token_map.words[first] = MappedToken(TokenText(hostile, True, False), False)
+    named = MappedImage(hostile, mapped.image, mapped.maps)
+    page, numbers = write_token_map_page([named], document_of(named), tmp_path / "out")
+    text = page.read_text()
+    assert hostile not in text
+    assert text.count("</script>") == 2
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?http|@import|url\(""", text)
+    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)
+    assert data is not None
+    shown = json.loads(data.group(1))
+    (image,) = shown["images"]
+    assert image["image_id"] == hostile
+    assert image["picture"].startswith("data:image/jpeg;base64,")
+    assert image["maps"][0]["words"][str(first)]["text"] == hostile
+    assert json.loads(numbers.read_text())["images"][0]["maps"] == image["maps"]
+
+
+def test_the_numbers_are_those_of_the_pursuit(mapped: MappedImage):
+    token_map = mapped.maps["ours"]
+    (entry,) = document_of(mapped)["images"][0]["maps"]
+    assert entry["ids"] == token_map.pursuit.ids.tolist()
+    assert entry["grid"] == [2, 2]
+    for name in ("coefficients", "cosines", "residual_norms"):
+        torch.testing.assert_close(torch.tensor(entry[name]), getattr(token_map.pursuit, name), atol=6e-5, rtol=0)
+    assert entry["captions"][0] == "word 1 · mean cosine 1.00 · 75% English"
+    assert entry["words"][str(int(token_map.pursuit.ids[0, 0]))]["colour"] == colours_of_words(mapped)["the"]
+
+
+def test_the_picture_is_drawn_even_where_a_font_lacks_a_sign(
+    mapped: MappedImage, tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    token_map = mapped.maps["ours"]
+    first = int(token_map.pursuit.ids[0, 0])
+    token_map.words[first] = MappedToken(TokenText("$x_1$\U000e0100的", True, False), False)
+    path = tmp_path / "map.png"
+    save_token_map_figure(mapped, path, "words found by a test", has_word_list=True)
+    with Image.open(path) as picture:
+        assert picture.width >= 700
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 50
+    assert not [warning for warning in recwarn if "lyph" in str(warning.message)]
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def invoke(output: Path, *words: str, **changed: str | None):
+    options: dict[str, str | None] = {
+        "--projector": "start=train_init/mm_projector.bin",
+        "--base": "tiny-vicuna",
+        "--vision-tower": "tiny-clip",
+        "--image": "images/im0.png",
+        "--output": str(output),
+        "--english": "none",
+    }
+    options |= {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
+    flat = [word for name, value in options.items() if value is not None for word in (name, value)]
+    return CliRunner().invoke(app, ["token-map", "--projector", "random=random:3", *flat, *words])
+
+
+def test_the_command_writes_a_page_the_numbers_and_a_picture_an_image(golden_world: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    result = invoke(output, "--image", "images/im1.png", rounds="2")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in output.iterdir()) == [
+        "001_im0.png", "002_im1.png", "token_map.html", "token_map.json",
+    ]  # fmt: skip
+    document = json.loads((output / "token_map.json").read_text())
+    assert document["word_list"] is None
+    assert list(document["projectors"]) == ["random", "start"]
+    assert [image["image_id"] for image in document["images"]] == ["im0.png", "im1.png"]
+
+
+def test_the_nearest_words_equal_a_reference_from_files_to_ids(golden_world: Path, tmp_path: Path, goldens: Path):
+    import numpy as np
+
+    golden = np.load(goldens / "g_tower.npz")
+    assert invoke(tmp_path / "out", "--no-png", projector="full=tiny-llava", vision_tower=None).exit_code == 0
+    document = json.loads((tmp_path / "out" / "token_map.json").read_text())
+    (table,) = [value for name, value in load_file("tiny-llava/model.safetensors").items() if "embed_tokens" in name]
+    units = table.double() / table.double().norm(dim=1, keepdim=True)
+    expected = (torch.from_numpy(golden["encode_images"][0]).double() @ units[:1000].T).argmax(dim=1)
+    found = next(entry for entry in document["images"][0]["maps"] if entry["projector"] == "full")
+    assert [ids[0] for ids in found["ids"]] == expected.tolist()
+
+
+def test_images_come_from_a_pad_file_too(golden_world: Path, pad: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    folder = str(pad.parent / "pictures")
+    result = invoke(output, "--no-png", image=None, data=str(pad), image_folder=folder, limit="2")
+    assert result.exit_code == 0, result.output
+    document = json.loads((output / "token_map.json").read_text())
+    assert [image["image_id"] for image in document["images"]] == ["0.png", "1.png"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"image": None}, "Found neither of --image and --data"),
+        ({"data": "pad.jsonl"}, "Found both of --image and --data"),
+        ({"image": "nowhere.png"}, "--image nowhere.png: there is no such file"),
+        ({"image": None, "data": "nowhere.json"}, "--data nowhere.json: there is no such file"),
+        ({"image": None, "data": "PAD"}, "--image-folder: found nothing"),
+        ({"image": None, "data": "PAD", "image_folder": "images"}, "Is --image-folder images the right one?"),
+        ({"projector": "start=nowhere"}, "there is no nowhere"),
+        ({"device": "cuda:9"}, "--device cuda:9"),
+    ],
+)
+def test_wrong_input_ends_with_a_sentence_and_code_2(
+    golden_world: Path, pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict, message: str
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    changed = {name: str(pad) if value == "PAD" else value for name, value in changed.items()}
+    result = invoke(tmp_path / "out", **changed)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_id_that_leads_out_of_the_folder_is_refused(
+    golden_world: Path, write_pad: Callable[..., Path], tmp_path: Path
+):
+    pad = write_pad([])
+    record = json.loads(pad.read_text())
+    pad.write_text(json.dumps(record | {"image_id": "../pad.jsonl"}))
+    result = invoke(tmp_path / "out", image=None, data=str(pad), image_folder=str(pad.parent / "pictures"))
+    assert result.exit_code == 2
+    assert "out of the image folder" in " ".join(result.output.split()) or "leads out of" in result.output
+
+
+def test_the_choices_of_the_command_are_those_there_are():
+    assert tuple(choice.value for choice in EnglishWords) == WORD_LISTS
+    assert [choice.value for choice in Choice] == ["signed", "absolute"]
