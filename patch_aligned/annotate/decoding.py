@@ -6,9 +6,20 @@ EXIF. `size` and boxes are those of this picture. An image that can't be read wh
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
+
+BROKEN_IMAGE_ERRORS = (
+    OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, RuntimeError, LookupError, TypeError,
+    ArithmeticError, struct.error,
+)  # fmt: skip
+"""What PIL's decoders raise for broken files: AVIF's a RuntimeError, others what their parsing runs into."""
+
+# All of PIL's formats. Where threads open the first pictures at once, each has PIL add formats while it looks through
+# them, and one that was added at the wrong moment is never tried: a sound picture would be no image.
+Image.init()
 
 
 class UnreadableImageError(ValueError):
@@ -31,5 +42,5 @@ def decode_image(path: Path) -> Image.Image:
         raise UnreadableImageError("an empty file" if size == 0 else f"{size} bytes that are no image") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(str(error)) from None
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL's decoders raise for broken files
+    except BROKEN_IMAGE_ERRORS as error:
         raise UnreadableImageError(f"cannot be decoded: {error}".replace(str(path), path.name)) from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from patch_aligned.annotate.decoding import BROKEN_IMAGE_ERRORS
 
 
 class ImageFileError(ValueError):
@@ -39,5 +41,5 @@ def stored_size_wh(image_folder: Path, image_id: str) -> tuple[int, int]:
             return image.size
     except FileNotFoundError:
         raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except BROKEN_IMAGE_ERRORS as error:
         raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; fetch the file anew") from error

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from patch_aligned.annotate.decoding import BROKEN_IMAGE_ERRORS
 from patch_aligned.annotations import AnnotatedImage, Region, read_annotations
 from patch_aligned.dataset.image_files import ImageFileError, image_path
 from patch_aligned.dataset.stats import TokenGrid
@@ -217,7 +218,9 @@ def _picture(image: AnnotatedImage, image_folder: Path, side: int) -> str:
             smaller = opened.convert("RGB")
     except FileNotFoundError:
         raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
-    except (Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except ImageFileError:
+        raise
+    except BROKEN_IMAGE_ERRORS as error:
         raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; fetch the file anew") from error
     smaller.thumbnail((side, side))
     content = io.BytesIO()

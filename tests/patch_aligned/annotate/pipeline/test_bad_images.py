@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +103,21 @@ def test_what_training_can_not_read_is_refused_with_a_reason_that_names_no_folde
     with pytest.raises(UnreadableImageError, match=reason) as refused:
         decode_image(path)
     assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_decoder_that_gives_up_in_its_own_way_ends_one_picture_not_the_run(tmp_path: Path) -> None:
+    header = struct.pack("<4s4I", b"DDS ", 124, 0, 40, 60).ljust(128, b"\0")
+    (tmp_path / "surface.jpg").write_bytes(header)
+    with pytest.raises(NotImplementedError):
+        Image.open(tmp_path / "surface.jpg")
+    with pytest.raises(UnreadableImageError, match="cannot be decoded"):
+        decode_image(tmp_path / "surface.jpg")
+
+
+def test_all_formats_are_known_before_threads_open_pictures() -> None:
+    code = "import patch_aligned.annotate.decoding; from PIL import Image; print(*Image.ID)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert {"JPEG", "WEBP", "TIFF"} <= set(said.split())
 
 
 @pytest.fixture
