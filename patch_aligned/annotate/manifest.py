@@ -139,9 +139,18 @@ def _is_utf8(name: str) -> bool:
 
 
 def _paths_below(folder: Path) -> Iterator[tuple[str, str, str]]:
+    def refuse(error: OSError) -> None:  # os.walk would pass over the folder in silence
+        raise ManifestError(
+            f"{error.filename}: found a folder that cannot be read ({error.strerror}); expected all folders below "
+            f"--images {folder} to be. Correct its permissions or the link, or give a list of images"
+        )
+
     names, others = [], 0
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         folders.sort()
+        for link in (Path(parent) / name for name in folders):
+            if link.is_symlink() and link.resolve() in (above := Path(parent).resolve(), *above.parents):
+                raise ManifestError(f"{link}: found a link that leads back to {link.resolve()}; remove it")
         for name in files:
             if name.lower().endswith(IMAGE_SUFFIXES):
                 names.append((Path(parent) / name).relative_to(folder).as_posix())
@@ -154,7 +163,11 @@ def _paths_below(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _lines_of(path: Path) -> Iterator[tuple[str, str, str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a path may hold what else ends a line
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: found text that is not UTF-8 ({error}); save it as UTF-8") from error
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield f"{path}:{number}", line.strip(), ""
 
@@ -170,10 +183,13 @@ def _images_of_records(path: Path) -> Iterator[tuple[str, str, str]]:
         images = record.get("image_id", record.get("image"))
         if images is None and "conversations" in record:
             continue
+        caption = _caption_of(record)
+        if not _is_utf8(caption):
+            raise ManifestError(f"{place}: found caption {caption!r}, expected text in UTF-8. Correct or remove it")
         for image in images if isinstance(images, list) else [images]:
             if not isinstance(image, str):
                 raise ManifestError(f"{place}, field 'image': found {image!r}, expected a path below the image folder")
-            yield place, image, _caption_of(record)
+            yield place, image, caption
 
 
 def _caption_of(record: Mapping[str, Any]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +49,48 @@ def test_lists_of_paths_and_of_records(tmp_path: Path) -> None:
     )
     entries, _ = list_images(tmp_path / "list.jsonl", tmp_path)
     assert entries == [ManifestEntry("a.jpg", "one"), ManifestEntry("b.jpg", "two")]
+
+
+def test_a_list_may_hold_paths_with_odd_characters_and_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes("\ufeffa.jpg\r\nb\u2028c.jpg\n".encode())
+    assert list_images(tmp_path / "list.txt", tmp_path)[0] == [ManifestEntry("a.jpg"), ManifestEntry("b\u2028c.jpg")]
+    (tmp_path / "list.txt").write_bytes(b"\xff.jpg\n")
+    with pytest.raises(ManifestError, match=r"list.txt: found text that is not UTF-8"):
+        list_images(tmp_path / "list.txt", tmp_path)
+
+
+def test_a_caption_that_no_file_can_hold_is_refused_by_its_record(tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": "half an emoji: \ud83d"}) + "\n")
+    with pytest.raises(ManifestError, match=r"list.jsonl: record 0: found caption 'half an emoji: \\ud83d'"):
+        list_images(tmp_path / "list.jsonl", tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_refused_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.jpg").touch()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ManifestError, match=r"closed: found a folder that cannot be read \(Permission denied\)"):
+        list_images(tmp_path)
+
+
+def test_a_link_in_a_circle_is_refused_and_others_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.jpg").touch()
+    (tmp_path / "images" / "part").symlink_to(tmp_path / "elsewhere")
+    assert list_images(tmp_path / "images")[0] == [ManifestEntry("part/a.jpg")]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path)
+    with pytest.raises(ManifestError, match=r"part/back: found a link that leads back to"):
+        list_images(tmp_path / "images")
 
 
 @pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "x/../../a.jpg", "a\ud800.jpg", "."])
