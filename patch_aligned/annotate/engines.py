@@ -85,11 +85,12 @@ def place_of(engine: Engine, device: str, environment: Mapping[str, str] = os.en
 
 
 def _device(device: str, local_rank: int) -> str:
-    if device != "auto":
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise EngineError(f"--device {device}: torch sees no CUDA device here. Pass --device cpu")
-        return device
-    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    is_there = torch.cuda.is_available()
+    if device != "auto" and torch.device(device).type == "cuda" and not is_there:
+        raise EngineError(f"--device {device}: torch sees no CUDA device here. Pass --device cpu")
+    if device in ("auto", "cuda") and is_there:  # `cuda` alone would be the first GPU to every process
+        return f"cuda:{local_rank % torch.cuda.device_count()}"
+    return "cpu" if device == "auto" else device
 
 
 def run_here(job: AnnotationJob, place: Place, watcher: Watcher) -> RunFolder:

@@ -141,7 +141,9 @@ def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.Monkey
     monkeypatch.setattr(engines.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 8)
     assert place_of("torchrun", "auto", {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}).device == "cuda:5"
+    assert place_of("torchrun", "cuda", {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}).device == "cuda:5"
     assert place_of("local", "auto", {}).device == "cuda:0"
+    assert place_of("local", "cuda:3", {}).device == "cuda:3"
     monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 1)  # a Slurm array task sees its own GPU alone
     assert place_of("torchrun", "auto", {"RANK": "13", "WORLD_SIZE": "16"}).device == "cuda:0"
 
