@@ -176,7 +176,7 @@ def _fetch_checkpoint(checkpoint: HubCheckpoint, folder: Path) -> None:
         if fetched.items() >= wanted.items() and fetched["files_sha256"] == file_hashes(folder):
             _logger.info("%s is there", folder)
             return
-    elif (folder / "config.json").is_file():
+    elif _is_whole(folder):
         _logger.info("%s is there; it was put there by hand, so its revision isn't known", folder)
         return
     # The folder of the hub's cache is called by the commit that the revision is now.
@@ -187,6 +187,12 @@ def _fetch_checkpoint(checkpoint: HubCheckpoint, folder: Path) -> None:
     with written_whole(folder / _FETCHED) as temporary:
         fetched = {**wanted, "commit": commit, "files_sha256": file_hashes(folder)}
         temporary.write_text(json.dumps(fetched, indent=1) + "\n", encoding="utf-8")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether it has weights and is no download that was interrupted, which the hub's client marks."""
+    has_all = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return has_all and not any(folder.rglob("*.incomplete"))
 
 
 def _download(file: PinnedFile, path: Path) -> None:

@@ -116,7 +116,19 @@ def test_files_that_were_put_there_by_hand_are_taken(tmp_path: Path) -> None:
     (tmp_path / "ram.pth").write_bytes(b"weights")
     (tmp_path / "detector").mkdir()
     (tmp_path / "detector" / "config.json").touch()
+    with pytest.raises(ModelFilesError, match="someone/detector: Cannot reach the hub"):
+        fetch_models(tmp_path, [pinned()], [DETECTOR])  # no weights yet
+    (tmp_path / "detector" / "model.safetensors").touch()
     fetch_models(tmp_path, [pinned()], [DETECTOR])
+
+
+def test_a_download_that_was_interrupted_is_gone_on_with(hub: Hub, tmp_path: Path) -> None:
+    unfinished = tmp_path / "detector" / ".cache" / "huggingface" / "download" / "0123.incomplete"
+    unfinished.parent.mkdir(parents=True)
+    for path in (unfinished, tmp_path / "detector" / "config.json", tmp_path / "detector" / "model-1.safetensors"):
+        path.touch()
+    fetch_models(tmp_path, [], [DETECTOR])
+    assert ("someone/detector", COMMIT) in hub.calls
 
 
 @pytest.mark.usefixtures("offline")
