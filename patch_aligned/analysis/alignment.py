@@ -9,7 +9,12 @@ Areas are counted in the frame of the model's image. A predicted token is drawn 
 region's mask after the same geometry as the image, by exact area: a pixel covered by half counts as half. All areas are
 measured in cells, so the coverage of the cells is enough and nothing is ever drawn.
 
-Letters: R regions of an image, S visual tokens of an image (row-major over the grid), D width of the LLM.
+Two figures need no threshold: how well the map ranks the tokens (average precision), and whether its peak lies on the
+region (pointing). And since a space in which all words lie close together gives any label a high cosine, the region is
+also compared with all other labels of the set.
+
+Letters: R regions of an image, S visual tokens of an image (row-major over the grid), D width of the LLM, L different
+labels of the set.
 """
 
 from __future__ import annotations
@@ -105,169 +110,165 @@ def predicted_tokens(maps: Tensor, rule: str, truth_cells: Tensor | None = None)
     return (maps > THRESHOLD_RULES[rule](maps, truth_cells).unsqueeze(1)) & informative
 
 
+def average_precision(maps: Tensor, coverage: Tensor) -> Tensor:
+    """How well cosine maps rank the pixels of their regions first: the area under precision and recall, no threshold.
+
+    Every pixel has the cosine of its cell, and precision is taken at each step of recall, without interpolation. Pixels
+    of equal cosine are one step. A constant map therefore scores the region's share of the image.
+
+    Args:
+        maps: `[R, S]`.
+        coverage: `[R, S]`, share of each cell that the region covers.
+
+    Returns:
+        `[R]`, in coverage's dtype; NaN for a region without area.
+    """
+    order = maps.argsort(dim=1, descending=True)
+    ranked, gained = maps.gather(1, order), coverage.gather(1, order)  # [R, S]
+    cells = torch.arange(1, maps.shape[1] + 1, device=maps.device)  # [S]
+    precision = gained.cumsum(dim=1) / cells
+    # A tie is one step: all its cells take the precision at its last one.
+    ends_tie = torch.ones_like(ranked, dtype=torch.bool)
+    ends_tie[:, :-1] = ranked[:, 1:] != ranked[:, :-1]
+    last_of_tie = torch.where(ends_tie, cells - 1, maps.shape[1]).flip(1).cummin(dim=1).values.flip(1)  # [R, S]
+    return (gained * precision.gather(1, last_of_tie)).sum(dim=1) / coverage.sum(dim=1)
+
+
+def pointing_hits(maps: Tensor, covered: Tensor) -> Tensor:
+    """Whether the token of highest cosine is one that the region covers.
+
+    Args:
+        maps: `[R, S]`.
+        covered: `[R, S]`, bool.
+
+    Returns:
+        `[R]`, float64: 1 or 0; where several tokens share the highest cosine, the share of them that is covered.
+    """
+    peaks = maps == maps.amax(dim=1, keepdim=True)  # [R, S]
+    return (peaks & covered).sum(dim=1) / peaks.sum(dim=1).double()
+
+
+@dataclass(frozen=True)
+class LabelComparison:
+    """A region's mean token against all labels of the set, `[R]` each, float64.
+
+    Attributes:
+        other_cosine: mean cosine with the labels that are not its own; NaN if there is no other.
+        top1: 1 if its own label is the nearest of all, 0 if not.
+        top5: 1 if its own label is among the five nearest. Where labels tie, both are the chance that it is.
+    """
+
+    other_cosine: Tensor
+    top1: Tensor
+    top5: Tensor
+
+
+def compare_with_labels(regions: Tensor, label_directions: Tensor, own: Tensor) -> LabelComparison:
+    """Compares regions with every label, all others counting alike: what random draws of other labels would estimate.
+
+    Args:
+        regions: `[R, D]`, mean token of each region.
+        label_directions: `[L, D]`, embeddings of all labels, scaled to length 1.
+        own: `[R]`, index of each region's label.
+    """
+    cosines = (F.normalize(regions.to(label_directions), dim=-1) @ label_directions.T).double()  # [R, L]
+    mine = cosines.gather(1, own.unsqueeze(1))  # [R, 1]
+    nearer, tied = (cosines > mine).sum(dim=1), (cosines == mine).sum(dim=1)  # the label ties with itself
+    others = cosines.shape[1] - 1
+    top1, top5 = (((count - nearer) / tied.double()).clamp(0, 1) for count in (1, 5))
+    return LabelComparison((cosines.sum(dim=1) - mine.squeeze(1)) / others, top1, top5)
+
+
 @dataclass(frozen=True)
 class RegionScores:
     """Scores of an image's regions, `[R]` each, float64; NaN where a score is undefined.
 
+    The first two belong to regions that reach into the model's image, all others to those that cover a token.
+
     Attributes:
-        iou_px: intersection over union by area; NaN for a region that lies outside the model's image.
-        iou_tokens: the same over whole tokens; NaN for a region that covers no token.
-        cosine: cosine of the mean of the covered tokens with the label; NaN for a region that covers no token.
+        iou_px: intersection over union by area.
+        average_precision_px: see `average_precision`.
+        iou_tokens: intersection over union of whole tokens.
+        pointing: see `pointing_hits`.
+        cosine: cosine of the mean of the covered tokens with the label.
         shuffled_cosine: the same with another region's label; NaN also where none was given.
+        other_cosine, top1, top5: see `LabelComparison`.
+        contrast: `cosine` less `other_cosine`.
     """
 
     iou_px: Tensor
+    average_precision_px: Tensor
     iou_tokens: Tensor
+    pointing: Tensor
     cosine: Tensor
     shuffled_cosine: Tensor
+    other_cosine: Tensor
+    contrast: Tensor
+    top1: Tensor
+    top5: Tensor
 
 
 @torch.no_grad()
 def score_regions(
     visual_tokens: Tensor,
-    labels: Tensor,
+    label_directions: Tensor,
+    own: Tensor,
     coverage: Tensor,
     *,
     rule: str = "mid_range",
     min_coverage: float = 0.5,
-    shuffled_labels: Tensor | None = None,
+    shuffled: Tensor | None = None,
 ) -> RegionScores:
     """Scores all regions of one image.
 
     Args:
         visual_tokens: `[S, D]`, projector output.
-        labels: `[R, D]`, each region's label embedding.
+        label_directions: `[L, D]`, embeddings of all labels of the set, scaled to length 1.
+        own: `[R]`, index of each region's label.
         coverage: `[R, S]` or `[R, rows, cols]`, share of each token's cell that the region's mask covers (0..1).
         rule: name of the threshold rule.
         min_coverage: from this share on, inclusive, a token counts as covered.
-        shuffled_labels: `[R, D]`, labels of other regions, as a control; rows of NaN where there is none.
+        shuffled: `[R]`, index of another region's label, as a control; -1 where there is none.
 
     Raises:
         ValueError: the shapes do not fit, or the rule is unknown.
     """
     coverage = coverage.flatten(1).double()  # [R, rows, cols] -> [R, S]
-    if visual_tokens.shape[-1] != labels.shape[-1] or coverage.shape != (len(labels), len(visual_tokens)):
+    if visual_tokens.shape[-1] != label_directions.shape[-1] or coverage.shape != (len(own), len(visual_tokens)):
         raise ValueError(
-            f"Visual tokens {list(visual_tokens.shape)}, labels {list(labels.shape)} and coverage "
-            f"{list(coverage.shape)} do not fit: expected [S, D], [R, D] and [R, S]."
+            f"Visual tokens {list(visual_tokens.shape)}, labels {list(label_directions.shape)} of {len(own)} regions "
+            f"and coverage {list(coverage.shape)} do not fit: expected [S, D], [L, D] and [R, S]."
         )
     truth_cells = coverage.sum(dim=1)  # [R]
-    predicted = predicted_tokens(cosine_maps(labels, visual_tokens), rule, truth_cells)  # [R, S]
-
+    maps = cosine_maps(label_directions[own], visual_tokens)  # [R, S]
+    predicted = predicted_tokens(maps, rule, truth_cells)  # [R, S]
     intersection = (coverage * predicted).sum(dim=1)
     union = predicted.sum(dim=1) + truth_cells - intersection
-    iou_px = (intersection / union).where(truth_cells > 0, torch.nan)
 
     covered = coverage >= min_coverage  # [R, S]
     covers_token = covered.any(dim=1)  # [R]
-    iou_tokens = (covered & predicted).sum(dim=1) / (covered | predicted).sum(dim=1).double()
     regions = covered.double() @ visual_tokens.double() / covered.sum(dim=1, keepdim=True)  # [R, D]
-    cosine = F.cosine_similarity(regions, labels.double(), dim=-1)
-    if shuffled_labels is None:
-        shuffled_labels = torch.full_like(labels, torch.nan)
-    shuffled_cosine = F.cosine_similarity(regions, shuffled_labels.double(), dim=-1)
+    cosine = F.cosine_similarity(regions, label_directions[own].double(), dim=-1)
+    if shuffled is None:
+        shuffled = torch.full_like(own, -1)
+    shuffled_cosine = F.cosine_similarity(regions, label_directions[shuffled].double(), dim=-1)
+    comparison = compare_with_labels(regions, label_directions, own)
+
+    def of_covering(scores: Tensor) -> Tensor:
+        return scores.where(covers_token, torch.nan)
+
     return RegionScores(
-        iou_px=iou_px,
-        iou_tokens=iou_tokens.where(covers_token, torch.nan),
-        cosine=cosine.where(covers_token, torch.nan),
-        shuffled_cosine=shuffled_cosine.where(covers_token, torch.nan),
+        iou_px=(intersection / union).where(truth_cells > 0, torch.nan),
+        average_precision_px=average_precision(maps, coverage),
+        iou_tokens=of_covering((covered & predicted).sum(dim=1) / (covered | predicted).sum(dim=1).double()),
+        pointing=of_covering(pointing_hits(maps, covered)),
+        cosine=of_covering(cosine),
+        shuffled_cosine=of_covering(shuffled_cosine.where(shuffled >= 0, torch.nan)),
+        other_cosine=of_covering(comparison.other_cosine),
+        contrast=of_covering(cosine - comparison.other_cosine),
+        top1=of_covering(comparison.top1),
+        top5=of_covering(comparison.top5),
     )
-
-
-@dataclass(frozen=True)
-class AlignmentResult:
-    """Align(V, W) and cosine over a set of images. A mean over nothing is NaN.
-
-    Attributes:
-        align_px: Align(V, W): mean over regions of the intersection over union by area.
-        align_px_per_image: mean over images of each image's mean.
-        align_tokens: as `align_px`, over whole tokens.
-        align_tokens_per_image: as `align_px_per_image`, over whole tokens.
-        cosine: mean over regions of the cosine with their own label.
-        cosine_per_image: mean over images of each image's mean.
-        shuffled_cosine: mean over regions of the cosine with another region's label.
-        images: images that had at least one region.
-        regions: regions seen.
-        regions_px: regions that the scores by area count.
-        regions_tokens: regions that the scores by token and the cosines count.
-        regions_outside: regions outside the model's image; no score counts them.
-        regions_without_token: regions inside that cover no token; only the scores by area count them.
-        regions_shuffled: regions that the shuffled cosine counts.
-    """
-
-    align_px: float
-    align_px_per_image: float
-    align_tokens: float
-    align_tokens_per_image: float
-    cosine: float
-    cosine_per_image: float
-    shuffled_cosine: float
-    images: int
-    regions: int
-    regions_px: int
-    regions_tokens: int
-    regions_outside: int
-    regions_without_token: int
-    regions_shuffled: int
-
-
-class _Mean:
-    """Running means of one score, over regions and over images."""
-
-    def __init__(self) -> None:
-        self.total, self.regions, self.image_total, self.images = 0.0, 0, 0.0, 0
-
-    def update(self, scores: Tensor) -> None:
-        defined = scores[~scores.isnan()]
-        if len(defined):
-            self.total += float(defined.sum())
-            self.regions += len(defined)
-            self.image_total += float(defined.mean())
-            self.images += 1
-
-    @property
-    def over_regions(self) -> float:
-        return self.total / self.regions if self.regions else float("nan")
-
-    @property
-    def over_images(self) -> float:
-        return self.image_total / self.images if self.images else float("nan")
-
-
-class AlignmentAccumulator:
-    """Means of region scores over a stream of images, in constant memory."""
-
-    def __init__(self) -> None:
-        self._iou_px, self._iou_tokens, self._cosine, self._shuffled = _Mean(), _Mean(), _Mean(), _Mean()
-        self._images = self._regions = 0
-
-    def update(self, scores: RegionScores) -> None:
-        """Adds the scores of one image."""
-        self._images += bool(len(scores.iou_px))
-        self._regions += len(scores.iou_px)
-        self._iou_px.update(scores.iou_px)
-        self._iou_tokens.update(scores.iou_tokens)
-        self._cosine.update(scores.cosine)
-        self._shuffled.update(scores.shuffled_cosine)
-
-    def result(self) -> AlignmentResult:
-        """The means so far."""
-        return AlignmentResult(
-            align_px=self._iou_px.over_regions,
-            align_px_per_image=self._iou_px.over_images,
-            align_tokens=self._iou_tokens.over_regions,
-            align_tokens_per_image=self._iou_tokens.over_images,
-            cosine=self._cosine.over_regions,
-            cosine_per_image=self._cosine.over_images,
-            shuffled_cosine=self._shuffled.over_regions,
-            images=self._images,
-            regions=self._regions,
-            regions_px=self._iou_px.regions,
-            regions_tokens=self._iou_tokens.regions,
-            regions_outside=self._regions - self._iou_px.regions,
-            regions_without_token=self._iou_px.regions - self._iou_tokens.regions,
-            regions_shuffled=self._shuffled.regions,
-        )
 
 
 def permute_labels(labels: Sequence[Hashable], seed: int) -> list[int | None]:

@@ -10,12 +10,13 @@ resamples), D width of the LLM, M vocabulary, R labels, K tokens of a label.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -35,10 +36,20 @@ class WordEmbeddings:
         tokenizer: the LLM's tokenizer.
         table: `[M, D]`, kept in the dtype it is stored in.
         source: folder or hub name, for messages.
+
+    Raises:
+        ValueError: the tokenizer knows tokens that have no row.
     """
 
     def __init__(self, tokenizer: Any, table: Tensor, source: str):
-        self.table, self.source = table, source
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        if largest >= len(table):
+            raise ValueError(
+                f"{source}: its tokenizer knows ids up to {largest}, but its table of word embeddings has "
+                f"{len(table)} rows: they do not belong together. Take both from one folder: copy the tokenizer that "
+                "these weights were trained with beside them."
+            )
+        self.tokenizer, self.table, self.source = tokenizer, table, source
         self.token_ids = LabelTokenizer(tokenizer)
 
     @classmethod
@@ -70,20 +81,43 @@ class WordEmbeddings:
         """Label embeddings `[R, D]`, float32: the mean over each label's tokens of their rows (equation 2).
 
         Raises:
-            ValueError: a label has no token, or one beyond the table.
+            ValueError: a label has no token.
         """
         if not labels:
             return torch.zeros(0, self.width)
-        return torch.stack([self.table[self._ids(label)].float().mean(dim=0) for label in labels])  # [K, D] -> [R, D]
+        ids = [torch.tensor(self.token_ids(label)) for label in labels]  # [K] each
+        return torch.stack([self.table[of_label].float().mean(dim=0) for of_label in ids])  # [K, D] -> [R, D]
 
-    def _ids(self, label: str) -> Tensor:
-        ids = torch.tensor(self.token_ids(label))  # [K]
-        if int(ids.max()) >= len(self.table):
-            raise ValueError(
-                f"Label {label!r} has token {int(ids.max())}, but the table of {self.source} ends at "
-                f"{len(self.table) - 1}: its tokenizer and its weights do not belong together."
-            )
-        return ids
+    def directions_of_labels(self, labels: Sequence[str]) -> Tensor:
+        """`of_labels`, scaled to length 1: all that a cosine needs of them."""
+        return F.normalize(self.of_labels(labels), dim=-1)
+
+
+class Tower(Protocol):
+    """What a measure needs of a model up to its projector: images -> features, and where their pixels land.
+
+    `SharedTower` is LLaVA's, `model_families` has those of transformers.
+    """
+
+    name: str
+    device: str
+    image_aspect_ratio: str
+
+    @property
+    def width(self) -> int:
+        """d, the width of the features."""
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """One image as the tower sees it, `[3, side, side]`."""
+
+    def displayed(self, pixels: Tensor) -> Tensor:
+        """The same for a picture, values 0..1, without what no patch covers."""
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
+
+    def geometry(self, original_wh: tuple[int, int], grid: tuple[int, int]) -> ImageGeometry:
+        """What `pixels` does to an image of this size, with the token grid of a projector."""
 
 
 class SharedTower:
@@ -141,10 +175,7 @@ class SharedTower:
 
     def displayed(self, pixels: Tensor) -> Tensor:
         """Undoes the normalisation: `[3, side, side]` -> values 0..1 for a picture, without what no patch covers."""
-        processor = self.tower.image_processor
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-        seen = self.tower.seen_side
-        return (pixels[:, :seen, :seen] * std + mean).clamp(0, 1)
+        return without_normalisation(pixels, self.tower.image_processor, self.tower.seen_side)
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
@@ -166,12 +197,20 @@ class MeasuredProjector:
         source: where its weights come from, in words.
         projector: maps features `[B, S, d]` to visual tokens `[B, T, D]`.
         words: the base LLM's, or for a full checkpoint its own, since fine-tuning moves the table.
+        build: makes an untrained projector of the same shape, from torch's global random stream.
     """
 
     name: str
     source: str
     projector: nn.Module
     words: WordEmbeddings
+    build: Callable[[], nn.Module]
+
+    def untrained(self, seed: int) -> MeasuredProjector:
+        """A random projector of the same shape; the global random stream is left alone."""
+        place = next(self.projector.parameters(), self.words.table).device
+        projector = seeded(self.build, seed).to(place, torch.float32).eval()
+        return replace(self, name=f"{self.name}, untrained", source=f"random weights, seed {seed}", projector=projector)
 
     @torch.no_grad()
     def visual_tokens(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -185,3 +224,16 @@ class MeasuredProjector:
         if side * side != tokens.shape[1]:
             raise ValueError(f"Projector {self.name!r} gives {tokens.shape[1]} tokens, which fill no square grid.")
         return tokens, (side, side)
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """What `build` makes when torch's random stream starts at `seed`; the stream itself is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def without_normalisation(pixels: Tensor, image_processor: Any, side: int) -> Tensor:
+    """The upper left `side x side` of a normalised image `[3, ...]`, as colours 0..1."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
+    return (pixels[:, :side, :side] * std + mean).clamp(0, 1)

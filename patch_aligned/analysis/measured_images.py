@@ -8,11 +8,11 @@ Letters: R regions of an image.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pycocotools import mask as coco_mask
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis.alignment import permute_labels
-from patch_aligned.analysis.embeddings import SharedTower
+from patch_aligned.analysis.annotated_sets import AnnotatedSet, open_annotated_set
+from patch_aligned.analysis.embeddings import Tower
 from patch_aligned.analysis.localisation_figure import PictureRow
-from patch_aligned.annotations import AnnotatedImage, Region, read_annotations
+from patch_aligned.annotations import AnnotatedImage, Region
+from patch_aligned.dataset.image_files import image_path
 from patch_aligned.patch_masks import token_coverage_of_regions
 
 
@@ -31,15 +33,17 @@ class MeasureSettings:
     """What decides the numbers, beside the data and the weights.
 
     Attributes:
-        data: PAD file.
+        data: file of annotated images, in any of `annotated_sets.FORMATS`.
         image_folder: folder that its image ids are relative to.
         threshold_rule: name of a rule of `alignment.THRESHOLD_RULES`.
         min_coverage: share of a token's cell from which on it counts as covered.
-        limit: only the first so many images; None for all.
+        limit: only so many images; None for all.
+        subset: which: the `first` of the file, or a `random` choice that hangs on `seed` and the images' ids.
         region_kind: only regions whose extra key `kind` has this value; None for all.
-        seed: of the shuffled labels.
+        seed: of the shuffled labels, and of a random subset.
         batch_size: images in a forward pass; no number depends on it.
         picture_rows: images kept for the picture.
+        data_format: of `data`.
     """
 
     data: Path
@@ -51,6 +55,8 @@ class MeasureSettings:
     seed: int = 0
     batch_size: int = 8
     picture_rows: int = 4
+    data_format: str = "auto"
+    subset: Literal["first", "random"] = "first"
 
 
 @dataclass(frozen=True)
@@ -58,36 +64,42 @@ class Survey:
     """What must be known of all images before the first is measured.
 
     Attributes:
+        annotated: the images.
         images: how many there are.
-        labels: of all selected regions, in order.
-        sources: for each region the one whose label it is compared with as a control, see `permute_labels`.
+        labels: all different labels of selected regions, in the order in which they come.
+        own: for each selected region, in order, the index of its label.
+        shuffled: for each selected region the index of the label it is compared with as a control, -1 where there is
+            none; see `permute_labels`.
         pictured: positions of the images that the picture shows, spread evenly over those with regions.
     """
 
+    annotated: Iterable[AnnotatedImage]
     images: int
     labels: list[str]
-    sources: list[int | None]
+    own: Tensor
+    shuffled: Tensor
     pictured: frozenset[int]
 
     @classmethod
-    def of(cls, settings: MeasureSettings) -> Survey:
+    def of(cls, annotated: Iterable[AnnotatedImage], settings: MeasureSettings) -> Survey:
         """Reads all records once.
 
         Raises:
             ValueError: no region is selected.
         """
-        labels: list[str] = []
+        index_of_label: dict[str, int] = {}
+        own = array("q")
         showable: list[int] = []
         kinds: set[str] = set()
         images = 0
-        for annotated in _annotations(settings):
-            tags = [region.tag for region in _selected(annotated, settings)]
-            kinds |= {str(region.extra["kind"]) for region in annotated.regions if "kind" in region.extra}
-            labels += map(sys.intern, tags)
+        for image in annotated:
+            tags = [region.tag for region in _selected(image, settings)]
+            kinds |= {str(region.extra["kind"]) for region in image.regions if "kind" in region.extra}
+            own.extend(index_of_label.setdefault(tag, len(index_of_label)) for tag in tags)
             if tags:
                 showable.append(images)
             images += 1
-        if not labels:
+        if not own:
             chosen = f" of kind {settings.region_kind!r} (kinds in the file: {sorted(kinds) or 'none'})"
             raise ValueError(
                 f"{settings.data}: no regions{chosen if settings.region_kind else ''} in {images} images, so nothing "
@@ -95,32 +107,56 @@ class Survey:
             )
         rows = min(settings.picture_rows, len(showable))
         pictured = frozenset(showable[(2 * row + 1) * len(showable) // (2 * rows)] for row in range(rows))
-        return cls(images, labels, permute_labels(labels, settings.seed), pictured)
+        sources = permute_labels(own, settings.seed)
+        shuffled = [-1 if source is None else own[source] for source in sources]
+        return cls(annotated, images, list(index_of_label), torch.tensor(own), torch.tensor(shuffled), pictured)
+
+
+def open_images(settings: MeasureSettings) -> AnnotatedSet:
+    """The images that `settings` choose."""
+    annotated = open_annotated_set(settings.data, settings.image_folder, settings.data_format)
+    if settings.limit is None:
+        return annotated
+    if settings.subset == "random":
+        return annotated.random_subset(settings.limit, settings.seed)
+    return annotated.first(settings.limit)
 
 
 class MeasuredImage:
-    """One image with its regions, as all projectors read it."""
+    """One image with its regions, as all projectors read it.
+
+    Attributes:
+        pixels: `[3, side, side]`, as the tower sees it.
+        own, shuffled: `[R]`, see `Survey`.
+        picture: the row that the picture shows of it, or None.
+    """
 
     def __init__(
         self,
         annotated: AnnotatedImage,
         regions: Sequence[Region],
-        shuffled: list[str | None],
-        tower: SharedTower,
+        own: Tensor,
+        shuffled: Tensor,
+        tower: Tower,
         settings: MeasureSettings,
     ):
-        self.labels = [region.tag for region in regions]
-        self.shuffled = shuffled
-        self._annotated = annotated
+        self.own, self.shuffled = own, shuffled
+        self._annotated, self._regions = annotated, regions
         self._rle_masks = [region.rle_mask for region in regions]
         self._record = f"{settings.data}: {annotated.image_id}"
         self._tower = tower
         self._coverage: dict[tuple[int, int], Tensor] = {}
-        image = load_rgb_image(_image_path(annotated, settings))
+        image = load_rgb_image(image_path(settings.image_folder, annotated.image_id))
         self._file_wh = image.size
         self.pixels = tower.pixels(image)  # [3, side, side]
         self.picture: PictureRow | None = None
         self.pictured_region = 0
+
+    def areas_px(self) -> list[float]:
+        """Area of each region in pixels of the original image."""
+        size_hw = list(self._annotated.size_wh[::-1])
+        encoded = [{"size": size_hw, "counts": rle_mask.encode()} for rle_mask in self._rle_masks]
+        return coco_mask.area(encoded).tolist() if encoded else []
 
     def coverage(self, grid: tuple[int, int]) -> Tensor:
         """`[R, rows, cols]`, share of each token's cell that each region covers.
@@ -142,13 +178,13 @@ class MeasuredImage:
         truth = self._tower.geometry(self._file_wh, (1, 1)).mask_to_model(coco_mask.decode(encoded))  # [side, side]
         self.picture = PictureRow(
             image_id=self._annotated.image_id,
-            label=self.labels[self.pictured_region],
+            label=self._regions[self.pictured_region].tag,
             image=self._tower.displayed(self.pixels),
             truth=torch.from_numpy(truth),
         )
 
 
-def measured_images(settings: MeasureSettings, survey: Survey, tower: SharedTower) -> Iterator[MeasuredImage]:
+def measured_images(settings: MeasureSettings, survey: Survey, tower: Tower) -> Iterator[MeasuredImage]:
     """Yields the images of `survey` in order, one at a time.
 
     Raises:
@@ -156,33 +192,16 @@ def measured_images(settings: MeasureSettings, survey: Survey, tower: SharedTowe
         ValueError: an image's size is not its record's, or its path leads out of the image folder.
     """
     first_region = 0
-    for index, annotated in enumerate(_annotations(settings)):
+    for index, annotated in enumerate(survey.annotated):
         regions = _selected(annotated, settings)
-        sources = survey.sources[first_region : first_region + len(regions)]
+        of_image = slice(first_region, first_region + len(regions))
         first_region += len(regions)
-        shuffled = [None if source is None else survey.labels[source] for source in sources]
-        image = MeasuredImage(annotated, regions, shuffled, tower, settings)
+        image = MeasuredImage(annotated, regions, survey.own[of_image], survey.shuffled[of_image], tower, settings)
         if index in survey.pictured:
             image.show()
         yield image
 
 
-def _annotations(settings: MeasureSettings) -> Iterator[AnnotatedImage]:
-    return islice(read_annotations(settings.data), settings.limit)
-
-
 def _selected(annotated: AnnotatedImage, settings: MeasureSettings) -> list[Region]:
     kind = settings.region_kind
     return [region for region in annotated.regions if kind is None or region.extra.get("kind") == kind]
-
-
-def _image_path(annotated: AnnotatedImage, settings: MeasureSettings) -> Path:
-    """Path of an image, which data must not lead out of the image folder."""
-    root = settings.image_folder.resolve()
-    path = (root / annotated.image_id).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(
-            f"{settings.data}: image_id {annotated.image_id!r} leads out of {settings.image_folder}; expected a path "
-            "below it. Correct the record."
-        )
-    return path

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.weights import load_projector, projector_state, read_projector_file
 from llava.model.tensor_files import WEIGHT_FILES
-from patch_aligned.analysis.embeddings import MeasuredProjector, SharedTower, WordEmbeddings
+from patch_aligned.analysis.embeddings import MeasuredProjector, SharedTower, WordEmbeddings, seeded
 
 PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
 DEFAULT_CONFIG = {"mm_projector_type": "mlp2x_gelu"}
@@ -109,17 +110,22 @@ class ProjectorSource:
         if self.is_full_checkpoint:
             weights = CheckpointTensors(str(self.path))
             state = {name: weights[name] for name in weights if "mm_projector." in name}
+            if not state:
+                raise ValueError(
+                    f"{self.path}: this checkpoint holds no projector: none of its {len(weights)} tensors is named "
+                    "*mm_projector.*. A language model alone belongs to --base; as --projector pass an --output_dir of "
+                    "stage 1 or a whole LLaVA checkpoint."
+                )
         elif self.path is not None:
             state = read_projector_file(self.path)
         config = dict(self.config) or (architecture_of(state) if state else dict(default_config))
         config |= {"mm_hidden_size": tower.width, "hidden_size": words.width}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            projector = build_vision_projector(SimpleNamespace(**config))
+        build = partial(build_vision_projector, SimpleNamespace(**config))
+        projector = seeded(build, self.seed)
         if self.path is not None:
             load_projector(projector, state, self.path)
         source = str(self.path or f"random weights, seed {self.seed}, {config.get('mm_projector_type', 'linear')}")
-        return MeasuredProjector(self.name, source, projector.to(tower.device, torch.float32).eval(), words)
+        return MeasuredProjector(self.name, source, projector.to(tower.device, torch.float32).eval(), words, build)
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:

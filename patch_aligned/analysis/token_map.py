@@ -9,7 +9,6 @@ import colorsys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -96,10 +95,9 @@ class TokenMapper:
         settings: how tokens are decomposed.
         english: English words; None leaves the words' language open.
         device: where the pursuit runs. The table is kept there.
-        tokenizer: the LLM's; None reads it from where the word embeddings come from.
 
     Raises:
-        ValueError: the tokenizer knows more words than the table has rows, or the table is broken.
+        ValueError: the table is broken.
     """
 
     def __init__(
@@ -108,19 +106,9 @@ class TokenMapper:
         settings: PursuitSettings | None = None,
         english: WordList | None = None,
         device: str = "cpu",
-        tokenizer: Any = None,
     ):
         self.settings, self.english = settings or PursuitSettings(), english
-        if tokenizer is None:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(words.source)
-        self.texts = VocabularyText(tokenizer)
-        if len(self.texts) > len(words.table):
-            raise ValueError(
-                f"{words.source}: its tokenizer knows {len(self.texts)} words, but its table has {len(words.table)} "
-                "rows: they do not belong together. Pass --base the folder that holds both."
-            )
+        self.texts = VocabularyText(words.tokenizer)
         self.dictionary = WordDictionary(
             words.table.to(device), size=len(self.texts), unit_length=self.settings.unit_length
         )

@@ -14,12 +14,19 @@ from hypothesis import strategies as st
 from llava.image_geometry import ImageGeometry
 from patch_aligned.analysis.alignment import (
     THRESHOLD_RULES,
-    AlignmentAccumulator,
+    average_precision,
+    compare_with_labels,
     cosine_maps,
     permute_labels,
+    pointing_hits,
     predicted_tokens,
     score_regions,
 )
+
+
+def of_own(regions: int) -> torch.Tensor:
+    """Every region has a label of its own."""
+    return torch.arange(regions)
 
 
 def maps(*rows: list[float]) -> torch.Tensor:
@@ -69,33 +76,41 @@ def test_a_perfect_map_aligns_fully():
     coverage = maps([1, 1, 0, 0], [0, 0, 0, 1])
     tokens = torch.tensor([[2.0, 0, 0], [1, 0, 0], [0, 0, 1], [0, 5, 0]], dtype=torch.float64)
     for rule in ("mid_range", "otsu", "top_area"):
-        scores = score_regions(tokens, labels, coverage, rule=rule)
+        scores = score_regions(tokens, labels, of_own(2), coverage, rule=rule)
         assert scores.iou_px.tolist() == [1, 1]
         assert scores.iou_tokens.tolist() == [1, 1]
         assert scores.cosine.tolist() == pytest.approx([1, 1])
+        assert scores.average_precision_px.tolist() == [1, 1]
+        assert scores.pointing.tolist() == scores.top1.tolist() == [1, 1]
+        assert scores.contrast.tolist() == pytest.approx([1, 1])  # the other label is orthogonal
 
 
 @pytest.mark.parametrize("rule", THRESHOLD_RULES)
 def test_a_constant_map_predicts_nothing(rule: str):
     constant = torch.full((1, 49), 0.1)
     assert not predicted_tokens(constant, rule, torch.tensor([7.0])).any()
-    scores = score_regions(torch.ones(4, 2), torch.ones(1, 2), maps([1, 0.25, 0, 0]), rule=rule)
+    scores = score_regions(torch.ones(4, 2), torch.ones(1, 2), of_own(1), maps([1, 0.25, 0, 0]), rule=rule)
     assert scores.iou_px.item() == 0
+    assert scores.average_precision_px.item() == pytest.approx(1.25 / 4)  # the region's share of the image
+    assert scores.pointing.item() == 1 / 4  # the share of covered tokens
 
 
 def test_half_covered_cells_count_by_their_area():
     """Predicted: cells 0 and 1. Truth: cell 0 whole, cell 1 half, cell 2 a quarter. 1.5 of 2 + 1.75 - 1.5."""
     tokens = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
-    scores = score_regions(tokens, torch.tensor([[1.0, 0]]), maps([1, 0.5, 0.25, 0]))
+    scores = score_regions(tokens, torch.tensor([[1.0, 0]]), of_own(1), maps([1, 0.5, 0.25, 0]))
     assert scores.iou_px.item() == pytest.approx(1.5 / 2.25)
     assert scores.iou_tokens.item() == 1  # exactly half covered is covered
 
 
 def test_cosine_is_that_of_the_mean_token():
     tokens = torch.tensor([[1.0, 0], [0, 3], [9, 9]])
-    scores = score_regions(tokens, torch.tensor([[1.0, 0]]), maps([1, 1, 0]), shuffled_labels=torch.tensor([[0.0, 1]]))
+    labels = torch.tensor([[1.0, 0], [0, 1]])
+    scores = score_regions(tokens, labels, torch.tensor([0]), maps([1, 1, 0]), shuffled=torch.tensor([1]))
     assert scores.cosine.item() == pytest.approx(1 / math.sqrt(10))
     assert scores.shuffled_cosine.item() == pytest.approx(3 / math.sqrt(10))
+    assert scores.other_cosine.item() == pytest.approx(3 / math.sqrt(10))
+    assert scores.contrast.item() == pytest.approx(-2 / math.sqrt(10))
 
 
 def test_threshold_rules_on_a_map_worked_by_hand():
@@ -129,7 +144,8 @@ def test_scores_equal_a_drawing_reference(rule: str, seed: int):
     labels = torch.from_numpy(generator.standard_normal((regions, width)))
     geometry = ImageGeometry.of("square", (side, side), side, (grid, grid))
     coverage = torch.from_numpy(geometry.token_coverage(masks))  # [R, rows, cols]
-    scores = score_regions(tokens, labels, coverage, rule=rule)
+    labels = labels / labels.norm(dim=1, keepdim=True)
+    scores = score_regions(tokens, labels, of_own(regions), coverage, rule=rule)
 
     for region, mask in enumerate(masks):
         label = labels[region].numpy()
@@ -148,49 +164,93 @@ def test_scores_equal_a_drawing_reference(rule: str, seed: int):
             cosine = mean @ label / np.linalg.norm(mean) / np.linalg.norm(label)
             assert scores.iou_tokens[region].item() == pytest.approx(expected, rel=1e-12)
             assert scores.cosine[region].item() == pytest.approx(cosine, rel=1e-9)
+            assert scores.pointing[region].item() == (int(np.argmax(values)) in covered)
+            all_cosines = [mean @ other / np.linalg.norm(mean) for other in labels.numpy()]
+            others = (sum(all_cosines) - all_cosines[region]) / (regions - 1)
+            assert scores.other_cosine[region].item() == pytest.approx(others, rel=1e-9)
+            assert scores.contrast[region].item() == pytest.approx(cosine - others, rel=1e-9)
+            assert scores.top1[region].item() == (max(all_cosines) == all_cosines[region])
+            assert scores.top5[region].item() == 1
         else:
             assert math.isnan(scores.iou_tokens[region].item())
             assert math.isnan(scores.cosine[region].item())
 
 
-# --- counting -----------------------------------------------------------------------------------------------------
+# --- without a threshold ------------------------------------------------------------------------------------------
 
 
-def test_regions_outside_or_without_token_are_counted_where_they_belong():
-    tokens = torch.tensor([[1.0, 0], [0, 1]])
-    labels = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
-    coverage = maps([1, 0], [0.2, 0.2], [0, 0])  # whole cell; inside but no token; cut away by the crop
-    accumulator = AlignmentAccumulator()
-    accumulator.update(score_regions(tokens, labels, coverage))
-    result = accumulator.result()
-    assert (result.regions, result.regions_px, result.regions_tokens) == (3, 2, 1)
-    assert (result.regions_outside, result.regions_without_token) == (1, 1)
-    assert result.align_px == pytest.approx((1 + 0.2 / 1.2) / 2)
-    assert result.align_tokens == 1
-    assert result.cosine == 1
-    assert math.isnan(result.shuffled_cosine)
-    assert result.regions_shuffled == 0
+def reference_average_precision(values: list[float], coverage: list[float]) -> float:
+    """Goes down the thresholds, counting the area of the cells at or above each, and of the region within them."""
+    score = recall = 0.0
+    for threshold in sorted(set(values), reverse=True):
+        chosen = [index for index, value in enumerate(values) if value >= threshold]
+        found = sum(coverage[index] for index in chosen)
+        score += (found / sum(coverage) - recall) * found / len(chosen)
+        recall = found / sum(coverage)
+    return score
 
 
-def test_the_mean_over_regions_is_not_the_mean_over_images():
-    tokens, label = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[1.0, 0]])
-    accumulator = AlignmentAccumulator()
-    accumulator.update(score_regions(tokens, label.expand(3, 2), maps([1, 0], [1, 0], [1, 0])))  # three hits
-    accumulator.update(score_regions(tokens, label, maps([0, 1])))  # one miss
-    accumulator.update(score_regions(tokens, torch.zeros(0, 2), torch.zeros(0, 2)))  # an image without regions
-    result = accumulator.result()
-    assert (result.align_px, result.align_px_per_image) == (0.75, 0.5)
-    assert (result.cosine, result.cosine_per_image) == (0.75, 0.5)
-    assert (result.images, result.regions) == (2, 4)
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10_000), levels=st.integers(1, 12))
+def test_average_precision_and_pointing_equal_a_walk_down_the_thresholds(seed: int, levels: int):
+    generator = np.random.default_rng(seed)
+    values = generator.integers(0, levels, (3, 16)) / levels  # few levels, so many ties
+    coverage = generator.choice([0, 0.25, 0.5, 1], (3, 16), p=[0.5, 0.1, 0.2, 0.2])
+    coverage[:, 0] = 1
+    found = average_precision(torch.from_numpy(values), torch.from_numpy(coverage))
+    hits = pointing_hits(torch.from_numpy(values), torch.from_numpy(coverage >= 0.5))
+    for region in range(3):
+        expected = reference_average_precision(values[region].tolist(), coverage[region].tolist())
+        assert found[region].item() == pytest.approx(expected, rel=1e-12)
+        peaks = np.flatnonzero(values[region] == values[region].max())
+        assert hits[region].item() == pytest.approx(np.mean([coverage[region][peak] >= 0.5 for peak in peaks]))
 
 
-def test_no_region_at_all_gives_nan_not_zero():
-    assert math.isnan(AlignmentAccumulator().result().align_px)
+def test_a_region_without_area_has_no_average_precision():
+    assert math.isnan(average_precision(maps([1, 2]), maps([0, 0])).item())
+
+
+# --- against all labels -------------------------------------------------------------------------------------------
+
+
+def test_retrieval_ranks_the_own_label_among_all():
+    angles = torch.arange(8, dtype=torch.float64) / 10
+    directions = torch.stack([angles.cos(), angles.sin()], dim=1)  # [8, 2], falling cosines with the first axis
+    regions = torch.tensor([[2.0, 0]], dtype=torch.float64).expand(8, 2)
+    found = compare_with_labels(regions, directions, of_own(8))
+    assert found.top1.tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+    assert found.top5.tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert found.other_cosine[0].item() == pytest.approx(float(angles[1:].cos().mean()), rel=1e-12)
+
+
+def test_labels_that_tie_share_the_places():
+    """A region without direction has the same cosine with all eight labels: chance."""
+    found = compare_with_labels(torch.zeros(1, 8), torch.eye(8), of_own(1))
+    assert (found.top1.item(), found.top5.item()) == (1 / 8, 5 / 8)
+
+
+def test_a_space_collapsed_onto_one_direction_has_cosine_but_no_contrast():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.nn.functional.normalize(torch.randn(6, 40, generator=generator).double() * 0.1 + 1, dim=1)
+    collapsed = torch.ones(9, 40).double()
+    scores = score_regions(collapsed, labels, of_own(6), torch.eye(6, 9))
+    assert scores.cosine.min() > 0.98
+    assert abs(scores.contrast.mean().item()) < 1e-9
+    assert scores.top1.sum().item() == pytest.approx(1)  # one label wins every region
+
+
+def test_the_only_label_has_nothing_to_stand_out_from():
+    found = compare_with_labels(torch.ones(1, 2), torch.ones(1, 2) / math.sqrt(2), of_own(1))
+    assert math.isnan(found.other_cosine.item())
+    assert found.top1.item() == 1
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
 
 
 def test_bad_shapes_and_rules_are_refused():
     with pytest.raises(ValueError, match=r"\[4, 2\].*\[1, 3\].*do not fit"):
-        score_regions(torch.ones(4, 2), torch.ones(1, 3), torch.ones(1, 4))
+        score_regions(torch.ones(4, 2), torch.ones(1, 3), of_own(1), torch.ones(1, 4))
     with pytest.raises(ValueError, match=r"'median'.*mid_range, otsu"):
         predicted_tokens(torch.ones(1, 4), "median")
     with pytest.raises(ValueError, match="truth_cells"):

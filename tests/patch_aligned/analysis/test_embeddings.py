@@ -96,9 +96,24 @@ def test_label_embedding_is_the_mean_of_its_tokens_rows(golden_world: Path):
 
 def test_a_table_too_short_for_the_tokenizer_is_refused(golden_world: Path):
     words = WordEmbeddings.load("tiny-vicuna")
-    short = WordEmbeddings(AutoTokenizer.from_pretrained("tiny-vicuna"), words.table[:5], "cut.safetensors")
-    with pytest.raises(ValueError, match=r"'dog'.*cut.safetensors ends at 4"):
-        short.of_labels(["dog"])
+    with pytest.raises(ValueError, match=r"cut.safetensors.*ids up to 999.*has 5 rows"):
+        WordEmbeddings(words.tokenizer, words.table[:5], "cut.safetensors")
+
+
+def test_a_checkpoint_without_projector_is_named(golden_world: Path):
+    source = ProjectorSource.parse("llm=tiny-vicuna")
+    with pytest.raises(ValueError, match=r"tiny-vicuna: this checkpoint holds no projector.*--base"):
+        source.build(SharedTower("tiny-clip"), WordEmbeddings.load("tiny-vicuna"), {})
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_an_untrained_twin_is_the_random_projector_of_the_same_shape(golden_world: Path, goldens: Path, seed: int):
+    trained, random = parse_projectors([f"trained={goldens / 'ckpt_stage1'}", f"random=random:{seed}"])
+    tower, words = SharedTower("tiny-clip"), WordEmbeddings.load("tiny-vicuna")
+    twin = trained.build(tower, words, {}).untrained(seed).projector.state_dict()
+    expected = random.build(tower, words, trained.config).projector.state_dict()
+    assert twin.keys() == expected.keys()
+    assert all(torch.equal(twin[name], expected[name]) for name in twin)
 
 
 def test_a_whole_models_projector_is_not_that_of_an_earlier_stage_beside_it(golden_world: Path, goldens: Path):

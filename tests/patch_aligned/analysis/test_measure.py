@@ -128,7 +128,7 @@ def test_images_that_do_not_fit_their_records_are_named(golden_world: Path, pad:
         run(pad)
     records[0]["image_id"] = "../pad.jsonl"
     pad.write_text("\n".join(map(json.dumps, records)))
-    with pytest.raises(ValueError, match="leads out of"):
+    with pytest.raises(ValueError, match="does not lead out of the image folder"):
         run(pad)
 
 

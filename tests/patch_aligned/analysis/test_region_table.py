@@ -1,0 +1,61 @@
+"""Counting regions, and the two kinds of mean."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from patch_aligned.analysis.alignment import RegionScores, score_regions
+from patch_aligned.analysis.region_table import SCORES, RegionTable
+
+LABEL = torch.tensor([[1.0, 0]])
+TOKENS = torch.eye(2)
+
+
+def scored(*coverage: list[float]) -> RegionScores:
+    """Scores of regions of the one label, which the first of two tokens shows."""
+    own = torch.zeros(len(coverage), dtype=torch.int64)
+    return score_regions(TOKENS, LABEL, own, torch.tensor(coverage, dtype=torch.float64).reshape(-1, 2))
+
+
+def test_regions_outside_or_without_token_are_counted_where_they_belong():
+    table = RegionTable()
+    table.update(scored([1, 0], [0.2, 0.2], [0, 0]))  # whole cell; inside but no token; cut away by the crop
+    result = table.alignment()
+    assert (result.regions, result.regions_px, result.regions_tokens) == (3, 2, 1)
+    assert (result.regions_outside, result.regions_without_token) == (1, 1)
+    assert math.isclose(result.align_px, (1 + 0.2 / 1.2) / 2, rel_tol=1e-12)
+    assert result.align_tokens == 1
+    assert result.cosine == 1
+    assert math.isnan(result.shuffled_cosine)
+    assert result.regions_shuffled == 0
+
+
+def test_the_mean_over_regions_is_not_the_mean_over_images():
+    table = RegionTable()
+    table.update(scored([1, 0], [1, 0], [1, 0]))  # three hits
+    table.update(scored([0, 1]))  # one miss
+    table.update(scored())  # an image without regions
+    result = table.alignment()
+    assert (result.align_px, result.align_px_per_image) == (0.75, 0.5)
+    assert (result.cosine, result.cosine_per_image) == (0.75, 0.5)
+    assert (result.images, result.regions, table.images_seen) == (2, 4, 3)
+
+
+def test_no_region_at_all_gives_nan_not_zero():
+    assert math.isnan(RegionTable().alignment().align_px)
+
+
+def test_rows_keep_their_image_label_and_area():
+    table = RegionTable()
+    table.update(scored(), [], [])
+    table.update(scored([1, 0], [0, 0]), [4, 2], [10.0, 20.0])
+    assert table.image.tolist() == [1, 1]
+    assert table.label.tolist() == [4, 2]
+    assert table.area_px.tolist() == [10, 20]
+    assert all(len(table.score(name)) == 2 for name in SCORES)
+    sums, counts = table.sums_per_image("iou_px", table.area_px < 15)
+    np.testing.assert_array_equal(sums, [0, 1])
+    np.testing.assert_array_equal(counts, [0, 1])
