@@ -116,7 +116,7 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
         watcher: looks on.
 
     Raises:
-        EngineError: if Ray isn't installed.
+        EngineError: if Ray isn't installed, or there are more workers than GPUs.
     """
     try:
         import ray
@@ -128,6 +128,11 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
         ray.init(include_dashboard=False, log_to_driver=False)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
+        if gpus and (workers or 0) > gpus:
+            raise EngineError(
+                f"--ray_workers {workers}: found {gpus} GPUs in the cluster, expected no more workers: each "
+                "takes one, the others would wait for ever"
+            )
         # Ray shows each actor its own GPU alone, which is cuda:0 to it.
         actor_class = ray.remote(num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=3)(ShardWorker)
         shared_job = ray.put(job)

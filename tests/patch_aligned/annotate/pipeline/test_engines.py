@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -117,6 +118,17 @@ def test_rays_actors_give_what_one_process_gives(
         assert watcher.todo == []
     finally:
         ray.shutdown()
+
+
+def test_more_of_rays_actors_than_gpus_are_refused_as_they_would_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ray = SimpleNamespace(is_initialized=lambda: True, cluster_resources=lambda: {"GPU": 2.0})
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(ActorPool=None))
+    job = AnnotationJob([], tmp_path, tmp_path, OracleRecipe(tmp_path), Workload())
+    with pytest.raises(EngineError, match="--ray_workers 3: found 2 GPUs"):
+        run_with_ray(job, 3, "auto", Silent())
 
 
 def test_ray_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
