@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +14,9 @@ app = typer.Typer(rich_markup_mode="markdown")
 models_app = typer.Typer(name="models", no_args_is_help=True, help="The models that annotate.")
 app.add_typer(models_app)
 
-_MODELS, _CHOICE, _WORK = "Models", "Which boxes become regions", "How the work is done"
+_model_option = partial(typer.Option, rich_help_panel="Models")
+_choice_option = partial(typer.Option, rich_help_panel="Which boxes become regions")
+_work_option = partial(typer.Option, rich_help_panel="How the work is done")
 
 
 @app.command(epilog="Output, statuses and many GPUs: docs/annotation.md.")
@@ -23,148 +26,70 @@ def annotate(
     images: Annotated[
         Path,
         typer.Option(
-            "--images",
-            metavar="PATH",
-            help="A folder of images, or a list: .txt with a path a line, .jsonl, LLaVA's .json.",
+            metavar="PATH", help="A folder of images, or a list: .txt with a path a line, .jsonl, LLaVA's .json."
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="Manifest, settings and shards. The same call goes on.")
-    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Manifest, settings and shards. The same call goes on.")],
     image_folder: Annotated[
-        Path | None, typer.Option("--image_folder", metavar="DIR", help="What the paths of a list count from.")
+        Path | None, typer.Option(metavar="DIR", help="What the paths of a list count from.")
     ] = None,
-    ram: Annotated[
-        Path | None,
-        typer.Option("--ram", metavar="FILE", help="RAM's or RAM++'s .pth.", rich_help_panel=_MODELS),
-    ] = None,
-    ram_tag_list: Annotated[
-        Path | None,
-        typer.Option("--ram_tag_list", metavar="FILE", help="RAM's ram_tag_list.txt.", rich_help_panel=_MODELS),
-    ] = None,
+    ram: Annotated[Path | None, _model_option(metavar="FILE", help="RAM's or RAM++'s .pth.")] = None,
+    ram_tag_list: Annotated[Path | None, _model_option(metavar="FILE", help="RAM's ram_tag_list.txt.")] = None,
     ram_thresholds: Annotated[
-        Path | None,
-        typer.Option(
-            "--ram_thresholds", metavar="FILE", help="RAM's ram_tag_list_threshold.txt.", rich_help_panel=_MODELS
-        ),
+        Path | None, _model_option(metavar="FILE", help="RAM's ram_tag_list_threshold.txt.")
     ] = None,
     resample: Annotated[
-        Literal["bilinear", "bicubic"],
-        typer.Option("--resample", help="How pictures are resized for RAM.", rich_help_panel=_MODELS),
+        Literal["bilinear", "bicubic"], _model_option(help="How pictures are resized for RAM.")
     ] = "bilinear",
     detector: Annotated[
-        str,
-        typer.Option("--detector", help="Grounding DINO or MM Grounding DINO: folder or hub.", rich_help_panel=_MODELS),
+        str, _model_option(help="Grounding DINO or MM Grounding DINO: folder or hub.")
     ] = "IDEA-Research/grounding-dino-tiny",
-    detector_revision: Annotated[
-        str, typer.Option("--detector_revision", help="Commit on the hub.", rich_help_panel=_MODELS)
-    ] = "main",
-    sam: Annotated[
-        str, typer.Option("--sam", help="SAM or SAM 2: folder or hub.", rich_help_panel=_MODELS)
-    ] = "facebook/sam-vit-huge",
-    sam_revision: Annotated[
-        str, typer.Option("--sam_revision", help="Commit on the hub.", rich_help_panel=_MODELS)
-    ] = "main",
+    detector_revision: Annotated[str, _model_option(help="Commit on the hub.")] = "main",
+    sam: Annotated[str, _model_option(help="SAM or SAM 2: folder or hub.")] = "facebook/sam-vit-huge",
+    sam_revision: Annotated[str, _model_option(help="Commit on the hub.")] = "main",
     stages: Annotated[
-        Literal["models", "oracle"],
-        typer.Option(
-            "--stages", help="`oracle` answers from --oracle, to test the machinery.", rich_help_panel=_MODELS
-        ),
+        Literal["models", "oracle"], _model_option(help="`oracle` answers from --oracle, to test the machinery.")
     ] = "models",
-    oracle: Annotated[
-        Path | None,
-        typer.Option("--oracle", metavar="PAD", help="PAD file that knows the answer.", rich_help_panel=_MODELS),
-    ] = None,
-    prompt_join: Annotated[
-        Literal[", ", ". "],
-        typer.Option("--prompt_join", help="What joins the tags of a prompt.", rich_help_panel=_CHOICE),
-    ] = ", ",
-    box_threshold: Annotated[
-        float, typer.Option("--box_threshold", help="A box's score is above it.", rich_help_panel=_CHOICE)
-    ] = 0.25,
-    text_threshold: Annotated[
-        float,
-        typer.Option("--text_threshold", help="A token's score in the phrase is above it.", rich_help_panel=_CHOICE),
-    ] = 0.2,
-    nms_iou: Annotated[
-        float, typer.Option("--nms_iou", help="Of two boxes that overlap more one goes.", rich_help_panel=_CHOICE)
-    ] = 0.5,
-    label_mode: Annotated[
-        Literal["phrase", "best_tag"],
-        typer.Option("--label_mode", help="What a region is called.", rich_help_panel=_CHOICE),
-    ] = "phrase",
-    min_box_area_px: Annotated[
-        float,
-        typer.Option("--min_box_area_px", help="Of a box within the image, at least.", rich_help_panel=_CHOICE),
-    ] = 1.0,
+    oracle: Annotated[Path | None, _model_option(metavar="PAD", help="PAD file that knows the answer.")] = None,
+    prompt_join: Annotated[Literal[", ", ". "], _choice_option(help="What joins the tags of a prompt.")] = ", ",
+    box_threshold: Annotated[float, _choice_option(help="A box's score is above it.")] = 0.25,
+    text_threshold: Annotated[float, _choice_option(help="A token's score in the phrase is above it.")] = 0.2,
+    nms_iou: Annotated[float, _choice_option(help="Of two boxes that overlap more one goes.")] = 0.5,
+    label_mode: Annotated[Literal["phrase", "best_tag"], _choice_option(help="What a region is called.")] = "phrase",
+    min_box_area_px: Annotated[float, _choice_option(help="Of a box within the image, at least.")] = 1.0,
     candidate_box_threshold: Annotated[
-        float,
-        typer.Option(
-            "--candidate_box_threshold", help="Candidates are kept above it, for reselect.", rich_help_panel=_CHOICE
-        ),
+        float, _choice_option(help="Candidates are kept above it, for reselect.")
     ] = 0.15,
-    candidate_text_threshold: Annotated[
-        float,
-        typer.Option("--candidate_text_threshold", help="Likewise for their tokens.", rich_help_panel=_CHOICE),
-    ] = 0.15,
+    candidate_text_threshold: Annotated[float, _choice_option(help="Likewise for their tokens.")] = 0.15,
     segment_candidates: Annotated[
         bool,
-        typer.Option(
+        _choice_option(
             "--segment_candidates",
             help="Make masks for all candidates, so that reselect may choose any. Costs SAM's time.",
-            rich_help_panel=_CHOICE,
         ),
     ] = False,
     engine: Annotated[
         Literal["local", "torchrun", "ray"],
-        typer.Option("--engine", help="One process, one of several (RANK, WORLD_SIZE), or Ray.", rich_help_panel=_WORK),
+        _work_option(help="One process, one of several (RANK, WORLD_SIZE), or Ray."),
     ] = "local",
-    ray_workers: Annotated[
-        int | None,
-        typer.Option("--ray_workers", min=1, help="Actors. Default: one a GPU.", rich_help_panel=_WORK),
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="`auto`, `cpu`, `cuda:1` ...", rich_help_panel=_WORK)
-    ] = "auto",
+    ray_workers: Annotated[int | None, _work_option(min=1, help="Actors. Default: one a GPU.")] = None,
+    device: Annotated[str, _work_option(help="`auto`, `cpu`, `cuda:1` ...")] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option("--dtype", help="`auto`: bfloat16 on a GPU, float32 on a CPU.", rich_help_panel=_WORK),
+        _work_option(help="`auto`: bfloat16 on a GPU, float32 on a CPU."),
     ] = "auto",
-    shard_size: Annotated[
-        int, typer.Option("--shard_size", min=1, help="Images a shard.", rich_help_panel=_WORK)
-    ] = 2000,
+    shard_size: Annotated[int, _work_option(min=1, help="Images a shard.")] = 2000,
     on_error: Annotated[
-        Literal["skip", "fail"],
-        typer.Option("--on_error", help="Record images that fail, or stop after their shard.", rich_help_panel=_WORK),
+        Literal["skip", "fail"], _work_option(help="Record images that fail, or stop after their shard.")
     ] = "skip",
-    tag_batch: Annotated[
-        int, typer.Option("--tag_batch", min=1, help="Images tagged at a time.", rich_help_panel=_WORK)
-    ] = 64,
-    detect_batch: Annotated[
-        int,
-        typer.Option("--detect_batch", min=1, help="Images of one size detected at a time.", rich_help_panel=_WORK),
-    ] = 8,
-    segment_batch: Annotated[
-        int, typer.Option("--segment_batch", min=1, help="Images segmented at a time.", rich_help_panel=_WORK)
-    ] = 8,
-    chunk: Annotated[
-        int,
-        typer.Option("--chunk", min=1, help="Decoded images in memory, for each chunk.", rich_help_panel=_WORK),
-    ] = 256,
-    chunks_at_once: Annotated[
-        int,
-        typer.Option("--chunks_at_once", min=1, help="2 prepares a chunk during the last.", rich_help_panel=_WORK),
-    ] = 2,
-    decode_workers: Annotated[
-        int, typer.Option("--decode_workers", min=1, help="Threads that decode.", rich_help_panel=_WORK)
-    ] = 8,
-    min_side: Annotated[
-        int, typer.Option("--min_side", min=1, help="Images with a shorter side are skipped.", rich_help_panel=_WORK)
-    ] = 16,
-    max_aspect: Annotated[
-        float,
-        typer.Option("--max_aspect", min=1, help="Images that are narrower are skipped.", rich_help_panel=_WORK),
-    ] = 10.0,
+    tag_batch: Annotated[int, _work_option(min=1, help="Images tagged at a time.")] = 64,
+    detect_batch: Annotated[int, _work_option(min=1, help="Images of one size detected at a time.")] = 8,
+    segment_batch: Annotated[int, _work_option(min=1, help="Images segmented at a time.")] = 8,
+    chunk: Annotated[int, _work_option(min=1, help="Decoded images in memory, for each chunk.")] = 256,
+    chunks_at_once: Annotated[int, _work_option(min=1, help="2 prepares a chunk during the last.")] = 2,
+    decode_workers: Annotated[int, _work_option(min=1, help="Threads that decode.")] = 8,
+    min_side: Annotated[int, _work_option(min=1, help="Images with a shorter side are skipped.")] = 16,
+    max_aspect: Annotated[float, _work_option(min=1, help="Images that are narrower are skipped.")] = 10.0,
 ) -> None:
     """Annotates images with regions: RAM tags, Grounding DINO boxes the tags, SAM masks the boxes.
 
@@ -241,16 +166,14 @@ def _models() -> None:
 @clear_errors
 def fetch(
     context: typer.Context,
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the files go.")] = Path(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the files go.")] = Path(
         "playground/data/annotation_models"
     ),
-    ram: Annotated[Literal["ram", "ram_plus"], typer.Option("--ram", help="Which tagger.")] = "ram",
-    detector: Annotated[
-        str, typer.Option("--detector", help="Hub name of Grounding DINO.")
-    ] = "IDEA-Research/grounding-dino-tiny",
-    detector_revision: Annotated[str, typer.Option("--detector_revision", help="Commit on the hub.")] = "main",
-    sam: Annotated[str, typer.Option("--sam", help="Hub name of SAM or SAM 2.")] = "facebook/sam-vit-huge",
-    sam_revision: Annotated[str, typer.Option("--sam_revision", help="Commit on the hub.")] = "main",
+    ram: Annotated[Literal["ram", "ram_plus"], typer.Option(help="Which tagger.")] = "ram",
+    detector: Annotated[str, typer.Option(help="Hub name of Grounding DINO.")] = "IDEA-Research/grounding-dino-tiny",
+    detector_revision: Annotated[str, typer.Option(help="Commit on the hub.")] = "main",
+    sam: Annotated[str, typer.Option(help="Hub name of SAM or SAM 2.")] = "facebook/sam-vit-huge",
+    sam_revision: Annotated[str, typer.Option(help="Commit on the hub.")] = "main",
 ) -> None:
     """Fetches RAM with its tag list and thresholds, Grounding DINO and SAM, and checks what is there already.
 

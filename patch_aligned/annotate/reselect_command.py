@@ -24,22 +24,18 @@ def reselect(
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="PAD file: .json, .jsonl, .jsonl.gz or .parquet.")],
-    box_threshold: Annotated[
-        float | None, typer.Option("--box_threshold", min=0, max=1, help="A box's score is above it.")
-    ] = None,
+    box_threshold: Annotated[float | None, typer.Option(min=0, max=1, help="A box's score is above it.")] = None,
     text_threshold: Annotated[
-        float | None, typer.Option("--text_threshold", min=0, max=1, help="A token's score in the phrase is above it.")
+        float | None, typer.Option(min=0, max=1, help="A token's score in the phrase is above it.")
     ] = None,
     nms_iou: Annotated[
-        float | None, typer.Option("--nms_iou", min=0, max=1, help="Of two boxes that overlap more one goes.")
+        float | None, typer.Option(min=0, max=1, help="Of two boxes that overlap more one goes.")
     ] = None,
     label_mode: Annotated[
         Literal["phrase", "best_tag"] | None,
-        typer.Option("--label_mode", help="Call a region by Grounding DINO's phrase, or by the tag that fits best."),
+        typer.Option(help="Call a region by Grounding DINO's phrase, or by the tag that fits best."),
     ] = None,
-    min_box_area_px: Annotated[
-        float | None, typer.Option("--min_box_area_px", min=0, help="Of a box within the image, at least.")
-    ] = None,
+    min_box_area_px: Annotated[float | None, typer.Option(min=0, help="Of a box within the image, at least.")] = None,
     keep_candidates: Annotated[
         bool, typer.Option("--keep_candidates", help="Keep the boxes before NMS, to reselect again.")
     ] = False,
