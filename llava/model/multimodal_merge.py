@@ -118,7 +118,8 @@ def merge(
 
     merged_embeds, merged_labels, image_spans, truncated_rows = [], [], [], []
     for row, ((_, row_labels), marks) in enumerate(zip(rows, is_image, strict=True)):
-        images = [image_tokens[i].to(text_embeds[row].dtype) for i in image_of_row[row]]
+        # Spread over several GPUs, the projector may sit on another than the word embeddings.
+        images = [image_tokens[i].to(text_embeds[row]) for i in image_of_row[row]]
         embeds, row_labels, spans = merge_row(text_embeds[row], row_labels, marks, images)
         if max_length is not None:
             if spans and spans[-1][1] > max_length:

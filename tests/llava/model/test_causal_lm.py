@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
-from llava.model.multimodal_merge import TruncatedImageError
+from llava.model.multimodal_merge import TruncatedImageError, merge
 from llava.plugin import AlignmentContext, AuxiliaryOutput, TrainingPlugin
 
 
@@ -79,6 +79,13 @@ def test_a_wrong_number_of_images_is_refused(model: LlavaLlamaForCausalLM, image
     ids, mask = prompts([4, 4], [1, 1])
     with pytest.raises(ValueError, match=f"2 <image> tokens but {images} images"):
         model.generate(ids, attention_mask=mask, images=pixels(images) if images else None, max_new_tokens=1)
+
+
+def test_visual_tokens_go_to_the_device_of_the_word_embeddings() -> None:
+    ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 2]])
+    merged = merge(ids, [torch.ones(4, 8)], lambda words: torch.empty(len(words), 8, device="meta"))
+    assert merged.inputs_embeds.device.type == "meta"
+    assert merged.inputs_embeds.shape == (1, 6, 8)
 
 
 def test_generate_refuses_embeddings(model: LlavaLlamaForCausalLM) -> None:
