@@ -183,17 +183,21 @@ def choose_config(model_path: str, weights_path: str, customized: Any, overwrite
     return llava_config(config) if getattr(config, "mm_vision_tower", None) else config
 
 
-def read_config(model_path: str) -> Any:
+def read_config(model_path: str, **kwargs: Any) -> Any:
     """The config of a checkpoint, or in a JSON file.
 
     LLaVA checkpoints of before 2024 call themselves `llava`, a name that transformers has since given to its own model.
+
+    Args:
+        model_path: folder, hub name or JSON file.
+        **kwargs: of transformers' `from_pretrained`, such as `cache_dir`.
 
     Raises:
         FileNotFoundError: there is no config there, and no such name on the hub.
         ValueError: it is of a kind that cannot be read, such as transformers' own LLaVA.
     """
     try:
-        values, _ = PreTrainedConfig.get_config_dict(model_path)
+        values, _ = PreTrainedConfig.get_config_dict(model_path, **kwargs)
     except OSError as error:
         raise no_checkpoint(model_path, error) from error
     model_type = values.get("model_type")
@@ -205,7 +209,7 @@ def read_config(model_path: str) -> Any:
     if model_type == "llava":
         return LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
     try:
-        return AutoConfig.from_pretrained(model_path)
+        return AutoConfig.from_pretrained(model_path, **kwargs)
     except ValueError as error:
         raise ValueError(
             f"The config.json of {model_path} has model type `{model_type}`, which cannot be read: "
@@ -264,16 +268,23 @@ def load_tower(model: Any, trained: dict[str, Tensor], weights_path: str) -> Non
     tower = model.get_vision_tower()
     tower.load_model(device_map=None)
     tower.to(device=model.device, dtype=model.dtype)
-    source: Mapping[str, Tensor] = trained
-    if not any(name.startswith(TOWER) for name in trained):
-        if not getattr(model.config, "unfreeze_mm_vision_tower", False):
-            return
-        source = CheckpointTensors(weights_path)
+    if any(name.startswith(TOWER) for name in trained):
+        fill_tower(tower, trained, weights_path)
+    elif getattr(model.config, "unfreeze_mm_vision_tower", False):
+        fill_tower(tower, CheckpointTensors(weights_path), weights_path)
+
+
+def fill_tower(tower: Any, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copies a trained tower's weights out of a checkpoint's `tensors` into `tower`.
+
+    Raises:
+        ValueError: weights are missing, superfluous, or of another shape; the message names `source`.
+    """
     # Older versions of transformers saved the numbers of the positions too.
-    own = {name: source[name] for name in source if name.startswith(TOWER) and not name.endswith("position_ids")}
+    own = {name: tensors[name] for name in tensors if name.startswith(TOWER) and not name.endswith("position_ids")}
     parameters = {tower.checkpoint_name(TOWER + name): p for name, p in tower.named_parameters()}
     hint = "Its config.json says `unfreeze_mm_vision_tower`: a tower that was trained is read from the checkpoint."
-    fill_strictly(parameters, own, f"The vision tower in {weights_path}", hint)
+    fill_strictly(parameters, own, f"The vision tower in {source}", hint)
 
 
 def context_length(config: Any) -> int:

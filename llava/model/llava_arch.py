@@ -76,10 +76,8 @@ class LlavaMetaModel:
                 to start from, or None).
             fsdp: accepted for upstream's callers.
         """
-        if self.get_vision_tower() is None:
-            self.vision_tower = build_vision_tower(model_args)
-        else:
-            self.vision_tower.load_model()
+        # Built anew where the LLM is a LLaVA: the flags may name the tower by another place.
+        self.vision_tower = build_vision_tower(model_args)
 
         config = self.config
         config.mm_vision_tower = model_args.vision_tower
@@ -91,8 +89,8 @@ class LlavaMetaModel:
 
         if not hasattr(self, "mm_projector"):
             self.mm_projector = build_vision_projector(config)
-            if "unpad" in config.mm_patch_merge_type:
-                self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
+        if "unpad" in config.mm_patch_merge_type and not hasattr(self, "image_newline"):
+            self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
         # Under LoRA everything was frozen before; the projector is always trained in full.
         self.mm_projector.requires_grad_(True)
 

@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from llava.conversation import conv_templates
 from llava.data.collate import check_sequence_budget
 from llava.data.dataset import make_supervised_data_module
 from llava.image_geometry import parse_grid_pinpoints
+from llava.model.builder import fill_tower, read_config
+from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.llava_arch import start_at_mean
+from llava.model.multimodal_projector.builder import C_ABSTRACTOR_SETTINGS
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.quantization import freeze_quantized, quantized_loading
@@ -151,9 +154,14 @@ def stop_at_end_mark(tokenizer: Any, model: PreTrainedModel, version: str) -> No
 
 
 def load_language_model(model_args: ModelArguments, training_args: TrainingArguments, attention: str) -> Any:
-    """The language model with LLaVA's forward pass, without vision modules yet."""
-    plain = AutoConfig.from_pretrained(str(model_args.model_name_or_path), cache_dir=training_args.cache_dir)
-    config = llava_config(plain)
+    """The language model with LLaVA's forward pass; without vision modules yet, unless it is a LLaVA already.
+
+    Raises:
+        ValueError: flags contradict a LLaVA that training goes on from.
+    """
+    config = llava_config(read_config(str(model_args.model_name_or_path), cache_dir=training_args.cache_dir))
+    if getattr(config, "mm_vision_tower", None):
+        check_continued(config, model_args)
     model: Any = llava_model_class(config).from_pretrained(
         model_args.model_name_or_path,
         config=config,
@@ -168,6 +176,25 @@ def load_language_model(model_args: ModelArguments, training_args: TrainingArgum
     if model_args.freeze_backbone:
         model.model.requires_grad_(False)  # upstream parity: the lm_head is still trained
     return model
+
+
+def check_continued(config: Any, model_args: ModelArguments) -> None:
+    """Refuses flags that contradict the LLaVA which training goes on from: its projector was trained for these.
+
+    Raises:
+        ValueError: names the flag and the value to give.
+    """
+    checkpoint = model_args.model_name_or_path
+    if model_args.vision_tower is None:
+        raise ValueError(f"{checkpoint} is a LLaVA: add --vision_tower {config.mm_vision_tower}.")
+    keys = ["mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"]
+    if model_args.mm_projector_type == "cabstractor":
+        keys += C_ABSTRACTOR_SETTINGS
+    for key in keys:
+        flag = getattr(model_args, key)
+        trained = getattr(config, key, flag)
+        if flag != trained:
+            raise ValueError(f"--{key} {flag}: {checkpoint} was trained with {trained}. Give --{key} {trained}.")
 
 
 def smart_tokenizer_and_embedding_resize(
@@ -192,6 +219,9 @@ def add_vision(
             weight.data = weight.data.to(half)  # ZeRO-3 wants one dtype
     tower_is_trained = model_args.unfreeze_mm_vision_tower and not training_args.deepspeed
     tower.to(dtype=torch.float32 if tower_is_trained else half, device=training_args.device)
+    if getattr(model.config, "unfreeze_mm_vision_tower", False):  # the LLM is a LLaVA that trained its tower
+        checkpoint = str(model_args.model_name_or_path)
+        fill_tower(tower, CheckpointTensors(checkpoint), checkpoint)
 
     if model_args.tune_mm_mlp_adapter:
         model.requires_grad_(False)

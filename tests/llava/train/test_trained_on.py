@@ -1,0 +1,68 @@
+"""Training that goes on from a LLaVA: a published checkpoint, or stage 2's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+STEP = "--model_name_or_path tiny-llava --max_steps 1"
+STAGE_2 = f"{STEP} --version v1 --data_path data_mix.json --tune_mm_mlp_adapter False"
+TOWER = "model.vision_tower.vision_tower."
+NORM = "vision_model.post_layernorm.weight"
+
+
+@pytest.fixture
+def train_on(golden_world: Path, run_stage_1: Callable[..., Any]) -> Callable[..., Any]:
+    """Trains the tiny LLaVA on, after changing its config; takes changes and further flags, returns the trainer."""
+
+    def run(changes: dict[str, Any], flags: str) -> Any:
+        config = Path("tiny-llava/config.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+        return run_stage_1("run", flags)
+
+    return run
+
+
+def test_a_checkpoint_of_the_old_model_type_is_trained_on(train_on: Any) -> None:
+    train_on({"model_type": "llava"}, STAGE_2)
+    assert json.loads(Path("run/config.json").read_text())["model_type"] == "llava_llama"
+
+
+@pytest.mark.parametrize("stage", [STEP, STAGE_2, f"{STAGE_2} --lora_enable True"], ids=["stage 1", "stage 2", "LoRA"])
+def test_a_trained_tower_is_the_checkpoints(train_on: Any, stage: str) -> None:
+    tower = load_file("tiny-clip/model.safetensors")
+    tower[NORM] = tower[NORM] + 1
+    weights = {TOWER + name: tensor for name, tensor in tower.items()} | load_file("tiny-llava/model.safetensors")
+    save_file(weights, "tiny-llava/model.safetensors", {"format": "pt"})
+    trainer = train_on({"unfreeze_mm_vision_tower": True}, stage)
+    used = trainer.model.get_vision_tower().vision_tower.post_layernorm.weight
+    torch.testing.assert_close(used, tower[NORM], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--mm_projector_type linear", "--mm_vision_select_layer -1", "--mm_vision_select_feature cls_patch"]
+)
+def test_flags_that_contradict_the_checkpoint_are_refused(train_on: Any, flag: str) -> None:
+    with pytest.raises(ValueError, match=f"{flag}: tiny-llava was trained with"):
+        train_on({}, f"{STAGE_2} {flag}")
+
+
+def test_a_tower_at_another_place_is_used_and_recorded(train_on: Any) -> None:
+    Path("tiny-clip").rename("moved-clip")
+    Path("tiny-clip").mkdir()
+    for name in ("config.json", "preprocessor_config.json"):  # what the checkpoint's config names has no weights
+        (Path("tiny-clip") / name).write_bytes((Path("moved-clip") / name).read_bytes())
+    train_on({}, f"{STAGE_2} --vision_tower moved-clip")
+    assert json.loads(Path("run/config.json").read_text())["mm_vision_tower"] == "moved-clip"
+
+
+def test_a_newline_is_added_where_tiles_are_new(train_on: Any) -> None:
+    tiles = "--image_aspect_ratio anyres --image_grid_pinpoints [[56,112],[112,56]] --mm_patch_merge_type spatial_unpad"
+    train_on({}, f"{STAGE_2} {tiles}")
+    assert "model.image_newline" in load_file("run/model.safetensors")
