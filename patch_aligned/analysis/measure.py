@@ -118,7 +118,7 @@ def pass_over_images(
         picture += [image.picture for image in batch if image.picture is not None]
         done += len(batch)
         on_images(done, survey.images)
-    if not any(run.regions.alignment().regions_px for run in runs):
+    if not any(run.regions.rows().alignment().regions_px for run in runs):
         raise ValueError(
             f"{settings.data}: all {len(survey.own)} regions lie outside the model's image, cut away by its "
             f"{tower.image_aspect_ratio!r} geometry. Pass --image-aspect-ratio pad, which keeps the whole image."
@@ -180,5 +180,5 @@ class ProjectorRun:
             entropy_after_nats=after,
             entropy_drop_nats=entropy_before_nats - after,
             effective_rank_after=math.exp(after),
-            alignment=self.regions.alignment(),
+            alignment=self.regions.rows().alignment(),
         )

@@ -6,7 +6,7 @@ Of an image nothing is kept but these numbers, about a hundred bytes a region, s
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -54,67 +54,39 @@ class AlignmentResult:
     regions_shuffled: int
 
 
-class RegionTable:
-    """Collects region scores image by image."""
+@dataclass(frozen=True)
+class RegionRows:
+    """Rows of a table, one a region, as columns.
 
-    def __init__(self) -> None:
-        self._scores = {name: array("d") for name in SCORES}
-        self._image, self._label, self._area_px = array("q"), array("q"), array("d")
-        self.images_seen = 0
+    Attributes:
+        scores: by the names of `SCORES`, float64 `[regions]` each; NaN where undefined.
+        image: index of each region's image, int64 `[regions]`.
+        label: index of each region's label, int64 `[regions]`; empty if the table was not told.
+        area_px: area of each region in pixels of the original image, float64 `[regions]`; empty if not told.
+        images: how many images there are; `image` is below it.
+    """
 
-    def update(self, scores: RegionScores, labels: Sequence[int] = (), areas_px: Sequence[float] = ()) -> None:
-        """Adds the regions of one image, perhaps none.
+    scores: Mapping[str, np.ndarray]
+    image: np.ndarray
+    label: np.ndarray
+    area_px: np.ndarray
+    images: int
 
-        Args:
-            scores: of the image's regions.
-            labels: index of each region's label; needed for breakdowns only.
-            areas_px: area of each region in pixels of the original image; needed for breakdowns only.
-        """
-        for name, column in self._scores.items():
-            column.extend(getattr(scores, name).tolist())
-        regions = len(scores.iou_px)
-        self._image.extend([self.images_seen] * regions)
-        self._label.extend(labels)
-        self._area_px.extend(areas_px)
-        self.images_seen += 1
+    def chosen(self, rows: np.ndarray) -> RegionRows:
+        """Some of the rows (indices or a mask), and only the images that these lie in, numbered anew."""
+        left, image = np.unique(self.image[rows], return_inverse=True)
+        scores = {name: column[rows] for name, column in self.scores.items()}
+        return RegionRows(scores, image, self.label[rows], self.area_px[rows], len(left))
 
-    def __len__(self) -> int:
-        return len(self._image)
-
-    def score(self, name: str) -> np.ndarray:
-        """A column of `SCORES`, float64 `[regions]`; NaN where undefined."""
-        return np.array(self._scores[name], dtype=np.float64)
-
-    @property
-    def image(self) -> np.ndarray:
-        """Index of each region's image among those seen, `[regions]`."""
-        return np.array(self._image, dtype=np.int64)
-
-    @property
-    def label(self) -> np.ndarray:
-        """Index of each region's label, `[regions]`."""
-        return np.array(self._label, dtype=np.int64)
-
-    @property
-    def area_px(self) -> np.ndarray:
-        """Area of each region in pixels of the original image, `[regions]`."""
-        return np.array(self._area_px, dtype=np.float64)
-
-    def sums_per_image(self, name: str, chosen: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Sum of a score and number of regions that have it, for every image seen: float64 `[images]` each.
-
-        Args:
-            name: of `SCORES`.
-            chosen: bool `[regions]`, which regions count; None for all.
-        """
-        values = self.score(name)
-        counted = ~np.isnan(values) if chosen is None else ~np.isnan(values) & chosen
-        image = self.image[counted]
-        sums = np.bincount(image, weights=values[counted], minlength=self.images_seen)
-        return sums, np.bincount(image, minlength=self.images_seen).astype(np.float64)
+    def sums_per_image(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Sum of a score and number of regions that have it, for every image: float64 `[images]` each."""
+        values = self.scores[name]
+        defined = ~np.isnan(values)
+        sums = np.bincount(self.image[defined], weights=values[defined], minlength=self.images)
+        return sums, np.bincount(self.image[defined], minlength=self.images).astype(np.float64)
 
     def alignment(self) -> AlignmentResult:
-        """The means so far."""
+        """The means."""
         sums = {name: self.sums_per_image(name) for name in ("iou_px", "iou_tokens", "cosine", "shuffled_cosine")}
         counted = {name: int(counts.sum()) for name, (_, counts) in sums.items()}
         return AlignmentResult(
@@ -126,12 +98,46 @@ class RegionTable:
             cosine_per_image=mean_over_images(*sums["cosine"]),
             shuffled_cosine=mean_over_regions(*sums["shuffled_cosine"]),
             images=len(np.unique(self.image)),
-            regions=len(self),
+            regions=len(self.image),
             regions_px=counted["iou_px"],
             regions_tokens=counted["iou_tokens"],
-            regions_outside=len(self) - counted["iou_px"],
+            regions_outside=len(self.image) - counted["iou_px"],
             regions_without_token=counted["iou_px"] - counted["iou_tokens"],
             regions_shuffled=counted["shuffled_cosine"],
+        )
+
+
+class RegionTable:
+    """Collects region scores image by image."""
+
+    def __init__(self) -> None:
+        self._scores = {name: array("d") for name in SCORES}
+        self._image, self._label, self._area_px = array("q"), array("q"), array("d")
+        self._images = 0
+
+    def update(self, scores: RegionScores, labels: Sequence[int] = (), areas_px: Sequence[float] = ()) -> None:
+        """Adds the regions of one image, perhaps none.
+
+        Args:
+            scores: of the image's regions.
+            labels: index of each region's label; needed for breakdowns only.
+            areas_px: area of each region in pixels of the original image; needed for breakdowns only.
+        """
+        for name, column in self._scores.items():
+            column.extend(getattr(scores, name).tolist())
+        self._image.extend([self._images] * len(scores.iou_px))
+        self._label.extend(labels)
+        self._area_px.extend(areas_px)
+        self._images += 1
+
+    def rows(self) -> RegionRows:
+        """All rows so far."""
+        return RegionRows(
+            scores={name: np.array(column, dtype=np.float64) for name, column in self._scores.items()},
+            image=np.array(self._image, dtype=np.int64),
+            label=np.array(self._label, dtype=np.int64),
+            area_px=np.array(self._area_px, dtype=np.float64),
+            images=self._images,
         )
 
 

@@ -23,7 +23,7 @@ def scored(*coverage: list[float]) -> RegionScores:
 def test_regions_outside_or_without_token_are_counted_where_they_belong():
     table = RegionTable()
     table.update(scored([1, 0], [0.2, 0.2], [0, 0]))  # whole cell; inside but no token; cut away by the crop
-    result = table.alignment()
+    result = table.rows().alignment()
     assert (result.regions, result.regions_px, result.regions_tokens) == (3, 2, 1)
     assert (result.regions_outside, result.regions_without_token) == (1, 1)
     assert math.isclose(result.align_px, (1 + 0.2 / 1.2) / 2, rel_tol=1e-12)
@@ -38,24 +38,34 @@ def test_the_mean_over_regions_is_not_the_mean_over_images():
     table.update(scored([1, 0], [1, 0], [1, 0]))  # three hits
     table.update(scored([0, 1]))  # one miss
     table.update(scored())  # an image without regions
-    result = table.alignment()
+    result = table.rows().alignment()
     assert (result.align_px, result.align_px_per_image) == (0.75, 0.5)
     assert (result.cosine, result.cosine_per_image) == (0.75, 0.5)
-    assert (result.images, result.regions, table.images_seen) == (2, 4, 3)
+    assert (result.images, result.regions, table.rows().images) == (2, 4, 3)
 
 
 def test_no_region_at_all_gives_nan_not_zero():
-    assert math.isnan(RegionTable().alignment().align_px)
+    assert math.isnan(RegionTable().rows().alignment().align_px)
 
 
 def test_rows_keep_their_image_label_and_area():
     table = RegionTable()
     table.update(scored(), [], [])
     table.update(scored([1, 0], [0, 0]), [4, 2], [10.0, 20.0])
-    assert table.image.tolist() == [1, 1]
-    assert table.label.tolist() == [4, 2]
-    assert table.area_px.tolist() == [10, 20]
-    assert all(len(table.score(name)) == 2 for name in SCORES)
-    sums, counts = table.sums_per_image("iou_px", table.area_px < 15)
+    rows = table.rows()
+    assert rows.image.tolist() == [1, 1]
+    assert rows.label.tolist() == [4, 2]
+    assert rows.area_px.tolist() == [10, 20]
+    assert all(len(rows.scores[name]) == 2 for name in SCORES)
+    sums, counts = rows.sums_per_image("iou_px")
     np.testing.assert_array_equal(sums, [0, 1])
     np.testing.assert_array_equal(counts, [0, 1])
+
+
+def test_chosen_rows_keep_only_their_images():
+    table = RegionTable()
+    for regions in ([[1, 0]], [[0, 1]], [[0, 1], [1, 0]]):
+        table.update(scored(*regions), range(len(regions)), [9.0] * len(regions))
+    chosen = table.rows().chosen(np.array([0, 3]))
+    assert (chosen.image.tolist(), chosen.images, chosen.label.tolist()) == ([0, 1], 2, [0, 1])
+    assert chosen.scores["iou_px"].tolist() == [1, 1]
