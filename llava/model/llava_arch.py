@@ -167,12 +167,14 @@ class LlavaMetaForCausalLM(ABC):
     def arrange_tiles(self, tiles: Tensor, original_size: tuple[int, int] | None) -> Tensor:
         """One image's tokens `[*, D]` in the order that the config's `mm_patch_merge_type` asks for."""
         newline = getattr(self.get_model(), "image_newline", None)
+        if newline is not None:  # tokens that are only counted gather nothing: ranks without images would hang
+            newline = tiles[0, 0] if tiles.is_meta else gathered_in_forward(newline, self).to(tiles.device)  # [D]
         return arrange_tiles(
             tiles,
             getattr(self.config, "mm_patch_merge_type", "flat"),
             tile_grid=lambda: self.tile_grid(original_size),
             original_size=original_size,
-            newline=None if newline is None else gathered_in_forward(newline, self).to(tiles.device),
+            newline=newline,
         )
 
     def tile_grid(self, original_size: tuple[int, int] | None) -> tuple[int, int]:

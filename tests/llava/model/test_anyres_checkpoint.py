@@ -70,6 +70,14 @@ def test_a_batch_of_tiled_images_is_answered_as_one_by_one(newline: torch.Tensor
     assert other != together  # the images are seen
 
 
+def test_visual_tokens_are_counted_without_the_newlines_values(newline: torch.Tensor) -> None:
+    model = load_pretrained_model("anyres", None, "x", device="cpu").model
+    expected = model.visual_tokens_of((120, 77))
+    model.model.image_newline.data = torch.empty(0)  # as ZeRO-3 leaves it between passes, where no rank may gather
+    model.model.image_newline.ds_id = 0
+    assert model.visual_tokens_of((120, 77)) == expected
+
+
 def test_the_newline_changes_what_is_seen(newline: torch.Tensor) -> None:
     loaded = load_pretrained_model("anyres", None, "x", device="cpu")
     images = [Image.open("images/im1.png").convert("RGB")]
