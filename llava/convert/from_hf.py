@@ -25,6 +25,8 @@ IMAGE_PROCESSOR_OF_TOWER = {
     "siglip_vision_model": "SiglipImageProcessor",
     "dinov2": "BitImageProcessor",
 }
+OWN_TOWER = "vision_tower"
+"""Folder of the tower inside the checkpoint, and its name there: it stays true when the checkpoint is moved."""
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -80,12 +82,12 @@ def from_hf(
         del weights["lm_head.weight"]
 
     if vision_tower is None:
-        folder = destination / "vision_tower"
+        folder = destination / OWN_TOWER
         model.model.vision_tower.save_pretrained(folder)
         settings = {"image_processor_type": IMAGE_PROCESSOR_OF_TOWER[config.vision_config.model_type]}
         settings |= image_settings(image_processor)
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        own.mm_vision_tower = str(folder)
+        own.mm_vision_tower = OWN_TOWER
     else:
         own.mm_vision_tower = vision_tower
         require_same_tower(own, tower_weights)

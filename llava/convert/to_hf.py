@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model, read_config
 from llava.model.checkpoint_files import copy_file, save_weights
 from llava.model.multimodal_encoder.builder import build_vision_tower
+
+logger = logging.getLogger(__name__)
 
 ORIGINAL_CONFIG = "llava_config.json"
 """The checkpoint's own config, kept beside Hugging Face's for the way back."""
@@ -63,6 +66,8 @@ def to_hf(
     mode = conv_mode or conversation_mode(name, config)
     if mode not in conv_templates:
         raise ValueError(f"--conv-mode: found {mode!r}, expected one of {', '.join(sorted(conv_templates))}")
+    if conv_mode is None and getattr(config, "conversation_version", None) is None:
+        logger.warning("%s records no template: `%s`, by its name or kind. If wrong, pass --conv-mode.", source, mode)
 
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     kept = stored if dtype == "auto" else getattr(torch, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -206,15 +207,26 @@ def read_config(model_path: str, **kwargs: Any) -> Any:
             f"{model_path} is a LLaVA of transformers (LlavaForConditionalGeneration), whose weights are named "
             "otherwise. Convert it with llava-convert, or load it with transformers."
         )
-    if model_type == "llava":
-        return LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
     try:
-        return AutoConfig.from_pretrained(model_path, **kwargs)
+        if model_type == "llava":
+            config: Any = LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
+        else:
+            config = AutoConfig.from_pretrained(model_path, **kwargs)
     except ValueError as error:
         raise ValueError(
             f"The config.json of {model_path} has model type `{model_type}`, which cannot be read: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    if tower := getattr(config, "mm_vision_tower", None):
+        config.mm_vision_tower = tower_place(tower, model_path)
+    return config
+
+
+def tower_place(tower: str, model_path: str) -> str:
+    """Where the tower that a config names is to be read from: a folder inside the checkpoint, wherever that lies, or
+    what `tower` says."""
+    own = Path(model_path, tower)
+    return str(own) if own.is_dir() else tower
 
 
 def may_come_later(name: str) -> bool:

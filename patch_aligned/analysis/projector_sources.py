@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava.model.builder import tower_place
 from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.weights import load_projector, projector_state, read_projector_file
@@ -69,6 +70,8 @@ class ProjectorSource:
             )
         config_file = (path if path.is_dir() else path.parent) / "config.json"
         config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        if tower := config.get("mm_vision_tower"):
+            config["mm_vision_tower"] = tower_place(tower, str(config_file.parent))
         if path.is_file():
             return cls(name, path, 0, config)
         # Weights of a whole model come first: published ones keep the projector of stage 1 beside those of stage 2.
@@ -152,12 +155,20 @@ def parse_projectors(specifications: Sequence[str]) -> list[ProjectorSource]:
         ValueError: there is none, or two share a name.
     """
     sources = [ProjectorSource.parse(specification) for specification in specifications]
-    names = [source.name for source in sources]
     if not sources:
         raise ValueError("No projector to measure: pass --projector NAME=PATH at least once.")
+    require_distinct([source.name for source in sources])
+    return sources
+
+
+def require_distinct(names: Sequence[str]) -> None:
+    """Checks the names of projectors.
+
+    Raises:
+        ValueError: two are the same.
+    """
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--projector: the name {twice[0]!r} is given twice; every projector needs a name of its own.")
-    return sources
 
 
 def default_config_of(sources: Sequence[ProjectorSource]) -> Mapping[str, Any]:

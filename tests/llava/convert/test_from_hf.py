@@ -101,6 +101,18 @@ def test_a_folder_that_transformers_saved_itself_is_read(golden_world: Path) -> 
     assert_same_tensors("back/model.safetensors", "tiny-llava/model.safetensors")
 
 
+def test_a_moved_checkpoint_finds_the_tower_in_its_folder(golden_world: Path) -> None:
+    to_hf("tiny-llava", "hf")
+    from_hf("hf", "back")
+    shutil.rmtree("tiny-clip")
+    Path("elsewhere").mkdir()
+    Path("back").rename("elsewhere/moved")
+    _, model, _, _ = load_pretrained_model("elsewhere/moved", None, "x", device="cpu")
+    assert model.get_vision_tower().vision_tower_name == "elsewhere/moved/vision_tower"
+    to_hf("elsewhere/moved", "again")
+    assert_same_tensors("again/model.safetensors", "hf/model.safetensors")
+
+
 def test_the_tower_is_named_where_its_weights_are_the_same(golden_world: Path) -> None:
     to_hf("tiny-llava", "hf")
     from_hf("hf", "back", vision_tower="tiny-clip")

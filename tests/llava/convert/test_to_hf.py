@@ -234,3 +234,11 @@ def test_a_plain_llm_is_refused(golden_world: Path) -> None:
 def test_a_folder_with_files_in_it_is_left_alone(golden_world: Path) -> None:
     with pytest.raises(FileExistsError, match="tiny-clip is not empty"):
         to_hf("tiny-llava", "tiny-clip")
+
+
+def test_a_template_that_is_guessed_is_said(golden_world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    to_hf("tiny-llava", "hf")
+    assert "tiny-llava records no template: `llava_v0`" in caplog.text
+    caplog.clear()
+    to_hf("tiny-llava", "said", conv_mode="v1")
+    assert not caplog.text
