@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-use_environment analysis,mini,test pytest hypothesis deepspeed matplotlib gguf onnx
+use_environment analysis,mini,test pytest hypothesis deepspeed peft bitsandbytes matplotlib gguf onnx
 
 # pytest takes the last -m, so one given on the command line replaces this one.
 exec python -m pytest -m "not gpu and not net" "$@"
