@@ -198,6 +198,7 @@ class MeasuredProjector:
         projector: maps features `[B, S, d]` to visual tokens `[B, T, D]`.
         words: the base LLM's, or for a full checkpoint its own, since fine-tuning moves the table.
         build: makes an untrained projector of the same shape, from torch's global random stream.
+        pictured: whether its maps belong into a picture.
     """
 
     name: str
@@ -205,12 +206,14 @@ class MeasuredProjector:
     projector: nn.Module
     words: WordEmbeddings
     build: Callable[[], nn.Module]
+    pictured: bool = True
 
     def untrained(self, seed: int) -> MeasuredProjector:
         """A random projector of the same shape; the global random stream is left alone."""
         place = next(self.projector.parameters(), self.words.table).device
         projector = seeded(self.build, seed).to(place, torch.float32).eval()
-        return replace(self, name=f"{self.name}, untrained", source=f"random weights, seed {seed}", projector=projector)
+        name, source = f"{self.name}, untrained, seed {seed}", f"random weights, seed {seed}"
+        return replace(self, name=name, source=source, projector=projector, pictured=False)
 
     @torch.no_grad()
     def visual_tokens(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:

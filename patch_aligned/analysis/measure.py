@@ -161,7 +161,7 @@ class ProjectorRun:
                 shuffled=image.shuffled.to(self._device),
             )
             self.regions.update(scores, image.own.tolist(), image.areas_px())
-            if image.picture is not None:
+            if image.picture is not None and self.projector.pictured:
                 shown = slice(image.pictured_region, image.pictured_region + 1)
                 maps = cosine_maps(self._label_directions[own[shown]], visual_tokens)  # [1, T]
                 area = coverage[shown].sum().reshape(1)

@@ -11,6 +11,7 @@ from typing import Any
 
 from patch_aligned.analysis.measure import Measures
 from patch_aligned.analysis.measured_images import MeasureSettings
+from patch_aligned.analysis.plain_json import plain_json
 
 PAPER_TABLE_3 = {
     "random": {"entropy_drop_nats": 0.0108, "align_px": 0.065, "cosine": 0.06},
@@ -54,18 +55,7 @@ def as_json(measures: Measures, settings: MeasureSettings, provenance: Mapping[s
         ],
         "paper_table_3_at_7b_scale": PAPER_TABLE_3,
     }
-    return _plain(document)
-
-
-def _plain(value: Any) -> Any:
-    """Paths as text and NaN as None, so that the file is strict JSON."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return value.as_posix()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return plain_json(document)
 
 
 def table_rows(measures: Measures) -> list[tuple[str, ...]]:

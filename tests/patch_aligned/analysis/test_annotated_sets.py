@@ -195,7 +195,7 @@ def test_what_is_wrong_with_a_grandf_file_is_named(read: Opener, tmp_path: Path)
     escaping = {"1": {"img_file_name": "../x.jpg", "caption": "", "refs": []}}
     with pytest.raises(ValueError, match="leads out of"):
         read([escaping])
-    with pytest.raises(ValueError, match="no file .*x.jpg"):
+    with pytest.raises(ValueError, match=r"no file .*x\.jpg"):
         read([{"1": {"img_file_name": "x.jpg", "caption": "", "refs": []}}])
 
 

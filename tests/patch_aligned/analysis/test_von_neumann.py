@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,13 +97,21 @@ def test_undefined_entropies_say_why():
         accumulator.merge(EntropyAccumulator(4))
 
 
-def test_reducing_sums_moment_and_count_over_ranks(monkeypatch: pytest.MonkeyPatch):
-    """The other rank is played by a sum that adds a twin's share, so both numbers double and the entropy stays."""
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor.mul_(2))
+def test_the_entropy_of_two_ranks_is_that_of_all_tokens(tmp_path: Path):
+    torch.multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    whole = EntropyAccumulator(WIDTH)
+    whole.update(torch.cat([random_tokens(20, WIDTH, seed=0), random_tokens(30, WIDTH, seed=1)]))
+    for rank in range(2):
+        entropy, count = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert entropy == pytest.approx(whole.entropy_nats(), rel=1e-12)
+        assert count == 50
+
+
+def one_rank(rank: int, folder: str) -> None:
+    """One of two processes that each see tokens of their own."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     accumulator = EntropyAccumulator(WIDTH)
-    accumulator.update(random_tokens(20, WIDTH))
-    moment, entropy = accumulator.moment.clone(), accumulator.entropy_nats()
+    accumulator.update(random_tokens(20 + 10 * rank, WIDTH, seed=rank))
     accumulator.all_reduce()
-    assert accumulator.token_count == 40
-    torch.testing.assert_close(accumulator.moment, 2 * moment)
-    assert accumulator.entropy_nats() == pytest.approx(entropy, rel=1e-12)
+    Path(folder, f"{rank}.json").write_text(json.dumps([accumulator.entropy_nats(), accumulator.token_count]))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,81 @@
+"""The models that an analysis compares, from `NAME=PATH` on: projectors behind the towers that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from patch_aligned.analysis.embeddings import MeasuredProjector, Tower, WordEmbeddings
+from patch_aligned.analysis.model_families import family_of, load_family
+from patch_aligned.analysis.projector_sources import (
+    default_config_of,
+    load_tower,
+    parse_projectors,
+    require_distinct,
+)
+
+
+@dataclass(frozen=True)
+class AnalysedModel:
+    """All that an analysis needs of a model: images -> features -> visual tokens, and words to compare them with.
+
+    Attributes:
+        tower: images -> features; models with the same one share its work.
+        projector: features -> visual tokens and their grid; word embeddings and tokenizer in `projector.words`.
+    """
+
+    tower: Tower
+    projector: MeasuredProjector
+
+    @property
+    def name(self) -> str:
+        """As in tables."""
+        return self.projector.name
+
+
+def load_analysed_models(
+    specifications: Sequence[str],
+    base: str | None = None,
+    vision_tower: str | None = None,
+    image_aspect_ratio: str | None = None,
+    device: str = "cpu",
+) -> list[AnalysedModel]:
+    """Loads what `--projector` names, in order.
+
+    Args:
+        specifications: `NAME=PATH` or `NAME=random[:SEED]`, where PATH is LLaVA's (see `ProjectorSource`) or a folder
+            of one of the families of transformers in `model_families`.
+        base: the LLM whose words LLaVA's projectors are compared with; whole models have their own.
+        vision_tower, image_aspect_ratio: of LLaVA's projectors, where their configs are not to decide.
+        device: where towers and projectors run.
+
+    Raises:
+        ValueError: an input does not fit; the message says which and what to do.
+        FileNotFoundError: there is no such path.
+    """
+    sources_of = [_name_and_path(specification) for specification in specifications]
+    of_families = {name: path for name, path in sources_of if path is not None and family_of(path)}
+    own = [
+        specification
+        for specification, (name, _) in zip(specifications, sources_of, strict=True)
+        if name not in of_families
+    ]
+    names = [name for name, _ in sources_of]
+    require_distinct(names)
+    sources = parse_projectors(own) if own or not of_families else []
+    models = {name: AnalysedModel(*load_family(name, path, device)) for name, path in of_families.items()}
+    if sources:
+        if base is None and not all(source.is_full_checkpoint for source in sources):
+            raise ValueError("--base is missing: projectors are compared with the word embeddings of their LLM.")
+        tower = load_tower(sources, vision_tower, image_aspect_ratio, device)
+        words = WordEmbeddings.load(base or str(sources[0].path))
+        for source in sources:
+            projector = source.build(tower, words, default_config_of(sources))
+            models[source.name] = AnalysedModel(tower, projector)
+    return [models[name] for name in names]
+
+
+def _name_and_path(specification: str) -> tuple[str, Path | None]:
+    name, _, value = specification.partition("=")
+    return name, Path(value) if value else None

@@ -1,0 +1,157 @@
+"""The whole analysis on the tiny world: it agrees with `measure`, and adds intervals, breakdowns and comparisons."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llava.convert.to_hf import to_hf
+from patch_aligned.analysis.analysed_models import load_analysed_models
+from patch_aligned.analysis.analysis import analyse
+from patch_aligned.analysis.analysis_results import Analysis, AnalysisSettings
+from patch_aligned.analysis.figures import FIGURES, Resampling
+from patch_aligned.analysis.measure import measure_projectors
+from patch_aligned.analysis.measured_images import MeasureSettings
+
+START = "start=train_init/mm_projector.bin"
+
+
+def run(pad: Path, *specifications: str, seeds: tuple[int, ...] = (), **settings: object) -> Analysis:
+    models = load_analysed_models(specifications or ["random=random:1", START], "tiny-vicuna", "tiny-clip")
+    measure = MeasureSettings(pad, pad.parent / "pictures", **settings)  # type: ignore[arg-type]
+    return analyse(models, AnalysisSettings(measure, Resampling(200, seed=3), seeds))
+
+
+def test_figures_are_those_of_measure(golden_world: Path, pad: Path):
+    found = run(pad)
+    models = load_analysed_models(["random=random:1", START], "tiny-vicuna", "tiny-clip")
+    settings = MeasureSettings(pad, pad.parent / "pictures")
+    measured = measure_projectors(models[0].tower, [model.projector for model in models], settings)
+    assert list(found.models) == list(measured.projectors) == ["random", "start"]
+    for name, model in found.models.items():
+        expected = measured.projectors[name]
+        assert model.entropy_before.entropy_nats == measured.entropy_before_nats
+        assert model.entropy_after.entropy_nats == expected.entropy_after_nats
+        assert model.entropy_drop_nats == expected.entropy_drop_nats
+        assert model.figures["align_px"].value == expected.alignment.align_px
+        assert model.figures["cosine_per_image"].value == pytest.approx(expected.alignment.cosine_per_image, rel=1e-12)
+        assert model.figures["shuffled_cosine"].value == expected.alignment.shuffled_cosine
+        assert model.figures["align_px"].low <= model.figures["align_px"].value <= model.figures["align_px"].high
+
+
+def test_spectra_sum_to_one_and_give_the_entropy(golden_world: Path, pad: Path):
+    for entropy in (run(pad).models["start"].entropy_before, run(pad).models["start"].entropy_after):
+        assert len(entropy.spectrum) == entropy.width
+        assert sum(entropy.spectrum) == pytest.approx(1, rel=1e-12)
+        direct = -sum(share * math.log(share) for share in entropy.spectrum if share)
+        assert entropy.entropy_nats == pytest.approx(direct, rel=1e-12)
+        assert entropy.effective_rank == pytest.approx(math.exp(direct), rel=1e-12)
+        assert entropy.tokens == 4 * 16
+
+
+def test_what_is_left_out_is_counted(golden_world: Path, write_pad: Callable, rectangle: Callable):
+    pad = write_pad(
+        [rectangle(26, 14, 29, 17, "cup")],  # covers no token, and with it the image
+        [rectangle(12, 0, 40, 28, "dog"), rectangle(0, 0, 12, 56, "tree")],  # the second lies outside the crop
+        [],
+    )
+    counts = run(pad).models["start"].counts
+    assert (counts.images_with_regions, counts.images_without_token) == (2, 1)
+    assert (counts.regions, counts.regions_outside, counts.regions_without_token) == (3, 1, 1)
+
+
+def test_breakdowns_make_up_the_whole(golden_world: Path, pad: Path):
+    found = run(pad)
+    model = found.models["start"]
+    assert next(iter(model.by_label)) == "dog"  # the only label of two regions
+    assert (found.labels, len(model.by_label)) == (6, 6)
+    for parts in (model.by_label, model.by_size):
+        figures = [part["align_px"] for part in parts.values() if part["align_px"].regions]
+        mean = sum(figure.value * figure.regions for figure in figures) / sum(figure.regions for figure in figures)
+        assert mean == pytest.approx(model.figures["align_px"].value, rel=1e-12)
+
+
+def test_the_later_model_is_compared_with_each_earlier_one(golden_world: Path, pad: Path):
+    found = run(pad, "a=random:1", "b=random:2", START)
+    assert [(pair.first, pair.second) for pair in found.comparisons] == [("b", "a"), ("start", "a"), ("start", "b")]
+    values = {name: model.figures["cosine"].value for name, model in found.models.items()}
+    assert found.comparisons[1].figures["cosine"].value == pytest.approx(values["start"] - values["a"], rel=1e-9)
+
+
+def test_untrained_projectors_are_those_of_their_seeds(golden_world: Path, pad: Path):
+    """`start` is an MLP like `random:SEED` beside it, so its untrained twins are the random projectors themselves."""
+    found = run(pad, START, "one=random:1", "two=random:2", seeds=(1, 2), picture_rows=1)
+    untrained = found.models["start"].untrained
+    assert untrained is not None
+    alone = [found.models[name] for name in ("one", "two")]
+    entropies = [model.entropy_after.entropy_nats for model in alone]
+    assert untrained.entropy_after_nats.mean == pytest.approx(statistics.fmean(entropies), rel=1e-9)
+    assert untrained.entropy_after_nats.sd == pytest.approx(statistics.stdev(entropies), rel=1e-6)
+    cosines = [model.figures["cosine"].value for model in alone]
+    assert untrained.figures["cosine"].mean == pytest.approx(statistics.fmean(cosines), rel=1e-9)
+    assert untrained.figures.keys() == FIGURES.keys()
+    assert list(found.picture[0].cells) == ["start", "one", "two"]
+    assert run(pad).models["start"].untrained is None
+
+
+def test_models_of_other_towers_are_analysed_beside_ours(golden_world: Path, pad: Path, tmp_path: Path):
+    """Hugging Face's form of a checkpoint sees the same pixels and gives the same numbers as the checkpoint itself."""
+    config = json.loads(Path("tiny-llava/config.json").read_text())
+    Path("tiny-llava/config.json").write_text(json.dumps(config | {"image_aspect_ratio": "pad"}))
+    to_hf("tiny-llava", tmp_path / "hf", dtype="float32")
+    told = []
+    settings = AnalysisSettings(MeasureSettings(pad, pad.parent / "pictures", picture_rows=2), Resampling(50))
+    models = load_analysed_models([f"hf={tmp_path / 'hf'}", "own=tiny-llava"], image_aspect_ratio="pad")
+    found = analyse(models, settings, lambda done, total: told.append((done, total)))
+    assert list(found.models) == ["hf", "own"]
+    hf, own = found.models["hf"], found.models["own"]
+    assert hf.counts == own.counts
+    assert hf.entropy_after.entropy_nats == pytest.approx(own.entropy_after.entropy_nats, rel=1e-5)
+    for name in ("align_px", "average_precision_px", "cosine", "contrast"):
+        assert hf.figures[name].value == pytest.approx(own.figures[name].value, rel=1e-4)
+    assert told == [(4, 8), (8, 8)]
+    assert list(found.picture[0].cells) == ["hf", "own"]
+
+
+def test_the_result_is_strict_json_with_the_rule_of_every_figure(golden_world: Path, pad: Path):
+    found = run(pad, seeds=(0, 1), threshold_rule="otsu", picture_rows=1)
+    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    model = document["models"]["start"]
+    assert model["figures"].keys() == document["rules"].keys() == FIGURES.keys()
+    assert "otsu" in document["rules"]["align_px"]
+    assert document["settings"]["resampling"] == {"resamples": 200, "seed": 3, "confidence": 0.95}
+    assert model["figures"]["cosine"]["value"] == found.models["start"].figures["cosine"].value
+    assert model["by_label"]["cup"]["cosine"]["value"] is None  # covers no token
+    assert model["entropy_after"]["spectrum"][0] == found.models["start"].entropy_after.spectrum[0]
+    assert model["untrained"]["seeds"] == [0, 1]
+    assert document["size_limits_px"] == [1024, 9216]
+    assert document["picture"][0]["iou_px"].keys() == {"random", "start"}
+    assert document["images_per_second"] > 0
+
+
+def test_a_random_subset_follows_its_seed(golden_world: Path, pad: Path):
+    def images(seed: int) -> int:
+        return run(pad, START, limit=3, subset="random", seed=seed).models["start"].counts.regions
+
+    assert {images(seed) for seed in range(8)} != {images(0)}
+    assert images(1) == images(1)
+
+
+def test_sets_and_models_that_cannot_be_analysed_say_why(
+    golden_world: Path, pad: Path, write_pad: Callable, rectangle: Callable
+):
+    with pytest.raises(ValueError, match=r"none of the 1 regions covers a token.*--min-coverage"):
+        run(write_pad([rectangle(26, 14, 29, 17, "cup")]))
+    with pytest.raises(ValueError, match="no regions in 1 images"):
+        run(write_pad([]))
+    with pytest.raises(ValueError, match="--base is missing"):
+        load_analysed_models([START], None, "tiny-clip")
+    with pytest.raises(ValueError, match="'a' is given twice"):
+        load_analysed_models(["a=random:1", "a=tiny-llava"], "tiny-vicuna", "tiny-clip")
+    with pytest.raises(ValueError, match="at least once"):
+        load_analysed_models([], "tiny-vicuna")
