@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -136,7 +136,9 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
         # Ray shows each actor its own GPU alone, which is cuda:0 to it.
         actor_class = ray.remote(num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=3)(ShardWorker)
         shared_job = ray.put(job)
-        actors = [actor_class.remote(shared_job, "cuda:0" if gpus else "cpu") for _ in range(workers or gpus or 1)]
+        actors: list[Any] = [
+            actor_class.remote(shared_job, "cuda:0" if gpus else "cpu") for _ in range(workers or gpus or 1)
+        ]
         ray.get([actor.ready.remote() for actor in actors])
         folder = RunFolder(job.output)
         todo = [shard for shard in range(folder.num_shards) if not folder.is_done(shard)]
