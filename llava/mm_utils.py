@@ -69,7 +69,7 @@ def load_rgb_image(path: str | Path) -> Image.Image:
         raise UnreadableImageError(
             f"{path}: {error}. Shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if the file is to be trusted"
         ) from None
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL's decoders raise for broken files
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # what PIL's decoders raise for broken files
         raise UnreadableImageError(f"{path}: cannot be decoded ({error}); fetch the file anew") from error
 
 

@@ -6,6 +6,7 @@ EXIF. `size` and boxes are those of this picture. An image that can't be read wh
 
 from __future__ import annotations
 
+import errno
 import struct
 from pathlib import Path
 
@@ -22,6 +23,14 @@ BROKEN_IMAGE_ERRORS = (
 Image.init()
 
 
+ERRORS_OF_A_PATH = (errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+"""What the system says of a path that will never be readable. All else it says is an outage."""
+
+
+class StorageError(OSError):
+    """The storage failed, not the picture: a mount that went away, too many open files. Nothing may be recorded."""
+
+
 class UnreadableImageError(ValueError):
     """An image that isn't there, is no image, is cut off, or is too large to be decoded safely."""
 
@@ -31,6 +40,7 @@ def decode_image(path: Path) -> Image.Image:
 
     Raises:
         UnreadableImageError: says why; the message doesn't name the folder, so that it is the same on each machine.
+        StorageError: the picture may be sound, but cannot be had now.
     """
     try:
         with Image.open(path) as image:
@@ -43,4 +53,6 @@ def decode_image(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(str(error)) from None
     except BROKEN_IMAGE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None and error.errno not in ERRORS_OF_A_PATH:
+            raise StorageError(f"{path}: {error.strerror}. Once it can be read again, run the same command") from error
         raise UnreadableImageError(f"cannot be decoded: {error}".replace(str(path), path.name)) from error

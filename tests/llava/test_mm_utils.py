@@ -186,6 +186,18 @@ def test_broken_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         mm_utils.load_rgb_image(tmp_path / "whole.png")
 
 
+def test_a_decoder_that_fails_in_its_own_way_is_an_unreadable_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> None:
+        raise RuntimeError("Failed to decode frame 0")  # as PIL does for broken AVIF
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(mm_utils.UnreadableImageError, match=r"x\.avif: cannot be decoded"):
+        mm_utils.load_rgb_image(tmp_path / "x.avif")
+
+
+
 def test_any_picture_becomes_rgb(tmp_path: Path) -> None:
     for mode in ("L", "P", "RGBA", "1", "LA"):
         Image.new(mode, (3, 2)).save(tmp_path / f"{mode}.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from PIL import Image
 
 from llava.mm_utils import UnreadableImageError as UnreadableInTraining
 from llava.mm_utils import load_rgb_image
-from patch_aligned.annotate.decoding import UnreadableImageError, decode_image
+from patch_aligned.annotate.decoding import StorageError, UnreadableImageError, decode_image
 from patch_aligned.annotate.manifest import list_images
 from patch_aligned.annotate.process_shard import Workload, annotate_images
 from patch_aligned.annotate.recipes import ModelRecipe
@@ -112,6 +113,19 @@ def test_a_decoder_that_gives_up_in_its_own_way_ends_one_picture_not_the_run(tmp
         Image.open(tmp_path / "surface.jpg")
     with pytest.raises(UnreadableImageError, match="cannot be decoded"):
         decode_image(tmp_path / "surface.jpg")
+
+
+def test_an_outage_of_the_storage_stops_the_run_and_is_not_recorded_of_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "sound.png")
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(StorageError, match=r"sound\.png: Input/output error. Once it can be read again"):
+        decode_image(tmp_path / "sound.png")
 
 
 def test_all_formats_are_known_before_threads_open_pictures() -> None:
