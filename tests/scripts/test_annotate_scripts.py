@@ -32,6 +32,8 @@ def printed(script: str, *arguments: str, **environment: str) -> list[list[str]]
 def parsed(words: list[str]) -> dict[str, Any]:
     """Options of a `patch-aligned` command, read by the real parser."""
     _, name, *arguments = words
+    # The whole command line takes underscores for dashes; its subcommand, parsed alone, does not.
+    arguments = [word.replace("_", "-") if word.startswith("--") else word for word in arguments]
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     return command.make_context(name, arguments).params
 
