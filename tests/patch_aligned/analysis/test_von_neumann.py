@@ -98,7 +98,8 @@ def test_undefined_entropies_say_why():
 
 
 def test_the_entropy_of_two_ranks_is_that_of_all_tokens(tmp_path: Path):
-    torch.multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    # Forked, since a spawned process could not import this module by name.
+    torch.multiprocessing.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
     whole = EntropyAccumulator(WIDTH)
     whole.update(torch.cat([random_tokens(20, WIDTH, seed=0), random_tokens(30, WIDTH, seed=1)]))
     for rank in range(2):
