@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +100,13 @@ def test_undefined_entropies_say_why():
 
 
 def test_the_entropy_of_two_ranks_is_that_of_all_tokens(tmp_path: Path):
-    # Forked, since a spawned process could not import this module by name.
-    torch.multiprocessing.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    # As scripts: a spawned process could not import this module by name, a forked one would inherit torch's locks.
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     whole = EntropyAccumulator(WIDTH)
     whole.update(torch.cat([random_tokens(20, WIDTH, seed=0), random_tokens(30, WIDTH, seed=1)]))
     for rank in range(2):
@@ -116,3 +123,7 @@ def one_rank(rank: int, folder: str) -> None:
     accumulator.all_reduce()
     Path(folder, f"{rank}.json").write_text(json.dumps([accumulator.entropy_nats(), accumulator.token_count]))
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    one_rank(int(sys.argv[1]), sys.argv[2])
