@@ -234,6 +234,11 @@ def boxes_xyxy_from_square01(boxes_xyxy_square01: Any, original_wh: tuple[int, i
     return _pairs(boxes_xyxy_square01, 4) * max(original_wh) - np.tile(square_padding_xy(original_wh), 2)
 
 
+def boxes_xyxy_from_image01(boxes_xyxy_image01: Any, original_wh: tuple[int, int]) -> np.ndarray:
+    """Boxes `[..., 4]` in 0..1 of the image's own width and height -> original pixels; nothing is clipped."""
+    return _pairs(boxes_xyxy_image01, 4) * np.tile(original_wh, 2)
+
+
 def letterboxed_wh(original_wh: tuple[int, int], target_wh: tuple[int, int]) -> tuple[int, int]:
     """Largest size of the image's shape inside `target_wh`; the shorter side is rounded up (upstream's rule)."""
     width, height = original_wh

@@ -17,6 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from llava.image_geometry import (
     ImageGeometry,
+    boxes_xyxy_from_image01,
     boxes_xyxy_from_square01,
     boxes_xyxy_to_square01,
     get_anyres_image_grid_shape,
@@ -178,6 +179,13 @@ def test_square01_is_the_pad_geometry_of_side_one(size_wh: tuple[int, int], box:
     in_square = ImageGeometry.of("pad", size_wh, 1, (1, 1)).boxes_xyxy_to_model(box)
     np.testing.assert_allclose(square01, in_square, atol=1e-9)
     np.testing.assert_allclose(boxes_xyxy_from_square01(square01, size_wh), box, atol=1e-9)
+
+
+def test_both_frames_agree_on_square_images_only() -> None:
+    box01 = [0.25, 0.5, 0.75, 1.0]
+    np.testing.assert_array_equal(boxes_xyxy_from_image01(box01, (40, 20)), [10, 10, 30, 20])
+    np.testing.assert_array_equal(boxes_xyxy_from_square01(box01, (40, 20)), [10, 10, 30, 30])
+    np.testing.assert_array_equal(boxes_xyxy_from_image01(box01, (24, 24)), boxes_xyxy_from_square01(box01, (24, 24)))
 
 
 def test_known_numbers() -> None:
