@@ -1,0 +1,207 @@
+"""Which benchmarks there are: the task of each, its data, the number that a table shows, what it needs to run.
+
+lmms-eval's own tasks read data sets of the hub; the tasks under `eval/lmms_tasks` read files made on this machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).parents[1]
+TASK_FOLDERS = ROOT / "eval" / "lmms_tasks"
+ALL = "all"
+PADDED_FRAME = "acc@0.5 padded frame undone"
+IMAGE_FRAME = "acc@0.5 read in image frame"
+
+Group = Literal["rec", "legacy", "vqa", "instruction", "extra", "server", "mini"]
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A split of a data set on the hub: only the files of this split are fetched.
+
+    Attributes:
+        repository: its name.
+        config: its subset, or None where it has only one.
+        split: as the data set calls it.
+    """
+
+    repository: str
+    config: str | None
+    split: str
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """A file made on this machine.
+
+    Attributes:
+        path: parquet, counted from the root of the repository.
+        split: as the task calls it.
+        made_by: the command that makes it.
+    """
+
+    path: str
+    split: str
+    made_by: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark, one task of lmms-eval.
+
+    Attributes:
+        name: as commands, folders and results have it.
+        task: lmms-eval's name of it.
+        group: which suite it is part of.
+        task_folder: where the task's YAML lies: within lmms-eval's tasks, or within `eval/lmms_tasks` for own ones.
+        data: what is asked.
+        headline: the metric that the tables show, or None where only a server scores.
+        unit: of its scores.
+        tables: of the paper, that it is part of.
+        column: its name there.
+        rows: how many rows are published, or None where that depends on what was made.
+        needs: `judge` where a language model scores the answers.
+        limit_step: a limit on the rows must be a multiple of it.
+        pictures: a second split, which holds the pictures.
+        submission: pattern of the file for a test server, below the run's folder.
+        mean_of_rows: the task's own means are means over rows of what it says of one row alone.
+        speaks_boxes: answers are boxes, so that the frame matters.
+    """
+
+    name: str
+    task: str
+    group: Group
+    task_folder: str
+    data: HubData | LocalData
+    headline: str | None
+    unit: Literal["share", "points", "sum"] = "share"
+    tables: tuple[int, ...] = ()
+    column: str = ""
+    rows: int | None = None
+    needs: tuple[Literal["judge"], ...] = ()
+    limit_step: int = 1
+    pictures: HubData | None = None
+    submission: str | None = None
+    mean_of_rows: bool = False
+    speaks_boxes: bool = False
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the task lies in this repository."""
+        return isinstance(self.data, LocalData)
+
+
+def _hub(dataset: str, split: str, config: str | None = None) -> HubData:
+    return HubData(f"lmms-lab-encoder/{dataset}", config, split)
+
+
+# The second number is the count that the data set's publisher states; prefetching compares.
+_VQA = (
+    Benchmark("gqa", "gqa", "vqa", "gqa", _hub("GQA", "testdev", "testdev_balanced_instructions"), "exact_match",
+              tables=(6,), column="GQA", rows=12578, pictures=_hub("GQA", "testdev", "testdev_balanced_images")),
+    Benchmark("scienceqa", "scienceqa_img", "vqa", "scienceqa", _hub("ScienceQA", "test", "ScienceQA-IMG"),
+              "exact_match", tables=(6,), column="SciQA", rows=2017),
+    Benchmark("vizwiz", "vizwiz_vqa_val", "vqa", "vizwiz_vqa", _hub("VizWiz-VQA", "val"), "exact_match",
+              tables=(6,), column="VizWiz", rows=4319),
+    Benchmark("okvqa", "ok_vqa_val2014", "vqa", "ok_vqa", _hub("OK-VQA", "val2014"), "exact_match",
+              tables=(6,), column="OKVQA", rows=5046, submission="submissions/ok_vqa-*.json"),
+)  # fmt: skip
+_INSTRUCTION = (
+    Benchmark("mmmu", "mmmu_val", "instruction", "mmmu", _hub("MMMU", "validation"), "mmmu_acc",
+              tables=(7,), column="MMMU", rows=900, mean_of_rows=True),
+    Benchmark("mmvet", "mmvet", "instruction", "mmvet", _hub("MMVet", "test"), "gpt_eval_score", "points",
+              tables=(7,), column="MMVet", rows=218, needs=("judge",)),
+    Benchmark("cmmmu", "cmmmu_val", "instruction", "cmmmu", _hub("CMMMU", "val"), "cmmmu_acc",
+              tables=(7,), column="CMMMU", rows=900),
+    Benchmark("mmbench_en", "mmbench_en_dev_static", "instruction", "mmbench", _hub("MMBench", "dev", "en"),
+              "gpt_eval_score", "points", tables=(7,), column="MMB EN", rows=4329, submission="submissions/*.xlsx"),
+    Benchmark("mme", "mme", "instruction", "mme", _hub("MME", "test"), "mme_perception_score", "sum",
+              tables=(7,), column="MME", rows=2374, limit_step=2),
+)  # fmt: skip
+_EXTRA = (
+    Benchmark("pope", "pope", "extra", "pope", _hub("POPE", "test"), "pope_accuracy", rows=9000),
+    Benchmark("textvqa", "textvqa_val", "extra", "textvqa", _hub("textvqa", "validation"), "exact_match", rows=5000,
+              submission="submissions/textvqa_*.json"),
+    Benchmark("seed", "seedbench", "extra", "seedbench", _hub("SEED-Bench", "test"), "seed_all", rows=17990,
+              mean_of_rows=True),
+)  # fmt: skip
+_SERVER = (
+    Benchmark("vizwiz_test", "vizwiz_vqa_test", "server", "vizwiz_vqa", _hub("VizWiz-VQA", "test"), None, rows=8000,
+              submission="submissions/vizwiz_*.json"),
+    Benchmark("textvqa_test", "textvqa_test", "server", "textvqa", _hub("textvqa", "test"), None, rows=5734,
+              submission="submissions/textvqa_*.json"),
+    Benchmark("mmmu_test", "mmmu_test", "server", "mmmu", _hub("MMMU", "test"), None, rows=10500,
+              submission="submissions/mmmu_*.json"),
+    Benchmark("cmmmu_test", "cmmmu_test", "server", "cmmmu", _hub("CMMMU", "test"), None, rows=11000,
+              submission="submissions/cmmmu_*.jsonl"),
+    Benchmark("mmbench_en_test", "mmbench_en_test", "server", "mmbench", _hub("MMBench", "test", "en"), None,
+              rows=6666, submission="submissions/*.xlsx"),
+)  # fmt: skip
+
+_REC_SPLITS = (
+    ("refcoco", "val", "RefCOCO val", 10834),
+    ("refcoco", "testA", "RefCOCO test-A", 5657),
+    ("refcoco", "testB", "RefCOCO test-B", 5095),
+    ("refcoco_plus", "val", "RefCOCO+ val", 10758),
+    ("refcoco_plus", "testA", "RefCOCO+ test-A", 5726),
+    ("refcoco_plus", "testB", "RefCOCO+ test-B", 4889),
+    ("refcocog", "val", "RefCOCOg val", 4896),
+    ("refcocog", "test", "RefCOCOg test", 9602),
+)
+_SHIPPED_REC = {"refcoco": ("refcoco", "RefCOCO"), "refcoco_plus": ("refcoco+", "RefCOCOplus"),
+                "refcocog": ("refcocog", "RefCOCOg")}  # fmt: skip
+
+
+def _rec(dataset: str, split: str, column: str, rows: int) -> Benchmark:
+    """One row an expression, counted by the splits that the papers use."""
+    name = f"{dataset}_{split}"
+    data = LocalData(f"playground/data/eval/rec/{name}.parquet", "test", "python -m eval.rec.convert --help")
+    return Benchmark(name, name, "rec", "rec", data, PADDED_FRAME, tables=(5, 8), column=column, rows=rows,
+                     speaks_boxes=True)  # fmt: skip
+
+
+def _legacy_rec(dataset: str, split: str, column: str) -> Benchmark:
+    """lmms-eval's own task: its prompt, its rows, boxes read in the image's frame."""
+    folder, repository = _SHIPPED_REC[dataset]
+    return Benchmark(f"legacy_{dataset}_{split}", f"{folder}_bbox_rec_{split}", "legacy", folder,
+                     _hub(repository, split), "refcoco_ACC@0.5", tables=(5, 8), column=column,
+                     mean_of_rows=True)  # fmt: skip
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        *(_rec(*row) for row in _REC_SPLITS),
+        *(_legacy_rec(*row[:3]) for row in _REC_SPLITS),
+        *_VQA, *_INSTRUCTION, *_EXTRA, *_SERVER,
+    )
+}  # fmt: skip
+GROUPS = ("rec", "legacy", "vqa", "instruction", "extra", "server", "mini")
+"""Names that stand for several benchmarks. `all` is what the paper's tables 5 to 7 and the extra ones need."""
+ALL_GROUPS = ("rec", "vqa", "instruction", "extra")
+
+
+def choose(names: Iterable[str]) -> list[Benchmark]:
+    """Benchmarks by their names or those of groups, each once, in the order of the registry.
+
+    Raises:
+        ValueError: a name is not known; the message lists near ones.
+    """
+    chosen = set()
+    for name in names:
+        groups = ALL_GROUPS if name == ALL else (name,)
+        found = {name} & BENCHMARKS.keys() or {
+            benchmark.name for benchmark in BENCHMARKS.values() if benchmark.group in groups
+        }
+        if not found:
+            known = [*BENCHMARKS, *GROUPS, ALL]
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"--benchmarks: found {name!r}, which is none; {advice}")
+        chosen |= found
+    return [benchmark for benchmark in BENCHMARKS.values() if benchmark.name in chosen]
