@@ -43,8 +43,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patch_aligned.annotate": ("patch_aligned.annotate", "patch_aligned.annotations", "patch_aligned.record_files",
                                "patch_aligned.rle", "patch_aligned.command_errors"),
     "patch_aligned.checkpoint_hash": (),
-    "patch_aligned.results": ("patch_aligned.results", "patch_aligned.checkpoint_hash", "patch_aligned.command_errors",
-                              "patch_aligned.html_page"),
+    "patch_aligned.bootstrap": (),
+    "patch_aligned.results": ("patch_aligned.results", "patch_aligned.checkpoint_hash", "patch_aligned.bootstrap",
+                              "patch_aligned.command_errors", "patch_aligned.html_page"),
 }
 # Modules that are formulas on tensors: torch and the standard library, nothing else.
 TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.von_neumann", "patch_aligned.analysis.alignment",

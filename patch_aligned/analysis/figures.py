@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from patch_aligned.analysis.bootstrap import percentile_interval, resampled_means
 from patch_aligned.analysis.region_table import RegionRows
+from patch_aligned.bootstrap import percentile_interval, resampled_means
 
 SIZE_LIMITS_PX = (32**2, 96**2)
 """COCO's bounds between small, medium and large regions, pixels of the original image."""

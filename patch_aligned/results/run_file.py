@@ -121,7 +121,9 @@ class Sample:
         prompt: the question.
         answer: the model's text, as it came.
         target: the right answer, as the benchmark has it.
-        scores: numbers of this row, by the names of the run's scores where these are means of them.
+        scores: numbers of this row, by the names of the run's scores, and in their units.
+        group: what else the row belongs to, such as its image: rows of a group are resampled together. None where
+            rows stand alone.
     """
 
     id: str
@@ -129,6 +131,7 @@ class Sample:
     answer: str
     target: Any
     scores: dict[str, float] = field(default_factory=dict)
+    group: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from patch_aligned.analysis import bootstrap
-from patch_aligned.analysis.bootstrap import percentile_interval, resampled_means
+from patch_aligned import bootstrap
 from patch_aligned.analysis.figures import (
     FIGURES,
     Resampling,
@@ -20,6 +19,7 @@ from patch_aligned.analysis.figures import (
     rules_of,
 )
 from patch_aligned.analysis.region_table import SCORES, RegionRows
+from patch_aligned.bootstrap import percentile_interval, resampled_means
 
 RESAMPLING = Resampling(resamples=300, seed=5)
 

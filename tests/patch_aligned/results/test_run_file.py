@@ -45,6 +45,7 @@ def test_the_file_has_the_agreed_shape(tmp_path: Path, samples_of: Make, result_
     first = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
     assert first == {
         "id": "0", "prompt": "question 0", "answer": "answer 0", "target": [0.1, 0], "scores": {"acc": 1.0},
+        "group": None,
     }  # fmt: skip
 
 

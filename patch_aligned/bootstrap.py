@@ -1,8 +1,8 @@
-"""Confidence intervals by the bootstrap over images.
+"""Confidence intervals by the bootstrap over groups of rows: over images, for scores of regions or of questions.
 
-Regions of one image are alike, so images are drawn, not regions: as many as there are, with replacement, and the mean
-is taken anew over all regions of the images drawn. Scores of several projectors that are resampled together see the
-same draws, which makes the interval of their difference a paired one.
+Rows of one image are alike, so images are drawn, not rows: as many as there are, with replacement, and the mean is
+taken anew over all rows of the images drawn. Scores of several models that are resampled together see the same draws,
+which makes the interval of their difference a paired one.
 
 Letters: I images, F figures, N resamples.
 """
@@ -18,13 +18,13 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: 
     """Means of figures over resampled images.
 
     Args:
-        sums: `[I, F]`, sum of each figure over an image's regions.
-        counts: `[I, F]`, number of regions in that sum.
+        sums: `[I, F]`, sum of each figure over an image's rows.
+        counts: `[I, F]`, number of rows in that sum.
         resamples: N.
         seed: decides the draws, which are the same for all figures.
 
     Returns:
-        `[N, F]`; NaN where no region was drawn.
+        `[N, F]`; NaN where no row was drawn.
     """
     images = len(sums)
     generator = np.random.default_rng(seed)
