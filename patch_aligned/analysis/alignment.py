@@ -19,9 +19,7 @@ labels of the set.
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +57,8 @@ def _otsu(maps: Tensor, truth_cells: Tensor) -> Tensor:
 
 
 def _mean_std(maps: Tensor, truth_cells: Tensor) -> Tensor:
-    return maps.mean(dim=1) + maps.std(dim=1, correction=0)
+    mean = maps.mean(dim=1, keepdim=True)
+    return mean.squeeze(1) + (maps - mean).square().mean(dim=1).sqrt()  # `std` warns where there is no region
 
 
 def _top_area(maps: Tensor, truth_cells: Tensor) -> Tensor:
@@ -108,6 +107,21 @@ def predicted_tokens(maps: Tensor, rule: str, truth_cells: Tensor | None = None)
         truth_cells = maps.new_zeros(len(maps))
     informative = (maps.amax(dim=1) > maps.amin(dim=1)).unsqueeze(1)  # [R, 1]
     return (maps > THRESHOLD_RULES[rule](maps, truth_cells).unsqueeze(1)) & informative
+
+
+def iou_by_area(predicted: Tensor, coverage: Tensor) -> Tensor:
+    """Intersection over union of predicted tokens, drawn as full cells, with the regions' masks.
+
+    Args:
+        predicted: `[R, S]`, bool.
+        coverage: `[R, S]`, share of each cell that the region covers.
+
+    Returns:
+        `[R]`, in coverage's dtype; NaN for a region without area.
+    """
+    truth_cells = coverage.sum(dim=1)  # [R]
+    intersection = (coverage * predicted).sum(dim=1)
+    return (intersection / (predicted.sum(dim=1) + truth_cells - intersection)).where(truth_cells > 0, torch.nan)
 
 
 def average_precision(maps: Tensor, coverage: Tensor) -> Tensor:
@@ -183,10 +197,11 @@ def compare_with_labels(regions: Tensor, label_directions: Tensor, own: Tensor) 
 class RegionScores:
     """Scores of an image's regions, `[R]` each, float64; NaN where a score is undefined.
 
-    The first two belong to regions that reach into the model's image, all others to those that cover a token.
+    Those by area, `..._px`, belong to regions that reach into the model's image, the others to those that cover a token.
 
     Attributes:
-        iou_px: intersection over union by area.
+        iou_px: intersection over union by area, under the chosen threshold rule.
+        iou_px_mid_range, iou_px_otsu, iou_px_mean_std, iou_px_top_area: the same under each rule.
         average_precision_px: see `average_precision`.
         iou_tokens: intersection over union of whole tokens.
         pointing: see `pointing_hits`.
@@ -197,6 +212,10 @@ class RegionScores:
     """
 
     iou_px: Tensor
+    iou_px_mid_range: Tensor
+    iou_px_otsu: Tensor
+    iou_px_mean_std: Tensor
+    iou_px_top_area: Tensor
     average_precision_px: Tensor
     iou_tokens: Tensor
     pointing: Tensor
@@ -242,8 +261,9 @@ def score_regions(
     truth_cells = coverage.sum(dim=1)  # [R]
     maps = cosine_maps(label_directions[own], visual_tokens)  # [R, S]
     predicted = predicted_tokens(maps, rule, truth_cells)  # [R, S]
-    intersection = (coverage * predicted).sum(dim=1)
-    union = predicted.sum(dim=1) + truth_cells - intersection
+    iou_px_of_rules = {
+        f"iou_px_{name}": iou_by_area(predicted_tokens(maps, name, truth_cells), coverage) for name in THRESHOLD_RULES
+    }
 
     covered = coverage >= min_coverage  # [R, S]
     covers_token = covered.any(dim=1)  # [R]
@@ -258,7 +278,8 @@ def score_regions(
         return scores.where(covers_token, torch.nan)
 
     return RegionScores(
-        iou_px=(intersection / union).where(truth_cells > 0, torch.nan),
+        iou_px=iou_px_of_rules[f"iou_px_{rule}"],
+        **iou_px_of_rules,
         average_precision_px=average_precision(maps, coverage),
         iou_tokens=of_covering((covered & predicted).sum(dim=1) / (covered | predicted).sum(dim=1).double()),
         pointing=of_covering(pointing_hits(maps, covered)),
@@ -269,35 +290,3 @@ def score_regions(
         top1=of_covering(comparison.top1),
         top5=of_covering(comparison.top5),
     )
-
-
-def permute_labels(labels: Sequence[Hashable], seed: int) -> list[int | None]:
-    """Permutes labels among regions so that each region gets a label that is not its own.
-
-    Against this control a cosine can be judged: a projector that sends everything to one direction near all words has a
-    high cosine with the right label, and the same with a wrong one.
-
-    Args:
-        labels: one label a region, over the whole set.
-        seed: seed of the permutation.
-
-    Returns:
-        For each region the index of the region whose label it gets, each index at most once. `None` where the
-        permutation must end: more than half of the regions share one label, so some can only get their own.
-    """
-    order = list(range(len(labels)))
-    generator = random.Random(seed)
-    # Groups of equal labels lie together, the groups and the regions within each in random order.
-    generator.shuffle(order)
-    rank = {label: generator.random() for label in dict.fromkeys(labels)}
-    counts = Counter(labels)
-    largest = max(counts.values(), default=0)
-    order.sort(key=lambda index: rank[labels[index]])
-    # A turn by the size of the largest group leads every region out of its own group, unless that group is more than
-    # half of all; then those that come back to it have nowhere to go.
-    chosen: list[int | None] = [None] * len(labels)
-    for position, index in enumerate(order):
-        source = order[(position + largest) % len(order)]
-        if labels[source] != labels[index]:
-            chosen[index] = source
-    return chosen

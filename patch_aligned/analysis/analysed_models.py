@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from patch_aligned.analysis.embeddings import MeasuredProjector, Tower, WordEmbeddings
 from patch_aligned.analysis.model_families import family_of, load_family
 from patch_aligned.analysis.projector_sources import (
@@ -34,7 +36,7 @@ class AnalysedModel:
         return self.projector.name
 
 
-def load_analysed_models(
+def load_models(
     specifications: Sequence[str],
     base: str | None = None,
     vision_tower: str | None = None,
@@ -51,17 +53,16 @@ def load_analysed_models(
         device: where towers and projectors run.
 
     Raises:
-        ValueError: an input does not fit; the message says which and what to do.
+        ValueError: an input does not fit, or there is no such device; the message says which and what to do.
         FileNotFoundError: there is no such path.
     """
-    sources_of = [_name_and_path(specification) for specification in specifications]
-    of_families = {name: path for name, path in sources_of if path is not None and family_of(path)}
+    _require_device(device)
+    named = [_name_and_path(specification) for specification in specifications]
+    of_families = {name: path for name, path in named if path is not None and family_of(path)}
     own = [
-        specification
-        for specification, (name, _) in zip(specifications, sources_of, strict=True)
-        if name not in of_families
+        specification for specification, (name, _) in zip(specifications, named, strict=True) if name not in of_families
     ]
-    names = [name for name, _ in sources_of]
+    names = [name for name, _ in named]
     require_distinct(names)
     sources = parse_projectors(own) if own or not of_families else []
     models = {name: AnalysedModel(*load_family(name, path, device)) for name, path in of_families.items()}
@@ -74,6 +75,20 @@ def load_analysed_models(
             projector = source.build(tower, words, default_config_of(sources))
             models[source.name] = AnalysedModel(tower, projector)
     return [models[name] for name in names]
+
+
+def sources_of(models: Sequence[AnalysedModel]) -> dict[str, str]:
+    """Where each model's projector and words come from, by name, for captions."""
+    return {model.name: f"{model.projector.source}, words of {model.projector.words.source}" for model in models}
+
+
+def _require_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: torch knows no such device. Pass cpu, cuda or cuda:1.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA device here. Pass --device cpu.")
 
 
 def _name_and_path(specification: str) -> tuple[str, Path | None]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from patch_aligned.analysis.alignment import THRESHOLD_RULES
 from patch_aligned.analysis.region_table import RegionRows
 from patch_aligned.bootstrap import percentile_interval, resampled_means
 
@@ -30,6 +31,12 @@ FIGURES: dict[str, FigureKind] = {
         "iou_px", False, "mean over regions of the IoU by area of the tokens above the threshold {threshold_rule}"
     ),
     "align_px_per_image": FigureKind("iou_px", True, "as align_px, mean over images of each image's mean"),
+    **{
+        f"align_px_{rule}": FigureKind(
+            f"iou_px_{rule}", False, f"as align_px, with the threshold {rule} whatever is chosen"
+        )
+        for rule in THRESHOLD_RULES
+    },
     "align_tokens": FigureKind(
         "iou_tokens",
         False,

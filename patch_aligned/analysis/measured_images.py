@@ -19,10 +19,10 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from llava.mm_utils import load_rgb_image
-from patch_aligned.analysis.alignment import permute_labels
 from patch_aligned.analysis.annotated_sets import AnnotatedSet, open_annotated_set
 from patch_aligned.analysis.embeddings import Tower
 from patch_aligned.analysis.localisation_figure import PictureRow
+from patch_aligned.analysis.shuffled_labels import permute_labels
 from patch_aligned.annotations import AnnotatedImage, Region
 from patch_aligned.dataset.image_files import image_path
 from patch_aligned.patch_masks import token_coverage_of_regions

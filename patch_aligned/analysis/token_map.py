@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from patch_aligned.analysis.embeddings import MeasuredProjector, SharedTower, WordEmbeddings
+from patch_aligned.analysis.analysed_models import AnalysedModel
+from patch_aligned.analysis.embeddings import WordEmbeddings
 from patch_aligned.analysis.matching_pursuit import Pursuit, WordDictionary, matching_pursuit
 from patch_aligned.analysis.token_text import TokenText, VocabularyText
 from patch_aligned.analysis.word_list import WordList
@@ -136,20 +136,38 @@ class TokenMapper:
         return self._words[token_id]
 
 
-def map_images(
+def token_maps(
+    models: Sequence[AnalysedModel],
     images: Iterable[tuple[str, Image.Image]],
-    tower: SharedTower,
-    mappers: Sequence[tuple[MeasuredProjector, TokenMapper]],
+    settings: PursuitSettings | None = None,
+    english: WordList | None = None,
 ) -> Iterator[MappedImage]:
-    """Yields the token maps of each image, given with its id, in turn; every projector comes with its words' mapper."""
+    """Yields the token maps of each image in turn.
+
+    Args:
+        models: each makes a map of an image; those of one tower share its features, those of one LLM its words.
+        images: each with its id.
+        settings: how tokens are decomposed.
+        english: English words; None leaves the words' language open.
+
+    Raises:
+        ValueError: a table of word embeddings is broken.
+    """
+    mappers: dict[str, TokenMapper] = {}
+    for model in models:
+        words = model.projector.words
+        if words.source not in mappers:
+            mappers[words.source] = TokenMapper(words, settings, english, model.tower.device)
+    towers = {id(model.tower): model.tower for model in models}
     for image_id, image in images:
-        pixels = tower.pixels(image)  # [3, side, side]
-        features = tower.features(torch.stack([pixels]))  # [1, S, d]
+        pixels = {key: tower.pixels(image) for key, tower in towers.items()}  # [3, side, side] each
+        features = {key: tower.features(pixels[key][None]) for key, tower in towers.items()}  # [1, S, d] each
         maps = {}
-        for projector, mapper in mappers:
-            tokens, grid = projector.visual_tokens(features)  # [1, T, D]
-            maps[projector.name] = mapper.map(tokens[0], grid)
-        yield MappedImage(image_id, tower.displayed(pixels), maps)
+        for model in models:
+            tokens, grid = model.projector.visual_tokens(features[id(model.tower)])  # [1, T, D]
+            maps[model.name] = mappers[model.projector.words.source].map(tokens[0], grid)
+        shown = models[0].tower
+        yield MappedImage(image_id, shown.displayed(pixels[id(shown)]), maps)
 
 
 def map_caption(token_map: TokenMap, round_index: int) -> str:

@@ -45,19 +45,20 @@ def token_map(
         typer.Option(
             metavar="NAME=PATH",
             help="A projector under a name; repeat for each. PATH is an --output_dir of stage 1, an mm_projector.bin, "
-            "a full checkpoint, or `random[:SEED]` for untrained weights.",
-        ),
-    ],
-    base: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH",
-            help="The language model (folder or hub name). Only its word embeddings and tokenizer are read.",
+            "a full checkpoint, a model of transformers, or `random[:SEED]` for untrained weights.",
         ),
     ],
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="Where token_map.html, token_map.json and a PNG an image go.")
     ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="The language model of LLaVA's projectors (folder or hub name). Only its word embeddings and "
+            "tokenizer are read. Whole models have their own.",
+        ),
+    ] = None,
     image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="An image; repeat for each.")] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Instead of --image: the images of a PAD file, from its first.")

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from patch_aligned.analysis.token_map import MappedImage, TokenMap, colours_of_words, map_caption
+from patch_aligned.analysis.word_list import WordList
 from patch_aligned.html_page import html_page
 
 _DIGITS = 4
@@ -20,7 +21,7 @@ _JPEG_QUALITY = 85
 
 
 def token_map_document(
-    images: Sequence[MappedImage], projectors: Mapping[str, str], method: str, word_list: str | None
+    images: Sequence[MappedImage], projectors: Mapping[str, str], method: str, word_list: WordList | None
 ) -> dict[str, Any]:
     """Everything that the page shows, but for the pictures.
 
@@ -28,7 +29,7 @@ def token_map_document(
         images: with the maps of every projector.
         projectors: where each projector comes from, by name.
         method: how the words were found, for the caption.
-        word_list: name of the list of English words; None where there is none.
+        word_list: English words; None where no list is installed.
     """
     entries: list[dict[str, Any]] = []
     marks = False
@@ -39,7 +40,7 @@ def token_map_document(
         entries.append({"image_id": image.image_id, "top_cosine": round(image.top_cosine, _DIGITS), "maps": maps})
     return {
         "method": method,
-        "word_list": word_list,
+        "word_list": word_list.name if word_list else None,
         "marks_words": marks,
         "projectors": dict(projectors),
         "images": entries,

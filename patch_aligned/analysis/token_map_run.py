@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from transformers.utils import logging as transformers_logging
 
 from llava.mm_utils import load_rgb_image
-from patch_aligned.analysis.embeddings import MeasuredProjector, WordEmbeddings
-from patch_aligned.analysis.projector_sources import default_config_of, load_tower, parse_projectors
-from patch_aligned.analysis.token_map import MappedImage, PursuitSettings, TokenMapper, map_images
+from patch_aligned.analysis.analysed_models import load_models, sources_of
+from patch_aligned.analysis.token_map import MappedImage, PursuitSettings, token_maps
 from patch_aligned.analysis.token_map_figure import save_token_map_figure
 from patch_aligned.analysis.token_map_page import token_map_document, write_token_map_page
 from patch_aligned.analysis.word_list import english_words
@@ -27,7 +25,7 @@ from patch_aligned.dataset.image_files import image_path
 def run_token_map(
     *,
     projectors: Sequence[str],
-    base: str,
+    base: str | None,
     output: Path,
     images: Sequence[Path] = (),
     data: Path | None = None,
@@ -51,32 +49,17 @@ def run_token_map(
     """
     settings = settings or PursuitSettings()
     # All that can be wrong with the arguments is found before the first large file is read.
-    sources = parse_projectors(projectors)
     chosen = _chosen_images(images, data, image_folder, limit)
     if png and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("PNGs need matplotlib: pip install 'patch-aligned-llava[analysis]', or pass --no-png.")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no CUDA device here. Pass --device cpu.")
     word_list = english_words(english)
 
     console = Console()
     transformers_logging.disable_progress_bar()
-    tower = load_tower(sources, vision_tower, image_aspect_ratio, device)
-    base_words = WordEmbeddings.load(base)
-    mappers: dict[str, TokenMapper] = {}
-    pairs: list[tuple[MeasuredProjector, TokenMapper]] = []
-    for source in sources:
-        projector = source.build(tower, base_words, default_config_of(sources))
-        words = projector.words
-        if words.source not in mappers:
-            mappers[words.source] = TokenMapper(words, settings, word_list, device)
-        pairs.append((projector, mappers[words.source]))
-
-    stream = map_images(((name, load_rgb_image(path)) for name, path in chosen), tower, pairs)
+    models = load_models(projectors, base, vision_tower, image_aspect_ratio, device)
+    stream = token_maps(models, ((name, load_rgb_image(path)) for name, path in chosen), settings, word_list)
     mapped = list(track(stream, "Decomposing images", total=len(chosen), console=console))
-    where = {projector.name: f"{projector.source}, words of {projector.words.source}" for projector, _ in pairs}
-    list_name = word_list.name if word_list else None
-    document = token_map_document(mapped, where, settings.described(), list_name)
+    document = token_map_document(mapped, sources_of(models), settings.described(), word_list)
     written = list(write_token_map_page(mapped, document, output))
     if png:
         for number, image in enumerate(track(mapped, "Drawing", console=console), start=1):

@@ -17,11 +17,11 @@ from patch_aligned.analysis.alignment import (
     average_precision,
     compare_with_labels,
     cosine_maps,
-    permute_labels,
     pointing_hits,
     predicted_tokens,
     score_regions,
 )
+from patch_aligned.analysis.shuffled_labels import permute_labels
 
 
 def of_own(regions: int) -> torch.Tensor:
@@ -146,6 +146,8 @@ def test_scores_equal_a_drawing_reference(rule: str, seed: int):
     coverage = torch.from_numpy(geometry.token_coverage(masks))  # [R, rows, cols]
     labels = labels / labels.norm(dim=1, keepdim=True)
     scores = score_regions(tokens, labels, of_own(regions), coverage, rule=rule)
+    whatever_is_chosen = score_regions(tokens, labels, of_own(regions), coverage)
+    assert torch.equal(getattr(whatever_is_chosen, f"iou_px_{rule}"), scores.iou_px)
 
     for region, mask in enumerate(masks):
         label = labels[region].numpy()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava.convert.to_hf import to_hf
-from patch_aligned.analysis.analysed_models import load_analysed_models
+from patch_aligned.analysis.analysed_models import load_models
 from patch_aligned.analysis.analysis import analyse
 from patch_aligned.analysis.analysis_results import Analysis, AnalysisSettings
 from patch_aligned.analysis.figures import FIGURES, Resampling
@@ -22,14 +22,14 @@ START = "start=train_init/mm_projector.bin"
 
 
 def run(pad: Path, *specifications: str, seeds: tuple[int, ...] = (), **settings: object) -> Analysis:
-    models = load_analysed_models(specifications or ["random=random:1", START], "tiny-vicuna", "tiny-clip")
+    models = load_models(specifications or ["random=random:1", START], "tiny-vicuna", "tiny-clip")
     measure = MeasureSettings(pad, pad.parent / "pictures", **settings)  # type: ignore[arg-type]
     return analyse(models, AnalysisSettings(measure, Resampling(200, seed=3), seeds))
 
 
 def test_figures_are_those_of_measure(golden_world: Path, pad: Path):
     found = run(pad)
-    models = load_analysed_models(["random=random:1", START], "tiny-vicuna", "tiny-clip")
+    models = load_models(["random=random:1", START], "tiny-vicuna", "tiny-clip")
     settings = MeasureSettings(pad, pad.parent / "pictures")
     measured = measure_projectors(models[0].tower, [model.projector for model in models], settings)
     assert list(found.models) == list(measured.projectors) == ["random", "start"]
@@ -106,7 +106,7 @@ def test_models_of_other_towers_are_analysed_beside_ours(golden_world: Path, pad
     to_hf("tiny-llava", tmp_path / "hf", dtype="float32")
     told = []
     settings = AnalysisSettings(MeasureSettings(pad, pad.parent / "pictures", picture_rows=2), Resampling(50))
-    models = load_analysed_models([f"hf={tmp_path / 'hf'}", "own=tiny-llava"], image_aspect_ratio="pad")
+    models = load_models([f"hf={tmp_path / 'hf'}", "own=tiny-llava"], image_aspect_ratio="pad")
     found = analyse(models, settings, lambda done, total: told.append((done, total)))
     assert list(found.models) == ["hf", "own"]
     hf, own = found.models["hf"], found.models["own"]
@@ -150,8 +150,8 @@ def test_sets_and_models_that_cannot_be_analysed_say_why(
     with pytest.raises(ValueError, match="no regions in 1 images"):
         run(write_pad([]))
     with pytest.raises(ValueError, match="--base is missing"):
-        load_analysed_models([START], None, "tiny-clip")
+        load_models([START], None, "tiny-clip")
     with pytest.raises(ValueError, match="'a' is given twice"):
-        load_analysed_models(["a=random:1", "a=tiny-llava"], "tiny-vicuna", "tiny-clip")
+        load_models(["a=random:1", "a=tiny-llava"], "tiny-vicuna", "tiny-clip")
     with pytest.raises(ValueError, match="at least once"):
-        load_analysed_models([], "tiny-vicuna")
+        load_models([], "tiny-vicuna")

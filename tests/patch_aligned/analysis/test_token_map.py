@@ -43,8 +43,8 @@ def mapped(golden_world: Path) -> MappedImage:
     return MappedImage("street.jpg", torch.rand(3, 28, 28), {"ours": mapper.map(tokens, (2, 2))})
 
 
-def document_of(mapped: MappedImage, list_name: str | None = "a list") -> dict:
-    return token_map_document([mapped], {"ours": "a file"}, PursuitSettings().described(), list_name)
+def document_of(mapped: MappedImage, word_list: WordList | None = ENGLISH) -> dict:
+    return token_map_document([mapped], {"ours": "a file"}, PursuitSettings().described(), word_list)
 
 
 # --- texts of single tokens -----------------------------------------------------------------------------------------
