@@ -1,0 +1,150 @@
+"""Prompts that begin alike have their beginning computed once.
+
+Questions about one image begin alike: the template's system text, then the hundreds of visual tokens; what differs
+between them is a line of text. So a batch is read in two steps: first each distinct beginning, up to its last image,
+once; then, on top of a copy of its keys and values, what follows in each row.
+
+Letters: B rows, U distinct beginnings, P length of the longest beginning, R length of the longest rest, D width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from llava.constants import IMAGE_TOKEN_INDEX
+
+if TYPE_CHECKING:
+    from llava.model.multimodal_merge import MergedBatch
+
+
+def generate_sharing(
+    model: Any,
+    prompts: list[list[int]],
+    images: list[Tensor],
+    image_sizes: list[tuple[int, int]],
+    images_of_row: list[list[int]],
+    **options: Any,
+) -> Tensor:
+    """As `model.generate`, with the work on what prompts have in common done once.
+
+    Args:
+        model: a LLaVA of this package.
+        prompts: ids of each row, IMAGE_TOKEN_INDEX where an image belongs.
+        images: pixels of the distinct images, `[3, H, W]` or `[t, 3, H, W]`.
+        image_sizes: width and height of each of them before processing.
+        images_of_row: for each row which of `images` it shows, in order; two rows may show the same one.
+        **options: of `generate`.
+
+    Returns:
+        The new tokens `[B, new]`, padded on the right.
+    """
+    lengths = beginnings(prompts, images_of_row)
+    keys = [
+        (tuple(prompt[:length]), tuple(shown))
+        for prompt, length, shown in zip(prompts, lengths, images_of_row, strict=True)
+    ]
+    distinct = list(dict.fromkeys(keys))
+    tokens = encode(model, images, image_sizes)
+    if len(distinct) == len(prompts) or 0 in lengths or not can_share(model, options):
+        whole = merged(model, prompts, [tokens[i] for shown in images_of_row for i in shown])
+        return generate(
+            model,
+            inputs_embeds=whole.inputs_embeds,  # [B, L, D]
+            attention_mask=whole.attention_mask.long(),
+            position_ids=whole.position_ids,
+            **options,
+        )
+
+    begun = merged(model, [list(ids) for ids, _ in distinct], [tokens[i] for _, shown in distinct for i in shown])
+    cache = model(
+        inputs_embeds=begun.inputs_embeds,  # [U, P, D]
+        attention_mask=begun.attention_mask.long(),
+        position_ids=begun.position_ids,
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    device = begun.attention_mask.device
+    of_row = torch.tensor([distinct.index(key) for key in keys], device=device)  # [B]
+    cache.batch_select_indices(of_row)  # [B, heads, P, width of a head] in each layer
+
+    rest = merged(model, [prompt[length:] for prompt, length in zip(prompts, lengths, strict=True)], [])
+    attention_mask = torch.cat([begun.attention_mask[of_row], rest.attention_mask], dim=1).long()  # [B, P + R]
+    # `generate` wants embeddings of whole prompts, and leaves out as many as the cache holds.
+    left_out = begun.inputs_embeds[:1].expand(len(prompts), -1, -1)
+    return generate(
+        model,
+        inputs_embeds=torch.cat([left_out, rest.inputs_embeds], dim=1),  # [B, P + R, D]
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+        past_key_values=cache,
+        **options,
+    )
+
+
+def generate(model: Any, **options: Any) -> Any:
+    """transformers' `generate`: the model's own takes ids and images, which are embeddings here already."""
+    return GenerationMixin.generate(model, **options)
+
+
+def beginnings(prompts: list[list[int]], images_of_row: list[list[int]]) -> list[int]:
+    """How many ids of each prompt can be shared: up to its last image; without images, what all such prompts share.
+
+    0 for a prompt that ends there: something must be left over whose logits choose the answer's first word.
+    """
+    texts = [prompt for prompt, shown in zip(prompts, images_of_row, strict=True) if not shown]
+    alike = (len(set(column)) == 1 for column in zip(*texts, strict=False))
+    common = sum(itertools.takewhile(bool, alike))
+    lengths = []
+    for prompt, shown in zip(prompts, images_of_row, strict=True):
+        length = len(prompt) - prompt[::-1].index(IMAGE_TOKEN_INDEX) if shown else min(common, len(prompt) - 1)
+        lengths.append(length if length < len(prompt) else 0)
+    return lengths
+
+
+def can_share(model: Any, options: dict[str, Any]) -> bool:
+    """Whether a cache may be copied to rows, with padding between what is shared and the rest.
+
+    Not in a beam search, where `generate` copies all but the cache; nor with a window of attention, which counts the
+    padding; nor with flash attention, which is not tested with it.
+    """
+    attention = getattr(model.config, "_attn_implementation", "sdpa")
+    has_window = getattr(model.config, "sliding_window", None) is not None
+    return options.get("num_beams", 1) == 1 and not has_window and attention in ("sdpa", "eager")
+
+
+def encode(model: Any, images: list[Tensor], image_sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """Visual tokens of each image, `[*, D]`; images whose number of tiles differs come as a list."""
+    if not images:
+        return []
+    alike = all(image.shape == images[0].shape for image in images)
+    return model.encode_image_batch(torch.stack(images) if alike else images, image_sizes).tokens
+
+
+def merged(model: Any, prompts: list[list[int]], image_tokens: list[Tensor]) -> MergedBatch:
+    """Prompts as a batch of embeddings, padded on the left.
+
+    Args:
+        model: a LLaVA of this package.
+        prompts: ids, IMAGE_TOKEN_INDEX where an image belongs.
+        image_tokens: visual tokens for each of these, in order.
+    """
+    length = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)  # [B, T]
+    mask = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        mask[row, : len(prompt)] = True
+    device = model.get_input_embeddings().weight.device
+    return model.merge_images(
+        ids.to(device),
+        image_tokens,
+        attention_mask=mask.to(device),
+        labels=None,
+        padding_side="left",
+        max_length=None,
+    )
