@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -18,6 +17,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from patch_aligned.whole_files import written_whole
 
 EXTRA_KEY = "extra_json"
 """Column of Parquet files that holds all further keys of a record or label, as JSON text of an object."""
@@ -86,14 +87,8 @@ def write_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
     """
     kind = _kind_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            count = _write(records, file, kind)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        return _write(records, file, kind)
 
 
 def records_to_batch(records: Iterable[Mapping[str, Any]]) -> pa.RecordBatch:

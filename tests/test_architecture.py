@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patch_aligned.analysis.alignment": (),
     "patch_aligned.analysis.matching_pursuit": (),
     "patch_aligned.annotate": ("patch_aligned.annotate", "patch_aligned.annotations", "patch_aligned.record_files",
-                               "patch_aligned.rle", "patch_aligned.command_errors"),
+                               "patch_aligned.whole_files", "patch_aligned.rle", "patch_aligned.command_errors"),
     "patch_aligned.checkpoint_hash": (),
     "patch_aligned.bootstrap": (),
     "patch_aligned.results": ("patch_aligned.results", "patch_aligned.checkpoint_hash", "patch_aligned.bootstrap",

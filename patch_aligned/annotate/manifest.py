@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from patch_aligned.annotate.files import written_whole
 from patch_aligned.record_files import iter_records
+from patch_aligned.whole_files import written_whole
 
 _logger = logging.getLogger(__name__)
 

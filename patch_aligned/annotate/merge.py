@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from patch_aligned.annotate.files import written_whole
 from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.annotate.shards import Record, ShardError
 from patch_aligned.record_files import write_records
+from patch_aligned.whole_files import written_whole
 
 SKIPPED_SUFFIX = ".skipped.jsonl"
 SETTINGS_SUFFIX = ".settings.json"

@@ -17,7 +17,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from patch_aligned.annotate.files import sha256_of, written_whole
+from patch_aligned.whole_files import sha256_of, written_whole
 
 _logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from typing import Any
 from pycocotools import mask as coco_mask
 
 from patch_aligned.annotate.candidates import Candidate
-from patch_aligned.annotate.files import sha256_of
 from patch_aligned.annotate.ram.tagger import Tag
 from patch_aligned.annotate.sam import Mask
 from patch_aligned.annotate.selection import Selected
 from patch_aligned.annotate.stages import ImageInWork
 from patch_aligned.annotations import Region, read_annotations
+from patch_aligned.whole_files import sha256_of
 
 
 class OracleError(ValueError):

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from patch_aligned.annotate.candidates import Candidate, CandidateError, CandidateThresholds, mask_fields
-from patch_aligned.annotate.files import written_whole
 from patch_aligned.annotate.merge import SETTINGS_SUFFIX, merge
 from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.annotate.selection import Selection, mask_of_label, select
 from patch_aligned.annotate.shards import Record
 from patch_aligned.record_files import iter_records, write_records
+from patch_aligned.whole_files import written_whole
 
 _RESELECTABLE = ("ok", "no_boxes", "no_masks")
 _SHOWN = 5

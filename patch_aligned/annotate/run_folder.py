@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from patch_aligned.annotate.files import written_whole
 from patch_aligned.annotate.manifest import ManifestEntry, manifest_bytes, read_manifest, write_manifest
 from patch_aligned.annotate.shards import Record, ShardError, ShardHeader, read_shard, shard_path
+from patch_aligned.whole_files import written_whole
 
 _logger = logging.getLogger(__name__)
 

@@ -9,9 +9,11 @@ nothing of when, where or how fast they were made is in them.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
+import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,10 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from patch_aligned.annotate.files import written_whole
+from patch_aligned.whole_files import written_whole
 
 SHARDS_FOLDER = "shards"
 _GZIP_LEVEL = 6
+_LEFT_BEHIND_SECONDS = 3600  # of a temporary file's age; to write one takes seconds
 _SUFFIX = ".jsonl.gz"
 
 Record = dict[str, Any]
@@ -78,8 +81,7 @@ def write_shard(path: Path, records: Sequence[Record], *, shard: int, first: int
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         temporary.write_bytes(gzip.compress(_line(asdict(header)) + lines, compresslevel=_GZIP_LEVEL, mtime=0))
-    for left_behind in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed while it wrote
-        left_behind.unlink(missing_ok=True)
+    _remove_left_behind(path)
     return header
 
 
@@ -113,6 +115,14 @@ def read_shard(path: Path) -> tuple[ShardHeader, list[Record]]:
     if (found := hashlib.sha256(lines).hexdigest()) != header.records_sha256:
         raise _damaged(path, f"found records of sha256 {found}, expected {header.records_sha256}")
     return header, [json.loads(line) for line in lines.splitlines()]
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Removes what processes left that were killed while they wrote; what is young may be another's, still at work."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - temporary.stat().st_mtime > _LEFT_BEHIND_SECONDS:
+                temporary.unlink()
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patch_aligned.annotate.files import sha256_of, written_whole
 from patch_aligned.annotate.ram.model import RamConfig, RamModel
 from patch_aligned.annotate.ram.published import RamCheckpointError, config_of, renamed_state
+from patch_aligned.whole_files import sha256_of, written_whole
 
 _logger = logging.getLogger(__name__)
 

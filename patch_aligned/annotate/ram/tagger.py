@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from patch_aligned.annotate.files import sha256_of
 from patch_aligned.annotate.non_finite import NonFiniteScoresError
 from patch_aligned.annotate.ram.checkpoint import load_ram
 from patch_aligned.annotate.ram.model import RamModel
 from patch_aligned.annotate.ram.tag_list import check_counts, read_tag_list, read_thresholds
+from patch_aligned.whole_files import sha256_of
 
 Resample = Literal["bilinear", "bicubic"]
 

@@ -67,7 +67,10 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
     first = folder.shard_path(min(done))
     first.write_bytes(first.read_bytes()[:-100])
     half = folder.shard_path(max(folder.missing_shards()))
-    half.with_name(f".{half.name}.0123.tmp").write_bytes(b"half")
+    left_behind = half.with_name(f".{half.name}.0123.tmp")
+    left_behind.write_bytes(b"half")
+    two_hours_ago = time.time() - 7200  # a younger one may be another process's
+    os.utime(left_behind, (two_hours_ago, two_hours_ago))
 
     said = finish(start(annotate_arguments(output)))
     left = folder.num_shards - len(done) + 1

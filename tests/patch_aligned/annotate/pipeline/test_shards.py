@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +52,17 @@ def test_the_same_records_give_the_same_bytes(folder: RunFolder, monkeypatch: py
     assert write(folder, 0).read_bytes() == first
 
 
-def test_what_a_killed_process_left_behind_is_cleared(folder: RunFolder) -> None:
+def test_what_a_killed_process_left_behind_is_cleared_and_what_another_writes_is_not(folder: RunFolder) -> None:
     path = folder.shard_path(0)
     path.parent.mkdir()
-    (path.parent / f".{path.name}.0123.tmp").write_bytes(b"half a shard")
+    old, young = (path.parent / f".{path.name}.{name}.tmp" for name in ("0123", "4567"))
+    for temporary in (old, young):
+        temporary.write_bytes(b"half a shard")
+    two_hours_ago = time.time() - 7200
+    os.utime(old, (two_hours_ago, two_hours_ago))
     assert not folder.is_done(0)
     write(folder, 0)
-    assert list(path.parent.iterdir()) == [path]
+    assert sorted(path.parent.iterdir()) == sorted([path, young])
     assert folder.is_done(0)
 
 
