@@ -1,0 +1,41 @@
+"""What lmms-eval calls for the `mini_*` tasks. It loads this file beside the YAMLs, from the root of the repository."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from eval.mini.scoring import YesNo, f1_of_yes, score_count, score_existence, score_short
+from eval.rec.boxes import score_answer
+
+
+def doc_to_visual(row: dict[str, Any]) -> list[Image.Image]:
+    """The scene."""
+    return [row["image"].convert("RGB")]
+
+
+def short_results(row: dict[str, Any], answers: list[str]) -> dict[str, float]:
+    """Of `mini_colour` and `mini_position`."""
+    return score_short(answers[0], row["answer"])
+
+
+def counting_results(row: dict[str, Any], answers: list[str]) -> dict[str, float]:
+    """Of `mini_counting`."""
+    return score_count(answers[0], row["answer"])
+
+
+def existence_results(row: dict[str, Any], answers: list[str]) -> dict[str, float | YesNo]:
+    """Of `mini_existence`."""
+    return score_existence(answers[0], row["answer"])
+
+
+def existence_f1(rows: Sequence[YesNo]) -> float:
+    """F1 of all rows of `mini_existence`."""
+    return f1_of_yes(rows)
+
+
+def rec_results(row: dict[str, Any], answers: list[str]) -> dict[str, float]:
+    """Of `mini_rec`: both readings of the box."""
+    return score_answer(answers[0], row["box_xyxy_px"], row["width"], row["height"])

@@ -1,0 +1,1 @@
+"""Referring expression comprehension, scored in both frames that boxes may be spoken in."""

@@ -1,0 +1,227 @@
+"""Makes the Parquet files that the `rec_*` tasks read, one row an expression.
+
+From the published archives, unpacked into one folder (refcoco, refcoco+ and refcocog, each with its references and
+`instances.json`), or from any JSON list of {"image", "expression", "bbox", "width", "height"} with "bbox" as
+[x1, y1, x2, y2] pixels and "image" below the data root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from eval.rec.refs import ReferredObject, read_referred_objects
+from eval.rec.rows import Row, check_row, image_path, write_rows
+
+DEFAULT_DATA_ROOT = Path("playground/data")
+REFS = {
+    "refcoco": ("refcoco", "refs(unc).p"),
+    "refcoco_plus": ("refcoco+", "refs(unc).p"),
+    "refcocog": ("refcocog", "refs(umd).p"),
+}
+"""Name of a data set -> folder of its archive, and which split of it: those that papers report on."""
+PUBLISHED_EXPRESSIONS = {
+    "refcoco_val": 10834,
+    "refcoco_testA": 5657,
+    "refcoco_testB": 5095,
+    "refcoco_plus_val": 10758,
+    "refcoco_plus_testA": 5726,
+    "refcoco_plus_testB": 4889,
+    "refcocog_val": 4896,
+    "refcocog_test": 9602,
+}
+"""Sums agree with Ref-L4 (arXiv 2406.16866): 21,586, 21,373 and 14,498 for the three data sets."""
+_COCO_2014 = "COCO_train2014_"
+
+
+def rows_of_objects(objects: Iterable[ReferredObject], images: Path, data_root: Path) -> list[Row]:
+    """One row for each expression; the pictures' headers are read to check their sizes.
+
+    Args:
+        objects: of one split.
+        images: folder of COCO's train2014 below the data root, or train2017, which has the same pictures.
+        data_root: from which the rows' paths count.
+
+    Raises:
+        ValueError: `images` is not below the data root, or a row cannot be scored.
+        FileNotFoundError: pictures are missing.
+    """
+    folder, root = _absolute(images), _absolute(data_root)
+    if not folder.is_relative_to(root):
+        raise ValueError(f"--images {images}: expected a folder below --data_root {data_root}; link it there")
+    below_root = folder.relative_to(root)
+    rows: list[Row] = []
+    names: dict[str, str | None] = {}  # as published -> as found in the folder
+    for item in objects:
+        if item.file_name not in names:
+            names[item.file_name] = _find_image(item, images)
+        found = names[item.file_name]
+        if found is None:
+            continue
+        for identifier, expression in item.expressions.items():
+            width, height = item.size_wh
+            row: Row = {
+                "id": identifier,
+                "image": (below_root / found).as_posix(),
+                "expression": expression,
+                "box_xyxy_px": list(item.box_xyxy_px),
+                "width": width,
+                "height": height,
+            }
+            check_row(row, f"{item.file_name}, sentence {identifier}")
+            rows.append(row)
+    missing = [name for name, found in names.items() if found is None]
+    if missing:
+        raise FileNotFoundError(
+            f"--images {images}: {len(missing)} of {len(names)} pictures are missing, the first is {missing[0]}; "
+            "fetch http://images.cocodataset.org/zips/train2014.zip, or name the folder of train2017"
+        )
+    return rows
+
+
+def _absolute(path: Path) -> Path:
+    """Without following links: a data root often holds links to where the pictures are."""
+    return Path(os.path.normpath(Path.cwd() / path))
+
+
+def _find_image(item: ReferredObject, images: Path) -> str | None:
+    for name in (item.file_name, item.file_name.removeprefix(_COCO_2014)):
+        path = image_path(name, images)
+        if path.is_file():
+            _check_size(path, item.size_wh)
+            return name
+    return None
+
+
+def _check_size(path: Path, size_wh: tuple[int, int]) -> None:
+    with Image.open(path) as image:  # reads the header only
+        if image.size != size_wh:
+            raise ValueError(
+                f"{path}: found {image.width} x {image.height} pixels, expected {size_wh[0]} x {size_wh[1]}; boxes "
+                "count in pixels of the original picture"
+            )
+
+
+def convert_refs(archives: Path, images: Path, data_root: Path, output: Path) -> dict[str, int]:
+    """Writes `<output>/<data set>_<split>.parquet` for every data set that lies in `archives`.
+
+    Returns:
+        Expressions of each file, in the order of `PUBLISHED_EXPRESSIONS`.
+
+    Raises:
+        ValueError: a broken file, or rows that cannot be scored.
+        FileNotFoundError: pictures are missing, or none of the data sets is there.
+    """
+    present = {name: (archives / folder, refs) for name, (folder, refs) in REFS.items() if (archives / folder).is_dir()}
+    if not present:
+        folders = ", ".join(folder for folder, _ in REFS.values())
+        raise FileNotFoundError(f"--refs {archives}: found none of the folders {folders}; unpack the archives there")
+    counts = {}
+    for name, (folder, refs) in present.items():
+        objects = list(read_referred_objects(folder, refs))
+        for split in (full.removeprefix(f"{name}_") for full in PUBLISHED_EXPRESSIONS if full.startswith(f"{name}_")):
+            chosen = [item for item in objects if item.split == split]
+            if not chosen:
+                found = sorted({item.split for item in objects})
+                raise ValueError(f"{folder / refs}: found the splits {found}, expected {split!r} among them")
+            rows = rows_of_objects(chosen, images, data_root)
+            write_rows(rows, output / f"{name}_{split}.parquet")
+            counts[f"{name}_{split}"] = len(rows)
+    return counts
+
+
+def rows_of_json(path: Path, data_root: Path) -> list[Row]:
+    """Rows of a plain JSON list.
+
+    Raises:
+        ValueError: no such list, or a record that lacks a field or cannot be scored.
+        FileNotFoundError: no such file, or a picture is missing.
+    """
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error})") from error
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path}: expected a list of records")
+    rows = [_row_of_record(record, index, path) for index, record in enumerate(records)]
+    for row in {row["image"]: row for row in rows}.values():
+        image = image_path(row["image"], data_root)
+        if not image.is_file():
+            raise FileNotFoundError(f"{path}, record {row['id']}, field image: there is no {image}")
+        _check_size(image, (row["width"], row["height"]))
+    return rows
+
+
+def _row_of_record(record: Any, index: int, path: Path) -> Row:
+    try:
+        x1, y1, x2, y2 = (float(value) for value in record["bbox"])
+        row: Row = {
+            "id": str(record.get("id", index)),
+            "image": str(record["image"]),
+            "expression": str(record["expression"]),
+            "box_xyxy_px": [x1, y1, x2, y2],
+            "width": int(record["width"]),
+            "height": int(record["height"]),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}, record {index}: {error!r}; expected image, expression, bbox [x1, y1, x2, y2], width and height"
+        ) from error
+    check_row(row, f"{path}, record {index}")
+    return row
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.rec.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--refs", type=Path, help="folder with refcoco, refcoco+ and refcocog, or some of them")
+    source.add_argument("--json", type=Path, help="a JSON list instead; give its --name too")
+    parser.add_argument("--name", help="of the file that --json makes, as refcoco_val_cleaned")
+    parser.add_argument(
+        "--images", type=Path, default=DEFAULT_DATA_ROOT / "coco" / "train2014",
+        help="COCO's train2014 or train2017, below --data_root (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--data_root", type=Path, default=DEFAULT_DATA_ROOT, help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_DATA_ROOT / "eval" / "rec",
+        help="where the files go (default: %(default)s)",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    if (arguments.json is None) != (arguments.name is None):
+        parser.error("--json and --name go together")
+    if arguments.name is not None and Path(arguments.name).name != arguments.name:
+        parser.error(f"--name: found {arguments.name!r}, expected a file's name without a folder")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    arguments = _parse_arguments(argv)
+    try:
+        if arguments.json is not None:
+            rows = rows_of_json(arguments.json, arguments.data_root)
+            write_rows(rows, arguments.output / f"{arguments.name}.parquet")
+            counts = {arguments.name: len(rows)}
+        else:
+            counts = convert_refs(arguments.refs, arguments.images, arguments.data_root, arguments.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name, count in counts.items():
+        published = PUBLISHED_EXPRESSIONS.get(name, count)
+        verdict = "" if count == published else f", but {published} are published: is the archive complete?"
+        print(f"{arguments.output / name}.parquet: {count} expressions{verdict}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
