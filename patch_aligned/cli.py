@@ -16,6 +16,7 @@ from patch_aligned.annotate.reselect_command import app as reselect_app
 from patch_aligned.command_errors import clear_errors
 from patch_aligned.dataset.commands import app as dataset_app
 from patch_aligned.pack_command import app as pack_app
+from patch_aligned.results.commands import app as results_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -142,6 +143,7 @@ app.add_typer(dataset_app)
 app.add_typer(pack_app)
 app.add_typer(reselect_app)
 app.add_typer(annotate_app)
+app.add_typer(results_app)
 
 if __name__ == "__main__":
     sys.exit(app())

@@ -82,7 +82,7 @@ class RunData:
 
     Attributes:
         source: data set or files.
-        revision: pinned, or None for local files.
+        revision: commit of the data set, or `sha256:` and the hash of a local file, or None.
         split: its name.
         rows: how many were answered, the lines of `samples.jsonl`.
         rows_sha256: `rows_sha256` of these.

@@ -1,0 +1,123 @@
+"""Tables as text: Markdown that reads aligned, LaTeX that compiles, a page that draws what it was given."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from patch_aligned.results.block import Block, Cell, Row, as_latex, as_markdown, latex_text
+from patch_aligned.results.page import as_html
+
+BLOCK = Block(
+    "Table 5: R&D, 100%",
+    "Model",
+    (("RefCOCO", "val"), ("RefCOCO", "test-A"), ("", "GQA")),
+    (
+        Row("paper_1", (Cell("56.22"), Cell("64.43"), Cell()), "Old | new"),
+        Row("ours", (Cell("1.00", "0.50", "†"), Cell(), Cell("2")), "Old | new"),
+    ),
+    ("prompt “<image> a_b”.",),
+)
+
+
+def test_markdown_is_aligned_and_escaped() -> None:
+    assert as_markdown([BLOCK]) == (
+        "## Table 5: R&D, 100%\n\n"
+        "| Model        |  RefCOCO val | RefCOCO test-A | GQA |\n"
+        "| :----------- | -----------: | -------------: | --: |\n"
+        "| *Old \\| new* |              |                |     |\n"
+        "| paper_1      |        56.22 |          64.43 |   – |\n"
+        "| ours         | 1.00 ±0.50 † |              – |   2 |\n\n"
+        "- prompt “\\<image> a_b”.\n"
+    )
+
+
+def test_latex_has_groups_rules_and_notes() -> None:
+    lines = as_latex([BLOCK]).splitlines()
+    assert r"\begin{tabular}{lrrr}" in lines
+    assert r" & \multicolumn{2}{c}{RefCOCO} & \multicolumn{1}{c}{} \\" in lines
+    assert r"\cmidrule(lr){2-3}" in lines
+    assert r"\multicolumn{4}{l}{\textit{Old \textbar{} new}} \\" in lines
+    assert r"paper\_1 & 56.22 & 64.43 & -- \\" in lines
+    assert r"ours & 1.00 {\scriptsize$\pm$0.50} $\dagger$ & -- & 2 \\" in lines
+    assert r"\caption{Table 5: R\&D, 100\%}" in lines
+    assert r"prompt ``\textless{}image\textgreater{} a\_b''.\par" in lines
+
+
+def test_latex_is_balanced_and_holds_no_bare_special_character() -> None:
+    text = as_latex([BLOCK])
+    commands = re.sub(r"\\[\\{}$&%#_]|\\[A-Za-z]+|^%.*$|\$\\?[a-z-]*\$", "", text, flags=re.MULTILINE)
+    assert not re.search(r"[\\%#_^~$]", commands)
+    plain = re.sub(r"\\[{}]", "", text)
+    assert plain.count("{") == plain.count("}")
+    assert text.count(r"\begin{") == text.count(r"\end{")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a_b & 5% #1 $x^2~", r"a\_b \& 5\% \#1 \$x\textasciicircum{}2\textasciitilde{}"),
+        ("{\\x}", r"\{\textbackslash{}x\}"),
+        ("Ä → – ± † “q” \"q\" …", r"Ä $\to$ -- $\pm$ $\dagger$ ``q'' ''q'' \ldots{}"),
+        ("<图 1>\n x", r"\textless{}[U+56FE] 1\textgreater{} x"),
+    ],
+)  # fmt: skip
+def test_text_for_latex(text: str, expected: str) -> None:
+    assert latex_text(text) == expected
+
+
+def test_a_row_needs_a_cell_a_column() -> None:
+    with pytest.raises(ValueError, match="row 'x': 1 cells, expected 2"):
+        Block("t", "c", (("", "a"), ("", "b")), (Row("x", (Cell(),)),))
+
+
+def test_the_page_loads_nothing_and_no_text_escapes_into_it() -> None:
+    attack = "</script><img src=x>"
+    page = as_html([Block(attack, attack, (("", attack),), (Row(attack, (Cell(attack),)),), (attack,))])
+    assert attack not in page
+    assert not re.search(r"(src|href)\s*=\s*[\"']?\w+:|@import|url\(", page)
+    assert "default-src 'none'" in page
+    assert 'name="viewport"' in page
+    assert "@media print" in page
+
+
+# A document of a few lines, enough for the page's script: elements with a name, text, attributes and children.
+DOCUMENT = """
+class Element {
+  constructor(name) { this.name = name; this.children = []; this.attributes = {}; }
+  set textContent(text) { this.children = [text]; }
+  get textContent() { return this.children.map((c) => c.textContent ?? c).join(""); }
+  setAttribute(key, value) { this.attributes[key] = value; }
+  append(...children) { this.children.push(...children); }
+  appendChild(child) { this.children.push(child); return child; }
+  all(name) { return this.children.flatMap((c) => c.name ? [...(c.name === name ? [c] : []), ...c.all(name)] : []); }
+}
+const ids = { tables: new Element("main"), data: { textContent: process.argv[1] } };
+global.document = { createElement: (name) => new Element(name), getElementById: (id) => ids[id] };
+eval(require("fs").readFileSync(process.argv[2], "utf8"));
+const rows = ids.tables.all("tr").map((row) => row.children.map((c) => [c.textContent, c.attributes.colspan ?? 1]));
+console.log(JSON.stringify({ rows, notes: ids.tables.all("li").map((c) => c.textContent) }));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
+def test_the_page_draws_the_table() -> None:
+    page = as_html([BLOCK])
+    match = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert match is not None
+    script = Path(__file__).parents[3] / "patch_aligned" / "results" / "page.js"
+    command = [str(shutil.which("node")), "-e", DOCUMENT, match[1], str(script)]
+    drawn = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert drawn["rows"] == [
+        [["", 1], ["RefCOCO", 2], ["", 1]],
+        [["Model", 1], ["val", 1], ["test-A", 1], ["GQA", 1]],
+        [["Old | new", 4]],
+        [["paper_1", 1], ["56.22", 1], ["64.43", 1], ["–", 1]],
+        [["ours", 1], ["1.00 ±0.50 †", 1], ["–", 1], ["2", 1]],
+    ]
+    assert drawn["notes"] == ["prompt “<image> a_b”."]

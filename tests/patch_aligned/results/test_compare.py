@@ -1,0 +1,132 @@
+"""The paired bootstrap against closed forms, and which rows and runs are compared at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from patch_aligned.results.compare import compare, paired_difference
+from patch_aligned.results.run_file import RunFileError, RunSettings, Sample
+from patch_aligned.results.tables import entrants_of
+
+Make = Callable[..., Path]
+
+
+def samples(scores: list[float], groups: list[str | None] | None = None, first_id: int = 0) -> list[Sample]:
+    of_groups = groups or [None] * len(scores)
+    return [
+        Sample(str(first_id + row), "q", "a", row, {"acc": score}, group)
+        for row, (score, group) in enumerate(zip(scores, of_groups, strict=True))
+    ]
+
+
+def test_a_constant_difference_is_certain() -> None:
+    found = paired_difference(samples([0.1, 0.5, 0.9]), samples([0.3, 0.7, 1.1]), "acc")
+    assert [found.value, found.low, found.high] == pytest.approx([0.2] * 3, rel=1e-12)
+    assert (found.share_above_zero, found.rows, found.all_rows) == (1.0, 3, True)
+
+
+def test_equal_models_are_ahead_in_half_of_the_draws() -> None:
+    same = samples([1.0, 0.0, 1.0])
+    found = paired_difference(same, same, "acc")
+    assert (found.value, found.low, found.high, found.share_above_zero) == (0, 0, 0, 0.5)
+
+
+def test_two_rows_that_contradict_follow_the_binomial() -> None:
+    """Differences +2 and -1: the mean is 2, 1/2 or -1 with probability 1/4, 1/2, 1/4, so it is above 0 in 3/4."""
+    found = paired_difference(samples([0.0, 1.0]), samples([2.0, 0.0]), "acc", resamples=40_000)
+    assert found.value == 0.5
+    assert found.share_above_zero == pytest.approx(0.75, abs=0.01)  # 4.6 standard errors
+    assert (found.low, found.high) == (-1.0, 2.0)
+
+
+def test_the_interval_is_that_of_the_normal_law_over_many_rows() -> None:
+    generator = np.random.default_rng(1)
+    first, second = (generator.integers(0, 2, 2000).astype(float) for _ in range(2))
+    found = paired_difference(samples(first.tolist()), samples(second.tolist()), "acc", resamples=20_000)
+    half = 1.959964 * (second - first).std() / np.sqrt(2000)
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.03)
+    assert (found.high + found.low) / 2 == pytest.approx(found.value, abs=0.03 * half)
+
+
+def test_pairing_is_what_narrows_the_interval() -> None:
+    """Hard and easy rows: each model varies a lot over rows, their difference hardly."""
+    first = [float(row % 2) for row in range(100)]
+    second = [value + 0.01 for value in first]
+    found = paired_difference(samples(first), samples(second), "acc")
+    assert found.high - found.low < 1e-12
+
+
+def test_rows_of_a_group_are_drawn_together() -> None:
+    """Ten copies of two rows in two groups carry no more evidence than two rows: above 0 in 3/4 again."""
+    groups: list[str | None] = ["a"] * 10 + ["b"] * 10
+    first, second = samples([0.0] * 10 + [1.0] * 10, groups), samples([2.0] * 10 + [0.0] * 10, groups)
+    found = paired_difference(first, second, "acc", resamples=40_000)
+    assert (found.rows, found.groups) == (20, 2)
+    assert found.share_above_zero == pytest.approx(0.75, abs=0.01)
+    alone = paired_difference(
+        samples([s.scores["acc"] for s in first]), samples([s.scores["acc"] for s in second]), "acc"
+    )
+    assert alone.share_above_zero > 0.9
+
+
+def test_only_rows_of_one_id_and_target_match() -> None:
+    first, second = samples([1.0, 1.0, 1.0, 1.0]), samples([0.0, 0.0, 1.0], first_id=1)
+    assert [sample.target for sample in second] == [0, 1, 2]
+    with pytest.raises(ValueError, match="no row has the same id and target"):
+        paired_difference(first, second, "acc")
+    second = [replace(sample, target=int(sample.id)) for sample in second]
+    found = paired_difference(first, second[::-1], "acc")  # the order does not matter
+    assert (found.rows, found.all_rows, found.value) == (3, False, pytest.approx(-2 / 3))
+
+
+def test_the_seed_decides_the_draws() -> None:
+    first, second = samples([0.0, 1.0, 0.5, 0.2]), samples([1.0, 0.0, 0.7, 0.9])
+    ends = [paired_difference(first, second, "acc", 200, seed) for seed in (0, 0, 1)]
+    assert ends[0] == ends[1]
+    assert ends[0].share_above_zero != ends[2].share_above_zero or ends[0].low != ends[2].low
+
+
+def test_a_comparison_has_a_line_for_each_shared_benchmark(make_run: Make, tmp_path: Path) -> None:
+    make_run("a/gqa", {"exact_match": [0, 0, 1, 0]}, benchmark="gqa", column="GQA", tables=(6,))
+    make_run("b/gqa", {"exact_match": [1, 1, 1, 1]}, benchmark="gqa", column="GQA", tables=(6,))
+    make_run("b/okvqa", {"exact_match": [1, 1]}, benchmark="okvqa", column="OKVQA", tables=(6,))
+    block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
+    (row,) = block.rows
+    shown = dict(zip([name for _, name in block.columns], map(str, row.cells), strict=True))
+    assert row.label == "gqa"
+    assert {name: shown[name] for name in ("Score", "Rows", "A", "B", "Difference")} == {
+        "Score": "exact_match", "Rows": "4", "A": "25.00", "B": "100.00", "Difference": "+75.00",
+    }  # fmt: skip
+    assert "Only one of the two has a run of okvqa." in block.notes
+    make_run("c/pope", {"acc": [1]}, benchmark="pope")
+    with pytest.raises(RunFileError, match="A and B share no benchmark; found gqa and pope"):
+        compare(*entrants_of([tmp_path / "a", tmp_path / "c"], ["A", "B"]))
+
+
+def test_how_many_rows_matched_is_said(make_run: Make, result_of: Any, tmp_path: Path) -> None:
+    make_run("a/gqa", {"exact_match": [0, 0, 1, 0]}, benchmark="gqa")
+    settings: RunSettings = result_of([], {}).settings
+    limited = replace(settings, limit=2, prompt="another")
+    make_run("b/gqa", {"exact_match": [1, 1]}, benchmark="gqa", settings=limited)
+    block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
+    assert [str(cell) for cell in block.rows[0].cells[1:4]] == ["2 of 4 and 2", "0.00", "100.00"]
+    assert "gqa: the prompts differ." in block.notes
+    assert any(note.startswith("gqa: † a run has --limit") for note in block.notes)
+
+
+def test_a_score_that_is_no_mean_over_rows_is_not_resampled(make_run: Make, tmp_path: Path) -> None:
+    for name in "ab":
+        folder = make_run(f"{name}/captions", {"METEOR": [0.2, 0.4]}, benchmark="captions")
+        document = json.loads((folder / "result.json").read_text())
+        document["scores"]["METEOR"]["value"] = 0.35
+        (folder / "result.json").write_text(json.dumps(document))
+    block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
+    assert not block.rows
+    assert block.notes[0] == "captions: not compared: 'METEOR' is no mean over rows, so rows cannot be resampled."
