@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from eval.benchmarks import BENCHMARKS
 from eval.rec.refs import ReferredObject, read_referred_objects
 from eval.rec.rows import Row, check_row, image_path, write_rows
 
@@ -27,17 +28,8 @@ REFS = {
     "refcocog": ("refcocog", "refs(umd).p"),
 }
 """Name of a data set -> folder of its archive, and which split of it: those that papers report on."""
-PUBLISHED_EXPRESSIONS = {
-    "refcoco_val": 10834,
-    "refcoco_testA": 5657,
-    "refcoco_testB": 5095,
-    "refcoco_plus_val": 10758,
-    "refcoco_plus_testA": 5726,
-    "refcoco_plus_testB": 4889,
-    "refcocog_val": 4896,
-    "refcocog_test": 9602,
-}
-"""Sums agree with Ref-L4 (arXiv 2406.16866): 21,586, 21,373 and 14,498 for the three data sets."""
+PUBLISHED_EXPRESSIONS = {name: entry.rows for name, entry in BENCHMARKS.items() if entry.group == "rec"}
+"""Their sums agree with Ref-L4 (arXiv 2406.16866): 21,586, 21,373 and 14,498 for the three data sets."""
 _COCO_2014 = "COCO_train2014_"
 
 

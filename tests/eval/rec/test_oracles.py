@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from eval.rec.boxes import ACCURACY, MEAN_IOU, score_answer
-from eval.rec.legacy import LEGACY_SPLITS, shipped_yaml
 from eval.shipped_tasks import shipped_tasks_folder
 from llava.image_geometry import boxes_xyxy_to_square01
 
@@ -128,8 +127,3 @@ def test_the_shipped_rule_loses_what_is_known_of_it_and_ours_says_the_same(size_
         if mean_iou is not None:
             assert shipped_iou == pytest.approx(mean_iou, abs=0.01)
         assert np.mean([scores[ACCURACY["square"]] for scores in ours]) == 1
-
-
-def test_every_legacy_benchmark_names_a_shipped_task() -> None:
-    pytest.importorskip("lmms_eval")
-    assert all((shipped_tasks_folder() / shipped_yaml(name)).is_file() for name in LEGACY_SPLITS)
