@@ -161,7 +161,7 @@ def _rec(dataset: str, split: str, column: str, rows: int) -> Benchmark:
     """One row an expression, counted by the splits that the papers use."""
     name = f"{dataset}_{split}"
     data = LocalData(f"playground/data/eval/rec/{name}.parquet", "test", "python -m eval.rec.convert --help")
-    return Benchmark(name, name, "rec", "rec", data, PADDED_FRAME, tables=(5, 8), column=column, rows=rows,
+    return Benchmark(name, f"rec_{name}", "rec", "rec", data, PADDED_FRAME, tables=(5, 8), column=column, rows=rows,
                      speaks_boxes=True)  # fmt: skip
 
 
