@@ -1,0 +1,1 @@
+"""The miniature's own benchmarks: counting, existence, colour, position and referring expressions."""
