@@ -66,6 +66,7 @@ class Benchmark:
         column: its name there.
         rows: how many rows are published, or None where that depends on what was made.
         needs: `judge` where a language model scores the answers.
+        max_new_tokens: of an answer, as the task or, where it says nothing, lmms-eval's adapter has it.
         limit_step: a limit on the rows must be a multiple of it.
         pictures: a second split, which holds the pictures.
         submission: pattern of the file for a test server, below the run's folder.
@@ -84,6 +85,7 @@ class Benchmark:
     column: str = ""
     rows: int | None = None
     needs: tuple[Literal["judge"], ...] = ()
+    max_new_tokens: int = 1024
     limit_step: int = 1
     pictures: HubData | None = None
     submission: str | None = None
@@ -103,9 +105,10 @@ def _hub(dataset: str, split: str, config: str | None = None) -> HubData:
 # The second number is the count that the data set's publisher states; prefetching compares.
 _VQA = (
     Benchmark("gqa", "gqa", "vqa", "gqa", _hub("GQA", "testdev", "testdev_balanced_instructions"), "exact_match",
-              tables=(6,), column="GQA", rows=12578, pictures=_hub("GQA", "testdev", "testdev_balanced_images")),
+              tables=(6,), column="GQA", rows=12578, max_new_tokens=16,
+              pictures=_hub("GQA", "testdev", "testdev_balanced_images")),
     Benchmark("scienceqa", "scienceqa_img", "vqa", "scienceqa", _hub("ScienceQA", "test", "ScienceQA-IMG"),
-              "exact_match", tables=(6,), column="SciQA", rows=2017),
+              "exact_match", tables=(6,), column="SciQA", max_new_tokens=16, rows=2017),
     Benchmark("vizwiz", "vizwiz_vqa_val", "vqa", "vizwiz_vqa", _hub("VizWiz-VQA", "val"), "exact_match",
               tables=(6,), column="VizWiz", rows=4319),
     Benchmark("okvqa", "ok_vqa_val2014", "vqa", "ok_vqa", _hub("OK-VQA", "val2014"), "exact_match",
@@ -113,18 +116,18 @@ _VQA = (
 )  # fmt: skip
 _INSTRUCTION = (
     Benchmark("mmmu", "mmmu_val", "instruction", "mmmu", _hub("MMMU", "validation"), "mmmu_acc",
-              tables=(7,), column="MMMU", rows=900, mean_of_rows=True),
+              tables=(7,), column="MMMU", max_new_tokens=128, rows=900, mean_of_rows=True),
     Benchmark("mmvet", "mmvet", "instruction", "mmvet", _hub("MMVet", "test"), "gpt_eval_score", "points",
               tables=(7,), column="MMVet", rows=218, needs=("judge",)),
     Benchmark("cmmmu", "cmmmu_val", "instruction", "cmmmu", _hub("CMMMU", "val"), "cmmmu_acc",
-              tables=(7,), column="CMMMU", rows=900),
+              tables=(7,), column="CMMMU", max_new_tokens=16, rows=900),
     Benchmark("mmbench_en", "mmbench_en_dev_static", "instruction", "mmbench", _hub("MMBench", "dev", "en"),
               "gpt_eval_score", "points", tables=(7,), column="MMB EN", rows=4329, submission="submissions/*.xlsx"),
     Benchmark("mme", "mme", "instruction", "mme", _hub("MME", "test"), "mme_perception_score", "sum",
-              tables=(7,), column="MME", rows=2374, limit_step=2),
+              tables=(7,), column="MME", rows=2374, max_new_tokens=16, limit_step=2),
 )  # fmt: skip
 _EXTRA = (
-    Benchmark("pope", "pope", "extra", "pope", _hub("POPE", "test"), "pope_accuracy", rows=9000),
+    Benchmark("pope", "pope", "extra", "pope", _hub("POPE", "test"), "pope_accuracy", rows=9000, max_new_tokens=128),
     Benchmark("textvqa", "textvqa_val", "extra", "textvqa", _hub("textvqa", "validation"), "exact_match", rows=5000,
               submission="submissions/textvqa_*.json"),
     Benchmark("seed", "seedbench", "extra", "seedbench", _hub("SEED-Bench", "test"), "seed_all", rows=17990,
@@ -135,9 +138,9 @@ _SERVER = (
               submission="submissions/vizwiz_*.json"),
     Benchmark("textvqa_test", "textvqa_test", "server", "textvqa", _hub("textvqa", "test"), None, rows=5734,
               submission="submissions/textvqa_*.json"),
-    Benchmark("mmmu_test", "mmmu_test", "server", "mmmu", _hub("MMMU", "test"), None, rows=10500,
+    Benchmark("mmmu_test", "mmmu_test", "server", "mmmu", _hub("MMMU", "test"), None, rows=10500, max_new_tokens=512,
               submission="submissions/mmmu_*.json"),
-    Benchmark("cmmmu_test", "cmmmu_test", "server", "cmmmu", _hub("CMMMU", "test"), None, rows=11000,
+    Benchmark("cmmmu_test", "cmmmu_test", "server", "cmmmu", _hub("CMMMU", "test"), None, rows=11000, max_new_tokens=16,
               submission="submissions/cmmmu_*.jsonl"),
     Benchmark("mmbench_en_test", "mmbench_en_test", "server", "mmbench", _hub("MMBench", "test", "en"), None,
               rows=6666, submission="submissions/*.xlsx"),
@@ -162,7 +165,7 @@ def _rec(dataset: str, split: str, column: str, rows: int) -> Benchmark:
     name = f"{dataset}_{split}"
     data = LocalData(f"playground/data/eval/rec/{name}.parquet", "test", "python -m eval.rec.convert --help")
     return Benchmark(name, f"rec_{name}", "rec", "rec", data, PADDED_FRAME, tables=(5, 8), column=column, rows=rows,
-                     speaks_boxes=True)  # fmt: skip
+                     max_new_tokens=32, speaks_boxes=True)  # fmt: skip
 
 
 def _legacy_rec(dataset: str, split: str, column: str) -> Benchmark:

@@ -1,0 +1,176 @@
+"""Data sets of the hub, pinned: which commit, which files, and where these lie on this machine.
+
+A lock file holds the commit of each data set and the files of each split. What it does not hold is looked up once, at
+the newest commit, and written into it. From then on the same files are read, with a network or without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks import ROOT, HubData
+
+LOCK = ROOT / "eval" / "revisions.json"
+_BLOCK_BYTES = 1 << 22
+
+
+class DataError(ValueError):
+    """Data that cannot be had; the message says why and what to do next."""
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Files of a split, on this machine.
+
+    Attributes:
+        revision: the commit they are of.
+        paths: parquet files in the order of their rows.
+    """
+
+    revision: str
+    paths: tuple[Path, ...]
+
+
+class Lock:
+    """The lock file: `{repository: {"revision": commit, "files": {"config/split": [names]}}}`."""
+
+    def __init__(self, path: Path = LOCK) -> None:
+        self.path = path
+        self._sets: dict[str, Any] = {}
+        if path.is_file():
+            try:
+                self._sets = json.loads(path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}: no JSON: {error}; next: delete it, and prefetch again") from error
+
+    def revision(self, data: HubData) -> str | None:
+        """The commit of a data set, where it is known."""
+        return self._sets.get(data.repository, {}).get("revision")
+
+    def files(self, data: HubData) -> list[str] | None:
+        """Names of a split's files, where they are known."""
+        return self._sets.get(data.repository, {}).get("files", {}).get(_split_name(data))
+
+    def add(self, data: HubData, revision: str, files: list[str]) -> None:
+        """Writes down what a split is."""
+        entry = self._sets.setdefault(data.repository, {"revision": revision, "files": {}})
+        entry["files"][_split_name(data)] = files
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._sets, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def fetch(data: HubData, lock: Lock, benchmark: str) -> HubFiles:
+    """The files of a split: those on this machine, or else downloaded.
+
+    Args:
+        data: the split.
+        lock: knows the commit, or learns it.
+        benchmark: for messages.
+
+    Raises:
+        DataError: there is no network and nothing on this machine, or the data set is gated, gone or has no such
+            split.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _clear_messages(data, benchmark):
+        if lock.files(data) is None:
+            lock.add(data, *_look_up(data, lock.revision(data), benchmark))
+        revision, files = lock.revision(data), lock.files(data)
+        assert revision is not None
+        assert files is not None
+        # A file of a known commit that lies here is taken without asking the hub.
+        paths = [Path(hf_hub_download(data.repository, name, repo_type="dataset", revision=revision)) for name in files]
+    return HubFiles(revision, tuple(paths))
+
+
+def count_rows(files: HubFiles) -> int:
+    """Rows of some files, from their footers."""
+    from pyarrow import parquet
+
+    return sum(parquet.ParquetFile(path).metadata.num_rows for path in files.paths)
+
+
+def verify(files: HubFiles) -> None:
+    """Reads each file and compares its SHA-256 with the hub's, which is the name of the blob that the cache keeps.
+
+    Raises:
+        DataError: a file is not what the hub says it is.
+    """
+    for path in files.paths:
+        expected = path.resolve().name
+        if len(expected) != hashlib.sha256().digest_size * 2:
+            continue  # small files are named by another hash
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+        if digest.hexdigest() != expected:
+            raise DataError(
+                f"{path}: found SHA-256 {digest.hexdigest()}, expected {expected}; next: delete {path.resolve()}, and "
+                "prefetch again"
+            )
+
+
+def _split_name(data: HubData) -> str:
+    return f"{data.config or 'default'}/{data.split}"
+
+
+def _look_up(data: HubData, revision: str | None, benchmark: str) -> tuple[str, list[str]]:
+    """Commit and file names of a split, as the hub has them."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    commit = revision or HfApi().dataset_info(data.repository, timeout=30).sha
+    assert commit is not None
+    files = datasets.load_dataset_builder(data.repository, data.config, revision=commit).config.data_files
+    if data.split not in files:
+        raise DataError(
+            f"{benchmark}: {data.repository} has no split {data.split!r}; there are {', '.join(map(str, files))}"
+        )
+    prefix = f"hf://datasets/{data.repository}@{commit}/"
+    return commit, [name.removeprefix(prefix) for name in files[data.split]]
+
+
+@contextmanager
+def _clear_messages(data: HubData, benchmark: str) -> Iterator[None]:
+    """Says in one sentence why the hub did not give what was asked for."""
+    import httpx
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    page = f"https://huggingface.co/datasets/{data.repository}"
+    try:
+        yield
+    except GatedRepoError as error:
+        raise DataError(
+            f"{benchmark}: {data.repository} is gated; next: accept its terms at {page}, then `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, DatasetNotFoundError) as error:
+        raise DataError(
+            f"{benchmark}: the hub does not show {data.repository}: it is gone, or private and there is no token for "
+            f"it; next: look at {page}, and `hf auth login`"
+        ) from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, httpx.TransportError) as error:
+        raise DataError(
+            f"{benchmark}: {data.repository} is not on this machine, and there is no network "
+            f"({type(error).__name__}); next: where there is one, python -m eval.prefetch --benchmarks {benchmark}, "
+            "then take HF_HOME and the lock file along"
+        ) from error
+    except HfHubHTTPError as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"{benchmark}: the hub refused {data.repository}: {first}") from error

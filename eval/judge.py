@@ -1,0 +1,93 @@
+"""The language model that scores free answers: where it is, and whether it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass
+from typing import Any
+
+DEFAULT_MODEL = "gpt-4o-2024-11-20"
+OPENAI_URL = "https://api.openai.com/v1"
+LOCAL_URL = "http://localhost:8000/v1/chat/completions"
+TIMEOUT_S = 20
+
+
+class JudgeError(ValueError):
+    """The judge does not answer; the message says why and what to do next."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A judge as lmms-eval finds it in the environment.
+
+    Attributes:
+        type: `API_TYPE` of lmms-eval: `openai`, `local`, or another that it knows.
+        model: `MODEL_VERSION`.
+        url: where it answers chat completions; None for types whose address is made up of several variables.
+    """
+
+    type: str
+    model: str
+    url: str | None
+
+    def recorded(self) -> dict[str, Any]:
+        """As results hold it."""
+        return asdict(self)
+
+
+def set_judge(url: str | None, model: str | None) -> None:
+    """Writes into the environment, which lmms-eval reads: a judge of one's own, and the judge's model."""
+    if url:
+        os.environ |= {"API_TYPE": "local", "LLM_JUDGE_URL": url}
+    if model:
+        os.environ["MODEL_VERSION"] = model
+
+
+def read_judge() -> Judge:
+    """The judge that the environment names."""
+    kind = os.environ.get("API_TYPE", "openai")
+    model = os.environ.get("MODEL_VERSION", DEFAULT_MODEL)
+    if kind == "openai":
+        return Judge(kind, model, os.environ.get("OPENAI_API_URL", OPENAI_URL).rstrip("/") + "/chat/completions")
+    return Judge(kind, model, os.environ.get("LLM_JUDGE_URL", LOCAL_URL) if kind == "local" else None)
+
+
+def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
+    """Asks the judge one small question.
+
+    Raises:
+        JudgeError: it has no key, cannot be reached, refuses or says nothing.
+    """
+    advice = "next: a judge of your own, --judge-url http://HOST:PORT/v1/chat/completions --judge-model NAME"
+    if judge.url is None:
+        return  # lmms-eval's own variables for azure and the like: left to it
+    if not judge.url.startswith(("http://", "https://")):
+        raise JudgeError(f"the judge's address: found {judge.url!r}, expected one that begins with http; {advice}")
+    key = os.environ.get("OPENAI_API_KEY", "")
+    if judge.type == "openai" and not key:
+        raise JudgeError(
+            f"the judge {judge.model} needs OPENAI_API_KEY, which is not set; next: set it, or {advice[6:]}"
+        )
+    question = {"model": judge.model, "messages": [{"role": "user", "content": "Say 1."}], "max_tokens": 16}
+    if judge.type == "openai" and judge.model.startswith(("gpt-5", "o1", "o3", "o4")):
+        question["max_completion_tokens"] = question.pop("max_tokens")
+    request = urllib.request.Request(
+        judge.url,
+        data=json.dumps(question).encode(),
+        headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            answer = json.load(response)["choices"][0]["message"]["content"]
+    except urllib.error.HTTPError as error:
+        said = error.read(300).decode(errors="replace")
+        raise JudgeError(
+            f"the judge {judge.model} at {judge.url} refused: HTTP {error.code} {said}; {advice}"
+        ) from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise JudgeError(f"no judge {judge.model} answers at {judge.url}: {error}; {advice}") from error
+    if not answer:
+        raise JudgeError(f"the judge {judge.model} at {judge.url} answers nothing; {advice}")

@@ -1,0 +1,126 @@
+"""What lmms-eval says of a task, as scores and samples of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks import IMAGE_FRAME, PADDED_FRAME, Benchmark
+from eval.harness import Evaluated
+from patch_aligned.results.run_file import Sample, Score
+
+ID_COLUMNS = ("question_id", "questionId", "id", "index", "image_id")
+_ROUNDING = 5e-4  # MMMU and CMMMU round their shares to three digits
+_FACTORS = (1.0, 100.0)  # rows are shares where the score is in points
+
+
+class UnscoredError(RuntimeError):
+    """Rows that the judge did not score, which lmms-eval counts as wrong."""
+
+
+def headline_of(benchmark: Benchmark, box_frame: str) -> str | None:
+    """The metric that tables show; of boxes, that of the frame they are read in."""
+    if benchmark.headline == PADDED_FRAME and box_frame == "image":
+        return IMAGE_FRAME
+    return benchmark.headline
+
+
+def scores_and_samples(
+    benchmark: Benchmark, evaluated: Evaluated
+) -> tuple[dict[str, Score], dict[str, str], list[Sample]]:
+    """Scores with standard errors, metrics that have none, and the rows.
+
+    The standard error is that of a mean of independent rows, and is given where the score is such a mean.
+
+    Raises:
+        UnscoredError: the judge did not answer for some rows.
+    """
+    rows = evaluated.rows
+    _refuse_unscored(benchmark, rows)
+    scores, missing = {}, {}
+    by_row: list[dict[str, float]] = [{} for _ in rows]
+    for metric, value in evaluated.scores.items():
+        if metric == "submission":
+            continue
+        having = [number for number, row in enumerate(rows) if metric in row]
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            missing[metric] = f"no number: lmms-eval gave {value!r} for {len(having)} rows"
+            continue
+        numbers = _numbers_of_rows(benchmark, metric, [rows[number][metric] for number in having], evaluated)
+        factor = _factor(numbers, value)
+        stderr = None
+        if numbers and factor:
+            for number, share in zip(having, numbers, strict=True):
+                by_row[number][metric] = factor * share
+            if len(numbers) > 1:
+                stderr = factor * statistics.stdev(numbers) / math.sqrt(len(numbers))
+        scores[metric] = Score(float(value), stderr, len(having), benchmark.unit)
+    samples = [
+        Sample(row_id, row["arguments"][0], _text(row["resps"]), _plain(row["target"]), numbers)
+        for row_id, row, numbers in zip(row_ids(rows), rows, by_row, strict=True)
+    ]
+    return scores, missing, samples
+
+
+def row_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What names the rows: a column that differs in all of them, or else their numbers."""
+    for column in ID_COLUMNS:
+        ids = [str(row["doc"].get(column, "")) for row in rows]
+        if all(ids) and len(set(ids)) == len(ids):
+            return ids
+    return [str(row["doc_id"]) for row in rows]
+
+
+def find_submission(benchmark: Benchmark, folder: Path) -> str | None:
+    """The file for a test server, relative to the run's folder."""
+    found = sorted(folder.glob(benchmark.submission)) if benchmark.submission else []
+    return found[-1].relative_to(folder).as_posix() if found else None
+
+
+def _numbers_of_rows(
+    benchmark: Benchmark, metric: str, items: Sequence[Any], evaluated: Evaluated
+) -> list[float] | None:
+    """What each row alone scores, or None where that means nothing."""
+    if all(isinstance(item, int | float) for item in items):
+        return [float(item) for item in items]
+    if benchmark.mean_of_rows:
+        with contextlib.redirect_stdout(io.StringIO()):  # scorers print what they find
+            return [float(evaluated.aggregations[metric]([item])) for item in items]
+    if metric == benchmark.headline and all(isinstance(item, dict) and "score" in item for item in items):
+        return [float(item["score"]) for item in items]
+    return None
+
+
+def _factor(numbers: list[float] | None, value: float) -> float | None:
+    """What turns the mean of the rows into the score; None where it is no such mean."""
+    if not numbers:
+        return None
+    mean = statistics.fmean(numbers)
+    return next((factor for factor in _FACTORS if abs(factor * mean - value) <= factor * _ROUNDING), None)
+
+
+def _refuse_unscored(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> None:
+    if "judge" not in benchmark.needs or benchmark.headline is None:
+        return
+    unscored = [row for row in rows if not row[benchmark.headline]["eval_model"]]
+    if unscored:
+        raise UnscoredError(
+            f"{benchmark.name}: the judge did not score {len(unscored)} of {len(rows)} rows, which lmms-eval counts as "
+            "wrong; next: the same command again, the model's answers are kept"
+        )
+
+
+def _text(answers: Any) -> str:
+    while isinstance(answers, list):
+        answers = answers[0]
+    return answers
+
+
+def _plain(target: Any) -> Any:
+    return json.loads(json.dumps(target, default=str))

@@ -1,0 +1,129 @@
+"""What a run is to do: which benchmarks are not finished, of which weights, from which files."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from eval.adapter import ModelRequest, default_dtype
+from eval.benchmarks import Benchmark, choose
+from eval.hub_files import Lock
+from eval.preflight import PreflightError, check_run
+from eval.task_data import TaskData
+from llava.conversation import conversation_mode
+from llava.mm_utils import get_model_name_from_path
+from patch_aligned.checkpoint_hash import checkpoint_hash
+from patch_aligned.results.run_file import RESULT_FILE, ModelIdentity, RunResult, read_run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do, decided by the first process for all of them.
+
+    Attributes:
+        model: whose answers.
+        request: how to load it.
+        output: folder of the runs.
+        todo: benchmarks that are not finished, each with its files.
+    """
+
+    model: ModelIdentity
+    request: ModelRequest
+    output: Path
+    todo: tuple[tuple[Benchmark, TaskData], ...]
+
+
+def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
+    """Checks everything that can be checked, and finds out what is left to do.
+
+    Raises:
+        PreflightError: lists what is in the way.
+    """
+    try:
+        benchmarks = choose(arguments.benchmarks.split(","))
+    except ValueError as error:
+        raise PreflightError(str(error)) from error
+    path = arguments.model_path.rstrip("/")
+    data = check_run(
+        benchmarks,
+        path,
+        arguments.model_base,
+        limit=arguments.limit,
+        num_processes=processes,
+        num_gpus=torch.cuda.device_count(),
+        lock=Lock(arguments.lock),
+    )
+    name = arguments.model_name or get_model_name_from_path(path)
+    model = ModelIdentity(name, path, checkpoint_hash(path).sha256, arguments.model_base)
+    dtype = default_dtype() if arguments.dtype == "auto" else arguments.dtype
+    request = ModelRequest(path, model.base, name, _conversation(arguments, path, name), dtype, arguments.batch_size)
+    plan = Plan(model, request, arguments.output or Path("runs", "eval", name), ())
+    todo = []
+    for benchmark in benchmarks:
+        if arguments.again:
+            shutil.rmtree(plan.output / benchmark.name, ignore_errors=True)
+        if not _is_finished(plan, benchmark, data[benchmark.name], arguments):
+            todo.append((benchmark, data[benchmark.name]))
+    return replace(plan, todo=tuple(todo))
+
+
+def summary(result: RunResult, folder: Path) -> str:
+    """One line on a run."""
+    score = result.scores.get(result.headline or "")
+    if score is not None:
+        error = "" if score.stderr is None else f" ± {score.stderr:.4g}"
+        said = f"{result.headline} {score.value:.4g}{error} over {score.rows} rows"
+    else:
+        said = f"{result.data.rows} rows answered"
+    if result.submission:
+        said += f", for a test server {folder / result.submission}"
+    return f"{result.benchmark}: {said}, {folder / RESULT_FILE}"
+
+
+def _conversation(arguments: argparse.Namespace, path: str, name: str) -> str:
+    if arguments.conversation != "auto":
+        return arguments.conversation
+    from transformers import AutoConfig
+
+    import llava.model  # noqa: F401  # registers the config classes
+
+    return conversation_mode(name, AutoConfig.from_pretrained(path))
+
+
+def _is_finished(plan: Plan, benchmark: Benchmark, data: TaskData, arguments: argparse.Namespace) -> bool:
+    """Whether a run is there with this model and these settings.
+
+    Raises:
+        PreflightError: one of another model or other settings is.
+    """
+    folder = plan.output / benchmark.name
+    if not (folder / RESULT_FILE).is_file():
+        return False
+    there = read_run(folder)
+    frame = arguments.box_frame if benchmark.speaks_boxes else None
+    compared = {
+        "weights (SHA-256)": (there.model.sha256, plan.model.sha256),
+        "base": (there.model.base, plan.model.base),
+        "conversation": (there.settings.conversation, plan.request.conversation),
+        "dtype": (there.settings.dtype, plan.request.dtype),
+        "box frame": (there.settings.box_frame, frame),
+        "length of answers": (
+            there.settings.max_new_tokens,
+            arguments.max_new_tokens or benchmark.max_new_tokens,
+        ),
+        "seed": (there.settings.seed, arguments.seed),
+        "limit": (there.settings.limit, arguments.limit),
+        "revision of the data": (there.data.revision, data.revision),
+    }
+    for what, (found, asked) in compared.items():
+        if found != asked:
+            raise PreflightError(
+                f"{folder}: holds a run with another {what}: found {found}, asked for {asked}; next: another --output, "
+                "or --again to replace it"
+            )
+    print(f"{summary(there, folder)} (finished before)")
+    return True

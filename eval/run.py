@@ -1,0 +1,161 @@
+"""Evaluate a checkpoint on benchmarks by lmms-eval, one process or one a GPU; the results are files.
+
+    python -m eval.run --model-path checkpoints/llava-v1.5-7b --benchmarks vqa
+    accelerate launch --num_processes 8 -m eval.run --model-path checkpoints/llava-v1.5-7b --benchmarks all
+
+Each benchmark leaves OUTPUT/NAME/result.json and samples.jsonl. The same command goes on where it was stopped: what is
+finished is skipped, and answers that were given are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from eval.adapter import DTYPES, load_adapter
+from eval.answer_log import AnswerLog
+from eval.benchmarks import ALL, GROUPS, Benchmark
+from eval.harness import evaluate_task
+from eval.hub_files import LOCK
+from eval.judge import read_judge, set_judge
+from eval.outcome import UnscoredError, find_submission, headline_of, scores_and_samples
+from eval.plan import Plan, make_plan, summary
+from eval.preflight import PreflightError
+from eval.task_data import TaskData
+from llava.conversation import conv_templates
+from patch_aligned.results.run_file import (
+    Harness,
+    RunData,
+    RunResult,
+    RunSettings,
+    rows_sha256,
+    write_run,
+)
+
+LIBRARIES = ("torch", "transformers", "datasets", "pillow", "patch-aligned-llava")
+ANSWERS = "answers"
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model-path", required=True, help="folder of the checkpoint")
+    add("--model-base", help="the LLM that a stage-1 projector or a LoRA adapter belongs to")
+    add("--model-name", help="what tables call it; default: from its folder")
+    add("--benchmarks", default=ALL, help=f"names, with commas, or {', '.join(GROUPS)}, {ALL}; default: %(default)s")
+    add("--output", type=Path, help="folder of the runs; default: runs/eval/NAME")
+    add("--batch-size", type=int, default=8, help="rows a process and call; default: %(default)s")
+    add("--limit", type=int, help="only so many rows of each benchmark: a trial, no result")
+    add("--max-new-tokens", type=int, help="of an answer; default: what the task says")
+    add("--seed", type=int, default=0, help="of scorers that guess; answers are greedy; default: %(default)s")
+    add("--conversation", default="auto", choices=["auto", *sorted(conv_templates)], help="default: the checkpoint's")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="default: float16 on a GPU, else float32")
+    add("--box-frame", default="square", choices=["square", "image"],
+        help="where the headline reads boxes: LLaVA-1.5 speaks them in the padded square (default)")  # fmt: skip
+    add("--judge-url", help="a judge of your own: its /v1/chat/completions")
+    add("--judge-model", help="the judge's name; default: MODEL_VERSION, or lmms-eval's")
+    add("--lock", type=Path, default=LOCK, help="commits of the data sets; default: eval/revisions.json")
+    add("--again", action="store_true", help="forget what is finished and what was answered")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    arguments = argument_parser().parse_args(argv)
+    set_judge(arguments.judge_url, arguments.judge_model)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        plan = _shared(make_plan(arguments, processes) if rank == 0 else None, processes)
+        if not plan.todo:
+            return 0
+        adapter = load_adapter(plan.request)
+        for benchmark, data in plan.todo:
+            run_benchmark(adapter, plan, benchmark, data, arguments, rank, processes)
+    except (PreflightError, UnscoredError) as error:
+        for line in str(error).splitlines():
+            print(f"Error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_benchmark(
+    adapter: Any,
+    plan: Plan,
+    benchmark: Benchmark,
+    data: TaskData,
+    arguments: argparse.Namespace,
+    rank: int,
+    processes: int,
+) -> None:
+    """Asks and scores one benchmark, in all processes; the first writes the run and says what came out."""
+    folder = plan.output / benchmark.name
+    request = plan.request
+    adapter.log = AnswerLog(
+        folder / ANSWERS,
+        {"model": plan.model.sha256, "base": plan.model.base, "conversation": request.conversation,
+         "dtype": request.dtype, "data": data.revision, "package": importlib.metadata.version("patch-aligned-llava")},
+        rank,
+    )  # fmt: skip
+    max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
+    evaluated = evaluate_task(
+        adapter, benchmark, data, folder, max_new_tokens=max_new_tokens, limit=arguments.limit, seed=arguments.seed
+    )
+    if rank != 0 or evaluated is None:
+        return
+    scores, missing, samples = scores_and_samples(benchmark, evaluated)
+    settings = RunSettings(
+        prompt=adapter.first_prompt,
+        conversation=request.conversation,
+        box_frame=arguments.box_frame if benchmark.speaks_boxes else None,
+        dtype=request.dtype,
+        batch_size=request.batch_size,
+        seed=arguments.seed,
+        temperature=0.0,
+        max_new_tokens=max_new_tokens,
+        num_processes=processes,
+        limit=arguments.limit,
+        judge=read_judge().recorded() if "judge" in benchmark.needs else None,
+    )
+    hashed = rows_sha256((sample.id, sample.target) for sample in samples)
+    result = RunResult(
+        benchmark=benchmark.name,
+        tables=benchmark.tables,
+        column=benchmark.column,
+        task=benchmark.task,
+        model=plan.model,
+        harness=Harness("lmms-eval", importlib.metadata.version("lmms-eval")),
+        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+        settings=settings,
+        data=RunData(data.source, data.revision, data.split, len(samples), hashed),
+        headline=headline_of(benchmark, arguments.box_frame),
+        scores=scores,
+        submission=find_submission(benchmark, folder),
+        not_available=missing,
+    )
+    write_run(folder, result, samples)
+    print(summary(result, folder))
+
+
+def _shared(plan: Plan | None, processes: int) -> Plan:
+    """The first process's plan, in all of them."""
+    if processes > 1:
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        # The adapter's own process group would have this patience; the first one that is made decides.
+        PartialState(timeout=datetime.timedelta(weeks=52))
+        (plan,) = broadcast_object_list([plan])
+    assert plan is not None
+    return plan
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""A run, from the checkpoint to the files that it leaves: all of it in this process, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from huggingface_hub import constants
+
+pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
+
+from eval import adapter as adapter_module
+from eval import run
+from eval.answer_log import AnswerLog
+from eval.benchmarks import BENCHMARKS, Benchmark, HubData, LocalData
+from eval.hub_files import Lock
+from patch_aligned.results.run_file import read_run, read_samples
+
+pytestmark = pytest.mark.slow  # lmms-eval takes a quarter of a minute to import
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+QUESTIONS = ["What is in the picture?", "Is it night?", "Where do the people walk, and what do they carry?",
+             "Who is it?", "Describe the scene.", "How many?", "What does it say?", "Which is larger?"]  # fmt: skip
+TASK = """
+task: pictures
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {table}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.doc_to_visual
+doc_to_text: !function utils.doc_to_text
+doc_to_target: question
+generation_kwargs: {{max_new_tokens: 8, temperature: 0.7}}
+process_results: !function utils.process_results
+metric_list:
+  - {{metric: has_an_e, aggregation: mean, higher_is_better: true}}
+"""
+FUNCTIONS = """
+def doc_to_visual(doc):
+    return [doc["image"].convert("RGB")]
+
+
+def doc_to_text(doc):
+    return doc["question"]
+
+
+def process_results(doc, results):
+    return {"has_an_e": float("e" in results[0])}
+"""
+
+
+def write_table(path: Path, **columns: list[Any]) -> None:
+    """A table with a picture in each row, as the hub's sets have them."""
+    rows = len(next(iter(columns.values())))
+    images = [{"bytes": Path("images", f"im{row % 7}.png").read_bytes(), "path": None} for row in range(rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = datasets.Dataset.from_dict({**columns, "image": images}).cast_column("image", datasets.Image())
+    table.to_parquet(path)
+
+
+@pytest.fixture
+def pictures(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Benchmark:
+    """A benchmark of the registry with a task and a table of its own."""
+    folder = golden_world / "tasks"
+    table = golden_world / "questions.parquet"
+    write_table(table, question=QUESTIONS)
+    folder.mkdir()
+    (folder / "pictures.yaml").write_text(TASK.format(table=table))
+    (folder / "utils.py").write_text(FUNCTIONS)
+    benchmark = Benchmark(
+        "pictures", "pictures", "mini", str(folder), LocalData(str(table), "test", "make it"), "has_an_e",
+        tables=(6,), column="Pictures", max_new_tokens=8,
+    )  # fmt: skip
+    monkeypatch.setitem(BENCHMARKS, "pictures", benchmark)
+    return benchmark
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that the model gets, as they come."""
+    from lmms_eval.models.simple import llava as shipped
+
+    seen: list[str] = []
+    tokenize = shipped.tokenizer_image_token
+
+    def record(prompt: str, *arguments: Any, **options: Any) -> Any:
+        seen.append(prompt)
+        return tokenize(prompt, *arguments, **options)
+
+    monkeypatch.setattr(shipped, "tokenizer_image_token", record)
+    return seen
+
+
+def evaluate(*flags: str) -> int:
+    return run.main(
+        ["--model-path", "tiny-llava", "--output", "out", "--lock", "lock.json", "--conversation", "vicuna_v1", *flags]
+    )
+
+
+def test_a_run_leaves_scores_rows_and_what_they_depend_on(
+    pictures: Benchmark, prompts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("--benchmarks", "pictures", "--batch-size", "3") == 0
+    result, samples = read_run(Path("out/pictures")), read_samples(Path("out/pictures"))
+    assert [sample.prompt for sample in samples] == QUESTIONS
+    shares = [float("e" in sample.answer) for sample in samples]
+    assert [sample.scores for sample in samples] == [{"has_an_e": share} for share in shares]
+    score = result.scores["has_an_e"]
+    assert (score.value, score.rows, score.unit) == (pytest.approx(sum(shares) / 8), 8, "share")
+    assert result.settings.prompt in prompts
+    assert "USER: <image>\nWhat is in the picture? ASSISTANT:" in result.settings.prompt
+    assert (result.settings.temperature, result.settings.max_new_tokens, result.settings.limit) == (0, 8, None)
+    assert result.data.revision == f"sha256:{hashlib.sha256(Path('questions.parquet').read_bytes()).hexdigest()}"
+    assert "pictures: has_an_e" in capsys.readouterr().out
+
+
+def test_a_finished_benchmark_is_skipped_and_done_again_on_request(
+    pictures: Benchmark, prompts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("--benchmarks", "pictures", "--limit", "2") == 0
+    before = read_run(Path("out/pictures"))
+    prompts.clear()
+    assert evaluate("--benchmarks", "pictures", "--limit", "2") == 0
+    assert "(finished before)" in capsys.readouterr().out
+    assert prompts == []
+    assert evaluate("--benchmarks", "pictures", "--limit", "4") == 2
+    assert "another limit: found 2, asked for 4; next: another --output, or --again" in capsys.readouterr().err
+    assert evaluate("--benchmarks", "pictures", "--limit", "2", "--again") == 0
+    assert len(prompts) == 2
+    assert read_run(Path("out/pictures")) == before
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_answers_it_has(
+    pictures: Benchmark, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluate("--benchmarks", "pictures", "--output", "whole") == 0
+    monkeypatch.setattr(adapter_module, "BLOCK_ROWS", 2)
+    prompts.clear()
+
+    class StoppedError(Exception):
+        pass
+
+    def stop_at_the_fifth(self: Any, answers: dict[str, str]) -> None:
+        if len(prompts) > 4:
+            raise StoppedError
+        keep(self, answers)
+
+    keep = AnswerLog._keep
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(AnswerLog, "_keep", stop_at_the_fifth)
+        evaluate("--benchmarks", "pictures", "--batch-size", "2")
+    assert not Path("out/pictures/result.json").exists()
+    prompts.clear()
+    assert evaluate("--benchmarks", "pictures", "--batch-size", "2") == 0
+    assert len(prompts) == len(QUESTIONS) - 4
+    assert read_samples(Path("out/pictures")) == read_samples(Path("whole/pictures"))
+
+
+def test_what_goes_wrong_in_a_task_is_said_as_it_is(
+    pictures: Benchmark, golden_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tenacity.nap
+
+    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda _: None)  # lmms-eval tries five times, two seconds apart
+    (golden_world / "tasks" / "utils.py").write_text(FUNCTIONS.replace("results[0]", 'doc["no such column"]'))
+    with pytest.raises(KeyError, match="no such column"):
+        evaluate("--benchmarks", "pictures", "--limit", "1")
+
+
+@pytest.fixture
+def hub(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts tables where the hub's cache keeps the files of a commit, and writes the commit down."""
+    cache = golden_world / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def put(data: HubData, **columns: list[Any]) -> None:
+        name = f"{data.config or 'data'}/{data.split}.parquet"
+        folder = cache / f"datasets--{data.repository.replace('/', '--')}" / "snapshots" / COMMIT
+        write_table(folder / name, **columns)
+        Lock(golden_world / "lock.json").add(data, COMMIT, [name])
+
+    return put
+
+
+def test_shipped_tasks_read_the_pinned_files_and_score_them(hub: Callable[..., None]) -> None:
+    """MME, whose rows go in pairs; GQA, whose pictures are apart; OKVQA, which leaves a file for a server."""
+    mme, gqa, okvqa = (BENCHMARKS[name] for name in ("mme", "gqa", "okvqa"))
+    hub(mme.data, question_id=["a", "a", "b", "b"], question=["Is it? Please answer yes or no."] * 4,
+        answer=["Yes", "No"] * 2, category=["existence"] * 2 + ["code_reasoning"] * 2)  # fmt: skip
+    hub(gqa.data, id=["7", "8"], imageId=["p1", "p0"], question=["What?", "Where?"], answer=["dog", "left"])
+    assert gqa.pictures is not None
+    hub(gqa.pictures, id=["p0", "p1"])
+    hub(okvqa.data, question_id=[1, 2], question=["What?", "Who?"], answers=[["dog"] * 10] * 2)
+
+    assert evaluate("--benchmarks", "mme,gqa,okvqa", "--batch-size", "2", "--max-new-tokens", "4") == 0
+    results = {name: read_run(Path("out", name)) for name in ("mme", "gqa", "okvqa")}
+    assert {name: result.headline for name, result in results.items()} == {
+        "mme": "mme_perception_score", "gqa": "exact_match", "okvqa": "exact_match",
+    }  # fmt: skip
+    assert {result.data.revision for result in results.values()} == {COMMIT}
+    assert set(results["mme"].scores) == {"mme_perception_score", "mme_cognition_score"}
+    assert results["mme"].scores["mme_perception_score"].unit == "sum"
+    assert [sample.id for sample in read_samples(Path("out/mme"))] == ["0", "1", "2", "3"]  # its ids come twice
+    assert [sample.id for sample in read_samples(Path("out/gqa"))] == ["7", "8"]
+    submission = results["okvqa"].submission
+    assert submission is not None
+    answered = json.loads(Path("out/okvqa", submission).read_text())
+    assert [row["image"] for row in answered] == ["1.jpg", "2.jpg"]
