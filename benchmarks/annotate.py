@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from patch_aligned.annotate.annotate_images import Workload
 from patch_aligned.annotate.decoding import decode_image
 from patch_aligned.annotate.manifest import ManifestEntry, list_images
 from patch_aligned.annotate.models import RAM_WEIGHTS, TAG_FILES
-from patch_aligned.annotate.process_shard import Workload, process_shard
+from patch_aligned.annotate.process_shard import process_shard
 from patch_aligned.annotate.recipes import ModelRecipe
 from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.annotate.selection import Selection

@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from patch_aligned.annotate.annotate_images import Workload
 from patch_aligned.annotate.engines import Engine, Place, place_of, run_here, run_with_ray
 from patch_aligned.annotate.job import AnnotationJob
 from patch_aligned.annotate.manifest import list_images
-from patch_aligned.annotate.process_shard import Workload
 from patch_aligned.annotate.progress import ProgressReport, show_summary
 from patch_aligned.annotate.recipes import Recipe
 from patch_aligned.annotate.run_folder import RunFolder
@@ -27,6 +27,7 @@ def run_annotate(
     shard_size: int,
     device: str,
     ray_workers: int | None,
+    retry: frozenset[str] = frozenset(),
 ) -> RunFolder:
     """Annotates images into `output`; the arguments are the options of the command.
 
@@ -37,7 +38,7 @@ def run_annotate(
     place = Place(0, 1, device) if engine == "ray" else place_of(engine, device)
     entries, root = list_images(images, image_folder)
     # Ray's workers may start in another folder.
-    job = AnnotationJob(entries, root.resolve(), output.resolve(), recipe, workload, shard_size)
+    job = AnnotationJob(entries, root.resolve(), output.resolve(), recipe, workload, shard_size, retry)
     console = Console()
     transformers_logging.disable_progress_bar()
     with ProgressReport(console, place) as report:

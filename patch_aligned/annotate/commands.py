@@ -82,6 +82,13 @@ def annotate(
     on_error: Annotated[
         Literal["skip", "fail"], _work_option(help="Record images that fail, or stop after their shard.")
     ] = "skip",
+    retry: Annotated[
+        str | None,
+        _work_option(metavar="STATUS[,STATUS]", help="Make the records of these statuses anew, such as `unreadable`."),
+    ] = None,
+    allow_missing: Annotated[
+        bool, _work_option("--allow_missing", help="Record shards of which no image is there, as if all were lost.")
+    ] = False,
     tag_batch: Annotated[int, _work_option(min=1, help="Images tagged at a time.")] = 64,
     detect_batch: Annotated[int, _work_option(min=1, help="Images of one size detected at a time.")] = 8,
     segment_batch: Annotated[int, _work_option(min=1, help="Images segmented at a time.")] = 8,
@@ -102,9 +109,10 @@ def annotate(
     --ram models/ram_swin_large_14m.pth --ram_tag_list models/ram_tag_list.txt
     --ram_thresholds models/ram_tag_list_threshold.txt`
     """
+    from patch_aligned.annotate.annotate_images import Workload
     from patch_aligned.annotate.candidates import CandidateThresholds
     from patch_aligned.annotate.command import run_annotate
-    from patch_aligned.annotate.process_shard import Workload
+    from patch_aligned.annotate.process_shard import statuses_named
     from patch_aligned.annotate.recipes import ModelRecipe, OracleRecipe, Recipe
     from patch_aligned.annotate.selection import Selection
 
@@ -143,6 +151,7 @@ def annotate(
         min_side=min_side,
         max_aspect=max_aspect,
         on_error=on_error,
+        allow_missing=allow_missing,
     )
     run_annotate(
         images=images,
@@ -154,6 +163,7 @@ def annotate(
         shard_size=shard_size,
         device=device,
         ray_workers=ray_workers,
+        retry=frozenset() if retry is None else statuses_named(retry),
     )
 
 

@@ -27,6 +27,10 @@ ERRORS_OF_A_PATH = (errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno
 """What the system says of a path that will never be readable. All else it says is an outage."""
 
 
+NO_SUCH_FILE = "no such file"
+"""The reason of a picture that isn't there."""
+
+
 class StorageError(OSError):
     """The storage failed, not the picture: a mount that went away, too many open files. Nothing may be recorded."""
 
@@ -46,7 +50,7 @@ def decode_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise UnreadableImageError("no such file") from None
+        raise UnreadableImageError(NO_SUCH_FILE) from None
     except UnidentifiedImageError:
         size = path.stat().st_size
         raise UnreadableImageError("an empty file" if size == 0 else f"{size} bytes that are no image") from None

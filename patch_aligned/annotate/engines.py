@@ -94,9 +94,9 @@ def _device(device: str, local_rank: int) -> str:
 
 
 def run_here(job: AnnotationJob, place: Place, watcher: Watcher) -> RunFolder:
-    """Does this process's shards that aren't done."""
+    """Does this process's shards that aren't done, or have records to try again."""
     worker = ShardWorker(job, place.device)
-    todo = [shard for shard in place.shards(worker.folder) if not worker.folder.is_done(shard)]
+    todo = [shard for shard in place.shards(worker.folder) if worker.folder.is_left(shard, job.retry)]
     watcher.opened(worker.folder, todo)
     for shard in todo:
         watcher.finished(*worker.process(shard))
@@ -141,7 +141,7 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
         ]
         ray.get([actor.ready.remote() for actor in actors])
         folder = RunFolder(job.output)
-        todo = [shard for shard in range(folder.num_shards) if not folder.is_done(shard)]
+        todo = [shard for shard in range(folder.num_shards) if folder.is_left(shard, job.retry)]
         watcher.opened(folder, todo)
         done = ActorPool(actors).map_unordered(lambda actor, shard: actor.process.remote(shard), todo)
         for header, times in done:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from patch_aligned.annotate.annotate_images import Workload
 from patch_aligned.annotate.manifest import ManifestEntry
-from patch_aligned.annotate.process_shard import Workload, process_shard
+from patch_aligned.annotate.process_shard import process_shard
 from patch_aligned.annotate.recipes import Recipe, settings_of
 from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.annotate.shards import ShardHeader
@@ -24,6 +25,7 @@ class AnnotationJob:
         recipe: what builds the stages.
         workload: how much at once.
         shard_size: images a shard.
+        retry: statuses of records that are made anew in shards that are there.
     """
 
     entries: list[ManifestEntry]
@@ -32,6 +34,7 @@ class AnnotationJob:
     recipe: Recipe
     workload: Workload
     shard_size: int = 2000
+    retry: frozenset[str] = frozenset()
 
 
 class ShardWorker:
@@ -55,7 +58,8 @@ class ShardWorker:
     def process(self, shard: int) -> tuple[ShardHeader, StageTimes]:
         """Does one shard; returns its header and what it took."""
         clock = StageClock()
-        header = process_shard(self.folder, shard, self._stages, self._job.image_folder, self._job.workload, clock)
+        job = self._job
+        header = process_shard(self.folder, shard, self._stages, job.image_folder, job.workload, clock, job.retry)
         return header, clock.times
 
     def ready(self) -> bool:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from patch_aligned.annotate.engines import Place
+from patch_aligned.annotate.process_shard import FAILED_STATUSES
 from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.annotate.shards import ShardHeader, read_header
 from patch_aligned.annotate.stage_clock import STAGES, StageTime, StageTimes
@@ -94,6 +95,12 @@ def show_summary(console: Console, folder: RunFolder) -> None:
     for status, count in sorted(counts.items()):
         table.add_row(status, f"{count:,}")
     console.print(table)
+    if failed := [status for status in FAILED_STATUSES if counts[status]]:
+        console.print(
+            f"{sum(counts[status] for status in failed):,} images failed; their records say why. Once that is mended, "
+            f"try them again: the same command with --retry {','.join(failed)}",
+            soft_wrap=True,
+        )
     if missing:
         console.print(f"{len(missing)} of {folder.num_shards} shards are not there yet; other processes make them")
     else:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from patch_aligned.annotate.manifest import ManifestEntry, manifest_bytes, read_manifest, write_manifest
-from patch_aligned.annotate.shards import Record, ShardError, ShardHeader, read_shard, shard_path
+from patch_aligned.annotate.shards import Record, ShardError, ShardHeader, read_header, read_shard, shard_path
 from patch_aligned.whole_files import written_whole
 
 _logger = logging.getLogger(__name__)
@@ -147,6 +147,10 @@ class RunFolder:
                 _logger.warning("%s", error)
             return False
         return True
+
+    def is_left(self, shard: int, retry: Collection[str] = ()) -> bool:
+        """Whether the shard is still to be done, or has records of the statuses that are to be tried again."""
+        return not self.is_done(shard) or any(status in retry for status in read_header(self.shard_path(shard)).counts)
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards that aren't there. Those that are there aren't read."""

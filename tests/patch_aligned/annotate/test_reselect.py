@@ -16,9 +16,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
+from patch_aligned.annotate.annotate_images import Workload, annotate_images
 from patch_aligned.annotate.candidates import Candidate
 from patch_aligned.annotate.manifest import ManifestEntry
-from patch_aligned.annotate.process_shard import Workload, annotate_images
 from patch_aligned.annotate.ram.tagger import Tag
 from patch_aligned.annotate.reselect import ReselectionError, reselect, reselected
 from patch_aligned.annotate.run_folder import RunFolder

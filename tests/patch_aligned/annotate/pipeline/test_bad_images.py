@@ -16,9 +16,9 @@ from PIL import Image
 
 from llava.mm_utils import UnreadableImageError as UnreadableInTraining
 from llava.mm_utils import load_rgb_image
+from patch_aligned.annotate.annotate_images import Workload, annotate_images
 from patch_aligned.annotate.decoding import StorageError, UnreadableImageError, decode_image
 from patch_aligned.annotate.manifest import list_images
-from patch_aligned.annotate.process_shard import Workload, annotate_images
 from patch_aligned.annotate.recipes import ModelRecipe
 from patch_aligned.annotate.stage_clock import StageClock
 from patch_aligned.annotations import parse_annotation

@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from patch_aligned.annotate import engines
+from patch_aligned.annotate.annotate_images import Workload
 from patch_aligned.annotate.engines import EngineError, Place, place_of, run_with_ray
 from patch_aligned.annotate.job import AnnotationJob
 from patch_aligned.annotate.manifest import list_images
-from patch_aligned.annotate.process_shard import Workload
 from patch_aligned.annotate.recipes import ModelRecipe, OracleRecipe
 from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.cli import app

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from patch_aligned.annotate import process_shard as process_shard_module
+from patch_aligned.annotate import annotate_images as annotate_images_module
+from patch_aligned.annotate.annotate_images import Workload, annotate_images
 from patch_aligned.annotate.decoding import decode_image
 from patch_aligned.annotate.manifest import list_images
 from patch_aligned.annotate.non_finite import NonFiniteScoresError
 from patch_aligned.annotate.oracle import OracleError, OracleStages
-from patch_aligned.annotate.process_shard import FailedImageError, Workload, annotate_images, process_shard
+from patch_aligned.annotate.process_shard import FailedImageError, process_shard
 from patch_aligned.annotate.recipes import ModelRecipe
 from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.annotate.stage_clock import StageClock
@@ -96,7 +97,7 @@ def test_each_stage_takes_only_the_images_that_need_it(annotate: Callable[..., l
 def test_images_are_decoded_once(annotate: Callable[..., list[Record]], monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[Path] = []
     monkeypatch.setattr(
-        process_shard_module, "decode_image", lambda path: (decoded.append(path), decode_image(path))[1]
+        annotate_images_module, "decode_image", lambda path: (decoded.append(path), decode_image(path))[1]
     )
     records = annotate()
     assert len(decoded) == len(set(decoded)) == len(records)
