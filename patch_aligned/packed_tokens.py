@@ -15,6 +15,8 @@ import logging
 import multiprocessing
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -189,6 +191,7 @@ def pack_tokens(
 
     Raises:
         RecordFileError: if the PAD file changes meanwhile.
+        ChildProcessError: if a worker is killed.
     """
     source = _identity(index.source)
     stated = {
@@ -205,13 +208,20 @@ def pack_tokens(
     with ExitStack() as stack:
         temporary = stack.enter_context(written_whole(output))
         if workers > 1:
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
-            batches: Iterable[pa.RecordBatch] = pool.imap(pack_batch, numbers)
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            batches: Iterable[pa.RecordBatch] = pool.map(pack_batch, numbers)
         else:
             batches = map(pack_batch, numbers)
-        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            for batch in watch(batches):
-                writer.write_batch(batch)
+        try:
+            with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+                for batch in watch(batches):
+                    writer.write_batch(batch)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                f"{output}: one of {workers} worker processes was killed, most likely because memory ran out. Nothing "
+                "was written. Pass fewer --workers"
+            ) from error
         if not _is_same_file(index.source, source):
             raise RecordFileError(f"{index.source}: changed while it was packed; pack it when it is complete")
 

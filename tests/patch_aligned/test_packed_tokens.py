@@ -146,6 +146,28 @@ def test_workers_write_the_same_bytes(index: Any, tmp_path: Path) -> None:
     assert (tmp_path / "one.arrow").read_bytes() == (tmp_path / "two.arrow").read_bytes()
 
 
+class KillsItsReader:
+    """An index that ends the process which unpickles it, as the system does where memory runs out."""
+
+    regions, batches = 1, 4
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return 1
+
+    def __reduce__(self) -> Any:
+        return os._exit, (9,)
+
+
+def test_a_worker_that_is_killed_is_an_error_not_a_wait_for_ever(pad: Path, tmp_path: Path) -> None:
+    index: Any = KillsItsReader(pad)
+    with pytest.raises(ChildProcessError, match=r"one of 2 worker processes was killed.* Pass fewer --workers"):
+        pack_tokens(index, PackedFor.of(GEOMETRIES["siglip"], 0.5), tmp_path / "pack.arrow", workers=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupted_pack_leaves_the_old_file_and_nothing_else(index: Any, tmp_path: Path) -> None:
     path = tmp_path / "pack.arrow"
     path.write_bytes(b"old")
