@@ -193,15 +193,14 @@ def write_run(folder: Path, result: RunResult, samples: Sequence[Sample]) -> Non
     Raises:
         RunFileError: result and samples do not fit together, or hold what the format does not.
     """
-    # What was written can be read: the same checks, on the same text.
-    document = {"format": result.format, **asdict(result)}
     place = folder / RESULT_FILE
     try:
+        document = {"format": result.format, **asdict(result)}
         result_text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         lines = [json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False) for sample in samples]
     except (TypeError, ValueError) as error:
         raise RunFileError(f"{folder}: a value that JSON does not hold: {error}") from error
-    _checked_result(json.loads(result_text), place)
+    _checked_result(json.loads(result_text), place)  # what is written can be read
     _check_samples(samples, result, folder / SAMPLES_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)  # until the new one is complete, there is none
@@ -219,9 +218,10 @@ def read_run(folder: Path) -> RunResult:
     if not place.is_file():
         raise RunFileError(f"{folder}: found no {RESULT_FILE}; expected the folder of a finished run")
     try:
-        return _checked_result(read_json(place.read_text(encoding="utf-8")), place)
+        document = read_json(place.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise _as_run_file_error(error, f"{place}: ") from error
+        raise RunFileError(f"{place}: {error}") from error
+    return _checked_result(document, place)
 
 
 def read_samples(folder: Path) -> list[Sample]:
@@ -248,8 +248,7 @@ def read_samples(folder: Path) -> list[Sample]:
 def find_runs(folders: Iterable[Path]) -> list[Run]:
     """The runs in some folders, each of which is a run itself or has runs in it (`OUT/<benchmark>/result.json`).
 
-    Returns:
-        In the order of the folders; within one, by name.
+    In the order of the folders; within one, by name.
 
     Raises:
         RunFileError: a folder has no finished run, or one that cannot be read.
@@ -273,17 +272,13 @@ def _checked_result(document: Any, place: Path) -> RunResult:
     try:
         result = from_json(RunResult, document)
     except ValueError as error:
-        raise _as_run_file_error(error, f"{place}: ") from error
+        raise RunFileError(f"{place}: {error}") from error
     if result.headline is not None and result.headline not in {*result.scores, *result.not_available}:
         known = ", ".join(map(repr, result.scores)) or "none"
         raise RunFileError(f"{place}: field 'headline': found {result.headline!r}, expected one of the scores: {known}")
     if both := sorted(result.scores.keys() & result.not_available.keys()):
         raise RunFileError(f"{place}: field 'not_available': found {both[0]!r}, which has a score too")
     return result
-
-
-def _as_run_file_error(error: ValueError, prefix: str) -> RunFileError:
-    return error if isinstance(error, RunFileError) else RunFileError(f"{prefix}{error}")
 
 
 def _check_samples(samples: Sequence[Sample], result: RunResult, place: Path) -> None:
