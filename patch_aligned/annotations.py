@@ -213,7 +213,7 @@ def _parse_region(label: Any, position: int, place: _Place) -> Region:
     tag, bbox, rle_mask = (label[key] for key in _LABEL_KEYS)
     if not _is_text(tag) or not tag.strip():
         place.wrong(f"{where}.tag", tag, "the label in words, not empty")
-    if not isinstance(bbox, list | tuple) or len(bbox) != 4 or not all(_is_finite(number) for number in bbox):
+    if not isinstance(bbox, list | tuple) or len(bbox) != 4 or not all(map(is_finite_number, bbox)):
         place.wrong(f"{where}.bbox", bbox, "[x1, y1, x2, y2], four finite numbers in pixels")
     if bbox[2] < bbox[0] or bbox[3] < bbox[1]:
         place.wrong(f"{where}.bbox", bbox, "x1 <= x2 and y1 <= y2", "Is this [x, y, width, height]?")
@@ -277,7 +277,8 @@ def _is_side(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= _LARGEST_SIDE
 
 
-def _is_finite(number: Any) -> bool:
+def is_finite_number(number: Any) -> bool:
+    """Whether a value of JSON is a number to reckon with: no NaN, no truth value, no integer beyond floats."""
     is_number = isinstance(number, int | float) and not isinstance(number, bool)
     return is_number and -_LARGEST_NUMBER <= number <= _LARGEST_NUMBER
 

@@ -73,11 +73,15 @@ def verify(
     min_mask_box_iou: Annotated[
         float, typer.Option(min=0, max=1, help="A mask whose own box has less IoU with bbox is an error.")
     ] = 0.1,
+    fail_on: Annotated[
+        Literal["errors", "broken_file"],
+        typer.Option(help="`broken_file`: errors of single regions (box, mask, score) are listed, but are no failure."),
+    ] = "errors",
 ) -> None:
     """Checks a PAD file: format, masks' run lengths, boxes, masks against boxes, duplicates, and the image files.
 
     Writes `verify.json`, `verify.md` and `problems.jsonl`, one line a problem with record, field, found and expected.
-    Ends with exit code 1 if there is an error; what is only odd is a warning.
+    Ends with exit code 1 if there is an error that `--fail-on` counts; what is only odd is a warning.
     """
     from functools import partial
 
@@ -94,7 +98,7 @@ def verify(
         _print_table(rows, ("severity", "check", "number", "first"))
     typer.echo(summary(found))
     typer.echo(f"Report: {output / 'verify.md'}, verify.json, problems.jsonl")
-    if found.errors:
+    if found.errors > (found.errors_of_regions if fail_on == "broken_file" else 0):
         raise typer.Exit(1)
 
 

@@ -10,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from patch_aligned.annotate.merge import SETTINGS_SUFFIX
 from patch_aligned.annotations import AnnotatedImage, read_annotations, write_annotations
 from patch_aligned.dataset.stats import TokenGrid, as_markdown, gather_statistics, write_statistics
 
-SETTINGS_SUFFIX = ".settings.json"  # beside a merged file: the settings of its run
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _CARD = """\
 # {name}

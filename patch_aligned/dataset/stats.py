@@ -18,13 +18,13 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from llava.image_geometry import ImageGeometry
+from patch_aligned.annotate.merge import SKIPPED_SUFFIX
 from patch_aligned.annotations import AnnotatedImage, read_annotations
 from patch_aligned.patch_masks import covered_tokens_of_regions
 from patch_aligned.record_files import iter_records
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TAGS_SHOWN = 20
-_SKIPPED_SUFFIX = ".skipped.jsonl"  # beside a merged file: the images that are not in it
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def gather_statistics(
     statistics = Statistics(path, tokens or TokenGrid())
     for image in watch(islice(read_annotations(path), limit)):
         statistics.add(image)
-    skipped = path.with_name(path.name + _SKIPPED_SUFFIX)
+    skipped = path.with_name(path.name + SKIPPED_SUFFIX)
     if skipped.is_file() and limit is None:
         statistics.statuses.update(str(entry["status"]) for entry in iter_records(skipped))
     return statistics

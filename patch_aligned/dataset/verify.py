@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,11 +11,14 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from patch_aligned.annotations import AnnotatedImage, AnnotationError, Region, read_annotations
+from patch_aligned.annotations import AnnotatedImage, AnnotationError, Region, is_finite_number, read_annotations
 from patch_aligned.dataset.image_files import ImageFileError, stored_size_wh
 from patch_aligned.record_files import RecordFileError
 
 Box = tuple[float, float, float, float]
+CHECKS_OF_REGIONS = ("box without area", "box outside image", "empty mask", "mask against box", "score")
+"""Checks that a model's output may fail in a sound file."""
+
 _EXAMPLES = 20  # of each check, in the report
 _SUSPICIOUS_IOU = 0.5
 
@@ -83,6 +85,11 @@ class Verification:
     def errors(self) -> int:
         """Number of errors."""
         return sum(self.counts["error"].values())
+
+    @property
+    def errors_of_regions(self) -> int:
+        """Those errors that are one region's: its box, its mask, its score. The file as such is sound."""
+        return sum(self.counts["error"].get(check, 0) for check in CHECKS_OF_REGIONS)
 
     @property
     def warnings(self) -> int:
@@ -199,8 +206,8 @@ def _mask_problems(region: Region, area: int, tight: Box, min_iou: float) -> Ite
 
 def _score_problems(region: Region) -> Iterator[_Finding]:
     score = region.extra.get("score")
-    if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
-        yield "error", "score", "score", repr(score), "a finite number"
+    if score is not None and not is_finite_number(score):
+        yield "error", "score", "score", f"{score!r:.80}", "a finite number"
 
 
 def _file_problems(image: AnnotatedImage, record: int, image_folder: Path) -> Iterator[Problem]:

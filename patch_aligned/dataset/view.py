@@ -7,14 +7,10 @@ chooses them in training.
 from __future__ import annotations
 
 import base64
-import html
 import io
-import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,9 +20,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from patch_aligned.annotate.decoding import BROKEN_IMAGE_ERRORS
-from patch_aligned.annotations import AnnotatedImage, Region, read_annotations
+from patch_aligned.annotations import AnnotatedImage, Region, is_finite_number, read_annotations
 from patch_aligned.dataset.image_files import ImageFileError, image_path
 from patch_aligned.dataset.stats import TokenGrid
+from patch_aligned.html_page import html_page
 
 MOST_IMAGES = 5000
 _JPEG_QUALITY = 82
@@ -194,7 +191,7 @@ def _further(region: Region) -> dict[str, Any]:
     score = region.extra.get("score")
     others = {key: value for key, value in region.extra.items() if key != "score" and value not in (None, region.tag)}
     found: dict[str, Any] = {"extra": "; ".join(f"{key}: {_short(value)}" for key, value in others.items())}
-    if isinstance(score, int | float) and math.isfinite(score):
+    if is_finite_number(score):
         found["score"] = f"{score:.2f}"
     return found
 
@@ -238,20 +235,4 @@ def _page(entries: list[dict[str, Any]], pad: Path, tokens: TokenGrid, pages: li
         "records": entries,
     }
     part = f", page {number + 1} of {len(pages)}" if len(pages) > 1 else ""
-    parts = {
-        "title": html.escape(f"{pad.name}{part}"),
-        "style": _resource("view.css"),
-        "script": _resource("view.js"),
-        "data": _json_for_html(document),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _resource("view.html"))
-
-
-def _json_for_html(document: Any) -> str:
-    """JSON that no text of the data can end early, whatever it says: no angle bracket is left in it."""
-    text = json.dumps(document, ensure_ascii=True, allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _resource(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return html_page(__package__, "view", f"{pad.name}{part}", document)

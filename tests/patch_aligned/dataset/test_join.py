@@ -63,6 +63,16 @@ def test_records_without_a_sample_may_be_left_out(write_pad: Make, record: Make,
     assert [image.image_id for image in read_annotations(output)] == ["a.png"]
 
 
+def test_paths_are_compared_as_annotation_writes_them(write_pad: Make, record: Make, samples: Path):
+    samples.write_text(json.dumps([sample("./a.png", "a dog"), sample("x//b.png", "a cat"), sample("a.png", "again")]))
+    pad = write_pad(record("a.png"), record("x/b.png"))
+    joined = join(pad, samples, output := pad.with_name("joined.jsonl"))
+    assert [(image.image_id, image.caption) for image in read_annotations(output)] == [
+        ("a.png", "a dog"), ("x/b.png", "a cat"),
+    ]  # fmt: skip
+    assert (joined.matched, joined.samples_only, joined.further_samples) == (2, 0, 1)
+
+
 def test_files_without_a_common_image_are_refused_with_an_id_of_each(write_pad: Make, record: Make, samples: Path):
     pad = write_pad(record("images/a.png"))
     output = pad.with_name("joined.json")

@@ -40,6 +40,7 @@ def test_a_sound_file_has_no_problem_and_is_counted(write_pad: Make, record: Mak
         ("warning", "mask against box", {"bbox": [10, 10, 40, 60]}),
         ("error", "score", {"score": float("nan")}),
         ("error", "score", {"score": "high"}),
+        ("error", "score", {"score": 10**400}),  # JSON has it, no float does
         ("error", "format of labels[].rle_mask", {"rle_mask": "5"}),
         ("error", "format of labels[].tag", {"tag": " "}),
     ],
@@ -131,6 +132,20 @@ def test_the_command_reports_and_ends_with_1_on_errors_alone(
     assert [line["severity"] for line in lines] == ["warning", "error"]
     assert set(lines[1]) == {"severity", "check", "record", "image_id", "field", "found", "expected"}
     assert "b\\|c.png" in (tmp_path / "report" / "verify.md").read_text()
+
+
+def test_errors_of_single_regions_need_not_fail_the_command(write_pad: Make, record: Make, label: Make, tmp_path: Path):
+    off = label(0, 0, 40, 30, bbox=[60, 40, 90, 60])
+    pad = write_pad(record("a.png", off, label(5, 5, 5, 5, bbox=[5, 5, 9, 9], score="high")))
+    lenient = ["verify", str(pad), "--fail_on", "broken_file"]
+    assert CliRunner().invoke(app, lenient[:2]).exit_code == 1
+    result = CliRunner().invoke(app, lenient)
+    assert result.exit_code == 0, result.output
+    assert "Errors: 3" in result.output.replace("\n", " ")
+    (tmp_path / "images" / "a.png").unlink()
+    assert CliRunner().invoke(app, [*lenient, "--image-folder", str(tmp_path / "images")]).exit_code == 1
+    write_pad(record("a.png", label(0, 0, 9, 9, tag="")))
+    assert CliRunner().invoke(app, lenient).exit_code == 1
 
 
 def test_a_missing_file_or_folder_ends_with_a_sentence_and_2(write_pad: Make, record: Make, tmp_path: Path):

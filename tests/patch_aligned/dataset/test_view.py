@@ -57,6 +57,12 @@ def test_the_page_holds_images_regions_and_the_tokens_of_training(
     assert picture.size == (48, 32)
 
 
+def test_a_score_that_is_no_number_is_not_shown(write_pad: Make, record: Make, label: Make, tmp_path: Path):
+    pad = write_pad(record("a.png", label(0, 0, 9, 9, score=10**400), label(0, 0, 9, 9, score=float("nan"))))
+    regions = data_of(write_view(pad, tmp_path / "images", tmp_path / "view.html").pages[0])["records"][0]["regions"]
+    assert ["score" in region for region in regions] == [False, False]
+
+
 def test_no_text_of_the_data_acts_in_the_page(write_pad: Make, record: Make, label: Make, tmp_path: Path):
     attack = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{script}}\u2028"
     pad = write_pad(record("a.png", label(0, 0, 9, 9, attack, phrase=attack), caption=attack))
