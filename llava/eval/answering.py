@@ -7,68 +7,26 @@ Letters: B questions of a batch, T length of the longest prompt.
 
 from __future__ import annotations
 
-import io
-import os
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, SeparatorStyle
+from llava.conversation import Conversation
+from llava.eval.questions import Answer, ImageSource, Question, open_image, prompt_of, require_images
 from llava.eval.shared_beginnings import generate_sharing
-from llava.mm_utils import (
-    KeywordsStoppingCriteria,
-    load_rgb_image,
-    process_images,
-    require_image_tokens,
-    tokenizer_image_token,
-)
+from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token
 
-ImageSource = str | Path | bytes | Image.Image
-"""A path, the bytes of an image file, or a picture."""
+__all__ = ["Answer", "GenerationSettings", "ImageSource", "Question", "answer_questions", "prompt_of"]
 
 BATCHES_AHEAD = 2
 WINDOW_BATCHES = 16
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked.
-
-    Attributes:
-        question_id: what the answer is joined to.
-        text: may place its images by `<image>`; otherwise they come first, each on a line of its own.
-        images: none for a question about nothing but its text.
-        metadata: whatever the caller wants to find again at the answer.
-    """
-
-    question_id: str | int
-    text: str
-    images: tuple[ImageSource, ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was answered.
-
-    Attributes:
-        question: as it was asked.
-        prompt: the whole text that the model was given, template and `<image>` included.
-        text: the answer without special tokens, the template's closing mark and outer white space.
-    """
-
-    question: Question
-    prompt: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -108,34 +66,6 @@ class GenerationSettings:
         }
 
 
-def prompt_of(question: Question, conversation: Conversation, mm_use_im_start_end: bool = False) -> str:
-    """The question in the template, with an open turn for the answer.
-
-    Under a plain template the prompt is the images and then the text, without a break: what stage 1 trains, where a
-    caption follows its image. A caption is asked for by an empty text.
-
-    Raises:
-        ValueError: the text has some `<image>`, but not one for each image.
-    """
-    text = question.text
-    mark = f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
-    mark = mark if mm_use_im_start_end else DEFAULT_IMAGE_TOKEN
-    is_plain = conversation.sep_style is SeparatorStyle.PLAIN
-    if DEFAULT_IMAGE_TOKEN in text:
-        text = text.replace(DEFAULT_IMAGE_TOKEN, mark)
-    elif is_plain:
-        text = mark * len(question.images) + text
-    else:
-        text = f"{mark}\n" * len(question.images) + text
-    require_image_tokens(text, len(question.images), f"question {question.question_id!r}")
-    if is_plain:
-        return conversation.system + text
-    dialogue = conversation.copy()
-    dialogue.append_message(dialogue.roles[0], text)
-    dialogue.append_message(dialogue.roles[1], None)
-    return dialogue.get_prompt()
-
-
 def answer_questions(
     questions: Sequence[Question],
     tokenizer: Any,
@@ -172,25 +102,6 @@ def answer_questions(
         raise ValueError("The model has no vision tower; load a LLaVA checkpoint.")
     answerer = _Answerer(tokenizer, model, image_processor, conversation, settings)
     return answerer.answers(questions, prompts, batch_size, workers)
-
-
-def require_images(questions: Sequence[Question]) -> None:
-    """Checks that all image files are there.
-
-    Raises:
-        FileNotFoundError: naming the first that is not, its question, and how many there are.
-    """
-    asked_by: dict[str, Question] = {}
-    for question in questions:
-        for image in question.images:
-            if isinstance(image, str | Path):
-                asked_by.setdefault(os.fspath(image), question)
-    missing = [path for path in asked_by if not Path(path).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"question {asked_by[missing[0]].question_id!r}: no such image file {missing[0]} "
-            f"({len(missing)} of {len(asked_by)} images are missing); check the image folder"
-        )
 
 
 class _Row(NamedTuple):
@@ -348,16 +259,3 @@ def distinct_images(rows: Sequence[_Row]) -> tuple[list[ImageSource], list[list[
             indices.append(index_of[key])
         of_row.append(indices)
     return distinct, of_row
-
-
-def open_image(source: ImageSource) -> Image.Image:
-    """The picture, as RGB.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if isinstance(source, Image.Image):
-        return source if source.mode == "RGB" else source.convert("RGB")
-    if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source)).convert("RGB")
-    return load_rgb_image(source)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from io import BytesIO
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from transformers import TextStreamer
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates, conversation_mode
+from llava.eval.run_llava import load_image
 from llava.mm_utils import (
     KeywordsStoppingCriteria,
     get_model_name_from_path,
-    load_rgb_image,
     process_images,
     tokenizer_image_token,
 )
@@ -45,21 +44,6 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--load-4bit", action="store_true")
     parser.add_argument("--debug", action="store_true", help="print each prompt as the model sees it")
     return parser
-
-
-def load_image(image_file: str) -> Image.Image:
-    """The image at a path or an http(s) address, as RGB.
-
-    Raises:
-        OSError: it cannot be fetched or read.
-    """
-    if not image_file.startswith(("http://", "https://")):
-        return load_rgb_image(image_file)
-    import requests
-
-    response = requests.get(image_file, timeout=30)
-    response.raise_for_status()
-    return Image.open(BytesIO(response.content)).convert("RGB")
 
 
 class ImageChat:

@@ -1,0 +1,173 @@
+"""Scores answers to POPE: is an object in the picture, yes or no.
+
+    python -m llava.eval.eval_pope --annotation-dir pope/coco --question-file llava_pope_test.jsonl \\
+        --result-file answers.jsonl
+
+Answers are joined to questions by their id. A question's label is the one at its place among the questions of its
+category, in `coco_pope_CATEGORY.json`; where both name image and text, these must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.eval.command import run_command
+from llava.eval.question_files import field, read_answers, read_jsonl, require_all_answered, write_result
+
+LABEL_FILES = "coco_pope_*.json"
+
+
+@dataclass(frozen=True)
+class PopeScores:
+    """Counts of answers by what they say and what is right, and what follows. A share of nothing is 0."""
+
+    tp: int
+    fp: int
+    tn: int
+    fn: int
+
+    @classmethod
+    def of(cls, says_yes: Sequence[bool], is_yes: Sequence[bool]) -> PopeScores:
+        """Counts of pairs."""
+        pairs = list(zip(says_yes, is_yes, strict=True))
+        return cls(*(pairs.count(pair) for pair in ((True, True), (True, False), (False, False), (False, True))))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return _share(self.tp + self.tn, self.tp + self.fp + self.tn + self.fn)
+
+    @property
+    def precision(self) -> float:
+        """Share of right ones among answers that say yes."""
+        return _share(self.tp, self.tp + self.fp)
+
+    @property
+    def recall(self) -> float:
+        """Share of objects in the picture that the answers see."""
+        return _share(self.tp, self.tp + self.fn)
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall."""
+        return _share(2 * self.precision * self.recall, self.precision + self.recall)
+
+    @property
+    def yes_ratio(self) -> float:
+        """Share of answers that say yes."""
+        return _share(self.tp + self.fp, self.tp + self.fp + self.tn + self.fn)
+
+    def as_dict(self) -> dict[str, float]:
+        """Counts and shares by name."""
+        shares = {name: getattr(self, name) for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")}
+        return {**asdict(self), **shares}
+
+    def text(self) -> str:
+        """What upstream prints."""
+        shares = (self.f1, self.accuracy, self.precision, self.recall, self.yes_ratio)
+        return "\n".join(
+            [
+                "TP\tFP\tTN\tFN\t",
+                f"{self.tp}\t{self.fp}\t{self.tn}\t{self.fn}",
+                f"Accuracy: {self.accuracy}",
+                f"Precision: {self.precision}",
+                f"Recall: {self.recall}",
+                f"F1 score: {self.f1}",
+                f"Yes ratio: {self.yes_ratio}",
+                ", ".join(f"{share:.3f}" for share in shares),
+            ]
+        )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def says_yes(text: str) -> bool:
+    """Whether an answer says yes: its first sentence has none of the words "No", "no" and "not"."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"} & set(words)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Upstream's flags, and where to write the scores."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval.eval_pope", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--annotation-dir", required=True, help=f"folder of {LABEL_FILES}")
+    parser.add_argument("--question-file", required=True)
+    parser.add_argument("--result-file", required=True, help="answers, by llava.eval.model_vqa_loader")
+    parser.add_argument("--output-result", help="JSON file for the scores of each category")
+    return parser
+
+
+def read_labels(path: Path, questions: Sequence[dict[str, Any]], question_file: str) -> list[bool]:
+    """Whether the right answer is yes, for each question of the file's category.
+
+    Raises:
+        ValueError: the file is of other questions.
+    """
+    labels = []
+    records = read_jsonl(path, "POPE's labels")
+    if len(records) != len(questions):
+        raise ValueError(
+            f"{path}: found {len(records)} labels, but {len(questions)} questions of this category in {question_file}; "
+            "take both from the same release"
+        )
+    for number, (record, question) in enumerate(zip(records, questions, strict=True), start=1):
+        where = f"{path}, record {number}"
+        label = field(record, "label", str, where)
+        if label not in ("yes", "no"):
+            raise ValueError(f"{where}, field `label`: found {label!r}, expected yes or no")
+        if record.get("image", question.get("image")) != question.get("image"):
+            raise ValueError(f"{where}: labels {record['image']}, but {question_file} asks about {question['image']}")
+        if not question.get("text", "").startswith(record.get("text", "")):
+            raise ValueError(f"{where}: labels {record['text']!r}, but {question_file} asks {question['text']!r}")
+        labels.append(label == "yes")
+    return labels
+
+
+def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, PopeScores]:
+    """Scores of each category, in the order of their names.
+
+    Raises:
+        FileNotFoundError, ValueError: files are missing or do not belong together.
+    """
+    label_files = sorted(Path(annotation_dir).expanduser().glob(LABEL_FILES))
+    if not label_files:
+        raise FileNotFoundError(f"--annotation-dir {annotation_dir}: found no {LABEL_FILES}")
+    questions = read_jsonl(question_file, "questions, one JSON object a line (--question-file)")
+    for number, question in enumerate(questions, start=1):
+        field(question, "question_id", (str, int), f"{question_file}, record {number}")
+        field(question, "category", str, f"{question_file}, record {number}")
+    answers = read_answers(result_file)
+    ids = [question["question_id"] for question in questions]
+    require_all_answered(ids, [answer["question_id"] for answer in answers], result_file, question_file)
+    text_of = {answer["question_id"]: answer["text"] for answer in answers}
+    scores = {}
+    for path in label_files:
+        category = path.stem.removeprefix("coco_pope_")
+        asked = [question for question in questions if question["category"] == category]
+        labels = read_labels(path, asked, question_file)
+        scores[category] = PopeScores.of([says_yes(text_of[question["question_id"]]) for question in asked], labels)
+    if strange := {question["category"] for question in questions} - scores.keys():
+        raise FileNotFoundError(f"--annotation-dir {annotation_dir}: no labels for category {', '.join(strange)}")
+    return scores
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the scores."""
+    scores = score_files(args.annotation_dir, args.question_file, args.result_file)
+    for category, score in scores.items():
+        print(f"Category: {category}, # samples: {score.tp + score.fp + score.tn + score.fn}")
+        print(score.text())
+        print("====================================")
+    write_result(args.output_result, {category: score.as_dict() for category, score in scores.items()})
+
+
+if __name__ == "__main__":
+    run_command(main, argument_parser())

@@ -1,0 +1,134 @@
+"""Scores answers to ScienceQA.
+
+    python -m llava.eval.eval_science_qa --base-dir scienceqa --result-file answers.jsonl \\
+        --output-file output.json --output-result result.json
+
+`--base-dir` holds ScienceQA's `pid_splits.json` and `problems.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.eval.command import run_command
+from llava.eval.question_files import field, read_answers, read_json, require_all_answered, write_result
+
+NOT_PARSED = "FAILED"
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Upstream's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval.eval_science_qa",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--base-dir", required=True, help="folder of pid_splits.json and problems.json")
+    parser.add_argument("--result-file", required=True, help="answers, by llava.eval.model_vqa_science")
+    parser.add_argument("--output-file", help="JSON file for each answer, right ones and wrong ones apart")
+    parser.add_argument("--output-result", help="JSON file for the scores")
+    parser.add_argument("--split", default="test", help="default: %(default)s")
+    parser.add_argument("--options", type=list, default=list("ABCDE"), help="letters of the options; default: ABCDE")
+    return parser
+
+
+def parse_letter(text: str, options: Sequence[str]) -> str:
+    """The letter that an answer chooses: it says nothing else, begins by `A. `, or says once "The answer is A."."""
+    if text in options:
+        return text
+    if len(text) >= 3 and text[0] in options and text[1:3] == ". ":
+        return text[0]
+    # upstream parity: any character, not only a full stop, must follow the letter.
+    said = re.findall(r"The answer is ([A-Z]).", text)
+    return said[0] if len(said) == 1 else NOT_PARSED
+
+
+def score(
+    problems: dict[str, Any], answers: dict[str, Any], options: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores of answers, and each answer with what was made of it, as upstream writes them.
+
+    Args:
+        problems: by id, with `choices` and `answer`, the index of the right one.
+        answers: by the same ids.
+        options: letters of the choices.
+    """
+    sides: dict[str, list[dict[str, Any]]] = {"correct": [], "incorrect": []}
+    chosen_of: dict[str, int] = {}
+    for problem_id, problem in problems.items():
+        answer = answers[problem_id]
+        letter = parse_letter(answer["text"], options)
+        letters = options[: len(problem["choices"])]
+        chosen = letters.index(letter) if letter in letters else -1
+        chosen_of[problem_id] = chosen
+        sides["correct" if chosen == problem["answer"] else "incorrect"].append(
+            {
+                "question_id": problem_id,
+                "parsed_ans": letter,
+                "ground_truth": options[problem["answer"]],
+                "question": answer["prompt"],
+                "pred": answer["text"],
+                "is_multimodal": DEFAULT_IMAGE_TOKEN in answer["prompt"],
+            }
+        )
+    correct = len(sides["correct"])
+    result = {
+        "acc": correct / len(problems) * 100,
+        "correct": correct,
+        "count": len(problems),
+        "results": chosen_of,
+        "outputs": {problem_id: answers[problem_id]["text"] for problem_id in problems},
+    }
+    return result, sides
+
+
+def read_split(base_dir: str, split: str, answered: Sequence[str]) -> dict[str, Any]:
+    """Problems of a split by id.
+
+    Args:
+        base_dir: folder of ScienceQA's files.
+        split: name in `pid_splits.json`.
+        answered: ids of the answers, which may tell that another split is meant.
+
+    Raises:
+        FileNotFoundError, ValueError: files are missing, there is no such split, or the answers are to another.
+    """
+    splits_file, problems_file = Path(base_dir) / "pid_splits.json", Path(base_dir) / "problems.json"
+    ids_of = read_json(splits_file, "ids of each split of ScienceQA", dict)
+    if split not in ids_of:
+        raise ValueError(f"--split {split}: no such split in {splits_file}; there are {', '.join(ids_of)}")
+    if not set(answered) & set(ids_of[split]):
+        others = [name for name, ids in ids_of.items() if set(answered) <= set(ids)]
+        hint = f"; they are to {others[0]}: pass --split {others[0]}" if others else ""
+        raise ValueError(f"none of the {len(answered)} answers is to a question of split {split}{hint}")
+    problems = read_json(problems_file, "ScienceQA's problems by id", dict)
+    return {name: field(problems, name, dict, str(problems_file)) for name in ids_of[split]}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the accuracies and writes the files."""
+    answers = read_answers(args.result_file)
+    for number, answer in enumerate(answers, start=1):
+        field(answer, "prompt", str, f"{args.result_file}, record {number}")
+    ids = [str(answer["question_id"]) for answer in answers]
+    problems = read_split(args.base_dir, args.split, ids)
+    require_all_answered(problems, ids, args.result_file, f"split {args.split} of {args.base_dir}")
+    result, sides = score(problems, dict(zip(ids, answers, strict=True)), args.options)
+    shown = {side: sum(answer["is_multimodal"] for answer in sides[side]) for side in sides}
+    with_image = shown["correct"] + shown["incorrect"]
+    image_accuracy = shown["correct"] / with_image * 100 if with_image else float("nan")
+    print(
+        f"Total: {result['count']}, Correct: {result['correct']}, Accuracy: {result['acc']:.2f}%, "
+        f"IMG-Accuracy: {image_accuracy:.2f}%"
+    )
+    write_result(args.output_file, sides)
+    write_result(args.output_result, result)
+
+
+if __name__ == "__main__":
+    run_command(main, argument_parser())
