@@ -130,3 +130,12 @@ def test_a_score_that_is_no_mean_over_rows_is_not_resampled(make_run: Make, tmp_
     block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
     assert not block.rows
     assert block.notes[0] == "captions: not compared: 'METEOR' is no mean over rows, so rows cannot be resampled."
+
+
+def test_a_mean_that_the_scorer_rounded_is_a_mean_over_rows(make_run: Make, tmp_path: Path) -> None:
+    for name in "ab":
+        folder = make_run(f"{name}/mmmu", {"mmmu_acc": [1, 0, 0]}, benchmark="mmmu")
+        text = (folder / "result.json").read_text()
+        (folder / "result.json").write_text(text.replace("0.3333333333333333", "0.333"))
+    block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
+    assert [row.label for row in block.rows] == ["mmmu"]
