@@ -72,7 +72,8 @@ class RunFolder:
     def start(cls, path: Path, entries: list[ManifestEntry], settings: Mapping[str, Any], shard_size: int) -> RunFolder:
         """Makes the folder, or goes on with one that was made with the same images and settings.
 
-        Several processes may do so at once: all of them write the same bytes.
+        Several processes may do so at once: all of them write the same bytes. The run has begun once its settings are
+        there: a manifest without them is what a call left that was killed in between, and is written anew.
 
         Raises:
             RunFolderError: names each setting that differs from the folder's.
@@ -80,9 +81,8 @@ class RunFolder:
         content = manifest_bytes(entries)
         wanted = {"shard_size": shard_size, "manifest_sha256": hashlib.sha256(content).hexdigest(), **settings}
         path.mkdir(parents=True, exist_ok=True)
-        if not _manifest_path(path).exists():
-            write_manifest(entries, _manifest_path(path))
         if not _settings_path(path).exists():
+            write_manifest(entries, _manifest_path(path))
             with written_whole(_settings_path(path)) as temporary:
                 temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         folder = cls(path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from patch_aligned.annotate import run_folder as run_folder_module
 from patch_aligned.annotate.manifest import ManifestEntry
 from patch_aligned.annotate.run_folder import RunFolder, RunFolderError
 from patch_aligned.annotate.shards import ShardError, read_header, read_shard, write_shard
@@ -124,6 +125,21 @@ def test_a_folder_goes_on_only_with_its_own_images(folder: RunFolder) -> None:
         RunFolder.start(folder.path, [*ENTRIES[1:], ManifestEntry("9.jpg")], SETTINGS, shard_size=2)
     with pytest.raises(RunFolderError, match="another order"):
         RunFolder.start(folder.path, ENTRIES[::-1], SETTINGS, shard_size=2)
+
+
+def test_a_run_that_was_killed_before_its_settings_were_written_has_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as until_then:
+        until_then.setattr(run_folder_module, "written_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder.start(tmp_path, ENTRIES, SETTINGS, shard_size=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.jsonl"]
+    folder = RunFolder.start(tmp_path, ENTRIES[:3], SETTINGS, shard_size=2)
+    assert folder.entries == ENTRIES[:3]
 
 
 def test_an_edited_manifest_is_found_out(folder: RunFolder) -> None:
