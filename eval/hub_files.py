@@ -156,15 +156,12 @@ def _clear_messages(data: HubData, benchmark: str) -> Iterator[None]:
     page = f"https://huggingface.co/datasets/{data.repository}"
     try:
         yield
-    except GatedRepoError as error:
-        raise DataError(
-            f"{benchmark}: {data.repository} is gated; next: accept its terms at {page}, then `hf auth login`"
-        ) from error
     except (RepositoryNotFoundError, DatasetNotFoundError) as error:
-        raise DataError(
-            f"{benchmark}: the hub does not show {data.repository}: it is gone, or private and there is no token for "
-            f"it; next: look at {page}, and `hf auth login`"
-        ) from error
+        if isinstance(error, GatedRepoError) or "is a gated dataset" in str(error):  # the words of `datasets`
+            why, advice = "is gated", f"accept its terms at {page}, then `hf auth login`"
+        else:
+            why, advice = "is gone, or private and there is no token for it", f"look at {page}, and `hf auth login`"
+        raise DataError(f"{benchmark}: {data.repository} {why}; next: {advice}") from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, httpx.TransportError) as error:
         raise DataError(
             f"{benchmark}: {data.repository} is not on this machine, and there is no network "
