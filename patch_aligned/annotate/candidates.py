@@ -10,9 +10,10 @@ What else is in a candidate belongs to its mask (`rle_mask` and more), if it has
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+from patch_aligned.annotations import is_finite_number
 
 _KEYS = ("bbox", "score", "best_tag", "best_tag_score", "tokens")
 _SCORE_DECIMALS = 6
@@ -83,10 +84,10 @@ class Candidate(NamedTuple):
             found = ", ".join(map(str, record)) if isinstance(record, Mapping) else repr(record)
             raise CandidateError(f"{place}: found {found or 'no key'}, expected the keys {', '.join(missing)} too")
         bbox, tokens = record["bbox"], record["tokens"]
-        if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_finite, bbox)):
+        if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_finite_number, bbox)):
             raise CandidateError(f"{place}.bbox: found {bbox!r}, expected [x1, y1, x2, y2], four finite numbers")
         for key in ("score", "best_tag_score"):
-            if not _is_finite(record[key]):
+            if not is_finite_number(record[key]):
                 raise CandidateError(f"{place}.{key}: found {record[key]!r}, expected a finite number")
         if not isinstance(record["best_tag"], str) or not record["best_tag"].strip():
             raise CandidateError(f"{place}.best_tag: found {record['best_tag']!r}, expected a tag")
@@ -132,8 +133,4 @@ def mask_fields(candidate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_token(token: Any) -> bool:
-    return isinstance(token, list) and len(token) == 2 and isinstance(token[0], str) and _is_finite(token[1])
-
-
-def _is_finite(number: Any) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    return isinstance(token, list) and len(token) == 2 and isinstance(token[0], str) and is_finite_number(token[1])

@@ -72,11 +72,15 @@ def place_of(engine: Engine, device: str, environment: Mapping[str, str] = os.en
                 "--engine torchrun: found no RANK and WORLD_SIZE, which torchrun sets. Start it with `torchrun "
                 "--nproc_per_node 8 --no_python patch-aligned annotate ...`, or set both in the script of a Slurm array"
             )
+        local_rank = environment.get("LOCAL_RANK", "0")
         if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
             raise EngineError(f"RANK, WORLD_SIZE: found {rank!r} and {world_size!r}, expected 0 to WORLD_SIZE - 1")
-        local_rank = int(environment.get("LOCAL_RANK", 0))
-        return Place(int(rank), int(world_size), _device(device, local_rank))
-    if engine == "local" and int(world_size or 1) > 1:
+        if not local_rank.isdecimal():
+            raise EngineError(
+                f"LOCAL_RANK: found {local_rank!r}, expected this process's number on its machine, from 0"
+            )
+        return Place(int(rank), int(world_size), _device(device, int(local_rank)))
+    if engine == "local" and world_size not in (None, "", "1"):
         raise EngineError(
             f"--engine local: found WORLD_SIZE {world_size}, so that each of {world_size} processes would do all the "
             "work. Pass --engine torchrun"

@@ -20,7 +20,8 @@ from patch_aligned.annotate.merge import SETTINGS_SUFFIX, merge
 from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.annotate.selection import Selection, mask_of_label, select
 from patch_aligned.annotate.shards import Record
-from patch_aligned.record_files import iter_records, write_records
+from patch_aligned.annotations import read_annotations
+from patch_aligned.record_files import write_records
 from patch_aligned.whole_files import written_whole
 
 _RESELECTABLE = ("ok", "no_boxes", "no_masks")
@@ -71,6 +72,7 @@ def reselect(
     Raises:
         SelectionError: for thresholds below those of the candidates.
         ReselectionError: for records without candidates, or boxes without a mask. Nothing is written then.
+        AnnotationError: for a record of a PAD file that breaks the format.
     """
     if not source.exists():
         raise ReselectionError(f"{source}: found no such file or folder, expected a run's folder or a PAD file")
@@ -102,7 +104,7 @@ def reselect(
     if run:
         merge(run, output, keep_candidates=keep_candidates, watch=records)
     else:
-        write_records(records(iter_records(source)), output)
+        write_records(records(image.to_record() for image in read_annotations(source)), output)
     with written_whole(output.with_name(output.name + SETTINGS_SUFFIX)) as temporary:
         text = json.dumps(settings | {"selection": asdict(selection)}, indent=1, sort_keys=True)
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -133,7 +135,14 @@ def reselected(record: Record, selection: Selection, source: str | Path = "recor
     except CandidateError as error:
         raise ReselectionError(f"{place}, {error}. Annotate the image again") from error
     masks = {position: mask_fields(entry) for position, entry in enumerate(record["candidates"])}
-    masks |= {label["candidate"]: mask_of_label(label) for label in record["labels"]}
+    for number, label in enumerate(record["labels"]):
+        position = label.get("candidate")
+        if type(position) is not int or position not in masks:
+            raise ReselectionError(
+                f"{place}, field 'labels[{number}].candidate': found {position!r}, expected the place of the region's "
+                "box among the candidates. Give the run's folder, or the file as `patch-aligned merge` wrote it"
+            )
+        masks[position] = mask_of_label(label)
     empty = {position for position, mask in masks.items() if mask.get("area_px") == 0} | set(
         record.get("empty_masks", ())
     )

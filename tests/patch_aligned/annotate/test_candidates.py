@@ -83,6 +83,7 @@ def test_what_else_is_in_a_candidate_is_its_mask() -> None:
         ({"bbox": [1, 2, 3]}, r"candidates\[3\].bbox: found \[1, 2, 3\], expected \[x1, y1, x2, y2\]"),
         ({"bbox": [1, 2, 3, float("nan")]}, "four finite numbers"),
         ({"score": "0.5"}, r"candidates\[3\].score: found '0.5', expected a finite number"),
+        ({"score": 10**400}, r"candidates\[3\].score: found 1000"),
         ({"best_tag_score": True}, r"candidates\[3\].best_tag_score: found True"),
         ({"best_tag": " "}, r"candidates\[3\].best_tag: found ' ', expected a tag"),
         ({"tokens": [["cat"]]}, r"candidates\[3\].tokens: found \[\['cat'\]\]"),

@@ -27,7 +27,7 @@ from patch_aligned.annotate.selection import Selected, Selection, SelectionError
 from patch_aligned.annotate.shards import write_shard
 from patch_aligned.annotate.stage_clock import StageClock
 from patch_aligned.annotate.stages import ImageInWork
-from patch_aligned.annotations import read_annotations
+from patch_aligned.annotations import AnnotationError, read_annotations
 from patch_aligned.cli import app
 
 SIZE_WH = (100, 80)
@@ -274,6 +274,24 @@ def test_broken_candidates_are_named_with_their_image() -> None:
     one["candidates"][0]["score"] = None
     with pytest.raises(ReselectionError, match=r"pad.jsonl: image_id 'a.jpg', candidates\[0\].score: found None"):
         reselected(one, Selection(), "pad.jsonl")
+
+
+@pytest.mark.parametrize("place", [None, 7, True, [0]])
+def test_labels_that_name_no_candidate_are_named(place: Any) -> None:
+    one = record("a.jpg", [candidate(0.9)])
+    one["labels"][0]["candidate"] = place
+    with pytest.raises(ReselectionError, match=r"pad.jsonl: image_id 'a.jpg', field 'labels\[0\].candidate': found"):
+        reselected(one, Selection(), "pad.jsonl")
+
+
+def test_records_of_a_pad_file_that_break_the_format_are_named(run: Path, tmp_path: Path) -> None:
+    pad = tmp_path / "pad.jsonl"
+    reselect(run, pad, {}, keep_candidates=True)
+    records = [json.loads(line) for line in pad.read_text(encoding="utf-8").splitlines()]
+    del records[1]["labels"][0]["rle_mask"]
+    pad.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    with pytest.raises(AnnotationError, match=r"pad.jsonl: record 1 .*'rle_mask'"):
+        reselect(pad, tmp_path / "new.jsonl", {})
 
 
 def test_sources_without_a_detectors_settings_are_refused(tmp_path: Path) -> None:

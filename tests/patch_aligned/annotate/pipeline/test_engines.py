@@ -146,6 +146,12 @@ def test_ranks_come_from_torchruns_variables() -> None:
     assert place_of("torchrun", "cpu", {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Place(3, 4, "cpu")
     with pytest.raises(EngineError, match="each of 4 processes would do all the work"):
         place_of("local", "cpu", {"RANK": "3", "WORLD_SIZE": "4"})
+    with pytest.raises(EngineError, match="found WORLD_SIZE abc"):
+        place_of("local", "cpu", {"WORLD_SIZE": "abc"})
+    with pytest.raises(EngineError, match="found '0' and 'abc'"):
+        place_of("torchrun", "cpu", {"RANK": "0", "WORLD_SIZE": "abc"})
+    with pytest.raises(EngineError, match="LOCAL_RANK: found 'x'"):
+        place_of("torchrun", "cpu", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"})
     with pytest.raises(EngineError, match="found no RANK and WORLD_SIZE"):
         place_of("torchrun", "cpu", {})
     with pytest.raises(EngineError, match="found '4' and '4', expected 0 to WORLD_SIZE - 1"):
