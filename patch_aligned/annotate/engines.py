@@ -121,9 +121,11 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
 
     Raises:
         EngineError: if Ray isn't installed, or there are more workers than GPUs.
+        ValueError, OSError: what an actor raised.
     """
     try:
         import ray
+        from ray.exceptions import RayTaskError
         from ray.util import ActorPool
     except ImportError as error:
         raise EngineError("--engine ray: Ray isn't installed: pip install 'patch-aligned-llava[annotate]'") from error
@@ -151,6 +153,8 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
         for header, times in done:
             watcher.finished(header, times)
         return folder
+    except RayTaskError as error:
+        raise error.cause from None  # what went wrong in the actor, without the actor's traceback in the message
     finally:
         if is_ours:
             ray.shutdown()

@@ -12,6 +12,7 @@ from patch_aligned.annotate.recipes import Recipe, settings_of
 from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.annotate.shards import ShardHeader
 from patch_aligned.annotate.stage_clock import StageClock, StageTimes
+from patch_aligned.annotate.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -40,28 +41,39 @@ class AnnotationJob:
 class ShardWorker:
     """The models on one device, at work on one shard at a time.
 
-    Attributes:
-        folder: the run's, made or opened with the settings of this worker's models.
+    Nothing is loaded before it is needed: to Ray's user an error of the constructor would be a dead actor, one of a
+    method is itself.
     """
 
     def __init__(self, job: AnnotationJob, device: str) -> None:
-        """Loads the models and opens the folder.
+        self._job = job
+        self._device = device
+        self._loaded: tuple[Stages, RunFolder] | None = None
+
+    def ready(self) -> None:
+        """Loads the models and opens the folder, unless that is done.
 
         Raises:
             ValueError: a model that doesn't load, or a folder that was begun with other settings.
         """
-        self._job = job
-        self._stages = job.recipe.build(device)
-        settings = settings_of(self._stages, job.workload.min_side, job.workload.max_aspect)
-        self.folder = RunFolder.start(job.output, job.entries, settings, job.shard_size)
+        self._load()
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's, made or opened with the settings of this worker's models; see `ready`."""
+        return self._load()[1]
 
     def process(self, shard: int) -> tuple[ShardHeader, StageTimes]:
         """Does one shard; returns its header and what it took."""
-        clock = StageClock()
-        job = self._job
-        header = process_shard(self.folder, shard, self._stages, job.image_folder, job.workload, clock, job.retry)
+        stages, folder = self._load()
+        clock, job = StageClock(), self._job
+        header = process_shard(folder, shard, stages, job.image_folder, job.workload, clock, job.retry)
         return header, clock.times
 
-    def ready(self) -> bool:
-        """True, once the models are loaded."""
-        return True
+    def _load(self) -> tuple[Stages, RunFolder]:
+        if self._loaded is None:
+            job = self._job
+            stages = job.recipe.build(self._device)
+            settings = settings_of(stages, job.workload.min_side, job.workload.max_aspect)
+            self._loaded = stages, RunFolder.start(job.output, job.entries, settings, job.shard_size)
+        return self._loaded

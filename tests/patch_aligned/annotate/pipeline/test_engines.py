@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from patch_aligned.annotate.annotate_images import Workload
 from patch_aligned.annotate.engines import EngineError, Place, place_of, run_with_ray
 from patch_aligned.annotate.job import AnnotationJob
 from patch_aligned.annotate.manifest import list_images
+from patch_aligned.annotate.ram.published import RamCheckpointError
 from patch_aligned.annotate.recipes import ModelRecipe, OracleRecipe
 from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.cli import app
@@ -119,6 +121,10 @@ def test_rays_actors_give_what_one_process_gives(
         assert deciding_files(job.output) == deciding_files(finished_run)
         run_with_ray(job, 1, "cpu", watcher)
         assert watcher.todo == []
+        broken = replace(job, recipe=replace(recipe, ram=tmp_path / "no.pth"), output=tmp_path / "other")
+        with pytest.raises(RamCheckpointError, match=r"^\S*no.pth: found no such file") as refused:
+            run_with_ray(broken, 1, "cpu", watcher)
+        assert "Traceback" not in str(refused.value)
     finally:
         ray.shutdown()
 
@@ -129,6 +135,7 @@ def test_more_of_rays_actors_than_gpus_are_refused_as_they_would_wait_for_ever(
     ray = SimpleNamespace(is_initialized=lambda: True, cluster_resources=lambda: {"GPU": 2.0})
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(ActorPool=None))
+    monkeypatch.setitem(sys.modules, "ray.exceptions", SimpleNamespace(RayTaskError=RuntimeError))
     job = AnnotationJob([], tmp_path, tmp_path, OracleRecipe(tmp_path), Workload())
     with pytest.raises(EngineError, match="--ray_workers 3: found 2 GPUs"):
         run_with_ray(job, 3, "auto", Silent())
