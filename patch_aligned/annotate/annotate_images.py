@@ -6,7 +6,6 @@ segmented where boxes were found. Which images share a batch depends on the imag
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -137,9 +136,6 @@ class _Work:
 
     def segment(self) -> None:
         def keep(item: ImageInWork, masks: list[Mask]) -> None:
-            if not all(math.isfinite(mask.predicted_iou) for mask in masks):
-                self._end(item.image_id, "non_finite", "segment: the model's scores are not finite")
-                return
             record = self.records[item.image_id]
             mask_of = {
                 position: {"rle_mask": mask.rle, "area_px": mask.area_px, "predicted_iou": mask.predicted_iou}

@@ -19,6 +19,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from transformers import PreTrainedConfig, Sam2ImageProcessor, Sam2Model, SamImageProcessorPil, SamModel
 
+from patch_aligned.annotate.non_finite import NonFiniteScoresError
+
 Box = Sequence[float]
 """Corners x1, y1, x2, y2 in pixels of the picture."""
 
@@ -132,6 +134,7 @@ class SamSegmenter:
 
         Raises:
             SegmenterError: for other counts, or a box with a number that isn't finite.
+            NonFiniteScoresError: where an image's masks aren't finite. Before that it is tried again in float32.
         """
         if len(images) != len(boxes_xyxy_px):
             raise SegmenterError(f"boxes_xyxy_px: found those of {len(boxes_xyxy_px)} images, expected {len(images)}")
@@ -144,26 +147,48 @@ class SamSegmenter:
             _scaled(boxes_xyxy_px[position], picture.size, self._resized_hw(picture.size), position)
             for position, picture in zip(with_boxes, pictures, strict=True)
         ]
-        pixel_values = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.device)
-        with self._autocast():
+        found = self._masks(pictures, prompts, self.dtype)
+        again = [row for row, of_image in enumerate(found) if of_image is None]
+        if again and self.dtype != torch.float32:
+            second = self._masks([pictures[row] for row in again], [prompts[row] for row in again], torch.float32)
+            for row, of_image in zip(again, second, strict=True):
+                found[row] = of_image
+        if not_finite := [position for position, of_image in zip(with_boxes, found, strict=True) if of_image is None]:
+            raise NonFiniteScoresError("SAM", not_finite)
+        for position, of_image in zip(with_boxes, found, strict=True):
+            masks[position] = of_image or []
+        return masks
+
+    def _masks(
+        self, pictures: Sequence[Image.Image], prompts: Sequence[Tensor], dtype: torch.dtype
+    ) -> list[list[Mask] | None]:
+        """Masks of each picture's boxes `[boxes, 4]`; None for a picture whose numbers are not finite in this dtype."""
+        pixel_values = self.image_processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self.device)
+        with self._autocast(dtype):
             embeddings = self.model.get_image_embeddings(pixel_values)  # SAM [B, C, h, w], SAM 2 a list of three
         image_of_box = torch.tensor(
             [row for row, boxes in enumerate(prompts) for _ in boxes], device=self.device
         )  # [N]
-        all_boxes = torch.cat(prompts).to(self.device)  # [N, 4]
+        all_boxes = torch.cat(list(prompts)).to(self.device)  # [N, 4]
+        masks: list[list[Mask]] = [[] for _ in pictures]
+        broken: set[int] = set()
         steps = zip(all_boxes.split(self.boxes_per_step), image_of_box.split(self.boxes_per_step), strict=True)
         for boxes, rows in steps:
-            low_resolution, predicted_iou = self._decoded(embeddings, rows, boxes)
+            logits, predicted_iou = self._decoded(embeddings, rows, boxes, dtype)
             for row in rows.unique().tolist():
                 own = rows == row
-                picture = pictures[row]
-                masks[with_boxes[row]] += self._encoded(low_resolution[own], predicted_iou[own], picture.size)
-        return masks
+                if not (logits[own].isfinite().all() and predicted_iou[own].isfinite().all()):
+                    broken.add(row)
+                if row not in broken:
+                    masks[row] += self._encoded(logits[own], predicted_iou[own], pictures[row].size)
+        return [None if row in broken else of_image for row, of_image in enumerate(masks)]
 
-    def _decoded(self, embeddings: Tensor | list[Tensor], rows: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    def _decoded(
+        self, embeddings: Tensor | list[Tensor], rows: Tensor, boxes: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """Mask logits `[n, h, w]` in the decoder's size and predicted IoUs `[n]`, float32."""
         own = [level[rows] for level in embeddings] if isinstance(embeddings, list) else embeddings[rows]  # -> [n, ...]
-        with self._autocast():
+        with self._autocast(dtype):
             output = self.model(image_embeddings=own, input_boxes=boxes[:, None], multimask_output=False)
         return output.pred_masks[:, 0, 0].float(), output.iou_scores[:, 0, 0].float()  # [n, 1, 1, h, w] -> [n, h, w]
 
@@ -194,8 +219,8 @@ class SamSegmenter:
         scale = self._side / max(size_wh)
         return int(size_wh[1] * scale + 0.5), int(size_wh[0] * scale + 0.5)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+    def _autocast(self, dtype: torch.dtype) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def _scaled(boxes: Sequence[Box], size_wh: tuple[int, int], resized_hw: tuple[int, int], position: int) -> Tensor:

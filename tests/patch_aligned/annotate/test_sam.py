@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from patch_aligned.annotate import sam as sam_module
+from patch_aligned.annotate.non_finite import NonFiniteScoresError
 from patch_aligned.annotate.sam import SamSegmenter, SegmenterError
 
 # Two pictures of different shapes, each with two boxes.
@@ -175,6 +176,44 @@ def test_bfloat16_gives_the_masks_of_transformers_in_bfloat16(kind: str, images:
     for image, masks, expected in zip(images, found, expected_masks, strict=True):
         for mask, pixels in zip(masks, expected[:, 0].numpy(), strict=True):
             assert (decoded(mask.rle, image.size) == pixels).mean() > 0.98
+
+
+def overflow(segmenter: SamSegmenter, monkeypatch: pytest.MonkeyPatch, where: str, *, only_rough: bool) -> None:
+    """Lets the model's mask of the first box come out as NaN, or the IoU that it predicts of it."""
+    forward = segmenter.model.forward
+
+    def overflowing(**inputs: Any) -> Any:
+        output = forward(**inputs)
+        if torch.is_autocast_enabled("cpu") or not only_rough:
+            getattr(output, where)[0] = float("nan")
+        return output
+
+    monkeypatch.setattr(segmenter.model, "forward", overflowing)
+
+
+@pytest.mark.parametrize("where", ["pred_masks", "iou_scores"])
+def test_what_overflows_in_bfloat16_is_tried_again_in_float32(
+    kind: str, segmenter: SamSegmenter, images: list[Image.Image], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = segmenter.segment(images[:1], BOXES[:1])[0]
+    rough = SamSegmenter(segmenter.model, segmenter.image_processor, dtype=torch.bfloat16)
+    unharmed = rough.segment(images, BOXES)[1]
+    overflow(segmenter, monkeypatch, where, only_rough=True)
+    found = rough.segment([images[0], images[0], images[1]], [[], *BOXES])
+    assert found[0] == []
+    assert [mask.rle for mask in found[1]] == [mask.rle for mask in exact]
+    assert [mask.predicted_iou for mask in found[1]] == pytest.approx([mask.predicted_iou for mask in exact], rel=1e-5)
+    assert found[2] == unharmed
+
+
+@pytest.mark.parametrize("where", ["pred_masks", "iou_scores"])
+def test_masks_that_are_not_finite_in_float32_either_are_reported_for_their_image(
+    segmenter: SamSegmenter, images: list[Image.Image], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflow(segmenter, monkeypatch, where, only_rough=False)
+    with pytest.raises(NonFiniteScoresError, match=r"SAM: .* images \[1\] of the batch") as caught:
+        segmenter.segment([images[0], *images], [[], *BOXES])
+    assert caught.value.positions == [1]
 
 
 def test_boxes_that_are_no_prompts_are_refused(segmenter: SamSegmenter, images: list[Image.Image]) -> None:
