@@ -9,6 +9,7 @@ Letters: B images that have boxes, N boxes of all images together, n boxes of on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,13 +101,18 @@ class SamSegmenter:
             options: the constructor's.
 
         Raises:
-            SegmenterError: for another kind of model, or where weights are missing.
+            SegmenterError: for another kind of model, or where weights or SAM 2's torchvision are missing.
         """
         config, _ = PreTrainedConfig.get_config_dict(name_or_folder, revision=revision)
         kind = config.get("model_type")
         if kind not in _MASK_MODELS:
             raise SegmenterError(
                 f"{name_or_folder}: found a model of type {kind!r}, expected {', '.join(_MASK_MODELS)}"
+            )
+        if kind != "sam" and find_spec("torchvision") is None:
+            raise SegmenterError(
+                f"{name_or_folder}: the image processor of SAM 2 needs torchvision, which isn't installed: pip install "
+                "'patch-aligned-llava[annotate]'"
             )
         model, loading = _MASK_MODELS[kind].from_pretrained(name_or_folder, revision=revision, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,6 +159,13 @@ def test_weights_of_a_checkpoint_find_their_places_under_old_and_new_names(
 def test_encoders_that_do_not_fit_are_refused_by_name(model_type: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(ValueError, match=message):
+        build_vision_tower(SimpleNamespace(mm_vision_tower=str(tmp_path), mm_vision_select_layer=-2))
+
+
+def test_dinov3_says_that_it_needs_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov3_vit"}))
+    with pytest.raises(ImportError, match=r"needs torchvision.*pip install 'patch-aligned-llava\[dinov3\]'"):
         build_vision_tower(SimpleNamespace(mm_vision_tower=str(tmp_path), mm_vision_select_layer=-2))
 
 

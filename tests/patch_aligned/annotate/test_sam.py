@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -243,4 +244,11 @@ def test_other_models_and_missing_weights_are_refused(segmenter: SamSegmenter, t
     lost = next(name for name in state if name.startswith("mask_decoder.iou_token"))
     segmenter.model.save_pretrained(tmp_path, state_dict={name: state[name] for name in state if name != lost})
     with pytest.raises(SegmenterError, match=f"1 weights are missing, among them {lost}"):
+        SamSegmenter.from_pretrained(str(tmp_path))
+
+
+def test_sam_2_says_that_it_needs_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    Sam2Config().save_pretrained(tmp_path)
+    with pytest.raises(SegmenterError, match=r"SAM 2 needs torchvision.*pip install 'patch-aligned-llava\[annotate\]'"):
         SamSegmenter.from_pretrained(str(tmp_path))
