@@ -52,7 +52,7 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.von_neumann", "patch
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Distributions that come with an extra. No module needs them to be imported.
 OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "liger_kernel", "tensorboard", "wandb", "flash_attn", "lmms_eval",
-            "pycocoevalcap", "ray", "skimage", "matplotlib", "spellchecker", "nltk", "gguf", "onnx")  # fmt: skip
+            "pycocoevalcap", "ray", "torchvision", "skimage", "matplotlib", "spellchecker", "nltk", "gguf", "onnx")  # fmt: skip
 
 
 def module_name(path: Path) -> str:
