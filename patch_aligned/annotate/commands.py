@@ -14,6 +14,8 @@ app = typer.Typer(rich_markup_mode="markdown")
 models_app = typer.Typer(name="models", no_args_is_help=True, help="The models that annotate.")
 app.add_typer(models_app)
 
+_REVISION_HELP = "On the hub. Default: the pinned commit of the default model, `main` of another."
+
 _model_option = partial(typer.Option, rich_help_panel="Models")
 _choice_option = partial(typer.Option, rich_help_panel="Which boxes become regions")
 _work_option = partial(typer.Option, rich_help_panel="How the work is done")
@@ -44,9 +46,9 @@ def annotate(
     detector: Annotated[
         str, _model_option(help="Grounding DINO or MM Grounding DINO: folder or hub.")
     ] = "IDEA-Research/grounding-dino-tiny",
-    detector_revision: Annotated[str, _model_option(help="Commit on the hub.")] = "main",
+    detector_revision: Annotated[str | None, _model_option(metavar="COMMIT", help=_REVISION_HELP)] = None,
     sam: Annotated[str, _model_option(help="SAM or SAM 2: folder or hub.")] = "facebook/sam-vit-huge",
-    sam_revision: Annotated[str, _model_option(help="Commit on the hub.")] = "main",
+    sam_revision: Annotated[str | None, _model_option(metavar="COMMIT", help=_REVISION_HELP)] = None,
     stages: Annotated[
         Literal["models", "oracle"], _model_option(help="`oracle` answers from --oracle, to test the machinery.")
     ] = "models",
@@ -112,6 +114,7 @@ def annotate(
     from patch_aligned.annotate.annotate_images import Workload
     from patch_aligned.annotate.candidates import CandidateThresholds
     from patch_aligned.annotate.command import run_annotate
+    from patch_aligned.annotate.models import revision_of
     from patch_aligned.annotate.process_shard import statuses_named
     from patch_aligned.annotate.recipes import ModelRecipe, OracleRecipe, Recipe
     from patch_aligned.annotate.selection import Selection
@@ -132,8 +135,8 @@ def annotate(
             ram_thresholds=ram_thresholds.resolve(),
             detector=str(Path(detector).resolve()) if Path(detector).is_dir() else detector,
             sam=str(Path(sam).resolve()) if Path(sam).is_dir() else sam,
-            detector_revision=detector_revision,
-            sam_revision=sam_revision,
+            detector_revision=revision_of(detector, detector_revision),
+            sam_revision=revision_of(sam, sam_revision),
             resample=resample,
             prompt_join=prompt_join,
             candidate_thresholds=CandidateThresholds(candidate_box_threshold, candidate_text_threshold),
@@ -181,18 +184,19 @@ def fetch(
     ),
     ram: Annotated[Literal["ram", "ram_plus"], typer.Option(help="Which tagger.")] = "ram",
     detector: Annotated[str, typer.Option(help="Hub name of Grounding DINO.")] = "IDEA-Research/grounding-dino-tiny",
-    detector_revision: Annotated[str, typer.Option(help="Commit on the hub.")] = "main",
+    detector_revision: Annotated[str | None, typer.Option(metavar="COMMIT", help=_REVISION_HELP)] = None,
     sam: Annotated[str, typer.Option(help="Hub name of SAM or SAM 2.")] = "facebook/sam-vit-huge",
-    sam_revision: Annotated[str, typer.Option(help="Commit on the hub.")] = "main",
+    sam_revision: Annotated[str | None, typer.Option(metavar="COMMIT", help=_REVISION_HELP)] = None,
 ) -> None:
     """Fetches RAM with its tag list and thresholds, Grounding DINO and SAM, and checks what is there already.
 
     RAM's files are checked against their published hashes. Without a network it says which file belongs where.
     """
-    from patch_aligned.annotate.models import RAM_WEIGHTS, TAG_FILES, HubCheckpoint, fetch_models
+    from patch_aligned.annotate.models import RAM_WEIGHTS, TAG_FILES, HubCheckpoint, fetch_models, revision_of
 
     weights = RAM_WEIGHTS[ram]
-    detector_checkpoint, sam_checkpoint = HubCheckpoint(detector, detector_revision), HubCheckpoint(sam, sam_revision)
+    detector_checkpoint = HubCheckpoint(detector, revision_of(detector, detector_revision))
+    sam_checkpoint = HubCheckpoint(sam, revision_of(sam, sam_revision))
     fetch_models(output, [weights, *TAG_FILES], [detector_checkpoint, sam_checkpoint])
     typer.echo(
         f"All there. Next: patch-aligned annotate --ram {output / weights.name} "

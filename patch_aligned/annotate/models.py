@@ -1,8 +1,8 @@
 """The models' files: where they are published, and bringing them here or saying what to put where.
 
-RAM's files are pinned by their hashes, the tag list and its thresholds by the commit as well. Grounding DINO and SAM
-are taken from the hub at a revision, `main` unless one is given; the commit that was found is written down, and every
-annotation run records the hashes of the files that it read.
+RAM's files are pinned by their hashes, the tag list and its thresholds by the commit as well. The default Grounding
+DINO and SAM are pinned by their commits; others are taken at the revision that is given, or at what `main` is now. The
+commit is written down, and every annotation run records it with the hashes of the files that it read.
 """
 
 from __future__ import annotations
@@ -79,6 +79,18 @@ TAG_FILES = (
         "b6f81d0de1bc7f9c251af512c413eae976c77dbfbadf700d4e3d90510f4c6447",
     ),
 )
+
+
+PINNED_REVISIONS = {
+    "IDEA-Research/grounding-dino-tiny": "a2bb814dd30d776dcf7e30523b00659f4f141c71",
+    "facebook/sam-vit-huge": "87aecf0df4ce6b30cd7de76e87673c49644bdf67",
+}
+"""Commits of the default checkpoints on the hub."""
+
+
+def revision_of(repository: str, asked: str | None) -> str:
+    """The revision to take of a checkpoint: what is asked for, else the pinned one, else what the hub has now."""
+    return asked or PINNED_REVISIONS.get(repository, "main")
 
 
 @dataclass(frozen=True)
@@ -169,6 +181,16 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in sorted(paths)}
 
 
+def commit_of(folder: Path, *, is_from_hub: bool) -> str | None:
+    """The hub's commit that a checkpoint's folder holds; None for a folder that was put there by hand."""
+    if is_from_hub:  # a folder of the hub's cache is called by its commit
+        return folder.name
+    if not (folder / _FETCHED).is_file():
+        return None
+    commit: str | None = json.loads((folder / _FETCHED).read_text(encoding="utf-8")).get("commit")
+    return commit
+
+
 def _fetch_checkpoint(checkpoint: HubCheckpoint, folder: Path) -> None:
     wanted = {"repository": checkpoint.repository, "revision": checkpoint.revision}
     if (folder / _FETCHED).is_file():
@@ -179,10 +201,8 @@ def _fetch_checkpoint(checkpoint: HubCheckpoint, folder: Path) -> None:
     elif _is_whole(folder):
         _logger.info("%s is there; it was put there by hand, so its revision isn't known", folder)
         return
-    # The folder of the hub's cache is called by the commit that the revision is now.
-    commit = Path(
-        snapshot_download(checkpoint.repository, revision=checkpoint.revision, allow_patterns="config.json")
-    ).name
+    of_config = snapshot_download(checkpoint.repository, revision=checkpoint.revision, allow_patterns="config.json")
+    commit = commit_of(Path(of_config), is_from_hub=True)
     snapshot_download(checkpoint.repository, revision=commit, allow_patterns=list(_CHECKPOINT_FILES), local_dir=folder)
     with written_whole(folder / _FETCHED) as temporary:
         fetched = {**wanted, "commit": commit, "files_sha256": file_hashes(folder)}

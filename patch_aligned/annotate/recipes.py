@@ -11,7 +11,7 @@ import torch
 
 from patch_aligned.annotate.candidates import CandidateThresholds
 from patch_aligned.annotate.grounding_dino import GroundingDetector
-from patch_aligned.annotate.models import checkpoint_folder, file_hashes
+from patch_aligned.annotate.models import checkpoint_folder, commit_of, file_hashes
 from patch_aligned.annotate.oracle import OracleStages
 from patch_aligned.annotate.prompts import PromptJoin
 from patch_aligned.annotate.ram.tagger import RamTagger, Resample
@@ -85,8 +85,8 @@ class ModelRecipe:
         )
         segmenter = SamSegmenter.from_pretrained(str(sam_folder), device=device, dtype=dtype)
         # Where the files are doesn't decide anything; what is in them does.
-        detector.settings |= _identity(self.detector, self.detector_revision, detector_folder)
-        segmenter.settings |= _identity(self.sam, self.sam_revision, sam_folder)
+        detector.settings |= _identity(self.detector, detector_folder)
+        segmenter.settings |= _identity(self.sam, sam_folder)
         return ModelStages(tagger, detector, segmenter, self.selection, segment_candidates=self.segment_candidates)
 
 
@@ -111,10 +111,10 @@ def settings_of(stages: Stages, min_side: int, max_aspect: float) -> dict[str, A
     }
 
 
-def _identity(name_or_folder: str, revision: str, folder: Path) -> dict[str, Any]:
+def _identity(name_or_folder: str, folder: Path) -> dict[str, Any]:
     is_local = Path(name_or_folder) == folder
     return {
         "model": folder.resolve().name if is_local else name_or_folder,
-        "revision": None if is_local else revision,
+        "revision": commit_of(folder, is_from_hub=not is_local),
         "files_sha256": file_hashes(folder),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from patch_aligned.annotate.models import (
     ModelFilesError,
     PinnedFile,
     checkpoint_folder,
+    commit_of,
     fetch_models,
     file_hashes,
+    revision_of,
 )
 from patch_aligned.cli import app
 
@@ -81,6 +84,21 @@ def test_files_are_fetched_once_and_checkpoints_by_their_commit(hub: Hub, tmp_pa
     assert len(hub.calls) == 3
 
 
+def test_revisions_are_pinned_where_none_is_asked_for() -> None:
+    assert re.fullmatch("[0-9a-f]{40}", revision_of("facebook/sam-vit-huge", None))
+    assert revision_of("facebook/sam-vit-huge", "main") == "main"
+    assert revision_of("someone/sam", None) == "main"
+
+
+def test_settings_name_the_commit_so_that_another_one_is_another_run(hub: Hub, tmp_path: Path) -> None:
+    fetch_models(tmp_path, [], [DETECTOR])
+    assert commit_of(tmp_path / "detector", is_from_hub=False) == COMMIT
+    (tmp_path / "detector" / "fetched.json").unlink()
+    assert commit_of(tmp_path / "detector", is_from_hub=False) is None
+    from_cache = checkpoint_folder("someone/detector", "v1", "--detector")
+    assert commit_of(from_cache, is_from_hub=True) == COMMIT
+
+
 def test_files_that_were_changed_are_fetched_again(hub: Hub, tmp_path: Path) -> None:
     fetch_models(tmp_path, [pinned()], [DETECTOR])
     (tmp_path / "ram.pth").write_bytes(b"weigh")
@@ -107,6 +125,7 @@ def test_without_a_network_the_command_says_which_file_belongs_where(tmp_path: P
         assert f"-> {tmp_path / name}   (sha256 " in result.output
     for name in ("grounding-dino-tiny", "sam-vit-huge"):
         assert f"-> {tmp_path / name}/" in result.output
+    assert len(re.findall(r"https://huggingface.co/\S+/tree/[0-9a-f]{40} ", result.output)) == 2
     assert "Cannot reach the hub." in result.output
     assert "More lines" not in result.output
 
