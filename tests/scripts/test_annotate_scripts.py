@@ -48,6 +48,8 @@ def test_annotate_pad_starts_a_process_a_gpu_and_merges_to_where_training_looks(
         "float16",
         Path("m/ram_swin_large_14m.pth"),
     )
+    assert options["chunk"] == 1024
+    assert parsed(verify)["fail_on"] == "broken_file"
     assert parsed(merge)["run"] == options["output"]
     assert parsed(merge)["output"] == parsed(verify)["pad"]
     common = (ROOT / "scripts" / "v1_5" / "common.sh").read_text()
@@ -64,12 +66,19 @@ def test_several_machines_share_and_the_first_merges() -> None:
 
 
 def test_a_slurm_task_is_one_process_and_does_not_merge() -> None:
-    commands = printed("slurm/annotate_pad.sbatch", "--ram_tag_list", "other.txt", SLURM_ARRAY_TASK_ID="3")
-    assert len(commands) == 1
-    assert parsed(commands[0])["ram_tag_list"] == Path("other.txt")
-    script = (ROOT / "scripts" / "slurm" / "annotate_pad.sbatch").read_text()
-    assert "RANK=$SLURM_ARRAY_TASK_ID WORLD_SIZE=${WORLD_SIZE:-8}" in script
-    assert "#SBATCH --array=0-7" in script
+    stray = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "5"}  # of what started the shell that submits, perhaps
+    (words,) = printed("slurm/annotate_pad.sbatch", "--ram_tag_list", "other.txt", SLURM_ARRAY_TASK_ID="3", **stray)
+    assert words[:5] == ["env", "RANK=3", "WORLD_SIZE=8", "LOCAL_RANK=0", "patch-aligned"]
+    assert parsed(words[4:])["ram_tag_list"] == Path("other.txt")
+    (words,) = printed("slurm/annotate_pad.sbatch", SLURM_ARRAY_TASK_ID="31", TASKS="32")
+    assert words[:4] == ["env", "RANK=31", "WORLD_SIZE=32", "LOCAL_RANK=0"]
+    assert "#SBATCH --array=0-7" in (ROOT / "scripts" / "slurm" / "annotate_pad.sbatch").read_text()
+
+
+def test_a_rank_of_elsewhere_makes_no_task() -> None:
+    commands = printed("annotate_pad.sh", RANK="0", WORLD_SIZE="1", SLURM_ARRAY_TASK_ID="4", NUM_GPUS="2")
+    assert commands[0][:3] == ["torchrun", "--nproc_per_node", "2"]
+    assert len(commands) == 3
 
 
 def test_missing_weights_are_named_with_the_command_that_fetches_them(tmp_path: Path) -> None:
