@@ -1,0 +1,82 @@
+"""Several captions of each scene of a data set, in different words, to judge a model's captions by.
+
+    python -m playground.mini.reference_captions                      # playground/data/mini/heldout/captions.json
+    python -m playground.mini.reference_captions --data DIR
+
+The first caption of a scene is the one in its PAD record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from playground.mini.captions import write_caption
+from playground.mini.make_scenes import JSON_FILES, SUMMARY
+from playground.mini.scenes import SPLITS, STYLES, Scene, compose_scene
+
+ROOT = Path(__file__).parents[2]
+HELDOUT = ROOT / "playground/data/mini/heldout"
+FILE = "captions.json"
+CAPTIONS = 5
+"""As many as COCO has."""
+
+_ATTEMPTS = 50
+_STREAM = 1  # a scene's own stream has no fifth number; this one is apart from it
+
+
+def reference_captions(scene: Scene, first: str, rng: np.random.Generator, count: int = CAPTIONS) -> list[str]:
+    """`first` and further captions, all different; fewer than `count` where a scene has not as many wordings."""
+    captions = [first]
+    for _ in range(_ATTEMPTS):
+        caption = write_caption(scene, rng)
+        if len(captions) < count and caption not in captions:
+            captions.append(caption)
+    return captions
+
+
+def caption_dataset(folder: Path, progress: bool = True) -> Path:
+    """Writes `captions.json` of a data set that `make_scenes` made: records of `image` and `captions`.
+
+    Raises:
+        FileNotFoundError: the folder is no such data set.
+    """
+    summary, pad = folder / SUMMARY, folder / JSON_FILES["pad"]
+    if not summary.is_file() or not pad.is_file():
+        raise FileNotFoundError(f"{folder}: found no {summary.name} and {pad.name}; next: bash scripts/prepare_mini.sh")
+    settings = json.loads(summary.read_text(encoding="utf-8"))["settings"]
+    records: list[dict[str, Any]] = []
+    for index, record in enumerate(tqdm(json.loads(pad.read_text(encoding="utf-8")), disable=not progress)):
+        seed, split, style = settings["seed"], settings["split"], settings["style"]
+        scene, _ = compose_scene(seed, split, style, index, settings["size_wh"])
+        rng = np.random.default_rng([seed, SPLITS.index(split), STYLES.index(style), index, _STREAM])
+        records.append({"image": record["image_id"], "captions": reference_captions(scene, record["caption"], rng)})
+    path = folder / FILE
+    temporary = path.with_name(f".{FILE}.tmp")
+    temporary.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=HELDOUT, help="folder of the data set; default: the held-out one")
+    arguments = parser.parse_args(argv)
+    try:
+        path = caption_dataset(arguments.data)
+    except FileNotFoundError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
