@@ -1,0 +1,73 @@
+"""The command `python -m eval.captions.score`: captions of any source against reference captions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eval.captions.answer_file import read_answers
+from eval.captions.java import require_metrics
+from eval.captions.metrics import score_captions
+from eval.captions.record import as_json, as_text
+from eval.captions.references import read_references
+from eval.captions.spice import find_spice
+from patch_aligned.command_errors import clear_errors
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-"), "obj": {"debug": False}},
+)
+
+
+@app.command()
+@clear_errors
+def main(
+    context: typer.Context,
+    answers: Annotated[
+        Path, typer.Option(metavar="FILE", help="Records of `image_id` (or `image`) and `caption` (or `answer`).")
+    ],
+    references: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="COCO's captions, Karpathy's, records of `image` and `captions`, or PAD."),
+    ],
+    split: Annotated[str | None, typer.Option(help="Of Karpathy's file. Default: `test`.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images of the references.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON for all scores, those of each image among them.")
+    ] = None,
+    spice_jars: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of CoreNLP 3.6.0 for SPICE. Default: $SPICE_JARS.")
+    ] = None,
+    spice_java: Annotated[
+        str | None, typer.Option(metavar="PROGRAM", help="Java 8 or 11 for SPICE. Default: $SPICE_JAVA, or java.")
+    ] = None,
+) -> None:
+    """Scores captions of any source: METEOR, ROUGE-L, SPICE, CIDEr and BLEU, as pycocoevalcap has them.
+
+    Example:
+
+    `python -m eval.captions.score --answers captions.json --references captions_val2014.json`
+    """
+    require_metrics()
+    spice = find_spice(spice_jars, spice_java)
+    images = read_references(references, split).images
+    found = read_answers(answers, images)
+    chosen = images[:limit]
+    scores = score_captions(
+        {image.id: image.captions for image in chosen},
+        {image.id: found[image.id] for image in chosen if image.id in found},
+        spice,
+    )
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(as_json(scores), indent=2) + "\n", encoding="utf-8")
+    typer.echo(as_text(scores))
+
+
+if __name__ == "__main__":
+    app()
