@@ -15,7 +15,7 @@ from llava.conversation import conv_templates
 from llava.convert.processor import image_settings
 from llava.convert.to_hf import HAS_CLS, ORIGINAL_CONFIG, require_new_folder
 from llava.convert.weight_names import OUR_TOWER, name_of_module_tensor
-from llava.model.checkpoint_files import copy_file, save_weights
+from llava.model.checkpoint_files import VOCABULARY_TABLES, copy_file, save_weights
 from llava.model.language_model.families import FAMILIES, llava_config
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.tensor_files import find_file
@@ -27,7 +27,6 @@ IMAGE_PROCESSOR_OF_TOWER = {
 }
 OWN_TOWER = "vision_tower"
 """Folder of the tower inside the checkpoint, and its name there: it stays true when the checkpoint is moved."""
-VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def from_hf(

@@ -61,7 +61,7 @@ def is_of_llm(name: str) -> bool:
     return not name.startswith((WRAPPER + PROJECTOR, WRAPPER + TOWER))
 
 
-def add_lora(model: Any, adapter_path: str, *, merge: bool) -> Any:
+def apply_adapter(model: Any, adapter_path: str, *, merge: bool) -> Any:
     """Adds a LoRA adapter to `model`, strictly.
 
     Args:

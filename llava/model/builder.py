@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.model.adapters import IMAGE_NEWLINE, PROJECTOR, TOWER, add_lora, fill_trained, read_trained_tensors
+from llava.model.adapters import IMAGE_NEWLINE, PROJECTOR, TOWER, apply_adapter, fill_trained, read_trained_tensors
 from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.language_model.llava_llama import LlavaConfig
@@ -100,7 +100,7 @@ def load_pretrained_model(
             raise ValueError(f"{model_path} holds a projector, but its config.json names no vision tower.")
         text_model, _ = from_pretrained_strictly(AutoModelForCausalLM, weights_path, config=config, **kwargs)
         if form is Form.ADAPTER:
-            text_model = add_lora(text_model, model_path, merge=not is_quantised)
+            text_model = apply_adapter(text_model, model_path, merge=not is_quantised)
         return LoadedModel(tokenizer, text_model.eval(), None, context_length(config))
 
     vocabulary = config.vocab_size
@@ -121,7 +121,7 @@ def load_pretrained_model(
         trained = read_trained_tensors(source) if source is not None else {}
         fill_trained(model, trained, to_come, source or f"{model_path}, which has no {NON_LORA_FILE},")
     if form is Form.ADAPTER:
-        model = add_lora(model, model_path, merge=not is_quantised)
+        model = apply_adapter(model, model_path, merge=not is_quantised)
     load_tower(model, trained, weights_path)
     return LoadedModel(tokenizer, model.eval(), model.get_vision_tower().image_processor, context_length(config))
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.model.tensor_files import find_file, read_tensors
+from llava.model.tensor_files import UNSHARDED_FILES, find_file, read_tensors
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names of unsharded weights, in the order of preference; `<name>.index.json` lists shards."""
+VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+"""Tensors with a row for each token."""
 
 SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -36,7 +36,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
         self.checkpoint = checkpoint
         self._open: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        for name in WEIGHT_FILES:
+        for name in UNSHARDED_FILES:
             if index := find_file(checkpoint, f"{name}.index.json"):
                 shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
                 # A name and no path, so that no index leads out of the folder.
@@ -46,7 +46,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
                 self._file_of = dict.fromkeys(self._opened(name).keys(), name)
                 return
         raise FileNotFoundError(
-            f"No weights at {checkpoint}: expected {' or '.join(WEIGHT_FILES)}, or the index of their shards."
+            f"No weights at {checkpoint}: expected {' or '.join(UNSHARDED_FILES)}, or the index of their shards."
         )
 
     def __getitem__(self, name: str) -> Tensor:

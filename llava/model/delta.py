@@ -1,7 +1,7 @@
 """Differences of checkpoints: what `make_delta` takes away, `apply_delta` adds again.
 
 A delta has the tensors of the target. Where the base has a tensor of the name, the delta holds target - base; the parts
-that only a LLaVA has (projector, tower) are held as they are.
+that only a LLaVA has (projector, tower) are held as they are, and so are the rows of tokens that the target added.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
-"""May have more rows in the target, one a token that it added; the new rows are held as they are."""
+from llava.model.checkpoint_files import VOCABULARY_TABLES
 
 LLAVA_PARTS = ("mm_projector", "vision_tower", "image_newline")
 """Parts of the names of tensors that no base has."""

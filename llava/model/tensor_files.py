@@ -15,12 +15,9 @@ PROJECTOR_FILE = "mm_projector.bin"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+UNSHARDED_FILES = ("model.safetensors", "pytorch_model.bin")
+"""A whole model's weights in one file, in the order of preference; `<name>.index.json` lists shards."""
+WEIGHT_FILES = (*UNSHARDED_FILES, *(f"{name}.index.json" for name in UNSHARDED_FILES))
 """Any of these is a sign of a whole model's weights."""
 
 
