@@ -118,14 +118,17 @@ def convert_refs(archives: Path, images: Path, data_root: Path, output: Path) ->
     counts = {}
     for name, (folder, refs) in present.items():
         objects = list(read_referred_objects(folder, refs))
-        for split in (full.removeprefix(f"{name}_") for full in PUBLISHED_EXPRESSIONS if full.startswith(f"{name}_")):
+        for full in PUBLISHED_EXPRESSIONS:
+            data_set, _, split = full.rpartition("_")
+            if data_set != name:
+                continue
             chosen = [item for item in objects if item.split == split]
             if not chosen:
                 found = sorted({item.split for item in objects})
                 raise ValueError(f"{folder / refs}: found the splits {found}, expected {split!r} among them")
             rows = rows_of_objects(chosen, images, data_root)
-            write_rows(rows, output / f"{name}_{split}.parquet")
-            counts[f"{name}_{split}"] = len(rows)
+            write_rows(rows, output / f"{full}.parquet")
+            counts[full] = len(rows)
     return counts
 
 
