@@ -16,6 +16,13 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
+_NAMES = {str: "a text", int: "a number", list: "a list", dict: "an object", type(None): "null"}
+
+
+def name_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    return _NAMES.get(type(value), type(value).__name__)
+
 
 def read_jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line; empty lines are passed over.
@@ -37,7 +44,7 @@ def read_jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: no JSON ({error.msg}); expected one object a line") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: found a JSON {type(record).__name__}, expected an object")
+            raise ValueError(f"{path}, line {number}: found {_NAMES.get(type(record), 'a value')}, expected an object")
         records.append(record)
     return records
 
@@ -54,7 +61,7 @@ def read_json(path: str | Path, what: str, kind: type) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: no JSON ({error}); expected {what}") from None
     if not isinstance(value, kind):
-        raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected a {kind.__name__}: {what}")
+        raise ValueError(f"{path}: found {_NAMES.get(type(value), 'a value')}, expected {_NAMES[kind]}: {what}")
     return value
 
 
@@ -77,7 +84,7 @@ def field(record: Mapping[str, Any], name: str, kind: type | tuple[type, ...], w
         ValueError: it is missing or of another kind.
     """
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    expected = " or ".join(k.__name__ for k in kinds)
+    expected = " or ".join(_NAMES.get(k, k.__name__) for k in kinds)
     if name not in record:
         raise ValueError(f"{where}: no field `{name}` (there are {', '.join(record) or 'none'}); expected {expected}")
     if not isinstance(record[name], kinds) or isinstance(record[name], bool):
