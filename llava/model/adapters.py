@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
+from llava.model.checkpoint_files import VOCABULARY_TABLES
 from llava.model.multimodal_projector.weights import projector_state
 from llava.model.strict_loading import differences, fill_strictly
 from llava.model.tensor_files import ADAPTER_FILES, find_file, read_tensors
+
+logger = logging.getLogger(__name__)
 
 WRAPPER = "base_model.model."
 """What peft puts before the names of a model that it wraps."""
@@ -54,6 +58,12 @@ def fill_trained(model: Any, trained: dict[str, Tensor], to_come: Iterable[str],
         wanted |= {name for name in parameters if name.startswith(PROJECTOR)}
     hint = "It was trained with another LLM (--model-base), another vision tower or another --mm_projector_type."
     fill_strictly({name: parameters[name] for name in wanted}, tensors, source, hint)
+    if getattr(model.config, "mm_use_im_start_end", False) and not tensors.keys() & set(VOCABULARY_TABLES):
+        logger.warning(
+            "%s: holds no word embeddings of the marks around an image (mm_use_im_start_end), which its training lost: "
+            "answers may be worse than in training.",
+            source,
+        )
 
 
 def is_of_llm(name: str) -> bool:

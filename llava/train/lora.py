@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters on the LLM's linear layers, and the folders that such a run saves and resumes from.
 
 A folder holds what was trained and no more: the adapter in peft's format (`adapter_model.safetensors`,
-`adapter_config.json`), all else that was trained in `non_lora_trainables.bin`, and the whole model's `config.json`.
+`adapter_config.json`), all else that the base lacks in `non_lora_trainables.bin`, and the whole model's `config.json`.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def save_adapter(model: Any, folder: Path, *, is_writer: bool) -> None:
     of_llm = [(name, param) for name, param in named if not any(part in name for part in VISION_PARTS)]
     adapter = get_peft_state_maybe_zero_3(of_llm, model.peft_config[ADAPTER].bias)
     rest = get_peft_state_non_lora_maybe_zero_3([(name, param) for name, param in named if name not in adapter])
+    for name, table in tables_of_image_marks(model).items():
+        rest[name] = maybe_zero_3(table, ignore_status=True)
     if is_writer:
         model.save_pretrained(folder, state_dict=adapter, save_embedding_layers=False)
         save_tensors({name_in_file(model, name): tensor for name, tensor in rest.items()}, folder / NON_LORA_FILE)
@@ -129,7 +131,23 @@ def load_adapter(model: Any, folder: Path) -> None:
             "--lora_enable True."
         )
     trained = {name_in_file(model, name): param for name, param in model.named_parameters() if param.requires_grad}
-    fill_strictly(trained, read_tensors(weights) | read_tensors(rest), folder, RESUMING_HINT)
+    state = read_tensors(weights) | read_tensors(rest)
+    for name, table in tables_of_image_marks(model).items():
+        if name_in_file(model, name) in state:  # upstream's training does not save them
+            trained[name_in_file(model, name)] = table
+    fill_strictly(trained, state, folder, RESUMING_HINT)
+
+
+def tables_of_image_marks(model: Any) -> dict[str, nn.Parameter]:
+    """Word embeddings and lm_head, by name, if they have rows for the marks around an image (`mm_use_im_start_end`).
+
+    The rows are no base's: they come from stage 1, or were drawn when this run began. So they are saved, with the
+    tables that they are part of, though LoRA does not train them.
+    """
+    if not getattr(model.config, "mm_use_im_start_end", False):
+        return {}
+    tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    return {name: param for name, param in model.named_parameters() if any(param is table for table in tables)}
 
 
 def name_in_file(model: Any, name: str) -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("peft", reason="peft is part of the extra `train`")
 
+from llava.model.builder import load_pretrained_model
 from llava.train.lora import get_peft_state_maybe_zero_3
 
 LORA = (
@@ -72,6 +73,34 @@ def test_a_trained_tower_is_saved_under_the_names_of_checkpoints(run_lora: Any) 
     name = "encoder.layers.0.mlp.fc1.weight"
     assert torch.equal(tower[prefix + name], model.get_vision_tower().vision_tower.get_parameter(name))
     assert json.loads(Path("run/config.json").read_text())["unfreeze_mm_vision_tower"] is True
+
+
+def test_rows_of_the_marks_around_an_image_are_saved_and_read_again(run_stage_1: Any, run_lora: Any) -> None:
+    run_stage_1("first", "--mm_use_im_start_end True --max_steps 2")
+    flags = "--mm_use_im_start_end True --pretrain_mm_mlp_adapter first/mm_projector.bin"
+    trained = run_lora("run", f"{flags} --max_steps 1").model.eval()
+    rows = torch.load("first/mm_projector.bin")["model.embed_tokens.weight"][-2:]
+    loaded = load_pretrained_model("run", "tiny-vicuna", "llava-lora", device="cpu").model
+    assert torch.equal(loaded.get_input_embeddings().weight[-2:], rows)
+    batch = {"input_ids": torch.tensor([[1, 5, 1000, -200, 1001, 7]]), "images": torch.randn(1, 3, 56, 56)}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, trained(**batch).logits, rtol=1e-5, atol=1e-5)
+
+    # Another stage 1 would bring other rows; those of the adapters' own run count.
+    run_stage_1("other", "--mm_use_im_start_end True --max_steps 2 --learning_rate 1e-2")
+    again = flags.replace("first", "other") + " --lora_weight_path run --learning_rate 0 --mm_projector_lr 0"
+    run_lora("again", f"{again} --max_steps 1")
+    assert_same(saved_tensors(Path("again")), saved_tensors(Path("run")))
+
+
+def test_a_run_that_lost_the_rows_of_the_marks_is_said_to_have(run_lora: Any, caplog: pytest.LogCaptureFixture) -> None:
+    run_lora("run", "--mm_use_im_start_end True --max_steps 1")
+    state = torch.load("run/non_lora_trainables.bin")
+    kept = {name: tensor for name, tensor in state.items() if "mm_projector" in name}
+    assert len(kept) == len(state) - 2
+    torch.save(kept, "run/non_lora_trainables.bin")
+    load_pretrained_model("run", "tiny-vicuna", "llava-lora", device="cpu")
+    assert "holds no word embeddings of the marks around an image" in caplog.text
 
 
 def test_adapters_start_from_another_runs(run_lora: Any) -> None:
