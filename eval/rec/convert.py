@@ -31,6 +31,7 @@ REFS = {
 PUBLISHED_EXPRESSIONS = {name: entry.rows for name, entry in BENCHMARKS.items() if entry.group == "rec"}
 """Their sums agree with Ref-L4 (arXiv 2406.16866): 21,586, 21,373 and 14,498 for the three data sets."""
 _COCO_2014 = "COCO_train2014_"
+_FIELDS = {"image": str, "expression": str, "width": int, "height": int}  # of a JSON record, beside its bbox
 
 
 def rows_of_objects(objects: Iterable[ReferredObject], images: Path, data_root: Path) -> list[Row]:
@@ -155,21 +156,30 @@ def rows_of_json(path: Path, data_root: Path) -> list[Row]:
 
 
 def _row_of_record(record: Any, index: int, path: Path) -> Row:
-    try:
-        x1, y1, x2, y2 = (float(value) for value in record["bbox"])
-        row: Row = {
-            "id": str(record.get("id", index)),
-            "image": str(record["image"]),
-            "expression": str(record["expression"]),
-            "box_xyxy_px": [x1, y1, x2, y2],
-            "width": int(record["width"]),
-            "height": int(record["height"]),
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path}, record {index}: {error!r}; expected image, expression, bbox [x1, y1, x2, y2], width and height"
-        ) from error
-    check_row(row, f"{path}, record {index}")
+    where = f"{path}, record {index}"
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: found {record!r}, expected an object with {', '.join(_FIELDS)} and bbox")
+    for name, kind in _FIELDS.items():
+        if type(record.get(name)) is not kind:
+            expected = {str: "a text", int: "a whole number"}[kind]
+            raise ValueError(f"{where}, field {name}: found {record.get(name)!r}, expected {expected}")
+    box, width, height = record.get("bbox"), record["width"], record["height"]
+    if not isinstance(box, list) or len(box) != 4 or any(type(value) not in (int, float) for value in box):
+        raise ValueError(f"{where}, field bbox: found {box!r}, expected four numbers [x1, y1, x2, y2]")
+    x1, y1, x2, y2 = box
+    if x2 <= 1 and y2 <= 1:
+        raise ValueError(f"{where}, field bbox: found {box}, shares of the picture it seems, expected pixels")
+    if not (x1 >= -1 and y1 >= -1 and x2 <= width + 1 and y2 <= height + 1):  # drawn boxes may end between pixels
+        raise ValueError(f"{where}, field bbox: found {box}, which leaves its {width} x {height} picture")
+    row: Row = {
+        "id": str(record.get("id", index)),
+        "image": record["image"],
+        "expression": record["expression"],
+        "box_xyxy_px": [float(value) for value in box],
+        "width": width,
+        "height": height,
+    }
+    check_row(row, where)
     return row
 
 
@@ -193,7 +203,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if (arguments.json is None) != (arguments.name is None):
         parser.error("--json and --name go together")
-    if arguments.name is not None and Path(arguments.name).name != arguments.name:
+    if arguments.name is not None and (not arguments.name or Path(arguments.name).name != arguments.name):
         parser.error(f"--name: found {arguments.name!r}, expected a file's name without a folder")
     return arguments
 

@@ -99,7 +99,7 @@ def _read_instances(path: Path) -> tuple[dict[int, tuple[str, tuple[int, int]]],
         boxes = {annotation["id"]: [float(v) for v in annotation["bbox"]] for annotation in document["annotations"]}
     except FileNotFoundError:
         raise RefsError(f"{path}: no such file; it comes in the same archive as the references") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RefsError(
             f"{path}: {error!r}; expected COCO's images (id, file_name, width, height) and annotations (id, bbox)"
         ) from error

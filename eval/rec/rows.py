@@ -110,7 +110,16 @@ def check_row(row: Row, where: str) -> None:
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Writes the rows as Parquet, whole or not at all."""
+    """Writes the rows as Parquet, whole or not at all.
+
+    Raises:
+        ValueError: two rows have the same id.
+    """
+    seen: set[str] = set()
+    for row in rows:
+        if row["id"] in seen:
+            raise ValueError(f"{path}: found the id {row['id']!r} twice, expected another one for each row")
+        seen.add(row["id"])
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=SCHEMA), temporary)

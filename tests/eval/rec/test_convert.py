@@ -172,6 +172,13 @@ def test_a_reference_to_an_unknown_object_is_named(world: Path) -> None:
         list(read_referred_objects(folder, "refs(umd).p"))
 
 
+def test_a_broken_instances_file_is_named(world: Path) -> None:
+    folder = world / "refs/refcocog"
+    (folder / "instances.json").write_text('{"images": [{"id": 1, "file_name": "a", "width": Infinity, "height": 1}]}')
+    with pytest.raises(RefsError, match=r"instances\.json: OverflowError.*expected COCO's images"):
+        list(read_referred_objects(folder, "refs(umd).p"))
+
+
 IMAGE = f"coco/train2014/{coco_name(0)}"
 RECORD = {"image": IMAGE, "expression": "it", "bbox": [1, 2, 3, 4.5], "width": 64, "height": 48}
 
@@ -188,11 +195,18 @@ def test_a_plain_json_list(world: Path) -> None:
     ("change", "message"),
     [
         ({"bbox": [1, 2, 1, 4]}, "record 1, box: found"),
-        ({"bbox": [1, 2, float("nan"), 4]}, "record 1, box: found"),
-        ({"bbox": [70, 2, 80, 4]}, "outside its 64 x 48 picture"),
-        ({"bbox": [1, 2, 3]}, "record 1: ValueError"),
-        ({"bbox": None}, "record 1: TypeError"),
+        ({"bbox": [1, 2, float("nan"), 4]}, "record 1, field bbox: found [1, 2, nan, 4]"),
+        ({"bbox": [70, 2, 80, 4]}, "leaves its 64 x 48 picture"),
+        ({"bbox": [1, 2, 10**400, 4]}, "leaves its 64 x 48 picture"),
+        ({"bbox": [0.1, 0.2, 0.5, 1.0]}, "shares of the picture it seems, expected pixels"),
+        ({"bbox": [1, 2, 3]}, "record 1, field bbox: found [1, 2, 3], expected four numbers"),
+        ({"bbox": None}, "record 1, field bbox: found None"),
+        ({"bbox": "1234"}, "record 1, field bbox: found '1234'"),
         ({"expression": " "}, "field expression"),
+        ({"expression": None}, "record 1, field expression: found None, expected a text"),
+        ({"width": float("inf")}, "record 1, field width: found inf, expected a whole number"),
+        ({"width": 64.9}, "record 1, field width: found 64.9, expected a whole number"),
+        ({"id": "0"}, "found the id '0' twice"),
         ({"image": "../refs/x.jpg"}, "expected a path inside the data root"),
         ({"image": "/etc/passwd"}, "expected a path inside the data root"),
         ({"image": "coco/none.jpg"}, "record 1, field image: there is no"),
