@@ -1,4 +1,4 @@
-"""One HTML file from a template, its style, its script and its data: it loads nothing and runs without a network."""
+"""One HTML file from a template and its style: it loads nothing and runs without a network."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ def html_page(package: str, stem: str, title: str, document: Any) -> str:
     Raises:
         ValueError: a number of the data is not finite.
     """
-    folder = resources.files(package)
-    parts = {
-        "title": html.escape(title),
-        "style": folder.joinpath(f"{stem}.css").read_text(encoding="utf-8"),
-        "script": folder.joinpath(f"{stem}.js").read_text(encoding="utf-8"),
-        "data": json_for_html(document),
-    }
-    template = folder.joinpath(f"{stem}.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    script = resources.files(package).joinpath(f"{stem}.js").read_text(encoding="utf-8")
+    return _filled(package, stem, title, {"script": script, "data": json_for_html(document)})
+
+
+def static_page(package: str, stem: str, title: str, body: str) -> str:
+    """The page `stem.html` of a package, with `stem.css`, a title and its body put into their places: no script.
+
+    Args:
+        package: where the two files lie.
+        stem: their name.
+        title: plain text.
+        body: HTML.
+    """
+    return _filled(package, stem, title, {"body": body})
 
 
 def json_for_html(document: Any) -> str:
@@ -40,3 +45,11 @@ def json_for_html(document: Any) -> str:
     """
     text = json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _filled(package: str, stem: str, title: str, contents: dict[str, str]) -> str:
+    folder = resources.files(package)
+    style = folder.joinpath(f"{stem}.css").read_text(encoding="utf-8")
+    parts = {"title": html.escape(title), "style": style, **contents}
+    template = folder.joinpath(f"{stem}.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)

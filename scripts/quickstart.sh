@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to the paper's Table 3 in miniature, on two CPU cores: trains the projector of stage 1 twice from the
-# same seed, once on captions alone and once with the patch loss, and measures both, and an untrained one, on scenes held
-# out. Ends with a table and a picture in runs/quickstart. Called again, it skips what is done and continues what was
+# same seed, once on captions alone and once with the patch loss, and analyses both, and an untrained one, on scenes held
+# out. Ends with a table and a report in runs/quickstart. Called again, it skips what is done and continues what was
 # interrupted.
 #
 #   STEPS=100         optimizer steps of each training, 8 scenes each: two passes over 400 scenes
@@ -40,8 +40,8 @@ train captions pretrain
 say "4/5 Stage 1 with the patch loss, $STEPS steps"
 train patch_aligned pretrain_patchaligned
 
-say "5/5 Measures on held-out scenes"
-patch-aligned measure \
+say "5/5 Analysis on held-out scenes"
+patch-aligned analyze \
     --projector random=random:0 \
     --projector captions="$RUN/captions" \
     --projector patch_aligned="$RUN/patch_aligned" \
@@ -52,10 +52,10 @@ patch-aligned measure \
 
 if [ -n "${UPDATE_DOCS:-}" ]; then
     mkdir -p docs/quickstart
-    cp "$RUN/measures.json" "$RUN/measures.md" "$RUN/localisation.png" docs/quickstart/
-    python scripts/show_in_readme.py README.md docs/quickstart/measures.md
+    cp "$RUN/report.md" "$RUN/localisation.png" docs/quickstart/
+    python scripts/show_in_readme.py README.md docs/quickstart/report.md
 fi
 say "Done"
-echo "table                 $RUN/measures.md"
+echo "report                $RUN/report.html"
 echo "picture               $RUN/localisation.png"
 echo "first training batch  $RUN/patch_aligned/first_batch.png"

@@ -64,7 +64,7 @@ def test_options_that_documents_show_are_in_the_help() -> None:
         else:
             continue
         shown.setdefault(program, set()).update(word for word in words if word.startswith("--"))
-    assert ("-m", "patch_aligned.cli", "measure") in shown
+    assert ("-m", "patch_aligned.cli", "analyze") in shown
     assert ("-m", "llava.serve.cli") in shown
     for program, options in shown.items():
         command = [sys.executable, *program, "--help"]

@@ -197,7 +197,8 @@ def compare_with_labels(regions: Tensor, label_directions: Tensor, own: Tensor) 
 class RegionScores:
     """Scores of an image's regions, `[R]` each, float64; NaN where a score is undefined.
 
-    Those by area, `..._px`, belong to regions that reach into the model's image, the others to those that cover a token.
+    Those by area, `..._px`, belong to regions that reach into the model's image, all others to those that cover
+    a token.
 
     Attributes:
         iou_px: intersection over union by area, under the chosen threshold rule.

@@ -33,8 +33,8 @@ from patch_aligned.analysis.figures import (
     figures_of,
     rules_of,
 )
+from patch_aligned.analysis.image_pass import ProjectorRun, pass_over_images
 from patch_aligned.analysis.localisation_figure import PictureRow
-from patch_aligned.analysis.measure import ProjectorRun, pass_over_images
 from patch_aligned.analysis.measured_images import Survey, open_images
 from patch_aligned.analysis.region_table import RegionRows
 from patch_aligned.analysis.von_neumann import EntropyAccumulator
@@ -89,13 +89,25 @@ def analyse(
             f"{settings.measure.min_coverage} of its cell on: they are smaller than the grid can tell. Choose a set "
             "with larger regions, or pass a lower --min-coverage."
         )
-    found_models = {}
-    for model in models:
-        entropy_before = EntropyFigures.of(before[id(model.tower)])
-        twin_runs = [runs[twin.name] for twin in untrained.get(_shape_of(model), [])]
-        found_models[model.name] = _model_analysis(
-            model, runs[model.name], rows[model.name], twin_runs, entropy_before, survey.labels, settings
+    entropies_before = {key: EntropyFigures.of(seen) for key, seen in before.items()}
+    untrained_found = {
+        shape: _untrained_figures(
+            [runs[twin.name] for twin in twins], entropies_before[shape[0]].entropy_nats, settings.untrained_seeds
         )
+        for shape, twins in untrained.items()
+    }
+    found_models = {
+        model.name: _model_analysis(
+            model,
+            runs[model.name],
+            rows[model.name],
+            entropies_before[id(model.tower)],
+            untrained_found.get(_shape_of(model)),
+            survey.labels,
+            settings,
+        )
+        for model in models
+    }
     comparisons = [
         Comparison(later.name, earlier.name, differences(rows[later.name], rows[earlier.name], settings.resampling))
         for place, later in enumerate(models)
@@ -124,8 +136,8 @@ def _model_analysis(
     model: AnalysedModel,
     run: ProjectorRun,
     rows: RegionRows,
-    twins: Sequence[ProjectorRun],
     entropy_before: EntropyFigures,
+    untrained: UntrainedFigures | None,
     labels: Sequence[str],
     settings: AnalysisSettings,
 ) -> ModelAnalysis:
@@ -142,15 +154,13 @@ def _model_analysis(
         by_size=figures_by_size(rows, settings.resampling),
         by_label=figures_by_label(rows, labels, settings.resampling),
         counts=RegionCounts.of(rows),
-        untrained=_untrained_figures(twins, entropy_before.entropy_nats, settings.untrained_seeds),
+        untrained=untrained,
     )
 
 
 def _untrained_figures(
     twins: Sequence[ProjectorRun], entropy_before_nats: float, seeds: tuple[int, ...]
-) -> UntrainedFigures | None:
-    if not twins:
-        return None
+) -> UntrainedFigures:
     after = [twin.entropy.entropy_nats() for twin in twins]
     no_interval = Resampling(resamples=0)
     figures = [figures_of(twin.regions.rows(), no_interval) for twin in twins]

@@ -108,10 +108,14 @@ class RegionCounts:
     @classmethod
     def of(cls, rows: RegionRows) -> RegionCounts:
         """From the regions of a set."""
-        means = rows.alignment()
-        with_token = len(np.unique(rows.image[~np.isnan(rows.scores["cosine"])]))
+        inside, covering = (~np.isnan(rows.scores[name]) for name in ("iou_px", "cosine"))
+        images = len(np.unique(rows.image))
         return cls(
-            means.images, means.images - with_token, means.regions, means.regions_outside, means.regions_without_token
+            images_with_regions=images,
+            images_without_token=images - len(np.unique(rows.image[covering])),
+            regions=len(rows.image),
+            regions_outside=int((~inside).sum()),
+            regions_without_token=int((inside & ~covering).sum()),
         )
 
 

@@ -5,8 +5,10 @@ The layout of the paper's Figure 1 (left): one row an image and label, one pair 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +114,30 @@ def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) 
     figure.savefig(path)
 
 
+def panel_jpegs(row: PictureRow) -> dict[str | tuple[str, str], bytes]:
+    """The panels of a row, each a JPEG of its own: `truth`, and for each projector `(name, cosine)` and `prediction`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    found: dict[str | tuple[str, str], bytes] = {"truth": _panel_jpeg(partial(_draw_truth, row=row))}
+    for name, cell in row.cells.items():
+        found[name, "cosine"] = _panel_jpeg(partial(_draw_heat, row=row, cell=cell))
+        found[name, "prediction"] = _panel_jpeg(partial(_draw_prediction, row=row, cell=cell))
+    return found
+
+
+def _panel_jpeg(draw: Callable[[Axes], None]) -> bytes:
+    """What `draw` draws, filling the picture; titles fall outside."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(PANEL_INCHES, PANEL_INCHES), dpi=200)
+    draw(figure.add_axes((0, 0, 1, 1)))
+    content = io.BytesIO()
+    figure.savefig(content, format="jpeg", pil_kwargs={"quality": 85})
+    return content.getvalue()
+
+
 def _head_columns(figure: Any, truth_axes: Axes, pairs: dict[str, tuple[Axes, Axes]], head: float) -> None:
     """Names the columns above the first row: the projector over its pair, the kind of panel over each."""
     top = truth_axes.get_position().y1
@@ -145,7 +171,9 @@ def _draw_prediction(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
     predicted = _cells_to_pixels(cell.predicted.numpy().astype(float), row.truth.shape[0])
     axes.imshow(_dimmed(row, predicted))
     _outline(axes, predicted, PREDICTION_COLOUR)
-    axes.set_title(f"IoU {cell.iou_px:.2f}", fontsize=8.5, pad=3, color="#212529")
+    axes.set_title(
+        "no truth given" if np.isnan(cell.iou_px) else f"IoU {cell.iou_px:.2f}", fontsize=8.5, pad=3, color="#212529"
+    )
 
 
 def _dimmed(row: PictureRow, mask: np.ndarray) -> np.ndarray:

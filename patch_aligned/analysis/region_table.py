@@ -18,43 +18,6 @@ SCORES = tuple(field.name for field in fields(RegionScores))
 
 
 @dataclass(frozen=True)
-class AlignmentResult:
-    """Align(V, W) and cosine over a set of images. A mean over nothing is NaN.
-
-    Attributes:
-        align_px: Align(V, W): mean over regions of the intersection over union by area.
-        align_px_per_image: mean over images of each image's mean.
-        align_tokens: as `align_px`, over whole tokens.
-        align_tokens_per_image: as `align_px_per_image`, over whole tokens.
-        cosine: mean over regions of the cosine with their own label.
-        cosine_per_image: mean over images of each image's mean.
-        shuffled_cosine: mean over regions of the cosine with another region's label.
-        images: images that had at least one region.
-        regions: regions seen.
-        regions_px: regions that the scores by area count.
-        regions_tokens: regions that the scores by token and the cosines count.
-        regions_outside: regions outside the model's image; no score counts them.
-        regions_without_token: regions inside that cover no token; only the scores by area count them.
-        regions_shuffled: regions that the shuffled cosine counts.
-    """
-
-    align_px: float
-    align_px_per_image: float
-    align_tokens: float
-    align_tokens_per_image: float
-    cosine: float
-    cosine_per_image: float
-    shuffled_cosine: float
-    images: int
-    regions: int
-    regions_px: int
-    regions_tokens: int
-    regions_outside: int
-    regions_without_token: int
-    regions_shuffled: int
-
-
-@dataclass(frozen=True)
 class RegionRows:
     """Rows of a table, one a region, as columns.
 
@@ -84,27 +47,6 @@ class RegionRows:
         defined = ~np.isnan(values)
         sums = np.bincount(self.image[defined], weights=values[defined], minlength=self.images)
         return sums, np.bincount(self.image[defined], minlength=self.images).astype(np.float64)
-
-    def alignment(self) -> AlignmentResult:
-        """The means."""
-        sums = {name: self.sums_per_image(name) for name in ("iou_px", "iou_tokens", "cosine", "shuffled_cosine")}
-        counted = {name: int(counts.sum()) for name, (_, counts) in sums.items()}
-        return AlignmentResult(
-            align_px=mean_over_regions(*sums["iou_px"]),
-            align_px_per_image=mean_over_images(*sums["iou_px"]),
-            align_tokens=mean_over_regions(*sums["iou_tokens"]),
-            align_tokens_per_image=mean_over_images(*sums["iou_tokens"]),
-            cosine=mean_over_regions(*sums["cosine"]),
-            cosine_per_image=mean_over_images(*sums["cosine"]),
-            shuffled_cosine=mean_over_regions(*sums["shuffled_cosine"]),
-            images=len(np.unique(self.image)),
-            regions=len(self.image),
-            regions_px=counted["iou_px"],
-            regions_tokens=counted["iou_tokens"],
-            regions_outside=len(self.image) - counted["iou_px"],
-            regions_without_token=counted["iou_px"] - counted["iou_tokens"],
-            regions_shuffled=counted["shuffled_cosine"],
-        )
 
 
 class RegionTable:
@@ -139,14 +81,3 @@ class RegionTable:
             area_px=np.array(self._area_px, dtype=np.float64),
             images=self._images,
         )
-
-
-def mean_over_regions(sums: np.ndarray, counts: np.ndarray) -> float:
-    """Mean of a score where every region weighs the same; NaN over nothing."""
-    return float(sums.sum() / counts.sum()) if counts.any() else float("nan")
-
-
-def mean_over_images(sums: np.ndarray, counts: np.ndarray) -> float:
-    """Mean of a score's means over each image's regions, where every image weighs the same; NaN over nothing."""
-    some = counts > 0
-    return float((sums[some] / counts[some]).mean()) if some.any() else float("nan")

@@ -1,140 +1,116 @@
-"""Measures as files: every number as JSON, and a table in Markdown beside the paper's own."""
+"""An analysis as files: the page, the headline as Markdown, every number as JSON, and the pictures."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from patch_aligned.analysis.measure import Measures
-from patch_aligned.analysis.measured_images import MeasureSettings
+from patch_aligned.analysis.analysed_models import AnalysedModel
+from patch_aligned.analysis.analysis_results import Analysis
+from patch_aligned.analysis.localisation_figure import save_localisation_figure
 from patch_aligned.analysis.plain_json import plain_json
-
-PAPER_TABLE_3 = {
-    "random": {"entropy_drop_nats": 0.0108, "align_px": 0.065, "cosine": 0.06},
-    "LLaVA (captions only)": {"entropy_drop_nats": 2.7991, "align_px": 0.142, "cosine": 0.07},
-    "patch-aligned": {"entropy_drop_nats": 3.8352, "align_px": 0.279, "cosine": 0.56},
-}
-"""The paper's Table 3: CLIP-L/336, Vicuna-1.5-7B and a two-layer MLP, on 100 images of COCO 2017."""
-
-PAPER_ENTROPY_BEFORE_NATS = 4.8353
-"""The paper's Table 1: entropy of CLIP-L/336's features on 100 images of COCO 2017."""
-
-COLUMNS = ("Projector", "H before", "H after", "ΔH", "Align(V, W)", "cosine", "cosine, shuffled labels")
-
-
-def as_json(measures: Measures, settings: MeasureSettings, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """All numbers with the rules, settings and counts that belong to them; NaN becomes null.
-
-    Args:
-        measures: what the run found.
-        settings: what decided the numbers.
-        provenance: further entries for `settings`: models, device, versions.
-    """
-    projectors = {}
-    for name, projector in measures.projectors.items():
-        alignment = asdict(projector.alignment)
-        flat = {key: value for key, value in asdict(projector).items() if key != "alignment"}
-        projectors[name] = {**flat, "align_rule": settings.threshold_rule, **alignment}
-    document = {
-        "settings": {**asdict(settings), **provenance},
-        "images": measures.images,
-        "entropy_before_nats": measures.entropy_before_nats,
-        "effective_rank_before": measures.effective_rank_before,
-        "projectors": projectors,
-        "picture": [
-            {
-                "image_id": row.image_id,
-                "label": row.label,
-                "iou_px": {name: cell.iou_px for name, cell in row.cells.items()},
-            }
-            for row in measures.picture
-        ],
-        "paper_table_3_at_7b_scale": PAPER_TABLE_3,
-    }
-    return plain_json(document)
-
-
-def table_rows(measures: Measures) -> list[tuple[str, ...]]:
-    """The table's cells, one row a projector, in the order of `COLUMNS`."""
-    rows: list[tuple[str, ...]] = []
-    for name, projector in measures.projectors.items():
-        alignment = projector.alignment
-        rows.append(
-            (
-                name,
-                _number(measures.entropy_before_nats),
-                _number(projector.entropy_after_nats),
-                _number(projector.entropy_drop_nats),
-                _number(alignment.align_px),
-                _number(alignment.cosine, 2),
-                _number(alignment.shuffled_cosine, 2),
-            )
-        )
-    return rows
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def as_markdown(measures: Measures, settings: MeasureSettings) -> str:
-    """The table, what it was taken on, and the paper's Table 3 for comparison of the order, not of the numbers."""
-    counts = [projector.alignment for projector in measures.projectors.values()]
-    first = counts[0]
-    kind = f" of kind `{settings.region_kind}`" if settings.region_kind else ""
-    outside = (
-        f"{first.regions_outside} of them outside the model's image and left out, " if first.regions_outside else ""
-    )
-    paper_rows: list[tuple[str, ...]] = [
-        (name, _number(PAPER_ENTROPY_BEFORE_NATS), _number(PAPER_ENTROPY_BEFORE_NATS - row["entropy_drop_nats"]),
-         _number(row["entropy_drop_nats"]), _number(row["align_px"]), _number(row["cosine"], 2), "–")
-        for name, row in PAPER_TABLE_3.items()
-    ]  # fmt: skip
-    return "\n".join(
-        [
-            "# Measures of the projectors",
-            "",
-            *_table(table_rows(measures)),
-            "",
-            f"{measures.images} images, {first.regions} regions{kind}: {outside}{first.regions_without_token} cover no "
-            "token and count in Align alone.",
-            "Entropies H in nats; ΔH is before minus after. Align is the mean over regions of the IoU by area, with "
-            f"the threshold rule `{settings.threshold_rule}`. The last column is a control: the same cosine with "
-            f"another region's label (seed {settings.seed}).",
-            "All numbers, with means over images and IoU over tokens, are in `measures.json`.",
-            "",
-            "## The paper's Table 3, at 7B scale",
-            "",
-            "Other models, other images: what can be compared is the order of the rows, not the numbers.",
-            "",
-            *_table(paper_rows),
-            "",
-            "CLIP-L/336, Vicuna-1.5-7B, two-layer MLP, 100 images of COCO 2017. H after is H before, from the "
-            "paper's Table 1, less ΔH.",
-            "",
-        ]
-    )
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    header = "| " + " | ".join(COLUMNS) + " |"
-    rule = "|---|" + "--:|" * (len(COLUMNS) - 1)
-    return [header, rule, *("| " + " | ".join(row) + " |" for row in rows)]
+from patch_aligned.analysis.report_page import report_page
+from patch_aligned.analysis.report_tables import (
+    PAPER_CONDITIONS,
+    PAPER_TABLE_3,
+    as_markdown,
+    headline_table,
+    paper_table,
+)
+from patch_aligned.analysis.spectra_figure import save_spectra_figure
+from patch_aligned.analysis.token_map import TokenMaps
+from patch_aligned.analysis.token_map_figure import save_token_map_figures
+from patch_aligned.analysis.token_map_page import write_token_map_page
+from patch_aligned.checkpoint_hash import checkpoint_hash
 
 
 def write_report(
-    measures: Measures, settings: MeasureSettings, provenance: Mapping[str, Any], folder: Path
+    analysis: Analysis, folder: Path, maps: TokenMaps | None = None, provenance: Mapping[str, Any] | None = None
 ) -> list[Path]:
-    """Writes `measures.json` and `measures.md` into `folder`, and returns their paths."""
+    """Writes `report.html`, `report.md`, `analysis.json` and the pictures into a folder, made where it is missing.
+
+    Args:
+        analysis: what was found.
+        folder: where everything goes.
+        maps: token maps of some images, for the page and for `token_map.html`.
+        provenance: what else the numbers hang on, such as `provenance_of` gives.
+
+    Returns:
+        The paths written, the page first.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    provenance = provenance or {}
     folder.mkdir(parents=True, exist_ok=True)
-    document = json.dumps(as_json(measures, settings, provenance), indent=2, ensure_ascii=False, allow_nan=False)
-    json_path, markdown_path = folder / "measures.json", folder / "measures.md"
-    json_path.write_text(document + "\n", encoding="utf-8")
-    markdown_path.write_text(as_markdown(measures, settings), encoding="utf-8")
-    return [json_path, markdown_path]
+    spectra = folder / "spectra.svg"
+    save_spectra_figure(analysis, spectra)
+    pictures = [spectra]
+    if analysis.picture:
+        pictures.append(folder / "localisation.png")
+        save_localisation_figure(analysis.picture, pictures[-1], analysis.settings.measure.threshold_rule)
+    if maps:
+        pictures += [*write_token_map_page(maps, folder), *save_token_map_figures(maps, folder, prefix="token_map_")]
+    texts = {
+        "report.html": report_page(analysis, provenance, spectra.read_text(encoding="utf-8"), maps),
+        "report.md": report_markdown(analysis),
+        "analysis.json": json.dumps(report_json(analysis, provenance), indent=1, ensure_ascii=False, allow_nan=False),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+    return [*(folder / name for name in texts), *pictures]
+
+
+def report_json(analysis: Analysis, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Every number with its rule, the settings and the provenance; NaN becomes null."""
+    extra = plain_json({"provenance": provenance, "paper_table_3_at_7b_scale": PAPER_TABLE_3})
+    return {**analysis.to_json(), **extra}
+
+
+def report_markdown(analysis: Analysis) -> str:
+    """The headline table, what it was taken on, and the paper's Table 3."""
+    measure = analysis.settings.measure
+    counts = next(iter(analysis.models.values())).counts
+    kind = f" of kind `{measure.region_kind}`" if measure.region_kind else ""
+    outside = f"{counts.regions_outside} outside the model's image and left out, " if counts.regions_outside else ""
+    lines = [
+        "# Analysis of projectors",
+        "",
+        *as_markdown(headline_table(analysis)),
+        "",
+        f"{analysis.images} images, {counts.regions} regions{kind}: {outside}{counts.regions_without_token} cover no "
+        "token and count in Align alone.",
+        "Entropies H in nats; ΔH is before minus after. Align is the mean over regions of the IoU by area, with the "
+        f"threshold rule `{measure.threshold_rule}`. The last column is a control: the same cosine with another "
+        f"region's label (seed {measure.seed}). In brackets {analysis.settings.resampling.confidence:.0%} intervals, "
+        "by the bootstrap over images.",
+        "",
+        "## The paper's Table 3, at 7B scale",
+        "",
+        "Other models, other images: what can be compared is the order of the rows, not the numbers.",
+        "",
+        *as_markdown(paper_table()),
+        "",
+        PAPER_CONDITIONS,
+    ]
+    return "\n".join(lines)
+
+
+def provenance_of(models: Sequence[AnalysedModel]) -> dict[str, Any]:
+    """Device, versions, and the SHA-256 of all weights that lie in local files, by their path."""
+    places = {
+        place
+        for model in models
+        for place in (model.projector.source, model.tower.name, model.projector.words.source)
+        if Path(place).exists()
+    }
+    return {
+        "device": models[0].tower.device,
+        "dtype": "float32",
+        "image_aspect_ratio": ", ".join(sorted({model.tower.image_aspect_ratio for model in models})),
+        "versions": {name: version(name) for name in ("patch-aligned-llava", "torch", "transformers")},
+        "sha256": {place: checkpoint_hash(place).sha256 for place in sorted(places)},
+    }

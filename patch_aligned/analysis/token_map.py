@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import colorsys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
-from patch_aligned.analysis.analysed_models import AnalysedModel
+from llava.mm_utils import load_rgb_image
+from patch_aligned.analysis.analysed_models import AnalysedModel, sources_of
 from patch_aligned.analysis.embeddings import WordEmbeddings
 from patch_aligned.analysis.matching_pursuit import Pursuit, WordDictionary, matching_pursuit
 from patch_aligned.analysis.token_text import TokenText, VocabularyText
-from patch_aligned.analysis.word_list import WordList
+from patch_aligned.analysis.word_list import WordList, english_words
 
 _FIRST_HUE, _GOLDEN_ANGLE = 0.6, 0.381966  # shares of the colour circle
 _SATURATION = 0.9
@@ -87,6 +88,23 @@ class MappedImage:
         return max(float(token_map.pursuit.cosines.max()) for token_map in self.maps.values())
 
 
+@dataclass(frozen=True)
+class TokenMaps:
+    """Token maps of several images, with what they hang on.
+
+    Attributes:
+        images: each with the maps of every projector.
+        sources: where each projector and its words come from, by name.
+        settings: how tokens were decomposed.
+        word_list: English words; None where no list is installed.
+    """
+
+    images: list[MappedImage]
+    sources: dict[str, str]
+    settings: PursuitSettings
+    word_list: WordList | None
+
+
 class TokenMapper:
     """Finds the words of visual tokens in one table of word embeddings; projectors of one LLM share it.
 
@@ -138,28 +156,35 @@ class TokenMapper:
 
 def token_maps(
     models: Sequence[AnalysedModel],
-    images: Iterable[tuple[str, Image.Image]],
+    images: Sequence[tuple[str, Path]],
     settings: PursuitSettings | None = None,
-    english: WordList | None = None,
-) -> Iterator[MappedImage]:
-    """Yields the token maps of each image in turn.
+    english: str = "auto",
+    on_images: Callable[[int, int], None] = lambda done, total: None,
+) -> TokenMaps:
+    """The words on the patches of images, by matching pursuit.
 
     Args:
         models: each makes a map of an image; those of one tower share its features, those of one LLM its words.
-        images: each with its id.
+        images: id and file of each.
         settings: how tokens are decomposed.
-        english: English words; None leaves the words' language open.
+        english: which list tells English words, see `word_list.english_words`.
+        on_images: told how many images are done, and of how many.
 
     Raises:
+        OSError: an image is missing or broken.
         ValueError: a table of word embeddings is broken.
+        ImportError: the list of English words is not installed.
     """
+    settings, word_list = settings or PursuitSettings(), english_words(english)
     mappers: dict[str, TokenMapper] = {}
     for model in models:
         words = model.projector.words
         if words.source not in mappers:
-            mappers[words.source] = TokenMapper(words, settings, english, model.tower.device)
+            mappers[words.source] = TokenMapper(words, settings, word_list, model.tower.device)
     towers = {id(model.tower): model.tower for model in models}
-    for image_id, image in images:
+    mapped = []
+    for image_id, path in images:
+        image = load_rgb_image(path)
         pixels = {key: tower.pixels(image) for key, tower in towers.items()}  # [3, side, side] each
         features = {key: tower.features(pixels[key][None]) for key, tower in towers.items()}  # [1, S, d] each
         maps = {}
@@ -167,7 +192,9 @@ def token_maps(
             tokens, grid = model.projector.visual_tokens(features[id(model.tower)])  # [1, T, D]
             maps[model.name] = mappers[model.projector.words.source].map(tokens[0], grid)
         shown = models[0].tower
-        yield MappedImage(image_id, shown.displayed(pixels[id(shown)]), maps)
+        mapped.append(MappedImage(image_id, shown.displayed(pixels[id(shown)]), maps))
+        on_images(len(mapped), len(images))
+    return TokenMaps(mapped, sources_of(models), settings, word_list)
 
 
 def map_caption(token_map: TokenMap, round_index: int) -> str:

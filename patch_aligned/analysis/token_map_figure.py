@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patch_aligned.analysis.token_map import MappedImage, TokenMap, colours_of_words, map_caption
+from patch_aligned.analysis.token_map import MappedImage, TokenMap, TokenMaps, colours_of_words, map_caption
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +16,19 @@ INK, FADED = "#212529", "#495057"
 MISSING = "▯"
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans", "Arial Unicode MS")
 _SMALLEST = 0.4  # size of a word at cosine 0, as a share of the size at the figure's largest cosine
+
+
+def save_token_map_figures(
+    maps: TokenMaps, folder: Path, on_images: Callable[[int, int], None] = lambda done, total: None, prefix: str = ""
+) -> list[Path]:
+    """Draws each image into a PNG of its own, `<prefix>001_<image>.png` and so on, and returns the paths."""
+    written = []
+    for number, image in enumerate(maps.images, start=1):
+        path = folder / f"{prefix}{number:03}_{re.sub(r'[^A-Za-z0-9._-]', '_', Path(image.image_id).stem)}.png"
+        save_token_map_figure(image, path, f"words found by {maps.settings.described()}", maps.word_list is not None)
+        written.append(path)
+        on_images(number, len(maps.images))
+    return written
 
 
 def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word_list: bool) -> None:

@@ -5,65 +5,55 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from patch_aligned.analysis.token_map import MappedImage, TokenMap, colours_of_words, map_caption
-from patch_aligned.analysis.word_list import WordList
+from patch_aligned.analysis.token_map import TokenMap, TokenMaps, colours_of_words, map_caption
 from patch_aligned.html_page import html_page
 
 _DIGITS = 4
 _JPEG_QUALITY = 85
 
 
-def token_map_document(
-    images: Sequence[MappedImage], projectors: Mapping[str, str], method: str, word_list: WordList | None
-) -> dict[str, Any]:
-    """Everything that the page shows, but for the pictures.
-
-    Args:
-        images: with the maps of every projector.
-        projectors: where each projector comes from, by name.
-        method: how the words were found, for the caption.
-        word_list: English words; None where no list is installed.
-    """
+def token_map_document(maps: TokenMaps) -> dict[str, Any]:
+    """Everything that the page shows, but for the pictures."""
     entries: list[dict[str, Any]] = []
     marks = False
-    for image in images:
+    for image in maps.images:
         colours = colours_of_words(image)
-        maps = [_map_entry(name, token_map, colours) for name, token_map in image.maps.items()]
-        marks |= any(word["starts_word"] for map_entry in maps for word in map_entry["words"].values())
-        entries.append({"image_id": image.image_id, "top_cosine": round(image.top_cosine, _DIGITS), "maps": maps})
+        of_image = [_map_entry(name, token_map, colours) for name, token_map in image.maps.items()]
+        marks |= any(word["starts_word"] for map_entry in of_image for word in map_entry["words"].values())
+        entries.append({"image_id": image.image_id, "top_cosine": round(image.top_cosine, _DIGITS), "maps": of_image})
     return {
-        "method": method,
-        "word_list": word_list.name if word_list else None,
+        "method": maps.settings.described(),
+        "word_list": maps.word_list.name if maps.word_list else None,
         "marks_words": marks,
-        "projectors": dict(projectors),
+        "projectors": maps.sources,
         "images": entries,
     }
 
 
-def write_token_map_page(images: Sequence[MappedImage], document: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Writes `token_map.html` and `token_map.json` into a folder, and returns their paths.
+def write_token_map_page(maps: TokenMaps, folder: Path) -> list[Path]:
+    """Writes `token_map.html` and `token_map.json` into a folder, which is made where it is missing.
 
-    Args:
-        images: for their pictures.
-        document: of the same images, from `token_map_document`.
-        folder: is made where it is missing.
+    Returns:
+        Their paths.
     """
+    document = token_map_document(maps)
     folder.mkdir(parents=True, exist_ok=True)
     page, numbers = folder / "token_map.html", folder / "token_map.json"
     numbers.write_text(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     entries = [
-        {**entry, "picture": _data_uri(image.image)} for entry, image in zip(document["images"], images, strict=True)
+        {**entry, "picture": data_uri(image.image)}
+        for entry, image in zip(document["images"], maps.images, strict=True)
     ]
     shown = {**document, "images": entries}
     page.write_text(html_page(__package__, "token_map", "Token maps", shown), encoding="utf-8")
-    return page, numbers
+    return [page, numbers]
 
 
 def _map_entry(name: str, token_map: TokenMap, colours: Mapping[str, str]) -> dict[str, Any]:
@@ -94,7 +84,8 @@ def _rounded(values: Tensor) -> list[list[float]]:
     return [[round(value, _DIGITS) for value in row] for row in values.tolist()]
 
 
-def _data_uri(image: Tensor) -> str:
+def data_uri(image: Tensor) -> str:
+    """A picture `[3, height, width]`, 0..1, as the address of an `img` that holds it."""
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()  # [3, side, side] -> [side, side, 3]
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "JPEG", quality=_JPEG_QUALITY)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from transformers.utils import logging as transformers_logging
 
-from llava.mm_utils import load_rgb_image
-from patch_aligned.analysis.analysed_models import load_models, sources_of
-from patch_aligned.analysis.token_map import MappedImage, PursuitSettings, token_maps
-from patch_aligned.analysis.token_map_figure import save_token_map_figure
-from patch_aligned.analysis.token_map_page import token_map_document, write_token_map_page
-from patch_aligned.analysis.word_list import english_words
+from patch_aligned.analysis.analysed_models import load_models
+from patch_aligned.analysis.image_progress import image_progress
+from patch_aligned.analysis.token_map import PursuitSettings, TokenMaps, token_maps
+from patch_aligned.analysis.token_map_figure import save_token_map_figures
+from patch_aligned.analysis.token_map_page import write_token_map_page
 from patch_aligned.annotations import read_annotations
 from patch_aligned.dataset.image_files import image_path
 
@@ -37,7 +34,7 @@ def run_token_map(
     vision_tower: str | None = None,
     image_aspect_ratio: str | None = None,
     device: str = "cpu",
-) -> list[MappedImage]:
+) -> TokenMaps:
     """Writes `token_map.html`, `token_map.json` and a PNG an image into `output`, and returns the maps.
 
     The arguments are the options of the command; `projectors` are `NAME=PATH` or `NAME=random[:SEED]`.
@@ -47,27 +44,22 @@ def run_token_map(
         OSError: a file or folder is missing or broken.
         ImportError: PNGs are asked for without matplotlib, or a word list that is not installed.
     """
-    settings = settings or PursuitSettings()
     # All that can be wrong with the arguments is found before the first large file is read.
     chosen = _chosen_images(images, data, image_folder, limit)
     if png and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("PNGs need matplotlib: pip install 'patch-aligned-llava[analysis]', or pass --no-png.")
-    word_list = english_words(english)
 
     console = Console()
     transformers_logging.disable_progress_bar()
     models = load_models(projectors, base, vision_tower, image_aspect_ratio, device)
-    stream = token_maps(models, ((name, load_rgb_image(path)) for name, path in chosen), settings, word_list)
-    mapped = list(track(stream, "Decomposing images", total=len(chosen), console=console))
-    document = token_map_document(mapped, sources_of(models), settings.described(), word_list)
-    written = list(write_token_map_page(mapped, document, output))
+    with image_progress("Decomposing images", console) as on_images:
+        maps = token_maps(models, chosen, settings, english, on_images)
+    written = write_token_map_page(maps, output)
     if png:
-        for number, image in enumerate(track(mapped, "Drawing", console=console), start=1):
-            picture = output / f"{number:03}_{re.sub(r'[^A-Za-z0-9._-]', '_', Path(image.image_id).stem)}.png"
-            save_token_map_figure(image, picture, f"words found by {settings.described()}", word_list is not None)
-            written.append(picture)
+        with image_progress("Drawing", console) as on_images:
+            written += save_token_map_figures(maps, output, on_images)
     console.print("Written: " + ", ".join(str(path) for path in written), soft_wrap=True)
-    return mapped
+    return maps
 
 
 def _chosen_images(

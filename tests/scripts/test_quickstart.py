@@ -57,26 +57,26 @@ def trainings(calls: list[list[str]]) -> list[list[str]]:
     return [words for words in calls if words[1].endswith("train_mem.py")]
 
 
-def test_both_projectors_are_trained_alike_and_measured(tmp_path: Path) -> None:
+def test_both_projectors_are_trained_alike_and_analysed(tmp_path: Path) -> None:
     calls = run_quickstart(tmp_path)
     first, second = trainings(calls)
     assert (first[1], second[1]) == ("llava/train/train_mem.py", "patch_aligned/train_mem.py")
     for flag in ("--seed", "--max_steps", "--data_path", "--model_name_or_path", "--learning_rate"):
         assert first[first.index(flag) + 1] == second[second.index(flag) + 1]
     assert first[first.index("--max_steps") + 1] == "3"
-    measure = calls[-1]
-    assert measure[:2] == ["patch-aligned", "measure"]
-    projectors = [measure[at + 1] for at, word in enumerate(measure) if word == "--projector"]
+    analyze = calls[-1]
+    assert analyze[:2] == ["patch-aligned", "analyze"]
+    projectors = [analyze[at + 1] for at, word in enumerate(analyze) if word == "--projector"]
     folders = [words[words.index("--output_dir") + 1] for words in (first, second)]
     assert projectors == ["random=random:0", f"captions={folders[0]}", f"patch_aligned={folders[1]}"]
-    assert "heldout" in measure[measure.index("--data") + 1]
+    assert "heldout" in analyze[analyze.index("--data") + 1]
 
 
 def test_a_second_call_trains_nothing(tmp_path: Path) -> None:
     run_quickstart(tmp_path)
     calls = run_quickstart(tmp_path)
     assert trainings(calls) == []
-    assert calls[-1][:2] == ["patch-aligned", "measure"]
+    assert calls[-1][:2] == ["patch-aligned", "analyze"]
 
 
 def test_an_interrupted_training_is_taken_up(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The whole analysis on the tiny world: it agrees with `measure`, and adds intervals, breakdowns and comparisons."""
+"""The whole analysis on the tiny world: intervals, breakdowns, comparisons, several towers; what cannot be analysed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from llava.convert.to_hf import to_hf
+from patch_aligned.analysis.alignment import THRESHOLD_RULES
 from patch_aligned.analysis.analysed_models import load_models
 from patch_aligned.analysis.analysis import analyse
 from patch_aligned.analysis.analysis_results import Analysis, AnalysisSettings
 from patch_aligned.analysis.figures import FIGURES, Resampling
-from patch_aligned.analysis.measure import measure_projectors
 from patch_aligned.analysis.measured_images import MeasureSettings
 
 START = "start=train_init/mm_projector.bin"
@@ -27,21 +27,17 @@ def run(pad: Path, *specifications: str, seeds: tuple[int, ...] = (), **settings
     return analyse(models, AnalysisSettings(measure, Resampling(200, seed=3), seeds))
 
 
-def test_figures_are_those_of_measure(golden_world: Path, pad: Path):
-    found = run(pad)
-    models = load_models(["random=random:1", START], "tiny-vicuna", "tiny-clip")
-    settings = MeasureSettings(pad, pad.parent / "pictures")
-    measured = measure_projectors(models[0].tower, [model.projector for model in models], settings)
-    assert list(found.models) == list(measured.projectors) == ["random", "start"]
-    for name, model in found.models.items():
-        expected = measured.projectors[name]
-        assert model.entropy_before.entropy_nats == measured.entropy_before_nats
-        assert model.entropy_after.entropy_nats == expected.entropy_after_nats
-        assert model.entropy_drop_nats == expected.entropy_drop_nats
-        assert model.figures["align_px"].value == expected.alignment.align_px
-        assert model.figures["cosine_per_image"].value == pytest.approx(expected.alignment.cosine_per_image, rel=1e-12)
-        assert model.figures["shuffled_cosine"].value == expected.alignment.shuffled_cosine
-        assert model.figures["align_px"].low <= model.figures["align_px"].value <= model.figures["align_px"].high
+def test_an_interval_surrounds_its_figure(golden_world: Path, pad: Path):
+    for model in run(pad).models.values():
+        for name in ("align_px", "align_px_otsu", "cosine", "pointing"):
+            assert model.figures[name].low <= model.figures[name].value <= model.figures[name].high
+
+
+def test_threshold_rules_stand_side_by_side(golden_world: Path, pad: Path):
+    found = run(pad).models["start"].figures
+    assert found["align_px"] == found["align_px_mid_range"]
+    for rule in THRESHOLD_RULES:
+        assert run(pad, threshold_rule=rule).models["start"].figures["align_px"] == found[f"align_px_{rule}"]
 
 
 def test_spectra_sum_to_one_and_give_the_entropy(golden_world: Path, pad: Path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,20 +15,19 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from patch_aligned.analysis.embeddings import WordEmbeddings
+from patch_aligned.analysis.analysed_models import load_models
+from patch_aligned.analysis.analysis import analyse
+from patch_aligned.analysis.analysis_results import Analysis, AnalysisSettings
+from patch_aligned.analysis.figures import Resampling
 from patch_aligned.analysis.localisation_figure import save_localisation_figure
-from patch_aligned.analysis.measure import Measures, measure_projectors
 from patch_aligned.analysis.measured_images import MeasureSettings
-from patch_aligned.analysis.projector_sources import load_tower, parse_projectors
-from patch_aligned.analysis.report import as_json, as_markdown, write_report
 
 
-def run(pad: Path, *specifications: str, image_aspect_ratio: str | None = None, **settings: object) -> Measures:
-    sources = parse_projectors(specifications or ["random=random:1", "start=train_init/mm_projector.bin"])
-    tower = load_tower(sources, "tiny-clip", image_aspect_ratio, "cpu")
-    words = WordEmbeddings.load("tiny-vicuna")
-    projectors = [source.build(tower, words, {"mm_projector_type": "linear"}) for source in sources]
-    return measure_projectors(tower, projectors, MeasureSettings(pad, pad.parent / "pictures", **settings))  # type: ignore[arg-type]
+def run(pad: Path, *specifications: str, image_aspect_ratio: str | None = None, **settings: object) -> Analysis:
+    specifications = specifications or ("random=random:1", "start=train_init/mm_projector.bin")
+    models = load_models(specifications, "tiny-vicuna", "tiny-clip", image_aspect_ratio)
+    measure = MeasureSettings(pad, pad.parent / "pictures", **settings)  # type: ignore[arg-type]
+    return analyse(models, AnalysisSettings(measure, Resampling(resamples=0)))
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -71,41 +69,41 @@ def test_measures_equal_a_reference_from_files_to_numbers(golden_world: Path, pa
             if covered.any():
                 cosines.append(unit(tokens[covered].mean(axis=0)) @ unit(label))
 
-    measures = run(pad)
-    found = measures.projectors["start"]
-    assert measures.images == 4
-    assert measures.entropy_before_nats == pytest.approx(entropy(before), rel=1e-5)
-    assert found.entropy_after_nats == pytest.approx(entropy(after), rel=1e-5)
-    assert found.entropy_drop_nats == measures.entropy_before_nats - found.entropy_after_nats
-    assert found.alignment.align_px == pytest.approx(np.mean(ious), rel=1e-5)
-    assert found.alignment.cosine == pytest.approx(np.mean(cosines), rel=1e-5)
-    counts = found.alignment
-    assert (counts.images, counts.regions, counts.regions_px, counts.regions_tokens) == (3, 7, 6, 5)
+    analysis = run(pad)
+    found = analysis.models["start"]
+    assert analysis.images == 4
+    assert found.entropy_before.entropy_nats == pytest.approx(entropy(before), rel=1e-5)
+    assert found.entropy_after.entropy_nats == pytest.approx(entropy(after), rel=1e-5)
+    assert found.entropy_drop_nats == found.entropy_before.entropy_nats - found.entropy_after.entropy_nats
+    assert found.figures["align_px"].value == pytest.approx(np.mean(ious), rel=1e-5)
+    assert found.figures["cosine"].value == pytest.approx(np.mean(cosines), rel=1e-5)
+    assert (found.figures["align_px"].regions, found.figures["cosine"].regions) == (6, 5)
+    counts = found.counts
+    assert (counts.images_with_regions, counts.regions) == (3, 7)
     assert (counts.regions_outside, counts.regions_without_token) == (1, 1)
 
 
 def test_padding_keeps_the_region_that_the_crop_cuts_away(golden_world: Path, pad: Path):
-    counts = run(pad, image_aspect_ratio="pad").projectors["start"].alignment
-    assert counts.regions_outside == 0
+    assert run(pad, image_aspect_ratio="pad").models["start"].counts.regions_outside == 0
 
 
 def test_no_number_depends_on_the_batch_size_or_on_other_projectors(golden_world: Path, pad: Path):
     together, alone = run(pad, batch_size=3), run(pad, "start=train_init/mm_projector.bin", batch_size=1)
-    first, second = together.projectors["start"], alone.projectors["start"]
-    assert first.entropy_after_nats == pytest.approx(second.entropy_after_nats, rel=1e-6)
-    assert first.alignment.align_px == pytest.approx(second.alignment.align_px, rel=1e-6)
-    assert first.alignment.shuffled_cosine == pytest.approx(second.alignment.shuffled_cosine, rel=1e-5)
+    first, second = together.models["start"], alone.models["start"]
+    assert first.entropy_after.entropy_nats == pytest.approx(second.entropy_after.entropy_nats, rel=1e-6)
+    assert first.figures["align_px"].value == pytest.approx(second.figures["align_px"].value, rel=1e-6)
+    assert first.figures["shuffled_cosine"].value == pytest.approx(second.figures["shuffled_cosine"].value, rel=1e-5)
 
 
 def test_only_the_chosen_images_and_regions_count(golden_world: Path, pad: Path):
     limited = run(pad, limit=2)
-    assert (limited.images, limited.projectors["start"].alignment.regions) == (2, 2)
+    assert (limited.images, limited.models["start"].counts.regions) == (2, 2)
     objects = run(pad, region_kind="object")
-    assert (objects.images, objects.projectors["start"].alignment.regions) == (4, 2)
+    assert (objects.images, objects.models["start"].counts.regions) == (4, 2)
 
 
 def test_the_control_follows_its_seed(golden_world: Path, pad: Path):
-    cosines = {run(pad, seed=seed).projectors["start"].alignment.shuffled_cosine for seed in (0, 0, 1, 2, 3)}
+    cosines = {run(pad, seed=seed).models["start"].figures["shuffled_cosine"].value for seed in (0, 0, 1, 2, 3)}
     assert 1 < len(cosines) < 5
 
 
@@ -138,30 +136,6 @@ def test_a_projector_of_another_width_names_both_shapes(golden_world: Path, pad:
     )
     with pytest.raises(ValueError, match=r"\(64, 32\).*\(64, 48\)"):
         run(pad, "wide=wide.bin")
-
-
-def test_the_report_is_strict_json_and_a_table_beside_the_papers(golden_world: Path, pad: Path, tmp_path: Path):
-    settings = MeasureSettings(pad, pad.parent / "pictures", limit=1, threshold_rule="otsu")
-    measures = run(pad, limit=1, threshold_rule="otsu", picture_rows=1)
-    json_path, markdown_path = write_report(measures, settings, {"base": "tiny-vicuna"}, tmp_path / "out")
-    document = json.loads(json_path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert document["settings"]["threshold_rule"] == document["projectors"]["start"]["align_rule"] == "otsu"
-    assert document["settings"]["base"] == "tiny-vicuna"
-    assert document["projectors"]["start"]["align_px"] == measures.projectors["start"].alignment.align_px
-    markdown = markdown_path.read_text()
-    drop = measures.projectors["start"].entropy_drop_nats
-    assert f"| {drop:.3f} |".replace("-", "−") in markdown
-    assert "7B scale" in markdown
-    assert "| patch-aligned | 4.835 | 1.000 | 3.835 | 0.279 | 0.56 | – |" in markdown
-
-
-def test_undefined_means_are_null_and_a_dash(golden_world: Path, write_pad: Callable, rectangle: Callable):
-    pad = write_pad([rectangle(26, 14, 29, 17, "cup")])  # covers no token, and has no other label to shuffle with
-    settings = MeasureSettings(pad, pad.parent / "pictures")
-    measures = run(pad)
-    assert math.isnan(measures.projectors["start"].alignment.cosine)
-    assert as_json(measures, settings, {})["projectors"]["start"]["cosine"] is None
-    assert as_markdown(measures, settings).count("| – | – |") == 2
 
 
 def test_the_picture_shows_the_largest_region_of_evenly_spread_images(golden_world: Path, pad: Path, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Counting regions, and the two kinds of mean."""
+"""Rows of scores: counting regions, the two kinds of mean, choosing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import numpy as np
 import torch
 
 from patch_aligned.analysis.alignment import RegionScores, score_regions
+from patch_aligned.analysis.analysis_results import RegionCounts
+from patch_aligned.analysis.figures import Resampling, figures_of
 from patch_aligned.analysis.region_table import SCORES, RegionTable
 
+NO_INTERVALS = Resampling(resamples=0)
 LABEL = torch.tensor([[1.0, 0]])
 TOKENS = torch.eye(2)
 
@@ -23,14 +26,13 @@ def scored(*coverage: list[float]) -> RegionScores:
 def test_regions_outside_or_without_token_are_counted_where_they_belong():
     table = RegionTable()
     table.update(scored([1, 0], [0.2, 0.2], [0, 0]))  # whole cell; inside but no token; cut away by the crop
-    result = table.rows().alignment()
-    assert (result.regions, result.regions_px, result.regions_tokens) == (3, 2, 1)
-    assert (result.regions_outside, result.regions_without_token) == (1, 1)
-    assert math.isclose(result.align_px, (1 + 0.2 / 1.2) / 2, rel_tol=1e-12)
-    assert result.align_tokens == 1
-    assert result.cosine == 1
-    assert math.isnan(result.shuffled_cosine)
-    assert result.regions_shuffled == 0
+    counts, figures = RegionCounts.of(table.rows()), figures_of(table.rows(), NO_INTERVALS)
+    assert (counts.regions, counts.regions_outside, counts.regions_without_token) == (3, 1, 1)
+    assert (figures["align_px"].regions, figures["align_tokens"].regions) == (2, 1)
+    assert math.isclose(figures["align_px"].value, (1 + 0.2 / 1.2) / 2, rel_tol=1e-12)
+    assert figures["align_tokens"].value == figures["cosine"].value == 1
+    assert math.isnan(figures["shuffled_cosine"].value)
+    assert figures["shuffled_cosine"].regions == 0
 
 
 def test_the_mean_over_regions_is_not_the_mean_over_images():
@@ -38,14 +40,14 @@ def test_the_mean_over_regions_is_not_the_mean_over_images():
     table.update(scored([1, 0], [1, 0], [1, 0]))  # three hits
     table.update(scored([0, 1]))  # one miss
     table.update(scored())  # an image without regions
-    result = table.rows().alignment()
-    assert (result.align_px, result.align_px_per_image) == (0.75, 0.5)
-    assert (result.cosine, result.cosine_per_image) == (0.75, 0.5)
-    assert (result.images, result.regions, table.rows().images) == (2, 4, 3)
+    counts, figures = RegionCounts.of(table.rows()), figures_of(table.rows(), NO_INTERVALS)
+    assert (figures["align_px"].value, figures["align_px_per_image"].value) == (0.75, 0.5)
+    assert (figures["cosine"].value, figures["cosine_per_image"].value) == (0.75, 0.5)
+    assert (counts.images_with_regions, counts.regions, table.rows().images) == (2, 4, 3)
 
 
 def test_no_region_at_all_gives_nan_not_zero():
-    assert math.isnan(RegionTable().rows().alignment().align_px)
+    assert math.isnan(figures_of(RegionTable().rows(), NO_INTERVALS)["align_px"].value)
 
 
 def test_rows_keep_their_image_label_and_area():

@@ -16,7 +16,14 @@ from typer.testing import CliRunner
 
 from patch_aligned.analysis import word_list
 from patch_aligned.analysis.embeddings import WordEmbeddings
-from patch_aligned.analysis.token_map import MappedImage, MappedToken, PursuitSettings, TokenMapper, colours_of_words
+from patch_aligned.analysis.token_map import (
+    MappedImage,
+    MappedToken,
+    PursuitSettings,
+    TokenMapper,
+    TokenMaps,
+    colours_of_words,
+)
 from patch_aligned.analysis.token_map_command import Choice, EnglishWords
 from patch_aligned.analysis.token_map_figure import save_token_map_figure
 from patch_aligned.analysis.token_map_page import token_map_document, write_token_map_page
@@ -43,8 +50,8 @@ def mapped(golden_world: Path) -> MappedImage:
     return MappedImage("street.jpg", torch.rand(3, 28, 28), {"ours": mapper.map(tokens, (2, 2))})
 
 
-def document_of(mapped: MappedImage, word_list: WordList | None = ENGLISH) -> dict:
-    return token_map_document([mapped], {"ours": "a file"}, PursuitSettings().described(), word_list)
+def maps_of(mapped: MappedImage) -> TokenMaps:
+    return TokenMaps([mapped], {"ours": "a file"}, PursuitSettings(), ENGLISH)
 
 
 # --- texts of single tokens -----------------------------------------------------------------------------------------
@@ -155,7 +162,7 @@ def test_the_page_holds_everything_and_no_text_can_leave_its_data(mapped: Mapped
     first = int(token_map.pursuit.ids[0, 0])
     token_map.words[first] = MappedToken(TokenText(hostile, True, False), False)
     named = MappedImage(hostile, mapped.image, mapped.maps)
-    page, numbers = write_token_map_page([named], document_of(named), tmp_path / "out")
+    page, numbers = write_token_map_page(maps_of(named), tmp_path / "out")
     text = page.read_text()
     assert hostile not in text
     assert text.count("</script>") == 2
@@ -172,7 +179,7 @@ def test_the_page_holds_everything_and_no_text_can_leave_its_data(mapped: Mapped
 
 def test_the_numbers_are_those_of_the_pursuit(mapped: MappedImage):
     token_map = mapped.maps["ours"]
-    (entry,) = document_of(mapped)["images"][0]["maps"]
+    (entry,) = token_map_document(maps_of(mapped))["images"][0]["maps"]
     assert entry["ids"] == token_map.pursuit.ids.tolist()
     assert entry["grid"] == [2, 2]
     for name in ("coefficients", "cosines", "residual_norms"):

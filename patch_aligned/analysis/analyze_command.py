@@ -1,0 +1,127 @@
+"""The command `patch-aligned analyze`: any number of projectors on one set of images, as a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from patch_aligned.command_errors import clear_errors
+
+app = typer.Typer(rich_markup_mode="markdown")
+
+
+@app.command(epilog="How to read the numbers: docs/measures.md. The report: docs/analysis.md.")
+@clear_errors
+def analyze(
+    context: typer.Context,
+    projector: Annotated[
+        list[str],
+        typer.Option(
+            "--projector",
+            "--model",
+            metavar="NAME=PATH",
+            help="A projector or a whole model under a name; repeat for each. PATH is an --output_dir of stage 1, an "
+            "mm_projector.bin, a full checkpoint, a model of transformers, or `random[:SEED]` for untrained weights.",
+        ),
+    ],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Annotated images: PAD, COCO's instances, or GranD-f.")],
+    image_folder: Annotated[Path, typer.Option(metavar="DIR", help="Folder that the image ids are relative to.")],
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where report.html, report.md, analysis.json and the pictures go.")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="The language model of LLaVA's projectors (folder or hub name). Only its word embeddings and "
+            "tokenizer are read. Whole models have their own.",
+        ),
+    ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The vision tower. Default: the one the projectors' configs name."),
+    ] = None,
+    data_format: Annotated[
+        Literal["auto", "pad", "coco", "grandf"], typer.Option(help="Of --data; `auto` tells it by the first record.")
+    ] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images.")] = None,
+    subset: Annotated[
+        Literal["random", "first"], typer.Option(help="Which, with --limit: chosen by --seed, or the file's first.")
+    ] = "random",
+    seed: Annotated[int, typer.Option(help="Of the random subset, the shuffled labels and the intervals.")] = 0,
+    random_init: Annotated[
+        int, typer.Option(min=0, help="Untrained projectors of each shape to measure beside, as mean and sd; 0: none.")
+    ] = 3,
+    threshold_rule: Annotated[
+        Literal["mid_range", "otsu", "mean_std", "top_area"],
+        typer.Option(help="Which tokens of a cosine map are the prediction; the report also has Align under each."),
+    ] = "mid_range",
+    min_coverage: Annotated[
+        float, typer.Option(min=0.01, max=1, help="A token belongs to a region that covers this share of its cell.")
+    ] = 0.5,
+    region_kind: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Only regions whose extra key `kind` has this value, such as `object`."),
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=0, help="Draws of images behind an interval; 0: none.")] = 2000,
+    image_aspect_ratio: Annotated[
+        Literal["square", "pad"] | None,
+        typer.Option(help="How images are made square. Default: as in the projectors' configs."),
+    ] = None,
+    picture_rows: Annotated[int, typer.Option(min=0, help="Images in localisation.png; 0 draws none.")] = 4,
+    token_maps: Annotated[int, typer.Option(min=0, help="Of them, images with token maps; 0: none.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Words a patch in the token maps.")] = 3,
+    english: Annotated[
+        Literal["auto", "pyspellchecker", "nltk", "none"],
+        typer.Option(help="Which list tells English words; `auto` takes one that is installed."),
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass through the tower.")] = 8,
+    device: Annotated[str, typer.Option(help="Where towers and projectors run: `cpu`, `cuda`, `cuda:1` ...")] = "cpu",
+) -> None:
+    """Analyses projectors side by side, on images whose regions are labelled: one report, and every number as JSON.
+
+    How much does a projector compress (**entropy** before and after), can a label's word embedding find its place in
+    the image (**Align**), and how near are a region's visual tokens to its label (**cosine**, beside it the same with
+    wrong labels)? With intervals, by size and label, and as differences; with pictures of where labels are found and
+    which words are on the patches.
+
+    Projectors of one tower see the same features, in float32. The language model itself is never run.
+
+    Example:
+
+    `patch-aligned analyze --projector llava=runs/captions --projector ours=runs/patch --base models/vicuna-7b-v1.5
+    --data annotations/instances_val2017.json --image-folder val2017 --limit 100 --output runs/analysis`
+    """
+    from patch_aligned.analysis.analysis_results import AnalysisSettings
+    from patch_aligned.analysis.analyze_run import run_analyze
+    from patch_aligned.analysis.figures import Resampling
+    from patch_aligned.analysis.measured_images import MeasureSettings
+    from patch_aligned.analysis.token_map import PursuitSettings
+
+    measure = MeasureSettings(
+        data=data,
+        image_folder=image_folder,
+        threshold_rule=threshold_rule,
+        min_coverage=min_coverage,
+        limit=limit,
+        region_kind=region_kind,
+        seed=seed,
+        batch_size=batch_size,
+        picture_rows=picture_rows,
+        data_format=data_format,
+        subset=subset,
+    )
+    run_analyze(
+        projectors=projector,
+        settings=AnalysisSettings(measure, Resampling(resamples, seed), tuple(range(random_init))),
+        output=output,
+        base=base,
+        vision_tower=vision_tower,
+        image_aspect_ratio=image_aspect_ratio,
+        token_map_images=token_maps,
+        pursuit=PursuitSettings(rounds),
+        english=english,
+        device=device,
+    )

@@ -1,0 +1,41 @@
+"""Says whether Align(V, W) and the cosine rise from projector to projector: `check_order.py ANALYSIS NAME NAME...`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+FIGURES = ("align_px", "cosine")
+
+
+def orders(analysis: dict[str, Any], names: Sequence[str]) -> list[tuple[str, bool]]:
+    """For each figure a line with its values, and whether they rise in the order of the names.
+
+    Raises:
+        ValueError: the analysis has no projector of a name.
+    """
+    models = analysis["models"]
+    if missing := [name for name in names if name not in models]:
+        raise ValueError(f"found no projector {missing[0]!r}; the analysis has {', '.join(models)}")
+    found = []
+    for figure in FIGURES:
+        values = [models[name]["figures"][figure]["value"] for name in names]
+        rises = None not in values and all(low < high for low, high in pairwise(values))
+        line = " < ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True) if value is not None)
+        found.append((f"{figure}: {line}: {'holds' if rises else 'does not hold'}", rises))
+    return found
+
+
+def main(path: str, *names: str) -> int:
+    """Prints the lines; 1 if an order is broken."""
+    found = orders(json.loads(Path(path).read_text(encoding="utf-8")), names)
+    print("\n".join(line for line, _ in found))
+    return int(not all(rises for _, rises in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,158 @@
+"""The command `analyze`: what it writes and prints, how it fails, and that help and the package cost nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from patch_aligned.analysis.alignment import THRESHOLD_RULES
+from patch_aligned.analysis.analyze_command import analyze
+from patch_aligned.analysis.annotated_sets import FORMATS
+from patch_aligned.analysis.word_list import WORD_LISTS
+from patch_aligned.cli import app
+
+
+def invoke(pad: Path, output: Path, **changed: str | None):
+    options: dict[str, str | None] = {
+        "--projector": "start=train_init/mm_projector.bin",
+        "--base": "tiny-vicuna",
+        "--vision-tower": "tiny-clip",
+        "--data": str(pad),
+        "--image-folder": str(pad.parent / "pictures"),
+        "--output": str(output),
+        "--english": "none",
+        "--resamples": "20",
+    }
+    options |= {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
+    words = [word for name, value in options.items() if value is not None for word in (name, value)]
+    return CliRunner().invoke(app, ["analyze", "--projector", "random=random:3", *words])
+
+
+def test_a_report_its_numbers_and_pictures_are_written(golden_world: Path, pad: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    result = invoke(pad, output, threshold_rule="otsu", picture_rows="2", token_maps="1", rounds="2", random_init="2")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in output.iterdir()) == [
+        "analysis.json", "localisation.png", "report.html", "report.md", "spectra.svg", "token_map.html",
+        "token_map.json", "token_map_001_0.png",
+    ]  # fmt: skip
+    document = json.loads((output / "analysis.json").read_text())
+    assert list(document["models"]) == ["random", "start"]
+    assert document["settings"]["measure"]["threshold_rule"] == "otsu"
+    assert document["models"]["start"]["untrained"]["seeds"] == [0, 1]
+    assert len(document["picture"]) == 2
+    provenance = document["provenance"]
+    assert provenance["image_aspect_ratio"] == "square"
+    assert provenance["sha256"].keys() == {"tiny-clip", "tiny-vicuna", "train_init/mm_projector.bin"}
+    (mapped,) = json.loads((output / "token_map.json").read_text())["images"]
+    assert len(mapped["maps"][0]["captions"]) == 2
+    assert "start" in result.output
+
+
+def test_without_pictures_none_is_written(golden_world: Path, pad: Path, tmp_path: Path):
+    assert invoke(pad, tmp_path / "out", picture_rows="0").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "analysis.json", "report.html", "report.md", "spectra.svg",
+    ]  # fmt: skip
+
+
+def test_a_limit_chooses_by_seed_unless_the_first_are_asked_for(golden_world: Path, pad: Path, tmp_path: Path):
+    def shown(**changed: str) -> list[str]:
+        assert invoke(pad, tmp_path / "out", limit="2", token_maps="0", **changed).exit_code == 0
+        document = json.loads((tmp_path / "out" / "analysis.json").read_text())
+        return [row["image_id"] for row in document["picture"]]
+
+    assert shown(subset="first") == ["0.png"]  # the second image has no regions
+    assert len({tuple(shown(seed=str(seed))) for seed in range(6)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"projector": "start=nowhere"}, "there is no nowhere"),
+        ({"projector": "train_init"}, "expected NAME=PATH"),
+        ({"projector": "start=tiny-vicuna"}, "tiny-vicuna: this checkpoint holds no projector"),
+        ({"vision_tower": None}, "pass --vision-tower PATH"),
+        ({"base": None}, "--base is missing"),
+        ({"base": "images"}, "No weights at images: expected model.safetensors"),
+        ({"data": "missing.json"}, "--data missing.json: there is no such file"),
+        ({"image_folder": "missing"}, "--image-folder missing: there is no such folder"),
+        ({"region_kind": "object", "limit": "1", "subset": "first"}, "no regions of kind 'object'"),
+        ({"device": "cuda:9"}, "--device cuda:9: torch sees no CUDA device here"),
+        ({"device": "gpu"}, "--device gpu: torch knows no such device"),
+    ],
+)
+def test_wrong_input_ends_with_a_sentence_and_code_2(
+    golden_world: Path, pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict, message: str
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_refused(invoke(pad, tmp_path / "out", **changed), message, tmp_path)
+
+
+def test_sets_without_regions_or_without_covered_tokens_are_refused(
+    golden_world: Path, write_pad: Callable, rectangle: Callable, tmp_path: Path
+):
+    result = invoke(write_pad([], []), tmp_path / "out")
+    assert_refused(result, "no regions in 2 images", tmp_path)
+    result = invoke(write_pad([rectangle(26, 14, 29, 17, "cup")]), tmp_path / "out")
+    assert_refused(result, "none of the 1 regions covers a token", tmp_path)
+
+
+def test_a_table_smaller_than_its_tokenizer_is_refused(golden_world: Path, pad: Path, tmp_path: Path):
+    weights = load_file("tiny-vicuna/model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:900].clone()
+    save_file(weights, "tiny-vicuna/model.safetensors", metadata={"format": "pt"})
+    assert_refused(invoke(pad, tmp_path / "out"), "knows ids up to 999, but its table", tmp_path)
+
+
+def assert_refused(result, message: str, tmp_path: Path) -> None:
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_where_an_error_comes_from(golden_world: Path, pad: Path, tmp_path: Path):
+    words = ["--debug", "analyze", "--projector", "a=nowhere", "--base", "b", "--data", str(pad)]
+    result = CliRunner().invoke(app, [*words, "--image-folder", str(tmp_path), "--output", str(tmp_path / "out")])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_the_choices_of_the_command_are_those_there_are():
+    hints = get_type_hints(analyze)
+    assert get_args(hints["threshold_rule"]) == tuple(THRESHOLD_RULES)
+    assert get_args(hints["data_format"]) == FORMATS
+    assert get_args(hints["english"]) == WORD_LISTS
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from typer.testing import CliRunner; from patch_aligned.cli import app; "
+        "assert 'analyze' in CliRunner().invoke(app, ['--help']).output",
+        "import patch_aligned.analysis as a; assert 'analyse' in a.__all__",
+    ],
+    ids=["help", "package"],
+)
+def test_help_and_the_package_import_no_torch(code: str):
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; sys.exit('torch' in sys.modules)"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_package_offers_what_it_lists():
+    import patch_aligned.analysis as package
+
+    assert all(callable(getattr(package, name)) for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'measure_everything'"):
+        package.measure_everything  # noqa: B018

@@ -1,0 +1,56 @@
+"""Localising one label in one image: the same maps as in an analysis, and any text without a mask."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models, localise
+from patch_aligned.analysis.analysed_models import AnalysedModel
+from patch_aligned.analysis.localisation_figure import panel_jpegs, save_localisation_figure
+
+
+@pytest.fixture
+def models(golden_world: Path) -> list[AnalysedModel]:
+    return load_models(["random=random:1", "start=train_init/mm_projector.bin"], "tiny-vicuna", "tiny-clip")
+
+
+def test_a_region_gives_the_maps_of_the_analysis(models: list[AnalysedModel], pad: Path):
+    settings = MeasureSettings(pad, pad.parent / "pictures", picture_rows=3)
+    for row in analyse(models, AnalysisSettings(settings)).picture:
+        record = next(r for r in map(json.loads, pad.read_text().splitlines()) if r["image_id"] == row.image_id)
+        regions = [region for region in record["labels"] if region["tag"] == row.label]
+        masks = [coco_mask.decode({"size": [56, 80], "counts": r["rle_mask"].encode()}) for r in regions]
+        largest = max(masks, key=lambda mask: mask[:, 12:68].sum())
+        found = localise(models, pad.parent / "pictures" / row.image_id, row.label, largest)
+        assert list(found.cells) == ["random", "start"]
+        torch.testing.assert_close(found.truth, row.truth)
+        for name, cell in row.cells.items():
+            torch.testing.assert_close(found.cells[name].cosine, cell.cosine, rtol=1e-5, atol=1e-6)
+            assert torch.equal(found.cells[name].predicted, cell.predicted)
+            assert found.cells[name].iou_px == pytest.approx(cell.iou_px, rel=1e-9)
+
+
+def test_any_text_can_be_sought_without_a_mask(models: list[AnalysedModel], pad: Path, tmp_path: Path):
+    found = localise(models, pad.parent / "pictures" / "0.png", "a red car at night")
+    assert math.isnan(found.cells["start"].iou_px)
+    assert found.cells["start"].predicted.any()
+    save_localisation_figure([found], tmp_path / "figure.png", "mid_range")
+    with Image.open(tmp_path / "figure.png") as picture:
+        assert picture.width > 1000
+    assert {key[:1] for key in panel_jpegs(found) if key != "truth"} == {("random",), ("start",)}
+
+
+def test_what_cannot_be_sought_says_why(models: list[AnalysedModel], pad: Path):
+    image = pad.parent / "pictures" / "0.png"
+    with pytest.raises(ValueError, match=r"the mask is \[80, 56\]; expected the image's \[56, 80\]"):
+        localise(models, image, "dog", np.ones((80, 56)))
+    with pytest.raises(ValueError, match="'top_area' is told the region's size: pass a mask"):
+        localise(models, image, "dog", threshold_rule="top_area")

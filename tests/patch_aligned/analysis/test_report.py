@@ -1,0 +1,178 @@
+"""The report: it says what the analysis found, with every rule; it is one file, safe, and names all its pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models, token_maps, write_report
+from patch_aligned.analysis.analysis_results import Analysis
+from patch_aligned.analysis.figures import FIGURES, Resampling
+from patch_aligned.analysis.report import provenance_of, report_json, report_markdown
+from patch_aligned.analysis.report_tables import (
+    Cell,
+    ReportTable,
+    as_html,
+    as_markdown,
+    differences_table,
+    entropy_table,
+    figures_table,
+    headline_table,
+    number,
+    thresholds_table,
+)
+from patch_aligned.analysis.token_map import PursuitSettings
+
+SPECIFICATIONS = ("random=random:1", "start=train_init/mm_projector.bin")
+
+
+def run(pad: Path, *specifications: str, seeds: tuple[int, ...] = (0, 1), **settings: object) -> Analysis:
+    models = load_models(specifications or SPECIFICATIONS, "tiny-vicuna", "tiny-clip")
+    measure = MeasureSettings(pad, pad.parent / "pictures", **settings)  # type: ignore[arg-type]
+    return analyse(models, AnalysisSettings(measure, Resampling(30), seeds))
+
+
+def page(analysis: Analysis, pad: Path, folder: Path) -> str:
+    models = load_models(SPECIFICATIONS, "tiny-vicuna", "tiny-clip")
+    images = [(row.image_id, pad.parent / "pictures" / row.image_id) for row in analysis.picture[:1]]
+    maps = token_maps(models, images, PursuitSettings(rounds=2), "none")
+    written = write_report(analysis, folder, maps, provenance_of(models))
+    assert all(path.is_file() for path in written)
+    return written[0].read_text()
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_tables_hold_the_analysis_numbers(golden_world: Path, pad: Path):
+    analysis = run(pad)
+    start = analysis.models["start"]
+    head = dict(zip(headline_table(analysis).columns, headline_table(analysis).rows[1], strict=True))
+    align = start.figures["align_px"]
+    assert head["Align(V, W)"] == Cell(number(align.value), f"{number(align.low)} … {number(align.high)}")
+    assert head["ΔH"].text == number(start.entropy_drop_nats)
+    entropies = dict(zip(entropy_table(analysis).columns, entropy_table(analysis).rows[1], strict=True))
+    assert entropies["effective rank after"] == Cell(number(start.entropy_after.effective_rank, 1), "of 64")
+    assert thresholds_table(analysis).rows[1][2].text == number(start.figures["align_px_otsu"].value)
+    (pair,) = differences_table(analysis).rows
+    assert pair[0].text == "start − random"
+    assert pair[1].text == number(analysis.comparisons[0].figures["align_px"].value)
+
+
+def test_projectors_of_one_shape_share_a_row_of_untrained_ones(golden_world: Path, pad: Path):
+    analysis = run(pad)
+    names = [row[0] for row in headline_table(analysis).rows]
+    assert names == [Cell("random"), Cell("start"), Cell("untrained", "± sd, 2 seeds")]
+    untrained = analysis.models["start"].untrained
+    assert untrained is not None
+    assert headline_table(analysis).rows[2][4].text == number(untrained.figures["align_px"].mean)
+    assert len(headline_table(run(pad, seeds=())).rows) == 2
+
+
+def test_every_figure_stands_beside_its_rule(golden_world: Path, pad: Path):
+    analysis = run(pad, threshold_rule="otsu")
+    shown = {row[0].text: row[0].aside for row in figures_table(analysis).rows}
+    assert "otsu" in shown["align_px"]
+    for name in FIGURES:
+        if name in shown:
+            assert shown[name] == analysis.rules[name]
+    assert set(FIGURES) - shown.keys() == {f"align_px_{rule}" for rule in thresholds_table(analysis).columns[1:]}
+
+
+def test_numbers_are_plain_and_undefined_ones_a_dash():
+    assert [number(value) for value in (float("nan"), -0.0001, -1.5, 0.1234)] == ["–", "0.000", "−1.500", "0.123"]
+    table = ReportTable(("a", "b"), [(Cell("x|y"), Cell("1", "0 … 2"))])
+    assert as_markdown(table) == ["| a | b |", "|---|--:|", "| x\\|y | 1 (0 … 2) |"]
+    assert "<script>" not in as_html(ReportTable(("<script>",), [(Cell("<script>", "<script>"),)]), "<script>")
+
+
+def test_the_markdown_has_the_papers_table_below(golden_world: Path, write_pad: Callable, rectangle: Callable):
+    pad = write_pad([rectangle(12, 0, 40, 28, "dog"), rectangle(26, 14, 29, 17, "cup")])  # one covers no token
+    text = report_markdown(run(pad, seeds=()))
+    assert "1 images, 2 regions: 1 cover no token" in text
+    assert "| patch-aligned | 4.835 | 1.000 | 3.835 | 0.279 | 0.56 |" in text
+    assert "7B scale" in text
+
+
+def test_the_json_is_strict_and_says_where_numbers_come_from(golden_world: Path, pad: Path):
+    document = report_json(run(pad), {"device": "cpu", "broken": float("nan")})
+    again = json.loads(json.dumps(document, allow_nan=False))
+    assert again["provenance"] == {"device": "cpu", "broken": None}
+    assert again["models"]["start"]["figures"].keys() == FIGURES.keys()
+    assert again["paper_table_3_at_7b_scale"]["patch-aligned"]["align_px"] == 0.279
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing_and_runs_nothing(golden_world: Path, pad: Path, tmp_path: Path):
+    text = page(run(pad, picture_rows=2), pad, tmp_path / "out")
+    assert "<script" not in text
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert text.count("default-src 'none'") == 1
+
+
+def test_every_picture_says_what_it_shows_and_every_table_scrolls(golden_world: Path, pad: Path, tmp_path: Path):
+    text = page(run(pad, picture_rows=2), pad, tmp_path / "out")
+    pictures = re.findall(r"<img [^>]*>", text)
+    assert len(pictures) == 2 * (1 + 2 * 2)  # truth, and a pair for each projector
+    assert all(re.search(r'alt="[^"]+"', picture) for picture in pictures)
+    drawings = re.findall(r'<svg class="words"[^>]*>', text)
+    assert len(drawings) == 2 * 2  # projectors, rounds
+    assert all(re.search(r'aria-label="[^"]+, word \d', drawing) for drawing in drawings)
+    assert text.count("<table>") == len(re.findall(r'<div class="scroll[^>]*><table>', text)) > 8
+
+
+def test_every_rule_and_hash_is_on_the_page(golden_world: Path, pad: Path, tmp_path: Path):
+    analysis = run(pad, picture_rows=1)
+    text = page(analysis, pad, tmp_path / "out").replace("<wbr>", "").replace("&#x27;", "'")
+    for name in FIGURES:
+        rule = name.removeprefix("align_px_")
+        assert analysis.rules[name] in text or f'<th scope="col">{rule}</th>' in text
+    provenance = provenance_of(load_models(SPECIFICATIONS, "tiny-vicuna", "tiny-clip"))
+    assert len(provenance["sha256"]) == 3
+    assert all(digest[:16] in text for digest in provenance["sha256"].values())
+
+
+def test_hostile_labels_and_names_are_text(
+    golden_world: Path, write_pad: Callable, rectangle: Callable, tmp_path: Path
+):
+    hostile = "</td><img src=x onerror=alert(1)>"
+    pad = write_pad([rectangle(12, 0, 40, 28, hostile), rectangle(40, 28, 68, 56, "dog")])
+    analysis = run(pad, picture_rows=1, seeds=())
+    assert analysis.picture[0].label == hostile
+    text = page(analysis, pad, tmp_path / "out")
+    assert "<img src=x" not in text
+    assert "&lt;img src=x" in text
+
+
+def test_regions_left_out_are_counted_by_reason(golden_world: Path, pad: Path, tmp_path: Path):
+    text = page(run(pad, picture_rows=1), pad, tmp_path / "out")
+    assert "All annotations of the file are regions." in text
+    row = re.search(r'<th scope="row">start</th>((?:<td>[\d,]+</td>)+)', text)
+    assert row is not None
+    assert re.findall(r"<td>(\d+)</td>", row.group(1)) == ["3", "0", "7", "1", "1"]
+
+
+def test_the_spectra_are_one_drawing_the_same_each_time(golden_world: Path, pad: Path, tmp_path: Path):
+    analysis = run(pad, picture_rows=0, seeds=())
+    first, second = (write_report(analysis, tmp_path / name) for name in ("a", "b"))
+    drawings = [next(path for path in paths if path.suffix == ".svg") for paths in (first, second)]
+    assert drawings[0].read_bytes() == drawings[1].read_bytes()
+    assert ElementTree.parse(drawings[0]).getroot().tag.endswith("svg")
+    assert "localisation.png" not in [path.name for path in first]
+
+
+def test_a_report_without_matplotlib_says_what_to_install(
+    golden_world: Path, pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    analysis = run(pad, picture_rows=0, seeds=())
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'patch-aligned-llava\[analysis\]'"):
+        write_report(analysis, tmp_path / "out")
