@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.captions.java import JavaError
+from eval.captions.meteor import score_meteor
 from eval.captions.references import named
 from eval.captions.spice import SpiceSetup, score_spice
 from eval.captions.words import tokenize
@@ -25,8 +24,8 @@ class MetricScore:
 
     Attributes:
         value: pycocoevalcap's. ROUGE-L, CIDEr and SPICE are means over images; METEOR and BLEU are taken from counts
-            summed over all images, so they are near the mean, not equal to it.
-        stderr: standard error of the mean of `of_image`; None with one image, and for BLEU, which is no mean at all.
+            summed over all images.
+        stderr: standard error of that; None with one image, and for BLEU.
         of_image: score of each image alone.
     """
 
@@ -75,7 +74,8 @@ def score_captions(
     expected = tokenize(references)
     found = tokenize({image: [answers[image]] for image in images})
 
-    metrics = {METEOR: _score(images, *_meteor(expected, found))}
+    meteor = score_meteor(expected, found)
+    metrics = {METEOR: MetricScore(meteor.value, meteor.stderr, dict(zip(images, meteor.of_image, strict=True)))}
     metrics[ROUGE_L] = _score(images, *Rouge().compute_score(expected, found))
     not_available = {}
     if isinstance(spice, str):
@@ -93,10 +93,15 @@ def score_captions(
     return CaptionScores(metrics, not_available, len(images), empty)
 
 
+def mean_and_stderr(numbers: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of independent numbers and its standard error, None for a single one."""
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return statistics.fmean(numbers), None if spread is None else spread / math.sqrt(len(numbers))
+
+
 def _score(images: Sequence[str], value: float, of_image: Sequence[float], is_mean: bool = True) -> MetricScore:
     numbers = [float(score) for score in of_image]
-    is_spread = is_mean and len(numbers) > 1
-    stderr = statistics.stdev(numbers) / math.sqrt(len(numbers)) if is_spread else None
+    stderr = mean_and_stderr(numbers)[1] if is_mean else None
     return MetricScore(float(value), stderr, dict(zip(images, numbers, strict=True)))
 
 
@@ -114,32 +119,3 @@ def _require_same_images(references: Mapping[str, Any], answers: Mapping[str, An
             f"answers: found {len(unknown)} on images that the references do not have: {named(unknown)}; are these "
             "the captions of the same images?"
         )
-
-
-def _meteor(expected: Mapping[str, list[str]], found: Mapping[str, list[str]]) -> tuple[float, list[float]]:
-    with _meteor_process() as scorer:
-        try:
-            return scorer.compute_score(expected, found)
-        except (ValueError, OSError) as error:  # its answer is no number, or it takes no more input: it has ended
-            raise JavaError(
-                f"METEOR: its Java process ended before its last score ({error}); it asks for 2 GB"
-            ) from error
-
-
-@contextmanager
-def _meteor_process() -> Iterator[Any]:
-    """pycocoevalcap's scorer, whose Java process ends with the block and not with the garbage collector."""
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    scorer = Meteor()
-    process = scorer.meteor_p
-    try:
-        yield scorer
-    finally:
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            with suppress(OSError):  # what it did not take any more
-                pipe.close()
-        if scorer.lock.locked():  # as an error leaves it: the scorer would wait for it when it is thrown away
-            scorer.lock.release()

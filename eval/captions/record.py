@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.captions.caption_sets import CaptionSet
 from eval.captions.java import java_version
-from eval.captions.metrics import CIDER, METEOR, METRICS, ROUGE_L, CaptionScores
+from eval.captions.metrics import CIDER, METEOR, METRICS, ROUGE_L, CaptionScores, mean_and_stderr
 from eval.captions.references import CaptionedImage
 from patch_aligned.results.run_file import Harness, RunData, RunResult, RunSettings, Sample, Score, rows_sha256
 
@@ -66,8 +66,8 @@ def as_run(
         for name, metric in scores.metrics.items()
     }
     meteor = scores.metrics[METEOR]
-    mean = sum(meteor.of_image.values()) / scores.images
-    of_run[METEOR_MEAN] = Score(mean, meteor.stderr, scores.images, "share")
+    mean, stderr = mean_and_stderr(list(meteor.of_image.values()))
+    of_run[METEOR_MEAN] = Score(mean, stderr, scores.images, "share")
     prompt = writer.full_prompt
     samples = [
         Sample(

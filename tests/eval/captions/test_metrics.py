@@ -23,8 +23,10 @@ REFERENCES = {
     "b": ("A man rides a horse on the beach.",),
     "c": ('A "red" bus (number 7) waits at the stop!', "The bus isn't moving."),
     "d": ("Three cats are sleeping.", "cats"),
+    "e": ("An empty street at night.", "A street."),
 }
-ANSWERS = {"a": "Two dogs sitting at a café", "b": "a man on a horse", "c": "A red bus ||| at a stop.", "d": " . "}
+ANSWERS = {"a": "Two dogs sitting at a café", "b": "a man on a horse", "c": "A red bus ||| at a stop.", "d": " . ",
+           "e": "an empty street at night"}  # fmt: skip
 
 
 def as_records(captions: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
@@ -53,7 +55,13 @@ def ours(meteors: list[Any]) -> CaptionScores:
 
 
 @pytest.fixture(scope="module")
-def theirs() -> dict[str, tuple[Any, Any]]:
+def without_each() -> list[float]:
+    """METEOR of all images but one, for each; filled by `theirs`, whose process is at hand."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def theirs(without_each: list[float]) -> dict[str, tuple[Any, Any]]:
     """Value and numbers of the images, from pycocoevalcap alone: its tokenizer, its scorers."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -65,6 +73,9 @@ def theirs() -> dict[str, tuple[Any, Any]]:
     found = PTBTokenizer().tokenize(as_records({image: [text] for image, text in ANSWERS.items()}))
     scores = {METEOR: Meteor(), ROUGE_L: Rouge(), CIDER: Cider()}
     results = {name: scorer.compute_score(expected, found) for name, scorer in scores.items()}
+    for left_out in REFERENCES:
+        rest = [{image: texts[image] for image in texts if image != left_out} for texts in (expected, found)]
+        without_each.append(scores[METEOR].compute_score(*rest)[0])
     return results | dict(zip(BLEU, zip(*Bleu(4).compute_score(expected, found, verbose=0), strict=True), strict=True))
 
 
@@ -84,14 +95,25 @@ def test_the_standard_error_is_that_of_a_mean_of_images(ours: CaptionScores) -> 
     rouge = ours.metrics[ROUGE_L]
     numbers = list(rouge.of_image.values())
     assert rouge.value == pytest.approx(statistics.fmean(numbers), rel=1e-12)
-    assert rouge.stderr == pytest.approx(statistics.stdev(numbers) / math.sqrt(4), rel=1e-12)
+    assert rouge.stderr == pytest.approx(statistics.stdev(numbers) / math.sqrt(5), rel=1e-12)
     assert all(ours.metrics[name].stderr is None for name in BLEU)
+
+
+@needs_java
+def test_meteors_standard_error_is_the_jackknifes(
+    ours: CaptionScores, theirs: dict[str, tuple[Any, Any]], without_each: list[float]
+) -> None:
+    """Against METEOR itself, run without each image; one answer is a reference word for word, one has no word."""
+    assert 1 in theirs[METEOR][1] and 0 in theirs[METEOR][1]
+    mean = statistics.fmean(without_each)
+    variance = (5 - 1) / 5 * sum((value - mean) ** 2 for value in without_each)
+    assert ours.metrics[METEOR].stderr == pytest.approx(math.sqrt(variance), rel=1e-9)
 
 
 @needs_java
 def test_an_answer_without_words_counts_and_is_counted(ours: CaptionScores) -> None:
     assert ours.empty == ("d",)
-    assert ours.images == 4
+    assert ours.images == 5
     assert all(metric.of_image["d"] == 0 for metric in ours.metrics.values())
 
 
@@ -128,7 +150,7 @@ def test_a_line_break_within_a_caption_does_not_move_the_others(line_break: str)
 
 
 def test_images_without_an_answer_are_named() -> None:
-    with pytest.raises(ValueError, match=r"found 1 of 4, none for a, b, d; next: caption the rest"):
+    with pytest.raises(ValueError, match=r"found 1 of 5, none for a, b, d, e; next: caption the rest"):
         score_captions(REFERENCES, {"c": "a bus"}, "no jars")
 
 
@@ -153,5 +175,5 @@ def test_a_meteor_that_ends_early_is_an_error_and_no_standstill(fake_java: Calla
 
 def test_a_tokenizer_that_loses_captions_is_an_error(fake_java: Callable[..., Path]) -> None:
     fake_java("print('a dog')\nprint('no memory', file=sys.stderr)")
-    with pytest.raises(JavaError, match="tokenizer: found 1 lines, expected 7; Java said 'no memory'"):
+    with pytest.raises(JavaError, match="tokenizer: found 1 lines, expected 9; Java said 'no memory'"):
         score_captions(REFERENCES, ANSWERS, "no jars")
