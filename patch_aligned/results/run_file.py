@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from patch_aligned.results.strict_json import from_json, read_json
+from patch_aligned.whole_files import written_whole
 
 FORMAT = 1
 RESULT_FILE = "result.json"
@@ -196,16 +196,17 @@ def write_run(folder: Path, result: RunResult, samples: Sequence[Sample]) -> Non
     place = folder / RESULT_FILE
     try:
         document = {"format": result.format, **asdict(result)}
-        result_text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        lines = [json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False) for sample in samples]
+        result_text = (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        lines = [f"{json.dumps(asdict(row), ensure_ascii=False, allow_nan=False)}\n".encode() for row in samples]
     except (TypeError, ValueError) as error:
         raise RunFileError(f"{folder}: a value that JSON does not hold: {error}") from error
-    _checked_result(json.loads(result_text), place)  # what is written can be read
-    _check_samples(samples, result, folder / SAMPLES_FILE)
+    written = _result_of(result_text, place)  # what is written can be read
+    _check_samples(_samples_of(lines, folder / SAMPLES_FILE), written, folder / SAMPLES_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)  # until the new one is complete, there is none
-    _write_whole(folder / SAMPLES_FILE, "".join(f"{line}\n" for line in lines))
-    _write_whole(place, result_text)
+    for path, content in ((folder / SAMPLES_FILE, b"".join(lines)), (place, result_text)):
+        with written_whole(path) as temporary:
+            temporary.write_bytes(content)
 
 
 def read_run(folder: Path) -> RunResult:
@@ -217,11 +218,7 @@ def read_run(folder: Path) -> RunResult:
     place = folder / RESULT_FILE
     if not place.is_file():
         raise RunFileError(f"{folder}: found no {RESULT_FILE}; expected the folder of a finished run")
-    try:
-        document = read_json(place.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunFileError(f"{place}: {error}") from error
-    return _checked_result(document, place)
+    return _result_of(place.read_bytes(), place)
 
 
 def read_samples(folder: Path) -> list[Sample]:
@@ -234,13 +231,8 @@ def read_samples(folder: Path) -> list[Sample]:
     place = folder / SAMPLES_FILE
     if not place.is_file():
         raise RunFileError(f"{place}: found no such file; expected the rows of {RESULT_FILE} beside it")
-    samples = []
-    with place.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                samples.append(from_json(Sample, read_json(line)))
-            except ValueError as error:
-                raise RunFileError(f"{place}: line {number}: {error}") from error
+    with place.open("rb") as lines:
+        samples = _samples_of(lines, place)
     _check_samples(samples, result, place)
     return samples
 
@@ -265,20 +257,30 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     return runs
 
 
-def _checked_result(document: Any, place: Path) -> RunResult:
-    found = document.get("format") if isinstance(document, dict) else None
-    if isinstance(document, dict) and found != FORMAT:
-        raise RunFileError(f"{place}: field 'format': found {found!r}, expected {FORMAT}: run the benchmark again")
+def _result_of(content: bytes, place: Path) -> RunResult:
     try:
+        document = read_json(content.decode())
+        if isinstance(document, dict) and (found := document.get("format")) != FORMAT:
+            raise ValueError(f"field 'format': found {found!r}, expected {FORMAT}: run the benchmark again")
         result = from_json(RunResult, document)
+        if result.headline is not None and result.headline not in {*result.scores, *result.not_available}:
+            known = ", ".join(map(repr, result.scores)) or "none"
+            raise ValueError(f"field 'headline': found {result.headline!r}, expected one of the scores: {known}")
+        if both := sorted(result.scores.keys() & result.not_available.keys()):
+            raise ValueError(f"field 'not_available': found {both[0]!r}, which has a score too")
     except ValueError as error:
         raise RunFileError(f"{place}: {error}") from error
-    if result.headline is not None and result.headline not in {*result.scores, *result.not_available}:
-        known = ", ".join(map(repr, result.scores)) or "none"
-        raise RunFileError(f"{place}: field 'headline': found {result.headline!r}, expected one of the scores: {known}")
-    if both := sorted(result.scores.keys() & result.not_available.keys()):
-        raise RunFileError(f"{place}: field 'not_available': found {both[0]!r}, which has a score too")
     return result
+
+
+def _samples_of(lines: Iterable[bytes], place: Path) -> list[Sample]:
+    samples = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            samples.append(from_json(Sample, read_json(line.decode())))
+        except ValueError as error:
+            raise RunFileError(f"{place}: line {number}: {error}") from error
+    return samples
 
 
 def _check_samples(samples: Sequence[Sample], result: RunResult, place: Path) -> None:
@@ -296,12 +298,3 @@ def _check_samples(samples: Sequence[Sample], result: RunResult, place: Path) ->
             f"{place}: found rows whose ids and targets hash to {found}, expected {result.data.rows_sha256} as "
             f"'data.rows_sha256' of {RESULT_FILE} says: the files are of different runs"
         )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

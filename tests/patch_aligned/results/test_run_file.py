@@ -122,6 +122,9 @@ def test_samples_of_another_run_are_refused(tmp_path: Path, samples_of: Make, re
         with pytest.raises(RunFileError, match=r"samples\.jsonl: ") as error:
             read_samples(tmp_path)
         assert message in str(error.value)
+    place.write_bytes(lines[0].encode() + b'{"id": "\xff"}\n')
+    with pytest.raises(RunFileError, match=r"samples\.jsonl: line 2: 'utf-8' codec can't decode"):
+        read_samples(tmp_path)
 
 
 def test_what_cannot_be_read_is_not_written(tmp_path: Path, samples_of: Make, result_of: Make) -> None:
@@ -132,6 +135,8 @@ def test_what_cannot_be_read_is_not_written(tmp_path: Path, samples_of: Make, re
         (replace(result, headline="iou"), samples, "expected one of the scores"),
         (replace(result, scores={"acc": Score(float("inf"), None, 3, "share")}), samples, "JSON does not hold"),
         (result, [replace(samples[0], target={1, 2}), *samples[1:]], "JSON does not hold"),
+        (result, [replace(samples[0], answer="\ud800"), *samples[1:]], "JSON does not hold"),
+        (result, [replace(samples[0], id=0), *samples[1:]], "line 1: field 'id': found 0, expected a text"),
         (replace(result, tables=("5",)), samples, "field 'tables[0]': found \"5\""),
     ]:
         with pytest.raises(RunFileError) as error:
