@@ -176,12 +176,23 @@ def _legacy_rec(dataset: str, split: str, column: str) -> Benchmark:
                      mean_of_rows=True)  # fmt: skip
 
 
+_MINI = (("existence", "Existence"), ("colour", "Colour"), ("position", "Position"), ("counting", "Counting"))
+
+
+def _mini(name: str, column: str, headline: str = "exact_match", table: int = 6, max_new_tokens: int = 8) -> Benchmark:
+    """Questions about the miniature's scenes: they say whether training works, and nothing of the paper's numbers."""
+    data = LocalData(f"playground/data/mini/eval/{name}.parquet", "test", "python -m playground.mini.evaluation_set")
+    return Benchmark(f"mini_{name}", f"mini_{name}", "mini", "mini", data, headline, tables=(table,), column=column,
+                     max_new_tokens=max_new_tokens, speaks_boxes=headline == PADDED_FRAME)  # fmt: skip
+
+
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         *(_rec(*row) for row in _REC_SPLITS),
         *(_legacy_rec(*row[:3]) for row in _REC_SPLITS),
         *_VQA, *_INSTRUCTION, *_EXTRA, *_SERVER,
+        *(_mini(*row) for row in _MINI), _mini("rec", "Referring", PADDED_FRAME, table=5, max_new_tokens=32),
     )
 }  # fmt: skip
 GROUPS = ("rec", "legacy", "vqa", "instruction", "extra", "server", "mini")

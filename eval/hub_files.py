@@ -7,6 +7,7 @@ the newest commit, and written into it. From then on the same files are read, wi
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,7 +144,6 @@ def _look_up(data: HubData, revision: str | None, benchmark: str) -> tuple[str, 
 @contextmanager
 def _clear_messages(data: HubData, benchmark: str) -> Iterator[None]:
     """Says in one sentence why the hub did not give what was asked for."""
-    import httpx
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -153,6 +153,8 @@ def _clear_messages(data: HubData, benchmark: str) -> Iterator[None]:
         RepositoryNotFoundError,
     )
 
+    no_network: tuple[type[Exception], ...] = (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError)
+    no_network += _transport_errors()
     page = f"https://huggingface.co/datasets/{data.repository}"
     try:
         yield
@@ -162,7 +164,7 @@ def _clear_messages(data: HubData, benchmark: str) -> Iterator[None]:
         else:
             why, advice = "is gone, or private and there is no token for it", f"look at {page}, and `hf auth login`"
         raise DataError(f"{benchmark}: {data.repository} {why}; next: {advice}") from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, httpx.TransportError) as error:
+    except no_network as error:
         raise DataError(
             f"{benchmark}: {data.repository} is not on this machine, and there is no network "
             f"({type(error).__name__}); next: where there is one, python -m eval.prefetch --benchmarks {benchmark}, "
@@ -171,3 +173,14 @@ def _clear_messages(data: HubData, benchmark: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         first = str(error).splitlines()[0]
         raise DataError(f"{benchmark}: the hub refused {data.repository}: {first}") from error
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """Errors of the libraries that huggingface_hub has used to reach the hub, of those that are installed."""
+    errors = []
+    for name in ("httpx", "httpx2"):
+        if importlib.util.find_spec(name):
+            errors.append(importlib.import_module(name).TransportError)
+    if importlib.util.find_spec("requests"):
+        errors.append(importlib.import_module("requests").ConnectionError)
+    return tuple(errors)

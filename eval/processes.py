@@ -18,11 +18,13 @@ def shared(value: T) -> T:
     """The first process's value, in all of them; what the others give does not matter. All wait for it."""
     if rank_and_count()[1] == 1:
         return value
+    import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    # One process may have far more left to do than another.
-    PartialState(timeout=datetime.timedelta(weeks=52))
+    # One process may have far more left to do than another. Without a word on CPUs, accelerate takes each process of
+    # theirs for the only one.
+    PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(weeks=52))
     (first,) = broadcast_object_list([value])
     return first
 

@@ -10,9 +10,7 @@ finished is skipped, and answers that were given are kept.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from eval.judge import read_judge, set_judge
 from eval.outcome import UnscoredError, find_submission, headline_of, scores_and_samples
 from eval.plan import Plan, make_plan, summary
 from eval.preflight import PreflightError
+from eval.processes import rank_and_count, shared
 from eval.task_data import TaskData
 from llava.conversation import conv_templates
 from patch_aligned.results.run_file import (
@@ -71,9 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = argument_parser().parse_args(argv)
     set_judge(arguments.judge_url, arguments.judge_model)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = rank_and_count()
     try:
-        plan = _shared(make_plan(arguments, processes) if rank == 0 else None, processes)
+        plan = shared(make_plan(arguments, processes) if rank == 0 else None)
+        assert plan is not None
         if not plan.todo:
             return 0
         adapter = load_adapter(plan.request)
@@ -142,19 +142,6 @@ def run_benchmark(
     )
     write_run(folder, result, samples)
     print(summary(result, folder))
-
-
-def _shared(plan: Plan | None, processes: int) -> Plan:
-    """The first process's plan, in all of them."""
-    if processes > 1:
-        from accelerate import PartialState
-        from accelerate.utils import broadcast_object_list
-
-        # The adapter's own process group would have this patience; the first one that is made decides.
-        PartialState(timeout=datetime.timedelta(weeks=52))
-        (plan,) = broadcast_object_list([plan])
-    assert plan is not None
-    return plan
 
 
 if __name__ == "__main__":

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +29,9 @@ from patch_aligned.results.run_file import read_run, read_samples
 
 pytestmark = pytest.mark.slow  # lmms-eval takes a quarter of a minute to import
 
+ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMON = ["--model-path", "tiny-llava", "--output", "out", "--lock", "lock.json", "--conversation", "vicuna_v1"]
 QUESTIONS = ["What is in the picture?", "Is it night?", "Where do the people walk, and what do they carry?",
              "Who is it?", "Describe the scene.", "How many?", "What does it say?", "Which is larger?"]  # fmt: skip
 TASK = """
@@ -97,9 +105,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def evaluate(*flags: str) -> int:
-    return run.main(
-        ["--model-path", "tiny-llava", "--output", "out", "--lock", "lock.json", "--conversation", "vicuna_v1", *flags]
-    )
+    return run.main([*COMMON, *flags])
 
 
 def test_a_run_leaves_scores_rows_and_what_they_depend_on(
@@ -211,3 +217,38 @@ def test_shipped_tasks_read_the_pinned_files_and_score_them(hub: Callable[..., N
     assert submission is not None
     answered = json.loads(Path("out/okvqa", submission).read_text())
     assert [row["image"] for row in answered] == ["1.jpg", "2.jpg"]
+
+
+def test_two_processes_share_the_rows_and_one_writes(
+    pictures: Benchmark, golden_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven rows, so that one process has fewer. The shipped adapter is not in it: of several, it asks a GPU each."""
+    script = Path(__file__).with_name("two_processes.py")
+    flags = ["--benchmarks", "pictures", "--limit", "7"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+                "PYTHONPATH": str(ROOT)}  # fmt: skip
+    command = [sys.executable, str(script), str(golden_world / "tasks"), str(golden_world / "questions.parquet")]
+    together = [
+        subprocess.Popen(
+            [*command, *COMMON, "--output", "two", *flags],
+            env=os.environ | launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    monkeypatch.setattr(run, "load_adapter", runpy.run_path(str(script))["EchoingAdapter"])
+    assert evaluate(*flags, "--output", "one") == 0
+    for process in together:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said[-3000:]
+
+    one, two = (read_run(Path(folder, "pictures")) for folder in ("one", "two"))
+    assert two == replace(one, settings=replace(one.settings, num_processes=2))
+    assert one.data.rows == 7
+    assert read_samples(Path("two/pictures")) == read_samples(Path("one/pictures"))
+    answered = [len(path.read_text().splitlines()) for path in sorted(Path("two/pictures/answers").iterdir())]
+    assert answered == [4, 3]
