@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -84,20 +85,24 @@ def _markdown_text(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<")
 
 
+_WORD_JOINER = "\u2060"
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': "''",
     "–": "--", "−": "$-$", "±": r"$\pm$", "→": r"$\to$", "†": r"$\dagger$", "…": r"\ldots{}",
     "“": "``", "”": "''",
+    "[": "{[}", "*": "{*}",  # a row that begins with one is else taken for an option of the row before
+    _WORD_JOINER: "{}",
 }  # fmt: skip
 
 
 def latex_text(text: str) -> str:
     """Plain text for LaTeX; characters beyond Latin script appear by their number, since fonts may lack them."""
+    text = re.sub("-(?=-)", f"-{_WORD_JOINER}", " ".join(text.split()))  # two hyphens, as of --limit, would be a dash
     return "".join(
-        _LATEX.get(letter, letter if ord(letter) < 0x180 else f"[U+{ord(letter):04X}]")
-        for letter in " ".join(text.split())
+        _LATEX.get(letter, letter if letter.isprintable() and ord(letter) < 0x180 else f"{{[}}U+{ord(letter):04X}]")
+        for letter in text
     )
 
 

@@ -26,10 +26,11 @@ class Filled(NamedTuple):
 def conditions_of(cell: Filled) -> dict[str, str]:
     """What decided a number, by kind."""
     result, settings, data = cell.result, cell.result.settings, cell.result.data
-    revision = f"@{data.revision[:12]}" if data.revision else ""
+    kind, colon, revision = (data.revision or "").rpartition(":")  # a commit, or `sha256:` and a hash
+    at = f"@{kind}{colon}{revision[:12]}" if revision else ""
     return {
         "task": f"{result.harness.name} {result.harness.version}, task {result.task}",
-        "rows": f"{data.rows:,} rows of {data.source}{revision}, split {data.split}",
+        "rows": f"{data.rows:,} rows of {data.source}{at}, split {data.split}",
         "limit": f"cut by --limit {settings.limit}" if settings.limit is not None else "",
         "prompt": f"prompt “{shortened_prompt(settings.prompt)}”",
         "template": f"template {settings.conversation}",

@@ -39,19 +39,31 @@ def entrants_of(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Entr
     """One entrant a folder, named as its model is or as `names` say.
 
     Raises:
-        RunFileError: a folder has no run, or runs of several checkpoints; there is another number of names.
+        RunFileError: a folder has no run, runs of several checkpoints, or two of one benchmark; there is another number
+            of names.
     """
     if names and len(names) != len(folders):
         raise RunFileError(f"--names: found {len(names)}, expected {len(folders)}, one for each folder of runs")
     entrants = []
     for index, folder in enumerate(folders):
         runs = find_runs([folder])
-        by_hash = {run.result.model.sha256: run for run in runs}
-        if len(by_hash) > 1:
-            found = ", ".join(f"{run.folder.name} of {sha256[:12]}" for sha256, run in by_hash.items())
-            raise RunFileError(
-                f"{folder}: found runs of {len(by_hash)} checkpoints ({found}); expected one: evaluate the older again"
+        by_model = {(run.result.model.sha256, run.result.model.base): run for run in runs}
+        if len(by_model) > 1:
+            found = ", ".join(
+                f"{run.folder.name} of {sha256[:12]}{f' on {base}' if base else ''}"
+                for (sha256, base), run in by_model.items()
             )
+            raise RunFileError(
+                f"{folder}: found runs of {len(by_model)} checkpoints ({found}); expected one: evaluate the older again"
+            )
+        by_benchmark: dict[str, Run] = {}
+        for run in runs:
+            other = by_benchmark.setdefault(run.result.benchmark, run)
+            if other is not run:
+                raise RunFileError(
+                    f"{other.folder} and {run.folder}: found two runs of {run.result.benchmark}, expected one: move "
+                    "one of them into a folder of its own"
+                )
         entrants.append(Entrant(names[index] if names else runs[0].result.model.name, tuple(runs)))
     return _with_distinct_names(entrants, folders)
 
@@ -167,6 +179,7 @@ class _Filler:
         self.filled: list[Filled] = []
         self.missing: list[str] = []
         self.limited = False
+        self.has_errors = False
 
     def cell(self, run: Run | None, column: Column, model: str) -> Cell:
         if run is None:
@@ -185,12 +198,13 @@ class _Filler:
         is_limited = result.settings.limit is not None
         self.limited |= is_limited
         factor = score_factor(run, metric, column)
+        self.has_errors |= score.stderr is not None
         stderr = "" if score.stderr is None else f"{score.stderr * factor:.{column.digits}f}"
         return Cell(f"{score.value * factor:.{column.digits}f}", stderr, LIMIT_MARK if is_limited else "")
 
     def notes(self) -> list[str]:
         limited = [f"{LIMIT_MARK} From a run with --limit: a trial on some of the rows, no result."]
-        errors = ["± is the standard error."] if any(f.result.scores for f in self.filled) else []
+        errors = ["± is the standard error."] if self.has_errors else []
         return [*(limited if self.limited else []), *self.missing, *condition_notes(self.filled), *errors]
 
 

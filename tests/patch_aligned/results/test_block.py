@@ -64,7 +64,8 @@ def test_latex_is_balanced_and_holds_no_bare_special_character() -> None:
         ("a_b & 5% #1 $x^2~", r"a\_b \& 5\% \#1 \$x\textasciicircum{}2\textasciitilde{}"),
         ("{\\x}", r"\{\textbackslash{}x\}"),
         ("Ä → – ± † “q” \"q\" …", r"Ä $\to$ -- $\pm$ $\dagger$ ``q'' ''q'' \ldots{}"),
-        ("<图 1>\n x", r"\textless{}[U+56FE] 1\textgreater{} x"),
+        ("<图 1>\n x\0", r"\textless{}{[}U+56FE] 1\textgreater{} x{[}U+0000]"),
+        ("[0, 1] *x* cut by --limit ---", r"{[}0, 1] {*}x{*} cut by -{}-limit -{}-{}-"),
     ],
 )  # fmt: skip
 def test_text_for_latex(text: str, expected: str) -> None:

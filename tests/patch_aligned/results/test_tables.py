@@ -12,7 +12,7 @@ import pytest
 
 from patch_aligned.results.block import Block, Row
 from patch_aligned.results.paper_tables import DASH, IMAGE_FRAME, LEGACY_METRIC, PADDED_FRAME, PAPER_TABLES
-from patch_aligned.results.run_file import ModelIdentity, RunFileError, RunSettings
+from patch_aligned.results.run_file import ModelIdentity, RunFileError, RunSettings, Score, write_run
 from patch_aligned.results.tables import entrants_of, free_block, make_table
 
 Make = Callable[..., Path]
@@ -168,8 +168,6 @@ def test_a_trial_with_a_limit_is_marked(make_run: Make, settings: RunSettings, t
 
 
 def test_a_server_scores_what_has_no_headline(make_run: Make, result_of: Any, samples_of: Any, tmp_path: Path) -> None:
-    from patch_aligned.results.run_file import write_run
-
     samples = [replace(sample, scores={}) for sample in samples_of({"x": [0, 0]})]
     result = result_of(samples, {}, tables=(6,), column="VizWiz", benchmark="vizwiz_test", submission="answers.json")
     write_run(tmp_path / "out" / "vizwiz_test", result, samples)
@@ -202,6 +200,33 @@ def test_runs_of_two_checkpoints_in_one_folder_are_refused(make_run: Make, tmp_p
     make_run("out/b", BOTH_FRAMES, model=ModelIdentity("plain", "runs/plain", "1" * 64))
     with pytest.raises(RunFileError, match=r"found runs of 2 checkpoints .*evaluate the older again"):
         entrants_of([tmp_path / "out"])
+
+
+def test_runs_of_one_adapter_on_two_bases_are_refused(make_run: Make, tmp_path: Path) -> None:
+    make_run("out/a", BOTH_FRAMES, benchmark="a", model=ModelIdentity("plain", "runs/lora", "0" * 64, "vicuna"))
+    make_run("out/b", BOTH_FRAMES, benchmark="b", model=ModelIdentity("plain", "runs/lora", "0" * 64, "llama"))
+    with pytest.raises(RunFileError, match=r"2 checkpoints \(a of 000000000000 on vicuna, b of 000000000000 on llama"):
+        entrants_of([tmp_path / "out"])
+
+
+def test_two_runs_of_one_benchmark_are_refused(make_run: Make, tmp_path: Path) -> None:
+    make_run("out/pope", BOTH_FRAMES, benchmark="pope")
+    make_run("out/pope_copy", BOTH_FRAMES, benchmark="pope")
+    with pytest.raises(RunFileError, match=r"out/pope and .*out/pope_copy: found two runs of pope, expected one"):
+        entrants_of([tmp_path / "out"])
+
+
+def test_notes_speak_of_standard_errors_where_there_are_some_and_keep_enough_of_a_files_hash(
+    result_of: Any, samples_of: Any, tmp_path: Path
+) -> None:
+    samples = samples_of({"acc": [1, 0]})
+    for name, stderr in (("with", 0.5), ("without", None)):
+        result = result_of(samples, {"acc": Score(0.5, stderr, 2, "share")}, benchmark=name)
+        data = replace(result.data, revision=f"sha256:{'ab12' * 16}")
+        write_run(tmp_path / name / "run", replace(result, data=data), samples)
+        notes = free_block(entrants_of([tmp_path / name]), "All runs").notes
+        assert ("± is the standard error." in notes) == (name == "with")
+        assert "refs(unc).p@sha256:ab12ab12ab12, split val" in notes[0]
 
 
 def test_runs_that_have_no_place_are_named(make_run: Make, tmp_path: Path) -> None:
