@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,13 @@ import numpy as np
 
 from patch_aligned.bootstrap import percentile_interval, resampled_means
 from patch_aligned.results.block import Block, Cell, Row
+from patch_aligned.results.conditions import Filled, conditions_of
 from patch_aligned.results.paper_tables import Column
 from patch_aligned.results.run_file import Run, RunFileError, Sample, read_samples
-from patch_aligned.results.tables import LIMIT_MARK, BoxFrame, Entrant, metric_of, score_factor, shown_as
+from patch_aligned.results.tables import LIMIT_MARK, BoxFrame, Entrant, frame_of, metric_of, score_factor, shown_as
 
 _ROUNDING = 6e-4  # some scorers round a share to three digits
+_DECIDING = ("task", "template", "decoding", "numbers", "judge")  # conditions that should be the same for both models
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def compare(
         seed: of the draws.
 
     Raises:
-        RunFileError: the models share no benchmark.
+        RunFileError: the models share no benchmark, or none of their runs has that metric.
     """
     runs, others = ({run.result.benchmark: run for run in entrant.runs} for entrant in (first, second))
     shared = [name for name in runs if name in others]
@@ -101,6 +104,10 @@ def compare(
         raise RunFileError(
             f"{first.name} and {second.name} share no benchmark; found {', '.join(runs)} and {', '.join(others)}"
         )
+    known = sorted({metric for name in shared for run in (runs[name], others[name]) for metric in run.result.scores})
+    if metric is not None and metric not in known:
+        near = difflib.get_close_matches(metric, known, n=3, cutoff=0.5) or known
+        raise RunFileError(f"--metric: found {metric!r}, expected a score of the runs, such as {', '.join(near)}")
     rows, notes = [], []
     for name in shared:
         row, said = _compare_runs(name, runs[name], others[name], metric, box_frame, resamples, seed)
@@ -135,7 +142,7 @@ def _compare_runs(
         own = [sample.scores[chosen] for sample in rows if chosen in sample.scores]
         score = run.result.scores[chosen]
         rounding = _ROUNDING * (100 if score.unit == "points" else 1)
-        if len(own) < len(rows) or abs(sum(own) / len(own) - score.value) > rounding:
+        if not own or len(own) < len(rows) or abs(sum(own) / len(own) - score.value) > rounding:
             return None, [f"{name}: not compared: {chosen!r} is no mean over rows, so rows cannot be resampled."]
     try:
         found = paired_difference(samples[0], samples[1], chosen, resamples, seed)
@@ -146,17 +153,17 @@ def _compare_runs(
     settings = [run.result.settings for run in (first, second)]
     mark = LIMIT_MARK if any(setting.limit is not None for setting in settings) else ""
     matched = f"{found.rows:,}" if found.all_rows else f"{found.rows:,} of {len(samples[0]):,} and {len(samples[1]):,}"
-    row = Row(
-        name,
-        tuple(
-            Cell(text)
-            for text in (
-                chosen, matched, *values, f"{found.value * factor:+.2f}",
-                f"{found.low * factor:+.2f} to {found.high * factor:+.2f}", f"{100 * found.share_above_zero:.1f}%",
-            )
-        ),
-    )  # fmt: skip
+    numbers = [
+        *values,
+        f"{found.value * factor:+.2f}",
+        f"{found.low * factor:+.2f} to {found.high * factor:+.2f}",
+        f"{100 * found.share_above_zero:.1f}%",
+    ]
+    row = Row(name, (Cell(chosen), Cell(matched, mark=mark), *map(Cell, numbers)))
     notes = [f"{name}: {LIMIT_MARK} a run has --limit: a trial, no result."] if mark else []
     if settings[0].prompt != settings[1].prompt:
         notes.append(f"{name}: the prompts differ.")
+    one, two = (conditions_of(Filled("", "", run.result, frame_of(run.result, box_frame))) for run in (first, second))
+    if differing := [f"{one[kind]} against {two[kind]}" for kind in _DECIDING if one[kind] != two[kind]]:
+        notes.append(f"{name}: the runs differ in more than the model: {'; '.join(differing)}.")
     return row, notes

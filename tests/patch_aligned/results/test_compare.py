@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from patch_aligned.results.compare import compare, paired_difference
-from patch_aligned.results.run_file import RunFileError, RunSettings, Sample
+from patch_aligned.results.run_file import RunFileError, RunSettings, Sample, Score, write_run
 from patch_aligned.results.tables import entrants_of
 
 Make = Callable[..., Path]
@@ -113,12 +113,31 @@ def test_a_comparison_has_a_line_for_each_shared_benchmark(make_run: Make, tmp_p
 def test_how_many_rows_matched_is_said(make_run: Make, result_of: Any, tmp_path: Path) -> None:
     make_run("a/gqa", {"exact_match": [0, 0, 1, 0]}, benchmark="gqa")
     settings: RunSettings = result_of([], {}).settings
-    limited = replace(settings, limit=2, prompt="another")
+    limited = replace(settings, limit=2, prompt="another", conversation="plain", batch_size=1)
     make_run("b/gqa", {"exact_match": [1, 1]}, benchmark="gqa", settings=limited)
     block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
-    assert [str(cell) for cell in block.rows[0].cells[1:4]] == ["2 of 4 and 2", "0.00", "100.00"]
+    assert [str(cell) for cell in block.rows[0].cells[1:4]] == ["2 of 4 and 2 †", "0.00", "100.00"]
     assert "gqa: the prompts differ." in block.notes
     assert any(note.startswith("gqa: † a run has --limit") for note in block.notes)
+    assert (
+        "gqa: the runs differ in more than the model: template vicuna_v1 against template plain; "
+        "float16, batch size 8 against float16, batch size 1." in block.notes
+    )
+
+
+def test_a_mistyped_metric_ends_with_the_near_ones(make_run: Make, tmp_path: Path) -> None:
+    for name in "ab":
+        make_run(f"{name}/gqa", {"exact_match": [0, 1]}, benchmark="gqa")
+    with pytest.raises(RunFileError, match=r"--metric: found 'exact-match', expected a score of the runs.*exact_match"):
+        compare(*entrants_of([tmp_path / "a", tmp_path / "b"]), metric="exact-match")
+
+
+def test_runs_without_rows_are_not_compared(result_of: Any, tmp_path: Path) -> None:
+    for name in "ab":
+        write_run(tmp_path / name / "gqa", result_of([], {"acc": Score(0.0, None, 0, "share")}, benchmark="gqa"), [])
+    block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"]))
+    assert not block.rows
+    assert block.notes[0].startswith("gqa: not compared")
 
 
 def test_a_score_that_is_no_mean_over_rows_is_not_resampled(make_run: Make, tmp_path: Path) -> None:
