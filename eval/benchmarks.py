@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from patch_aligned.results.box_frames import LEGACY_METRIC, PADDED_FRAME
+
 ROOT = Path(__file__).parents[1]
 TASK_FOLDERS = ROOT / "eval" / "lmms_tasks"
 ALL = "all"
-PADDED_FRAME = "acc@0.5 padded frame undone"
-IMAGE_FRAME = "acc@0.5 read in image frame"
 
 Group = Literal["rec", "legacy", "vqa", "instruction", "extra", "server", "mini"]
 
@@ -172,7 +172,7 @@ def _legacy_rec(dataset: str, split: str, column: str) -> Benchmark:
     """lmms-eval's own task: its prompt, its rows, boxes read in the image's frame."""
     folder, repository = _SHIPPED_REC[dataset]
     return Benchmark(f"legacy_{dataset}_{split}", f"{folder}_bbox_rec_{split}", "legacy", folder,
-                     _hub(repository, split), "refcoco_ACC@0.5", tables=(5, 8), column=column,
+                     _hub(repository, split), LEGACY_METRIC, tables=(5, 8), column=column,
                      mean_of_rows=True)  # fmt: skip
 
 
@@ -200,22 +200,32 @@ GROUPS = ("rec", "legacy", "vqa", "instruction", "extra", "server", "mini")
 ALL_GROUPS = ("rec", "vqa", "instruction", "extra")
 
 
-def choose(names: Iterable[str]) -> list[Benchmark]:
+def choose(names: Iterable[str], without: Iterable[str] = ()) -> list[Benchmark]:
     """Benchmarks by their names or those of groups, each once, in the order of the registry.
 
+    Args:
+        names: those to take.
+        without: those to leave out again.
+
     Raises:
-        ValueError: a name is not known; the message lists near ones.
+        ValueError: a name is not known, and the message lists near ones; or nothing is left.
     """
-    chosen = set()
-    for name in names:
-        groups = ALL_GROUPS if name == ALL else (name,)
-        found = {name} & BENCHMARKS.keys() or {
-            benchmark.name for benchmark in BENCHMARKS.values() if benchmark.group in groups
-        }
-        if not found:
-            known = [*BENCHMARKS, *GROUPS, ALL]
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-            raise ValueError(f"--benchmarks: found {name!r}, which is none; {advice}")
-        chosen |= found
+    chosen = {name for given in names for name in _members(given)} - {
+        name for given in without for name in _members(given)
+    }
+    if not chosen:
+        raise ValueError("--without: leaves no benchmark")
     return [benchmark for benchmark in BENCHMARKS.values() if benchmark.name in chosen]
+
+
+def _members(name: str) -> set[str]:
+    if name in BENCHMARKS:
+        return {name}
+    groups = ALL_GROUPS if name == ALL else (name,)
+    found = {benchmark.name for benchmark in BENCHMARKS.values() if benchmark.group in groups}
+    if not found:
+        known = [*BENCHMARKS, *GROUPS, ALL]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"--benchmarks: found {name!r}, which is none; {advice}")
+    return found

@@ -61,16 +61,15 @@ def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
     Raises:
         JudgeError: it has no key, cannot be reached, refuses or says nothing.
     """
-    advice = "next: a judge of your own, --judge-url http://HOST:PORT/v1/chat/completions --judge-model NAME"
+    own = "a judge of your own, --judge-url http://HOST:PORT/v1/chat/completions --judge-model NAME, or --without mmvet"
+    advice = f"next: {own}"
     if judge.url is None:
         return  # lmms-eval's own variables for azure and the like: left to it
     if not judge.url.startswith(("http://", "https://")):
         raise JudgeError(f"the judge's address: found {judge.url!r}, expected one that begins with http; {advice}")
     key = os.environ.get("OPENAI_API_KEY", "")
     if judge.type == "openai" and not key:
-        raise JudgeError(
-            f"the judge {judge.model} needs OPENAI_API_KEY, which is not set; next: set it, or {advice[6:]}"
-        )
+        raise JudgeError(f"the judge {judge.model} needs OPENAI_API_KEY, which is not set; next: set it, or {own}")
     question = {"model": judge.model, "messages": [{"role": "user", "content": "Say 1."}], "max_tokens": 16}
     if judge.type == "openai" and judge.model.startswith(("gpt-5", "o1", "o3", "o4")):
         question["max_completion_tokens"] = question.pop("max_tokens")

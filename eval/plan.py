@@ -44,7 +44,7 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
         PreflightError: lists what is in the way.
     """
     try:
-        benchmarks = choose(arguments.benchmarks.split(","))
+        benchmarks = choose(arguments.benchmarks.split(","), filter(None, arguments.without.split(",")))
     except ValueError as error:
         raise PreflightError(str(error)) from error
     path = arguments.model_path.rstrip("/")

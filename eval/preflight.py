@@ -90,7 +90,7 @@ def check_processes(num_processes: int, num_gpus: int) -> None:
     if num_processes > max(1, num_gpus):
         raise ValueError(
             f"{num_processes} processes and {num_gpus} GPUs: each process needs one of its own; next: "
-            f"accelerate launch --num_processes {max(1, num_gpus)}, or on a CPU python -m eval.run"
+            f"NUM_GPUS={max(1, num_gpus)} for the scripts, --num_processes for accelerate"
         )
 
 

@@ -50,6 +50,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--model-base", help="the LLM that a stage-1 projector or a LoRA adapter belongs to")
     add("--model-name", help="what tables call it; default: from its folder")
     add("--benchmarks", default=ALL, help=f"names, with commas, or {', '.join(GROUPS)}, {ALL}; default: %(default)s")
+    add("--without", default="", help="names to leave out of these, with commas")
     add("--output", type=Path, help="folder of the runs; default: runs/eval/NAME")
     add("--batch-size", type=int, default=8, help="rows a process and call; default: %(default)s")
     add("--limit", type=int, help="only so many rows of each benchmark: a trial, no result")

@@ -17,20 +17,7 @@ PRESET=${PRESET:-full}
 NNODES=${NNODES:-1}
 DATA=${DATA:-./playground/data}
 
-die() {
-    printf '%s: %s\n' "$(basename "$0")" "$1" >&2
-    exit 1
-}
-
-count_gpus() {
-    local listed
-    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        listed=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES")
-    else
-        listed=$(nvidia-smi --list-gpus 2>/dev/null || true)
-    fi
-    if [ -n "$listed" ]; then wc -l <<<"$listed"; else echo 8; fi
-}
+source scripts/devices.sh
 
 choose_projector() {
     case $PROJECTOR in
