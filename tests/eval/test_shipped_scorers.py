@@ -6,7 +6,6 @@ The tables hold what each scorer reads, about scenes of the miniature.
 from __future__ import annotations
 
 import io
-from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,46 +154,15 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def evaluate(model: Any, name: str, tasks: Path, out: Path) -> Any:
-    """What lmms-eval makes of a task in this process."""
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
-
-    return simple_evaluate(
-        model=model,
-        tasks=[f"local_{name}"],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False, model_name="llava"),
-        bootstrap_iters=0,
-        cli_args=Namespace(output_path=str(out), process_with_media=True),
-    )
-
-
-def test_known_answers_score_as_worked_out_by_hand(tasks: Path, tmp_path: Path) -> None:
-    from lmms_eval.api.model import lmms
-
-    class Listed(lmms):
-        """Gives the answers of a list."""
-
-        answers: list[str]
-
-        def generate_until(self, requests: list[Any]) -> list[str]:
-            return [self.answers[request.args[3]] for request in requests]
-
-        def loglikelihood(self, requests: list[Any]) -> list[Any]:
-            raise NotImplementedError
-
-        def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-            raise NotImplementedError
-
-    model = Listed()
+def test_known_answers_score_as_worked_out_by_hand(tasks: Path, listed_model: Any, run_task: Any) -> None:
     for name, task in SHIPPED.items():
-        model.answers = task.answers
-        found = evaluate(model, name, tasks, tmp_path)["results"][f"local_{name}"]
+        listed_model.answers = task.answers
+        found = run_task(listed_model, f"local_{name}", tasks)["results"][f"local_{name}"]
         assert {metric: found[f"{metric},none"] for metric in task.scores} == pytest.approx(task.scores), name
 
 
 @pytest.mark.golden
-def test_batches_of_1_and_8_give_the_same_texts(tasks: Path, golden_world: Path) -> None:
+def test_batches_of_1_and_8_give_the_same_texts(tasks: Path, golden_world: Path, run_task: Any) -> None:
     """Only text without a picture may differ: beside pictures in its batch, the adapter puts a newline before it."""
     from lmms_eval.models.simple.llava import Llava
 
@@ -209,7 +177,7 @@ def test_batches_of_1_and_8_give_the_same_texts(tasks: Path, golden_world: Path)
         model = Printable(pretrained="tiny-llava", device_map="auto", device="cpu", batch_size=size)
         model.clean = lambda: None  # lmms-eval has the adapter throw the model away after each task
         for name in SHIPPED:
-            rows = evaluate(model, name, tasks, golden_world)["samples"][f"local_{name}"]
+            rows = run_task(model, f"local_{name}", tasks)["samples"][f"local_{name}"]
             found[name] = [row["resps"][0][0] for row in sorted(rows, key=lambda row: row["doc_id"])]
     for name, task in SHIPPED.items():
         pairs = zip(answers[1][name], answers[8][name], strict=True)
