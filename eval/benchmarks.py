@@ -224,8 +224,8 @@ def _members(name: str) -> set[str]:
     groups = ALL_GROUPS if name == ALL else (name,)
     found = {benchmark.name for benchmark in BENCHMARKS.values() if benchmark.group in groups}
     if not found:
-        known = [*BENCHMARKS, *GROUPS, ALL]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        known = {known.lower(): known for known in (*BENCHMARKS, *GROUPS, ALL)}
+        near = [known[lower] for lower in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
+        advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known.values())}"
         raise ValueError(f"--benchmarks: found {name!r}, which is none; {advice}")
     return found
