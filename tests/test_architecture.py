@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patch_aligned.checkpoint_hash": (),
     "patch_aligned.bootstrap": (),
     "patch_aligned.results": ("patch_aligned.results", "patch_aligned.checkpoint_hash", "patch_aligned.bootstrap",
-                              "patch_aligned.command_errors", "patch_aligned.html_page"),
+                              "patch_aligned.command_errors", "patch_aligned.html_page", "patch_aligned.whole_files"),
 }
 # Modules that are formulas on tensors: torch and the standard library, nothing else.
 TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.von_neumann", "patch_aligned.analysis.alignment",
