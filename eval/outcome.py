@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import IMAGE_FRAME, PADDED_FRAME, Benchmark
+from eval.benchmarks import Benchmark
 from eval.harness import Evaluated
+from patch_aligned.results.box_frames import IMAGE_FRAME, PADDED_FRAME
 from patch_aligned.results.run_file import Sample, Score
 
 ID_COLUMNS = ("question_id", "questionId", "id", "index", "image_id")

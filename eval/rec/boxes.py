@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 from llava.image_geometry import boxes_xyxy_from_image01, boxes_xyxy_from_square01
+from patch_aligned.results.box_frames import ACCURACY, BoxFrame
 
-BoxFrame = Literal["square", "image"]
 BoxXyxy = tuple[float, float, float, float]
 
-ACCURACY: dict[BoxFrame, str] = {
-    "square": "acc@0.5 padded frame undone",
-    "image": "acc@0.5 read in image frame",
-}
 MEAN_IOU: dict[BoxFrame, str] = {
     "square": "mean IoU padded frame undone",
     "image": "mean IoU read in image frame",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from patch_aligned.command_errors import clear_errors
+from patch_aligned.results.box_frames import BoxFrame
 
 if TYPE_CHECKING:
     from patch_aligned.results.block import Block
@@ -24,7 +25,7 @@ OutputOption = Annotated[
     typer.Option("--output", metavar="FILE", help="Where it goes (.md, .tex, .html) instead of the screen."),
 ]
 FrameOption = Annotated[
-    Literal["square", "image"] | None,
+    BoxFrame | None,
     typer.Option(help="How boxes are read where a run has both readings. Default: as the run's settings say."),
 ]
 NamesOption = Annotated[

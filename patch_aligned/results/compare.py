@@ -10,10 +10,11 @@ import numpy as np
 
 from patch_aligned.bootstrap import percentile_interval, resampled_means
 from patch_aligned.results.block import Block, Cell, Row
+from patch_aligned.results.box_frames import BoxFrame
 from patch_aligned.results.conditions import Filled, conditions_of
 from patch_aligned.results.paper_tables import Column
 from patch_aligned.results.run_file import Run, RunFileError, Sample, read_samples
-from patch_aligned.results.tables import LIMIT_MARK, BoxFrame, Entrant, frame_of, metric_of, score_factor, shown_as
+from patch_aligned.results.tables import LIMIT_MARK, Entrant, frame_of, metric_of, score_factor, shown_as
 
 _ROUNDING = 6e-4  # some scorers round a share to three digits
 _DECIDING = ("task", "template", "decoding", "numbers", "judge")  # conditions that should be the same for both models

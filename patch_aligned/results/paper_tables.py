@@ -6,10 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 DASH = "–"
-PADDED_FRAME = "acc@0.5 padded frame undone"
-IMAGE_FRAME = "acc@0.5 read in image frame"
-LEGACY_METRIC = "refcoco_ACC@0.5"
-"""Of lmms-eval's own `*_bbox_rec_*` tasks, which are called legacy here."""
 
 Shown = Literal["percent", "share", "sum"]
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from patch_aligned.results.box_frames import BoxFrame
 from patch_aligned.results.strict_json import from_json, read_json
 from patch_aligned.whole_files import written_whole
 
@@ -65,7 +66,7 @@ class RunSettings:
 
     prompt: str
     conversation: str
-    box_frame: Literal["square", "image"] | None
+    box_frame: BoxFrame | None
     dtype: str
     batch_size: int
     seed: int
@@ -122,8 +123,7 @@ class Sample:
         answer: the model's text, as it came.
         target: the right answer, as the benchmark has it.
         scores: numbers of this row, by the names of the run's scores, and in their units.
-        group: what else the row belongs to, such as its image: rows of a group are resampled together. None where
-            rows stand alone.
+        group: such as its image: rows of a group are resampled together. None where rows stand alone.
     """
 
     id: str

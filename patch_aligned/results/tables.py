@@ -5,23 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from patch_aligned.results.block import Block, Cell, Row
+from patch_aligned.results.box_frames import ACCURACY, LEGACY_METRIC, BoxFrame
 from patch_aligned.results.conditions import Filled, condition_notes
-from patch_aligned.results.paper_tables import (
-    IMAGE_FRAME,
-    LEGACY_METRIC,
-    PADDED_FRAME,
-    PAPER_TABLES,
-    Column,
-    PaperTable,
-    Shown,
-)
+from patch_aligned.results.paper_tables import PAPER_TABLES, Column, PaperTable, Shown
 from patch_aligned.results.run_file import Run, RunFileError, RunResult, find_runs
 
-BoxFrame = Literal["square", "image"]
-FRAME_METRICS: dict[str, str] = {"square": PADDED_FRAME, "image": IMAGE_FRAME}
 LIMIT_MARK = "†"
 _FACTORS = {("share", "percent"): 100.0, ("points", "percent"): 1.0, ("share", "share"): 1.0, ("points", "share"): 0.01,
             ("sum", "sum"): 1.0}  # fmt: skip
@@ -137,7 +127,7 @@ def is_miniature(result: RunResult) -> bool:
 
 def frame_of(result: RunResult, box_frame: BoxFrame | None = None) -> BoxFrame | None:
     """How a run's boxes are read: as asked, or as its settings say; None where it has no two readings."""
-    if not result.scores.keys() >= {PADDED_FRAME, IMAGE_FRAME}:
+    if not result.scores.keys() >= set(ACCURACY.values()):
         return None
     return box_frame or result.settings.box_frame or "square"
 
@@ -147,7 +137,7 @@ def metric_of(result: RunResult, metric: str | None = None, box_frame: BoxFrame 
     if metric is not None:
         return metric
     frame = frame_of(result, box_frame)
-    return FRAME_METRICS[frame] if frame else result.headline
+    return ACCURACY[frame] if frame else result.headline
 
 
 def score_factor(run: Run, metric: str, column: Column) -> float:

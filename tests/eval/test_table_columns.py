@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eval.benchmarks import BENCHMARKS, IMAGE_FRAME, PADDED_FRAME, Benchmark
+from eval.benchmarks import BENCHMARKS, Benchmark
 from patch_aligned.results import paper_tables
 
 IN_TABLES = [benchmark for benchmark in BENCHMARKS.values() if benchmark.tables and benchmark.group != "mini"]
@@ -22,9 +22,3 @@ def test_every_column_but_those_of_captions_has_a_benchmark() -> None:
     for number, table in paper_tables.PAPER_TABLES.items():
         filled = {benchmark.column for benchmark in IN_TABLES if number in benchmark.tables}
         assert number == 4 or {column.run_column for column in table.columns} == filled
-
-
-def test_both_sides_call_the_readings_of_boxes_alike() -> None:
-    assert (PADDED_FRAME, IMAGE_FRAME) == (paper_tables.PADDED_FRAME, paper_tables.IMAGE_FRAME)
-    legacy = {benchmark.headline for benchmark in BENCHMARKS.values() if benchmark.group == "legacy"}
-    assert legacy == {paper_tables.LEGACY_METRIC}
