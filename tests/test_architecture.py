@@ -52,7 +52,8 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.von_neumann", "patch
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Distributions that come with an extra. No module needs them to be imported.
 OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "liger_kernel", "tensorboard", "wandb", "flash_attn", "lmms_eval",
-            "pycocoevalcap", "ray", "torchvision", "skimage", "matplotlib", "spellchecker", "nltk", "gguf", "onnx")  # fmt: skip
+            "pycocoevalcap", "ray", "torchvision", "skimage", "matplotlib", "spellchecker", "nltk", "gguf",
+            "onnx")  # fmt: skip
 
 
 def module_name(path: Path) -> str:
@@ -147,8 +148,8 @@ for module in sys.argv[2].split(","):
 
 
 def test_every_module_imports_without_the_extras() -> None:
-    playground = [module_name(path) for path in sorted((ROOT / "playground").rglob("*.py"))]
-    modules = [name for name in (*MODULES, *playground) if not name.endswith("__main__")]
+    beside = [module_name(path) for name in ("playground", "eval") for path in sorted((ROOT / name).rglob("*.py"))]
+    modules = [name for name in (*MODULES, *beside) if not name.endswith("__main__")]
     command = [sys.executable, "-c", IMPORT_WITHOUT_EXTRAS, ",".join(OPTIONAL), ",".join(modules)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
