@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import load_pretrained_model, read_config, whose_weights
+from llava.model.tensor_files import Form, checkpoint_form
 from llava.train.checkpointing import copy_tokenizer_model
 
 
@@ -22,9 +21,21 @@ def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
         model_path: output folder of a run with `--lora_enable True`, or one of its checkpoints.
         model_base: folder or hub name of the LLM that the run started from.
         save_model_path: folder to write.
+
+    Raises:
+        FileExistsError: `save_model_path` is one of the other two: the merged model would take the place of its source.
+        FileNotFoundError: there is nothing at one of the paths.
+        ImportError: peft is not installed.
+        ValueError: `model_path` holds no adapter, or one that does not fit `model_base`.
     """
+    form = checkpoint_form(model_path)
+    if form is not Form.ADAPTER:
+        raise ValueError(f"--model-path {model_path} holds {form.value}; expected {Form.ADAPTER.value}.")
+    for flag, source in (("--model-path", model_path), ("--model-base", model_base)):
+        if Path(save_model_path).resolve() == Path(source).resolve():
+            raise FileExistsError(f"--save-model-path {save_model_path}: is {flag} too. Name another folder.")
     name = get_model_name_from_path(model_path)
-    dtype = AutoConfig.from_pretrained(model_base).dtype
+    dtype = read_config(whose_weights(form, model_path, model_base)).dtype
     tokenizer, model, _, _ = load_pretrained_model(
         model_path, model_base, name, device_map="cpu", device="cpu", dtype=dtype
     )
@@ -40,7 +51,10 @@ def main() -> None:
     parser.add_argument("--model-base", required=True, help="the LLM that the run started from")
     parser.add_argument("--save-model-path", required=True, help="folder for the merged checkpoint")
     arguments = parser.parse_args()
-    merge_lora(arguments.model_path, arguments.model_base, arguments.save_model_path)
+    try:
+        merge_lora(arguments.model_path, arguments.model_base, arguments.save_model_path)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from None
     print(f"Next: python -m llava.serve.cli --model-path {arguments.save_model_path} --image-file IMAGE")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,35 @@ def test_merged_logits_equal_the_adapters(golden_world: Path, monkeypatch: pytes
     assert Path("merged/tokenizer.model").is_file()
     with safe_open("merged/model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "lora_" in name or "base_" in name]  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        ("nowhere tiny-vicuna merged", "No checkpoint at nowhere"),
+        ("tiny-llava tiny-vicuna merged", "--model-path tiny-llava holds a whole model; expected a LoRA adapter"),
+        ("adapter nowhere merged", "No checkpoint at nowhere"),
+        ("adapter adapter merged", "--model-base adapter holds a LoRA adapter"),
+        ("adapter tiny-vicuna adapter", "--save-model-path adapter: is --model-path too"),
+        ("adapter tiny-vicuna tiny-vicuna", "--save-model-path tiny-vicuna: is --model-base too"),
+        ("adapter tiny-vicuna merged", "holds an adapter_config.json, but no adapter_model.safetensors"),
+    ],
+)
+def test_what_cannot_be_merged_is_said_in_a_sentence(golden_world: Path, folders: str, said: str) -> None:
+    from peft import LoraConfig
+
+    LoraConfig(base_model_name_or_path="tiny-vicuna", target_modules=["q_proj"]).save_pretrained("adapter")
+    before = sorted(path for folder in ("tiny-vicuna", "adapter") for path in Path(folder).iterdir())
+    adapter, base, merged = folders.split()
+    flags = ["--model-path", adapter, "--model-base", base, "--save-model-path", merged]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, check=False, env=environment
+    )
+    assert result.returncode == 1
+    assert said in result.stderr and "Traceback" not in result.stderr
+    assert sorted(path for folder in ("tiny-vicuna", "adapter") for path in Path(folder).iterdir()) == before
+    assert not Path("merged").exists()
 
 
 def load_unmerged(folder: str, base: str) -> Any:
