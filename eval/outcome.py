@@ -17,6 +17,7 @@ from patch_aligned.results.box_frames import IMAGE_FRAME, PADDED_FRAME
 from patch_aligned.results.run_file import Sample, Score
 
 ID_COLUMNS = ("question_id", "questionId", "id", "index", "image_id")
+IMAGE_COLUMNS = ("scene", "image_source", "image_id", "image")  # the miniature's, POPE's, TextVQA's, RefCOCO's
 _ROUNDING = 5e-4  # MMMU and CMMMU round their shares to three digits
 _FACTORS = (1.0, 100.0)  # rows are shares where the score is in points
 
@@ -63,7 +64,7 @@ def scores_and_samples(
                 stderr = factor * statistics.stdev(numbers) / math.sqrt(len(numbers))
         scores[metric] = Score(float(value), stderr, len(having), benchmark.unit)
     samples = [
-        Sample(row_id, row["arguments"][0], _text(row["resps"]), _plain(row["target"]), numbers)
+        Sample(row_id, row["arguments"][0], _text(row["resps"]), _plain(row["target"]), numbers, image_of(row["doc"]))
         for row_id, row, numbers in zip(row_ids(rows), rows, by_row, strict=True)
     ]
     return scores, missing, samples
@@ -76,6 +77,12 @@ def row_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
         if all(ids) and len(set(ids)) == len(ids):
             return ids
     return [str(row["doc_id"]) for row in rows]
+
+
+def image_of(document: dict[str, Any]) -> str | None:
+    """The name of a row's image, where a column has it: rows of one image are alike, and are resampled together."""
+    named = (document.get(column) for column in IMAGE_COLUMNS)  # a column may hold the picture itself
+    return next((str(name) for name in named if isinstance(name, str | int) and name != ""), None)
 
 
 def find_submission(benchmark: Benchmark, folder: Path) -> str | None:
