@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from eval.captions.metrics import BLEU, METRICS, SPICE, CaptionScores, MetricSco
 from eval.captions.record import METEOR_MEAN
 from patch_aligned.results.run_file import read_run, read_samples
 
+ROOT = Path(__file__).parents[3]
 TAKEN = tuple(name for name in METRICS if name != SPICE)
 IMAGES = [f"im{number}.png" for number in range(5)]
 FLAGS = ("--references", "captions.jsonl", "--image-folder", "images", "--benchmark", "captions_toy",
@@ -131,6 +136,33 @@ def test_captions_may_be_written_where_there_is_no_java_and_scored_later(
     monkeypatch.setattr(command, "write_captions", lambda *_, **__: pytest.fail("captions were written again"))
     assert caption(*STAGE_2).exit_code == 0
     assert read_run(RUN).data.rows == 5
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images(world: Path) -> None:
+    assert caption(*STAGE_2).exit_code == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "",
+                "PYTHONPATH": str(ROOT)}  # fmt: skip
+    command = [sys.executable, "-m", "eval.captions", *STAGE_2, *FLAGS, "--output", "two", "--answers-only"]
+    together = [
+        subprocess.Popen(
+            command,
+            env=os.environ | launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for process in together:
+        _, said = process.communicate(timeout=180)
+        assert process.returncode == 0, said[-3000:]
+    files = sorted(Path("two/captions_toy/answers").iterdir())
+    written = [dict(map(json.loads, path.read_text().splitlines())) for path in files]
+    assert [list(captions) for captions in written] == [IMAGES[0::2], IMAGES[1::2]]
+    assert written[0] | written[1] == {sample.id: sample.answer for sample in read_samples(RUN)}
 
 
 def test_a_run_of_other_settings_is_replaced_only_on_request(world: Path) -> None:
