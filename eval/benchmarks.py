@@ -127,7 +127,7 @@ _INSTRUCTION = (
               tables=(7,), column="MME", rows=2374, max_new_tokens=16, limit_step=2),
 )  # fmt: skip
 _EXTRA = (
-    Benchmark("pope", "pope", "extra", "pope", _hub("POPE", "test"), "pope_accuracy", rows=9000, max_new_tokens=128),
+    Benchmark("pope", "pope", "extra", "pope", _hub("POPE", "test"), "pope_f1_score", rows=9000, max_new_tokens=128),
     Benchmark("textvqa", "textvqa_val", "extra", "textvqa", _hub("textvqa", "validation"), "exact_match", rows=5000,
               submission="submissions/textvqa_*.json"),
     Benchmark("seed", "seedbench", "extra", "seedbench", _hub("SEED-Bench", "test"), "seed_all", rows=17990,

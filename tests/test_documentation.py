@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CLI_OF_COMMAND = {"patch-aligned": "patch_aligned.cli", "llava-convert": "llava.convert.cli"}
+OF_THIS_REPOSITORY = ("llava", "patch_aligned", "playground", "eval")
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -59,7 +60,7 @@ def test_options_that_documents_show_are_in_the_help() -> None:
     for words in COMMANDS:
         if words[0] in CLI_OF_COMMAND:
             program: tuple[str, ...] = ("-m", CLI_OF_COMMAND[words[0]], words[1])
-        elif words[:2] == ["python", "-m"] and words[2].split(".")[0] in ("llava", "patch_aligned", "playground"):
+        elif words[:2] == ["python", "-m"] and words[2].split(".")[0] in OF_THIS_REPOSITORY:
             program = ("-m", words[2])
         else:
             continue
