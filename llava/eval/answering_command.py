@@ -118,7 +118,8 @@ def answer_to_file(args: argparse.Namespace, questions: Sequence[Question], defa
     answers_file = AnswersFile(args.answers_file, questions, model_name, run)
     remaining = questions[answers_file.kept :]
     if not remaining:
-        logger.info("%s: nothing to answer", args.answers_file)
+        with answers_file.writer():  # leaves an empty chunk its file
+            logger.info("%s: nothing is left to answer", args.answers_file)
         return
     tokenizer, model, image_processor, _ = load_pretrained_model(
         model_path, args.model_base, model_name, device=args.device

@@ -95,7 +95,7 @@ def answer_line(answer: Answer, model_id: str) -> dict[str, Any]:
     The answer's id follows from question and model, where upstream draws one: runs can be compared byte by byte.
     """
     question = answer.question
-    name = json.dumps([question.question_id, dict(question.metadata), model_id], ensure_ascii=True)
+    name = json.dumps([question.question_id, question.text, dict(question.metadata), model_id])
     return {
         "question_id": question.question_id,
         "prompt": question.text,

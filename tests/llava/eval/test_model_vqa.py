@@ -1,0 +1,265 @@
+"""Upstream's commands: their files, prompts and flags; a killed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llava.conversation import conv_templates
+from llava.eval import answering_command, model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science
+from llava.eval.answering import Question, answer_questions
+from llava.eval.answering_command import mode_of
+from llava.model.builder import LoadedModel
+
+QUESTIONS: list[dict[str, Any]] = [
+    {"question_id": 3, "image": "im0.png", "text": "What is this?\nAnswer the question using a single word or phrase."},
+    {"question_id": "b", "image": "im0.png", "text": "Is it night?"},
+    {"question_id": 3, "image": "im1.png", "text": "And this?"},  # MME and TextVQA: the id names the image
+    {"question_id": "none", "image": None, "text": "Name a colour."},
+    {"question_id": 9, "image": "im2.png", "text": "Why?"},
+]
+
+
+@pytest.fixture
+def flags(golden_world: Path) -> dict[str, Any]:
+    Path("q.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in QUESTIONS), encoding="utf-8")
+    return {
+        "model_path": "tiny-llava",
+        "model_base": None,
+        "question_file": "q.jsonl",
+        "image_folder": "images",
+        "answers_file": "new/folder/a.jsonl",
+        "conv_mode": "v1",
+        "num_chunks": 1,
+        "chunk_idx": 0,
+        "temperature": 0,
+        "top_p": None,
+        "num_beams": 1,
+        "max_new_tokens": 6,
+        "device": "cpu",
+        "batch_size": 2,
+    }
+
+
+def answered(path: str = "new/folder/a.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_have_upstreams_keys_in_the_order_of_the_questions(flags: dict[str, Any], tiny: LoadedModel) -> None:
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    answers = answered()
+    assert [answer["question_id"] for answer in answers] == [3, "b", 3, "none", 9]
+    assert [answer["prompt"] for answer in answers] == [question["text"] for question in QUESTIONS]
+    assert all(
+        list(answer) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"] for answer in answers
+    )
+    assert {answer["model_id"] for answer in answers} == {"tiny-llava"}
+    assert len({answer["answer_id"] for answer in answers}) == 5
+    asked = Question(9, "Why?", (Path("images/im2.png"),))
+    settings = answering_command.GenerationSettings(max_new_tokens=6)
+    assert answers[-1]["text"] == next(answer_questions([asked], *tiny[:3], conv_templates["v1"], settings)).text
+
+
+def test_a_killed_run_goes_on_and_leaves_the_same_file(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    path = Path(flags["answers_file"])
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:-9])  # killed while it wrote the third answer
+
+    asked: list[Any] = []
+
+    def watched(questions: list[Question], *rest: Any, **options: Any) -> Any:
+        asked.extend(question.question_id for question in questions)
+        return answer_questions(questions, *rest, **options)
+
+    monkeypatch.setattr(answering_command, "answer_questions", watched)
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    assert asked == [3, "none", 9]
+    assert path.read_bytes() == whole
+    model_vqa_loader.eval_model(SimpleNamespace(**flags, workers=0))
+    assert len(asked) == 3
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("change", ["settings", "template", "questions", "weights", "unknown origin"])
+def test_answers_of_another_run_are_not_kept(flags: dict[str, Any], change: str) -> None:
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    path = Path(flags["answers_file"])
+    marked = path.read_bytes().replace(b'"text": "', b'"text": "old ')
+    path.write_bytes(marked)
+    if change == "settings":
+        flags["max_new_tokens"] = 5
+    elif change == "template":
+        flags["conv_mode"] = "v0"
+    elif change == "questions":
+        Path("q.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n", encoding="utf-8")
+    elif change == "weights":
+        os.utime("tiny-llava/model.safetensors", (1, 1))
+    else:
+        path.with_name("a.jsonl.run.json").unlink()
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    assert b"old " not in path.read_bytes()
+    assert len(answered()) == (1 if change == "questions" else 5)
+
+
+def test_a_run_that_cannot_start_leaves_old_answers_alone(flags: dict[str, Any]) -> None:
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    whole = Path(flags["answers_file"]).read_bytes()
+    with pytest.raises(FileNotFoundError):
+        model_vqa_loader.eval_model(SimpleNamespace(**{**flags, "model_path": "no-such-model"}))
+    assert Path(flags["answers_file"]).read_bytes() == whole
+
+
+def test_chunks_together_are_the_whole(flags: dict[str, Any]) -> None:
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    whole = answered()
+    parts: list[dict[str, Any]] = []
+    for chunk in range(4):  # of 5 questions: 2, 2, 1 and none
+        own = {**flags, "num_chunks": 4, "chunk_idx": chunk, "answers_file": f"4_{chunk}.jsonl"}
+        model_vqa_loader.eval_model(SimpleNamespace(**own))
+        parts += answered(f"4_{chunk}.jsonl")
+    assert parts == whole
+
+
+def test_model_vqa_gives_the_same_answers(flags: dict[str, Any]) -> None:
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    expected = answered()
+    model_vqa.eval_model(SimpleNamespace(**{**flags, "answers_file": "b.jsonl"}))
+    assert answered("b.jsonl") == expected
+
+
+def test_science_questions_with_and_without_an_image(flags: dict[str, Any]) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhich?\nA. one\nB. two"}, {"from": "gpt", "value": "A"}]
+    text_turns = [{"from": "human", "value": "Context: x\nWhich?"}]
+    records = [{"id": "4", "image": "im1.png", "conversations": turns}, {"id": "7", "conversations": text_turns}]
+    Path("sqa.json").write_text(json.dumps(records), encoding="utf-8")
+    own = {**flags, "question_file": "sqa.json", "single_pred_prompt": True, "answer_prompter": False}
+    model_vqa_science.eval_model(SimpleNamespace(**own))
+    letter = "Answer with the option's letter from the given choices directly."
+    assert [answer["prompt"] for answer in answered()] == [
+        f"<image>\nWhich?\nA. one\nB. two\n{letter}",
+        f"Context: x\nWhich?\n{letter}",
+    ]
+    assert [answer["question_id"] for answer in answered()] == ["4", "7"]
+
+
+def write_table(rows: list[dict[str, Any]], drop: str = "") -> None:
+    names = [name for name in ("index", "question", "hint", "A", "B", "C", "D", "answer", "image") if name != drop]
+    with Path("mmb.tsv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, delimiter="\t", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table_row(index: int, **cells: str) -> dict[str, Any]:
+    image = base64.b64encode(Path("images/im1.png").read_bytes()).decode()
+    return {
+        "index": index,
+        "question": "Which?",
+        "hint": "",
+        "A": "cat",
+        "B": "dog",
+        "answer": "A",
+        "image": image,
+        **cells,
+    }
+
+
+def test_mmbench_asks_once_for_each_place_of_the_options(flags: dict[str, Any]) -> None:
+    write_table([table_row(5, hint="Look.", C='a "bird"\nor two'), table_row(8, hint="nan", C="None", D="never read")])
+    own = {**flags, "question_file": "mmb.tsv", "all_rounds": True, "single_pred_prompt": True, "lang": "en"}
+    model_vqa_mmbench.eval_model(SimpleNamespace(**own))
+    answers = answered()
+    assert [(answer["question_id"], answer["round_id"]) for answer in answers] == [
+        (5, 0),
+        (5, 1),
+        (5, 2),
+        (8, 0),
+        (8, 1),
+    ]
+    assert answers[1]["prompt"] == 'Look.\nWhich?\nA. dog\nB. a "bird"\nor two\nC. cat'
+    assert answers[1]["options"] == ["dog", 'a "bird"\nor two', "cat"]
+    assert answers[1]["option_char"] == ["B", "C", "A"]
+    assert answers[3]["prompt"] == "Which?\nA. cat\nB. dog"
+    keys = {"question_id", "round_id", "prompt", "text", "options", "option_char", "answer_id", "model_id", "metadata"}
+    assert set(answers[0]) == keys
+
+
+@pytest.mark.parametrize(
+    ("rows", "drop", "message"),
+    [
+        ([{}], "hint", r"mmb\.tsv: no column hint"),
+        ([{"image": "%%%"}], "", r"mmb\.tsv, row 1: .*expected a number and base64"),
+        ([{}, {"index": "x"}], "", r"mmb\.tsv, row 2: .*index 'x'"),
+    ],
+)
+def test_a_broken_table_is_refused(flags: dict[str, Any], rows: list[dict[str, str]], drop: str, message: str) -> None:
+    write_table([{**table_row(place), **cells} for place, cells in enumerate(rows)], drop)
+    with pytest.raises(ValueError, match=message):
+        model_vqa_mmbench.eval_model(SimpleNamespace(**{**flags, "question_file": "mmb.tsv"}))
+
+
+# As upstream's scripts/v1_5/eval/*.sh call them.
+COMMON = "--model-path m --question-file q --answers-file a --temperature 0 --conv-mode vicuna_v1"
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        (model_vqa_loader, f"{COMMON} --image-folder i --num-chunks 8 --chunk-idx 7 --max_new_tokens 64 --top_p 0.9"),
+        (model_vqa, f"{COMMON} --image-folder i --num_beams 3 --model-base b"),
+        (model_vqa_science, f"{COMMON} --image-folder i --single-pred-prompt --answer-prompter"),
+        (model_vqa_mmbench, f"{COMMON} --single-pred-prompt --lang cn --all-rounds"),
+    ],
+)
+def test_upstreams_flags_are_read(module: ModuleType, flags: str) -> None:
+    args = module.argument_parser().parse_args(flags.split())
+    assert (args.model_path, args.temperature, args.conv_mode) == ("m", 0, "vicuna_v1")
+
+
+def test_defaults_are_upstreams() -> None:
+    required = ["--model-path", "m"]
+    for module, tokens in ((model_vqa_loader, 128), (model_vqa, 1024), (model_vqa_science, 1024)):
+        args = module.argument_parser().parse_args(required)
+        assert (args.temperature, args.top_p, args.num_beams, args.max_new_tokens) == (0.2, None, 1, tokens)
+
+
+def test_the_template_is_the_recorded_one_or_upstreams_default() -> None:
+    assert mode_of(SimpleNamespace(conversation_version="chatml_direct"), "llava_v1") == "chatml_direct"
+    assert mode_of(SimpleNamespace(model_type="llava_qwen"), "llava_v1") == "qwen_2"
+    assert mode_of(SimpleNamespace(model_type="llava_llama"), "llava_v1") == "llava_v1"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question_file": "nothing.jsonl"}, "nothing.jsonl: no such file; expected questions"),
+        ({"conv_mode": "vicuna"}, "--conv-mode vicuna: no such template; did you mean vicuna_v1? There are"),
+        ({"image_folder": "elsewhere"}, "question 3: no such image file elsewhere/im0.png (3 of 3 images are missing)"),
+        ({"model_path": "tiny-vicuna"}, "no vision tower"),
+        ({"chunk_idx": 1}, "--chunk-idx 1: expected 0 to 0"),
+    ],
+)
+def test_wrong_input_is_one_sentence(flags: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, OSError)) as caught:
+        model_vqa_loader.eval_model(SimpleNamespace(**{**flags, **change}))
+    assert message in str(caught.value)
+    assert not Path(flags["answers_file"]).exists()
+
+
+def test_the_command_line_ends_with_the_sentence(flags: dict[str, Any]) -> None:
+    command = [sys.executable, "-m", "llava.eval.model_vqa_loader", "--model-path", "tiny-llava"]
+    result = subprocess.run([*command, "--question-file", "x.jsonl"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: x.jsonl: no such file; expected questions")
+    assert "Traceback" not in result.stderr
