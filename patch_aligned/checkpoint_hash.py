@@ -66,7 +66,11 @@ def _files_of(path: Path) -> list[Path]:
             f"{path}: found nothing; expected a checkpoint's folder or a file of weights. A model of the hub is "
             f"downloaded first: hf download {path} --local-dir FOLDER"
         )
-    weights = [file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES and file.name not in _NO_WEIGHTS]
+    weights = [
+        file
+        for file in path.iterdir()
+        if file.suffix in _WEIGHT_SUFFIXES and file.name not in _NO_WEIGHTS and file.is_file()
+    ]
     if not weights:
         raise FileNotFoundError(
             f"{path}: found no weights; expected files *{' or *'.join(_WEIGHT_SUFFIXES)}. Does the checkpoint lie in "

@@ -100,6 +100,7 @@ _LATEX = {
 def latex_text(text: str) -> str:
     """Plain text for LaTeX; characters beyond Latin script appear by their number, since fonts may lack them."""
     text = re.sub("-(?=-)", f"-{_WORD_JOINER}", " ".join(text.split()))  # two hyphens, as of --limit, would be a dash
+    text = re.sub(r"(?<!\S)-(?=\d)", "−", text)
     return "".join(
         _LATEX.get(letter, letter if letter.isprintable() and ord(letter) < 0x180 else f"{{[}}U+{ord(letter):04X}]")
         for letter in text

@@ -61,3 +61,10 @@ def test_no_checkpoint_is_said_so(tmp_path: Path) -> None:
         checkpoint_hash(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match=r"found no weights; expected files \*\.safetensors or \*\.bin"):
         checkpoint_hash(write(tmp_path / "empty", {"config.json": b"{}"}))
+
+
+def test_folders_that_are_called_like_weights_are_left_out(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", FILES)
+    expected = checkpoint_hash(folder)
+    (folder / "quantized.bin").mkdir()
+    assert checkpoint_hash(folder) == expected

@@ -65,6 +65,7 @@ def test_latex_is_balanced_and_holds_no_bare_special_character() -> None:
         ("{\\x}", r"\{\textbackslash{}x\}"),
         ("Ä → – ± † “q” \"q\" …", r"Ä $\to$ -- $\pm$ $\dagger$ ``q'' ''q'' \ldots{}"),
         ("<图 1>\n x\0", r"\textless{}{[}U+56FE] 1\textgreater{} x{[}U+0000]"),
+        ("-0.50 to -2, test-5", "$-$0.50 to $-$2, test-5"),
         ("[0, 1] *x* cut by --limit ---", r"{[}0, 1] {*}x{*} cut by -{}-limit -{}-{}-"),
     ],
 )  # fmt: skip
