@@ -63,6 +63,8 @@ def scores_and_samples(
             if len(numbers) > 1:
                 stderr = factor * statistics.stdev(numbers) / math.sqrt(len(numbers))
         scores[metric] = Score(float(value), stderr, len(having), benchmark.unit)
+    if benchmark.headline is not None and benchmark.headline not in scores:
+        missing.setdefault(benchmark.headline, "no number: no row has one")
     samples = [
         Sample(row_id, row["arguments"][0], _text(row["resps"]), _plain(row["target"]), numbers, image_of(row["doc"]))
         for row_id, row, numbers in zip(row_ids(rows), rows, by_row, strict=True)

@@ -1,38 +1,94 @@
-"""What a task's rows become in the files of a run."""
+"""Scores get the standard error of a mean where they are one, in their own unit, and nothing is made up where not."""
 
 from __future__ import annotations
 
+import math
+import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eval.benchmarks import BENCHMARKS
 from eval.harness import Evaluated
-from eval.outcome import image_of, scores_and_samples
-from patch_aligned.results.box_frames import PADDED_FRAME
+from eval.outcome import UnscoredError, find_submission, headline_of, row_ids, scores_and_samples
+from patch_aligned.results.box_frames import IMAGE_FRAME, PADDED_FRAME
 
 
-@pytest.mark.parametrize(
-    ("document", "name"),
-    [
-        ({"id": "7", "image": "coco/train2014/1.jpg"}, "coco/train2014/1.jpg"),
-        ({"id": "7", "scene": "heldout_3", "question": "how many?"}, "heldout_3"),
-        ({"image_source": "COCO_val2014_5", "image": object()}, "COCO_val2014_5"),
-        ({"image_id": 0}, "0"),
-        ({"image": {"bytes": b""}, "question": "why?"}, None),
-        ({"image": ""}, None),
-    ],
-)
-def test_the_image_that_a_row_is_about(document: dict[str, Any], name: str | None) -> None:
-    assert image_of(document) == name
+def evaluated(scores: dict[str, Any], rows: list[dict[str, Any]], **aggregations: Any) -> Evaluated:
+    """What lmms-eval would log of rows that say `rows`."""
+    common = {"arguments": ["Question"], "resps": [["answer"]], "target": "right"}
+    return Evaluated(scores, [{"doc_id": n, "doc": {}} | common | row for n, row in enumerate(rows)], aggregations)
 
 
-def test_expressions_of_one_image_are_a_group() -> None:
-    rows = [
-        {"doc_id": n, "doc": {"id": str(n), "image": image}, "arguments": ["q"], "resps": [["a"]], "target": [n],
-         PADDED_FRAME: float(n)}
-        for n, image in enumerate(("1.jpg", "1.jpg", "2.jpg"))
-    ]  # fmt: skip
-    evaluated = Evaluated(scores={PADDED_FRAME: 1.0}, rows=rows, aggregations={})
-    samples = scores_and_samples(BENCHMARKS["refcoco_val"], evaluated)[2]
-    assert [sample.group for sample in samples] == ["1.jpg", "1.jpg", "2.jpg"]
+def test_a_mean_of_rows_has_their_standard_error() -> None:
+    shares = [1.0, 0.0, 0.6, 1.0]
+    scores, missing, samples = scores_and_samples(
+        BENCHMARKS["okvqa"], evaluated({"exact_match": 0.65, "submission": None}, [{"exact_match": s} for s in shares])
+    )
+    assert missing == {}
+    assert scores.keys() == {"exact_match"}
+    assert scores["exact_match"].stderr == pytest.approx(statistics.stdev(shares) / math.sqrt(4), rel=1e-12)
+    assert [sample.scores["exact_match"] for sample in samples] == shares
+    assert (samples[0].prompt, samples[0].answer, samples[0].target) == ("Question", "answer", "right")
+
+
+def test_rows_of_points_are_points() -> None:
+    marks = [0.5, 1.0, 0.0]
+    rows = [{"gpt_eval_score": {"score": mark, "eval_model": "judge"}} for mark in marks]
+    scores, _, samples = scores_and_samples(BENCHMARKS["mmvet"], evaluated({"gpt_eval_score": 50.0}, rows))
+    assert scores["gpt_eval_score"].stderr == pytest.approx(100 * 0.5 / math.sqrt(3), rel=1e-12)
+    assert [sample.scores["gpt_eval_score"] for sample in samples] == [50.0, 100.0, 0.0]
+
+
+def test_rows_that_the_scorer_alone_can_read_are_read_by_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def accuracy(items: list[bool]) -> float:
+        print("as shipped scorers do")
+        return round(sum(items) / len(items), 3)
+
+    rows = [{"mmmu_acc": {"right": right}} for right in (True, False, True)]
+    scores, _, samples = scores_and_samples(
+        BENCHMARKS["mmmu"],
+        evaluated({"mmmu_acc": 0.667}, rows, mmmu_acc=lambda items: accuracy([item["right"] for item in items])),
+    )
+    assert scores["mmmu_acc"].value == 0.667
+    assert scores["mmmu_acc"].stderr == pytest.approx(statistics.stdev([1, 0, 1]) / math.sqrt(3), rel=1e-12)
+    assert [sample.scores["mmmu_acc"] for sample in samples] == [1, 0, 1]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_sum_has_no_standard_error_and_no_number_is_no_score() -> None:
+    rows: list[dict[str, Any]] = [{"mme_perception_score": {"score": 1.0}}] * 2
+    numbers = {"mme_perception_score": 200.0, "mme_cognition_score": float("nan")}
+    scores, missing, samples = scores_and_samples(BENCHMARKS["mme"], evaluated(numbers, rows))
+    assert (scores["mme_perception_score"].stderr, scores["mme_perception_score"].unit) == (None, "sum")
+    assert missing == {"mme_cognition_score": "no number: lmms-eval gave nan for 0 rows"}
+    assert [sample.scores for sample in samples] == [{}, {}]
+    _, missing, _ = scores_and_samples(BENCHMARKS["mme"], evaluated({"mme_cognition_score": 200.0}, [{}, {}]))
+    assert missing == {"mme_perception_score": "no number: no row has one"}
+
+
+def test_rows_without_a_mark_of_the_judge_are_no_zeros() -> None:
+    rows = [{"gpt_eval_score": {"score": 0.0, "eval_model": name}} for name in ("judge", "")]
+    with pytest.raises(UnscoredError, match=r"mmvet: the judge did not score 1 of 2 rows.*next: the same command"):
+        scores_and_samples(BENCHMARKS["mmvet"], evaluated({"gpt_eval_score": 0.0}, rows))
+
+
+def test_ids_are_a_column_that_names_each_row() -> None:
+    rows = [{"doc_id": 0, "doc": {"question_id": "a", "id": 7}}, {"doc_id": 1, "doc": {"question_id": "a", "id": 8}}]
+    assert row_ids(rows) == ["7", "8"]
+    assert row_ids([{"doc_id": 0, "doc": {}}, {"doc_id": 1, "doc": {}}]) == ["0", "1"]
+
+
+def test_the_frame_decides_the_headline_of_boxes_alone() -> None:
+    rec, gqa = BENCHMARKS["refcoco_val"], BENCHMARKS["gqa"]
+    assert (headline_of(rec, "square"), headline_of(rec, "image")) == (PADDED_FRAME, IMAGE_FRAME)
+    assert (headline_of(gqa, "square"), headline_of(gqa, "image")) == ("exact_match", "exact_match")
+
+
+def test_the_submission_is_the_file_for_the_server(tmp_path: Path) -> None:
+    (tmp_path / "submissions").mkdir()
+    (tmp_path / "submissions" / "mmbench_en_dev_static_results.json").touch()
+    (tmp_path / "submissions" / "mmbench_en_dev_results.xlsx").touch()
+    assert find_submission(BENCHMARKS["mmbench_en"], tmp_path) == "submissions/mmbench_en_dev_results.xlsx"
+    assert find_submission(BENCHMARKS["gqa"], tmp_path) is None

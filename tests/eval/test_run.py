@@ -9,8 +9,10 @@ import runpy
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,50 @@ def test_shipped_tasks_read_the_pinned_files_and_score_them(hub: Callable[..., N
     assert submission is not None
     answered = json.loads(Path("out/okvqa", submission).read_text())
     assert [row["image"] for row in answered] == ["1.jpg", "2.jpg"]
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Says 1 when it is greeted, then what `marks` says of each answer."""
+
+    marks = "0.5"
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        said = "1" if asked == "Say 1." else self.marks
+        self.send_response(200)
+        self.end_headers()
+        document = {"model": "local-judge", "choices": [{"message": {"content": said}}]}
+        self.wfile.write(json.dumps(document).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_judge_marks_the_answers_and_its_silence_is_no_zero(
+    hub: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("API_TYPE", "LLM_JUDGE_URL", "MODEL_VERSION"):
+        monkeypatch.setenv(name, "")  # so that what the flags set is undone
+    mmvet = BENCHMARKS["mmvet"]
+    hub(mmvet.data, question_id=["v1_0", "v1_1"], question=["What?"] * 2, answer=["dog"] * 2, capability=["rec"] * 2)
+    server = HTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
+    flags = ["--benchmarks", "mmvet", "--max-new-tokens", "4", "--judge-url", url, "--judge-model", "local-judge"]
+    try:
+        monkeypatch.setattr(Judge, "marks", "")
+        assert evaluate(*flags) == 2
+        assert "mmvet: the judge did not score 2 of 2 rows" in capsys.readouterr().err
+        assert not Path("out/mmvet/result.json").exists()
+        monkeypatch.setattr(Judge, "marks", "0.5")
+        assert evaluate(*flags) == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    result = read_run(Path("out/mmvet"))
+    assert result.settings.judge == {"type": "local", "model": "local-judge", "url": url}
+    assert (result.settings.temperature, result.scores["gpt_eval_score"].value) == (0, 50)
+    assert [sample.scores["gpt_eval_score"] for sample in read_samples(Path("out/mmvet"))] == [50, 50]
 
 
 def test_two_processes_share_the_rows_and_one_writes(
