@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = str(Path(__file__).parents[2])
 if ROOT not in sys.path:
@@ -30,6 +31,26 @@ def run_task(tmp_path: Path) -> Callable[[Any, str, Path], Any]:
         )
 
     return run
+
+
+@pytest.fixture
+def write_local_task() -> Callable[..., None]:
+    """Writes the YAML of a shipped task over a local Parquet file: prompts, parsers and scores stay as shipped."""
+    from eval.shipped_tasks import shipped_tasks_folder
+
+    def write(folder: Path, shipped_yaml: str, task: str, split: str, rows: Path, **overrides: Any) -> None:
+        config = {
+            "include": str(shipped_tasks_folder() / shipped_yaml),
+            "task": task,
+            "dataset_path": "parquet",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(rows)}},
+            **overrides,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    return write
 
 
 @pytest.fixture

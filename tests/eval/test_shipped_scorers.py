@@ -13,7 +13,6 @@ import datasets
 import pytest
 from PIL import Image
 
-from eval.shipped_tasks import write_local_task
 from playground.mini.scenes import compose_scene
 
 pytest.importorskip("lmms_eval")
@@ -139,7 +138,7 @@ SHIPPED = {
 
 
 @pytest.fixture
-def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_local_task: Any) -> Path:
     """A folder of all tasks, named `local_...`, over tables that the hub could hold."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
     folder = tmp_path / "tasks"
@@ -150,7 +149,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
         table.to_parquet(folder / f"{name}.parquet")
         options = {**dict(task.overrides), "generation_kwargs": {"max_new_tokens": 8, "temperature": 0}}
-        write_local_task(folder, task.yaml, f"local_{name}", {task.split: folder / f"{name}.parquet"}, **options)
+        write_local_task(folder, task.yaml, f"local_{name}", task.split, folder / f"{name}.parquet", **options)
     return folder
 
 

@@ -18,7 +18,6 @@ from eval.benchmarks import BENCHMARKS
 from eval.rec.boxes import ACCURACY, MEAN_IOU, METRICS, NOT_PARSED
 from eval.rec.convert import PUBLISHED_EXPRESSIONS
 from eval.rec.rows import Row, prompt_of, write_rows
-from eval.shipped_tasks import write_local_task
 from llava.image_geometry import boxes_xyxy_to_square01
 
 pytest.importorskip("lmms_eval")
@@ -118,10 +117,12 @@ def test_a_perfect_answerer_of_the_padded_square_by_both_readings_of_one_run(wor
 
 
 @pytest.mark.slow
-def test_the_shipped_task_gives_its_own_prompt_rows_and_verdict_on_local_files(world: Path) -> None:
+def test_the_shipped_task_gives_its_own_prompt_rows_and_verdict_on_local_files(
+    world: Path, write_local_task: Any
+) -> None:
     legacy = BENCHMARKS["legacy_refcocog_val"]
     shipped_yaml = f"{legacy.task_folder}/{legacy.task}.yaml"
-    write_local_task(world / "tasks", shipped_yaml, legacy.name, {legacy.data.split: world / "hub.parquet"})
+    write_local_task(world / "tasks", shipped_yaml, legacy.name, legacy.data.split, world / "hub.parquet")
     asked, found = evaluate([legacy.name], world / "tasks")
     assert len(asked) == 6  # a row for each expression
     assert all("bounded between 0 and 1. Please provide" in text for text, _, _ in asked)
