@@ -16,11 +16,12 @@ from llava.conversation import conv_templates
 from llava.data.collate import check_sequence_budget
 from llava.data.dataset import make_supervised_data_module
 from llava.image_geometry import parse_grid_pinpoints
-from llava.model.builder import fill_tower, read_config
+from llava.model.builder import fill_tower, may_come_later, read_config
 from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.llava_arch import start_at_mean
 from llava.model.multimodal_projector.builder import C_ABSTRACTOR_SETTINGS
+from llava.model.strict_loading import from_pretrained_strictly
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.quantization import freeze_quantized, quantized_loading
@@ -157,13 +158,16 @@ def load_language_model(model_args: ModelArguments, training_args: TrainingArgum
     """The language model with LLaVA's forward pass; without vision modules yet, unless it is a LLaVA already.
 
     Raises:
-        ValueError: flags contradict a LLaVA that training goes on from.
+        ValueError: weights are missing, superfluous or of another shape, or flags contradict a LLaVA that training goes
+            on from.
     """
     config = llava_config(read_config(str(model_args.model_name_or_path), cache_dir=training_args.cache_dir))
     if getattr(config, "mm_vision_tower", None):
         check_continued(config, model_args)
-    model: Any = llava_model_class(config).from_pretrained(
-        model_args.model_name_or_path,
+    model, _ = from_pretrained_strictly(
+        llava_model_class(config),
+        str(model_args.model_name_or_path),
+        may_come_later if model_args.pretrain_mm_mlp_adapter else None,
         config=config,
         cache_dir=training_args.cache_dir,
         attn_implementation=attention,

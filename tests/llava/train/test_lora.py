@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 pytest.importorskip("peft", reason="peft is part of the extra `train`")
 
@@ -121,8 +122,7 @@ def test_a_folder_without_adapters_is_refused(run_lora: Any) -> None:
 
 
 def test_biases_are_trained_and_saved_where_they_are_asked_for(run_lora: Any) -> None:
-    config = json.loads(Path("tiny-vicuna/config.json").read_text()) | {"attention_bias": True}
-    Path("tiny-vicuna/config.json").write_text(json.dumps(config))
+    LlamaForCausalLM.from_pretrained("tiny-vicuna", attention_bias=True).save_pretrained("tiny-vicuna")
     run_lora("run", "--lora_bias lora_only")
     adapter = load_file("run/adapter_model.safetensors")
     biases = {name: tensor for name, tensor in adapter.items() if name.endswith("bias")}

@@ -45,6 +45,29 @@ def test_a_trained_tower_is_the_checkpoints(train_on: Any, stage: str) -> None:
     torch.testing.assert_close(used, tower[NORM], rtol=0, atol=0)
 
 
+def test_weights_that_do_not_fit_the_config_stop_training_before_it_begins(train_on: Any, run_stage_1: Any) -> None:
+    weights = load_file("tiny-vicuna/model.safetensors")
+    lost = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, "tiny-vicuna/model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"tiny-vicuna do not fit .*Missing: \['model.layers.1.mlp.up_proj.weight'\] \(1\)"
+    ):
+        run_stage_1("run")
+    weights["model.layers.1.mlp.up_proj.weight"] = lost[:-1].clone()
+    save_file(weights, "tiny-vicuna/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"up_proj.weight: model \(128, 64\), file \(127, 64\)"):
+        run_stage_1("run")
+
+    weights = load_file("tiny-llava/model.safetensors")
+    projector = {name: weights.pop(name) for name in list(weights) if "mm_projector" in name}
+    save_file(weights, "tiny-llava/model.safetensors", {"format": "pt"})
+    given = "--pretrain_mm_mlp_adapter"
+    with pytest.raises(ValueError, match=r"tiny-llava do not fit .*Missing: \['model.mm_projector.0.bias'"):
+        train_on({}, f"{STAGE_2} {given}=")
+    torch.save(projector, "mm_projector.bin")
+    train_on({}, f"{STAGE_2} {given} mm_projector.bin")  # brings what the checkpoint lacks
+
+
 @pytest.mark.parametrize(
     "flag", ["--mm_projector_type linear", "--mm_vision_select_layer -1", "--mm_vision_select_feature cls_patch"]
 )
