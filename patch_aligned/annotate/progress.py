@@ -97,8 +97,8 @@ def show_summary(console: Console, folder: RunFolder) -> None:
     console.print(table)
     if failed := [status for status in FAILED_STATUSES if counts[status]]:
         console.print(
-            f"{sum(counts[status] for status in failed):,} images failed; their records say why. Once that is mended, "
-            f"try them again: the same command with --retry {','.join(failed)}",
+            f"Images that failed: {sum(counts[status] for status in failed):,}; their records say why. Once that is "
+            f"mended, try them again: the same command with --retry {','.join(failed)}",
             soft_wrap=True,
         )
     if missing:

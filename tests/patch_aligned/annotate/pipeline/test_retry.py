@@ -80,7 +80,7 @@ def test_records_of_a_status_are_made_anew_and_all_others_stay_as_they_are(
     hidden.rename(tmp_path / "hidden")
     gone.unlink()
     said = run_oracle().output.replace("\n", " ")
-    assert "2 images failed; their records say why" in said
+    assert "Images that failed: 2; their records say why" in said
     assert "--retry unreadable" in said
     folder = RunFolder(tmp_path / "run")
     before = {path.name: (path.read_bytes(), path.stat().st_ino) for path in (folder.path / "shards").iterdir()}
