@@ -62,12 +62,13 @@ def evaluate_task(
     manager = TaskManager(include_path=str(task_folder(benchmark)), include_defaults=False, model_name="llava")
     try:
         task = get_task_dict([task_config(benchmark, data)], manager)[benchmark.task]
+        # MMVet's own file asks for a temperature of 0.2, which the adapter takes for sampling.
+        generation = {"temperature": 0, "max_new_tokens": max_new_tokens}
+        task.set_config(key="generation_kwargs", value=generation, update=True)
         found = simple_evaluate(
             model=adapter,
             tasks=[task],
             task_manager=manager,
-            # MMVet's own file asks for a temperature of 0.2, which the adapter takes for sampling.
-            gen_kwargs=f"temperature=0,max_new_tokens={max_new_tokens}",
             limit=limit,
             bootstrap_iters=0,
             random_seed=seed,

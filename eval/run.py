@@ -30,6 +30,7 @@ from llava.conversation import conv_templates
 from patch_aligned.results.run_file import (
     Harness,
     RunData,
+    RunFileError,
     RunResult,
     RunSettings,
     rows_sha256,
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         adapter = load_adapter(plan.request)
         for benchmark, data in plan.todo:
             run_benchmark(adapter, plan, benchmark, data, arguments, rank, processes)
-    except (PreflightError, UnscoredError) as error:
+    except (PreflightError, RunFileError, UnscoredError) as error:
         for line in str(error).splitlines():
             print(f"Error: {line}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 
+import eval.preflight
 import eval.run
 from eval.answer_log import AnswerLog
 from eval.benchmarks import BENCHMARKS, Benchmark, LocalData
@@ -54,5 +55,5 @@ if __name__ == "__main__":
         "pictures", "pictures", "mini", task_folder, data, "has_an_e", tables=(6,), column="Pictures", max_new_tokens=8
     )
     eval.run.load_adapter = EchoingAdapter  # type: ignore[assignment]
-    torch.cuda.device_count = lambda: 2
+    eval.preflight.check_processes = lambda *_: None  # it asks for a GPU each
     sys.exit(eval.run.main(flags))
