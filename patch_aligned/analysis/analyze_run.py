@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -74,11 +75,15 @@ def run_analyze(
 
     headline = headline_table(analysis)
     title = f"{analysis.images:,} images, threshold rule {measure.threshold_rule}"
-    table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    rows = [as_text(row) for row in headline.rows]
     for index, column in enumerate(headline.columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
-    for row in headline.rows:
-        table.add_row(*as_text(row))
+        # Where the terminal is narrow, headers and long names are folded and numbers stay whole.
+        widest = max(len(line) for row in rows for line in row[index].splitlines() or [""])
+        justify: Literal["left", "right"] = "right" if index else "left"
+        table.add_column(column, justify=justify, overflow="fold", min_width=widest if index else min(widest, 13))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     console.print("Written: " + ", ".join(str(path) for path in written), soft_wrap=True)
     return analysis

@@ -6,6 +6,7 @@ The layout of the paper's Figure 1 (left): one row an image and label, one pair 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ TRUTH_COLOUR = "#12b886"
 PREDICTION_COLOUR = "#f03e8a"
 HEAT_MAP = "magma"
 PANEL_INCHES = 1.55
+_CHARACTER_INCHES = 0.066  # of the caption, on average and rather too wide
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,13 @@ def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) 
     names = list(rows[0].cells)
     # A narrow empty column sets each projector's pair of panels apart.
     widths = [1.0] + [0.1, 1.0, 1.0] * len(names)
-    label_inches, head_inches, foot_inches = 0.28, 0.55, 0.4
     width = PANEL_INCHES * sum(widths) + 0.3
+    caption = textwrap.wrap(
+        "Cosine: of each visual token with the label; colours run from the map's lowest value to its highest, both "
+        f"written above it. Prediction: tokens above the threshold ({rule}).",
+        int(width / _CHARACTER_INCHES),
+    )
+    label_inches, head_inches, foot_inches = 0.28, 0.55, 0.26 + 0.14 * len(caption)
     height = (PANEL_INCHES + label_inches) * len(rows) + head_inches + foot_inches
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     grid = figure.add_gridspec(
@@ -100,12 +107,12 @@ def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) 
             _draw_prediction(mask_axes, row, row.cells[name])
             pairs.append((heat_axes, mask_axes))
         if row_index == 0:
-            _head_columns(figure, truth_axes, dict(zip(names, pairs, strict=True)), head_inches / height)
+            first = "ground truth" if any(row.truth.any() for row in rows) else "image"
+            _head_columns(figure, truth_axes, first, dict(zip(names, pairs, strict=True)), head_inches / height)
     figure.text(
         0.5,
         0.12 / height,
-        "Cosine: of each visual token with the label; colours run from the map's lowest value to its highest, both "
-        f"written above it. Prediction: tokens above the threshold ({rule}).",
+        "\n".join(caption),
         ha="center",
         va="bottom",
         fontsize=8,
@@ -138,10 +145,10 @@ def _panel_jpeg(draw: Callable[[Axes], None]) -> bytes:
     return content.getvalue()
 
 
-def _head_columns(figure: Any, truth_axes: Axes, pairs: dict[str, tuple[Axes, Axes]], head: float) -> None:
+def _head_columns(figure: Any, truth_axes: Axes, first: str, pairs: dict[str, tuple[Axes, Axes]], head: float) -> None:
     """Names the columns above the first row: the projector over its pair, the kind of panel over each."""
     top = truth_axes.get_position().y1
-    for axes, kind in [(truth_axes, "ground truth")] + [
+    for axes, kind in [(truth_axes, first)] + [
         (axes, kind) for pair in pairs.values() for axes, kind in zip(pair, ("cosine", "prediction"), strict=True)
     ]:
         place = axes.get_position()

@@ -14,6 +14,7 @@ from patch_aligned.analysis.report_tables import (
     PAPER_CONDITIONS,
     ReportTable,
     as_html,
+    breakable,
     counts_table,
     differences_table,
     entropy_table,
@@ -64,7 +65,7 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         f"<code>{html.escape(str(analysis.settings.measure.data))}</code>; threshold rule "
         f"<code>{analysis.settings.measure.threshold_rule}</code>."
     )
-    header = f"<header><h1>{html.escape(title)}</h1><p>{subtitle}</p><nav>{links}</nav></header>"
+    header = f"<header><h1>{breakable(title)}</h1><p>{subtitle}</p><nav>{links}</nav></header>"
     return static_page(__package__, "report", title, f"{header}<main>{body}</main>")
 
 
@@ -157,7 +158,7 @@ def _localisation(analysis: Analysis) -> str:
             cosines = f"{number(float(cell.cosine.min()), 2)} … {number(float(cell.cosine.max()), 2)}"
             heat = _image(jpegs[name, "cosine"], f"Cosine of each token with {row.label}, {name}: {cosines}")
             mask = _image(jpegs[name, "prediction"], f"Tokens predicted for {row.label}, {name}")
-            caption = f"<b>{html.escape(name)}</b>cosine {cosines} · IoU {number(cell.iou_px, 2)}"
+            caption = f"<b>{breakable(name)}</b>cosine {cosines} · IoU {number(cell.iou_px, 2)}"
             panels.append(f'<figure class="pair"><div>{heat}{mask}</div><figcaption>{caption}</figcaption></figure>')
         heading = f"<h3>{label} <small>{html.escape(row.image_id)}</small></h3>"
         parts.append(f'<div class="place">{heading}<div class="panels">{"".join(panels)}</div></div>')
@@ -190,9 +191,10 @@ def _maps_of_image(image: MappedImage, picture: str) -> str:
         figures = []
         for turn in range(token_map.pursuit.ids.shape[1]):
             drawing = token_map_svg(token_map, turn, picture, colours, image.top_cosine, name)
-            caption = f"<b>{html.escape(name)}</b>{html.escape(map_caption(token_map, turn))}"
+            caption = f"<b>{breakable(name)}</b>{html.escape(map_caption(token_map, turn))}"
             figures.append(f'<figure><div class="scroll">{drawing}</div><figcaption>{caption}</figcaption></figure>')
-        parts.append(f'<div class="maps" style="--map-width:{36 * columns}px">{"".join(figures)}</div>')
+        style = f"--map-width:{22 * columns}px;--print-columns:{3 if columns <= 12 else 2}"
+        parts.append(f'<div class="maps" style="{style}">{"".join(figures)}</div>')
     return "".join(parts)
 
 
@@ -219,10 +221,10 @@ def _provenance(analysis: Analysis, provenance: Mapping[str, Any]) -> str:
     def place(path: str) -> str:
         sha256 = hashes.get(path)
         digest = f"<small>SHA-256 {sha256[:16]}</small>" if sha256 else ""
-        return f"{html.escape(path).replace('/', '/<wbr>')}{digest}"
+        return f"{breakable(path)}{digest}"
 
     rows = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{place(model.source)}</td><td>{place(model.tower)}</td>'
+        f'<tr><th scope="row">{breakable(name)}</th><td>{place(model.source)}</td><td>{place(model.tower)}</td>'
         f"<td>{place(model.words)}</td><td>{model.grid[0]} × {model.grid[1]}</td></tr>"
         for name, model in analysis.models.items()
     )

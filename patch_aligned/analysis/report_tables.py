@@ -193,7 +193,7 @@ def as_markdown(table: ReportTable) -> list[str]:
 
 def as_html(table: ReportTable, title: str) -> str:
     """A table in a box that scrolls where the page is narrow; `title` names it for screen readers."""
-    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in table.columns)
+    head = "".join(f'<th scope="col">{breakable(column)}</th>' for column in table.columns)
     body = []
     for first, *others in table.rows:
         cells = "".join(f"<td>{_html(cell)}</td>" for cell in others)
@@ -202,6 +202,11 @@ def as_html(table: ReportTable, title: str) -> str:
         f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(title)}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def breakable(text: str) -> str:
+    """Text for HTML in which long names and paths may go on in the next line."""
+    return html.escape(text).replace("_", "_<wbr>").replace("/", "/<wbr>")
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -214,7 +219,7 @@ def number(value: float, digits: int = 3) -> str:
 
 def _html(cell: Cell) -> str:
     aside = f"<small>{html.escape(cell.aside)}</small>" if cell.aside else ""
-    return f"{html.escape(cell.text).replace('_', '_<wbr>')}{aside}"
+    return f"{breakable(cell.text)}{aside}"
 
 
 def _figure(figure: Figure | Difference, digits: int = 3) -> Cell:

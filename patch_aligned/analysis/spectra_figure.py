@@ -26,7 +26,11 @@ def save_spectra_figure(analysis: Analysis, path: Path) -> None:
     except ImportError as error:
         raise ImportError("The spectra need matplotlib: pip install 'patch-aligned-llava[analysis]'.") from error
 
-    figure = Figure(figsize=(6.2, 4.0), facecolor="white", layout="constrained")
+    towers: dict[str, EntropyFigures] = {}
+    for model in analysis.models.values():
+        towers.setdefault(model.tower, model.entropy_before)
+    lines = len(towers) + len(analysis.models)
+    figure = Figure(figsize=(6.2, 3.6 + 0.2 * lines), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
 
     def draw(entropy: EntropyFigures, name: str, colour: str, line: str) -> None:
@@ -34,9 +38,6 @@ def save_spectra_figure(analysis: Analysis, path: Path) -> None:
         label = f"{name}: effective rank {entropy.effective_rank:.1f}"
         axes.plot(range(1, len(shares) + 1), shares, line, color=colour, linewidth=1.8, label=label)
 
-    towers: dict[str, EntropyFigures] = {}
-    for model in analysis.models.values():
-        towers.setdefault(model.tower, model.entropy_before)
     for entropy in towers.values():
         draw(entropy, "before" if len(towers) == 1 else f"before, width {entropy.width}", "#212529", "--")
     for place, (name, model) in enumerate(analysis.models.items()):
@@ -44,7 +45,7 @@ def save_spectra_figure(analysis: Analysis, path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="direction, by its share", ylabel="share of the tokens' energy")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9.5)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9.5)
     # The same numbers give the same file: names of its parts from a fixed salt, and no date.
     with matplotlib.rc_context({"svg.hashsalt": "spectra"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
