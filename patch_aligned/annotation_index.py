@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from patch_aligned.annotations import AnnotatedImage, AnnotationError, Region, read_annotations
+from patch_aligned.annotations import AnnotatedImage, AnnotationError, Region, normal_path, read_annotations
 from patch_aligned.record_files import PAD_SCHEMA, RecordFileError, batch_to_records, iter_records, records_to_batch
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "2"  # part of the cache key; raise it when the layout of the folder or a check changes
+_FORMAT = "3"  # part of the cache key; raise it when the layout of the folder or a check changes
 ROWS_PER_BATCH = 256
 """Rows that stand together on disk; files beside the index keep to the same batches."""
 _RECORDS, _REJECTED = "records.arrow", "rejected.jsonl"
@@ -80,13 +80,13 @@ class AnnotationIndex:
         return int(self._region_counts.sum(dtype=np.int64))
 
     def find(self, image_id: str) -> int | None:
-        """Row of an image, or None if the file has no record of it."""
+        """Row of an image, or None if the file has no record of it; `./a.jpg` finds `a.jpg`."""
         wanted = np.uint64(_hash(image_id))  # of the table's type, or searchsorted converts the whole table
         position = int(np.searchsorted(self._hashes, wanted))
         while position < len(self) and self._hashes[position] == wanted:
             row = int(self._rows[position])
             batch = self._reader.get_batch(row // ROWS_PER_BATCH)
-            if batch.column("image_id")[row % ROWS_PER_BATCH].as_py() == image_id:
+            if normal_path(batch.column("image_id")[row % ROWS_PER_BATCH].as_py()) == normal_path(image_id):
                 return row
             position += 1
         return None
@@ -221,7 +221,8 @@ def _image_of(record: dict[str, Any]) -> AnnotatedImage:
 
 
 def _hash(image_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(image_id.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+    path = normal_path(image_id).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "little")
 
 
 def _identity(path: Path) -> str:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from patch_aligned.record_files import EXTRA_KEY, iter_records, write_records
@@ -139,6 +139,11 @@ def write_annotations(images: Iterable[AnnotatedImage], path: str | Path) -> int
         RecordFileError: for an unknown suffix.
     """
     return write_records((image.to_record() for image in images), Path(path))
+
+
+def normal_path(image_id: str) -> str:
+    """The path as annotation writes it into `image_id`: `./a.jpg` and `a//b.jpg` are `a.jpg` and `a/b.jpg`."""
+    return str(PurePosixPath(image_id))
 
 
 @dataclass(frozen=True)

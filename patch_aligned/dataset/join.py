@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from patch_aligned.annotations import AnnotatedImage, read_annotations, write_annotations
+from patch_aligned.annotations import AnnotatedImage, normal_path, read_annotations, write_annotations
 from patch_aligned.record_files import iter_records
 
 UNMATCHED_SUFFIX = ".unmatched.jsonl"
@@ -80,7 +80,7 @@ def join(
         nonlocal matched, pad_only, first_record
         for image in watch(read_annotations(pad)):
             first_record = first_record or image.image_id
-            if found := caption_of.pop(_normal(image.image_id), None):
+            if found := caption_of.pop(normal_path(image.image_id), None):
                 sample_id, caption = found
                 matched += 1
                 extra = image.extra if sample_id is None else {**image.extra, "id": sample_id}
@@ -113,17 +113,12 @@ def _captions(samples: Path) -> tuple[dict[str, tuple[str | None, str]], int, in
         image = sample.get("image")
         if not isinstance(image, str):
             without += 1
-        elif (image := _normal(image)) in caption_of:
+        elif (image := normal_path(image)) in caption_of:
             further += 1
         else:
             sample_id = sample.get("id")
             caption_of[image] = (None if sample_id is None else str(sample_id), _answer(sample, samples, index))
     return caption_of, further, without
-
-
-def _normal(path: str) -> str:
-    """The path as annotation writes it into `image_id`: `./a.jpg` and `a//b.jpg` are `a.jpg` and `a/b.jpg`."""
-    return str(PurePosixPath(path))
 
 
 def _answer(sample: Mapping[str, Any], samples: Path, index: int) -> str:

@@ -242,6 +242,14 @@ def test_the_index_finds_every_record_and_no_other(tmp_path: Path):
     assert len(pickle.dumps(index)) < 1000  # the arrays stay on disk
 
 
+def test_the_index_takes_spellings_of_one_path_for_one_image(tmp_path: Path):
+    index = open_annotation_index(
+        write_json(tmp_path / "pad.json", [make_record("./a.jpg"), make_record("b/c.jpg")]), tmp_path / "cache"
+    )
+    assert [index.find(path) for path in ("a.jpg", "./a.jpg", "b//c.jpg", "./b/c.jpg", "c.jpg")] == [0, 0, 1, 1, None]
+    assert index.count_images_with_regions(["a.jpg", "b/./c.jpg", "c.jpg"]) == (3, 2)
+
+
 def test_images_of_equal_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("patch_aligned.annotation_index._hash", lambda image_id: len(image_id))
     records = [make_record(name) for name in ("aa", "b", "cc")]
