@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,7 +58,7 @@ class EntropyFigures:
 
 @dataclass(frozen=True)
 class MeanAndSd:
-    """Over seeds: mean, and standard deviation of a sample (NaN for one seed)."""
+    """Over seeds: mean, and standard deviation of a sample (NaN for one seed); NaN where a seed's value is."""
 
     mean: float
     sd: float
@@ -67,7 +66,7 @@ class MeanAndSd:
     @classmethod
     def of(cls, values: Sequence[float]) -> MeanAndSd:
         """From one value a seed."""
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else float("nan"))
+        return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"))
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ def run_analyze(
     console = Console()
     transformers_logging.disable_progress_bar()
     models = load_models(projectors, base, vision_tower, image_aspect_ratio, device)
+    with console.status("Hashing the weights"):
+        provenance = provenance_of(models)
     with image_progress(f"Analysing {len(models)} projectors", console) as on_images:
         analysis = analyse(models, settings, on_images)
     shown = [row.image_id for row in analysis.picture[:token_map_images]]
@@ -71,7 +73,7 @@ def run_analyze(
             images = [(image_id, image_path(measure.image_folder, image_id)) for image_id in shown]
             maps = token_maps(models, images, pursuit, english, on_images)
     with console.status("Writing the report"):
-        written = write_report(analysis, output, maps, provenance_of(models))
+        written = write_report(analysis, output, maps, provenance)
 
     headline = headline_table(analysis)
     title = f"{analysis.images:,} images, threshold rule {measure.threshold_rule}"

@@ -32,5 +32,4 @@ class FamilyTower(TransformersTower):
     def geometry(self, original_wh: tuple[int, int], grid: tuple[int, int]) -> ImageGeometry:
         """As the image processor says: padded to a square, cut out of the middle, or squeezed."""
         ratio = "pad" if getattr(self.image_processor, "do_pad", False) else "square"
-        seen = self._seen(self.config.vision_config.image_size)
-        return image_geometry_of(original_wh, self.image_processor, ratio, grid, seen)
+        return image_geometry_of(original_wh, self.image_processor, ratio, grid, self.seen_side)

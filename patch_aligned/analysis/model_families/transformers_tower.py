@@ -41,6 +41,8 @@ class TransformersTower:
         self.config = copy.deepcopy(config)
         self.model: Any = _without_language_layers(path, config).to(device)
         self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")  # as LLaVA's own
+        # Not the config's image_size, which is the tower's at its own training: DINOv2 takes any.
+        self.side = self.pixels(Image.new("RGB", (64, 64))).shape[-1]
 
     def measured_projector(self, name: str) -> MeasuredProjector:
         """The projector with its own word embeddings."""
@@ -63,7 +65,7 @@ class TransformersTower:
 
     def displayed(self, pixels: Tensor) -> Tensor:
         """The same for a picture, values 0..1, without what no patch covers."""
-        return without_normalisation(pixels, self.image_processor, self._seen(pixels.shape[-1]))
+        return without_normalisation(pixels, self.image_processor, self.seen_side)
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
@@ -76,13 +78,14 @@ class TransformersTower:
 
     def geometry(self, original_wh: tuple[int, int], grid: tuple[int, int]) -> ImageGeometry:
         """What `pixels` does to an image of this size: here, squeezing it to the square."""
-        side = self.config.vision_config.image_size
-        geometry = ImageGeometry(original_wh, self._seen(side), "squeeze", grid)
-        return geometry if geometry.side == side else replace(geometry, processed_side=side)
+        geometry = ImageGeometry(original_wh, self.seen_side, "squeeze", grid)
+        return geometry if geometry.side == self.side else replace(geometry, processed_side=self.side)
 
-    def _seen(self, side: int) -> int:
+    @property
+    def seen_side(self) -> int:
+        """Width and height of what the patches cover, pixels; the rest of `side` is not seen."""
         patch = self.config.vision_config.patch_size
-        return side // patch * patch
+        return self.side // patch * patch
 
 
 def _without_language_layers(path: Path, config: Any) -> nn.Module:

@@ -14,7 +14,7 @@ from llava.convert.to_hf import to_hf
 from patch_aligned.analysis.alignment import THRESHOLD_RULES
 from patch_aligned.analysis.analysed_models import load_models
 from patch_aligned.analysis.analysis import analyse
-from patch_aligned.analysis.analysis_results import Analysis, AnalysisSettings
+from patch_aligned.analysis.analysis_results import Analysis, AnalysisSettings, MeanAndSd
 from patch_aligned.analysis.figures import FIGURES, Resampling
 from patch_aligned.analysis.measured_images import MeasureSettings
 
@@ -93,6 +93,12 @@ def test_untrained_projectors_are_those_of_their_seeds(golden_world: Path, pad: 
     assert untrained.figures.keys() == FIGURES.keys()
     assert list(found.picture[0].cells) == ["start", "one", "two"]
     assert run(pad).models["start"].untrained is None
+
+
+def test_a_figure_that_a_seed_leaves_undefined_is_undefined():
+    assert MeanAndSd.of([1.0, 3.0]) == MeanAndSd(2.0, math.sqrt(2))
+    assert math.isnan(MeanAndSd.of([1.0, math.nan]).mean)
+    assert math.isnan(MeanAndSd.of([1.0, math.nan]).sd)
 
 
 def test_models_of_other_towers_are_analysed_beside_ours(golden_world: Path, pad: Path, tmp_path: Path):

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPVisionConfig,
+    Dinov2Config,
     GemmaConfig,
     Idefics3Config,
     LlamaConfig,
@@ -64,6 +65,9 @@ def configured(family: str) -> tuple[Any, Any]:
             return LlavaConfig(**parts | {"vision_feature_layer": [-2, -1]}), LlavaImageProcessorPil(
                 **CROP, do_pad=True
             )
+        if family == "llava, DINOv2":  # its config keeps the side of its own training; the processor decides
+            vision = Dinov2Config(**VISION | {"image_size": 5 * PATCH})
+            return LlavaConfig(**parts | {"vision_config": vision}), CLIPImageProcessorPil(**CROP)
         return LlavaConfig(**parts), CLIPImageProcessorPil(**CROP)
     if family == "paligemma":
         vision = SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=TEXT["hidden_size"])
@@ -77,7 +81,7 @@ def configured(family: str) -> tuple[Any, Any]:
     return config, SmolVLMImageProcessorPil(**TILES)
 
 
-FAMILIES = ("llava", "llava, padded", "llava_next", "paligemma", "idefics3", "smolvlm")
+FAMILIES = ("llava", "llava, padded", "llava, DINOv2", "llava_next", "paligemma", "idefics3", "smolvlm")
 
 
 @pytest.fixture
