@@ -26,9 +26,9 @@ def save_spectra_figure(analysis: Analysis, path: Path) -> None:
     except ImportError as error:
         raise ImportError("The spectra need matplotlib: pip install 'patch-aligned-llava[analysis]'.") from error
 
-    towers: dict[str, EntropyFigures] = {}
-    for model in analysis.models.values():
-        towers.setdefault(model.tower, model.entropy_before)
+    towers: dict[str, tuple[str, EntropyFigures]] = {}
+    for name, model in analysis.models.items():
+        towers.setdefault(model.tower, (name, model.entropy_before))
     lines = len(towers) + len(analysis.models)
     figure = Figure(figsize=(6.2, 3.6 + 0.2 * lines), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
@@ -38,8 +38,8 @@ def save_spectra_figure(analysis: Analysis, path: Path) -> None:
         label = f"{name}: effective rank {entropy.effective_rank:.1f}"
         axes.plot(range(1, len(shares) + 1), shares, line, color=colour, linewidth=1.8, label=label)
 
-    for entropy in towers.values():
-        draw(entropy, "before" if len(towers) == 1 else f"before, width {entropy.width}", "#212529", "--")
+    for name, entropy in towers.values():
+        draw(entropy, "before" if len(towers) == 1 else f"before {name}", "#212529", "--")
     for place, (name, model) in enumerate(analysis.models.items()):
         draw(model.entropy_after, name, _COLOURS[place % len(_COLOURS)], "-")
     axes.set(xscale="log", yscale="log", xlabel="direction, by its share", ylabel="share of the tokens' energy")
