@@ -7,6 +7,8 @@ Letters: B questions of a batch, T length of the longest prompt.
 
 from __future__ import annotations
 
+import logging
+import sys
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,8 @@ from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_i
 
 __all__ = ["Answer", "GenerationSettings", "ImageSource", "Question", "answer_questions", "prompt_of"]
 
+logger = logging.getLogger(__name__)
+
 BATCHES_AHEAD = 2
 WINDOW_BATCHES = 16
 
@@ -35,7 +39,8 @@ class GenerationSettings:
 
     Attributes:
         temperature: 0 takes the likeliest token; above, tokens are drawn.
-        top_p: draws come from the likeliest tokens with this share of the probability; None is all of them.
+        top_p: draws come from the likeliest tokens with this share of the probability; None leaves that bound out.
+            Those of transformers hold besides: the 50 likeliest, unless the checkpoint's generation config has others.
         num_beams: width of the beam search; 1 is none.
         max_new_tokens: where an answer is cut off.
         seed: of the draws. A batch's draws depend on it and on the batch's first question.
@@ -87,14 +92,14 @@ def answer_questions(
         conversation: an entry of `conv_templates`, such as `conv_templates["plain"]` after stage 1.
         settings: how to generate; greedy by default.
         batch_size: questions answered at once; halved for a batch that does not fit the device's memory.
-        workers: threads that read and process the images of the next batches meanwhile; 0 reads them in between.
+        workers: threads that read and process the images of the next batches meanwhile.
 
     Raises:
         FileNotFoundError: an image is not there. Asked of all images before the first answer, as the next is.
         ValueError: the text of a question does not fit its images, or the model has no vision tower.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
+    if batch_size < 1 or workers < 1:
+        raise ValueError(f"found batch_size {batch_size} and workers {workers}, expected 1 or more of each")
     with_marks = bool(getattr(model.config, "mm_use_im_start_end", False))
     prompts = [prompt_of(question, conversation, with_marks) for question in questions]
     require_images(questions)
@@ -113,18 +118,8 @@ class _Row(NamedTuple):
     ids: list[int]
 
 
-class _LoadedImages(NamedTuple):
-    """The images of a batch, each once.
-
-    Attributes:
-        pixels: `process_images`' output for each, `[3, H, W]` or `[t, 3, H, W]`.
-        sizes: width and height of each, before processing.
-        of_row: for each row the indices of its images.
-    """
-
-    pixels: list[Tensor]
-    sizes: list[tuple[int, int]]
-    of_row: list[list[int]]
+_Loading = dict[Any, Future[tuple[Tensor, tuple[int, int]]]]
+"""Images of a batch by `key_of`, each once: pixels for the tower, and width and height of the image as it came."""
 
 
 class _Answerer:
@@ -137,6 +132,7 @@ class _Answerer:
         self.model = model
         self.image_processor = image_processor
         self.settings = settings
+        self.longest = getattr(model.config, "max_position_embeddings", sys.maxsize)
         ends = model.generation_config.eos_token_id
         self.ends = ends if isinstance(ends, list) else [ends]
         self.padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -150,8 +146,8 @@ class _Answerer:
         """Answers in order; those that come early wait for their turn."""
         early: dict[int, Answer] = {}
         next_place = 0
-        for rows, images in self._with_images(self._batches(questions, prompts, batch_size), workers):
-            for row, text in zip(rows, self._texts(rows, images), strict=True):
+        for rows, loading in self._with_images(self._batches(questions, prompts, batch_size), workers):
+            for row, text in zip(rows, self._texts(rows, loading), strict=True):
                 early[row.place] = Answer(row.question, row.prompt, text)
             while next_place in early:
                 yield early.pop(next_place)
@@ -170,72 +166,72 @@ class _Answerer:
             for first in range(0, len(rows), batch_size):
                 yield rows[first : first + batch_size]
 
-    def _with_images(self, batches: Iterator[list[_Row]], workers: int) -> Iterator[tuple[list[_Row], _LoadedImages]]:
+    def _with_images(self, batches: Iterator[list[_Row]], workers: int) -> Iterator[tuple[list[_Row], _Loading]]:
         """Batches with their images, which threads prepare while earlier batches are answered."""
-        if not workers:
+        waiting: deque[tuple[list[_Row], _Loading]] = deque()
+        pool = ThreadPoolExecutor(workers)
+        try:
             for rows in batches:
-                distinct, of_row = distinct_images(rows)
-                yield rows, self._loaded([self._load(image) for image in distinct], of_row)
-            return
-        waiting: deque[tuple[list[_Row], list[Future[Any]], list[list[int]]]] = deque()
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                for rows in batches:
-                    distinct, of_row = distinct_images(rows)
-                    waiting.append((rows, [pool.submit(self._load, image) for image in distinct], of_row))
-                    if len(waiting) > BATCHES_AHEAD:
-                        yield self._finished(*waiting.popleft())
-                while waiting:
-                    yield self._finished(*waiting.popleft())
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                shown = {key_of(image): (image, row.question) for row in rows for image in row.question.images}
+                waiting.append((rows, {key: pool.submit(self._load, *image) for key, image in shown.items()}))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _finished(
-        self, rows: list[_Row], futures: list[Future[Any]], of_row: list[list[int]]
-    ) -> tuple[list[_Row], _LoadedImages]:
-        return rows, self._loaded([future.result() for future in futures], of_row)
-
-    def _loaded(self, loaded: list[tuple[Tensor, tuple[int, int]]], of_row: list[list[int]]) -> _LoadedImages:
-        return _LoadedImages([pixels for pixels, _ in loaded], [size for _, size in loaded], of_row)
-
-    def _load(self, source: ImageSource) -> tuple[Tensor, tuple[int, int]]:
-        """Pixels for the tower, and width and height of the image as it came."""
-        image = open_image(source)
+    def _load(self, source: ImageSource, question: Question) -> tuple[Tensor, tuple[int, int]]:
+        image = open_image(source, f"question {question.question_id!r}")
         return process_images([image], self.image_processor, self.model.config)[0], image.size
 
-    def _texts(self, rows: list[_Row], images: _LoadedImages) -> list[str]:
+    def _texts(self, rows: list[_Row], loading: _Loading) -> list[str]:
         try:
-            return self._generate(rows, images)
+            return self._generate(rows, loading)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
         torch.cuda.empty_cache()  # outside the handler, whose traceback keeps the batch's tensors alive
         half = len(rows) // 2
-        return [
-            text
-            for part in (slice(None, half), slice(half, None))
-            for text in self._texts(rows[part], images._replace(of_row=images.of_row[part]))
-        ]
+        return self._texts(rows[:half], loading) + self._texts(rows[half:], loading)
 
     @torch.inference_mode()
-    def _generate(self, rows: list[_Row], images: _LoadedImages) -> list[str]:
+    def _generate(self, rows: list[_Row], loading: _Loading) -> list[str]:
+        shown = [[key_of(image) for image in row.question.images] for row in rows]
+        keys = list(dict.fromkeys(key for row in shown for key in row))
+        images = [loading[key].result() for key in keys]
+        images_of_row = [[keys.index(key) for key in row] for row in shown]
+        self._warn_of_long_prompts(rows, [[images[i][1] for i in row] for row in images_of_row])
         options = self.settings.options()
         if self.stop_string is not None:
             no_prompt = torch.empty(len(rows), 0, dtype=torch.long)  # `generate` hands over new tokens alone
             options["stopping_criteria"] = [KeywordsStoppingCriteria([self.stop_string], self.tokenizer, no_prompt)]
         cuda = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda, enabled=self.settings.temperature > 0):
+        with torch.random.fork_rng(cuda):
             torch.manual_seed(self.settings.seed + zlib.crc32(str(rows[0].question.question_id).encode()))
             new_ids = generate_sharing(
                 self.model,
                 [row.ids for row in rows],
-                images.pixels,
-                images.sizes,
-                images.of_row,
+                [pixels for pixels, _ in images],
+                [size for _, size in images],
+                images_of_row,
                 pad_token_id=self.padding,
                 **options,
             )
         return [self._text(ids) for ids in new_ids.tolist()]
+
+    def _warn_of_long_prompts(self, rows: list[_Row], image_sizes: list[list[tuple[int, int]]]) -> None:
+        for row, sizes in zip(rows, image_sizes, strict=True):
+            length = len(row.ids) + sum(self.model.visual_tokens_of(size) - 1 for size in sizes)
+            if length > self.longest:  # so that a file of long prompts is not a file of warnings
+                logger.warning(
+                    "question %r: its prompt has %d tokens, images included, and the model knows %d positions; "
+                    "answers to such prompts are of little worth",
+                    row.question.question_id,
+                    length,
+                    self.model.config.max_position_embeddings,
+                )
+                self.longest = length
 
     def _text(self, ids: list[int]) -> str:
         """An answer's ids as text, up to what ended it; after that there is only padding."""
@@ -244,18 +240,6 @@ class _Answerer:
         return (text.split(self.stop_string)[0] if self.stop_string is not None else text).strip()
 
 
-def distinct_images(rows: Sequence[_Row]) -> tuple[list[ImageSource], list[list[int]]]:
-    """The images of a batch, each once, and for each row the indices of its own."""
-    index_of: dict[Any, int] = {}
-    distinct: list[ImageSource] = []
-    of_row: list[list[int]] = []
-    for row in rows:
-        indices = []
-        for image in row.question.images:
-            key = id(image) if isinstance(image, Image.Image) else image
-            if key not in index_of:
-                index_of[key] = len(distinct)
-                distinct.append(image)
-            indices.append(index_of[key])
-        of_row.append(indices)
-    return distinct, of_row
+def key_of(image: ImageSource) -> Any:
+    """Equal for images that need to be read once."""
+    return id(image) if isinstance(image, Image.Image) else image

@@ -7,16 +7,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from PIL import Image
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle
-from llava.mm_utils import load_rgb_image, require_image_tokens
+from llava.mm_utils import UnreadableImageError, load_rgb_image, require_image_tokens
 
 ImageSource = str | Path | bytes | Image.Image
 """A path, the bytes of an image file, or a picture."""
+
+_READING = Lock()
+"""Held while a picture reads its file, which it opens lazily and without a thought of threads."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,23 @@ def require_images(questions: Sequence[Question]) -> None:
         )
 
 
-def open_image(source: ImageSource) -> Image.Image:
+def open_image(source: ImageSource, where: str = "an image") -> Image.Image:
     """The picture, as RGB.
+
+    Args:
+        source: where it comes from. A picture that is not read yet is read once, even by threads that share it.
+        where: names it in errors, where it has no path.
 
     Raises:
         OSError: it cannot be read.
     """
-    if isinstance(source, Image.Image):
-        return source if source.mode == "RGB" else source.convert("RGB")
-    if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source)).convert("RGB")
-    return load_rgb_image(source)
+    if isinstance(source, str | Path):
+        return load_rgb_image(source)
+    try:
+        if isinstance(source, bytes):
+            return Image.open(io.BytesIO(source)).convert("RGB")
+        with _READING:
+            source.load()
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"{where}: its image cannot be decoded ({error})") from error
+    return source if source.mode == "RGB" else source.convert("RGB")

@@ -91,7 +91,7 @@ def eval_model(args: Any) -> str:
         logger.warning("--conv-mode %s is used; the checkpoint's own seems to be %s", args.conv_mode, own_mode)
     question = Question("--query", args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN), tuple(images))
     template = template_named(args.conv_mode or own_mode)
-    answers = answer_questions([question], tokenizer, model, image_processor, template, settings_of(args), workers=0)
+    answers = answer_questions([question], tokenizer, model, image_processor, template, settings_of(args))
     text = next(answers).text
     print(text)
     return text

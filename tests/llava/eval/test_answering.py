@@ -15,6 +15,7 @@ from llava.conversation import conv_templates
 from llava.eval import answering
 from llava.eval.answering import GenerationSettings, Question, answer_questions, prompt_of
 from llava.eval.questions import open_image
+from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import LoadedModel
 
 SETTINGS = GenerationSettings(max_new_tokens=8)
@@ -46,11 +47,11 @@ def test_answers_are_upstreams(tiny: LoadedModel, goldens: Path, mode: str, aske
     assert [answer.text for answer in answers] == recorded
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(1, 4), (3, 1), (4, 0), (16, 4)])
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 4), (3, 1), (4, 2), (16, 4)])
 def test_answers_come_in_order_and_are_those_of_one_at_a_time(
     tiny: LoadedModel, mixed_questions: list[Question], batch_size: int, workers: int
 ) -> None:
-    one_by_one = [texts(tiny, [question], workers=0)[0] for question in mixed_questions]
+    one_by_one = [texts(tiny, [question])[0] for question in mixed_questions]
     template = conv_templates["v1"]
     answers = list(
         answer_questions(mixed_questions, *tiny[:3], template, SETTINGS, batch_size=batch_size, workers=workers)
@@ -66,6 +67,34 @@ def test_an_image_is_a_path_or_bytes_or_a_picture(tiny: LoadedModel) -> None:
     answers = texts(tiny, [Question(place, "What?", (image,)) for place, image in enumerate(forms)], batch_size=4)
     assert len(set(answers)) == 1
     assert open_image(Image.new("L", (4, 4))).mode == "RGB"
+
+
+def test_a_picture_that_is_not_read_yet_may_be_shared_by_questions(tiny: LoadedModel, tmp_path: Path) -> None:
+    noise = torch.randint(256, (1500, 1500, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(tmp_path / "noise.png")
+    questions = [Question("q", "What?", (Image.open(tmp_path / "noise.png"),))] * 4
+    assert len(set(texts(tiny, questions, GenerationSettings(max_new_tokens=2)))) == 1
+
+
+@pytest.mark.parametrize("content", [b"no image", b"cut off"])
+def test_an_image_that_cannot_be_read_is_told_with_its_question(tiny: LoadedModel, content: bytes) -> None:
+    image = Path("images/im0.png").read_bytes()[:-300] if content == b"cut off" else content
+    with pytest.raises(OSError, match=r"question 'q7': its image cannot be decoded \(.+\)"):
+        texts(tiny, [Question("q7", "What?", (image,))])
+
+
+def test_a_prompt_beyond_the_length_of_training_is_read_whole(
+    tiny: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    questions = [Question("q", "What is this? " * 9, (Path("images/im0.png"),)), Question("p", "And? " * 30)]
+    expected = texts(tiny, questions)
+    assert not caplog.messages
+    tiny.model.config.tokenizer_model_max_length = 20
+    assert texts(tiny, questions, batch_size=2) == expected
+    tiny.model.config.max_position_embeddings = 20
+    texts(tiny, questions[:1] * 2)
+    length = len(tokenizer_image_token(prompt_of(questions[0], conv_templates["v1"]), tiny.tokenizer)) + 15
+    assert [message.split(",")[0] for message in caplog.messages] == [f"question 'q': its prompt has {length} tokens"]
 
 
 def test_an_answer_ends_where_the_template_closes_it(tiny: LoadedModel) -> None:
@@ -126,11 +155,11 @@ def test_a_batch_too_large_for_the_device_is_halved(
     generate = answering.generate_sharing
     sizes: list[int] = []
 
-    def with_little_memory(model: Any, prompts: list[list[int]], *rest: Any, **options: Any) -> Any:
+    def with_little_memory(model: Any, prompts: list[list[int]], images: list[Any], *rest: Any, **options: Any) -> Any:
         sizes.append(len(prompts))
-        if len(prompts) > 2:
+        if len(prompts) > 2 or len(images) > 2:
             raise torch.OutOfMemoryError
-        return generate(model, prompts, *rest, **options)
+        return generate(model, prompts, images, *rest, **options)
 
     monkeypatch.setattr(answering, "generate_sharing", with_little_memory)
     assert texts(tiny, mixed_questions, batch_size=8) == expected
@@ -143,6 +172,7 @@ def test_draws_follow_the_seed_and_leave_the_programs_own_draws_alone(
     torch.manual_seed(5)
     expected = torch.rand(2).tolist()
     torch.manual_seed(5)
+    texts(tiny, mixed_questions[:1])
     first = texts(tiny, mixed_questions, GenerationSettings(1.0, seed=1, max_new_tokens=8), batch_size=4)
     assert torch.rand(2).tolist() == expected
     assert first == texts(tiny, mixed_questions, GenerationSettings(1.0, seed=1, max_new_tokens=8), batch_size=4)

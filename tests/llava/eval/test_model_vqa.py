@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(flags: dict[str, Any], mo
     model_vqa_loader.eval_model(SimpleNamespace(**flags))
     assert asked == [3, "none", 9]
     assert path.read_bytes() == whole
-    model_vqa_loader.eval_model(SimpleNamespace(**flags, workers=0))
+    model_vqa_loader.eval_model(SimpleNamespace(**flags, workers=1))
     assert len(asked) == 3
     assert path.read_bytes() == whole
 
