@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,12 @@ class AnswerLog:
     def _keep(self, answers: dict[str, str]) -> None:
         self._known |= answers
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps([key, answer], ensure_ascii=False) + "\n" for key, answer in answers.items())
+        with self._path.open("a", encoding="ascii") as stream:
+            stream.writelines(json.dumps([key, answer]) + "\n" for key, answer in answers.items())
 
     def _read(self, path: Path) -> None:
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):  # the last line of a process that was killed may be cut
-                key, answer = json.loads(line)
-                self._known[key] = answer
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]  # the last line of a process that was killed may be cut
+        self._known |= dict(json.loads(line) for line in whole.splitlines())
+        if path == self._path and whole != content:  # or the next line would be glued to it
+            os.truncate(path, len(whole))
