@@ -18,8 +18,7 @@ from patch_aligned.results.run_file import Sample, Score
 
 ID_COLUMNS = ("question_id", "questionId", "id", "index", "image_id")
 IMAGE_COLUMNS = ("scene", "image_source", "image_id", "image")  # the miniature's, POPE's, TextVQA's, RefCOCO's
-_ROUNDING = 5e-4  # MMMU and CMMMU round their shares to three digits
-_FACTORS = (1.0, 100.0)  # rows are shares where the score is in points
+_ROUNDING = 5e-4  # MMMU's share comes rounded, to three digits or five
 
 
 class UnscoredError(RuntimeError):
@@ -55,13 +54,12 @@ def scores_and_samples(
             missing[metric] = f"no number: lmms-eval gave {value!r} for {len(having)} rows"
             continue
         numbers = _numbers_of_rows(benchmark, metric, [rows[number][metric] for number in having], evaluated)
-        factor = _factor(numbers, value)
         stderr = None
-        if numbers and factor:
-            for number, share in zip(having, numbers, strict=True):
-                by_row[number][metric] = factor * share
+        if numbers and abs(statistics.fmean(numbers) - value) <= _ROUNDING:
+            for row, of_row in zip(having, numbers, strict=True):
+                by_row[row][metric] = of_row
             if len(numbers) > 1:
-                stderr = factor * statistics.stdev(numbers) / math.sqrt(len(numbers))
+                stderr = statistics.stdev(numbers) / math.sqrt(len(numbers))
         scores[metric] = Score(float(value), stderr, len(having), benchmark.unit)
     if benchmark.headline is not None and benchmark.headline not in scores:
         missing.setdefault(benchmark.headline, "no number: no row has one")
@@ -99,20 +97,12 @@ def _numbers_of_rows(
     """What each row alone scores, or None where that means nothing."""
     if all(isinstance(item, int | float) for item in items):
         return [float(item) for item in items]
+    if "judge" in benchmark.needs:  # MM-Vet's marks, from 0 to 1
+        return [100.0 * item["score"] for item in items]
     if benchmark.mean_of_rows:
         with contextlib.redirect_stdout(io.StringIO()):  # scorers print what they find
             return [float(evaluated.aggregations[metric]([item])) for item in items]
-    if metric == benchmark.headline and all(isinstance(item, dict) and "score" in item for item in items):
-        return [float(item["score"]) for item in items]
     return None
-
-
-def _factor(numbers: list[float] | None, value: float) -> float | None:
-    """What turns the mean of the rows into the score; None where it is no such mean."""
-    if not numbers:
-        return None
-    mean = statistics.fmean(numbers)
-    return next((factor for factor in _FACTORS if abs(factor * mean - value) <= factor * _ROUNDING), None)
 
 
 def _refuse_unscored(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> None:
@@ -133,4 +123,5 @@ def _text(answers: Any) -> str:
 
 
 def _plain(target: Any) -> Any:
-    return json.loads(json.dumps(target, default=str))
+    """As JSON can hold it, which has no NaN: the answer to a row of a split without answers."""
+    return json.loads(json.dumps(target, default=str), parse_constant=str)

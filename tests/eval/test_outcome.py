@@ -68,6 +68,22 @@ def test_a_sum_has_no_standard_error_and_no_number_is_no_score() -> None:
     assert missing == {"mme_perception_score": "no number: no row has one"}
 
 
+@pytest.mark.parametrize(
+    ("name", "metric", "value"),
+    [("pope", "pope_f1_score", 0.5), ("mme", "mme_perception_score", 50.0)],  # F1 of one hit, one miss, one false alarm
+)
+def test_what_is_a_mean_by_chance_has_no_standard_error_and_no_rows(name: str, metric: str, value: float) -> None:
+    rows: list[dict[str, Any]] = [{metric: {"score": score}} for score in (1.0, 0.0, 0.0, 1.0)]
+    scores, _, samples = scores_and_samples(BENCHMARKS[name], evaluated({metric: value}, rows))
+    assert scores[metric].stderr is None
+    assert [sample.scores for sample in samples] == [{}] * 4
+
+
+def test_a_right_answer_that_no_one_knows_is_kept_as_text() -> None:
+    _, _, (sample,) = scores_and_samples(BENCHMARKS["vizwiz_test"], evaluated({}, [{"target": [float("nan"), None]}]))
+    assert sample.target == ["NaN", None]
+
+
 def test_rows_without_a_mark_of_the_judge_are_no_zeros() -> None:
     rows = [{"gpt_eval_score": {"score": 0.0, "eval_model": name}} for name in ("judge", "")]
     with pytest.raises(UnscoredError, match=r"mmvet: the judge did not score 1 of 2 rows.*next: the same command"):
