@@ -183,30 +183,37 @@ def load_tower(
 
     Args:
         sources: the projectors.
-        vision_tower: folder or hub name; None takes it from the first config that names one.
-        image_aspect_ratio: `square` or `pad`; None takes it from the first config, else `square`.
+        vision_tower: folder or hub name; None takes it from the configs.
+        image_aspect_ratio: `square` or `pad`; None takes it from the configs, `square` where none says it.
         device: where the tower runs.
 
     Raises:
-        ValueError: no tower is named, or the projectors read different layers.
+        ValueError: no tower is named, or the projectors were trained on different features and no argument decides.
     """
     configs = {source.name: source.config for source in sources if source.config}
-    name = vision_tower or next((c["mm_vision_tower"] for c in configs.values() if c.get("mm_vision_tower")), None)
+    name = vision_tower or _agreed(configs, "mm_vision_tower", None, "If all read the same one, pass --vision-tower.")
     if name is None:
         raise ValueError("No vision tower is named by any projector's config.json: pass --vision-tower PATH.")
-    shared: dict[str, Any] = {}
-    for key, default in (("mm_vision_select_layer", -2), ("mm_vision_select_feature", "patch")):
-        values = {projector: config.get(key, default) for projector, config in configs.items()}
-        if len(set(values.values())) > 1:
-            raise ValueError(
-                f"The projectors were trained on different features: {key} is {values}. Measure them apart."
-            )
-        shared[key] = next(iter(values.values()), default)
-    trained_with = next((c["image_aspect_ratio"] for c in configs.values() if c.get("image_aspect_ratio")), "square")
+    ratio = image_aspect_ratio or _agreed(
+        configs, "image_aspect_ratio", None, "Pass --image-aspect-ratio to measure all on the same images."
+    )
     return SharedTower(
         name,
-        image_aspect_ratio or trained_with,
-        shared["mm_vision_select_layer"],
-        shared["mm_vision_select_feature"],
+        ratio or "square",
+        _agreed(configs, "mm_vision_select_layer", -2, "Measure them apart."),
+        _agreed(configs, "mm_vision_select_feature", "patch", "Measure them apart."),
         device,
     )
+
+
+def _agreed(configs: Mapping[str, Mapping[str, Any]], key: str, default: Any, remedy: str) -> Any:
+    """What all configs say of a key; those that are silent mean `default`, or with None leave it to the others.
+
+    Raises:
+        ValueError: they disagree; `remedy` says what to do.
+    """
+    values = {projector: config.get(key, default) for projector, config in configs.items()}
+    said = {projector: value for projector, value in values.items() if value is not None}
+    if len(set(said.values())) > 1:
+        raise ValueError(f"The projectors were trained on different features: {key} is {said}. {remedy}")
+    return next(iter(said.values()), default)

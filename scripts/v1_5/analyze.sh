@@ -3,7 +3,8 @@
 # patch-aligned one, side by side in one report. Ends with whether Align(V, W) and the cosine rise in this order.
 #
 # Every value in capitals is a default: set the variable of that name to change it. Any flag of `patch-aligned analyze`
-# may follow the script's name, such as --projector finetuned=FOLDER. Paths count from the root of the repository.
+# may follow the script's name, such as --projector finetuned=FOLDER --image_aspect_ratio square: stage 2 pads its
+# images, so one way must be chosen for all. Paths count from the root of the repository.
 #
 #   PRESET=mini RUN=FOLDER             the projectors of scripts/quickstart.sh, on CPU
 #   CAPTIONS=FOLDER PATCH_ALIGNED=FOLDER BASE=PATH     others

@@ -121,13 +121,27 @@ def test_a_whole_models_projector_is_not_that_of_an_earlier_stage_beside_it(gold
     assert ProjectorSource.parse("full=tiny-llava").is_full_checkpoint
 
 
-def test_projectors_of_different_layers_are_not_measured_together(golden_world: Path, goldens: Path):
+@pytest.mark.parametrize(
+    ("changed", "message", "arguments"),
+    [
+        ({"mm_vision_select_layer": -1}, r"mm_vision_select_layer is \{'a': -2, 'b': -1\}.*Measure them apart", None),
+        ({"mm_vision_tower": "tiny-siglip"}, r"mm_vision_tower is .*pass --vision-tower", ("tiny-clip", None)),
+        ({"image_aspect_ratio": "pad"}, r"image_aspect_ratio is .*Pass --image-aspect-ratio", (None, "pad")),
+    ],
+)
+def test_projectors_of_different_features_are_measured_together_only_where_one_is_chosen(
+    golden_world: Path, goldens: Path, changed: dict, message: str, arguments: tuple | None
+):
     shutil.copytree(goldens / "ckpt_stage1", "other")
     config = json.loads(Path("other/config.json").read_text())
-    Path("other/config.json").write_text(json.dumps(config | {"mm_vision_select_layer": -1}))
+    assert config["image_aspect_ratio"] == "square"
+    Path("other/config.json").write_text(json.dumps(config | changed))
     sources = parse_projectors([f"a={goldens / 'ckpt_stage1'}", "b=other"])
-    with pytest.raises(ValueError, match=r"mm_vision_select_layer is \{'a': -2, 'b': -1\}"):
+    with pytest.raises(ValueError, match=message):
         load_tower(sources, None, None, "cpu")
+    if arguments:
+        tower = load_tower(sources, *arguments, "cpu")
+        assert tower.image_aspect_ratio == (arguments[1] or "square")
 
 
 def test_a_trained_tower_cannot_be_shared(golden_world: Path):
