@@ -54,7 +54,7 @@ class AnswersFile:
             return []
         try:
             old = json.loads(self.run_path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             logger.warning("%s is started anew: nothing says which run its answers are from", self.path)
             return []
         if different := [key for key in self.description if old.get(key) != self.description[key]]:

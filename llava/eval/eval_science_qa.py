@@ -107,7 +107,13 @@ def read_split(base_dir: str, split: str, answered: Sequence[str]) -> dict[str, 
         hint = f"; they are to {others[0]}: pass --split {others[0]}" if others else ""
         raise ValueError(f"none of the {len(answered)} answers is to a question of split {split}{hint}")
     problems = read_json(problems_file, "ScienceQA's problems by id", dict)
-    return {name: field(problems, name, dict, str(problems_file)) for name in ids_of[split]}
+    for name in ids_of[split]:
+        where = f"{problems_file}, problem {name}"
+        problem = field(problems, name, dict, str(problems_file))
+        choices, right = field(problem, "choices", list, where), field(problem, "answer", int, where)
+        if not 0 <= right < len(choices):
+            raise ValueError(f"{where}, field `answer`: found {right}, but there are {len(choices)} choices, from 0 on")
+    return {name: problems[name] for name in ids_of[split]}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import csv
 import io
 import sys
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from llava.eval.answering_command import answer_to_file, question_parser, with_defaults
 from llava.eval.command import run_command
@@ -72,7 +73,7 @@ def rounds_of(row: dict[str, str], where: str, all_rounds: bool, option_letter: 
         option_letter: closes each question; empty for none.
 
     Raises:
-        ValueError: the image is not base64, or the index no number.
+        ValueError: the image is none, or not in base64, or the index no number.
     """
     options: list[str] = []
     for letter in LETTERS:
@@ -82,9 +83,10 @@ def rounds_of(row: dict[str, str], where: str, all_rounds: bool, option_letter: 
     letters = list(LETTERS[: len(options)])
     try:
         index, image = int(row["index"]), base64.b64decode(row["image"], validate=True)
-    except (ValueError, binascii.Error) as error:
+        Image.open(io.BytesIO(image))
+    except (ValueError, OSError) as error:
         found = f"index {row['index'][:20]!r}, image of {len(row['image'])} characters"
-        raise ValueError(f"{where}: {error} (found {found}); expected a number and base64") from None
+        raise ValueError(f"{where}: {error} (found {found}); expected a number and an image as base64") from None
     hint = [] if is_empty(row["hint"]) else [row["hint"]]
     questions = []
     for turn in range(len(options) if all_rounds else 1):

@@ -66,15 +66,19 @@ def read_json(path: str | Path, what: str, kind: type) -> Any:
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """The text of a file.
+    """The text of a file, without a byte order mark.
 
     Raises:
         FileNotFoundError: naming `what` was to be there.
+        ValueError: it is no UTF-8.
     """
     place = Path(path).expanduser()
     if not place.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {what}")
-    return place.read_text(encoding="utf-8")
+    try:
+        return place.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 ({error.reason} at byte {error.start}); expected {what}") from None
 
 
 def field(record: Mapping[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:

@@ -199,7 +199,8 @@ def test_mmbench_asks_once_for_each_place_of_the_options(flags: dict[str, Any]) 
     ("rows", "drop", "message"),
     [
         ([{}], "hint", r"mmb\.tsv: no column hint"),
-        ([{"image": "%%%"}], "", r"mmb\.tsv, row 1: .*expected a number and base64"),
+        ([{"image": "%%%"}], "", r"mmb\.tsv, row 1: .*expected a number and an image as base64"),
+        ([{}, {"image": "bm9uZQ=="}], "", r"mmb\.tsv, row 2: cannot identify image file .*expected a number and an"),
         ([{}, {"index": "x"}], "", r"mmb\.tsv, row 2: .*index 'x'"),
     ],
 )

@@ -54,6 +54,15 @@ def test_line_separators_inside_a_text_do_not_end_a_record(tmp_path: Path) -> No
     assert read_jsonl(path, "texts") == [{"text": "a\u2028b\x85c"}]
 
 
+def test_files_of_windows_editors_are_read_and_others_than_utf8_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n')
+    assert read_jsonl(path, "texts") == [{"text": "a"}]
+    path.write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"q\.jsonl: no UTF-8 \(.+ at byte 13\); expected texts"):
+        read_jsonl(path, "texts")
+
+
 @pytest.mark.parametrize(("count", "chunks"), [(10, 3), (5, 4), (3, 8), (0, 2), (8, 8)])
 def test_chunks_are_upstreams_and_the_missing_ones_are_empty(count: int, chunks: int) -> None:
     items = list(range(count))

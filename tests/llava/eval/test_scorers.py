@@ -74,6 +74,14 @@ def test_a_pope_model_that_never_says_yes_has_precision_0() -> None:
     assert (scores.precision, scores.recall, scores.f1, scores.accuracy) == (0, 0, 0, 0.5)
 
 
+def test_pope_questions_without_image_and_text_are_taken_by_their_place(tmp_path: Path) -> None:
+    flags = pope_files(tmp_path)
+    questions = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    expected = eval_pope.score_files(flags[1], flags[3], f"{tmp_path}/a.jsonl")
+    write_jsonl(tmp_path / "q.jsonl", [{name: q[name] for name in ("question_id", "category")} for q in questions])
+    assert eval_pope.score_files(flags[1], flags[3], f"{tmp_path}/a.jsonl") == expected
+
+
 @pytest.mark.parametrize(
     ("breakage", "message"),
     [
@@ -251,6 +259,22 @@ def test_science_answers_to_another_split_are_refused(
     args = eval_science_qa.argument_parser().parse_args([*science_files(tmp_path, answers), *flags])
     with pytest.raises(ValueError) as caught:
         eval_science_qa.main(args)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        ({"answer": 0}, "problem 1: no field `choices`"),
+        ({"choices": ["x", "y"], "answer": 2}, "problem 1, field `answer`: found 2, but there are 2 choices"),
+    ],
+)
+def test_a_broken_science_problem_is_named(tmp_path: Path, problem: dict[str, Any], message: str) -> None:
+    science_files(tmp_path, [])
+    path = tmp_path / "problems.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "1": problem}))
+    with pytest.raises(ValueError) as caught:
+        eval_science_qa.read_split(str(tmp_path), "test", ["0"])
     assert message in str(caught.value)
 
 
