@@ -13,6 +13,7 @@ from patch_aligned.analysis.model_families import family_of, load_family
 from patch_aligned.analysis.projector_sources import (
     default_config_of,
     load_tower,
+    name_and_place,
     parse_projectors,
     require_distinct,
 )
@@ -57,18 +58,16 @@ def load_models(
         FileNotFoundError: there is no such path.
     """
     _require_device(device)
-    named = [_name_and_path(specification) for specification in specifications]
-    of_families = {name: path for name, path in named if path is not None and family_of(path)}
-    own = [
-        specification for specification, (name, _) in zip(specifications, named, strict=True) if name not in of_families
-    ]
-    names = [name for name, _ in named]
+    places = [name_and_place(specification) for specification in specifications]
+    names = [name for name, _ in places]
     require_distinct(names)
+    of_families = {name: Path(place) for name, place in places if family_of(Path(place))}
+    own = [f"{name}={place}" for name, place in places if name not in of_families]
     sources = parse_projectors(own) if own or not of_families else []
+    if base is None and not all(source.is_full_checkpoint for source in sources):
+        raise ValueError("--base is missing: projectors are compared with the word embeddings of their LLM.")
     models = {name: AnalysedModel(*load_family(name, path, device)) for name, path in of_families.items()}
     if sources:
-        if base is None and not all(source.is_full_checkpoint for source in sources):
-            raise ValueError("--base is missing: projectors are compared with the word embeddings of their LLM.")
         tower = load_tower(sources, vision_tower, image_aspect_ratio, device)
         words = WordEmbeddings.load(base or str(sources[0].path))
         for source in sources:
@@ -89,8 +88,3 @@ def _require_device(device: str) -> None:
         raise ValueError(f"--device {device}: torch knows no such device. Pass cpu, cuda or cuda:1.") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no CUDA device here. Pass --device cpu.")
-
-
-def _name_and_path(specification: str) -> tuple[str, Path | None]:
-    name, _, value = specification.partition("=")
-    return name, Path(value) if value else None

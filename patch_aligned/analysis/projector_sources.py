@@ -54,19 +54,14 @@ class ProjectorSource:
             FileNotFoundError: there is no such path, or the folder holds no weights.
         """
         where = f"--projector {specification}"
-        name, _, value = specification.partition("=")
-        if not name or not value:
-            raise ValueError(
-                f"{where}: expected NAME=PATH or NAME=random[:SEED], "
-                "for example --projector llava=checkpoints/llava-v1.5-7b-pretrain"
-            )
+        name, value = name_and_place(specification)
         if match := re.fullmatch(r"random(?::(\d+))?", value):
             return cls(name, None, int(match.group(1) or 0), {})
         path = Path(value)
         if not path.exists():
             raise FileNotFoundError(
-                f"{where}: there is no {path}. Stage 1 writes mm_projector.bin and config.json to its --output_dir: "
-                "pass that folder."
+                f"{where}: there is no {path}. Pass an --output_dir of stage 1, with its mm_projector.bin and config.json, or "
+                "the folder of a whole model; one on the hub comes by: hf download NAME --local-dir FOLDER."
             )
         config_file = (path if path.is_dir() else path.parent) / "config.json"
         config = json.loads(config_file.read_text()) if config_file.is_file() else {}
@@ -129,6 +124,21 @@ class ProjectorSource:
             load_projector(projector, state, self.path)
         source = str(self.path or f"random weights, seed {self.seed}, {config.get('mm_projector_type', 'linear')}")
         return MeasuredProjector(self.name, source, projector.to(tower.device, torch.float32).eval(), words, build)
+
+
+def name_and_place(specification: str) -> tuple[str, str]:
+    """The two sides of `NAME=PATH`.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    name, _, place = specification.partition("=")
+    if not name or not place:
+        raise ValueError(
+            f"--projector {specification}: expected NAME=PATH or NAME=random[:SEED], "
+            "for example --projector llava=checkpoints/llava-v1.5-7b-pretrain"
+        )
+    return name, place
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:

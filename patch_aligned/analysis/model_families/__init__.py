@@ -24,13 +24,24 @@ FAMILY_MODULES = {
 
 
 def family_of(path: Path) -> str | None:
-    """The module for a checkpoint's folder; None if it is LLaVA's own, or of no known family."""
+    """The module for a checkpoint's folder; None if it is no folder of transformers, such as LLaVA's own.
+
+    Raises:
+        ValueError: it is a model of transformers, but of no known family.
+    """
     file = path / "config.json"
     if not file.is_file():
         return None
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    # LLaVA's own configs may call themselves `llava` too, but have no parts.
-    return FAMILY_MODULES.get(config.get("model_type", "")) if "text_config" in config else None
+    if "text_config" not in config:  # LLaVA's own configs may call themselves `llava` too, but have no parts
+        return None
+    model_type = config.get("model_type", "")
+    if model_type not in FAMILY_MODULES:
+        raise ValueError(
+            f"{path}: config.json says model_type {model_type!r}; expected one of {', '.join(FAMILY_MODULES)}. "
+            "Another family is one file in patch_aligned/analysis/model_families."
+        )
+    return FAMILY_MODULES[model_type]
 
 
 def load_family(name: str, path: Path, device: str = "cpu") -> tuple[Tower, MeasuredProjector]:
@@ -38,18 +49,12 @@ def load_family(name: str, path: Path, device: str = "cpu") -> tuple[Tower, Meas
 
     Args:
         name: of the projector in tables.
-        path: the checkpoint's folder.
+        path: the checkpoint's folder, for which `family_of` names a module.
         device: where tower and projector run, in float32.
 
     Raises:
         ValueError: the family is unknown, or the checkpoint lacks a part.
     """
-    family = family_of(path)
-    if family is None:
-        raise ValueError(
-            f"{path}: config.json names none of the model types {', '.join(FAMILY_MODULES)}. Add a file to "
-            "patch_aligned/analysis/model_families for another family."
-        )
-    tower_class = importlib.import_module(f"{__name__}.{family}").FamilyTower
+    tower_class = importlib.import_module(f"{__name__}.{family_of(path)}").FamilyTower
     tower = tower_class(path, device)
     return tower, tower.measured_projector(name)

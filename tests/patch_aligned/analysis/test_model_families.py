@@ -36,6 +36,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from llava.convert.to_hf import to_hf
+from patch_aligned.analysis.analysed_models import load_models
 from patch_aligned.analysis.model_families import family_of, load_family
 
 SIDE, PATCH, WORDS = 32, 8, 1000
@@ -190,10 +191,10 @@ def test_embeddings_that_are_shorter_than_the_tokenizer_are_named(saved: Callabl
         load_family("tiny", path)
 
 
-def test_other_folders_are_of_no_family(golden_world: Path, tmp_path: Path):
+def test_llavas_own_folders_are_of_no_family_and_other_models_are_refused_by_type(golden_world: Path, tmp_path: Path):
     assert family_of(golden_world / "tiny-llava") is None  # LLaVA's own
     assert family_of(golden_world / "images") is None
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "text_config": {}}))
-    with pytest.raises(ValueError, match=r"none of the model types llava, llava_next, paligemma"):
-        load_family("x", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"'qwen2_vl'; expected one of llava, llava_next, paligemma"):
+        load_models([f"x={tmp_path / 'other'}"])
