@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,45 @@ class AnswerFileError(ValueError):
 
 
 class CaptionLog:
-    """Captions of one model with one prompt, in files of a folder: each process writes its own, and reads all."""
+    """Captions of one model with one prompt, in files of a folder: each process writes its own, and reads all.
 
-    def __init__(self, folder: Path, identity: str, rank: int = 0) -> None:
+    Attributes:
+        known: captions by the image's id, of those images whose file is the one that was captioned.
+    """
+
+    def __init__(self, folder: Path, identity: str, files: Mapping[str, Path], rank: int = 0) -> None:
         """Opens the log.
 
         Args:
             folder: of the files; made with the first caption.
             identity: stands for all that captions depend on besides the image; goes into the files' names.
+            files: where each image is, by its id.
             rank: of this process.
+
+        Raises:
+            AnswerFileError: a line is no caption.
         """
         self._path = folder / f"{identity}-{rank}.jsonl"
+        self._stamps = {image: _stamp(file) for image, file in files.items()}
         self.known: dict[str, str] = {}
         for path in sorted(folder.glob(f"{identity}-*.jsonl")):
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]  # the last line of a process that was killed may be cut
-            self.known |= dict(json.loads(line) for line in whole.splitlines())
+            for number, line in enumerate(whole.splitlines(), start=1):
+                try:
+                    image, stamp, caption = json.loads(line)
+                except (TypeError, ValueError) as error:
+                    raise AnswerFileError(f"{path}, line {number}: found no caption; next: delete the file") from error
+                if stamp == self._stamps.get(image):
+                    self.known[image] = caption
             if path == self._path and whole != content:  # or the next line would be glued to it
-                path.write_bytes(whole)
+                os.truncate(path, len(whole))  # other processes may be reading the lines that stay
 
     def keep(self, image: str, caption: str) -> None:
         """Adds a caption."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="ascii") as file:
-            file.write(json.dumps([image, caption]) + "\n")
+            file.write(json.dumps([image, self._stamps[image], caption]) + "\n")
         self.known[image] = caption
 
 
@@ -79,6 +95,12 @@ def read_answers(path: Path, images: Sequence[CaptionedImage]) -> dict[str, str]
             "references; are these the captions of the same images?"
         )
     return answers
+
+
+def _stamp(file: Path) -> list[int]:
+    """Changes with what is in a file: its size and the time of its last change."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _first(record: Any, names: tuple[str, ...], kind: Any, place: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from eval.captions.generate import Writer, describe_writer, device_of, write_cap
 from eval.captions.java import require_metrics
 from eval.captions.metrics import score_captions
 from eval.captions.record import as_run, as_text
-from eval.captions.references import image_files, read_references
+from eval.captions.references import CaptionedImage, image_files, read_references
 from eval.captions.spice import SpiceSetup, find_spice
 from eval.preflight import check_checkpoint
 from eval.processes import rank_and_count, shared, wait_for_all
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path
 from patch_aligned.checkpoint_hash import checkpoint_hash
-from patch_aligned.results.run_file import RESULT_FILE, ModelIdentity, read_run, write_run
+from patch_aligned.results.run_file import RESULT_FILE, ModelIdentity, read_run, rows_sha256, write_run
 
 ANSWERS = "answers"
 
@@ -67,8 +67,8 @@ def run(request: Request, say: Callable[[str], None]) -> None:
     assert writer is not None
     folder = (request.output or Path("runs", "eval", writer.model.name)) / request.caption_set.name
     if not request.again:
-        _refuse_another_run(folder, writer, request.limit)
-    log = CaptionLog(folder / ANSWERS, writer.identity, rank)
+        _refuse_another_run(folder, writer, request.limit, images)
+    log = CaptionLog(folder / ANSWERS, writer.identity, files, rank)
     wait_for_all()  # so that all see the same captions as missing
     missing = [image for image in images if image.id not in log.known]
     if own := missing[rank::processes]:
@@ -80,7 +80,7 @@ def run(request: Request, say: Callable[[str], None]) -> None:
         say(f"{folder / ANSWERS}: captions of {len(images)} images; next: the same command without --answers-only")
         return
 
-    known = CaptionLog(folder / ANSWERS, writer.identity).known
+    known = CaptionLog(folder / ANSWERS, writer.identity, files).known
     answers = {image.id: known[image.id] for image in images}
     scores = score_captions({image.id: image.captions for image in images}, answers, spice)
     result, samples = as_run(
@@ -113,8 +113,8 @@ def _check(request: Request) -> SpiceSetup | str:
     return find_spice(request.spice_jars, request.spice_java)
 
 
-def _refuse_another_run(folder: Path, writer: Writer, limit: int | None) -> None:
-    """Raises ValueError where a finished run of other weights or settings would be replaced."""
+def _refuse_another_run(folder: Path, writer: Writer, limit: int | None, images: Sequence[CaptionedImage]) -> None:
+    """Raises ValueError where a finished run of other weights, settings or images would be replaced."""
     if not (folder / RESULT_FILE).is_file():
         return
     there = read_run(folder)
@@ -126,6 +126,10 @@ def _refuse_another_run(folder: Path, writer: Writer, limit: int | None) -> None
         "dtype": (there.settings.dtype, writer.dtype),
         "number of new tokens": (there.settings.max_new_tokens, writer.max_new_tokens),
         "limit": (there.settings.limit, limit),
+        "set of images and captions (SHA-256)": (
+            there.data.rows_sha256,
+            rows_sha256((image.id, list(image.captions)) for image in images),
+        ),
     }
     for what, (found, asked) in compared.items():
         if found != asked:

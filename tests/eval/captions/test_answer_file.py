@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,55 @@ def write(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def test_all_processes_captions_of_one_identity_are_read(tmp_path: Path) -> None:
-    CaptionLog(tmp_path / "log", "one", 0).keep("a", "A “dog”\n on two lines\u2028")
-    CaptionLog(tmp_path / "log", "one", 1).keep("b", "")
-    CaptionLog(tmp_path / "log", "other").keep("c", "A car")
-    assert CaptionLog(tmp_path / "log", "one").known == {"a": "A “dog”\n on two lines\u2028", "b": ""}
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Three images."""
+    made = {name: tmp_path / f"{name}.png" for name in "abc"}
+    for name, path in made.items():
+        path.write_text(f"picture {name}")
+    return made
+
+
+def test_all_processes_captions_of_one_identity_are_read(tmp_path: Path, files: dict[str, Path]) -> None:
+    folder = tmp_path / "log"
+    CaptionLog(folder, "one", files, 0).keep("a", "A “dog”\n on two lines\u2028")
+    CaptionLog(folder, "one", files, 1).keep("b", "")
+    CaptionLog(folder, "other", files).keep("c", "A car")
+    assert CaptionLog(folder, "one", files).known == {"a": "A “dog”\n on two lines\u2028", "b": ""}
+
+
+def test_an_image_that_is_another_by_now_has_no_caption_yet(tmp_path: Path, files: dict[str, Path]) -> None:
+    for image in "abc":
+        CaptionLog(tmp_path, "one", files).keep(image, "A dog")
+    files["a"].write_text("another picture")
+    os.utime(files["b"], (1, 1))
+    del files["c"]  # not asked for
+    log = CaptionLog(tmp_path, "one", files)
+    assert log.known == {}
+    log.keep("a", "A cat")
+    assert CaptionLog(tmp_path, "one", files).known == {"a": "A cat"}
+
+
+@pytest.mark.parametrize("line", ["[", "7", '["a", "A dog"]'])
+def test_a_line_that_is_no_caption_is_told(tmp_path: Path, files: dict[str, Path], line: str) -> None:
+    CaptionLog(tmp_path, "one", files).keep("a", "A dog")
+    path = tmp_path / "one-0.jsonl"
+    path.write_text(f"{path.read_text()}{line}\n")
+    with pytest.raises(AnswerFileError, match=r"one-0\.jsonl, line 2: found no caption; next: delete the file"):
+        CaptionLog(tmp_path, "one", files)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_line_that_was_cut_off_is_lost_and_spoils_no_other(tmp_path: Path, rank: int) -> None:
-    log = CaptionLog(tmp_path, "one")
+def test_a_line_that_was_cut_off_is_lost_and_spoils_no_other(tmp_path: Path, files: dict[str, Path], rank: int) -> None:
+    log = CaptionLog(tmp_path, "one", files)
     log.keep("a", "A dog")
     log.keep("b", "Two cats")
     path = tmp_path / "one-0.jsonl"
     path.write_bytes(path.read_bytes()[:-4])
-    again = CaptionLog(tmp_path, "one", rank)
+    again = CaptionLog(tmp_path, "one", files, rank)
     assert again.known == {"a": "A dog"}
     again.keep("b", "Two cats")
-    assert CaptionLog(tmp_path, "one").known == {"a": "A dog", "b": "Two cats"}
+    assert CaptionLog(tmp_path, "one", files).known == {"a": "A dog", "b": "Two cats"}
 
 
 @pytest.mark.parametrize(

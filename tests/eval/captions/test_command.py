@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -160,7 +161,8 @@ def test_two_processes_share_the_images(world: Path) -> None:
         _, said = process.communicate(timeout=180)
         assert process.returncode == 0, said[-3000:]
     files = sorted(Path("two/captions_toy/answers").iterdir())
-    written = [dict(map(json.loads, path.read_text().splitlines())) for path in files]
+    lines = [map(json.loads, path.read_text().splitlines()) for path in files]
+    written = [{image: caption for image, _, caption in of_process} for of_process in lines]
     assert [list(captions) for captions in written] == [IMAGES[0::2], IMAGES[1::2]]
     assert written[0] | written[1] == {sample.id: sample.answer for sample in read_samples(RUN)}
 
@@ -172,6 +174,19 @@ def test_a_run_of_other_settings_is_replaced_only_on_request(world: Path) -> Non
     assert "holds a run with another limit: found 2, asked for None; next: another --output, or --again" in done.output
     assert caption(*STAGE_2, "--again").exit_code == 0
     assert read_run(RUN).settings.limit is None
+
+
+def test_images_of_the_same_names_have_captions_of_their_own(world: Path) -> None:
+    assert caption(*STAGE_2).exit_code == 0
+    first = [sample.answer for sample in read_samples(RUN)]
+    Path("others").mkdir()
+    for name, other in zip(IMAGES, IMAGES[::-1], strict=True):
+        shutil.copy(f"images/{name}", f"others/{other}")
+    Path("others.json").write_text(json.dumps([{"image": name, "captions": ["Another"]} for name in IMAGES]))
+    flags = (*STAGE_2, "--references", "others.json", "--image-folder", "others")
+    assert "holds a run with another set of images and captions (SHA-256): found '" in refused(*flags)
+    assert caption(*flags, "--again").exit_code == 0
+    assert [sample.answer for sample in read_samples(RUN)] == first[::-1]
 
 
 def test_what_is_wrong_is_told_before_the_model_is_loaded(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
