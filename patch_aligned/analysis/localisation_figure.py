@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from patch_aligned.analysis.figure_parts import bare, drawable, font_families
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -23,6 +25,7 @@ TRUTH_COLOUR = "#12b886"
 PREDICTION_COLOUR = "#f03e8a"
 HEAT_MAP = "magma"
 PANEL_INCHES = 1.55
+_LONGEST_LABEL, _LONGEST_NAME = 20, 28  # characters that fit above one panel, and above two in bold type
 _CHARACTER_INCHES = 0.066  # of the caption, on average and rather too wide
 
 
@@ -99,7 +102,8 @@ def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) 
     for row_index, row in enumerate(rows):
         truth_axes = figure.add_subplot(grid[row_index, 0])
         _draw_truth(truth_axes, row)
-        truth_axes.set_title(row.label, fontsize=9.5, pad=3, color="#212529")
+        title = drawable(row.label, _LONGEST_LABEL)
+        truth_axes.set_title(title, fontsize=9.5, pad=3, color="#212529", family=font_families(), parse_math=False)
         pairs: list[tuple[Axes, Axes]] = []
         for index, name in enumerate(names):
             heat_axes, mask_axes = (figure.add_subplot(grid[row_index, 3 * index + 2 + offset]) for offset in (0, 1))
@@ -155,17 +159,20 @@ def _head_columns(figure: Any, truth_axes: Axes, first: str, pairs: dict[str, tu
         figure.text((place.x0 + place.x1) / 2, top + 0.52 * head, kind, ha="center", fontsize=8.5, color="#495057")
     for name, (left, right) in pairs.items():
         start, end = left.get_position().x0, right.get_position().x1
-        figure.text((start + end) / 2, top + 0.86 * head, name, ha="center", fontsize=11, fontweight="bold")
+        figure.text(
+            (start + end) / 2, top + 0.86 * head, drawable(name, _LONGEST_NAME),
+            ha="center", fontsize=11, fontweight="bold", family=font_families(), parse_math=False,
+        )  # fmt: skip
 
 
 def _draw_truth(axes: Axes, row: PictureRow) -> None:
-    _bare(axes)
+    bare(axes)
     axes.imshow(row.image.numpy().transpose(1, 2, 0))
     _outline(axes, row.truth.numpy(), TRUTH_COLOUR)
 
 
 def _draw_heat(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
-    _bare(axes)
+    bare(axes)
     cosine = cell.cosine.numpy()
     side = row.truth.shape[0]
     axes.imshow(cosine, cmap=HEAT_MAP, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest")
@@ -174,7 +181,7 @@ def _draw_heat(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
 
 
 def _draw_prediction(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
-    _bare(axes)
+    bare(axes)
     predicted = _cells_to_pixels(cell.predicted.numpy().astype(float), row.truth.shape[0])
     axes.imshow(_dimmed(row, predicted))
     _outline(axes, predicted, PREDICTION_COLOUR)
@@ -206,10 +213,3 @@ def _outline(axes: Axes, mask: np.ndarray, colour: str, width: float = 1.3) -> N
             axes.contour(places, places, framed, levels=[0.5], colors=[line_colour], linewidths=line_width)
     axes.set_xlim(-0.5, mask.shape[1] - 0.5)
     axes.set_ylim(mask.shape[0] - 0.5, -0.5)
-
-
-def _bare(axes: Axes) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)

@@ -60,8 +60,8 @@ class ProjectorSource:
         path = Path(value)
         if not path.exists():
             raise FileNotFoundError(
-                f"{where}: there is no {path}. Pass an --output_dir of stage 1, with its mm_projector.bin and config.json, or "
-                "the folder of a whole model; one on the hub comes by: hf download NAME --local-dir FOLDER."
+                f"{where}: there is no {path}. Pass an --output_dir of stage 1, with mm_projector.bin and config.json, "
+                "or a whole model's folder; one on the hub comes by: hf download NAME --local-dir FOLDER."
             )
         config_file = (path if path.is_dir() else path.parent) / "config.json"
         config = json.loads(config_file.read_text()) if config_file.is_file() else {}

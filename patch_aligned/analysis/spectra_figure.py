@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from patch_aligned.analysis.analysis_results import Analysis, EntropyFigures
+from patch_aligned.analysis.figure_parts import drawable, font_families
 
+if TYPE_CHECKING:
+    from matplotlib.lines import Line2D
+
+_LONGEST_NAME = 60  # characters
 _COLOURS = ("#868e96", "#1c7ed6", "#e8590c", "#2f9e44", "#ae3ec9", "#e03131", "#0c8599", "#f08c00")
 _LOWEST = 1e-9  # shares below it are rounding
 
@@ -29,14 +35,16 @@ def save_spectra_figure(analysis: Analysis, path: Path) -> None:
     towers: dict[str, tuple[str, EntropyFigures]] = {}
     for name, model in analysis.models.items():
         towers.setdefault(model.tower, (name, model.entropy_before))
-    lines = len(towers) + len(analysis.models)
-    figure = Figure(figsize=(6.2, 3.6 + 0.2 * lines), facecolor="white", layout="constrained")
+    height = 3.6 + 0.2 * (len(towers) + len(analysis.models))  # inches, of them 0.2 a line of the legend
+    figure = Figure(figsize=(6.2, height), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
+    lines: list[Line2D] = []
+    labels: list[str] = []
 
     def draw(entropy: EntropyFigures, name: str, colour: str, line: str) -> None:
         shares = [share for share in entropy.spectrum if share > _LOWEST]
-        label = f"{name}: effective rank {entropy.effective_rank:.1f}"
-        axes.plot(range(1, len(shares) + 1), shares, line, color=colour, linewidth=1.8, label=label)
+        lines.extend(axes.plot(range(1, len(shares) + 1), shares, line, color=colour, linewidth=1.8))
+        labels.append(f"{drawable(name, _LONGEST_NAME)}: effective rank {entropy.effective_rank:.1f}")
 
     for name, entropy in towers.values():
         draw(entropy, "before" if len(towers) == 1 else f"before {name}", "#212529", "--")
@@ -45,7 +53,12 @@ def save_spectra_figure(analysis: Analysis, path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="direction, by its share", ylabel="share of the tokens' energy")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", frameon=False, fontsize=9.5)
+    # Named here and not at each line: matplotlib leaves out lines whose name starts with an underscore.
+    legend = figure.legend(
+        lines, labels, loc="outside lower center", frameon=False, prop={"family": font_families(), "size": 9.5}
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     # The same numbers give the same file: names of its parts from a fixed salt, and no date.
     with matplotlib.rc_context({"svg.hashsalt": "spectra"}):
         figure.savefig(path, format="svg", metadata={"Date": None})

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patch_aligned.analysis.figure_parts import bare, drawable, font_families
 from patch_aligned.analysis.token_map import MappedImage, TokenMap, TokenMaps, colours_of_words, map_caption
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, FADED = "#212529", "#495057"
-MISSING = "▯"
-_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans", "Arial Unicode MS")
 _SMALLEST = 0.4  # size of a word at cosine 0, as a share of the size at the figure's largest cosine
 
 
@@ -59,7 +58,7 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
     writer = _WordWriter(image, has_word_list)
 
     thumbnail = figure.add_axes((margin / width, 1 - (margin + 1.25) / height, 1.25 / width, 1.25 / height))
-    _bare(thumbnail)
+    bare(thumbnail)
     thumbnail.imshow(image.image.numpy().transpose(1, 2, 0))
     colours = (
         "English words are coloured, one colour a word; all other tokens are black."
@@ -70,10 +69,11 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
     figure.text(
         (margin + 1.45) / width,
         1 - (margin + 0.05) / height,
-        "\n".join((_plain_text(image.image_id, 60), "", size, colours, *_wrapped(caption))),
+        "\n".join((drawable(image.image_id, 60), "", size, colours, *_wrapped(caption))),
         va="top",
         fontsize=8.5,
         color=FADED,
+        family=font_families(),
         linespacing=1.35,
         parse_math=False,
     )
@@ -83,10 +83,11 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
         figure.text(
             (left + panel / 2) / width,
             1 - (head - 0.08) / height,
-            _plain_text(name, 40),
+            drawable(name, 40),
             ha="center",
             fontsize=12,
             fontweight="bold",
+            family=font_families(),
             parse_math=False,
         )
         for turn in range(rounds):
@@ -100,25 +101,21 @@ class _WordWriter:
     """Writes words into cells: their size by cosine on one scale for the whole figure, their colour by the word."""
 
     def __init__(self, image: MappedImage, has_word_list: bool):
-        from matplotlib.font_manager import FontProperties, fontManager, get_font
+        from matplotlib.font_manager import FontProperties
 
-        installed = {font.name for font in fontManager.ttflist}
-        self.families = [name for name in _FONTS if name in installed] or ["sans-serif"]
-        self._prop = FontProperties(family=self.families, weight="bold")  # the widest that is written
-        fonts = [get_font(fontManager.findfont(FontProperties(family=name))) for name in self.families]
-        self._known: set[int] = set().union(*(font.get_charmap() for font in fonts))
+        self._prop = FontProperties(family=font_families(), weight="bold")  # the widest that is written
         self._widths: dict[str, float] = {}
         self._colours = colours_of_words(image)
         self.top = image.top_cosine
 
     def write(self, axes: Axes, place_xy: tuple[float, float], word: Any, cosine: float, cell_points: float) -> None:
-        text = "".join(character if ord(character) in self._known else MISSING for character in word.token.text)
+        text = drawable(word.token.text)
         share = max(cosine, 0.0) / self.top if self.top > 0 else 0.0
         size = 0.42 * cell_points * (_SMALLEST + (1 - _SMALLEST) * share)
         size = min(size, 0.95 * cell_points / self._width(text))
         colour = self._colours.get(word.token.text.lower(), INK) if word.english else INK
         axes.text(
-            *place_xy, text, ha="center", va="center_baseline", fontsize=size, color=colour, family=self.families,
+            *place_xy, text, ha="center", va="center_baseline", fontsize=size, color=colour, family=font_families(),
             fontweight="bold" if word.english else "normal", parse_math=False, clip_on=True,
         )  # fmt: skip
 
@@ -136,7 +133,7 @@ def _draw_map(
     axes: Axes, image: MappedImage, token_map: TokenMap, turn: int, panel: float, writer: _WordWriter
 ) -> None:
     rows, columns = token_map.grid
-    _bare(axes)
+    bare(axes)
     washed = 0.36 * image.image.numpy().transpose(1, 2, 0) + 0.64  # [3, side, side] -> [side, side, 3]
     axes.imshow(washed, extent=(0, columns, rows, 0), aspect="auto", interpolation="bilinear")
     for edge in range(1, columns):
@@ -149,17 +146,6 @@ def _draw_map(
         middle = (place % columns + 0.5, place // columns + 0.5)
         writer.write(axes, middle, token_map.words[word], cosine, cell_points)
     axes.set_title(map_caption(token_map, turn), fontsize=8.5, pad=3, color=FADED)
-
-
-def _bare(axes: Axes) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def _plain_text(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def _wrapped(text: str) -> list[str]:

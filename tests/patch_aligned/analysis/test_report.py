@@ -152,6 +152,18 @@ def test_hostile_labels_and_names_are_text(
     assert "&lt;img src=x" in text
 
 
+def test_names_and_labels_are_drawn_as_they_are_written(
+    golden_world: Path, write_pad: Callable, rectangle: Callable, tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    label = "a $\\frac{1$ bill \U000e0100的 that hangs on a wall in a house far away from here"
+    pad = write_pad([rectangle(12, 0, 40, 28, label)])
+    analysis = run(pad, "_a$\\frac{=random", picture_rows=1, seeds=())
+    write_report(analysis, tmp_path / "out")
+    drawn = (tmp_path / "out" / "spectra.svg").read_text()
+    assert "<!-- _a$\\frac{: effective rank" in drawn
+    assert not [warning for warning in recwarn if "lyph" in str(warning.message)]
+
+
 def test_regions_left_out_are_counted_by_reason(golden_world: Path, pad: Path, tmp_path: Path):
     text = page(run(pad, picture_rows=1), pad, tmp_path / "out")
     assert "All annotations of the file are regions." in text
