@@ -18,6 +18,7 @@ from patch_aligned.analysis.image_progress import image_progress
 from patch_aligned.analysis.report import provenance_of, write_report
 from patch_aligned.analysis.report_tables import as_text, headline_table
 from patch_aligned.analysis.token_map import PursuitSettings, token_maps
+from patch_aligned.analysis.word_list import english_words
 from patch_aligned.dataset.image_files import image_path
 
 
@@ -56,10 +57,14 @@ def run_analyze(
         raise FileNotFoundError(f"--data {measure.data}: there is no such file.")
     if not measure.image_folder.is_dir():
         raise FileNotFoundError(f"--image-folder {measure.image_folder}: there is no such folder.")
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"--output {output}: found a file; expected a folder, or nothing yet.")
+    if english != "auto":
+        english_words(english)  # or a list that is not installed would show after hours
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("The report's pictures need matplotlib: pip install 'patch-aligned-llava[analysis]'.")
 
-    console = Console()
+    console = Console(markup=False)  # names and paths may hold brackets
     transformers_logging.disable_progress_bar()
     models = load_models(projectors, base, vision_tower, image_aspect_ratio, device)
     with console.status("Hashing the weights"):

@@ -25,12 +25,17 @@ from patch_aligned.analysis.token_map import TokenMaps
 from patch_aligned.analysis.token_map_figure import save_token_map_figures
 from patch_aligned.analysis.token_map_page import write_token_map_page
 from patch_aligned.checkpoint_hash import checkpoint_hash
+from patch_aligned.whole_files import written_whole
+
+_PICTURES = ("localisation.png", "token_map.html", "token_map.json", "token_map_[0-9][0-9][0-9]_*.png")
 
 
 def write_report(
     analysis: Analysis, folder: Path, maps: TokenMaps | None = None, provenance: Mapping[str, Any] | None = None
 ) -> list[Path]:
     """Writes `report.html`, `report.md`, `analysis.json` and the pictures into a folder, made where it is missing.
+
+    Those of an earlier report there are replaced, and its other pictures removed.
 
     Args:
         analysis: what was found.
@@ -54,13 +59,16 @@ def write_report(
         save_localisation_figure(analysis.picture, pictures[-1], analysis.settings.measure.threshold_rule)
     if maps:
         pictures += [*write_token_map_page(maps, folder), *save_token_map_figures(maps, folder, prefix="token_map_")]
+    for earlier in {path for pattern in _PICTURES for path in folder.glob(pattern)} - set(pictures):
+        earlier.unlink()  # or it would pass for this analysis's
     texts = {
         "report.html": report_page(analysis, provenance, spectra.read_text(encoding="utf-8"), maps),
         "report.md": report_markdown(analysis),
         "analysis.json": json.dumps(report_json(analysis, provenance), indent=1, ensure_ascii=False, allow_nan=False),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+        with written_whole(folder / name) as file:
+            file.write_text(text.rstrip() + "\n", encoding="utf-8")
     return [*(folder / name for name in texts), *pictures]
 
 

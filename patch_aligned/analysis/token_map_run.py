@@ -46,10 +46,12 @@ def run_token_map(
     """
     # All that can be wrong with the arguments is found before the first large file is read.
     chosen = _chosen_images(images, data, image_folder, limit)
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"--output {output}: found a file; expected a folder, or nothing yet.")
     if png and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("PNGs need matplotlib: pip install 'patch-aligned-llava[analysis]', or pass --no-png.")
 
-    console = Console()
+    console = Console(markup=False)  # names and paths may hold brackets
     transformers_logging.disable_progress_bar()
     models = load_models(projectors, base, vision_tower, image_aspect_ratio, device)
     with image_progress("Decomposing images", console) as on_images:

@@ -57,11 +57,27 @@ def test_a_report_its_numbers_and_pictures_are_written(golden_world: Path, pad: 
     assert "start" in result.output
 
 
-def test_without_pictures_none_is_written(golden_world: Path, pad: Path, tmp_path: Path):
-    assert invoke(pad, tmp_path / "out", picture_rows="0").exit_code == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "analysis.json", "report.html", "report.md", "spectra.svg",
+def test_without_pictures_none_is_written_and_an_earlier_reports_are_removed(
+    golden_world: Path, pad: Path, tmp_path: Path
+):
+    output = tmp_path / "out [/b]"  # no markup of the terminal's
+    assert invoke(pad, output).exit_code == 0
+    (output / "notes.txt").touch()
+    result = invoke(pad, output, picture_rows="0")
+    assert result.exit_code == 0
+    assert str(output / "report.html") in result.output
+    assert sorted(path.name for path in output.iterdir()) == [
+        "analysis.json", "notes.txt", "report.html", "report.md", "spectra.svg",
     ]  # fmt: skip
+
+
+def test_an_output_that_is_a_file_or_a_word_list_that_is_missing_shows_before_the_images_are_read(
+    golden_world: Path, pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("patch_aligned.analysis.analyze_run.load_models", lambda *_: pytest.fail("too late"))
+    assert_refused(invoke(pad, pad), "found a file; expected a folder", tmp_path)
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    assert_refused(invoke(pad, tmp_path / "out", english="nltk"), "'nltk' is not installed", tmp_path)
 
 
 def test_a_limit_chooses_by_seed_unless_the_first_are_asked_for(golden_world: Path, pad: Path, tmp_path: Path):
