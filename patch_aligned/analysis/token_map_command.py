@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from patch_aligned.command_errors import clear_errors
 
 app = typer.Typer(rich_markup_mode="markdown")
-
-
-class Choice(str, Enum):
-    """Which inner product a round takes for the largest."""
-
-    SIGNED = "signed"
-    ABSOLUTE = "absolute"
-
-
-class EnglishWords(str, Enum):
-    """Lists that tell English words, see `analysis.word_list`."""
-
-    AUTO = "auto"
-    PYSPELLCHECKER = "pyspellchecker"
-    NLTK = "nltk"
-    NONE = "none"
-
-
-class AspectRatio(str, Enum):
-    """What happens to an image that is no square."""
-
-    SQUARE = "square"
-    PAD = "pad"
 
 
 @app.command(epilog="How to read the maps: docs/analysis.md.")
@@ -69,9 +45,9 @@ def token_map(
     limit: Annotated[int, typer.Option(min=1, help="At most so many images of --data.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Words a patch.")] = 5,
     choice: Annotated[
-        Choice,
+        Literal["signed", "absolute"],
         typer.Option(help="Words are chosen by their largest product, as in the paper, or by its largest magnitude."),
-    ] = Choice.SIGNED,
+    ] = "signed",
     orthogonal: Annotated[
         bool, typer.Option("--orthogonal", help="Fit all words anew each round (orthogonal matching pursuit).")
     ] = False,
@@ -79,15 +55,17 @@ def token_map(
         bool, typer.Option("--unscaled", help="Take the words as they are: Algorithm 1 to the letter.")
     ] = False,
     english: Annotated[
-        EnglishWords, typer.Option(help="Which list tells English words; `auto` takes one that is installed.")
-    ] = EnglishWords.AUTO,
+        Literal["auto", "pyspellchecker", "nltk", "none"],
+        typer.Option(help="Which list tells English words; `auto` takes one that is installed."),
+    ] = "auto",
     png: Annotated[bool, typer.Option(help="Whether a PNG is drawn for each image.")] = True,
     vision_tower: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="The vision tower. Default: the one the projectors' configs name."),
     ] = None,
     image_aspect_ratio: Annotated[
-        AspectRatio | None, typer.Option(help="How images are made square. Default: as in the projectors' configs.")
+        Literal["square", "pad"] | None,
+        typer.Option(help="How images are made square. Default: as in the projectors' configs."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where everything runs: `cpu`, `cuda`, `cuda:1` ...")] = "cpu",
 ) -> None:
@@ -112,10 +90,10 @@ def token_map(
         data=data,
         image_folder=image_folder,
         limit=limit,
-        settings=PursuitSettings(rounds, choice is Choice.ABSOLUTE, orthogonal, not unscaled),
-        english=english.value,
+        settings=PursuitSettings(rounds, choice == "absolute", orthogonal, not unscaled),
+        english=english,
         png=png,
         vision_tower=vision_tower,
-        image_aspect_ratio=image_aspect_ratio.value if image_aspect_ratio else None,
+        image_aspect_ratio=image_aspect_ratio,
         device=device,
     )

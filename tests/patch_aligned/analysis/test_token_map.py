@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from patch_aligned.analysis.token_map import (
     TokenMaps,
     colours_of_words,
 )
-from patch_aligned.analysis.token_map_command import Choice, EnglishWords
+from patch_aligned.analysis.token_map_command import token_map as token_map_command
 from patch_aligned.analysis.token_map_figure import save_token_map_figure
 from patch_aligned.analysis.token_map_page import token_map_document, write_token_map_page
 from patch_aligned.analysis.token_text import TokenText, VocabularyText
@@ -290,6 +291,5 @@ def test_an_image_id_that_leads_out_of_the_folder_is_refused(
     assert "out of the image folder" in " ".join(result.output.split()) or "leads out of" in result.output
 
 
-def test_the_choices_of_the_command_are_those_there_are():
-    assert tuple(choice.value for choice in EnglishWords) == WORD_LISTS
-    assert [choice.value for choice in Choice] == ["signed", "absolute"]
+def test_the_word_lists_of_the_command_are_those_there_are():
+    assert get_args(get_type_hints(token_map_command)["english"]) == WORD_LISTS
