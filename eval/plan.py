@@ -6,16 +6,19 @@ import argparse
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from eval.adapter import ModelRequest, default_dtype
 from eval.benchmarks import Benchmark, choose
 from eval.hub_files import Lock
+from eval.judge import read_judge
 from eval.preflight import PreflightError, check_run
 from eval.task_data import TaskData
 from llava.conversation import conversation_mode
 from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import read_config
 from patch_aligned.checkpoint_hash import checkpoint_hash
 from patch_aligned.results.run_file import RESULT_FILE, ModelIdentity, RunResult, read_run
 
@@ -57,11 +60,18 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
         num_gpus=torch.cuda.device_count(),
         lock=Lock(arguments.lock),
     )
-    name = arguments.model_name or get_model_name_from_path(path)
-    model = ModelIdentity(name, path, checkpoint_hash(path).sha256, arguments.model_base)
+    folder_name = get_model_name_from_path(path)
+    try:
+        config = _read_llava_config(path, arguments.model_base)
+        model = identify(arguments.model_name or folder_name, path, arguments.model_base)
+    except (OSError, ValueError) as error:
+        raise PreflightError(str(error)) from error
+    # What tables call a checkpoint must not change how it is talked to.
+    own = conversation_mode(folder_name, config)
+    conversation = own if arguments.conversation == "auto" else arguments.conversation
     dtype = default_dtype() if arguments.dtype == "auto" else arguments.dtype
-    request = ModelRequest(path, model.base, name, _conversation(arguments, path, name), dtype, arguments.batch_size)
-    plan = Plan(model, request, arguments.output or Path("runs", "eval", name), ())
+    request = ModelRequest(path, model.base, folder_name, conversation, dtype, arguments.batch_size)
+    plan = Plan(model, request, arguments.output or Path("runs", "eval", model.name), ())
     todo = []
     for benchmark in benchmarks:
         if arguments.again:
@@ -69,6 +79,16 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
         if not _is_finished(plan, benchmark, data[benchmark.name], arguments):
             todo.append((benchmark, data[benchmark.name]))
     return replace(plan, todo=tuple(todo))
+
+
+def identify(name: str, path: str, base: str | None) -> ModelIdentity:
+    """Whose answers they are, by the content of the files; of a base that is a name on the hub, by its name.
+
+    Raises:
+        FileNotFoundError: a folder has no weights.
+    """
+    base_sha256 = checkpoint_hash(base).sha256 if base is not None and Path(base).exists() else None
+    return ModelIdentity(name, path, checkpoint_hash(path).sha256, base, base_sha256)
 
 
 def summary(result: RunResult, folder: Path) -> str:
@@ -84,14 +104,17 @@ def summary(result: RunResult, folder: Path) -> str:
     return f"{result.benchmark}: {said}, {folder / RESULT_FILE}"
 
 
-def _conversation(arguments: argparse.Namespace, path: str, name: str) -> str:
-    if arguments.conversation != "auto":
-        return arguments.conversation
-    from transformers import AutoConfig
+def _read_llava_config(path: str, base: str | None) -> Any:
+    has_config = (Path(path) / "config.json").is_file()  # adapters that peft alone has written have none
+    config = read_config(path if has_config or base is None else base)
+    if not getattr(config, "mm_vision_tower", None):
+        raise ValueError(f"{path}: its config names no vision tower; expected a LLaVA, as benchmarks show pictures")
+    return config
 
-    import llava.model  # noqa: F401  # registers the config classes
 
-    return conversation_mode(name, AutoConfig.from_pretrained(path))
+def judge_of(benchmark: Benchmark) -> dict[str, Any] | None:
+    """The judge that the environment names, as results hold it, or None where nothing is judged."""
+    return read_judge().recorded() if "judge" in benchmark.needs else None
 
 
 def _is_finished(plan: Plan, benchmark: Benchmark, data: TaskData, arguments: argparse.Namespace) -> bool:
@@ -108,6 +131,7 @@ def _is_finished(plan: Plan, benchmark: Benchmark, data: TaskData, arguments: ar
     compared = {
         "weights (SHA-256)": (there.model.sha256, plan.model.sha256),
         "base": (there.model.base, plan.model.base),
+        "base's weights (SHA-256)": (there.model.base_sha256, plan.model.base_sha256),
         "conversation": (there.settings.conversation, plan.request.conversation),
         "dtype": (there.settings.dtype, plan.request.dtype),
         "box frame": (there.settings.box_frame, frame),
@@ -117,6 +141,7 @@ def _is_finished(plan: Plan, benchmark: Benchmark, data: TaskData, arguments: ar
         ),
         "seed": (there.settings.seed, arguments.seed),
         "limit": (there.settings.limit, arguments.limit),
+        "judge": (there.settings.judge, judge_of(benchmark)),
         "revision of the data": (there.data.revision, data.revision),
     }
     for what, (found, asked) in compared.items():

@@ -10,6 +10,7 @@ from eval.benchmarks import Benchmark
 from eval.hub_files import DataError, Lock
 from eval.judge import check_judge, read_judge
 from eval.task_data import TaskData, find_data
+from llava.model.builder import whose_weights
 from llava.model.tensor_files import Form, checkpoint_form, recorded_base
 
 
@@ -68,7 +69,7 @@ def check_installed() -> None:
 
 
 def check_checkpoint(path: str, base: str | None) -> None:
-    """Raises FileNotFoundError or ValueError where a local checkpoint is not one, or lacks its base."""
+    """Raises FileNotFoundError or ValueError where a checkpoint is not one, or lacks its base or has no use for one."""
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -83,6 +84,9 @@ def check_checkpoint(path: str, base: str | None) -> None:
     if form is not Form.WHOLE_MODEL and base is None:
         held = "a projector" if form is Form.PROJECTOR else "an adapter"
         raise ValueError(f"{path}: holds {held} alone; next: --model-base LLM{recorded_base(path)}")
+    if form is Form.WHOLE_MODEL and base is not None:
+        raise ValueError(f"{path}: holds a whole model, which --model-base {base} is no part of; next: leave it out")
+    whose_weights(form, path, base)
 
 
 def check_processes(num_processes: int, num_gpus: int) -> None:

@@ -19,10 +19,10 @@ from eval.adapter import DTYPES, load_adapter
 from eval.answer_log import AnswerLog
 from eval.benchmarks import ALL, GROUPS, Benchmark
 from eval.harness import evaluate_task
-from eval.hub_files import LOCK
-from eval.judge import read_judge, set_judge
+from eval.hub_files import LOCK, DataError
+from eval.judge import set_judge
 from eval.outcome import UnscoredError, find_submission, headline_of, scores_and_samples
-from eval.plan import Plan, make_plan, summary
+from eval.plan import Plan, judge_of, make_plan, summary
 from eval.preflight import PreflightError
 from eval.processes import rank_and_count, shared
 from eval.task_data import TaskData
@@ -53,9 +53,9 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--benchmarks", default=ALL, help=f"names, with commas, or {', '.join(GROUPS)}, {ALL}; default: %(default)s")
     add("--without", default="", help="names to leave out of these, with commas")
     add("--output", type=Path, help="folder of the runs; default: runs/eval/NAME")
-    add("--batch-size", type=int, default=8, help="rows a process and call; default: %(default)s")
+    add("--batch-size", type=positive, default=8, help="rows a process and call; default: %(default)s")
     add("--limit", type=int, help="only so many rows of each benchmark: a trial, no result")
-    add("--max-new-tokens", type=int, help="of an answer; default: what the task says")
+    add("--max-new-tokens", type=positive, help="of an answer; default: what the task says")
     add("--seed", type=int, default=0, help="of scorers that guess; answers are greedy; default: %(default)s")
     add("--conversation", default="auto", choices=["auto", *sorted(conv_templates)], help="default: the checkpoint's")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="default: float16 on a GPU, else float32")
@@ -66,6 +66,13 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--lock", type=Path, default=LOCK, help="commits of the data sets; default: eval/revisions.json")
     add("--again", action="store_true", help="forget what is finished and what was answered")
     return parser
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, of a flag."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,13 +86,22 @@ def main(argv: list[str] | None = None) -> int:
         if not plan.todo:
             return 0
         adapter = load_adapter(plan.request)
+        status = 0
         for benchmark, data in plan.todo:
-            run_benchmark(adapter, plan, benchmark, data, arguments, rank, processes)
-    except (PreflightError, RunFileError, UnscoredError) as error:
-        for line in str(error).splitlines():
-            print(f"Error: {line}", file=sys.stderr)
-        return 2
-    return 0
+            try:
+                run_benchmark(adapter, plan, benchmark, data, arguments, rank, processes)
+            except UnscoredError as error:  # nothing that the benchmarks after it depend on
+                status = complain(error)
+        return status
+    except (PreflightError, DataError, RunFileError) as error:
+        return complain(error)
+
+
+def complain(error: Exception) -> int:
+    """Says what is wrong, a line each; returns the exit status."""
+    for line in str(error).splitlines():
+        print(f"Error: {line}", file=sys.stderr)
+    return 2
 
 
 def run_benchmark(
@@ -102,8 +118,9 @@ def run_benchmark(
     request = plan.request
     adapter.log = AnswerLog(
         folder / ANSWERS,
-        {"model": plan.model.sha256, "base": plan.model.base, "conversation": request.conversation,
-         "dtype": request.dtype, "data": data.revision, "package": importlib.metadata.version("patch-aligned-llava")},
+        {"model": plan.model.sha256, "base": [plan.model.base, plan.model.base_sha256],
+         "conversation": request.conversation, "dtype": request.dtype, "data": data.revision,
+         "package": importlib.metadata.version("patch-aligned-llava")},
         rank,
     )  # fmt: skip
     max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
@@ -124,7 +141,7 @@ def run_benchmark(
         max_new_tokens=max_new_tokens,
         num_processes=processes,
         limit=arguments.limit,
-        judge=read_judge().recorded() if "judge" in benchmark.needs else None,
+        judge=judge_of(benchmark),
     )
     hashed = rows_sha256((sample.id, sample.target) for sample in samples)
     result = RunResult(

@@ -34,12 +34,14 @@ class ModelIdentity:
         path: as it was given to the run.
         sha256: of `patch_aligned.checkpoint_hash`.
         base: the language model under an adapter or a projector, or None.
+        base_sha256: of the base's files, or None: without a base, or where it is a name on the hub.
     """
 
     name: str
     path: str
     sha256: str
     base: str | None = None
+    base_sha256: str | None = None
 
 
 @dataclass(frozen=True)

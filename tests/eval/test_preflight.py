@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ from typing import Any
 import pytest
 
 from eval import run
-from eval.benchmarks import BENCHMARKS
+from eval.benchmarks import BENCHMARKS, Benchmark
 from eval.hub_files import DataError, Lock
 from eval.judge import Judge, JudgeError, check_judge, read_judge, set_judge
+from eval.outcome import UnscoredError
+from eval.plan import Plan, make_plan
 from eval.preflight import PreflightError, check_checkpoint, check_installed, check_limit, check_processes, check_run
-from eval.task_data import find_data
+from eval.task_data import TaskData, find_data
+from patch_aligned.checkpoint_hash import checkpoint_hash
 
 
 @pytest.fixture
@@ -105,6 +110,77 @@ def test_what_is_no_checkpoint_is_said(golden_world: Path) -> None:
     with pytest.raises(ValueError, match=r"tiny-llava: holds a projector alone; next: --model-base LLM"):
         check_checkpoint("tiny-llava", None)
     check_checkpoint("tiny-llava", "tiny-vicuna")
+    with pytest.raises(ValueError, match=r"--model-base tiny-llava holds a projector alone .*; expected a whole model"):
+        check_checkpoint("tiny-llava", "tiny-llava")
+    with pytest.raises(ValueError, match=r"tiny-vicuna: holds a whole model, which --model-base images is no part of"):
+        check_checkpoint("tiny-vicuna", "images")
+
+
+@pytest.fixture
+def refused(golden_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command on data that are there; returns what it says when it refuses."""
+    monkeypatch.setattr("eval.preflight.find_data", lambda *_: TaskData("rows", "sha256:0", "test", ()))
+
+    def run_command(*flags: str) -> str:
+        assert run.main(["--benchmarks", "mini_colour", "--output", "out", *flags]) == 2
+        return capsys.readouterr().err
+
+    return run_command
+
+
+def test_what_cannot_be_loaded_is_said_without_a_traceback(refused: Callable[..., str]) -> None:
+    assert "Error: tiny-vicuna: its config names no vision tower" in refused("--model-path", "tiny-vicuna")
+    Path("lock.json").write_text("{")
+    assert "Error: lock.json: no JSON" in refused("--model-path", "tiny-llava", "--lock", "lock.json")
+    Path("tiny-llava/model.safetensors").rename("tiny-llava/training_args.bin")
+    assert "Error: tiny-llava: found no weights" in refused("--model-path", "tiny-llava")
+    Path("tiny-llava/config.json").write_text("{")
+    assert "Error: No checkpoint at tiny-llava" in refused("--model-path", "tiny-llava")
+
+
+@pytest.fixture
+def make_plan_of(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+    """What the command would do with data that are there."""
+    monkeypatch.setattr("eval.preflight.find_data", lambda *_: TaskData("rows", "sha256:0", "test", ()))
+    monkeypatch.setattr("eval.preflight.check_judge_of_environment", lambda: None)
+
+    def plan_of(*flags: str) -> Plan:
+        return make_plan(run.argument_parser().parse_args(["--output", "out", *flags]), 1)
+
+    return plan_of
+
+
+def test_the_name_in_tables_does_not_choose_the_template(make_plan_of: Callable[..., Plan]) -> None:
+    Path("tiny-llava").rename("llava-v1.5-tiny")  # published checkpoints record no template: it follows from the name
+    plan = make_plan_of("--benchmarks", "mini_colour", "--model-path", "llava-v1.5-tiny", "--model-name", "Ours")
+    assert (plan.model.name, plan.request.conversation) == ("Ours", "llava_v1")
+
+
+def test_a_base_is_known_by_its_weights(make_plan_of: Callable[..., Plan], goldens: Path) -> None:
+    shutil.copytree(goldens / "ckpt_lora", "ckpt_lora")
+    flags = ("--benchmarks", "mini_colour", "--model-path", "ckpt_lora", "--model-base", "tiny-vicuna")
+    before = make_plan_of(*flags).model
+    with Path("tiny-vicuna/model.safetensors").open("ab") as weights:
+        weights.write(b" ")
+    assert make_plan_of(*flags).model == replace(before, base_sha256=checkpoint_hash("tiny-vicuna").sha256) != before
+
+
+def test_rows_without_a_mark_do_not_end_what_comes_after_them(
+    make_plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = []
+
+    def run_benchmark(_: Any, plan: Plan, benchmark: Benchmark, *rest: Any) -> None:
+        if "judge" in benchmark.needs:
+            raise UnscoredError("mmvet: the judge fell silent")
+        done.append(benchmark.name)
+
+    monkeypatch.setattr(run, "load_adapter", lambda _: None)
+    monkeypatch.setattr(run, "run_benchmark", run_benchmark)
+    flags = ["--model-path", "tiny-llava", "--output", "out", "--benchmarks", "mmvet,mme"]
+    assert run.main(flags) == 2
+    assert done == ["mme"]
+    assert "Error: mmvet: the judge fell silent" in capsys.readouterr().err
 
 
 def test_more_processes_than_gpus_and_parted_rows_are_said() -> None:

@@ -256,6 +256,8 @@ def test_a_judge_marks_the_answers_and_its_silence_is_no_zero(
         assert not Path("out/mmvet/result.json").exists()
         monkeypatch.setattr(Judge, "marks", "0.5")
         assert evaluate(*flags) == 0
+        assert evaluate(*flags, "--judge-model", "stricter") == 2
+        assert "out/mmvet: holds a run with another judge" in capsys.readouterr().err
     finally:
         server.shutdown()
         server.server_close()
