@@ -13,6 +13,8 @@ DEFAULT_MODEL = "gpt-4o-2024-11-20"
 OPENAI_URL = "https://api.openai.com/v1"
 LOCAL_URL = "http://localhost:8000/v1/chat/completions"
 TIMEOUT_S = 20
+QUESTION = "Answer with the number 1 alone."
+MARK_TOKENS = 128  # that MM-Vet leaves a judge for a mark
 
 
 class JudgeError(ValueError):
@@ -59,7 +61,8 @@ def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
     """Asks the judge one small question.
 
     Raises:
-        JudgeError: it has no key, cannot be reached, refuses or says nothing.
+        JudgeError: it has no key, cannot be reached, refuses, says nothing, or what MM-Vet cannot read as a mark, which
+            would count as 0 after four questions.
     """
     own = "a judge of your own, --judge-url http://HOST:PORT/v1/chat/completions --judge-model NAME, or --without mmvet"
     advice = f"next: {own}"
@@ -70,7 +73,7 @@ def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
     key = os.environ.get("OPENAI_API_KEY", "")
     if judge.type == "openai" and not key:
         raise JudgeError(f"the judge {judge.model} needs OPENAI_API_KEY, which is not set; next: set it, or {own}")
-    question = {"model": judge.model, "messages": [{"role": "user", "content": "Say 1."}], "max_tokens": 16}
+    question = {"model": judge.model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": MARK_TOKENS}
     if judge.type == "openai" and judge.model.startswith(("gpt-5", "o1", "o3", "o4")):
         question["max_completion_tokens"] = question.pop("max_tokens")
     request = urllib.request.Request(
@@ -90,3 +93,10 @@ def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
         raise JudgeError(f"no judge {judge.model} answers at {judge.url}: {error}; {advice}") from error
     if not answer:
         raise JudgeError(f"the judge {judge.model} at {judge.url} answers nothing; {advice}")
+    try:
+        float(answer.strip().split(" ")[0])
+    except ValueError:
+        raise JudgeError(
+            f"the judge {judge.model} at {judge.url}: found {answer[:60]!r}, expected a number at the beginning, as "
+            f"marks are read: does it reason first? {advice}"
+        ) from None

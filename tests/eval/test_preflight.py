@@ -70,6 +70,7 @@ def test_a_judge_that_answers_is_taken(judge_that_says: Callable[[int, Any], str
     [
         (401, {"error": "bad key"}, r"refused: HTTP 401 .*bad key"),
         (200, says(""), "answers nothing"),
+        (200, says("<think> One."), "found '<think> One.', expected a number at the beginning"),
         (200, {"unexpected": 1}, "no judge m answers at"),
     ],
 )

@@ -27,6 +27,7 @@ from eval import run
 from eval.answer_log import AnswerLog
 from eval.benchmarks import BENCHMARKS, Benchmark, HubData, LocalData
 from eval.hub_files import Lock
+from eval.judge import QUESTION
 from patch_aligned.results.run_file import read_run, read_samples
 
 pytestmark = pytest.mark.slow  # lmms-eval takes a quarter of a minute to import
@@ -228,7 +229,7 @@ class Judge(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
-        said = "1" if asked == "Say 1." else self.marks
+        said = "1" if asked == QUESTION else self.marks
         self.send_response(200)
         self.end_headers()
         document = {"model": "local-judge", "choices": [{"message": {"content": said}}]}
