@@ -53,8 +53,8 @@ class AnswersFile:
         if not self.path.is_file() or not self.path.stat().st_size:
             return []
         try:
-            old = json.loads(self.run_path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            old = dict(json.loads(self.run_path.read_text(encoding="utf-8")))
+        except (FileNotFoundError, TypeError, ValueError):
             logger.warning("%s is started anew: nothing says which run its answers are from", self.path)
             return []
         if different := [key for key in self.description if old.get(key) != self.description[key]]:

@@ -169,7 +169,17 @@ else:
 
 def test_a_meteor_that_ends_early_is_an_error_and_no_standstill(fake_java: Callable[..., Path]) -> None:
     fake_java(TOKENIZER_ALONE)
-    with pytest.raises(JavaError, match="METEOR: its Java process ended before its last score"):
+    with pytest.raises(JavaError, match=r"METEOR: its Java process ended before its last score \(.+\), at image a;"):
+        score_captions(REFERENCES, ANSWERS, "no jars")
+
+
+@pytest.mark.parametrize(("answered", "reached"), [(2, "c"), (5, "none, at the sums")])
+def test_the_image_that_meteor_ended_at_is_named(fake_java: Callable[..., Path], answered: int, reached: str) -> None:
+    of_each = (
+        f"else:\n    for _ in range({answered}):\n        sys.stdin.readline()\n        print('1 2', flush=True)\n"
+    )
+    fake_java(TOKENIZER_ALONE.split("else:")[0] + of_each)
+    with pytest.raises(JavaError, match=f"at image {reached}; it asks for 2 GB"):
         score_captions(REFERENCES, ANSWERS, "no jars")
 
 

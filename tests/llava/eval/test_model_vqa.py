@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(flags: dict[str, Any], mo
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("change", ["settings", "template", "questions", "weights", "unknown origin"])
+@pytest.mark.parametrize("change", ["settings", "template", "questions", "weights", "no origin", "broken origin"])
 def test_answers_of_another_run_are_not_kept(flags: dict[str, Any], change: str) -> None:
     model_vqa_loader.eval_model(SimpleNamespace(**flags))
     path = Path(flags["answers_file"])
@@ -105,8 +105,10 @@ def test_answers_of_another_run_are_not_kept(flags: dict[str, Any], change: str)
         Path("q.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n", encoding="utf-8")
     elif change == "weights":
         os.utime("tiny-llava/model.safetensors", (1, 1))
-    else:
+    elif change == "no origin":
         path.with_name("a.jsonl.run.json").unlink()
+    else:
+        path.with_name("a.jsonl.run.json").write_text("[1]")
     model_vqa_loader.eval_model(SimpleNamespace(**flags))
     assert b"old " not in path.read_bytes()
     assert len(answered()) == (1 if change == "questions" else 5)
