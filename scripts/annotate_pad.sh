@@ -13,6 +13,7 @@
 #   DRY_RUN=1       print the commands, ready to paste, and stop
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/launching.sh
 
 DATA=${DATA:-./playground/data}
 MODELS=${MODELS:-$DATA/annotation_models}
@@ -24,34 +25,13 @@ NNODES=${NNODES:-1}
 case ${RAM:-ram} in
     ram)      weights=ram_swin_large_14m.pth ;;
     ram_plus) weights=ram_plus_swin_large_14m.pth ;;
-    *)        echo "$(basename "$0"): unknown RAM=$RAM; choose ram or ram_plus" >&2; exit 1 ;;
+    *)        die "unknown RAM=$RAM; choose ram or ram_plus" ;;
 esac
 RAM_WEIGHTS=${RAM_WEIGHTS:-$MODELS/$weights}
 RAM_TAG_LIST=${RAM_TAG_LIST:-$MODELS/ram_tag_list.txt}
 RAM_THRESHOLDS=${RAM_THRESHOLDS:-$MODELS/ram_tag_list_threshold.txt}
 DETECTOR=${DETECTOR:-$MODELS/grounding-dino-tiny}
 SAM=${SAM:-$MODELS/sam-vit-huge}
-
-# run WORDS...: runs a command, or prints it.
-run() {
-    if [ -z "${DRY_RUN:-}" ]; then
-        "$@"
-    else
-        printf '%q ' "$@"
-        echo
-    fi
-}
-
-# need FILE COMMAND: refuses to start without FILE and says which command makes it.
-need() {
-    [ -n "${DRY_RUN:-}" ] || [ -e "$1" ] || { echo "$(basename "$0"): no file $1; next: $2" >&2; exit 1; }
-}
-
-count_gpus() {
-    local listed
-    listed=$(nvidia-smi --list-gpus 2>/dev/null || true)
-    if [ -n "$listed" ]; then wc -l <<<"$listed"; else echo 8; fi
-}
 
 for file in "$RAM_WEIGHTS" "$RAM_TAG_LIST" "$RAM_THRESHOLDS"; do
     need "$file" "patch-aligned models fetch --ram ${RAM:-ram} --output $MODELS"

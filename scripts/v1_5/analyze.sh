@@ -14,21 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 DATA=${DATA:-./playground/data}
-
-# need FILE COMMAND: refuses to start without FILE and says what makes it.
-need() {
-    [ -n "${DRY_RUN:-}" ] || [ -e "$1" ] || { echo "$(basename "$0"): no file $1; next: $2" >&2; exit 1; }
-}
-
-# run WORDS...: runs a command, or prints it.
-run() {
-    if [ -z "${DRY_RUN:-}" ]; then
-        "$@"
-    else
-        printf '%q ' "$@"
-        echo
-    fi
-}
+source scripts/launching.sh
 
 case ${PRESET:-full} in
     full)
@@ -50,8 +36,7 @@ case ${PRESET:-full} in
         found="bash scripts/prepare_mini.sh"
         ;;
     *)
-        echo "$(basename "$0"): unknown PRESET=$PRESET; choose full or mini" >&2
-        exit 1
+        die "unknown PRESET=$PRESET; choose full or mini"
         ;;
 esac
 need "$CAPTIONS" "$trained"

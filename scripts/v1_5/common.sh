@@ -17,7 +17,7 @@ PRESET=${PRESET:-full}
 NNODES=${NNODES:-1}
 DATA=${DATA:-./playground/data}
 
-source scripts/devices.sh
+source scripts/launching.sh
 
 choose_projector() {
     case $PROJECTOR in
@@ -116,11 +116,6 @@ share_out_batch() {
     ((share % per_device_batch == 0)) ||
         die "PER_DEVICE_TRAIN_BATCH_SIZE=$per_device_batch does not divide the $share samples that a device takes of a global batch of $GLOBAL_BATCH_SIZE; the nearest that does: $(nearest_divisor "$share" "$per_device_batch")"
     accumulation=$((share / per_device_batch))
-}
-
-# need FILE COMMAND: refuses to start without FILE and says which command makes it.
-need() {
-    [ -n "${DRY_RUN:-}" ] || [ -e "$1" ] || die "no file $1; next: $2"
 }
 
 # launch PROGRAM FLAGS...: starts one process per device, or prints the command.

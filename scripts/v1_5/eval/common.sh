@@ -14,7 +14,7 @@
 
 PRESET=${PRESET:-full}
 DATA=${DATA:-./playground/data}
-source scripts/devices.sh
+source scripts/launching.sh
 
 case $PRESET in
     full) : "${NUM_GPUS:=$(count_gpus)}" ;;
@@ -25,16 +25,6 @@ esac
 case ${1:-} in
     '' | -*) die "expected a checkpoint first: bash scripts/v1_5/eval/$(basename "$0") CHECKPOINT [flags]" ;;
 esac
-
-# run WORDS...: runs a command, or prints it.
-run() {
-    if [ -z "${DRY_RUN:-}" ]; then
-        "$@"
-    else
-        printf '%q ' "$@"
-        echo
-    fi
-}
 
 # launch MODULE CHECKPOINT FLAGS...: starts a module in one process a GPU.
 launch() {
