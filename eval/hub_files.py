@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import ROOT, HubData
+from patch_aligned.whole_files import written_whole
 
 LOCK = ROOT / "eval" / "revisions.json"
 _BLOCK_BYTES = 1 << 22
@@ -43,12 +44,7 @@ class Lock:
 
     def __init__(self, path: Path = LOCK) -> None:
         self.path = path
-        self._sets: dict[str, Any] = {}
-        if path.is_file():
-            try:
-                self._sets = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}: no JSON: {error}; next: delete it, and prefetch again") from error
+        self._sets: dict[str, Any] = self._read()
 
     def revision(self, data: HubData) -> str | None:
         """The commit of a data set, where it is known."""
@@ -59,13 +55,21 @@ class Lock:
         return self._sets.get(data.repository, {}).get("files", {}).get(_split_name(data))
 
     def add(self, data: HubData, revision: str, files: list[str]) -> None:
-        """Writes down what a split is."""
+        """Writes down what a split is, beside what other runs have written down meanwhile."""
+        self._sets = self._read()
         entry = self._sets.setdefault(data.repository, {"revision": revision, "files": {}})
         entry["files"][_split_name(data)] = files
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._sets, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        with written_whole(self.path) as temporary:
+            temporary.write_text(json.dumps(self._sets, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.is_file():
+            return {}
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{self.path}: no JSON: {error}; next: delete it, and prefetch again") from error
 
 
 def fetch(data: HubData, lock: Lock, benchmark: str) -> HubFiles:

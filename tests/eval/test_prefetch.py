@@ -14,6 +14,9 @@ from types import ModuleType
 import datasets
 import pytest
 
+from eval.benchmarks import BENCHMARKS, HubData
+from eval.hub_files import Lock
+
 ROOT = Path(__file__).parents[2]
 SET = "lmms-lab-encoder/MME"
 
@@ -71,6 +74,18 @@ def test_what_was_fetched_is_there_without_a_network(
     assert elsewhere.returncode == 2
     assert "pope: lmms-lab-encoder/POPE is not on this machine, and there is no network" in elsewhere.stderr
     assert "next: where there is one, python -m eval.prefetch --benchmarks pope" in elsewhere.stderr
+
+
+def test_runs_at_the_same_time_keep_what_each_other_wrote_down(tmp_path: Path) -> None:
+    path = tmp_path / "lock.json"
+    first, second = Lock(path), Lock(path)
+    mme, pope = BENCHMARKS["mme"].data, BENCHMARKS["pope"].data
+    assert isinstance(mme, HubData)
+    assert isinstance(pope, HubData)
+    first.add(mme, "a" * 40, ["mme.parquet"])
+    second.add(pope, "b" * 40, ["pope.parquet"])
+    assert [Lock(path).revision(data) for data in (mme, pope)] == ["a" * 40, "b" * 40]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lock.json"]
 
 
 def test_a_damaged_file_is_found(
