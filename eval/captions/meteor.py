@@ -49,8 +49,8 @@ def score_meteor(expected: Mapping[str, list[str]], found: Mapping[str, list[str
         except (ValueError, OSError) as error:  # its answer is no number, or it takes no more input: it has ended
             reached = [*expected, "none, at the sums"][sum(map(bool, lines))]
             raise JavaError(
-                f"METEOR: its Java process ended before its last score ({error}), at image {reached}; it asks for 2 GB, which "
-                "a caption of thousands of words can use up"
+                f"METEOR: its Java process ended before its last score ({error}), at image {reached}; it asks for "
+                "2 GB, which a caption of thousands of words can use up"
             ) from error
     statistics = np.array([[float(number) for number in line.split()] for line in lines])  # [I, 23]
     return MeteorScore(value, jackknife_stderr(statistics), of_image)
