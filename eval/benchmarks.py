@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from patch_aligned.results.box_frames import LEGACY_METRIC, PADDED_FRAME
 
@@ -65,7 +65,7 @@ class Benchmark:
         tables: of the paper, that it is part of.
         column: its name there.
         rows: how many rows are published, or None where that depends on what was made.
-        needs: `judge` where a language model scores the answers.
+        is_judged: a language model scores the answers.
         max_new_tokens: of an answer, as the task or, where it says nothing, lmms-eval's adapter has it.
         limit_step: a limit on the rows must be a multiple of it.
         pictures: a second split, which holds the pictures.
@@ -84,18 +84,13 @@ class Benchmark:
     tables: tuple[int, ...] = ()
     column: str = ""
     rows: int | None = None
-    needs: tuple[Literal["judge"], ...] = ()
+    is_judged: bool = False
     max_new_tokens: int = 1024
     limit_step: int = 1
     pictures: HubData | None = None
     submission: str | None = None
     mean_of_rows: bool = False
     speaks_boxes: bool = False
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the task lies in this repository."""
-        return isinstance(self.data, LocalData)
 
 
 def _hub(dataset: str, split: str, config: str | None = None) -> HubData:
@@ -118,7 +113,7 @@ _INSTRUCTION = (
     Benchmark("mmmu", "mmmu_val", "instruction", "mmmu", _hub("MMMU", "validation"), "mmmu_acc",
               tables=(7,), column="MMMU", max_new_tokens=128, rows=900, mean_of_rows=True),
     Benchmark("mmvet", "mmvet", "instruction", "mmvet", _hub("MMVet", "test"), "gpt_eval_score", "points",
-              tables=(7,), column="MMVet", rows=218, needs=("judge",)),
+              tables=(7,), column="MMVet", rows=218, is_judged=True),
     Benchmark("cmmmu", "cmmmu_val", "instruction", "cmmmu", _hub("CMMMU", "val"), "cmmmu_acc",
               tables=(7,), column="CMMMU", max_new_tokens=16, rows=900),
     Benchmark("mmbench_en", "mmbench_en_dev_static", "instruction", "mmbench", _hub("MMBench", "dev", "en"),
@@ -195,7 +190,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         *(_mini(*row) for row in _MINI), _mini("rec", "Referring", PADDED_FRAME, table=5, max_new_tokens=32),
     )
 }  # fmt: skip
-GROUPS = ("rec", "legacy", "vqa", "instruction", "extra", "server", "mini")
+GROUPS: tuple[str, ...] = get_args(Group)
 """Names that stand for several benchmarks. `all` is what the paper's tables 5 to 7 and the extra ones need."""
 ALL_GROUPS = ("rec", "vqa", "instruction", "extra")
 

@@ -97,7 +97,7 @@ def _numbers_of_rows(
     """What each row alone scores, or None where that means nothing."""
     if all(isinstance(item, int | float) for item in items):
         return [float(item) for item in items]
-    if "judge" in benchmark.needs:  # MM-Vet's marks, from 0 to 1
+    if benchmark.is_judged:  # MM-Vet's marks, from 0 to 1
         return [100.0 * item["score"] for item in items]
     if benchmark.mean_of_rows:
         with contextlib.redirect_stdout(io.StringIO()):  # scorers print what they find
@@ -106,7 +106,7 @@ def _numbers_of_rows(
 
 
 def _refuse_unscored(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> None:
-    if "judge" not in benchmark.needs or benchmark.headline is None:
+    if not benchmark.is_judged or benchmark.headline is None:
         return
     unscored = [row for row in rows if not row[benchmark.headline]["eval_model"]]
     if unscored:

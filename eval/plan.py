@@ -114,7 +114,7 @@ def _read_llava_config(path: str, base: str | None) -> Any:
 
 def judge_of(benchmark: Benchmark) -> dict[str, Any] | None:
     """The judge that the environment names, as results hold it, or None where nothing is judged."""
-    return read_judge().recorded() if "judge" in benchmark.needs else None
+    return read_judge().recorded() if benchmark.is_judged else None
 
 
 def _is_finished(plan: Plan, benchmark: Benchmark, data: TaskData, arguments: argparse.Namespace) -> bool:

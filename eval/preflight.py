@@ -50,7 +50,7 @@ def check_run(
     collect(lambda: check_checkpoint(model_path, model_base))
     collect(lambda: check_processes(num_processes, num_gpus))
     collect(lambda: check_limit(benchmarks, limit))
-    if any("judge" in benchmark.needs for benchmark in benchmarks):
+    if any(benchmark.is_judged for benchmark in benchmarks):
         collect(check_judge_of_environment)
     for benchmark in benchmarks:
         try:
