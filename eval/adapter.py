@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from eval.answer_log import BLOCK_ROWS, AnswerLog
+from eval.preflight import PreflightError
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
+from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -61,6 +63,7 @@ def load_adapter(request: ModelRequest) -> Any:
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             self.first_prompt = self._prompt(min(requests, key=lambda request: request.args[3]))
+            self._refuse_padding_in(self.first_prompt)
             assert self.log is not None
             own_ratio = "image_aspect_ratio" in self._config.__dict__
             block = max(1, BLOCK_ROWS // self.batch_size) * self.batch_size
@@ -71,6 +74,16 @@ def load_adapter(request: ModelRequest) -> Any:
 
         def _order(self, request: Any) -> Any:
             return -len(self.tok_encode(request.args[0])), request.args[0]
+
+        def _refuse_padding_in(self, prompt: str) -> None:
+            """The shipped code masks each token that is the padding's: the model would not see it."""
+            tokenizer = self.tokenizer
+            padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            if padding in tokenizer_image_token(prompt, tokenizer):
+                raise PreflightError(
+                    f"{request.path}: the prompt holds {tokenizer.decode(padding)!r}, with which lmms-eval pads, and "
+                    "the model would not see it; next: name another pad_token in the checkpoint's tokenizer_config.json"
+                )
 
         def _prompt(self, request: Any) -> str:
             """The prompt of a request, as the shipped code puts it together."""

@@ -181,6 +181,13 @@ def test_what_goes_wrong_in_a_task_is_said_as_it_is(
         evaluate("--benchmarks", "pictures", "--limit", "1")
 
 
+def test_a_prompt_that_holds_the_padding_is_refused(pictures: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Path("tiny-llava/tokenizer_config.json")
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"pad_token": "<s>"}))
+    assert evaluate("--benchmarks", "pictures", "--limit", "1") == 2
+    assert "tiny-llava: the prompt holds '<s>', with which lmms-eval pads" in capsys.readouterr().err
+
+
 @pytest.fixture
 def hub(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts tables where the hub's cache keeps the files of a commit, and writes the commit down."""
