@@ -82,23 +82,33 @@ class Survey:
 
     @classmethod
     def of(cls, annotated: Iterable[AnnotatedImage], settings: MeasureSettings) -> Survey:
-        """Reads all records once.
+        """Reads all records once, and looks whether their images are there.
 
         Raises:
-            ValueError: no region is selected.
+            FileNotFoundError: images are missing.
+            ValueError: no region is selected, or an image's path leads out of the image folder.
         """
         index_of_label: dict[str, int] = {}
         own = array("q")
         showable: list[int] = []
         kinds: set[str] = set()
-        images = 0
+        images = missing = 0
+        first_missing: Path | None = None
         for image in annotated:
+            path = image_path(settings.image_folder, image.image_id)
+            if not path.is_file():
+                missing, first_missing = missing + 1, first_missing or path
             tags = [region.tag for region in _selected(image, settings)]
             kinds |= {str(region.extra["kind"]) for region in image.regions if "kind" in region.extra}
             own.extend(index_of_label.setdefault(tag, len(index_of_label)) for tag in tags)
             if tags:
                 showable.append(images)
             images += 1
+        if missing:
+            raise FileNotFoundError(
+                f"{settings.data}: {missing:,} of {images:,} images are missing, the first is {first_missing}. Pass "
+                "the --image-folder that its paths are relative to."
+            )
         if not own:
             chosen = f" of kind {settings.region_kind!r} (kinds in the file: {sorted(kinds) or 'none'})"
             raise ValueError(
