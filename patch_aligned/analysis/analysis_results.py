@@ -184,6 +184,11 @@ class Analysis:
     comparisons: list[Comparison]
     picture: list[PictureRow]
 
+    @property
+    def counts_differ(self) -> bool:
+        """Whether models count different regions, as those do that cut images differently or have another grid."""
+        return len({model.counts for model in self.models.values()}) > 1
+
     def to_json(self) -> dict[str, Any]:
         """Every number, as strict JSON; of the picture its ids, labels and scores."""
         rows = [

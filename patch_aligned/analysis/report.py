@@ -81,16 +81,18 @@ def report_json(analysis: Analysis, provenance: Mapping[str, Any]) -> dict[str, 
 def report_markdown(analysis: Analysis) -> str:
     """The headline table, what it was taken on, and the paper's Table 3."""
     measure = analysis.settings.measure
-    counts = next(iter(analysis.models.values())).counts
+    first, model = next(iter(analysis.models.items()))
+    counts = model.counts
     kind = f" of kind `{measure.region_kind}`" if measure.region_kind else ""
     outside = f"{counts.regions_outside} outside the model's image and left out, " if counts.regions_outside else ""
+    differing = f" (of {first}; the page has the counts of all)" if analysis.counts_differ else ""
     lines = [
         "# Analysis of projectors",
         "",
         *as_markdown(headline_table(analysis)),
         "",
         f"{analysis.images} images, {counts.regions} regions{kind}: {outside}{counts.regions_without_token} cover no "
-        "token and count in Align alone.",
+        f"token and count in Align alone{differing}.",
         "Entropies H in nats; ΔH is before minus after. Align is the mean over regions of the IoU by area, with the "
         f"threshold rule `{measure.threshold_rule}`. The last column is a control: the same cosine with another "
         f"region's label (seed {measure.seed}). In brackets {analysis.settings.resampling.confidence:.0%} intervals, "

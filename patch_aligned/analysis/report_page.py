@@ -116,9 +116,14 @@ def _figures(analysis: Analysis) -> str:
 
 
 def _differences(analysis: Analysis) -> str:
+    differing = (
+        " Here the models count different regions (see what was left out), so a difference is also one of regions."
+        if analysis.counts_differ
+        else ""
+    )
     return _table("Differences", differences_table(analysis)) + _note(
         "The later projector less the earlier, with a paired interval: both over the same draws of images. An interval "
-        "without 0 is a difference that these images tell from chance."
+        f"without 0 is a difference that these images tell from chance.{differing}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -97,6 +98,16 @@ def test_the_markdown_has_the_papers_table_below(golden_world: Path, write_pad: 
     assert "1 images, 2 regions: 1 cover no token" in text
     assert "| patch-aligned | 4.835 | 1.000 | 3.835 | 0.279 | 0.56 |" in text
     assert "7B scale" in text
+
+
+def test_models_that_count_other_regions_are_told_apart(golden_world: Path, pad: Path, tmp_path: Path):
+    analysis = run(pad, picture_rows=1, seeds=())
+    assert "different regions" not in page(analysis, pad, tmp_path / "same")
+    start = analysis.models["start"]
+    other = replace(start, counts=replace(start.counts, regions_outside=0))
+    analysis = replace(analysis, models=analysis.models | {"start": other})
+    assert "different regions" in page(analysis, pad, tmp_path / "other")
+    assert "(of random; the page has the counts of all)" in report_markdown(analysis)
 
 
 def test_the_json_is_strict_and_says_where_numbers_come_from(golden_world: Path, pad: Path):
