@@ -17,7 +17,8 @@ from patch_aligned.results.box_frames import IMAGE_FRAME, PADDED_FRAME
 from patch_aligned.results.run_file import Sample, Score
 
 ID_COLUMNS = ("question_id", "questionId", "id", "index", "image_id")
-IMAGE_COLUMNS = ("scene", "image_source", "image_id", "image")  # the miniature's, POPE's, TextVQA's, RefCOCO's
+# The miniature's, POPE's, GQA's, SEED's, TextVQA's, RefCOCO's.
+IMAGE_COLUMNS = ("scene", "image_source", "imageId", "data_id", "image_id", "image")
 _ROUNDING = 5e-4  # MMMU's share comes rounded, to three digits or five
 
 

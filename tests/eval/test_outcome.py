@@ -96,6 +96,12 @@ def test_ids_are_a_column_that_names_each_row() -> None:
     assert row_ids([{"doc_id": 0, "doc": {}}, {"doc_id": 1, "doc": {}}]) == ["0", "1"]
 
 
+def test_rows_of_one_image_are_kept_together_where_a_column_names_it() -> None:
+    documents = [{"id": "7", "imageId": "n161313"}, {"id": "8", "imageId": "n161313"}, {"id": "9", "image": object()}]
+    _, _, samples = scores_and_samples(BENCHMARKS["gqa"], evaluated({}, [{"doc": document} for document in documents]))
+    assert [sample.group for sample in samples] == ["n161313", "n161313", None]
+
+
 def test_the_frame_decides_the_headline_of_boxes_alone() -> None:
     rec, gqa = BENCHMARKS["refcoco_val"], BENCHMARKS["gqa"]
     assert (headline_of(rec, "square"), headline_of(rec, "image")) == (PADDED_FRAME, IMAGE_FRAME)
