@@ -191,7 +191,7 @@ def _untrained_by_shape(models: Sequence[AnalysedModel], seeds: Sequence[int]) -
 
 
 def _joined(rows: list[PictureRow], more: list[PictureRow]) -> list[PictureRow]:
-    """Rows of two passes over the same images; each image is shown as the first tower sees it."""
+    """Rows of two passes over the same images; ground truth is shown as the first tower sees it."""
     if not rows:
         return more
     return [replace(row, cells=row.cells | other.cells) for row, other in zip(rows, more, strict=True)]

@@ -115,8 +115,8 @@ class ProjectorRun:
                 shuffled=image.shuffled.to(self._device),
             )
             self.regions.update(scores, image.own.tolist(), image.areas_px())
-            if image.picture is not None and self.projector.pictured:
+            if (row := image.picture) is not None and self.projector.pictured:
                 region = image.pictured_region
                 direction = self._label_directions[own[region]]  # [D]
-                cell = picture_cell(direction, visual_tokens, coverage[region], rule)
-                image.picture.cells[self.projector.name] = cell
+                cell = picture_cell(row.image, row.truth, direction, visual_tokens, coverage[region], rule)
+                row.cells[self.projector.name] = cell

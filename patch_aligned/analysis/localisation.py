@@ -25,7 +25,7 @@ def localise(
     """Where each model finds a label in an image; `save_localisation_figure` draws what it returns.
 
     Args:
-        models: of them the first decides how the image is shown.
+        models: what is compared; each is shown the image as its tower sees it.
         image: the file.
         label: any text.
         mask: `[height, width]`, the region that the label is about; None where there is no truth, and the IoU is NaN.
@@ -44,24 +44,29 @@ def localise(
     if mask.shape != height_width:
         raise ValueError(f"{image}: the mask is {list(mask.shape)}; expected the image's {list(height_width)}.")
     mask = mask.astype(np.float64)
-    features, cells = {}, {}
+    features, shown, cells = {}, {}, {}
     for tower, projector in ((model.tower, model.projector) for model in models):
         if id(tower) not in features:
-            features[id(tower)] = tower.features(tower.pixels(opened)[None])  # [1, S, d]
+            pixels = tower.pixels(opened)  # [3, side, side]
+            features[id(tower)] = tower.features(pixels[None])  # [1, S, d]
+            truth = tower.geometry(opened.size, (1, 1)).mask_to_model(mask)  # [side, side]
+            shown[id(tower)] = tower.displayed(pixels), torch.from_numpy(truth)
         tokens, grid = projector.visual_tokens(features[id(tower)])  # [1, T, D]
         coverage = torch.from_numpy(tower.geometry(opened.size, grid).token_coverage(mask[None]))[0]  # [rows, cols]
         direction = projector.words.directions_of_labels([label])[0].to(tokens)  # [D]
-        cells[projector.name] = picture_cell(direction, tokens[0], coverage.to(tokens.device), threshold_rule)
-    shown = models[0].tower
-    truth = shown.geometry(opened.size, (1, 1)).mask_to_model(mask)  # [side, side]
-    picture = shown.displayed(shown.pixels(opened))
-    return PictureRow(Path(image).name, label, picture, torch.from_numpy(truth), cells)
+        cells[projector.name] = picture_cell(
+            *shown[id(tower)], direction, tokens[0], coverage.to(tokens.device), threshold_rule
+        )
+    return PictureRow(Path(image).name, label, *shown[id(models[0].tower)], cells)
 
 
-def picture_cell(direction: Tensor, visual_tokens: Tensor, coverage: Tensor, rule: str) -> PictureCell:
+def picture_cell(
+    image: Tensor, truth: Tensor, direction: Tensor, visual_tokens: Tensor, coverage: Tensor, rule: str
+) -> PictureCell:
     """What one projector makes of one label.
 
     Args:
+        image, truth: see `PictureCell`.
         direction: `[D]`, of the label.
         visual_tokens: `[S, D]`.
         coverage: `[rows, cols]`, share of each cell that the region covers.
@@ -71,6 +76,8 @@ def picture_cell(direction: Tensor, visual_tokens: Tensor, coverage: Tensor, rul
     areas = coverage.double().reshape(1, -1)  # [rows, cols] -> [1, S]
     predicted = predicted_tokens(maps, rule, areas.sum(dim=1))  # [1, S]
     return PictureCell(
+        image=image,
+        truth=truth,
         cosine=maps.reshape(coverage.shape).cpu(),
         predicted=predicted.reshape(coverage.shape).cpu(),
         iou_px=float(iou_by_area(predicted, areas)),

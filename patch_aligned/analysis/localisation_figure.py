@@ -31,8 +31,17 @@ _CHARACTER_INCHES = 0.066  # of the caption, on average and rather too wide
 
 @dataclass(frozen=True)
 class PictureCell:
-    """What one projector made of one label: cosines and predicted tokens `[rows, cols]`, IoU by area."""
+    """What one projector made of one label.
 
+    Attributes:
+        image: `[3, side, side]`, 0..1, as its tower sees it.
+        truth: `[side, side]`, share of each pixel that the region covers.
+        cosine, predicted: `[rows, cols]`, of each visual token; predicted is bool.
+        iou_px: by area; NaN without truth.
+    """
+
+    image: Tensor
+    truth: Tensor
     cosine: Tensor
     predicted: Tensor
     iou_px: float
@@ -45,8 +54,7 @@ class PictureRow:
     Attributes:
         image_id: as in the PAD file.
         label: the region's label.
-        image: `[3, side, side]`, 0..1, as the tower sees it.
-        truth: `[side, side]`, share of each pixel that the region covers.
+        image, truth: as the first projector's tower sees them, see `PictureCell`.
         cells: by the projector's name.
     """
 
@@ -107,8 +115,8 @@ def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) 
         pairs: list[tuple[Axes, Axes]] = []
         for index, name in enumerate(names):
             heat_axes, mask_axes = (figure.add_subplot(grid[row_index, 3 * index + 2 + offset]) for offset in (0, 1))
-            _draw_heat(heat_axes, row, row.cells[name])
-            _draw_prediction(mask_axes, row, row.cells[name])
+            _draw_heat(heat_axes, row.cells[name])
+            _draw_prediction(mask_axes, row.cells[name])
             pairs.append((heat_axes, mask_axes))
         if row_index == 0:
             first = "ground truth" if any(row.truth.any() for row in rows) else "image"
@@ -133,8 +141,8 @@ def panel_jpegs(row: PictureRow) -> dict[str | tuple[str, str], bytes]:
     """
     found: dict[str | tuple[str, str], bytes] = {"truth": _panel_jpeg(partial(_draw_truth, row=row))}
     for name, cell in row.cells.items():
-        found[name, "cosine"] = _panel_jpeg(partial(_draw_heat, row=row, cell=cell))
-        found[name, "prediction"] = _panel_jpeg(partial(_draw_prediction, row=row, cell=cell))
+        found[name, "cosine"] = _panel_jpeg(partial(_draw_heat, cell=cell))
+        found[name, "prediction"] = _panel_jpeg(partial(_draw_prediction, cell=cell))
     return found
 
 
@@ -171,28 +179,28 @@ def _draw_truth(axes: Axes, row: PictureRow) -> None:
     _outline(axes, row.truth.numpy(), TRUTH_COLOUR)
 
 
-def _draw_heat(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
+def _draw_heat(axes: Axes, cell: PictureCell) -> None:
     bare(axes)
     cosine = cell.cosine.numpy()
-    side = row.truth.shape[0]
+    side = cell.truth.shape[0]
     axes.imshow(cosine, cmap=HEAT_MAP, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest")
-    _outline(axes, row.truth.numpy(), "black", width=0.6)
+    _outline(axes, cell.truth.numpy(), "black", width=0.6)
     axes.set_title(f"{cosine.min():.2f} … {cosine.max():.2f}".replace("-", "−"), fontsize=8.5, pad=3, color="#495057")
 
 
-def _draw_prediction(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
+def _draw_prediction(axes: Axes, cell: PictureCell) -> None:
     bare(axes)
-    predicted = _cells_to_pixels(cell.predicted.numpy().astype(float), row.truth.shape[0])
-    axes.imshow(_dimmed(row, predicted))
+    predicted = _cells_to_pixels(cell.predicted.numpy().astype(float), cell.truth.shape[0])
+    axes.imshow(_dimmed(cell.image, predicted))
     _outline(axes, predicted, PREDICTION_COLOUR)
     axes.set_title(
         "no truth given" if np.isnan(cell.iou_px) else f"IoU {cell.iou_px:.2f}", fontsize=8.5, pad=3, color="#212529"
     )
 
 
-def _dimmed(row: PictureRow, mask: np.ndarray) -> np.ndarray:
+def _dimmed(picture: Tensor, mask: np.ndarray) -> np.ndarray:
     """The image, its colours washed out where the mask is not: `[side, side, 3]`."""
-    image = row.image.numpy().transpose(1, 2, 0)  # [3, side, side] -> [side, side, 3]
+    image = picture.numpy().transpose(1, 2, 0)  # [3, side, side] -> [side, side, 3]
     grey = image.mean(axis=2, keepdims=True)
     washed = 0.12 * image + 0.24 * grey + 0.58
     return mask[..., None] * image + (1 - mask[..., None]) * washed

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
@@ -181,8 +182,12 @@ class MeasuredImage:
         return self._coverage[grid]
 
     def show(self) -> None:
-        """Prepares a row of the picture: the region with the largest area, so that no score chooses what is shown."""
-        self.pictured_region = int(self.coverage((1, 1)).flatten().argmax())
+        """Prepares a row of the picture: the region that is largest in the original image, whatever the tower.
+
+        No score chooses what is shown, and towers that cut the image differently show the same.
+        """
+        self.coverage((1, 1))  # refuses a file of another size than its record's
+        self.pictured_region = int(np.argmax(self.areas_px()))
         width, height = self._annotated.size_wh
         encoded = {"size": [height, width], "counts": self._rle_masks[self.pictured_region].encode()}
         truth = self._tower.geometry(self._file_wh, (1, 1)).mask_to_model(coco_mask.decode(encoded))  # [side, side]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from llava.convert.to_hf import to_hf
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models, localise
 from patch_aligned.analysis.analysed_models import AnalysedModel
 from patch_aligned.analysis.localisation_figure import panel_jpegs, save_localisation_figure
@@ -28,7 +30,7 @@ def test_a_region_gives_the_maps_of_the_analysis(models: list[AnalysedModel], pa
         record = next(r for r in map(json.loads, pad.read_text().splitlines()) if r["image_id"] == row.image_id)
         regions = [region for region in record["labels"] if region["tag"] == row.label]
         masks = [coco_mask.decode({"size": [56, 80], "counts": r["rle_mask"].encode()}) for r in regions]
-        largest = max(masks, key=lambda mask: mask[:, 12:68].sum())
+        largest = max(masks, key=np.sum)
         found = localise(models, pad.parent / "pictures" / row.image_id, row.label, largest)
         assert list(found.cells) == ["random", "start"]
         torch.testing.assert_close(found.truth, row.truth)
@@ -36,6 +38,28 @@ def test_a_region_gives_the_maps_of_the_analysis(models: list[AnalysedModel], pa
             torch.testing.assert_close(found.cells[name].cosine, cell.cosine, rtol=1e-5, atol=1e-6)
             assert torch.equal(found.cells[name].predicted, cell.predicted)
             assert found.cells[name].iou_px == pytest.approx(cell.iou_px, rel=1e-9)
+
+
+def test_towers_that_cut_images_differently_show_the_same_region_each_in_its_own_image(
+    golden_world: Path, write_pad: Callable, rectangle: Callable, tmp_path: Path
+):
+    config = json.loads(Path("tiny-llava/config.json").read_text())
+    Path("tiny-llava/config.json").write_text(json.dumps(config | {"image_aspect_ratio": "pad"}))
+    to_hf("tiny-llava", tmp_path / "hf", dtype="float32")
+    models = load_models(["own=tiny-llava", f"hf={tmp_path / 'hf'}"], image_aspect_ratio="square")
+    regions = {"tree": rectangle(0, 0, 20, 56, "tree"), "dog": rectangle(40, 28, 68, 56, "dog")}
+    pad = write_pad(list(regions.values()))  # the crop leaves less of the larger one than of the other
+    (row,) = analyse(models, AnalysisSettings(MeasureSettings(pad, pad.parent / "pictures"))).picture
+    assert row.label == "tree"
+    mask = coco_mask.decode({"size": [56, 80], "counts": regions["tree"]["rle_mask"].encode()})
+    found = localise(models, pad.parent / "pictures" / "0.png", "tree", mask)
+    assert list(row.cells) == list(found.cells) == ["own", "hf"]
+    for name, cell in row.cells.items():
+        assert cell.iou_px == pytest.approx(found.cells[name].iou_px, rel=1e-9)
+        torch.testing.assert_close(cell.truth, found.cells[name].truth)
+        torch.testing.assert_close(cell.image, found.cells[name].image)
+    assert row.cells["own"].truth.sum() == 8 * 56  # cropped, not resized
+    assert row.cells["hf"].truth.sum() == pytest.approx(20 * 56 * 0.7**2, rel=1e-3)
 
 
 def test_any_text_can_be_sought_without_a_mask(models: list[AnalysedModel], pad: Path, tmp_path: Path):
