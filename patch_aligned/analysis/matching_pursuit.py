@@ -166,10 +166,7 @@ def matching_pursuit(
 
 def _least_squares(chosen: Tensor, tokens: Tensor) -> Tensor:
     """Coefficients `[S, k]` of the words `[S, k, D]` nearest to the tokens `[S, D]`; words may be dependent."""
-    wide, target = (
-        chosen.double(),
-        tokens.double().unsqueeze(-1),
-    )  # float64, since the Gram matrix squares the condition
+    wide, target = chosen.double(), tokens.double().unsqueeze(-1)  # float64: the Gram matrix squares the condition
     gram = wide @ wide.mT  # [S, k, k]
     return (torch.linalg.pinv(gram, hermitian=True) @ (wide @ target)).squeeze(-1).to(tokens)
 
