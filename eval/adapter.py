@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
+# Characters that neither text nor spreadsheet holds. A model in a bad way says them, and MMBench's file for the server,
+# an Excel sheet, would end a run whose answers are all there.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -70,7 +74,7 @@ def load_adapter(request: ModelRequest) -> Any:
             answers = self.log.answer(requests, super().generate_until, self._order, block)
             if not own_ratio:  # a task's own wish, which would stay for the tasks after it
                 self._config.__dict__.pop("image_aspect_ratio", None)
-            return answers
+            return [_CONTROLS.sub("", answer) for answer in answers]
 
         def _order(self, request: Any) -> Any:
             return -len(self.tok_encode(request.args[0])), request.args[0]

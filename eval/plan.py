@@ -15,6 +15,7 @@ from eval.benchmarks import Benchmark, choose
 from eval.hub_files import Lock
 from eval.judge import read_judge
 from eval.preflight import PreflightError, check_run
+from eval.processes import processes_here
 from eval.task_data import TaskData
 from llava.conversation import conversation_mode
 from llava.mm_utils import get_model_name_from_path
@@ -56,7 +57,7 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
         path,
         arguments.model_base,
         limit=arguments.limit,
-        num_processes=processes,
+        num_processes=processes_here(processes),
         num_gpus=torch.cuda.device_count(),
         lock=Lock(arguments.lock),
     )

@@ -14,6 +14,11 @@ def rank_and_count() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def processes_here(count: int) -> int:
+    """How many of `count` processes run on this machine, which is what its GPUs must suffice for."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count))
+
+
 def shared(value: T) -> T:
     """The first process's value, in all of them; what the others give does not matter. All wait for it."""
     if rank_and_count()[1] == 1:

@@ -16,12 +16,12 @@ from eval.captions.metrics import score_captions
 from eval.captions.record import as_run, as_text
 from eval.captions.references import CaptionedImage, image_files, read_references
 from eval.captions.spice import SpiceSetup, find_spice
+from eval.plan import identify
 from eval.preflight import check_checkpoint
 from eval.processes import rank_and_count, shared, wait_for_all
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path
-from patch_aligned.checkpoint_hash import checkpoint_hash
-from patch_aligned.results.run_file import RESULT_FILE, ModelIdentity, read_run, rows_sha256, write_run
+from patch_aligned.results.run_file import RESULT_FILE, read_run, rows_sha256, write_run
 
 ANSWERS = "answers"
 
@@ -97,7 +97,7 @@ def run(request: Request, say: Callable[[str], None]) -> None:
     write_run(folder, result, samples)
     say(f"{writer.model.name}, {request.caption_set.column}")
     say(as_text(scores))
-    say(f"{folder / RESULT_FILE}; next: patch-aligned table 4 {folder.parent}")
+    say(f"{folder / RESULT_FILE}; next: patch-aligned table 4 --runs {folder.parent}")
 
 
 def _check(request: Request) -> SpiceSetup | str:
@@ -121,6 +121,7 @@ def _refuse_another_run(folder: Path, writer: Writer, limit: int | None, images:
     compared = {
         "weights (SHA-256)": (there.model.sha256, writer.model.sha256),
         "base": (there.model.base, writer.model.base),
+        "base's weights (SHA-256)": (there.model.base_sha256, writer.model.base_sha256),
         "conversation": (there.settings.conversation, writer.conversation),
         "prompt": (there.settings.prompt, writer.full_prompt),
         "dtype": (there.settings.dtype, writer.dtype),
@@ -141,7 +142,7 @@ def _refuse_another_run(folder: Path, writer: Writer, limit: int | None, images:
 
 def _writer(request: Request) -> Writer:
     name = request.model_name or get_model_name_from_path(request.model_path)
-    model = ModelIdentity(name, request.model_path, checkpoint_hash(request.model_path).sha256, request.model_base)
+    model = identify(name, request.model_path, request.model_base)
     dtype = default_dtype() if request.dtype == "auto" else request.dtype
     return describe_writer(
         model, request.conversation, request.prompt, dtype, request.max_new_tokens, request.caption_set.prompt

@@ -17,6 +17,7 @@ from eval.captions.answer_file import CaptionLog
 from eval.captions.references import CaptionedImage
 from llava.conversation import SeparatorStyle, conv_templates, conversation_mode
 from llava.eval.answering import GenerationSettings, Question, answer_questions, prompt_of
+from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model, read_config
 from llava.model.tensor_files import Form, checkpoint_form
 from patch_aligned.results.run_file import ModelIdentity
@@ -50,6 +51,7 @@ class Writer:
         parts = [
             self.model.sha256,
             self.model.base,
+            self.model.base_sha256,
             self.conversation,
             self.prompt,
             self.dtype,
@@ -82,7 +84,8 @@ def describe_writer(
     is_projector = checkpoint_form(model.path) is Form.PROJECTOR
     if conversation is None and is_projector and getattr(config, "conversation_version", None) is None:
         conversation = "plain"  # upstream's stage 1 records no template, and trains in this one
-    conversation = conversation or conversation_mode(model.name, config)
+    # By its folder: what tables call a checkpoint must not change how it is talked to.
+    conversation = conversation or conversation_mode(get_model_name_from_path(model.path), config)
     if prompt is None:
         is_plain = conv_templates[conversation].sep_style is SeparatorStyle.PLAIN
         prompt = "" if is_plain else default

@@ -21,8 +21,13 @@ from eval.judge import Judge, JudgeError, check_judge, read_judge, set_judge
 from eval.outcome import UnscoredError
 from eval.plan import Plan, make_plan
 from eval.preflight import PreflightError, check_checkpoint, check_installed, check_limit, check_processes, check_run
+from eval.processes import processes_here
 from eval.task_data import TaskData, find_data
 from patch_aligned.checkpoint_hash import checkpoint_hash
+
+needs_lmms_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is part of the extra `eval`"
+)
 
 
 @pytest.fixture
@@ -129,6 +134,7 @@ def refused(golden_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     return run_command
 
 
+@needs_lmms_eval
 def test_what_cannot_be_loaded_is_said_without_a_traceback(refused: Callable[..., str]) -> None:
     assert "Error: tiny-vicuna: its config names no vision tower" in refused("--model-path", "tiny-vicuna")
     Path("lock.json").write_text("{")
@@ -151,12 +157,14 @@ def make_plan_of(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     return plan_of
 
 
+@needs_lmms_eval
 def test_the_name_in_tables_does_not_choose_the_template(make_plan_of: Callable[..., Plan]) -> None:
     Path("tiny-llava").rename("llava-v1.5-tiny")  # published checkpoints record no template: it follows from the name
     plan = make_plan_of("--benchmarks", "mini_colour", "--model-path", "llava-v1.5-tiny", "--model-name", "Ours")
     assert (plan.model.name, plan.request.conversation) == ("Ours", "llava_v1")
 
 
+@needs_lmms_eval
 def test_a_base_is_known_by_its_weights(make_plan_of: Callable[..., Plan], goldens: Path) -> None:
     shutil.copytree(goldens / "ckpt_lora", "ckpt_lora")
     flags = ("--benchmarks", "mini_colour", "--model-path", "ckpt_lora", "--model-base", "tiny-vicuna")
@@ -166,6 +174,7 @@ def test_a_base_is_known_by_its_weights(make_plan_of: Callable[..., Plan], golde
     assert make_plan_of(*flags).model == replace(before, base_sha256=checkpoint_hash("tiny-vicuna").sha256) != before
 
 
+@needs_lmms_eval
 def test_rows_without_a_mark_do_not_end_what_comes_after_them(
     make_plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +205,13 @@ def test_more_processes_than_gpus_and_parted_rows_are_said() -> None:
         check_limit([], 0)
 
 
+def test_gpus_of_one_machine_serve_the_processes_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert processes_here(16) == 8
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert processes_here(16) == 16
+
+
 def test_a_file_that_was_not_made_is_named_with_the_command_that_makes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +220,7 @@ def test_a_file_that_was_not_made_is_named_with_the_command_that_makes_it(
         find_data(BENCHMARKS["mini_rec"], Lock(tmp_path / "lock.json"))
 
 
+@needs_lmms_eval
 def test_all_problems_are_listed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # nothing was fetched; no network
     monkeypatch.setenv("API_TYPE", "local")

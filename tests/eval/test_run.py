@@ -128,6 +128,16 @@ def test_a_run_leaves_scores_rows_and_what_they_depend_on(
     assert "pictures: has_an_e" in capsys.readouterr().out
 
 
+def test_scorers_and_their_files_get_no_control_characters(
+    pictures: Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmms_eval.models.simple.llava import Llava
+
+    monkeypatch.setattr(Llava, "generate_until", lambda self, requests: ["a\x0bred\n\x00 one"] * len(requests))
+    assert evaluate("--benchmarks", "pictures") == 0
+    assert {sample.answer for sample in read_samples(Path("out/pictures"))} == {"ared\n one"}
+
+
 def test_a_finished_benchmark_is_skipped_and_done_again_on_request(
     pictures: Benchmark, prompts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,21 @@ def test_after_stage_1_a_caption_follows_its_image_alone(world: Path) -> None:
     assert not [sample for sample in read_samples(RUN) if "\n" in sample.answer]
 
 
+def test_the_name_in_tables_does_not_choose_the_template(world: Path) -> None:
+    Path("tiny-llava").rename("llava-v1.5-tiny")  # published checkpoints record no template: it follows from the name
+    assert caption("--model-path", "llava-v1.5-tiny", "--model-name", "Ours", "--limit", "1").exit_code == 0
+    result = read_run(RUN)
+    assert (result.model.name, result.settings.conversation) == ("Ours", "llava_v1")
+
+
+def test_a_base_is_known_by_its_weights(world: Path) -> None:
+    assert caption(*STAGE_1, "--limit", "1").exit_code == 0
+    with Path("tiny-vicuna/model.safetensors").open("ab") as weights:
+        weights.write(b" ")
+    other = caption(*STAGE_1, "--limit", "1")
+    assert other.exit_code == 2 and "base's weights" in other.output
+
+
 def test_the_users_prompt_is_what_the_model_gets(world: Path) -> None:
     assert caption(*STAGE_2, "--prompt", "What is it?", "--limit", "2").exit_code == 0
     result = read_run(RUN)
