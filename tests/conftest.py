@@ -7,11 +7,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import ImageFile
 
 # Set before huggingface_hub is imported: a name that is no folder fails at once, instead of after minutes of retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 GOLDENS = Path(__file__).parent / "goldens" / "llava"
+
+
+@pytest.fixture(autouse=True)
+def truncated_images_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Pillow has it, whatever was imported before: lmms-eval lets a whole process fill cut images with grey."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(scope="session")
