@@ -12,6 +12,7 @@ import torch
 
 from eval.adapter import ModelRequest, default_dtype
 from eval.benchmarks import Benchmark, choose
+from eval.finished import finished_run
 from eval.hub_files import Lock
 from eval.judge import read_judge
 from eval.preflight import PreflightError, check_run
@@ -21,7 +22,7 @@ from llava.conversation import conversation_mode
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import read_config
 from patch_aligned.checkpoint_hash import checkpoint_hash
-from patch_aligned.results.run_file import RESULT_FILE, ModelIdentity, RunResult, read_run
+from patch_aligned.results.run_file import RESULT_FILE, ModelIdentity, RunResult
 
 
 @dataclass(frozen=True)
@@ -125,31 +126,21 @@ def _is_finished(plan: Plan, benchmark: Benchmark, data: TaskData, arguments: ar
         PreflightError: one of another model or other settings is.
     """
     folder = plan.output / benchmark.name
-    if not (folder / RESULT_FILE).is_file():
+    there = finished_run(
+        folder,
+        plan.model,
+        plan.request.conversation,
+        plan.request.dtype,
+        arguments.max_new_tokens or benchmark.max_new_tokens,
+        arguments.limit,
+        lambda run: {
+            "box frame": (run.settings.box_frame, arguments.box_frame if benchmark.speaks_boxes else None),
+            "seed": (run.settings.seed, arguments.seed),
+            "judge": (run.settings.judge, judge_of(benchmark)),
+            "revision of the data": (run.data.revision, data.revision),
+        },
+    )
+    if there is None:
         return False
-    there = read_run(folder)
-    frame = arguments.box_frame if benchmark.speaks_boxes else None
-    compared = {
-        "weights (SHA-256)": (there.model.sha256, plan.model.sha256),
-        "base": (there.model.base, plan.model.base),
-        "base's weights (SHA-256)": (there.model.base_sha256, plan.model.base_sha256),
-        "conversation": (there.settings.conversation, plan.request.conversation),
-        "dtype": (there.settings.dtype, plan.request.dtype),
-        "box frame": (there.settings.box_frame, frame),
-        "length of answers": (
-            there.settings.max_new_tokens,
-            arguments.max_new_tokens or benchmark.max_new_tokens,
-        ),
-        "seed": (there.settings.seed, arguments.seed),
-        "limit": (there.settings.limit, arguments.limit),
-        "judge": (there.settings.judge, judge_of(benchmark)),
-        "revision of the data": (there.data.revision, data.revision),
-    }
-    for what, (found, asked) in compared.items():
-        if found != asked:
-            raise PreflightError(
-                f"{folder}: holds a run with another {what}: found {found}, asked for {asked}; next: another --output, "
-                "or --again to replace it"
-            )
     print(f"{summary(there, folder)} (finished before)")
     return True

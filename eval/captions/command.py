@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,15 @@ from eval.captions.generate import Writer, describe_writer, device_of, write_cap
 from eval.captions.java import require_metrics
 from eval.captions.metrics import score_captions
 from eval.captions.record import as_run, as_text
-from eval.captions.references import CaptionedImage, image_files, read_references
+from eval.captions.references import image_files, read_references
 from eval.captions.spice import SpiceSetup, find_spice
+from eval.finished import finished_run
 from eval.plan import identify
 from eval.preflight import check_checkpoint
 from eval.processes import rank_and_count, shared, wait_for_all
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path
-from patch_aligned.results.run_file import RESULT_FILE, read_run, rows_sha256, write_run
+from patch_aligned.results.run_file import RESULT_FILE, rows_sha256, write_run
 
 ANSWERS = "answers"
 
@@ -67,7 +68,19 @@ def run(request: Request, say: Callable[[str], None]) -> None:
     assert writer is not None
     folder = (request.output or Path("runs", "eval", writer.model.name)) / request.caption_set.name
     if not request.again:
-        _refuse_another_run(folder, writer, request.limit, images)
+        wanted = rows_sha256((image.id, list(image.captions)) for image in images)
+        finished_run(
+            folder,
+            writer.model,
+            writer.conversation,
+            writer.dtype,
+            writer.max_new_tokens,
+            request.limit,
+            lambda run: {
+                "prompt": (run.settings.prompt, writer.full_prompt),
+                "set of images and captions (SHA-256)": (run.data.rows_sha256, wanted),
+            },
+        )
     log = CaptionLog(folder / ANSWERS, writer.identity, files, rank)
     wait_for_all()  # so that all see the same captions as missing
     missing = [image for image in images if image.id not in log.known]
@@ -111,33 +124,6 @@ def _check(request: Request) -> SpiceSetup | str:
         return "captions are not scored"
     require_metrics()
     return find_spice(request.spice_jars, request.spice_java)
-
-
-def _refuse_another_run(folder: Path, writer: Writer, limit: int | None, images: Sequence[CaptionedImage]) -> None:
-    """Raises ValueError where a finished run of other weights, settings or images would be replaced."""
-    if not (folder / RESULT_FILE).is_file():
-        return
-    there = read_run(folder)
-    compared = {
-        "weights (SHA-256)": (there.model.sha256, writer.model.sha256),
-        "base": (there.model.base, writer.model.base),
-        "base's weights (SHA-256)": (there.model.base_sha256, writer.model.base_sha256),
-        "conversation": (there.settings.conversation, writer.conversation),
-        "prompt": (there.settings.prompt, writer.full_prompt),
-        "dtype": (there.settings.dtype, writer.dtype),
-        "number of new tokens": (there.settings.max_new_tokens, writer.max_new_tokens),
-        "limit": (there.settings.limit, limit),
-        "set of images and captions (SHA-256)": (
-            there.data.rows_sha256,
-            rows_sha256((image.id, list(image.captions)) for image in images),
-        ),
-    }
-    for what, (found, asked) in compared.items():
-        if found != asked:
-            raise ValueError(
-                f"{folder}: holds a run with another {what}: found {found!r}, asked for {asked!r}; next: another "
-                "--output, or --again to replace it"
-            )
 
 
 def _writer(request: Request) -> Writer:
