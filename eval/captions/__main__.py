@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from eval.captions.options import REFERENCES_HELP, SpiceJarsOption, SpiceJavaOption, SplitOption
 from patch_aligned.command_errors import clear_errors
 
 # LLaVA's flags are spelled with underscores: both are taken.
@@ -32,12 +33,12 @@ def main(
     ] = None,
     references: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="COCO's captions, Karpathy's, records of `image` and `captions`, or PAD."),
+        typer.Option(metavar="FILE", help=REFERENCES_HELP),
     ] = None,
     image_folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="What the paths of the images count from.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of Karpathy's file. Default: `test`.")] = None,
+    split: SplitOption = None,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the runs. Default: runs/eval/NAME.")
     ] = None,
@@ -58,12 +59,8 @@ def main(
     again: Annotated[
         bool, typer.Option("--again", help="Replace a run of other settings. Captions that are there stay.")
     ] = False,
-    spice_jars: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of CoreNLP 3.6.0 for SPICE. Default: $SPICE_JARS.")
-    ] = None,
-    spice_java: Annotated[
-        str | None, typer.Option(metavar="PROGRAM", help="Java 8 or 11 for SPICE. Default: $SPICE_JAVA, or java.")
-    ] = None,
+    spice_jars: SpiceJarsOption = None,
+    spice_java: SpiceJavaOption = None,
 ) -> None:
     """Captions images with a checkpoint and scores the captions: METEOR, ROUGE-L, SPICE, CIDEr and BLEU.
 

@@ -11,6 +11,7 @@ import typer
 from eval.captions.answer_file import read_answers
 from eval.captions.java import require_metrics
 from eval.captions.metrics import score_captions
+from eval.captions.options import REFERENCES_HELP, SpiceJarsOption, SpiceJavaOption, SplitOption
 from eval.captions.record import as_json, as_text
 from eval.captions.references import read_references
 from eval.captions.spice import find_spice
@@ -33,19 +34,15 @@ def main(
     ],
     references: Annotated[
         Path,
-        typer.Option(metavar="FILE", help="COCO's captions, Karpathy's, records of `image` and `captions`, or PAD."),
+        typer.Option(metavar="FILE", help=REFERENCES_HELP),
     ],
-    split: Annotated[str | None, typer.Option(help="Of Karpathy's file. Default: `test`.")] = None,
+    split: SplitOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images of the references.")] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON for all scores, those of each image among them.")
     ] = None,
-    spice_jars: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of CoreNLP 3.6.0 for SPICE. Default: $SPICE_JARS.")
-    ] = None,
-    spice_java: Annotated[
-        str | None, typer.Option(metavar="PROGRAM", help="Java 8 or 11 for SPICE. Default: $SPICE_JAVA, or java.")
-    ] = None,
+    spice_jars: SpiceJarsOption = None,
+    spice_java: SpiceJavaOption = None,
 ) -> None:
     """Scores captions of any source: METEOR, ROUGE-L, SPICE, CIDEr and BLEU, as pycocoevalcap has them.
 

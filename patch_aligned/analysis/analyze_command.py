@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from patch_aligned.analysis.model_options import AspectRatioOption, BaseOption, EnglishOption, VisionTowerOption
 from patch_aligned.command_errors import clear_errors
 
 app = typer.Typer(rich_markup_mode="markdown")
@@ -31,18 +32,8 @@ def analyze(
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="Where report.html, report.md, analysis.json and the pictures go.")
     ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="The language model of LLaVA's projectors (folder or hub name). Only its word embeddings and "
-            "tokenizer are read. Whole models have their own.",
-        ),
-    ] = None,
-    vision_tower: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="The vision tower. Default: the one the projectors' configs name."),
-    ] = None,
+    base: BaseOption = None,
+    vision_tower: VisionTowerOption = None,
     data_format: Annotated[
         Literal["auto", "pad", "coco", "grandf"], typer.Option(help="Of --data; `auto` tells it by the first record.")
     ] = "auto",
@@ -66,17 +57,11 @@ def analyze(
         typer.Option(metavar="KIND", help="Only regions whose extra key `kind` has this value, such as `object`."),
     ] = None,
     resamples: Annotated[int, typer.Option(min=0, help="Draws of images behind an interval; 0: none.")] = 2000,
-    image_aspect_ratio: Annotated[
-        Literal["square", "pad"] | None,
-        typer.Option(help="How images are made square. Default: as in the projectors' configs."),
-    ] = None,
+    image_aspect_ratio: AspectRatioOption = None,
     picture_rows: Annotated[int, typer.Option(min=0, help="Images in localisation.png; 0 draws none.")] = 4,
     token_maps: Annotated[int, typer.Option(min=0, help="Of them, images with token maps; 0: none.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Words a patch in the token maps.")] = 3,
-    english: Annotated[
-        Literal["auto", "pyspellchecker", "nltk", "none"],
-        typer.Option(help="Which list tells English words; `auto` takes one that is installed."),
-    ] = "auto",
+    english: EnglishOption = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass through the tower.")] = 8,
     device: Annotated[str, typer.Option(help="Where towers and projectors run: `cpu`, `cuda`, `cuda:1` ...")] = "cpu",
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from patch_aligned.analysis.model_options import AspectRatioOption, BaseOption, EnglishOption, VisionTowerOption
 from patch_aligned.command_errors import clear_errors
 
 app = typer.Typer(rich_markup_mode="markdown")
@@ -27,14 +28,7 @@ def token_map(
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="Where token_map.html, token_map.json and a PNG an image go.")
     ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="The language model of LLaVA's projectors (folder or hub name). Only its word embeddings and "
-            "tokenizer are read. Whole models have their own.",
-        ),
-    ] = None,
+    base: BaseOption = None,
     image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="An image; repeat for each.")] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Instead of --image: the images of a PAD file, from its first.")
@@ -54,19 +48,10 @@ def token_map(
     unscaled: Annotated[
         bool, typer.Option("--unscaled", help="Take the words as they are: Algorithm 1 to the letter.")
     ] = False,
-    english: Annotated[
-        Literal["auto", "pyspellchecker", "nltk", "none"],
-        typer.Option(help="Which list tells English words; `auto` takes one that is installed."),
-    ] = "auto",
+    english: EnglishOption = "auto",
     png: Annotated[bool, typer.Option(help="Whether a PNG is drawn for each image.")] = True,
-    vision_tower: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="The vision tower. Default: the one the projectors' configs name."),
-    ] = None,
-    image_aspect_ratio: Annotated[
-        Literal["square", "pad"] | None,
-        typer.Option(help="How images are made square. Default: as in the projectors' configs."),
-    ] = None,
+    vision_tower: VisionTowerOption = None,
+    image_aspect_ratio: AspectRatioOption = None,
     device: Annotated[str, typer.Option(help="Where everything runs: `cpu`, `cuda`, `cuda:1` ...")] = "cpu",
 ) -> None:
     """Shows the words on the patches of images: which words each visual token is made of, by matching pursuit.
