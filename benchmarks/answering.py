@@ -16,23 +16,17 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from measured_models import MODELS, ROOT, miniature_model, seven_billion_model
+from transformers import AutoTokenizer
 
 from llava.conversation import Conversation, conv_templates
 from llava.eval.answering import GenerationSettings, Question, answer_questions, prompt_of
 from llava.eval.question_files import vqa_questions
 from llava.mm_utils import load_rgb_image, process_images, tokenizer_image_token
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.builder import LoadedModel, load_pretrained_model
-from llava.train.arguments import parse_arguments
-from llava.train.assemble import add_vision, give_padding_token, load_language_model, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
-MODELS = ROOT / "playground/mini/cache/models"
 SCENES = ROOT / "playground/data/mini/heldout"
 TEMPLATE = "chatml_direct"
 TARGET = {"cpu": 2.0, "cuda": 5.0}
@@ -40,42 +34,17 @@ TARGET = {"cpu": 2.0, "cuda": 5.0}
 
 def miniature(device: str) -> LoadedModel:
     """The miniature's LLM and tower with a projector of random weights."""
+    flags = f"--version {TEMPLATE} --image_aspect_ratio pad --data_path {SCENES}/instruct.json --image_folder {SCENES}"
     with tempfile.TemporaryDirectory() as output_dir:
-        model_args, data_args, training_args, _ = parse_arguments(
-            f"--model_name_or_path {MODELS}/smollm2-135m-instruct --vision_tower {MODELS}/dinov2-small "
-            f"--version {TEMPLATE} --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 "
-            f"--mm_use_im_patch_token False --image_aspect_ratio pad --use_cpu True --bf16 False "
-            f"--data_path {SCENES}/instruct.json --image_folder {SCENES} --output_dir {output_dir}".split()
-        )
-        tokenizer = load_tokenizer(model_args, training_args)
-        model = load_language_model(model_args, training_args, "sdpa")
-        give_padding_token(tokenizer, model, model_args.version)
-        add_vision(model, tokenizer, model_args, data_args, training_args)
+        tokenizer, model, *_ = miniature_model(flags, output_dir)
     model.to(device).eval()
     return LoadedModel(tokenizer, model, model.get_vision_tower().image_processor, 2048)
 
 
 def seven_billion(device: str) -> LoadedModel:
     """LLaVA-1.5-7B's shape with random weights in bfloat16, and the miniature's words."""
-    tower = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "smollm2-135m-instruct")
-    with tempfile.TemporaryDirectory() as folder, torch.device(device):
-        CLIPVisionModel(tower).bfloat16().save_pretrained(folder)
-        CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(folder)
-        vision = {"mm_vision_tower": folder, "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu"}
-        config = LlavaConfig(**vision, mm_vision_select_layer=-2, vocab_size=len(tokenizer))  # type: ignore[arg-type, call-arg]
-        config.image_aspect_ratio = "pad"
-        torch.set_default_dtype(torch.bfloat16)
-        model: Any = LlavaLlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-        model.get_vision_tower().load_model(device_map=device)
+    model = seven_billion_model(device, vocab_size=len(tokenizer), image_aspect_ratio="pad")
     return LoadedModel(tokenizer, model.eval(), model.get_vision_tower().image_processor, 2048)
 
 

@@ -15,22 +15,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from measured_models import MODELS, ROOT, miniature_model, seven_billion_model
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.plugin import AlignmentContext, AuxiliaryOutput
-from llava.train.arguments import parse_arguments
-from llava.train.assemble import add_vision, give_padding_token, load_language_model, load_tokenizer, make_data
+from llava.train.assemble import make_data
 from patch_aligned.arguments import PatchArguments
 from patch_aligned.plugin import PatchAlignedPlugin
 
-ROOT = Path(__file__).parents[1]
-MODELS = ROOT / "playground/mini/cache/models"
 SCENES = ROOT / "playground/data/mini/train"
 
 
@@ -50,18 +45,12 @@ def miniature(batch_size: int) -> tuple[Any, WatchedPlugin, dict[str, Any]]:
     for path in (MODELS / "smollm2-135m-instruct", SCENES / "pad.json"):
         if not path.exists():
             raise SystemExit(f"No {path}; next: bash scripts/prepare_mini.sh")
+    flags = (
+        f"--version plain --tune_mm_mlp_adapter True --data_path {SCENES}/train.json --image_folder {SCENES} "
+        "--lazy_preprocess True --model_max_length 2048"
+    )
     with tempfile.TemporaryDirectory() as output_dir:
-        model_args, data_args, training_args, _ = parse_arguments(
-            f"--model_name_or_path {MODELS}/smollm2-135m-instruct --vision_tower {MODELS}/dinov2-small --version plain "
-            f"--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_patch_token False "
-            f"--tune_mm_mlp_adapter True --data_path {SCENES}/train.json --image_folder {SCENES} "
-            f"--lazy_preprocess True --model_max_length 2048 --use_cpu True --bf16 False "
-            f"--output_dir {output_dir}".split()
-        )
-        tokenizer = load_tokenizer(model_args, training_args)
-        model = load_language_model(model_args, training_args, "sdpa")
-        give_padding_token(tokenizer, model, model_args.version)
-        add_vision(model, tokenizer, model_args, data_args, training_args)
+        tokenizer, model, model_args, data_args, training_args = miniature_model(flags, output_dir)
         plugin = WatchedPlugin()
         plugin.setup(PatchArguments(patch_data_path=str(SCENES / "pad.json")), tokenizer)
         data = make_data(tokenizer, model, model_args, data_args, training_args, plugin)
@@ -71,23 +60,7 @@ def miniature(batch_size: int) -> tuple[Any, WatchedPlugin, dict[str, Any]]:
 
 def seven_billion(batch_size: int, device: str) -> tuple[Any, WatchedPlugin, dict[str, Any]]:
     """LLaVA-1.5-7B with random weights in bfloat16; four regions an image, each covering 20 visual tokens."""
-    tower = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    with tempfile.TemporaryDirectory() as folder, torch.device(device):
-        CLIPVisionModel(tower).bfloat16().save_pretrained(folder)
-        CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(folder)
-        vision = {"mm_vision_tower": folder, "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu"}
-        config = LlavaConfig(**vision, mm_vision_select_layer=-2)  # type: ignore[arg-type, call-arg]
-        torch.set_default_dtype(torch.bfloat16)
-        model: Any = LlavaLlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-        model.get_vision_tower().load_model(device_map=device)
+    model = seven_billion_model(device)
     model.requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(True)
     model.gradient_checkpointing_enable({"use_reentrant": False})
