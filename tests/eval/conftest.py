@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,23 @@ def run_task(tmp_path: Path) -> Callable[[Any, str, Path], Any]:
         )
 
     return run
+
+
+@pytest.fixture
+def texts_of_batches(run_task: Callable[[Any, str, Path], Any]) -> Callable[..., dict[int, dict[str, list[str]]]]:
+    """What the tiny checkpoint says to tasks of a folder, in batches of 1 and of 8: texts by size and task."""
+
+    def answer(adapter: type, tasks: Iterable[str], folder: Path) -> dict[int, dict[str, list[str]]]:
+        texts: dict[int, dict[str, list[str]]] = {1: {}, 8: {}}
+        for size, found in texts.items():
+            model = adapter(pretrained="tiny-llava", device_map="auto", device="cpu", batch_size=size)
+            model.clean = lambda: None  # lmms-eval has the adapter throw the model away after each task
+            for task in tasks:
+                rows = run_task(model, task, folder)["samples"][task]
+                found[task] = [row["resps"][0][0] for row in sorted(rows, key=lambda row: row["doc_id"])]
+        return texts
+
+    return answer
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ def test_known_answers_score_as_worked_out_by_hand(tasks: Path, listed_model: An
 
 
 @pytest.mark.golden
-def test_batches_of_1_and_8_give_the_same_texts(tasks: Path, golden_world: Path, run_task: Any) -> None:
+def test_batches_of_1_and_8_give_the_same_texts(tasks: Path, golden_world: Path, texts_of_batches: Any) -> None:
     """Only text without a picture may differ: beside pictures in its batch, the adapter puts a newline before it."""
     from lmms_eval.models.simple.llava import Llava
 
@@ -171,16 +171,11 @@ def test_batches_of_1_and_8_give_the_same_texts(tasks: Path, golden_world: Path,
         def generate_until(self, requests: list[Any]) -> list[str]:
             return ["".join(filter(str.isprintable, text)) for text in super().generate_until(requests)]
 
-    answers: dict[int, dict[str, list[str]]] = {1: {}, 8: {}}
-    for size, found in answers.items():
-        model = Printable(pretrained="tiny-llava", device_map="auto", device="cpu", batch_size=size)
-        model.clean = lambda: None  # lmms-eval has the adapter throw the model away after each task
-        for name in SHIPPED:
-            rows = run_task(model, f"local_{name}", tasks)["samples"][f"local_{name}"]
-            found[name] = [row["resps"][0][0] for row in sorted(rows, key=lambda row: row["doc_id"])]
+    answers = texts_of_batches(Printable, [f"local_{name}" for name in SHIPPED], tasks)
     for name, task in SHIPPED.items():
-        pairs = zip(answers[1][name], answers[8][name], strict=True)
+        alone_texts, together_texts = answers[1][f"local_{name}"], answers[8][f"local_{name}"]
+        pairs = zip(alone_texts, together_texts, strict=True)
         differing = {row for row, (alone, together) in enumerate(pairs) if alone != together}
         assert differing <= set(task.without_picture), name
-        assert len(answers[1][name]) == len(task.answers)
-        assert len(set(answers[1][name])) > 1, f"{name}: all answers alike show nothing"
+        assert len(alone_texts) == len(task.answers)
+        assert len(set(alone_texts)) > 1, f"{name}: all answers alike show nothing"

@@ -96,17 +96,13 @@ def test_known_answers_score_as_worked_out_by_hand(
 @pytest.mark.slow
 @pytest.mark.golden
 def test_batches_of_1_and_8_give_the_same_texts(
-    golden_world: Path, rows: dict[str, list[dict[str, Any]]], run_task: Any
+    golden_world: Path, rows: dict[str, list[dict[str, Any]]], texts_of_batches: Any
 ) -> None:
     from lmms_eval.models.simple.llava import Llava
 
-    texts: dict[int, dict[str, list[str]]] = {1: {}, 8: {}}
-    for size, found in texts.items():
-        model = Llava(pretrained="tiny-llava", device_map="auto", device="cpu", batch_size=size)
-        model.clean = lambda: None  # lmms-eval has the adapter throw the model away after each task
-        for name in NAMES:
-            samples = run_task(model, f"mini_{name}", TASKS)["samples"][f"mini_{name}"]
-            found[name] = [row["resps"][0][0] for row in sorted(samples, key=lambda row: row["doc_id"])]
+    texts = texts_of_batches(Llava, [f"mini_{name}" for name in NAMES], TASKS)
     assert texts[1] == texts[8]
-    assert {name: len(found) for name, found in texts[1].items()} == {name: len(found) for name, found in rows.items()}
+    assert {task: len(found) for task, found in texts[1].items()} == {
+        f"mini_{name}": len(found) for name, found in rows.items()
+    }
     assert all(len(set(found)) > 1 for found in texts[1].values()), "all answers alike show nothing"
