@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import Benchmark
+from eval.judge import end_without_mark
 from eval.task_data import TaskData, task_config, task_folder
 
 SUBMISSIONS = "submissions"
@@ -65,6 +66,8 @@ def evaluate_task(
         # MMVet's own file asks for a temperature of 0.2, which the adapter takes for sampling.
         generation = {"temperature": 0, "max_new_tokens": max_new_tokens}
         task.set_config(key="generation_kwargs", value=generation, update=True)
+        if benchmark.is_judged:
+            end_without_mark(task.config.process_results)
         found = simple_evaluate(
             model=adapter,
             tasks=[task],

@@ -13,7 +13,12 @@ DEFAULT_MODEL = "gpt-4o-2024-11-20"
 OPENAI_URL = "https://api.openai.com/v1"
 LOCAL_URL = "http://localhost:8000/v1/chat/completions"
 TIMEOUT_S = 20
-QUESTION = "Answer with the number 1 alone."
+QUESTION = (
+    "Mark the answer to a question from 0.0 (wrong) to 1.0 (right) by the truth. Say the mark and nothing else.\n"
+    "Question: What is on the table? Truth: a red cup. Answer: There is a red cup on the table. Mark:"
+)
+_LEAST_MARK_OF_RIGHT = 0.5
+_TEMPERATURES = (0.0, 0.5, 1.0, 1.5)  # that lmms-eval asks at, one after the other, for a mark that it can read
 MARK_TOKENS = 128  # that MM-Vet leaves a judge for a mark
 
 
@@ -58,11 +63,11 @@ def read_judge() -> Judge:
 
 
 def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
-    """Asks the judge one small question.
+    """Has the judge mark an answer that is right.
 
     Raises:
-        JudgeError: it has no key, cannot be reached, refuses, says nothing, or what MM-Vet cannot read as a mark, which
-            would count as 0 after four questions.
+        JudgeError: it has no key, cannot be reached, refuses, says nothing, or what MM-Vet cannot read as a mark, or a
+            mark that is out of range or low.
     """
     own = "a judge of your own, --judge-url http://HOST:PORT/v1/chat/completions --judge-model NAME, or --without mmvet"
     advice = f"next: {own}"
@@ -93,10 +98,41 @@ def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
         raise JudgeError(f"no judge {judge.model} answers at {judge.url}: {error}; {advice}") from error
     if not answer:
         raise JudgeError(f"the judge {judge.model} at {judge.url} answers nothing; {advice}")
-    try:
-        float(answer.strip().split(" ")[0])
-    except ValueError:
+    mark = read_mark(answer)
+    if mark is None:
         raise JudgeError(
-            f"the judge {judge.model} at {judge.url}: found {answer[:60]!r}, expected a number at the beginning, as "
-            f"marks are read: does it reason first? {advice}"
-        ) from None
+            f"the judge {judge.model} at {judge.url}: found {answer[:60]!r}, expected a mark from 0 to 1 at the "
+            f"beginning: does it reason first? {advice}"
+        )
+    if mark < _LEAST_MARK_OF_RIGHT:
+        raise JudgeError(f"the judge {judge.model} at {judge.url} gave {mark:g} to an answer that is right; {advice}")
+
+
+def read_mark(answer: str) -> float | None:
+    """The mark from 0 to 1 at the beginning of a judge's answer, as MM-Vet reads it; None where there is none."""
+    try:
+        mark = float(answer.strip().split(" ")[0])
+    except ValueError:
+        return None
+    return mark if 0.0 <= mark <= 1.0 else None
+
+
+def end_without_mark(process_results: Any) -> None:
+    """Has MM-Vet's scorer take what it cannot read as a mark for silence, which a run reports.
+
+    As shipped, it asks about a mark outside 0 to 1 again and again, for ever, and counts words without a mark as 0.
+
+    Args:
+        process_results: of the task; its module's `get_chat_response` is wrapped.
+    """
+    module = process_results.__globals__
+    ask = module["get_chat_response"]
+
+    def ask_for_mark(prompt: str, **settings: Any) -> tuple[str, str]:
+        for temperature in _TEMPERATURES:
+            answer, model = ask(prompt, **{**settings, "temperature": temperature})
+            if not answer or read_mark(answer) is not None:
+                return answer, model
+        return "", ""
+
+    module["get_chat_response"] = ask_for_mark

@@ -12,16 +12,14 @@ import torch
 
 from eval.adapter import ModelRequest, default_dtype
 from eval.benchmarks import Benchmark, choose
+from eval.checkpoint import identify, own_conversation, read_llava_config
 from eval.finished import finished_run
 from eval.hub_files import Lock
 from eval.judge import read_judge
 from eval.preflight import PreflightError, check_run
 from eval.processes import processes_here
 from eval.task_data import TaskData
-from llava.conversation import conversation_mode
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import read_config
-from patch_aligned.checkpoint_hash import checkpoint_hash
 from patch_aligned.results.run_file import RESULT_FILE, ModelIdentity, RunResult
 
 
@@ -53,6 +51,9 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
     except ValueError as error:
         raise PreflightError(str(error)) from error
     path = arguments.model_path.rstrip("/")
+    folder_name = get_model_name_from_path(path)
+    name = arguments.model_name or folder_name
+    output = arguments.output or Path("runs", "eval", name)
     data = check_run(
         benchmarks,
         path,
@@ -60,20 +61,22 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
         limit=arguments.limit,
         num_processes=processes_here(processes),
         num_gpus=torch.cuda.device_count(),
+        needs_judge=any(
+            benchmark.is_judged and (arguments.again or not (output / benchmark.name / RESULT_FILE).is_file())
+            for benchmark in benchmarks
+        ),
         lock=Lock(arguments.lock),
     )
-    folder_name = get_model_name_from_path(path)
     try:
-        config = _read_llava_config(path, arguments.model_base)
-        model = identify(arguments.model_name or folder_name, path, arguments.model_base)
+        config = read_llava_config(path, arguments.model_base)
+        _refuse_marks_around_images(path, config)
+        model = identify(name, path, arguments.model_base)
     except (OSError, ValueError) as error:
         raise PreflightError(str(error)) from error
-    # What tables call a checkpoint must not change how it is talked to.
-    own = conversation_mode(folder_name, config)
-    conversation = own if arguments.conversation == "auto" else arguments.conversation
+    conversation = own_conversation(path, config) if arguments.conversation == "auto" else arguments.conversation
     dtype = default_dtype() if arguments.dtype == "auto" else arguments.dtype
     request = ModelRequest(path, model.base, folder_name, conversation, dtype, arguments.batch_size)
-    plan = Plan(model, request, arguments.output or Path("runs", "eval", model.name), ())
+    plan = Plan(model, request, output, ())
     todo = []
     for benchmark in benchmarks:
         if arguments.again:
@@ -83,14 +86,10 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
     return replace(plan, todo=tuple(todo))
 
 
-def identify(name: str, path: str, base: str | None) -> ModelIdentity:
-    """Whose answers they are, by the content of the files; of a base that is a name on the hub, by its name.
-
-    Raises:
-        FileNotFoundError: a folder has no weights.
-    """
-    base_sha256 = checkpoint_hash(base).sha256 if base is not None and Path(base).exists() else None
-    return ModelIdentity(name, path, checkpoint_hash(path).sha256, base, base_sha256)
+def announcement(plan: Plan) -> str:
+    """One line on what begins."""
+    request, names = plan.request, ", ".join(benchmark.name for benchmark, _ in plan.todo)
+    return f"{plan.model.name}: {names}; template {request.conversation}, {request.dtype}, batch size {request.batch_size}"
 
 
 def summary(result: RunResult, folder: Path) -> str:
@@ -106,12 +105,14 @@ def summary(result: RunResult, folder: Path) -> str:
     return f"{result.benchmark}: {said}, {folder / RESULT_FILE}"
 
 
-def _read_llava_config(path: str, base: str | None) -> Any:
-    has_config = (Path(path) / "config.json").is_file()  # adapters that peft alone has written have none
-    config = read_config(path if has_config or base is None else base)
-    if not getattr(config, "mm_vision_tower", None):
-        raise ValueError(f"{path}: its config names no vision tower; expected a LLaVA, as benchmarks show pictures")
-    return config
+def _refuse_marks_around_images(path: str, config: Any) -> None:
+    """lmms-eval's adapter puts no marks around images, whatever a model was trained with."""
+    if getattr(config, "mm_use_im_start_end", False):
+        raise ValueError(
+            f"{path}: its config has mm_use_im_start_end, so it was trained with marks around each image, and "
+            "lmms-eval's adapter leaves them out; next: python -m llava.eval.model_vqa_loader, or eval.captions, which "
+            "set them"
+        )
 
 
 def judge_of(benchmark: Benchmark) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ def check_run(
     limit: int | None,
     num_processes: int,
     num_gpus: int,
+    needs_judge: bool,
     lock: Lock,
 ) -> dict[str, TaskData]:
     """Looks for all problems at once, and fetches the data.
@@ -50,7 +51,7 @@ def check_run(
     collect(lambda: check_checkpoint(model_path, model_base))
     collect(lambda: check_processes(num_processes, num_gpus))
     collect(lambda: check_limit(benchmarks, limit))
-    if any(benchmark.is_judged for benchmark in benchmarks):
+    if needs_judge:
         collect(check_judge_of_environment)
     for benchmark in benchmarks:
         try:

@@ -22,7 +22,7 @@ from eval.harness import evaluate_task
 from eval.hub_files import LOCK, DataError
 from eval.judge import set_judge
 from eval.outcome import UnscoredError, find_submission, headline_of, scores_and_samples
-from eval.plan import Plan, judge_of, make_plan, summary
+from eval.plan import Plan, announcement, judge_of, make_plan, summary
 from eval.preflight import PreflightError
 from eval.processes import rank_and_count, shared
 from eval.task_data import TaskData
@@ -57,7 +57,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--limit", type=int, help="only so many rows of each benchmark: a trial, no result")
     add("--max-new-tokens", type=positive, help="of an answer; default: what the task says")
     add("--seed", type=int, default=0, help="of scorers that guess; answers are greedy; default: %(default)s")
-    add("--conversation", default="auto", choices=["auto", *sorted(conv_templates)], help="default: the checkpoint's")
+    add("--conversation", default="auto", choices=["auto", *sorted(conv_templates)],
+        help="template; default: as trained, `plain` for a stage-1 projector that does not say")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="default: float16 on a GPU, else float32")
     add("--box-frame", default="square", choices=["square", "image"],
         help="where the headline reads boxes: LLaVA-1.5 speaks them in the padded square (default)")  # fmt: skip
@@ -85,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         assert plan is not None
         if not plan.todo:
             return 0
+        if rank == 0:
+            print(announcement(plan), flush=True)
         adapter = load_adapter(plan.request)
         status = 0
         for benchmark, data in plan.todo:

@@ -16,8 +16,8 @@ from eval.captions.metrics import score_captions
 from eval.captions.record import as_run, as_text
 from eval.captions.references import image_files, read_references
 from eval.captions.spice import SpiceSetup, find_spice
+from eval.checkpoint import identify
 from eval.finished import finished_run
-from eval.plan import identify
 from eval.preflight import check_checkpoint
 from eval.processes import rank_and_count, shared, wait_for_all
 from llava.conversation import conv_templates

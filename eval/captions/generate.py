@@ -15,11 +15,10 @@ from tqdm import tqdm
 from eval.adapter import DTYPES
 from eval.captions.answer_file import CaptionLog
 from eval.captions.references import CaptionedImage
-from llava.conversation import SeparatorStyle, conv_templates, conversation_mode
+from eval.checkpoint import own_conversation, read_llava_config
+from llava.conversation import SeparatorStyle, conv_templates
 from llava.eval.answering import GenerationSettings, Question, answer_questions, prompt_of
-from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model, read_config
-from llava.model.tensor_files import Form, checkpoint_form
+from llava.model.builder import load_pretrained_model
 from patch_aligned.results.run_file import ModelIdentity
 
 WORKERS = 4
@@ -80,12 +79,8 @@ def describe_writer(
         max_new_tokens: where a caption is cut off.
         default: the prompt where the template takes one.
     """
-    config = read_config(model.path if (Path(model.path) / "config.json").is_file() else model.base or model.path)
-    is_projector = checkpoint_form(model.path) is Form.PROJECTOR
-    if conversation is None and is_projector and getattr(config, "conversation_version", None) is None:
-        conversation = "plain"  # upstream's stage 1 records no template, and trains in this one
-    # By its folder: what tables call a checkpoint must not change how it is talked to.
-    conversation = conversation or conversation_mode(get_model_name_from_path(model.path), config)
+    config = read_llava_config(model.path, model.base)
+    conversation = conversation or own_conversation(model.path, config)
     if prompt is None:
         is_plain = conv_templates[conversation].sep_style is SeparatorStyle.PLAIN
         prompt = "" if is_plain else default

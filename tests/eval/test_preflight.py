@@ -75,7 +75,10 @@ def test_a_judge_that_answers_is_taken(judge_that_says: Callable[[int, Any], str
     [
         (401, {"error": "bad key"}, r"refused: HTTP 401 .*bad key"),
         (200, says(""), "answers nothing"),
-        (200, says("<think> One."), "found '<think> One.', expected a number at the beginning"),
+        (200, says("<think> One."), "found '<think> One.', expected a mark from 0 to 1 at the beginning"),
+        (200, says("10"), "found '10', expected a mark from 0 to 1"),
+        (200, says("nan"), "found 'nan', expected a mark from 0 to 1"),
+        (200, says("0.1"), "gave 0.1 to an answer that is right"),
         (200, {"unexpected": 1}, "no judge m answers at"),
     ],
 )
@@ -122,6 +125,11 @@ def test_what_is_no_checkpoint_is_said(golden_world: Path) -> None:
         check_checkpoint("tiny-vicuna", "images")
 
 
+def set_in_config(folder: str, **values: Any) -> None:
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 @pytest.fixture
 def refused(golden_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command on data that are there; returns what it says when it refuses."""
@@ -162,6 +170,44 @@ def test_the_name_in_tables_does_not_choose_the_template(make_plan_of: Callable[
     Path("tiny-llava").rename("llava-v1.5-tiny")  # published checkpoints record no template: it follows from the name
     plan = make_plan_of("--benchmarks", "mini_colour", "--model-path", "llava-v1.5-tiny", "--model-name", "Ours")
     assert (plan.model.name, plan.request.conversation) == ("Ours", "llava_v1")
+
+
+@needs_lmms_eval
+def test_a_stage_1_projector_is_asked_in_the_template_that_it_was_trained_in(
+    make_plan_of: Callable[..., Plan], goldens: Path
+) -> None:
+    shutil.copytree(goldens / "ckpt_stage1", "llava-v1.5-7b-pretrain")  # by its name it would be `llava_v1`
+    flags = ("--benchmarks", "mini_colour", "--model-path", "llava-v1.5-7b-pretrain", "--model-base", "tiny-vicuna")
+    assert make_plan_of(*flags).request.conversation == "plain"  # as upstream trains, which records nothing
+    assert make_plan_of(*flags, "--conversation", "vicuna_v1").request.conversation == "vicuna_v1"
+    set_in_config("llava-v1.5-7b-pretrain", conversation_version="llava_v1")
+    assert make_plan_of(*flags).request.conversation == "llava_v1"
+
+
+@needs_lmms_eval
+def test_marks_around_images_that_the_adapter_leaves_out_are_said(make_plan_of: Callable[..., Plan]) -> None:
+    set_in_config("tiny-llava", mm_use_im_start_end=True)
+    with pytest.raises(PreflightError, match=r"tiny-llava: .* leaves them out; next: .*model_vqa_loader"):
+        make_plan_of("--benchmarks", "mini_colour", "--model-path", "tiny-llava")
+
+
+@needs_lmms_eval
+def test_the_judge_is_asked_only_where_something_is_left_for_it(
+    make_plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_judge() -> None:
+        raise JudgeError("no judge answers")
+
+    monkeypatch.setattr("eval.preflight.check_judge_of_environment", no_judge)
+    monkeypatch.setattr("eval.plan._is_finished", lambda _, benchmark, *rest: benchmark.is_judged)
+    flags = ("--benchmarks", "mmvet,mme", "--model-path", "tiny-llava")
+    with pytest.raises(PreflightError, match="no judge answers"):
+        make_plan_of(*flags)
+    Path("out/mmvet").mkdir(parents=True)
+    Path("out/mmvet/result.json").touch()
+    assert [benchmark.name for benchmark, _ in make_plan_of(*flags).todo] == ["mme"]
+    with pytest.raises(PreflightError, match="no judge answers"):
+        make_plan_of(*flags, "--again")
 
 
 @needs_lmms_eval
@@ -228,7 +274,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(PreflightError) as caught:
         check_run(
             [BENCHMARKS["mmvet"], BENCHMARKS["mme"]], "nowhere", None, limit=3, num_processes=2, num_gpus=1,
-            lock=Lock(tmp_path / "lock.json"),
+            needs_judge=True, lock=Lock(tmp_path / "lock.json"),
         )  # fmt: skip
     problems = str(caught.value).splitlines()
     assert [problem.split(":")[0] for problem in problems] == [
