@@ -88,8 +88,9 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
 
 def announcement(plan: Plan) -> str:
     """One line on what begins."""
-    request, names = plan.request, ", ".join(benchmark.name for benchmark, _ in plan.todo)
-    return f"{plan.model.name}: {names}; template {request.conversation}, {request.dtype}, batch size {request.batch_size}"
+    asked = plan.request
+    names = ", ".join(benchmark.name for benchmark, _ in plan.todo)
+    return f"{plan.model.name}: {names}; template {asked.conversation}, {asked.dtype}, batch size {asked.batch_size}"
 
 
 def summary(result: RunResult, folder: Path) -> str:

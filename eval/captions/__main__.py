@@ -46,7 +46,10 @@ def main(
         str | None,
         typer.Option(help="What the model is told to do. Default: to caption; after stage 1 (`plain`), nothing."),
     ] = None,
-    conversation: Annotated[str | None, typer.Option(help="Template. Default: as trained, `plain` for a stage-1 projector that does not say.")] = None,
+    conversation: Annotated[
+        str | None,
+        typer.Option(help="Template. Default: as trained, `plain` for a stage-1 projector that does not say."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where a caption is cut off.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once, in each process.")] = 8,
     dtype: Annotated[
