@@ -20,11 +20,11 @@ from transformers import (
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessorPil,
     MMGroundingDinoForObjectDetection,
-    PreTrainedConfig,
 )
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from patch_aligned.annotate.candidates import Candidate, CandidateThresholds
+from patch_aligned.annotate.checkpoints import kind_of_checkpoint, load_whole_model
 from patch_aligned.annotate.non_finite import NonFiniteScoresError
 from patch_aligned.annotate.prompts import NO_TAG, Prompt, PromptBuilder, PromptJoin
 
@@ -108,20 +108,8 @@ class GroundingDetector:
             DetectorError: for another kind of model, or where weights are missing.
             PromptError: for a tokenizer that isn't the model's.
         """
-        config, _ = PreTrainedConfig.get_config_dict(name_or_folder, revision=revision)
-        kind = config.get("model_type")
-        if kind not in _DETECTION_MODELS:
-            raise DetectorError(
-                f"{name_or_folder}: found a model of type {kind!r}, expected {', '.join(_DETECTION_MODELS)}"
-            )
-        model, loading = _DETECTION_MODELS[kind].from_pretrained(
-            name_or_folder, revision=revision, dtype=torch.float32, output_loading_info=True
-        )
-        if missing := sorted(loading["missing_keys"]):
-            raise DetectorError(
-                f"{name_or_folder}: {len(missing)} weights are missing, among them {missing[0]}. "
-                "Fetch the checkpoint again"
-            )
+        kind = kind_of_checkpoint(name_or_folder, revision, _DETECTION_MODELS, DetectorError)
+        model = load_whole_model(_DETECTION_MODELS[kind], name_or_folder, revision, DetectorError)
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, revision=revision)
         # The default processor needs torchvision, this one doesn't.
         image_processor = GroundingDinoImageProcessorPil.from_pretrained(name_or_folder, revision=revision)

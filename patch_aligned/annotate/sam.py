@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from transformers import PreTrainedConfig, Sam2ImageProcessor, Sam2Model, SamImageProcessorPil, SamModel
+from transformers import Sam2ImageProcessor, Sam2Model, SamImageProcessorPil, SamModel
 
+from patch_aligned.annotate.checkpoints import kind_of_checkpoint, load_whole_model
 from patch_aligned.annotate.non_finite import NonFiniteScoresError
 
 Box = Sequence[float]
@@ -103,23 +104,13 @@ class SamSegmenter:
         Raises:
             SegmenterError: for another kind of model, or where weights or SAM 2's torchvision are missing.
         """
-        config, _ = PreTrainedConfig.get_config_dict(name_or_folder, revision=revision)
-        kind = config.get("model_type")
-        if kind not in _MASK_MODELS:
-            raise SegmenterError(
-                f"{name_or_folder}: found a model of type {kind!r}, expected {', '.join(_MASK_MODELS)}"
-            )
+        kind = kind_of_checkpoint(name_or_folder, revision, _MASK_MODELS, SegmenterError)
         if kind != "sam" and find_spec("torchvision") is None:
             raise SegmenterError(
                 f"{name_or_folder}: the image processor of SAM 2 needs torchvision, which isn't installed: pip install "
                 "'patch-aligned-llava[annotate]'"
             )
-        model, loading = _MASK_MODELS[kind].from_pretrained(name_or_folder, revision=revision, output_loading_info=True)
-        if missing := sorted(loading["missing_keys"]):
-            raise SegmenterError(
-                f"{name_or_folder}: {len(missing)} weights are missing, among them {missing[0]}. "
-                "Fetch the checkpoint again"
-            )
+        model = load_whole_model(_MASK_MODELS[kind], name_or_folder, revision, SegmenterError)
         # SAM's default processor needs torchvision, this one doesn't. SAM 2 has only one, which does.
         processor_class: Any = SamImageProcessorPil if kind == "sam" else Sam2ImageProcessor
         processor = processor_class.from_pretrained(name_or_folder, revision=revision)

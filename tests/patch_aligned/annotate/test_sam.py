@@ -236,6 +236,15 @@ def test_a_saved_checkpoint_gives_the_same_masks(
     assert json.loads(json.dumps(loaded.settings))["kind"] == kind
 
 
+def test_a_checkpoint_in_half_precision_computes_in_float32(
+    kind: str, segmenter: SamSegmenter, images: list[Image.Image], tmp_path: Path
+) -> None:
+    segmenter.model.half().save_pretrained(tmp_path)
+    segmenter.image_processor.save_pretrained(tmp_path)
+    found = SamSegmenter.from_pretrained(str(tmp_path)).segment(images, BOXES)
+    assert found == SamSegmenter(segmenter.model.float(), segmenter.image_processor).segment(images, BOXES)
+
+
 def test_other_models_and_missing_weights_are_refused(segmenter: SamSegmenter, tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path / "bert")
     with pytest.raises(SegmenterError, match="found a model of type 'bert', expected sam, sam2"):
