@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from patch_aligned.results.box_frames import IMAGE_FRAME, PADDED_FRAME
 from patch_aligned.results.run_file import Sample, Score
 
 ID_COLUMNS = ("question_id", "questionId", "id", "index", "image_id")
-# The miniature's, POPE's, GQA's, SEED's, TextVQA's, RefCOCO's.
-IMAGE_COLUMNS = ("scene", "image_source", "imageId", "data_id", "image_id", "image")
+# The miniature's, POPE's, GQA's, SEED's, TextVQA's, RefCOCO's, and that of lmms-eval's RefCOCO.
+IMAGE_COLUMNS = ("scene", "image_source", "imageId", "data_id", "image_id", "image", "file_name")
+_OBJECT_IN_FILE_NAME = re.compile(r"(?<=_\d{12})_\d+(?=\.jpg$)")  # RefCOCO names files by picture and object
 _ROUNDING = 5e-4  # MMMU's share comes rounded, to three digits or five
 
 
@@ -38,13 +40,14 @@ def scores_and_samples(
 ) -> tuple[dict[str, Score], dict[str, str], list[Sample]]:
     """Scores with standard errors, metrics that have none, and the rows.
 
-    The standard error is that of a mean of independent rows, and is given where the score is such a mean.
+    The standard error is that of a mean over rows of independent images, and is given where the score is such a mean.
 
     Raises:
         UnscoredError: the judge did not answer for some rows.
     """
     rows = evaluated.rows
     _refuse_unscored(benchmark, rows)
+    images = [image_of(row["doc"]) for row in rows]
     scores, missing = {}, {}
     by_row: list[dict[str, float]] = [{} for _ in rows]
     for metric, value in evaluated.scores.items():
@@ -59,14 +62,13 @@ def scores_and_samples(
         if numbers and abs(statistics.fmean(numbers) - value) <= _ROUNDING:
             for row, of_row in zip(having, numbers, strict=True):
                 by_row[row][metric] = of_row
-            if len(numbers) > 1:
-                stderr = statistics.stdev(numbers) / math.sqrt(len(numbers))
+            stderr = standard_error(numbers, [images[number] for number in having])
         scores[metric] = Score(float(value), stderr, len(having), benchmark.unit)
     if benchmark.headline is not None and benchmark.headline not in scores:
         missing.setdefault(benchmark.headline, "no number: no row has one")
     samples = [
-        Sample(row_id, row["arguments"][0], _text(row["resps"]), _plain(row["target"]), numbers, image_of(row["doc"]))
-        for row_id, row, numbers in zip(row_ids(rows), rows, by_row, strict=True)
+        Sample(row_id, row["arguments"][0], _text(row["resps"]), _plain(row["target"]), numbers, image)
+        for row_id, row, numbers, image in zip(row_ids(rows), rows, by_row, images, strict=True)
     ]
     return scores, missing, samples
 
@@ -83,7 +85,29 @@ def row_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
 def image_of(document: dict[str, Any]) -> str | None:
     """The name of a row's image, where a column has it: rows of one image are alike, and are resampled together."""
     named = (document.get(column) for column in IMAGE_COLUMNS)  # a column may hold the picture itself
-    return next((str(name) for name in named if isinstance(name, str | int) and name != ""), None)
+    name = next((str(name) for name in named if isinstance(name, str | int) and name != ""), None)
+    return name and _OBJECT_IN_FILE_NAME.sub("", name)
+
+
+def standard_error(numbers: Sequence[float], images: Sequence[str | None]) -> float | None:
+    """Standard error of the mean of rows, of which those of one image may be alike; None with a single image.
+
+    With a row an image it is the sample's standard deviation over the root of the count; with several, the deviations
+    of an image add up before they are squared.
+
+    Args:
+        numbers: of the rows.
+        images: name of each row's image; a row without is alone.
+    """
+    mean = statistics.fmean(numbers)
+    deviations: dict[Any, float] = {}
+    for row, (number, image) in enumerate(zip(numbers, images, strict=True)):
+        key = row if image is None else image
+        deviations[key] = deviations.get(key, 0.0) + number - mean
+    count = len(deviations)
+    if count < 2:
+        return None
+    return math.sqrt(count / (count - 1) * sum(d * d for d in deviations.values())) / len(numbers)
 
 
 def find_submission(benchmark: Benchmark, folder: Path) -> str | None:

@@ -11,7 +11,15 @@ import pytest
 
 from eval.benchmarks import BENCHMARKS
 from eval.harness import Evaluated
-from eval.outcome import UnscoredError, find_submission, headline_of, row_ids, scores_and_samples
+from eval.outcome import (
+    UnscoredError,
+    find_submission,
+    headline_of,
+    image_of,
+    row_ids,
+    scores_and_samples,
+    standard_error,
+)
 from patch_aligned.results.box_frames import IMAGE_FRAME, PADDED_FRAME
 
 
@@ -31,6 +39,29 @@ def test_a_mean_of_rows_has_their_standard_error() -> None:
     assert scores["exact_match"].stderr == pytest.approx(statistics.stdev(shares) / math.sqrt(4), rel=1e-12)
     assert [sample.scores["exact_match"] for sample in samples] == shares
     assert (samples[0].prompt, samples[0].answer, samples[0].target) == ("Question", "answer", "right")
+
+
+def test_rows_of_one_image_are_no_independent_evidence() -> None:
+    """Nine rows of three images: all pairs within an image count, by the sandwich formula written as a double sum."""
+    shares = [1.0, 1.0, 0.0, 0.5, 1.0, 0.0, 0.0, 0.0, 1.0]
+    images = ["a", "b", "a", "c", "b", "a", "c", "c", "b"]
+    mean = sum(shares) / 9
+    pairs = sum(
+        (one - mean) * (other - mean)
+        for one, image in zip(shares, images, strict=True)
+        for other, its in zip(shares, images, strict=True)
+        if image == its
+    )
+    rows = [{"exact_match": s, "doc": {"imageId": image}} for s, image in zip(shares, images, strict=True)]
+    scores, _, _ = scores_and_samples(BENCHMARKS["gqa"], evaluated({"exact_match": mean}, rows))
+    assert scores["exact_match"].stderr == pytest.approx(math.sqrt(3 / 2 * pairs) / 9, rel=1e-12)
+
+
+def test_copies_of_rows_make_no_score_surer() -> None:
+    alone = standard_error([1.0, 0.0, 0.6, 1.0], [None] * 4)
+    assert alone == pytest.approx(statistics.stdev([1.0, 0.0, 0.6, 1.0]) / 2, rel=1e-12)
+    assert standard_error([1.0, 0.0, 0.6, 1.0] * 10, list("abcd") * 10) == pytest.approx(alone, rel=1e-12)
+    assert standard_error([1.0, 0.0], ["a", "a"]) is None
 
 
 def test_rows_of_points_are_points() -> None:
@@ -100,6 +131,14 @@ def test_rows_of_one_image_are_kept_together_where_a_column_names_it() -> None:
     documents = [{"id": "7", "imageId": "n161313"}, {"id": "8", "imageId": "n161313"}, {"id": "9", "image": object()}]
     _, _, samples = scores_and_samples(BENCHMARKS["gqa"], evaluated({}, [{"doc": document} for document in documents]))
     assert [sample.group for sample in samples] == ["n161313", "n161313", None]
+    names = [
+        "COCO_train2014_000000581857_16.jpg",
+        "COCO_train2014_000000581857_0.jpg",
+        "COCO_train2014_000000000009.jpg",
+    ]
+    assert [image_of({"file_name": name, "image": object()}) for name in names] == [
+        "COCO_train2014_000000581857.jpg", "COCO_train2014_000000581857.jpg", names[2],
+    ]  # fmt: skip
 
 
 def test_the_frame_decides_the_headline_of_boxes_alone() -> None:
