@@ -7,13 +7,14 @@ and whoever trained LLaVA has COCO's pictures on disk already.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
 
 import pyarrow
 import pyarrow.parquet
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llava.mm_utils import load_rgb_image
 from patch_aligned.whole_files import written_whole
@@ -76,15 +77,28 @@ def load_image(row: Row, data_root: Path) -> Image.Image:
     Raises:
         ValueError: the path leaves the data root, or the picture has another size than the row's box was drawn on.
         FileNotFoundError: there is no such picture.
+        UnreadableImageError: it is cut off, or broken otherwise.
     """
     path = image_path(row["image"], data_root)
-    image = load_rgb_image(path)
+    with _cut_pictures_are_errors():
+        image = load_rgb_image(path)
     if image.size != (row["width"], row["height"]):
         raise ValueError(
             f"{path}: found {image.width} x {image.height} pixels, expected {row['width']} x {row['height']}, on which "
             f"the box of row {row['id']} was drawn; put the original picture there"
         )
     return image
+
+
+@contextmanager
+def _cut_pictures_are_errors() -> Iterator[None]:
+    """Pillow's own rule, which lmms-eval, once imported, changes for the process: the rest would be grey."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def check_row(row: Row, where: str) -> None:

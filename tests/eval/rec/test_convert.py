@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from eval.rec.convert import PUBLISHED_EXPRESSIONS, main
 from eval.rec.refs import RefsError, load_plain_pickle, read_referred_objects
 from eval.rec.rows import Row, load_image, prompt_of
+from llava.mm_utils import UnreadableImageError
 
 SIZE_WH = (64, 48)
 
@@ -235,3 +236,16 @@ def test_a_row_may_not_leave_the_data_root(world: Path) -> None:
         load_image(row, world / "data")
     with pytest.raises(ValueError, match="found 64 x 48 pixels, expected 48 x 64"):
         load_image({**row, "image": IMAGE, "width": 48, "height": 64}, world / "data")
+
+
+def test_a_picture_that_is_cut_off_is_refused_though_lmms_eval_lets_it_pass(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as importing lmms-eval leaves it
+    path = world / "data" / IMAGE
+    Image.effect_noise(SIZE_WH, 50).save(path)
+    path.write_bytes(path.read_bytes()[:-400])
+    row: Row = {"id": "1", "image": IMAGE, "expression": "x", "box_xyxy_px": [0, 0, 9, 9], "width": 64, "height": 48}
+    with pytest.raises(UnreadableImageError, match=f"{path}: cannot be decoded"):
+        load_image(row, world / "data")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
