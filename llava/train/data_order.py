@@ -33,7 +33,7 @@ class EpochSampler(Sampler[int]):
         """Indices of the samples in the order of that epoch."""
         if self._drawn is None or self._drawn[0] != epoch:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed + epoch)
+                torch.default_generator.manual_seed(self.seed + epoch)  # torch.manual_seed would seed the GPUs as well
                 self._drawn = (epoch, self.draw_order())
         return self._drawn[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from llava.train.data_order import EpochSampler
@@ -22,9 +23,10 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert sorted(first) == list(range(50))
 
 
-def test_drawing_leaves_the_global_generator_alone() -> None:
+def test_drawing_leaves_all_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's generator is seeded"))
     sampler().order(0)
     assert torch.equal(torch.get_rng_state(), before)
 
