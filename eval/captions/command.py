@@ -84,6 +84,11 @@ def run(request: Request, say: Callable[[str], None]) -> None:
     log = CaptionLog(folder / ANSWERS, writer.identity, files, rank)
     wait_for_all()  # so that all see the same captions as missing
     missing = [image for image in images if image.id not in log.known]
+    if rank == 0:
+        say(
+            f"{writer.model.name}: {len(missing)} of {len(images)} images to caption; template {writer.conversation}, "
+            f"{writer.dtype}, batch size {request.batch_size}"
+        )
     if own := missing[rank::processes]:
         write_captions(writer, own, files, log, request.batch_size, device, show_progress=rank == 0)
     wait_for_all()
