@@ -1,5 +1,6 @@
 # What the training scripts share: which weights and data, how many devices, how the command is started.
-# A script sets `stage`, `run` (its name), `global_batch` and `learning_rate`, sources this file, and calls `launch`.
+# A script sets `stage`, `run` (its name), `global_batch` and `learning_rate`, sources this file, and calls `launch` with
+# `common_flags` and what is its own.
 #
 # Every value in capitals is a default: set the variable of that name to change it. Any flag of the trainer may follow
 # the script's name; of two equal flags the last wins. Paths count from the root of the repository.
@@ -7,6 +8,7 @@
 #   LLM=vicuna7b|vicuna13b|llama31   PROJECTOR=mlp|linear|cabstractor   rows of the paper's tables
 #   GPU=80g|24g   NUM_GPUS=N   what it runs on; the global batch stays, gradient accumulation makes up the rest
 #   NNODES=N NODE_RANK=I MASTER_ADDR=HOST              several machines: the same command on each, its own NODE_RANK
+#   MASTER_PORT=N                                      a port of its own (default 29500) for each run on one machine
 #   PRESET=mini                                        the miniature on CPU: small real weights, synthetic scenes
 #   DRY_RUN=1                                          print the command, ready to paste, and stop
 
@@ -128,11 +130,11 @@ launch() {
     elif [ "$PRESET" = mini ] && ((NUM_GPUS == 1)); then
         launcher=(python)
     elif [ "$PRESET" = mini ]; then
-        launcher=(torchrun --nproc_per_node "$NUM_GPUS")
+        launcher=(torchrun ${MASTER_PORT:+--master_port "$MASTER_PORT"} --nproc_per_node "$NUM_GPUS")
     elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        launcher=(deepspeed --include "localhost:$CUDA_VISIBLE_DEVICES")
+        launcher=(deepspeed --include "localhost:$CUDA_VISIBLE_DEVICES" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
     else
-        launcher=(deepspeed --num_gpus "$NUM_GPUS")
+        launcher=(deepspeed --num_gpus "$NUM_GPUS" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
     fi
     if [ -z "${DRY_RUN:-}" ]; then
         exec "${launcher[@]}" "$@"
@@ -165,7 +167,17 @@ case $PRESET in
     mini) preset_mini ;;
     *)    die "unknown PRESET=$PRESET; choose full or mini" ;;
 esac
-if [ "$stage" != pretrain ]; then choose_stage1; fi
+if [ "$stage" = pretrain ]; then
+    stage_flags=(--version plain --tune_mm_mlp_adapter True --image_aspect_ratio square)
+else
+    choose_stage1
+    stage_flags=(
+        --version "$VERSION"
+        --pretrain_mm_mlp_adapter "$PRETRAIN_MM_MLP_ADAPTER"
+        --image_aspect_ratio pad
+        --group_by_modality_length True
+    )
+fi
 share_out_batch
 
 if [ "$PRESET" = mini ] && [ -z "${DRY_RUN:-}" ]; then
@@ -174,6 +186,7 @@ fi
 need "$DATA_PATH" "bash scripts/prepare_data.sh --check"
 
 common_flags=(
+    "${stage_flags[@]}"
     --model_name_or_path "$MODEL_NAME_OR_PATH"
     --vision_tower "$VISION_TOWER"
     --mm_projector_type "$MM_PROJECTOR_TYPE"

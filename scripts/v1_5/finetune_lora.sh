@@ -7,10 +7,4 @@ cd "$(dirname "$0")/../.."
 stage=finetune_lora run=-lora global_batch=128 learning_rate=2e-4
 source scripts/v1_5/common.sh
 
-launch llava/train/train_mem.py \
-    --version "$VERSION" \
-    --pretrain_mm_mlp_adapter "$PRETRAIN_MM_MLP_ADAPTER" \
-    --image_aspect_ratio pad \
-    --group_by_modality_length True \
-    "${lora_flags[@]}" \
-    "${common_flags[@]}" "$@"
+launch llava/train/train_mem.py "${lora_flags[@]}" "${common_flags[@]}" "$@"

@@ -7,8 +7,4 @@ cd "$(dirname "$0")/../.."
 stage=pretrain run=-pretrain global_batch=256 learning_rate=1e-3
 source scripts/v1_5/common.sh
 
-launch llava/train/train_mem.py \
-    --version plain \
-    --tune_mm_mlp_adapter True \
-    --image_aspect_ratio square \
-    "${common_flags[@]}" "$@"
+launch llava/train/train_mem.py "${common_flags[@]}" "$@"

@@ -9,9 +9,6 @@ source scripts/v1_5/common.sh
 need "$PAD_PATH" "bash scripts/prepare_data.sh --check"
 
 launch patch_aligned/train_mem.py \
-    --version plain \
-    --tune_mm_mlp_adapter True \
-    --image_aspect_ratio square \
     --patch_data_path "$PAD_PATH" \
     --patch_beta_start 0 \
     --patch_beta_end 5 \

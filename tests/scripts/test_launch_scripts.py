@@ -182,6 +182,14 @@ def test_visible_devices_choose_the_gpus() -> None:
     assert words[words.index("--gradient_accumulation_steps") + 1] == "4"
 
 
+@pytest.mark.parametrize("variables", [{}, {"CUDA_VISIBLE_DEVICES": "2,5"}, {"PRESET": "mini", "NUM_GPUS": "2"}])
+def test_a_second_run_on_a_machine_can_have_a_port_of_its_own(variables: dict[str, str]) -> None:
+    assert "--master_port" not in printed_words("pretrain", **variables)
+    words = printed_words("pretrain", MASTER_PORT="29501", **variables)
+    assert words[words.index("--master_port") + 1] == "29501"
+    assert words.index("--master_port") < words.index("llava/train/train_mem.py")
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
