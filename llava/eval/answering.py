@@ -57,8 +57,7 @@ class GenerationSettings:
             raise ValueError(f"temperature: found {self.temperature}, expected 0 (greedy) or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: found {self.top_p}, expected more than 0 and at most 1")
-        if self.num_beams < 1 or self.max_new_tokens < 1:
-            raise ValueError(f"num_beams {self.num_beams} and max_new_tokens {self.max_new_tokens} start at 1")
+        require_positive(num_beams=self.num_beams, max_new_tokens=self.max_new_tokens)
 
     def options(self) -> dict[str, Any]:
         """Arguments of transformers' `generate`."""
@@ -69,6 +68,13 @@ class GenerationSettings:
             "max_new_tokens": self.max_new_tokens,
             **sampling,
         }
+
+
+def require_positive(**counts: int) -> None:
+    """Raises `ValueError` naming the first of `counts` that is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}: found {count}, expected 1 or more")
 
 
 def answer_questions(
@@ -96,10 +102,9 @@ def answer_questions(
 
     Raises:
         FileNotFoundError: an image is not there. Asked of all images before the first answer, as the next is.
-        ValueError: the text of a question does not fit its images, or the model has no vision tower.
+        ValueError: a number is below 1, or the model has no vision tower.
     """
-    if batch_size < 1 or workers < 1:
-        raise ValueError(f"found batch_size {batch_size} and workers {workers}, expected 1 or more of each")
+    require_positive(batch_size=batch_size, workers=workers)
     with_marks = bool(getattr(model.config, "mm_use_im_start_end", False))
     prompts = [prompt_of(question, conversation, with_marks) for question in questions]
     require_images(questions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llava.conversation import MODEL_TYPE_RULES, Conversation, conv_templates
-from llava.eval.answering import GenerationSettings, Question, answer_questions
-from llava.eval.answers_file import AnswersFile, stamps_of
+from llava.eval.answering import Answer, GenerationSettings, Question, answer_questions, require_positive
+from llava.eval.answers_file import open_answers, stamps_of
 from llava.eval.questions import require_images
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
@@ -105,45 +105,50 @@ def answer_to_file(args: argparse.Namespace, questions: Sequence[Question], defa
     """
     if args.conv_mode is not None:
         template_named(args.conv_mode)
+    require_positive(batch_size=args.batch_size, workers=args.workers)
     require_images(questions)
     settings = settings_of(args)
     model_path = str(Path(args.model_path).expanduser())
-    model_name = get_model_name_from_path(model_path)
     run = {
         "model": [args.model_path, args.model_base],
         "model's files": [stamps_of(model_path), stamps_of(args.model_base)],
         "conv_mode": args.conv_mode,
         "settings": asdict(settings),
     }
-    answers_file = AnswersFile(args.answers_file, questions, model_name, run)
-    remaining = questions[answers_file.kept :]
-    if not remaining:
-        with answers_file.writer():  # leaves an empty chunk its file
+    with open_answers(args.answers_file, questions, get_model_name_from_path(model_path), run) as answers_file:
+        remaining = questions[answers_file.kept :]
+        if remaining:
+            answers = answers_of(args, model_path, remaining, settings, default_mode)
+        else:
             logger.info("%s: nothing is left to answer", args.answers_file)
-        return
+            answers = iter(())
+        empty = 0
+        with (
+            logging_redirect_tqdm(),
+            answers_file.writer() as write,  # leaves an empty chunk its file
+            tqdm(answers, total=len(questions), initial=answers_file.kept, unit="question") as bar,
+        ):
+            for answer in bar:
+                write(answer)
+                empty += not answer.text
+    if empty:
+        logger.warning("%s: %d of %d answers are empty", args.answers_file, empty, len(remaining))
+
+
+def answers_of(
+    args: argparse.Namespace,
+    model_path: str,
+    questions: Sequence[Question],
+    settings: GenerationSettings,
+    default_mode: str,
+) -> Iterator[Answer]:
+    """Answers by the checkpoint at `model_path`, which is loaded at once; they come as they are asked for."""
+    model_name = get_model_name_from_path(model_path)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         model_path, args.model_base, model_name, device=args.device
     )
     mode = args.conv_mode or mode_of(model.config, default_mode)
     logger.info("%s answers in the template %s, %d at once", model_name, mode, args.batch_size)
-    answers = answer_questions(
-        remaining,
-        tokenizer,
-        model,
-        image_processor,
-        template_named(mode),
-        settings,
-        batch_size=args.batch_size,
-        workers=args.workers,
-    )
-    empty = 0
-    with (
-        logging_redirect_tqdm(),
-        answers_file.writer() as write,
-        tqdm(answers, total=len(questions), initial=answers_file.kept, unit="question") as bar,
-    ):
-        for answer in bar:
-            write(answer)
-            empty += not answer.text
-    if empty:
-        logger.warning("%s: %d of %d answers are empty", args.answers_file, empty, len(remaining))
+    template = template_named(mode)
+    counts = {"batch_size": args.batch_size, "workers": args.workers}
+    return answer_questions(questions, tokenizer, model, image_processor, template, settings, **counts)

@@ -3,7 +3,8 @@
 Answers are written in the order of the questions, one JSON object a line, each at once. Beside them lies
 `ANSWERS.run.json`, which describes the run: questions, checkpoint, template and settings. A run of the same description
 goes on where the file ends; any other starts it anew, as upstream always does. So answers of two runs never mix, and
-those of a checkpoint that has since been trained on are not taken for new ones.
+those of a checkpoint that has since been trained on are not taken for new ones. `ANSWERS.lock`, which is left behind,
+keeps a second process out: two would write their lines among each other's.
 """
 
 from __future__ import annotations
@@ -18,13 +19,42 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from llava.eval.questions import Answer, Question
 
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def open_answers(
+    path: str | Path, questions: Sequence[Question], model_id: str, run: Mapping[str, Any]
+) -> Iterator[AnswersFile]:
+    """A run's `AnswersFile`, into which no other process can answer as long as it is open.
+
+    Raises:
+        BlockingIOError: another process has it open.
+        OSError: it is a folder, or nothing can be written there.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        raise IsADirectoryError(f"--answers-file {path}: found a folder, expected a file")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        alone = FileLock(f"{place}.lock", timeout=0).acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"--answers-file {path}: another process is answering into it; wait for its end, or name another file "
+            "(each --chunk-idx has one of its own)"
+        ) from None
+    with alone:
+        yield AnswersFile(place, questions, model_id, run)
+
+
 class AnswersFile:
-    """The file and what it holds already. Nothing is changed before the first answer is to be written.
+    """The file and what it holds already, for one process: see `open_answers`.
+
+    Nothing is changed before the first answer is to be written.
 
     Args:
         path: of the answers.
@@ -36,8 +66,8 @@ class AnswersFile:
         kept: how many of the questions, from the first on, are answered in the file.
     """
 
-    def __init__(self, path: str | Path, questions: Sequence[Question], model_id: str, run: Mapping[str, Any]):
-        self.path = Path(path).expanduser()
+    def __init__(self, path: Path, questions: Sequence[Question], model_id: str, run: Mapping[str, Any]):
+        self.path = path
         self.run_path = self.path.with_name(f"{self.path.name}.run.json")
         self.model_id = model_id
         description = {**run, "questions": hash_of_questions(questions), "number of questions": len(questions)}
@@ -72,7 +102,6 @@ class AnswersFile:
     @contextmanager
     def writer(self) -> Iterator[Callable[[Answer], None]]:
         """A function that appends an answer, as long as it is open. What was not kept is cut off first."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.kept:
             os.truncate(self.path, sum(len(line) for line in self.kept_lines))
         else:

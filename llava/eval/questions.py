@@ -32,12 +32,19 @@ class Question:
         text: may place its images by `<image>`; otherwise they come first, each on a line of its own.
         images: none for a question about nothing but its text.
         metadata: whatever the caller wants to find again at the answer.
+
+    Raises:
+        ValueError: the text has some `<image>`, but not one for each image.
     """
 
     question_id: str | int
     text: str
     images: tuple[ImageSource, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if DEFAULT_IMAGE_TOKEN in self.text:
+            require_image_tokens(self.text, len(self.images), f"question {self.question_id!r}")
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,6 @@ def prompt_of(question: Question, conversation: Conversation, mm_use_im_start_en
 
     Under a plain template the prompt is the images and then the text, without a break: what stage 1 trains, where a
     caption follows its image. A caption is asked for by an empty text.
-
-    Raises:
-        ValueError: the text has some `<image>`, but not one for each image.
     """
     text = question.text
     mark = f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
@@ -74,7 +78,6 @@ def prompt_of(question: Question, conversation: Conversation, mm_use_im_start_en
         text = mark * len(question.images) + text
     else:
         text = f"{mark}\n" * len(question.images) + text
-    require_image_tokens(text, len(question.images), f"question {question.question_id!r}")
     if is_plain:
         return conversation.system + text
     dialogue = conversation.copy()

@@ -81,7 +81,9 @@ def eval_model(args: Any) -> str:
     args = with_defaults(args, argument_parser())
     if args.conv_mode is not None:
         template_named(args.conv_mode)
-    images = load_images(image_parser(args))
+    settings = settings_of(args)
+    images = tuple(load_images(image_parser(args)))
+    question = Question("--query", args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN), images)
     model_name = get_model_name_from_path(args.model_path)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path, args.model_base, model_name, device=args.device
@@ -89,9 +91,8 @@ def eval_model(args: Any) -> str:
     own_mode = conversation_mode(model_name, model.config)
     if args.conv_mode not in (None, own_mode):
         logger.warning("--conv-mode %s is used; the checkpoint's own seems to be %s", args.conv_mode, own_mode)
-    question = Question("--query", args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN), tuple(images))
     template = template_named(args.conv_mode or own_mode)
-    answers = answer_questions([question], tokenizer, model, image_processor, template, settings_of(args))
+    answers = answer_questions([question], tokenizer, model, image_processor, template, settings)
     text = next(answers).text
     print(text)
     return text

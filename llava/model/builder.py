@@ -85,8 +85,9 @@ def load_pretrained_model(
 
     Raises:
         FileNotFoundError: there is nothing at `model_path`, or a file is missing.
-        ValueError: `model_base` is missing, or weights do not fit; the message names them.
+        ValueError: `model_base` is missing, weights do not fit (the message names them), or there is no such device.
     """
+    require_device(device)
     form = checkpoint_form(model_path)
     kwargs = model_kwargs(load_8bit, load_4bit, device_map, device, use_flash_attn, kwargs)
     weights_path = whose_weights(form, model_path, model_base)
@@ -124,6 +125,17 @@ def load_pretrained_model(
         model = apply_adapter(model, model_path, merge=not is_quantised)
     load_tower(model, trained, weights_path)
     return LoadedModel(tokenizer, model.eval(), model.get_vision_tower().image_processor, context_length(config))
+
+
+def require_device(device: str) -> None:
+    """Raises `ValueError` where torch knows no such device, or the machine has fewer CUDA devices."""
+    try:
+        named = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: found {device!r}, expected cuda, cuda:N, cpu or another that torch knows") from None
+    count = torch.cuda.device_count()
+    if named.type == "cuda" and named.index is not None and named.index >= count:
+        raise ValueError(f"device: found {device!r}, but there are {count} CUDA devices here, counted from 0")
 
 
 def model_kwargs(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from typing import Any
 
 import torch
@@ -18,6 +17,9 @@ from transformers import TextStreamer
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates, conversation_mode
+from llava.eval.answering import GenerationSettings
+from llava.eval.answering_command import add_model_flags
+from llava.eval.command import run_command
 from llava.eval.run_llava import load_image
 from llava.mm_utils import (
     KeywordsStoppingCriteria,
@@ -33,10 +35,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llava.serve.cli", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
-    parser.add_argument("--model-base", help="the LLM that a stage-1 projector or a LoRA adapter belongs to")
+    add_model_flags(parser)
     parser.add_argument("--image-file", required=True, help="path or http(s) address of the image")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="template; default: the checkpoint's own")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 answers greedily; default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
@@ -111,7 +111,13 @@ def chat(session: ImageChat, args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Loads what `args` name and chats."""
+    """Loads what `args` name and chats.
+
+    Raises:
+        OSError, ValueError: the first thing that is wrong, before the model is loaded where that can be seen.
+    """
+    GenerationSettings(temperature=args.temperature, max_new_tokens=args.max_new_tokens)  # refuses what has no meaning
+    image = load_image(args.image_file)
     model_name = get_model_name_from_path(args.model_path)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path, args.model_base, model_name, args.load_8bit, args.load_4bit, device=args.device
@@ -119,11 +125,8 @@ def main(args: argparse.Namespace) -> None:
     if image_processor is None:
         raise ValueError(f"{args.model_path} has no vision tower; pass a LLaVA checkpoint.")
     mode = args.conv_mode or conversation_mode(model_name, model.config)
-    chat(ImageChat(tokenizer, model, image_processor, load_image(args.image_file), conv_templates[mode]), args)
+    chat(ImageChat(tokenizer, model, image_processor, image, conv_templates[mode]), args)
 
 
 if __name__ == "__main__":
-    try:
-        main(argument_parser().parse_args())
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, argument_parser())

@@ -197,7 +197,6 @@ def test_a_decoder_that_fails_in_its_own_way_is_an_unreadable_image(
         mm_utils.load_rgb_image(tmp_path / "x.avif")
 
 
-
 def test_any_picture_becomes_rgb(tmp_path: Path) -> None:
     for mode in ("L", "P", "RGBA", "1", "LA"):
         Image.new(mode, (3, 2)).save(tmp_path / f"{mode}.png")

@@ -18,6 +18,7 @@ from llava.conversation import conv_templates
 from llava.eval import answering_command, model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science
 from llava.eval.answering import Question, answer_questions
 from llava.eval.answering_command import mode_of
+from llava.model import builder
 from llava.model.builder import LoadedModel
 
 QUESTIONS: list[dict[str, Any]] = [
@@ -249,15 +250,52 @@ def test_the_template_is_the_recorded_one_or_upstreams_default() -> None:
         ({"question_file": "nothing.jsonl"}, "nothing.jsonl: no such file; expected questions"),
         ({"conv_mode": "vicuna"}, "--conv-mode vicuna: no such template; did you mean vicuna_v1? There are"),
         ({"image_folder": "elsewhere"}, "question 3: no such image file elsewhere/im0.png (3 of 3 images are missing)"),
-        ({"model_path": "tiny-vicuna"}, "no vision tower"),
         ({"chunk_idx": 1}, "--chunk-idx 1: expected 0 to 0"),
+        ({"batch_size": 0}, "batch_size: found 0, expected 1 or more"),
+        ({"workers": 0}, "workers: found 0, expected 1 or more"),
+        ({"top_p": 2.0}, "top_p: found 2.0, expected more than 0"),
+        ({"device": "gpu"}, "device: found 'gpu', expected cuda, cuda:N, cpu"),
+        ({"device": "cuda:99"}, "device: found 'cuda:99', but there are"),
+        ({"answers_file": "images"}, "--answers-file images: found a folder, expected a file"),
+        ({"answers_file": "q.jsonl/a.jsonl"}, "q.jsonl"),
+        ({"question_file": "marked.jsonl"}, "question 'm': found 2 <image> in the text, expected 1"),
     ],
 )
-def test_wrong_input_is_one_sentence(flags: dict[str, Any], change: dict[str, Any], message: str) -> None:
+def test_wrong_input_is_one_sentence_before_the_model_is_loaded(
+    flags: dict[str, Any], change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = {"question_id": "m", "image": "im0.png", "text": "Is <image> like <image>?"}
+    Path("marked.jsonl").write_text(json.dumps(marked) + "\n", encoding="utf-8")
+    monkeypatch.setattr(builder, "from_pretrained_strictly", lambda *args, **kwargs: pytest.fail("it was loaded"))
     with pytest.raises((ValueError, OSError)) as caught:
         model_vqa_loader.eval_model(SimpleNamespace(**{**flags, **change}))
     assert message in str(caught.value)
     assert not Path(flags["answers_file"]).exists()
+
+
+def test_a_model_without_vision_is_refused(flags: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no vision tower"):
+        model_vqa_loader.eval_model(SimpleNamespace(**{**flags, "model_path": "tiny-vicuna"}))
+    assert not Path(flags["answers_file"]).exists()
+
+
+def test_a_second_process_is_kept_out_of_an_answers_file(flags: dict[str, Any]) -> None:
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    path = Path(flags["answers_file"])
+    whole = path.read_bytes()
+    path.write_bytes(whole.splitlines(keepends=True)[0])  # where the other process is
+    hold = f"import filelock; lock = filelock.FileLock('{path}.lock'); lock.acquire(); print(1, flush=True); input()"
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(BlockingIOError, match=r"a\.jsonl: another process is answering into it; wait for its end"):
+            model_vqa_loader.eval_model(SimpleNamespace(**flags))
+        assert path.read_bytes() == whole.splitlines(keepends=True)[0]
+        model_vqa_loader.eval_model(SimpleNamespace(**{**flags, "answers_file": "new/folder/b.jsonl"}))
+        other.kill()
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))  # nothing is left of the killed process's hold
+    assert path.read_bytes() == Path("new/folder/b.jsonl").read_bytes() == whole
 
 
 def test_the_command_line_ends_with_the_sentence(flags: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llava.conversation import conv_templates
+from llava.eval import run_llava
 from llava.eval.answering import GenerationSettings, Question, answer_questions
 from llava.eval.run_llava import argument_parser, eval_model, image_parser, load_images
 from llava.mm_utils import get_model_name_from_path
@@ -59,7 +60,10 @@ def test_several_images_come_first_or_where_the_query_places_them(tiny: LoadedMo
         assert ask(query=query, image_file=files, sep=";") == expected
 
 
-def test_a_query_that_places_other_than_its_images_is_refused(golden_world: Path) -> None:
+def test_a_query_that_places_other_than_its_images_is_refused(
+    golden_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_llava, "load_pretrained_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match="question '--query': found 1 <image> in the text, expected 2"):
         ask(query="Is <image-placeholder> it?", image_file="images/im0.png,images/im1.png")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from llava.conversation import conv_templates, conversation_mode
+from llava.model import builder
 from llava.serve.cli import ImageChat, argument_parser, load_image, main, speaker_name
 
 
@@ -28,9 +30,7 @@ def test_a_chat_streams_each_answer_and_ends_at_an_empty_line(
 
 
 def test_the_image_comes_with_the_first_message_alone(golden_world: Path) -> None:
-    from llava.model.builder import load_pretrained_model
-
-    tokenizer, model, processor, _ = load_pretrained_model("tiny-llava", None, "tiny-llava", device="cpu")
+    tokenizer, model, processor, _ = builder.load_pretrained_model("tiny-llava", None, "tiny-llava", device="cpu")
     session = ImageChat(tokenizer, model, processor, load_image("images/im1.png"), conv_templates["v1"])
     first = session.prompt("What is this?")
     answer = session.answer(first, temperature=0, max_new_tokens=4)
@@ -47,9 +47,26 @@ def test_a_missing_image_is_one_clear_error(golden_world: Path) -> None:
 
 
 def test_a_text_model_is_refused(golden_world: Path) -> None:
-    args = argument_parser().parse_args(["--model-path", "tiny-vicuna", "--image-file", "x", "--device", "cpu"])
+    args = argument_parser().parse_args(arguments("--model-path", "tiny-vicuna"))
     with pytest.raises(ValueError, match="no vision tower"):
         main(args)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--image-file", "no-such.png", "no-such.png: no such image file"),
+        ("--temperature", "-1", "temperature: found -1.0, expected 0"),
+        ("--max-new-tokens", "0", "max_new_tokens: found 0, expected 1 or more"),
+        ("--device", "gpu", "device: found 'gpu', expected cuda, cuda:N, cpu"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_is_loaded(
+    golden_world: Path, monkeypatch: pytest.MonkeyPatch, flag: str, value: str, message: str
+) -> None:
+    monkeypatch.setattr(builder, "from_pretrained_strictly", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    with pytest.raises((OSError, ValueError), match=re.escape(message)):
+        main(argument_parser().parse_args(arguments(flag, value)))
 
 
 @pytest.mark.parametrize(
