@@ -31,9 +31,11 @@ def annotate(
             metavar="PATH", help="A folder of images, or a list: .txt with a path a line, .jsonl, LLaVA's .json."
         ),
     ],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Manifest, settings and shards. The same call goes on.")],
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="For manifest, settings and shards. The same call goes on with it.")
+    ],
     image_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="What the paths of a list count from.")
+        Path | None, typer.Option(metavar="DIR", help="What the paths of a list count from. Needed for a list.")
     ] = None,
     ram: Annotated[Path | None, _model_option(metavar="FILE", help="RAM's or RAM++'s .pth.")] = None,
     ram_tag_list: Annotated[Path | None, _model_option(metavar="FILE", help="RAM's ram_tag_list.txt.")] = None,
@@ -53,11 +55,18 @@ def annotate(
         Literal["models", "oracle"], _model_option(help="`oracle` answers from --oracle, to test the machinery.")
     ] = "models",
     oracle: Annotated[Path | None, _model_option(metavar="PAD", help="PAD file that knows the answer.")] = None,
-    prompt_join: Annotated[Literal[", ", ". "], _choice_option(help="What joins the tags of a prompt.")] = ", ",
+    prompt_join: Annotated[
+        Literal[", ", ". "], _choice_option(metavar="', '|'. '", help="What joins the tags of a prompt.")
+    ] = ", ",
     box_threshold: Annotated[float, _choice_option(help="A box's score is above it.")] = 0.25,
     text_threshold: Annotated[float, _choice_option(help="A token's score in the phrase is above it.")] = 0.2,
     nms_iou: Annotated[float, _choice_option(help="Of two boxes that overlap more one goes.")] = 0.5,
-    label_mode: Annotated[Literal["phrase", "best_tag"], _choice_option(help="What a region is called.")] = "phrase",
+    label_mode: Annotated[
+        Literal["phrase", "best_tag"],
+        _choice_option(
+            metavar="phrase|best_tag", help="A region is called by the tokens that its box answers to, or by one tag."
+        ),
+    ] = "phrase",
     min_box_area_px: Annotated[float, _choice_option(help="Of a box within the image, at least.")] = 1.0,
     candidate_box_threshold: Annotated[
         float, _choice_option(help="Candidates are kept above it, for reselect.")
@@ -66,7 +75,7 @@ def annotate(
     segment_candidates: Annotated[
         bool,
         _choice_option(
-            "--segment_candidates",
+            "--segment-candidates",
             help="Make masks for all candidates, so that reselect may choose any. Costs SAM's time.",
         ),
     ] = False,
@@ -89,12 +98,17 @@ def annotate(
         _work_option(metavar="STATUS[,STATUS]", help="Make the records of these statuses anew, such as `unreadable`."),
     ] = None,
     allow_missing: Annotated[
-        bool, _work_option("--allow_missing", help="Record shards of which no image is there, as if all were lost.")
+        bool, _work_option("--allow-missing", help="Record shards of which no image is there, as if all were lost.")
     ] = False,
     tag_batch: Annotated[int, _work_option(min=1, help="Images tagged at a time.")] = 64,
     detect_batch: Annotated[int, _work_option(min=1, help="Images of one size detected at a time.")] = 8,
     segment_batch: Annotated[int, _work_option(min=1, help="Images segmented at a time.")] = 8,
-    chunk: Annotated[int, _work_option(min=1, help="Decoded images in memory, for each chunk.")] = 256,
+    chunk: Annotated[
+        int,
+        _work_option(
+            min=1, help="Decoded images in memory, in each chunk. One of 12 megapixels takes 36 MB: 32 for such."
+        ),
+    ] = 256,
     chunks_at_once: Annotated[int, _work_option(min=1, help="2 prepares a chunk during the last.")] = 2,
     decode_workers: Annotated[int, _work_option(min=1, help="Threads that decode.")] = 8,
     min_side: Annotated[int, _work_option(min=1, help="Images with a shorter side are skipped.")] = 16,

@@ -37,7 +37,7 @@ def reselect(
     ] = None,
     min_box_area_px: Annotated[float | None, typer.Option(min=0, help="Of a box within the image, at least.")] = None,
     keep_candidates: Annotated[
-        bool, typer.Option("--keep_candidates", help="Keep the boxes before NMS, to reselect again.")
+        bool, typer.Option("--keep-candidates", help="Keep the boxes before NMS, to reselect again.")
     ] = False,
 ) -> None:
     """Chooses and names regions anew, from the boxes that an annotation run kept at low thresholds.

@@ -40,7 +40,7 @@ class Selection:
     text_threshold: float = 0.2
     nms_iou: float = 0.5
     label_mode: LabelMode = "phrase"
-    min_box_area_px: float = 0.0
+    min_box_area_px: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("box_threshold", "text_threshold", "nms_iou"):

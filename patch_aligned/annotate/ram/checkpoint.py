@@ -140,7 +140,8 @@ def save_converted(state: Mapping[str, Tensor], checkpoint: ConvertedCheckpoint)
             temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise RamCheckpointError(
-            f"{weights}: can't be written ({error}). Name another folder for the converted file, or make room"
+            f"{weights}: can't be written ({error}). Make room there or the folder writable, or copy the .pth to "
+            "another one"
         ) from error
 
 

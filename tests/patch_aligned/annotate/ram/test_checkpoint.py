@@ -161,5 +161,5 @@ def test_a_place_that_cannot_be_written_is_named(
     ram_golden: dict[str, Tensor], published_file: PublishedFile, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    with pytest.raises(RamCheckpointError, match=r"can't be written.*Name another folder"):
+    with pytest.raises(RamCheckpointError, match=r"can't be written.*copy the .pth to another one"):
         load_ram(published_file(ram_golden), tmp_path / "file")
