@@ -28,10 +28,9 @@ from patch_aligned.annotate.models import RAM_WEIGHTS, TAG_FILES
 from patch_aligned.annotate.process_shard import process_shard
 from patch_aligned.annotate.recipes import ModelRecipe
 from patch_aligned.annotate.run_folder import RunFolder
-from patch_aligned.annotate.selection import Selection
 from patch_aligned.annotate.stage_clock import StageClock, StageTimes
 from patch_aligned.annotate.stages import ImageInWork, Stages
-from playground.mini.annotation_models import write_models
+from playground.mini.annotation_models import recipe_of, write_models
 from playground.mini.scene_records import DatasetSettings, write_scene
 
 TINY_BOX_THRESHOLD = 0.98
@@ -41,14 +40,7 @@ SCENE_SIZES = ((448, 336), (336, 448), (500, 336))
 def tiny_recipe(folder: Path) -> ModelRecipe:
     """Tiny random models, written to `folder`."""
     write_models(folder)
-    return ModelRecipe(
-        ram=folder / "ram.converted.safetensors",
-        ram_tag_list=folder / "ram_tag_list.txt",
-        ram_thresholds=folder / "ram_thresholds.txt",
-        detector=str(folder / "grounding_dino"),
-        sam=str(folder / "sam"),
-        selection=Selection(box_threshold=TINY_BOX_THRESHOLD, min_box_area_px=1.0),
-    )
+    return recipe_of(folder, TINY_BOX_THRESHOLD)
 
 
 def real_recipe(folder: Path) -> ModelRecipe:
@@ -59,7 +51,6 @@ def real_recipe(folder: Path) -> ModelRecipe:
         ram_thresholds=folder / TAG_FILES[1].name,
         detector=str(folder / "grounding-dino-tiny"),
         sam=str(folder / "sam-vit-huge"),
-        selection=Selection(min_box_area_px=1.0),
     )
 
 

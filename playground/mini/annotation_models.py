@@ -32,6 +32,8 @@ from transformers import (
 
 from patch_aligned.annotate.ram.checkpoint import ConvertedCheckpoint, save_converted
 from patch_aligned.annotate.ram.model import RamConfig, RamModel
+from patch_aligned.annotate.recipes import ModelRecipe
+from patch_aligned.annotate.selection import Selection
 
 DEFAULT_OUT = Path(__file__).parent / "cache" / "annotation_models"
 _NAMES = Path(__file__).parent / "assets" / "sprite_names.csv"
@@ -54,7 +56,25 @@ def write_models(out: Path) -> None:
         torch.manual_seed(0)
         _write_ram(out, tags)
         _write_grounding_dino(out / "grounding_dino", tags)
-        _write_sam(out / "sam")
+        for part in tiny_sam():
+            part.save_pretrained(out / "sam")
+
+
+def recipe_of(folder: Path, box_threshold: float) -> ModelRecipe:
+    """What annotates with the models that `write_models` wrote to a folder.
+
+    Args:
+        folder: of them.
+        box_threshold: for them it is near 1, as what they find is noise.
+    """
+    return ModelRecipe(
+        ram=folder / "ram.converted.safetensors",
+        ram_tag_list=folder / "ram_tag_list.txt",
+        ram_thresholds=folder / "ram_thresholds.txt",
+        detector=str(folder / "grounding_dino"),
+        sam=str(folder / "sam"),
+        selection=Selection(box_threshold=box_threshold),
+    )
 
 
 def tag_names() -> list[str]:
@@ -119,7 +139,8 @@ def _write_grounding_dino(folder: Path, tags: list[str]) -> None:
     GroundingDinoImageProcessorPil(size={"shortest_edge": 160, "longest_edge": 266}).save_pretrained(folder)
 
 
-def _write_sam(folder: Path) -> None:
+def tiny_sam() -> tuple[SamModel, SamImageProcessorPil]:
+    """SAM with random weights, and the image processor that belongs to it: pictures are 64 px at their longest edge."""
     config = SamConfig(
         vision_config=SamVisionConfig(
             hidden_size=32, output_channels=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8,
@@ -132,11 +153,11 @@ def _write_sam(folder: Path) -> None:
             hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16
         ),
     )  # fmt: skip
-    SamModel(config).save_pretrained(folder)
-    SamImageProcessorPil(
+    processor = SamImageProcessorPil(
         size={"longest_edge": 64}, pad_size={"height": 64, "width": 64},
         mask_size={"longest_edge": 16}, mask_pad_size={"height": 16, "width": 16},
-    ).save_pretrained(folder)  # fmt: skip
+    )  # fmt: skip
+    return SamModel(config).eval(), processor
 
 
 def main() -> None:

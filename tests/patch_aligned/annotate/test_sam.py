@@ -22,13 +22,9 @@ from transformers import (
     Sam2Processor,
     Sam2PromptEncoderConfig,
     Sam2VisionConfig,
-    SamConfig,
     SamImageProcessorPil,
-    SamMaskDecoderConfig,
     SamModel,
     SamProcessor,
-    SamPromptEncoderConfig,
-    SamVisionConfig,
 )
 
 from patch_aligned.annotate import sam as sam_module
@@ -40,25 +36,11 @@ SIZES_WH = [(90, 60), (50, 81)]
 BOXES = [[[10.5, 5.0, 60.0, 50.0], [0.0, 0.0, 90.0, 60.0]], [[3.0, 20.0, 44.0, 70.25], [10.0, 10.0, 30.0, 30.0]]]
 
 
-def tiny_sam() -> tuple[SamModel, SamImageProcessorPil]:
+def seeded_sam() -> tuple[SamModel, SamImageProcessorPil]:
+    from playground.mini.annotation_models import tiny_sam
+
     torch.manual_seed(0)
-    config = SamConfig(
-        vision_config=SamVisionConfig(
-            hidden_size=32, output_channels=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8,
-            window_size=4, global_attn_indexes=[1], num_pos_feats=8, mlp_dim=64, initializer_range=0.02,
-        ),
-        prompt_encoder_config=SamPromptEncoderConfig(
-            hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4
-        ),
-        mask_decoder_config=SamMaskDecoderConfig(
-            hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16
-        ),
-    )  # fmt: skip
-    processor = SamImageProcessorPil(
-        size={"longest_edge": 64}, pad_size={"height": 64, "width": 64},
-        mask_size={"longest_edge": 16}, mask_pad_size={"height": 16, "width": 16},
-    )  # fmt: skip
-    return SamModel(config).eval(), processor
+    return tiny_sam()
 
 
 def tiny_sam2() -> tuple[Sam2Model, Sam2ImageProcessor]:
@@ -82,7 +64,7 @@ def tiny_sam2() -> tuple[Sam2Model, Sam2ImageProcessor]:
     return Sam2Model(config).eval(), Sam2ImageProcessor(size={"height": 128, "width": 128})
 
 
-TINY = {"sam": tiny_sam, "sam2": tiny_sam2}
+TINY = {"sam": seeded_sam, "sam2": tiny_sam2}
 
 
 @pytest.fixture(params=["sam", "sam2"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,8 @@ from patch_aligned.annotate.annotate_images import Workload
 from patch_aligned.annotate.job import AnnotationJob, ShardWorker
 from patch_aligned.annotate.manifest import list_images
 from patch_aligned.annotate.recipes import ModelRecipe
-from patch_aligned.annotate.selection import Selection
 
-# The miniature is no installed package.
-ROOT = Path(__file__).parents[4]
 SCENES = 20
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session")
@@ -36,14 +30,9 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def recipe(tiny_models: Path) -> ModelRecipe:
     """The tiny models, at a threshold that some of their boxes pass."""
-    return ModelRecipe(
-        ram=tiny_models / "ram.converted.safetensors",
-        ram_tag_list=tiny_models / "ram_tag_list.txt",
-        ram_thresholds=tiny_models / "ram_thresholds.txt",
-        detector=str(tiny_models / "grounding_dino"),
-        sam=str(tiny_models / "sam"),
-        selection=Selection(box_threshold=0.99, min_box_area_px=1.0),
-    )
+    from playground.mini.annotation_models import recipe_of
+
+    return recipe_of(tiny_models, box_threshold=0.99)
 
 
 @pytest.fixture(scope="session")
