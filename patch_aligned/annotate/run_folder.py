@@ -86,7 +86,7 @@ class RunFolder:
             with written_whole(_settings_path(path)) as temporary:
                 temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         folder = cls(path)
-        if [entry.image_id for entry in folder.entries] != [entry.image_id for entry in entries]:
+        if folder.entries != entries:
             raise RunFolderError(f"{path}: {_difference_of_images(folder.entries, entries)}. {_ANOTHER}")
         differences = [
             f"{name}: the folder has {was!r}, this call {now!r}"
@@ -187,12 +187,21 @@ def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any,
 
 
 def _difference_of_images(was: list[ManifestEntry], now: list[ManifestEntry]) -> str:
-    old, new = ({entry.image_id for entry in entries} for entries in (was, now))
-    if old == new:
-        return f"the manifest has the same {len(old)} images in another order"
-    parts = [
-        f"{len(names)} {what} ({', '.join(sorted(names)[:_NAMES_SHOWN])}{', ...' if len(names) > _NAMES_SHOWN else ''})"
-        for names, what in ((new - old, "that the manifest lacks"), (old - new, "of the manifest that are gone"))
-        if names
-    ]
-    return f"found other images than the run began with: {' and '.join(parts)}"
+    old, new = ({entry.image_id: entry.caption for entry in entries} for entries in (was, now))
+    if old.keys() != new.keys():
+        parts = [
+            f"{len(names)} {what} ({_listed(names)})"
+            for names, what in (
+                (new.keys() - old.keys(), "that the manifest lacks"),
+                (old.keys() - new.keys(), "of the manifest that are gone"),
+            )
+            if names
+        ]
+        return f"found other images than the run began with: {' and '.join(parts)}"
+    if changed := {name for name, caption in old.items() if caption != new[name]}:
+        return f"found other captions than the run began with: of {len(changed)} images ({_listed(changed)})"
+    return f"the manifest has the same {len(old)} images in another order"
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")

@@ -125,6 +125,8 @@ def test_a_folder_goes_on_only_with_its_own_images(folder: RunFolder) -> None:
         RunFolder.start(folder.path, [*ENTRIES[1:], ManifestEntry("9.jpg")], SETTINGS, shard_size=2)
     with pytest.raises(RunFolderError, match="another order"):
         RunFolder.start(folder.path, ENTRIES[::-1], SETTINGS, shard_size=2)
+    with pytest.raises(RunFolderError, match=r"other captions than the run began with: of 1 images \(4.jpg\)"):
+        RunFolder.start(folder.path, [*ENTRIES[:4], ManifestEntry("4.jpg")], SETTINGS, shard_size=2)
 
 
 def test_a_run_that_was_killed_before_its_settings_were_written_has_not_begun(
