@@ -22,10 +22,10 @@ def kind_of_checkpoint(name_or_folder: str, revision: str, kinds: Iterable[str],
         ValueError: as `error`, for another kind.
     """
     config, _ = PreTrainedConfig.get_config_dict(name_or_folder, revision=revision)
-    kind: str = config.get("model_type")
+    kind = config.get("model_type")
     if kind not in (expected := list(kinds)):
         raise error(f"{name_or_folder}: found a model of type {kind!r}, expected {', '.join(expected)}")
-    return kind
+    return str(kind)
 
 
 def load_whole_model(model_class: Any, name_or_folder: str, revision: str, error: type[ValueError]) -> Any:
