@@ -6,10 +6,12 @@
 # may follow the script's name. Paths count from the root of the repository.
 #
 #   NUM_GPUS=N      processes on this machine
-#   NNODES=N NODE_RANK=I MASTER_ADDR=HOST    several machines with a shared folder: the same command on each
+#   NNODES=N NODE_RANK=I MASTER_ADDR=HOST    several machines with a shared folder: the same command on each, and once
+#                   more on one of them, without these, when all are done: it merges
 #   TASKS=N         this is one of N tasks of a Slurm array, with one GPU: see slurm/annotate_pad.sbatch
 #   RAM=ram_plus    RAM++ instead of RAM
-#   MERGE=0         leave merging to a later call; in a task it is the default
+#   MERGE=0         leave merging to a later call: the default of tasks and of several machines, which don't wait for
+#                   each other
 #   DRY_RUN=1       print the commands, ready to paste, and stop
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -46,6 +48,7 @@ if [ -n "${TASKS:-}" ]; then
 else
     launcher=(torchrun --nproc_per_node "${NUM_GPUS:-$(count_gpus)}")
     if ((NNODES > 1)); then
+        MERGE=${MERGE:-0}
         launcher+=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set it to the rank of this machine, from 0}"
             --master_addr "${MASTER_ADDR:?set it to the address of the machine of rank 0}"
             --master_port "${MASTER_PORT:-29500}")
@@ -61,7 +64,7 @@ run "${launcher[@]}" patch-aligned annotate --engine torchrun --chunk 1024 \
     --ram "$RAM_WEIGHTS" --ram_tag_list "$RAM_TAG_LIST" --ram_thresholds "$RAM_THRESHOLDS" \
     --detector "$DETECTOR" --sam "$SAM" "$@"
 
-if [ "${MERGE:-1}" = 1 ] && [ "${NODE_RANK:-0}" = 0 ]; then
+if [ "${MERGE:-1}" = 1 ]; then
     run patch-aligned merge "$OUTPUT" --output "$PAD_PATH"
     # Some of millions of masks miss their box: they are listed, and only a broken file is a failure.
     run patch-aligned verify "$PAD_PATH" --fail_on broken_file

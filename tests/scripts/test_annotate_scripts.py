@@ -56,13 +56,14 @@ def test_annotate_pad_starts_a_process_a_gpu_and_merges_to_where_training_looks(
     assert f'"${{PAD_PATH:=$DATA/{"/".join(parsed(merge)["output"].parts[-2:])}}}"' in common
 
 
-def test_several_machines_share_and_the_first_merges() -> None:
+def test_several_machines_share_and_leave_merging_to_a_call_when_all_are_done() -> None:
     environment = {"NNODES": "2", "MASTER_ADDR": "host", "NUM_GPUS": "8", "RAM": "ram_plus"}
     commands = printed("annotate_pad.sh", **environment, NODE_RANK="1")
     assert len(commands) == 1
     assert commands[0][3:7] == ["--nnodes", "2", "--node_rank", "1"]
     assert any(word.endswith("ram_plus_swin_large_14m.pth") for word in commands[0])
-    assert len(printed("annotate_pad.sh", **environment, NODE_RANK="0")) == 3
+    assert len(printed("annotate_pad.sh", **environment, NODE_RANK="0")) == 1
+    assert [words[1] for words in printed("annotate_pad.sh")[1:]] == ["merge", "verify"]
 
 
 def test_a_slurm_task_is_one_process_and_does_not_merge() -> None:
