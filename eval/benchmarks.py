@@ -205,15 +205,15 @@ def choose(names: Iterable[str], without: Iterable[str] = ()) -> list[Benchmark]
     Raises:
         ValueError: a name is not known, and the message lists near ones; or nothing is left.
     """
-    chosen = {name for given in names for name in _members(given)} - {
-        name for given in without for name in _members(given)
+    chosen = {name for given in names for name in _members(given, "--benchmarks")} - {
+        name for given in without for name in _members(given, "--without")
     }
     if not chosen:
         raise ValueError("--without: leaves no benchmark")
     return [benchmark for benchmark in BENCHMARKS.values() if benchmark.name in chosen]
 
 
-def _members(name: str) -> set[str]:
+def _members(name: str, flag: str) -> set[str]:
     if name in BENCHMARKS:
         return {name}
     groups = ALL_GROUPS if name == ALL else (name,)
@@ -222,5 +222,5 @@ def _members(name: str) -> set[str]:
         known = {known.lower(): known for known in (*BENCHMARKS, *GROUPS, ALL)}
         near = [known[lower] for lower in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
         advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known.values())}"
-        raise ValueError(f"--benchmarks: found {name!r}, which is none; {advice}")
+        raise ValueError(f"{flag}: found {name!r}, which is none; {advice}")
     return found

@@ -77,9 +77,9 @@ def test_names_and_groups_choose() -> None:
 @pytest.mark.parametrize(
     ("names", "without", "said"),
     [
-        (["gqaa"], [], "found 'gqaa', which is none; did you mean gqa or vqa?"),
+        (["gqaa"], [], "--benchmarks: found 'gqaa', which is none; did you mean gqa or vqa?"),
         (["refcoco_testa"], [], "did you mean refcoco_testA"),
-        (["gqa"], ["gqas"], "found 'gqas', which is none; did you mean gqa"),
+        (["gqa"], ["gqas"], "--without: found 'gqas', which is none; did you mean gqa"),
         (["xyzzy"], [], "there are refcoco_val, "),
         (["gqa"], ["vqa"], "leaves no benchmark"),
     ],
