@@ -163,17 +163,17 @@ class _Work:
         keep: Callable[[ImageInWork, Result], None],
     ) -> None:
         with self.clock.measure(name, len(items)):
-            outcomes = run_in_batches(stage, items, batch_size)
-        for item, outcome in zip(items, outcomes, strict=True):
-            if isinstance(outcome, Failure):
-                self._end(item.image_id, outcome.status, f"{name}: {outcome.reason}")
-            else:
-                keep(item, outcome)
+            for item, outcome in zip(items, run_in_batches(stage, items, batch_size), strict=True):
+                if isinstance(outcome, Failure):
+                    self._end(item.image_id, outcome.status, f"{name}: {outcome.reason}")
+                else:
+                    keep(item, outcome)
         # Lets go of the images that no later stage needs.
         self.items = [item for item in self.items if not self.records[item.image_id]["status"]]
 
     def _end(self, image_id: str, status: str, reason: str | None = None) -> None:
         self.records[image_id] |= {"status": status, "reason": reason}
+        self.clock.image_done()
 
 
 def _empty_record(entry: ManifestEntry) -> Record:

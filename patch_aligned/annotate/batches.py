@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -34,8 +34,8 @@ _NON_FINITE = Failure("non_finite", "the model's scores are not finite, also in 
 
 def run_in_batches(
     stage: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], batch_size: int
-) -> list[Result | Failure]:
-    """What `stage` makes of each item, in order.
+) -> Iterator[Result | Failure]:
+    """What `stage` makes of each item, in order, as soon as its batch is done.
 
     A batch that doesn't fit in memory is halved until it does. An item that doesn't fit alone fails, as does one whose
     scores aren't finite; the others of its batch don't suffer.
@@ -48,10 +48,8 @@ def run_in_batches(
     Raises:
         Exception: any other error of `stage`, which is a bug or a broken machine.
     """
-    outcomes: list[Result | Failure] = []
     for start in range(0, len(items), batch_size):
-        outcomes.extend(_run(stage, items[start : start + batch_size]))
-    return outcomes
+        yield from _run(stage, items[start : start + batch_size])
 
 
 def _run(stage: Callable[[Sequence[Item]], Sequence[Result]], batch: Sequence[Item]) -> list[Result | Failure]:

@@ -41,6 +41,8 @@ def run_annotate(
     job = AnnotationJob(entries, root.resolve(), output.resolve(), recipe, workload, shard_size, retry)
     console = Console()
     transformers_logging.disable_progress_bar()
+    if place.rank == 0:
+        console.print(f"{len(entries):,} images. Loading the models", soft_wrap=True)
     with ProgressReport(console, place) as report:
         if engine == "ray":
             folder = run_with_ray(job, ray_workers, device, report)

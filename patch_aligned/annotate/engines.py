@@ -26,6 +26,9 @@ class Watcher(Protocol):
     def opened(self, folder: RunFolder, todo: Sequence[int]) -> None:
         """Called once, with the shards that are left to do."""
 
+    def image_done(self) -> None:
+        """Called for each image that is done in this process; not for those of Ray's actors."""
+
     def finished(self, header: ShardHeader, times: StageTimes) -> None:
         """Called with each shard that was done, and what it took."""
 
@@ -89,12 +92,22 @@ def place_of(engine: Engine, device: str, environment: Mapping[str, str] = os.en
 
 
 def _device(device: str, local_rank: int) -> str:
-    is_there = torch.cuda.is_available()
-    if device != "auto" and torch.device(device).type == "cuda" and not is_there:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return f"cuda:{local_rank % gpus}" if gpus else "cpu"
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise EngineError(f"--device: found {device!r}, expected `auto`, `cpu` or `cuda:1`") from error
+    if asked.type != "cuda":
+        return device
+    if not gpus:
         raise EngineError(f"--device {device}: torch sees no CUDA device here. Pass --device cpu")
-    if device in ("auto", "cuda") and is_there:  # `cuda` alone would be the first GPU to every process
-        return f"cuda:{local_rank % torch.cuda.device_count()}"
-    return "cpu" if device == "auto" else device
+    if asked.index is None:  # `cuda` alone would be the first GPU to every process
+        return f"cuda:{local_rank % gpus}"
+    if asked.index >= gpus:
+        raise EngineError(f"--device {device}: found {gpus} GPUs here, expected cuda:0 to cuda:{gpus - 1}")
+    return device
 
 
 def run_here(job: AnnotationJob, place: Place, watcher: Watcher) -> RunFolder:
@@ -103,7 +116,7 @@ def run_here(job: AnnotationJob, place: Place, watcher: Watcher) -> RunFolder:
     todo = [shard for shard in place.shards(worker.folder) if worker.folder.is_left(shard, job.retry)]
     watcher.opened(worker.folder, todo)
     for shard in todo:
-        watcher.finished(*worker.process(shard))
+        watcher.finished(*worker.process(shard, watcher.image_done))
     return worker.folder
 
 
@@ -116,16 +129,17 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
     Args:
         job: what to do.
         workers: actors; by default one for each GPU of the cluster, or 1.
-        device: `auto` or `cuda` for GPUs where there are any, `cpu` for none.
+        device: `auto` for GPUs where there are any, `cuda` to insist on them, `cpu` for none.
         watcher: looks on.
 
     Raises:
-        EngineError: if Ray isn't installed, or there are more workers than GPUs.
-        ValueError, OSError: what an actor raised.
+        EngineError: if Ray isn't installed, there are more workers than GPUs, none where they are insisted on, or an
+            actor that is started again still dies.
+        ValueError, OSError, ImportError: what an actor raised.
     """
     try:
         import ray
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import RayError, RayTaskError
         from ray.util import ActorPool
     except ImportError as error:
         raise EngineError("--engine ray: Ray isn't installed: pip install 'patch-aligned-llava[annotate]'") from error
@@ -134,6 +148,11 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
         ray.init(include_dashboard=False, log_to_driver=False)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
+        if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not gpus):
+            raise EngineError(
+                f"--engine ray --device {device}: found {gpus} GPUs in the cluster, of which Ray gives each actor one; "
+                "expected --device `auto`, `cpu`, or `cuda` where there are any"
+            )
         if gpus and (workers or 0) > gpus:
             raise EngineError(
                 f"--ray_workers {workers}: found {gpus} GPUs in the cluster, expected no more workers: each "
@@ -154,7 +173,15 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
             watcher.finished(header, times)
         return folder
     except RayTaskError as error:
-        raise error.cause from None  # what went wrong in the actor, without the actor's traceback in the message
+        if isinstance(error.cause, ValueError | OSError | ImportError):
+            raise error.cause from None  # wrong input, without the actor's traceback in the message
+        raise
+    except RayError as error:
+        raise EngineError(
+            f"--engine ray: an actor died again and again ({str(error).strip().splitlines()[0]}). What is done stays: "
+            "once that is mended, run the same command again. Too little memory is the commonest cause: fewer "
+            "--ray_workers, or a smaller --chunk"
+        ) from error
     finally:
         if is_ours:
             ray.shutdown()

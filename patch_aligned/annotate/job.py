@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +64,10 @@ class ShardWorker:
         """The run's, made or opened with the settings of this worker's models; see `ready`."""
         return self._load()[1]
 
-    def process(self, shard: int) -> tuple[ShardHeader, StageTimes]:
-        """Does one shard; returns its header and what it took."""
+    def process(self, shard: int, on_image: Callable[[], None] = lambda: None) -> tuple[ShardHeader, StageTimes]:
+        """Does one shard, calls `on_image` for each of its images, and returns its header and what it took."""
         stages, folder = self._load()
-        clock, job = StageClock(), self._job
+        clock, job = StageClock(on_image), self._job
         header = process_shard(folder, shard, stages, job.image_folder, job.workload, clock, job.retry)
         return header, clock.times
 

@@ -17,6 +17,8 @@ from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.annotate.shards import ShardHeader, read_header
 from patch_aligned.annotate.stage_clock import STAGES, StageTime, StageTimes
 
+_SECONDS_BETWEEN_LINES = 60.0  # in a log, beside the line that each shard gets
+
 
 class ProgressReport:
     """Looks on at one process's shards; to be used in a `with` block."""
@@ -51,6 +53,8 @@ class ProgressReport:
         self._begin = time.perf_counter()
         self._images = sum(len(folder.entries_of(shard)) for shard in todo)
         self._images_done = 0
+        self._images_in_shards = 0
+        self._last_line = self._begin
         self._task = self._progress.add_task("Annotating", total=self._images, rates="")
         self._console.print(
             f"{folder.path}: {len(folder.entries):,} images in {folder.num_shards} shards; "
@@ -58,22 +62,34 @@ class ProgressReport:
             soft_wrap=True,
         )
 
+    def image_done(self) -> None:
+        """Moves on by one image; in a log, says so once a minute."""
+        self._images_done += 1
+        self._progress.update(self._task, completed=self._images_done)
+        if self._progress.disable and time.perf_counter() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._print(f"{self._images_done:,} of {self._images:,} images")
+
     def finished(self, header: ShardHeader, times: StageTimes) -> None:
         """Moves on by one shard."""
         for stage, taken in times.items():
             self._times[stage] += taken
         self._done += 1
-        self._images_done += header.count
+        self._images_in_shards += header.count
+        self._images_done = self._images_in_shards  # those that were tried twice count once
         self._log(header, times)
         self._progress.update(self._task, completed=self._images_done, rates=_rates(self._times))
         if self._progress.disable:
-            elapsed = time.perf_counter() - self._begin
-            left = elapsed / self._images_done * (self._images - self._images_done)
-            self._console.print(
-                f"shard {header.shard:05d} ({self._done}/{self._todo}): {_counted(header.counts)}; "
-                f"{self._images_done / elapsed:.1f} images/s ({_rates(times)}); {_clock(left)} left",
-                soft_wrap=True,
+            self._print(
+                f"shard {header.shard:05d} ({self._done}/{self._todo}): {_counted(header.counts)}; {_rates(times)}"
             )
+
+    def _print(self, what: str) -> None:
+        self._last_line = time.perf_counter()
+        elapsed = self._last_line - self._begin
+        left = elapsed / self._images_done * (self._images - self._images_done)
+        self._console.print(
+            f"{what}; {self._images_done / elapsed:.1f} images/s, {_clock(max(left, 0.0))} left", soft_wrap=True
+        )
 
     def _log(self, header: ShardHeader, times: StageTimes) -> None:
         path = self._folder.path / "logs" / f"rank-{self._rank:05d}.jsonl"

@@ -18,7 +18,7 @@ def test_batches_are_full_and_in_order() -> None:
         sizes.append(len(batch))
         return [item * 10 for item in batch]
 
-    assert run_in_batches(stage, list(range(7)), 3) == [0, 10, 20, 30, 40, 50, 60]
+    assert list(run_in_batches(stage, list(range(7)), 3)) == [0, 10, 20, 30, 40, 50, 60]
     assert sizes == [3, 3, 1]
 
 
@@ -41,7 +41,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_an_item_that_does_not_fit_alone
             raise error
         return list(batch)
 
-    outcomes = run_in_batches(stage, list(range(8)), 8)
+    outcomes = list(run_in_batches(stage, list(range(8)), 8))
     assert outcomes[:5] + outcomes[6:] == [0, 1, 2, 3, 4, 6, 7]
     assert outcomes[5] == Failure("out_of_memory", "does not fit in memory, even alone")
     assert sizes == [8, 4, 2, 2, 4, 2, 1, 1, 2]
@@ -56,12 +56,12 @@ def test_items_whose_scores_are_not_finite_fail_alone() -> None:
             raise NonFiniteScoresError("RAM", broken)
         return list(batch)
 
-    outcomes = run_in_batches(stage, [1, -1, 2, -2], 4)
+    outcomes = list(run_in_batches(stage, [1, -1, 2, -2], 4))
     assert [outcome.status if isinstance(outcome, Failure) else outcome for outcome in outcomes] == [
         1, "non_finite", 2, "non_finite",
     ]  # fmt: skip
     assert calls == [[1, -1, 2, -2], [1, 2]]
-    assert [failure.status for failure in run_in_batches(stage, [-1], 4) if isinstance(failure, Failure)] == [
+    assert [failure.status for failure in list(run_in_batches(stage, [-1], 4)) if isinstance(failure, Failure)] == [
         "non_finite"
     ]
 
@@ -71,5 +71,5 @@ def test_other_errors_are_not_hidden() -> None:
         raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        run_in_batches(stage, [1], 1)
+        list(run_in_batches(stage, [1], 1))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,21 +26,36 @@ from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.cli import app
 
 ROOT = Path(__file__).parents[4]
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
 
 Files = Callable[[Path], dict[str, bytes]]
 Arguments = Callable[[Path], list[str]]
+Start = Callable[..., "subprocess.Popen[str]"]
 
 
-def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "patch_aligned.cli", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts `patch-aligned` with arguments and variables; what still runs when the test ends is killed."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "patch_aligned.cli", *arguments],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -50,7 +65,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
-    annotate_arguments: Arguments, finished_run: Path, tmp_path: Path, deciding_files: Files
+    start: Start, annotate_arguments: Arguments, finished_run: Path, tmp_path: Path, deciding_files: Files
 ) -> None:
     output = tmp_path / "run"
     process = start(annotate_arguments(output))
@@ -81,7 +96,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
 
 
 def test_two_processes_give_what_one_gives(
-    annotate_arguments: Arguments, finished_run: Path, tmp_path: Path, deciding_files: Files
+    start: Start, annotate_arguments: Arguments, finished_run: Path, tmp_path: Path, deciding_files: Files
 ) -> None:
     output = tmp_path / "run"
     arguments = [*annotate_arguments(output), "--engine", "torchrun"]
@@ -96,6 +111,9 @@ def test_two_processes_give_what_one_gives(
 class Silent:
     def opened(self, folder: RunFolder, todo: object) -> None:
         self.todo = todo
+
+    def image_done(self) -> None:
+        pass
 
     def finished(self, header: object, times: object) -> None:
         pass
@@ -129,23 +147,77 @@ def test_rays_actors_give_what_one_process_gives(
         ray.shutdown()
 
 
-def test_more_of_rays_actors_than_gpus_are_refused_as_they_would_wait_for_ever(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    ray = SimpleNamespace(is_initialized=lambda: True, cluster_resources=lambda: {"GPU": 2.0})
+class RayError(Exception):
+    """Ray's own, where it isn't installed."""
+
+
+class RayTaskError(RayError):
+    """What an actor raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"Traceback of the actor: {cause!r}")
+        self.cause = cause
+
+
+@pytest.fixture
+def stub_ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A cluster of two GPUs, in Ray's place. What `outcome` holds is raised once an actor is asked for."""
+    ray = SimpleNamespace(gpus=2, outcome=None, is_initialized=lambda: True, put=lambda job: job)
+    ray.cluster_resources = lambda: {"GPU": float(ray.gpus)}
+
+    def remote(**_: object) -> object:
+        raise ray.outcome
+
+    ray.remote = remote
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(ActorPool=None))
-    monkeypatch.setitem(sys.modules, "ray.exceptions", SimpleNamespace(RayTaskError=RuntimeError))
-    job = AnnotationJob([], tmp_path, tmp_path, OracleRecipe(tmp_path), Workload())
+    monkeypatch.setitem(sys.modules, "ray.exceptions", SimpleNamespace(RayTaskError=RayTaskError, RayError=RayError))
+    return ray
+
+
+@pytest.fixture
+def nothing(tmp_path: Path) -> AnnotationJob:
+    return AnnotationJob([], tmp_path, tmp_path, OracleRecipe(tmp_path), Workload())
+
+
+def test_more_of_rays_actors_than_gpus_are_refused_as_they_would_wait_for_ever(
+    stub_ray: SimpleNamespace, nothing: AnnotationJob
+) -> None:
     with pytest.raises(EngineError, match="--ray_workers 3: found 2 GPUs"):
-        run_with_ray(job, 3, "auto", Silent())
+        run_with_ray(nothing, 3, "auto", Silent())
 
 
-def test_ray_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_device_that_ray_cannot_give_is_refused(stub_ray: SimpleNamespace, nothing: AnnotationJob) -> None:
+    with pytest.raises(EngineError, match="--device cuda:1: found 2 GPUs in the cluster, of which Ray gives each"):
+        run_with_ray(nothing, 1, "cuda:1", Silent())
+    stub_ray.gpus = 0
+    with pytest.raises(EngineError, match="--device cuda: found 0 GPUs in the cluster"):
+        run_with_ray(nothing, 1, "cuda", Silent())
+
+
+def test_an_actor_that_dies_again_and_again_ends_the_run_with_what_to_do(
+    stub_ray: SimpleNamespace, nothing: AnnotationJob
+) -> None:
+    stub_ray.outcome = RayError("The actor died unexpectedly.\nMuch more.")
+    with pytest.raises(EngineError, match=r"\(The actor died unexpectedly\.\)\. What is done stays.* --ray_workers"):
+        run_with_ray(nothing, 1, "auto", Silent())
+
+
+def test_wrong_input_loses_the_actors_traceback_and_a_bug_keeps_it(
+    stub_ray: SimpleNamespace, nothing: AnnotationJob
+) -> None:
+    stub_ray.outcome = RayTaskError(OSError("no such file"))
+    with pytest.raises(OSError, match=r"^no such file$"):
+        run_with_ray(nothing, 1, "auto", Silent())
+    stub_ray.outcome = RayTaskError(KeyError("nothing"))
+    with pytest.raises(RayTaskError, match="Traceback of the actor"):
+        run_with_ray(nothing, 1, "auto", Silent())
+
+
+def test_ray_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, nothing: AnnotationJob) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    job = AnnotationJob([], tmp_path, tmp_path, OracleRecipe(tmp_path), Workload())
     with pytest.raises(EngineError, match=r"pip install 'patch-aligned-llava\[annotate\]'"):
-        run_with_ray(job, 1, "cpu", Silent())
+        run_with_ray(nothing, 1, "cpu", Silent())
 
 
 def test_ranks_come_from_torchruns_variables() -> None:
@@ -172,8 +244,20 @@ def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.Monkey
     assert place_of("torchrun", "cuda", {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}).device == "cuda:5"
     assert place_of("local", "auto", {}).device == "cuda:0"
     assert place_of("local", "cuda:3", {}).device == "cuda:3"
+    with pytest.raises(EngineError, match="--device cuda:8: found 8 GPUs here, expected cuda:0 to cuda:7"):
+        place_of("local", "cuda:8", {})
     monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 1)  # a Slurm array task sees its own GPU alone
     assert place_of("torchrun", "auto", {"RANK": "13", "WORLD_SIZE": "16"}).device == "cuda:0"
+
+
+def test_devices_that_are_none_or_not_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.torch.cuda, "is_available", lambda: False)
+    assert place_of("local", "auto", {}).device == "cpu"
+    for device in ("gpu", "cuda:x", ""):
+        with pytest.raises(EngineError, match=f"--device: found '{device}', expected `auto`"):
+            place_of("local", device, {})
+    with pytest.raises(EngineError, match="--device cuda:1: torch sees no CUDA device here"):
+        place_of("local", "cuda:1", {})
 
 
 def test_every_shard_has_one_owner() -> None:
