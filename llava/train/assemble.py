@@ -96,15 +96,13 @@ def choose_attention(flag: str, asked: str | None, training_args: TrainingArgume
 
 
 def weights_dtype(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
-    """Dtype the language model is loaded in.
+    """Dtype the language model is loaded in: that of mixed precision, if it is frozen or under DeepSpeed.
 
-    DeepSpeed keeps a float32 copy of what it trains, so bfloat16 serves. Without it, weights that are trained stay in
-    float32: steps of 2e-5 are lost in bfloat16's eight bits.
+    DeepSpeed keeps a float32 copy of what it trains. Without it, weights that are trained stay in float32: steps of
+    2e-5 are lost in bfloat16's eight bits, and float16 gradients cannot be unscaled.
     """
-    if not training_args.bf16:
-        return torch.float32
-    frozen = model_args.tune_mm_mlp_adapter or model_args.freeze_backbone or training_args.lora_enable
-    return torch.bfloat16 if frozen or training_args.deepspeed else torch.float32
+    is_frozen = model_args.tune_mm_mlp_adapter or training_args.lora_enable
+    return mixed_precision_dtype(training_args) if is_frozen or training_args.deepspeed else torch.float32
 
 
 def mixed_precision_dtype(training_args: TrainingArguments) -> torch.dtype:

@@ -124,6 +124,23 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
+def checkpoint_to_resume(named: str | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint that a run goes on from: the one it names, else the last complete one of its folder, if any.
+
+    Raises:
+        ValueError: the named one cannot be resumed from. The Trainer would pass over what it lacks: without a state it
+            begins at step 0, without an optimizer at moments of zero.
+    """
+    if not named:
+        return last_complete_checkpoint(output_dir)
+    if missing := missing_from_checkpoint(Path(named)):
+        raise ValueError(
+            f"--resume_from_checkpoint {named}: it lacks {', '.join(missing)}. Give a checkpoint-N folder of a run, or "
+            "leave the flag out: a run goes on from the last complete checkpoint of its --output_dir."
+        )
+    return Path(named)
+
+
 def publish_checkpoint(staged: Path, final: Path) -> None:
     """Moves a finished checkpoint to its name in one step, in place of an older one of that name."""
     if final.exists():

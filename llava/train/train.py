@@ -42,8 +42,8 @@ from llava.train.assemble import (
     stop_at_end_mark,
 )
 from llava.train.checkpointing import (
+    checkpoint_to_resume,
     get_mm_adapter_state_maybe_zero_3,
-    last_complete_checkpoint,
     maybe_zero_3,
     safe_save_model_for_hf_trainer,
 )
@@ -103,6 +103,7 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     model_args, data_args, training_args, plugin_args = parse_arguments(
         plugin_arguments_class=None if plugin is None else plugin.arguments_class
     )
+    checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, training_args.output_dir)
     start_engine(training_args)
     set_seed(training_args.seed)  # the Trainer seeds too, but only after the projector got its random weights
 
@@ -125,7 +126,6 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     data = make_data(tokenizer, model, model_args, data_args, training_args, plugin)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, plugin=plugin, **data)
 
-    checkpoint = training_args.resume_from_checkpoint or last_complete_checkpoint(training_args.output_dir)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     trainer.save_state()

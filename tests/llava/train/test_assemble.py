@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llava.train.assemble import give_padding_token, stop_at_end_mark
+from llava.train.assemble import give_padding_token, stop_at_end_mark, weights_dtype
 from llava.train.lora import find_all_linear_names
 
 LLAMA_3 = ("<|finetune_right_pad_id|>", "<|eot_id|>")
@@ -58,6 +58,23 @@ def test_bfloat16_keeps_what_is_trained_in_float32(
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     golden = json.loads((goldens / "g_train_stage1.json").read_text())["loss"]
     assert logged(trainer) == pytest.approx(golden, rel=5e-3)  # bfloat16 has eight bits
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ({"fp16": True, "tune_mm_mlp_adapter": True}, torch.float16),
+        ({"fp16": True, "lora_enable": True}, torch.float16),
+        ({"bf16": True, "deepspeed": "zero2.json"}, torch.bfloat16),
+        ({"bf16": True}, torch.float32),
+        ({"bf16": True, "freeze_backbone": True}, torch.float32),  # the lm_head is trained
+        ({"tune_mm_mlp_adapter": True}, torch.float32),
+    ],
+)
+def test_half_precision_is_for_what_is_frozen_or_copied(flags: dict[str, Any], dtype: torch.dtype) -> None:
+    names = ("bf16", "fp16", "deepspeed", "lora_enable", "tune_mm_mlp_adapter", "freeze_backbone")
+    arguments: Any = SimpleNamespace(**(dict.fromkeys(names, False) | flags))
+    assert weights_dtype(arguments, arguments) is dtype
 
 
 def test_start_and_end_tokens_are_trained_and_saved_with_the_projector(run_stage_1: Any) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llava.train.checkpointing import (
+    checkpoint_to_resume,
     last_complete_checkpoint,
     load_projector_weights,
     publish_checkpoint,
@@ -130,6 +131,17 @@ def test_each_part_of_a_checkpoint_is_needed(tmp_path: Path, broken: str) -> Non
 def test_a_cut_off_state_file_counts_as_missing(tmp_path: Path) -> None:
     (complete(tmp_path / "checkpoint-1") / "trainer_state.json").write_text('{"epoch": 1')
     assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_that_is_named_must_be_complete(tmp_path: Path) -> None:
+    nine, ten = complete(tmp_path / "checkpoint-9"), complete(tmp_path / "checkpoint-10")
+    assert checkpoint_to_resume(None, tmp_path) == ten
+    assert checkpoint_to_resume(str(nine), tmp_path) == nine
+    (nine / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-9: it lacks optimizer.pt or latest"):
+        checkpoint_to_resume(str(nine), tmp_path)
+    with pytest.raises(ValueError, match=r"--resume_from_checkpoint True: it lacks .*leave the flag out"):
+        checkpoint_to_resume("True", tmp_path)
 
 
 def test_publishing_replaces_an_older_checkpoint_of_the_name(tmp_path: Path) -> None:
