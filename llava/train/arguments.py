@@ -19,6 +19,18 @@ logger = logging.getLogger(__name__)
 ATTENTION_CHOICES = ("auto", "flash_attention_2", "sdpa", "eager")
 ASPECT_RATIOS = ("square", "pad", "anyres")
 
+PASSED_OVER: dict[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": ((0.0,), "the loss is cross entropy without smoothing; leave it out"),
+    "neftune_noise_alpha": ((None,), "word embeddings take no noise here; leave it out"),
+    "train_sampling_strategy": (("random", "sequential"), "batches are grouped by --group_by_modality_length True"),
+    "use_liger_kernel": (
+        (False,),
+        "Liger has no kernels for LLaVA's models. Most of what its loss saves is saved, as only supervised positions "
+        "get logits; leave it out",
+    ),
+}
+"""The Trainer's flags that would have no effect (or fail in the first step): the values that pass, and why no other."""
+
 
 @dataclass
 class ModelArguments:
@@ -125,6 +137,9 @@ class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
             # The official scripts ask for it; it changes speed, so its absence need not stop a run.
             logger.warning("--tf32 True is dropped: there is no GPU with TF32 here (Ampere or newer).")
             self.tf32 = None
+        for name, (accepted, reason) in PASSED_OVER.items():
+            if getattr(self, name, accepted[0]) not in accepted:
+                raise ValueError(f"--{name} {getattr(self, name)}: {reason}.")
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns True would drop the images of every batch; leave it False.")
         self._choose_gradient_checkpointing()

@@ -192,27 +192,20 @@ class LLaVATrainer(CheckpointingTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer does; with `mm_projector_lr` the projector's weights and biases are groups of their own."""
-        if self.optimizer is not None or self.args.mm_projector_lr is None:
-            return super().create_optimizer(model)
-        model = self.model if model is None else model
-        decayed = set(self.get_decay_parameter_names(model))
-        trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        groups = [
-            {
-                "params": [
-                    param
-                    for name, param in trained.items()
-                    if ("mm_projector" in name) is of_projector and (name in decayed) is decays
-                ],
-                "weight_decay": self.args.weight_decay if decays else 0.0,
-            }
-            | ({"lr": self.args.mm_projector_lr} if of_projector else {})
-            for of_projector in (False, True)
-            for decays in (True, False)
-        ]
-        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = optimizer_class(groups, **settings)
-        return self.optimizer
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = self.args.mm_projector_lr
+        if is_new and rate is not None:
+            named = (self.model if model is None else model).named_parameters()
+            projector = {param for name, param in named if "mm_projector" in name}
+            optimizer.param_groups = [
+                group
+                | {"params": [param for param in group["params"] if (param in projector) is of_projector]}
+                | ({"lr": rate} if of_projector else {})
+                for of_projector in (False, True)
+                for group in optimizer.param_groups
+            ]
+        return optimizer
 
     # State that outlives a restart
 

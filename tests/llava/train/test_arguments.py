@@ -131,6 +131,10 @@ def test_split_batches_reach_the_engine() -> None:
         (f"{SHORT} --half_precision_backend apex", "--half_precision_backend apex"),
         (f"{SHORT} --warmup_ratio 3", "--warmup_ratio 3.0: expected a share"),
         (f"{SHORT} --remove_unused_columns True", "would drop the images"),
+        (f"{SHORT} --label_smoothing_factor 0.1", "--label_smoothing_factor 0.1: .*without smoothing"),
+        (f"{SHORT} --neftune_noise_alpha 5", "--neftune_noise_alpha 5.0: .*no noise"),
+        (f"{SHORT} --train_sampling_strategy group_by_length", "group_by_length: .*--group_by_modality_length True"),
+        (f"{SHORT} --use_liger_kernel True", "--use_liger_kernel True: Liger has no kernels"),
         (f"{SHORT} --no_such_flag 1", "no_such_flag"),
     ],
 )

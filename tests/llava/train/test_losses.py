@@ -50,8 +50,9 @@ def test_a_plugin_of_weight_zero_leaves_every_bit_as_it_is(run_stage_1: Any, log
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_total_is_the_weighted_sum_of_what_is_logged(run_stage_1: Any, logged: Any) -> None:
-    trainer = run_stage_1("run", plugin=SquaresPlugin(3.0))
+@pytest.mark.parametrize("flags", ["", "--bf16 True"])
+def test_the_total_is_the_weighted_sum_of_what_is_logged(flags: str, run_stage_1: Any, logged: Any) -> None:
+    trainer = run_stage_1("run", flags, plugin=SquaresPlugin(3.0))
     assert logged(trainer, "squares/beta") == [3.0 * step / 4 for step in range(5)]
     totals = [
         caption + beta * squares
