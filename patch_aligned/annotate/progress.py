@@ -17,7 +17,7 @@ from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.annotate.shards import ShardHeader, read_header
 from patch_aligned.annotate.stage_clock import STAGES, StageTime, StageTimes
 
-_SECONDS_BETWEEN_LINES = 60.0  # in a log, beside the line that each shard gets
+_SECONDS_BETWEEN_LINES = 60.0  # in a log of all processes together, beside the line that each shard gets
 
 
 class ProgressReport:
@@ -26,6 +26,7 @@ class ProgressReport:
     def __init__(self, console: Console, place: Place) -> None:
         self._console = console
         self._rank = place.rank
+        self._seconds_between_lines = _SECONDS_BETWEEN_LINES * place.world_size
         self._times: StageTimes = dict.fromkeys(STAGES, StageTime())
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -63,11 +64,11 @@ class ProgressReport:
         )
 
     def image_done(self) -> None:
-        """Moves on by one image; in a log, says so once a minute."""
+        """Moves on by one image; in a log, says so now and then."""
         self._images_done += 1
         self._progress.update(self._task, completed=self._images_done)
-        if self._progress.disable and time.perf_counter() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._print(f"{self._images_done:,} of {self._images:,} images")
+        if self._progress.disable and time.perf_counter() - self._last_line >= self._seconds_between_lines:
+            self._print(f"rank {self._rank}: {self._images_done:,} of {self._images:,} images")
 
     def finished(self, header: ShardHeader, times: StageTimes) -> None:
         """Moves on by one shard."""

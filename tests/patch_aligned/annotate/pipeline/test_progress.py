@@ -61,7 +61,7 @@ def test_a_log_has_a_line_a_minute_within_a_shard(said: tuple[ProgressReport, io
     for _ in range(4):
         tick(20)
         report.image_done()
-    assert log.getvalue() == "3 of 10 images; 0.1 images/s, 0:02:20 left\n"
+    assert log.getvalue() == "rank 0: 3 of 10 images; 0.1 images/s, 0:02:20 left\n"
 
 
 def test_a_shards_line_counts_images_that_were_tried_twice_once(
