@@ -10,41 +10,18 @@ Template texts and field names are upstream's: checkpoints were trained on them,
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum, auto
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from llava import system_prompts
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.separator_styles import RENDERERS, Segment, SeparatorStyle
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-class SeparatorStyle(Enum):
-    """How turns are set apart. The first five are upstream's; the others carry LLaVA-NeXT's names."""
-
-    SINGLE = auto()
-    TWO = auto()
-    MPT = auto()
-    PLAIN = auto()
-    LLAMA_2 = auto()
-    LLAMA_3 = auto()
-    CHATML = auto()
-
-
-class Segment(NamedTuple):
-    """A piece of a prompt.
-
-    Attributes:
-        text: the piece, to be joined without anything in between.
-        supervised: whether the model is to produce it: an answer with the separator that closes it.
-    """
-
-    text: str
-    supervised: bool = False
 
 
 @dataclass
@@ -78,10 +55,10 @@ class Conversation:
         Raises:
             ValueError: for an unknown style, or a `LLAMA_2` conversation that does not start with the asker's text.
         """
-        if self.sep_style not in _RENDERERS:
+        if self.sep_style not in RENDERERS:
             raise ValueError(f"sep_style: found {self.sep_style!r}, expected one of {[s.name for s in SeparatorStyle]}")
         turns = [(role, message[0] if isinstance(message, tuple) else message) for role, message in self._messages()]
-        return _RENDERERS[self.sep_style](self, turns)
+        return RENDERERS[self.sep_style](self, turns)
 
     def get_prompt(self) -> str:
         """The dialogue as one string, ending where the model is to go on if the last turn is open."""
@@ -199,81 +176,6 @@ def _centred_on_square(image: Image, colour: tuple[int, int, int]) -> Image:
     return square
 
 
-Turns = list[tuple[str, "str | None"]]
-
-
-def _render_named(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
-    """`SINGLE` and `TWO`: "ROLE: text" and a separator; `TWO` has one for each side."""
-    separators = (conversation.sep, conversation.sep)
-    if conversation.sep_style is SeparatorStyle.TWO:
-        separators = (conversation.sep, conversation.sep2 or "")
-    yield Segment(conversation.system + separators[0])
-    for position, (role, text) in enumerate(turns):
-        yield Segment(f"{role}:")
-        if text:
-            yield Segment(f" {text}{separators[position % 2]}", supervised=position % 2 == 1)
-
-
-def _render_mpt(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
-    """`MPT`, also ChatML: roles bring their own opening mark and line break."""
-    yield Segment(conversation.system + conversation.sep)
-    for position, (role, text) in enumerate(turns):
-        yield Segment(role)
-        if text:
-            yield Segment(text + conversation.sep, supervised=position % 2 == 1)
-
-
-def _render_llama_2(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
-    """`LLAMA_2`: "[INST] ... [/INST]", the system text inside the first one; the tokenizer adds the first "<s>"."""
-    if turns and (not turns[0][1] or turns[0][0] != conversation.roles[0]):
-        raise ValueError(f"a LLAMA_2 conversation starts with text of {conversation.roles[0]!r}, found {turns[0]!r}")
-    system = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""
-    for position, (_, text) in enumerate(turns):
-        if not text:
-            continue
-        if position % 2:
-            yield Segment(f" {text} {conversation.sep2}", supervised=True)
-        else:
-            opening = f"[INST] {system}" if position == 0 else f"{conversation.sep}[INST] "
-            yield Segment(f"{opening}{text} [/INST]")
-
-
-def _render_plain(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
-    """`PLAIN`: texts and separators, no roles."""
-    yield Segment(conversation.system)
-    separators = (conversation.sep, conversation.sep2 or conversation.sep)
-    for position, (_, text) in enumerate(turns):
-        if text:
-            yield Segment(text + separators[position % 2], supervised=position % 2 == 1)
-
-
-def _render_headed(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
-    """`LLAMA_3` and `CHATML`: roles bring a header of their own; without a system text there is no system turn.
-
-    Texts are trimmed, as Llama 3's own template does: a line break at an answer's start would become one token with
-    the header's, which at inference stands there already. ChatML breaks the line after each turn.
-    """
-    line_break = "\n" if conversation.sep_style is SeparatorStyle.CHATML else ""
-    if conversation.system:
-        yield Segment(conversation.system + conversation.sep + line_break)
-    for position, (role, text) in enumerate(turns):
-        yield Segment(role)
-        if trimmed := (text or "").strip():
-            yield Segment(trimmed + conversation.sep, supervised=position % 2 == 1)
-            yield Segment(line_break)
-
-
-_RENDERERS: dict[SeparatorStyle, Callable[[Conversation, Turns], Iterator[Segment]]] = {
-    SeparatorStyle.SINGLE: _render_named,
-    SeparatorStyle.TWO: _render_named,
-    SeparatorStyle.MPT: _render_mpt,
-    SeparatorStyle.PLAIN: _render_plain,
-    SeparatorStyle.LLAMA_2: _render_llama_2,
-    SeparatorStyle.LLAMA_3: _render_headed,
-    SeparatorStyle.CHATML: _render_headed,
-}
-
-
 def _llama_2(system: str, sep: str = "<s>") -> Conversation:
     return Conversation(system, ("USER", "ASSISTANT"), (), 0, SeparatorStyle.LLAMA_2, sep, "</s>", "llama_v2")
 
@@ -347,6 +249,19 @@ NAME_RULES = (
     ("mpt", "mpt"),
 )
 """Where the type does not decide: part of the checkpoint's name, template. Upstream's rules, and Llama 3."""
+
+
+def template_named(mode: str) -> Conversation:
+    """The template of that name.
+
+    Raises:
+        ValueError: there is none; the message lists them, and says which is nearest.
+    """
+    if mode not in conv_templates:
+        near = difflib.get_close_matches(mode, conv_templates, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"--conv-mode {mode}: no such template; {hint}There are {', '.join(sorted(conv_templates))}")
+    return conv_templates[mode]
 
 
 def conversation_mode(model_name: str, config: Any) -> str:

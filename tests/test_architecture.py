@@ -20,7 +20,8 @@ LEAVES = ("llava.constants", "llava.conversation", "llava.image_geometry", "llav
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "llava": ("llava",),
     "llava.constants": (),
-    "llava.conversation": ("llava.constants", "llava.system_prompts"),
+    "llava.conversation": ("llava.constants", "llava.separator_styles", "llava.system_prompts"),
+    "llava.separator_styles": (),
     "llava.system_prompts": (),
     "llava.image_geometry": ("llava.constants",),
     "llava.plugin": ("llava.constants",),
@@ -40,12 +41,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patch_aligned.analysis.von_neumann": (),
     "patch_aligned.analysis.alignment": (),
     "patch_aligned.analysis.matching_pursuit": (),
-    "patch_aligned.annotate": ("patch_aligned.annotate", "patch_aligned.annotations", "patch_aligned.record_files",
-                               "patch_aligned.whole_files", "patch_aligned.rle", "patch_aligned.command_errors"),
+    "patch_aligned.annotate": (
+        "patch_aligned.annotate",
+        "patch_aligned.annotations",
+        "patch_aligned.record_files",
+        "patch_aligned.whole_files",
+        "patch_aligned.rle",
+        "patch_aligned.command_errors",
+    ),
     "patch_aligned.checkpoint_hash": (),
     "patch_aligned.bootstrap": (),
-    "patch_aligned.results": ("patch_aligned.results", "patch_aligned.checkpoint_hash", "patch_aligned.bootstrap",
-                              "patch_aligned.command_errors", "patch_aligned.html_page", "patch_aligned.whole_files"),
+    "patch_aligned.results": (
+        "patch_aligned.results",
+        "patch_aligned.checkpoint_hash",
+        "patch_aligned.bootstrap",
+        "patch_aligned.command_errors",
+        "patch_aligned.html_page",
+        "patch_aligned.whole_files",
+    ),
 }
 # Modules that are formulas on tensors: torch and the standard library, nothing else.
 TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.von_neumann", "patch_aligned.analysis.alignment",

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import conv_templates
+from llava.conversation import template_named
 from llava.convert.processor import image_settings
 from llava.convert.to_hf import HAS_CLS, ORIGINAL_CONFIG, require_new_folder
 from llava.convert.weight_names import OUR_TOWER, name_of_module_tensor
@@ -54,8 +54,8 @@ def from_hf(
     """
     destination = Path(destination)
     require_new_folder(destination)
-    if conv_mode is not None and conv_mode not in conv_templates:
-        raise ValueError(f"--conv-mode: found {conv_mode!r}, expected one of {', '.join(sorted(conv_templates))}")
+    if conv_mode is not None:
+        template_named(conv_mode)
     config: Any = AutoConfig.from_pretrained(source)
     require_llava(config)
 

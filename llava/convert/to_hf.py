@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers import LlavaConfig as HfLlavaConfig
 
-from llava.conversation import Conversation, conv_templates, conversation_mode
+from llava.conversation import Conversation, conversation_mode, template_named
 from llava.convert.chat_template import chat_template
 from llava.convert.model_card import write_model_card
 from llava.convert.processor import add_image_token, llava_image_processor, llava_processor
@@ -64,8 +64,7 @@ def to_hf(
     require_counterpart(config)
     name = get_model_name_from_path(source)
     mode = conv_mode or conversation_mode(name, config)
-    if mode not in conv_templates:
-        raise ValueError(f"--conv-mode: found {mode!r}, expected one of {', '.join(sorted(conv_templates))}")
+    conversation = template_named(mode)
     if conv_mode is None and getattr(config, "conversation_version", None) is None:
         logger.warning("%s records no template: `%s`, by its name or kind. If wrong, pass --conv-mode.", source, mode)
 
@@ -75,6 +74,7 @@ def to_hf(
     tower = model.get_vision_tower()
     tower_type = tower.config.model_type
     image_id = add_image_token(tokenizer)
+    template = chat_template(conversation, tokenizer, getattr(model.config, "mm_use_im_start_end", False))
     drops_cls = HAS_CLS[tower_type] and tower.select_feature == "patch"
     strategy: Literal["default", "full"] = "default" if drops_cls else "full"
     weights = {file_name_of(name, tower_type): tensor for name, tensor in model.state_dict().items()}
@@ -102,8 +102,6 @@ def to_hf(
     own.pop("_name_or_path", None)
     (destination / ORIGINAL_CONFIG).write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    conversation = conv_templates[mode]
-    template = chat_template(conversation, tokenizer, getattr(model.config, "mm_use_im_start_end", False))
     images = llava_image_processor(tower.image_processor, getattr(model.config, "image_aspect_ratio", None) == "pad")
     processor = llava_processor(tokenizer, images, tower.config.patch_size, HAS_CLS[tower_type], strategy, template)
     processor.save_pretrained(destination)
@@ -116,6 +114,8 @@ def to_hf(
 
 def require_new_folder(destination: Path) -> None:
     """Raises `FileExistsError` where the folder holds anything: half of an old checkpoint would mix with the new."""
+    if destination.is_file():
+        raise FileExistsError(f"{destination} is a file: name a new folder.")
     if destination.is_dir() and any(destination.iterdir()):
         raise FileExistsError(f"{destination} is not empty: name a new folder, or remove what is in it.")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -14,7 +13,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from llava.conversation import MODEL_TYPE_RULES, Conversation, conv_templates
+from llava.conversation import MODEL_TYPE_RULES, conv_templates, template_named
 from llava.eval.answering import Answer, GenerationSettings, Question, answer_questions, require_positive
 from llava.eval.answers_file import open_answers, stamps_of
 from llava.eval.questions import require_images
@@ -76,19 +75,6 @@ def with_defaults(args: Any, parser: argparse.ArgumentParser) -> argparse.Namesp
 def settings_of(args: argparse.Namespace) -> GenerationSettings:
     """The generation flags."""
     return GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.seed)
-
-
-def template_named(mode: str) -> Conversation:
-    """The template of a mode.
-
-    Raises:
-        ValueError: there is none; the message lists them.
-    """
-    if mode not in conv_templates:
-        near = difflib.get_close_matches(mode, conv_templates, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"--conv-mode {mode}: no such template; {hint}There are {', '.join(sorted(conv_templates))}")
-    return conv_templates[mode]
 
 
 def mode_of(config: Any, default: str) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava import conversation
-from llava.conversation import Conversation, SeparatorStyle, conv_templates, conversation_mode
+from llava.conversation import Conversation, SeparatorStyle, conv_templates, conversation_mode, template_named
 
 LLAVA_NEXTS = ("llava_llama_3", "qwen_1_5", "qwen_2", "qwen_2_5", "qwen_3")
 UPSTREAMS = [name for name in conv_templates if name not in LLAVA_NEXTS]
@@ -191,6 +191,12 @@ def test_chat_window_and_dict_show_the_dialogue() -> None:
     assert first[0].startswith('<img src="data:image/jpeg;base64,') and first[0].endswith("What?")
     assert first[1] == "That." and second == ["Why?", None]
     assert json.loads(json.dumps(filled.dict()))["messages"][0] == ["USER", "<image>\nWhat?"]
+
+
+def test_a_template_is_found_by_its_name_or_the_nearest_is_named() -> None:
+    assert template_named("llava_v1") is conv_templates["llava_v1"]
+    with pytest.raises(ValueError, match=r"--conv-mode vicuna: no such template; did you mean vicuna_v1\? There are"):
+        template_named("vicuna")
 
 
 def test_unknown_image_mode_is_refused() -> None:

@@ -24,4 +24,4 @@ def test_wrong_input_ends_with_one_sentence_and_code_2(golden_world: Path) -> No
     assert result.output.startswith("Error: The checkpoint is no LLaVA")
     result = CliRunner().invoke(app, ["to-hf", "tiny-llava", "hf", "--conv-mode", "v9"])
     assert result.exit_code == 2
-    assert "--conv-mode: found 'v9'" in result.output
+    assert "--conv-mode v9: no such template" in result.output

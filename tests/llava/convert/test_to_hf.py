@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, Qwen2Config
 
+from llava.convert import to_hf as to_hf_module
 from llava.convert.to_hf import to_hf
 from llava.model.language_model.families import llava_config, llava_model_class
 
@@ -234,6 +235,20 @@ def test_a_plain_llm_is_refused(golden_world: Path) -> None:
 def test_a_folder_with_files_in_it_is_left_alone(golden_world: Path) -> None:
     with pytest.raises(FileExistsError, match="tiny-clip is not empty"):
         to_hf("tiny-llava", "tiny-clip")
+    with pytest.raises(FileExistsError, match=r"im0\.png is a file"):
+        to_hf("tiny-llava", "images/im0.png")
+
+
+def test_a_template_without_a_counterpart_is_refused_before_anything_is_written(
+    golden_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> str:
+        raise ValueError("The conversation template has no counterpart")
+
+    monkeypatch.setattr(to_hf_module, "chat_template", refuse)
+    with pytest.raises(ValueError, match="no counterpart"):
+        to_hf("tiny-llava", "hf")
+    assert not Path("hf").exists()
 
 
 def test_a_template_that_is_guessed_is_said(golden_world: Path, caplog: pytest.LogCaptureFixture) -> None:
