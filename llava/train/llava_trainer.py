@@ -210,11 +210,31 @@ class LLaVATrainer(CheckpointingTrainer):
     # State that outlives a restart
 
     def log_state(self) -> dict[str, Any]:
-        """See `CheckpointingTrainer`; with the window of the losses and the count of unsupervised samples."""
-        return super().log_state() | {"window": self.window.sums(), "unsupervised": self.unsupervised.state_dict()}
+        """See `CheckpointingTrainer`; with the window of the losses, unsupervised samples and the order of the data."""
+        return super().log_state() | {
+            "window": self.window.sums(),
+            "unsupervised": self.unsupervised.state_dict(),
+            "data": self.data_order(),
+        }
 
     def load_log_state(self, state: dict[str, Any]) -> None:
-        """See `CheckpointingTrainer`."""
+        """See `CheckpointingTrainer`; says so where the data are not what the checkpoint was trained on."""
         super().load_log_state(state)
         self.window.restore(state["window"])
         self.unsupervised.load_state_dict(state["unsupervised"])
+        before, now = state.get("data"), self.data_order()
+        if before not in (None, now) and self.is_world_process_zero():
+            logger.warning(
+                "The checkpoint was trained with %s, this run has %s: some samples will come twice, others not at all. "
+                "To go on as begun, give the --data_path, --seed and global batch of before.",
+                before,
+                now,
+            )
+
+    def data_order(self) -> dict[str, Any]:
+        """What the place in the data means: samples of an optimizer step, and a hash of the epoch's order."""
+        args, sampler = self.args, self.epoch_sampler
+        return {
+            "samples_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "order": None if sampler is None else sampler.fingerprint(int(self.state.epoch or 0)),
+        }

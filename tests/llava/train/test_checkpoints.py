@@ -70,6 +70,18 @@ def test_a_checkpoint_of_stage_1_holds_nothing_of_the_frozen_parts(run_stage_1: 
     assert sum(path.stat().st_size for path in folder.iterdir()) < 4 * 4 * trained + 50_000
 
 
+def test_data_in_another_order_are_noticed(run_stage_1: Any, caplog: pytest.LogCaptureFixture) -> None:
+    saving = "--per_device_train_batch_size 1 --save_strategy steps --save_steps 1 --save_total_limit 1"
+    run_stage_1("run", f"{saving} --max_steps 1")
+    run_stage_1("run", f"{saving} --max_steps 2")
+    assert "samples will come twice" not in caplog.text
+    run_stage_1("run", f"{saving} --max_steps 3 --gradient_accumulation_steps 2")
+    assert "'samples_per_step': 1" in caplog.text and "'samples_per_step': 2" in caplog.text
+    caplog.clear()
+    run_stage_1("run", f"{saving} --max_steps 4 --gradient_accumulation_steps 2 --data_seed 7")
+    assert "samples will come twice" in caplog.text
+
+
 def test_old_checkpoints_are_removed(run_stage_1: Any) -> None:
     run_stage_1("run", "--save_strategy steps --save_steps 1 --save_total_limit 2")
     assert {path.name for path in Path("run").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
