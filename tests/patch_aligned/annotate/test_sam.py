@@ -146,6 +146,23 @@ def test_boxes_are_cut_at_the_pictures_border(segmenter: SamSegmenter, images: l
     assert outside == segmenter.segment(images[:1], [[[0.0, 0.0, 90.0, 60.0]]])
 
 
+def test_a_mask_without_pixels_is_valid_and_has_no_area(
+    segmenter: SamSegmenter, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = segmenter.model.forward
+
+    def blind(**inputs: Any) -> Any:
+        output = forward(**inputs)
+        output.pred_masks[0] = -1.0
+        return output
+
+    monkeypatch.setattr(segmenter.model, "forward", blind)
+    empty, other = segmenter.segment(images[:1], BOXES[:1])[0]
+    assert empty.area_px == 0 < other.area_px
+    assert decoded(empty.rle, images[0].size).shape == (60, 90)
+    assert not decoded(empty.rle, images[0].size).any()
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA"])
 def test_pictures_of_any_mode_are_taken(segmenter: SamSegmenter, images: list[Image.Image], mode: str) -> None:
     image = images[0].convert(mode)

@@ -176,6 +176,24 @@ def test_memory_that_runs_out_for_one_image_costs_that_image_alone(
             assert record["status"] == expected[record["image_id"]]["status"]
 
 
+def test_a_picture_too_large_to_be_decoded_costs_itself_alone(
+    annotate: Callable[..., list[Record]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = annotate()
+    too_large = expected[3]["image_id"]
+
+    def decode(path: Path) -> Image.Image:
+        if path.as_posix().endswith(too_large):
+            raise MemoryError
+        return decode_image(path)
+
+    monkeypatch.setattr(annotate_images_module, "decode_image", decode)
+    records = annotate()
+    assert (records[3]["status"], records[3]["size"]) == ("out_of_memory", None)
+    assert records[3]["reason"] == "does not fit in memory when decoded"
+    assert [record["status"] for record in records[4:]] == [record["status"] for record in expected[4:]]
+
+
 def test_scores_that_are_not_finite_cost_their_image_alone(
     stages: Stages, annotate: Callable[..., list[Record]]
 ) -> None:
