@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from PIL import ImageFile
 
 # Set before huggingface_hub is imported: a name that is no folder fails at once, instead of after minutes of retries.
@@ -39,3 +42,25 @@ def golden_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(GOLDENS / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def write_picture_task() -> Callable[..., None]:
+    """Writes a task of lmms-eval that asks about pictures of a Parquet file; `utils.py` goes beside it."""
+
+    def write(folder: Path, name: str, table: Path, metric: str, generation: dict[str, Any]) -> None:
+        task = {
+            "task": name,
+            "dataset_path": "parquet",
+            "dataset_kwargs": {"data_files": {"test": str(table)}},
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_target": "question",
+            "generation_kwargs": generation,
+            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
+        }
+        functions = ("doc_to_visual", "doc_to_text", "process_results")
+        lines = [yaml.safe_dump(task), *(f"{function}: !function utils.{function}\n" for function in functions)]
+        (folder / f"{name}.yaml").write_text("".join(lines))
+
+    return write

@@ -37,20 +37,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 COMMON = ["--model-path", "tiny-llava", "--output", "out", "--lock", "lock.json", "--conversation", "vicuna_v1"]
 QUESTIONS = ["What is in the picture?", "Is it night?", "Where do the people walk, and what do they carry?",
              "Who is it?", "Describe the scene.", "How many?", "What does it say?", "Which is larger?"]  # fmt: skip
-TASK = """
-task: pictures
-dataset_path: parquet
-dataset_kwargs: {{data_files: {{test: {table}}}}}
-test_split: test
-output_type: generate_until
-doc_to_visual: !function utils.doc_to_visual
-doc_to_text: !function utils.doc_to_text
-doc_to_target: question
-generation_kwargs: {{max_new_tokens: 8, temperature: 0.7}}
-process_results: !function utils.process_results
-metric_list:
-  - {{metric: has_an_e, aggregation: mean, higher_is_better: true}}
-"""
 FUNCTIONS = """
 def doc_to_visual(doc):
     return [doc["image"].convert("RGB")]
@@ -75,13 +61,13 @@ def write_table(path: Path, **columns: list[Any]) -> None:
 
 
 @pytest.fixture
-def pictures(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Benchmark:
+def pictures(golden_world: Path, monkeypatch: pytest.MonkeyPatch, write_picture_task: Callable[..., None]) -> Benchmark:
     """A benchmark of the registry with a task and a table of its own."""
     folder = golden_world / "tasks"
     table = golden_world / "questions.parquet"
     write_table(table, question=QUESTIONS)
     folder.mkdir()
-    (folder / "pictures.yaml").write_text(TASK.format(table=table))
+    write_picture_task(folder, "pictures", table, "has_an_e", {"max_new_tokens": 8, "temperature": 0.7})
     (folder / "utils.py").write_text(FUNCTIONS)
     benchmark = Benchmark(
         "pictures", "pictures", "mini", str(folder), LocalData(str(table), "test", "make it"), "has_an_e",
@@ -315,7 +301,7 @@ def test_two_processes_share_the_rows_and_one_writes(
     monkeypatch.setattr(run, "load_adapter", runpy.run_path(str(script))["EchoingAdapter"])
     assert evaluate(*flags, "--output", "one") == 0
     for process in together:
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=600)
         assert process.returncode == 0, said[-3000:]
 
     one, two = (read_run(Path(folder, "pictures")) for folder in ("one", "two"))

@@ -39,21 +39,6 @@ QUESTIONS: list[tuple[str, str | None]] = [
 TEXT_ROWS = [row for row, (_, image) in enumerate(QUESTIONS) if image is None]
 WRONG_ROWS = (1, 2)  # rows whose accepted answer is one that the model does not give
 
-TASK = """
-task: {name}
-dataset_path: parquet
-dataset_kwargs: {{data_files: {{test: {table}}}}}
-test_split: test
-output_type: generate_until
-doc_to_visual: !function utils.doc_to_visual
-doc_to_text: !function utils.doc_to_text
-doc_to_target: question
-generation_kwargs: {generation}
-process_results: !function utils.process_results
-metric_list:
-  - {{metric: accepted, aggregation: mean, higher_is_better: true}}
-"""
-
 
 class Outcome(NamedTuple):
     """What lmms-eval says of a task."""
@@ -63,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def tasks(golden_world: Path) -> Callable[[list[list[str]]], None]:
+def tasks(golden_world: Path, write_picture_task: Callable[..., None]) -> Callable[[list[list[str]]], None]:
     """Writes two tasks with the given accepted answers: `pictures`, and `originals`, which asks for unpadded images."""
     folder = golden_world / "tasks"
 
@@ -75,9 +60,8 @@ def tasks(golden_world: Path) -> Callable[[list[list[str]]], None]:
         table = datasets.Dataset.from_dict({"question": [q for q, _ in QUESTIONS], "image": images}, features=features)
         table.add_column("accepted", accepted).to_parquet(folder / "questions.parquet")
         for name, options in (("pictures", {}), ("originals", {"image_aspect_ratio": "original"})):
-            generation = json.dumps({"max_new_tokens": MAX_NEW_TOKENS, "temperature": 0, **options})
-            text = TASK.format(name=name, table=folder / "questions.parquet", generation=generation)
-            (folder / f"{name}.yaml").write_text(text)
+            generation = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": 0, **options}
+            write_picture_task(folder, name, folder / "questions.parquet", "accepted", generation)
 
     return write
 
