@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from accelerate.commands.launch import launch_command_parser
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts" / "v1_5" / "eval"
@@ -68,14 +69,17 @@ def test_every_benchmark_of_the_tables_has_a_script() -> None:
 
 
 def test_several_gpus_are_one_process_each() -> None:
+    """Read by accelerate's own parser."""
+    parser = launch_command_parser()
     (words,) = printed("gqa", "ckpt", NUM_GPUS="4", MASTER_PORT="29501")
     assert words[:2] == ["accelerate", "launch"]
-    launcher = words[: words.index("-m")]
-    assert launcher[launcher.index("--num_processes") + 1] == "4"
-    assert launcher[launcher.index("--main_process_port") + 1] == "29501"
+    launched = parser.parse_args(words[2:])
+    assert (launched.multi_gpu, launched.num_machines, launched.num_processes) == (True, 1, 4)
+    assert (launched.main_process_port, launched.mixed_precision, launched.dynamo_backend) == (29501, "no", "no")
+    assert (launched.module, launched.training_script) == (True, "eval.run")
     assert parsed(words).benchmarks == "gqa"
     (counted,) = printed("gqa", "ckpt", CUDA_VISIBLE_DEVICES="0,3")
-    assert counted[counted.index("--num_processes") + 1] == "2"
+    assert parser.parse_args(counted[2:]).num_processes == 2
 
 
 def test_the_miniature_runs_its_own_suite_in_one_process_without_gpu() -> None:
