@@ -16,10 +16,11 @@ PACKAGES = ("llava", "patch_aligned")
 OUTSIDE = ("eval", "scripts", "playground", "benchmarks", "tests")
 
 # Module or package -> what it may import of the two packages. The longest matching name decides.
-LEAVES = ("llava.constants", "llava.conversation", "llava.image_geometry", "llava.plugin")
+LEAVES = ("llava.constants", "llava.command", "llava.conversation", "llava.image_geometry", "llava.plugin")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "llava": ("llava",),
     "llava.constants": (),
+    "llava.command": (),
     "llava.conversation": ("llava.constants", "llava.separator_styles", "llava.system_prompts"),
     "llava.separator_styles": (),
     "llava.system_prompts": (),
@@ -64,7 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.von_neumann", "patch_aligned.analysis.alignment",
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Distributions that come with an extra. No module needs them to be imported.
-OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "liger_kernel", "tensorboard", "wandb", "flash_attn", "lmms_eval",
+OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "tensorboard", "wandb", "flash_attn", "lmms_eval",
             "pycocoevalcap", "ray", "torchvision", "skimage", "matplotlib", "spellchecker", "nltk", "gguf",
             "onnx")  # fmt: skip
 

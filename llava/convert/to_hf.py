@@ -19,7 +19,7 @@ from llava.convert.processor import add_image_token, llava_image_processor, llav
 from llava.convert.weight_names import file_name_of
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model, read_config
-from llava.model.checkpoint_files import copy_file, save_weights
+from llava.model.checkpoint_files import copy_file, require_new_folder, save_weights
 from llava.model.multimodal_encoder.builder import build_vision_tower
 
 logger = logging.getLogger(__name__)
@@ -110,14 +110,6 @@ def to_hf(
     generation_config(tokenizer, conversation).save_pretrained(destination)
     write_model_card(destination, source, base, model.config, mode, tower_type)
     return destination
-
-
-def require_new_folder(destination: Path) -> None:
-    """Raises `FileExistsError` where the folder holds anything: half of an old checkpoint would mix with the new."""
-    if destination.is_file():
-        raise FileExistsError(f"{destination} is a file: name a new folder.")
-    if destination.is_dir() and any(destination.iterdir()):
-        raise FileExistsError(f"{destination} is not empty: name a new folder, or remove what is in it.")
 
 
 def require_counterpart(config: Any) -> None:

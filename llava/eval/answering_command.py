@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from llava.command import command_parser
 from llava.conversation import MODEL_TYPE_RULES, conv_templates, template_named
 from llava.eval.answering import Answer, GenerationSettings, Question, answer_questions, require_positive
 from llava.eval.answers_file import open_answers, stamps_of
@@ -30,9 +31,7 @@ def question_parser(
     module: str, description: str | None, *, default_mode: str = "llava_v1", max_new_tokens: int = LONG_ANSWER
 ) -> argparse.ArgumentParser:
     """Upstream's flags and defaults, and what a batch needs."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(module, description)
     add_model_flags(parser)
     parser.add_argument("--image-folder", default="", help="where the questions' images lie")
     parser.add_argument("--question-file", default="tables/question.jsonl", help="default: %(default)s")

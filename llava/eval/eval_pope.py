@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.eval.command import run_command
+from llava.command import command_parser, run_command
 from llava.eval.question_files import field, read_answers, read_jsonl, require_all_answered, write_result
 
 LABEL_FILES = "coco_pope_*.json"
@@ -95,9 +95,7 @@ def says_yes(text: str) -> bool:
 
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags, and where to write the scores."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.eval_pope", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("llava.eval.eval_pope", __doc__)
     parser.add_argument("--annotation-dir", required=True, help=f"folder of {LABEL_FILES}")
     parser.add_argument("--question-file", required=True)
     parser.add_argument("--result-file", required=True, help="answers, by llava.eval.model_vqa_loader")

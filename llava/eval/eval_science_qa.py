@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.command import command_parser, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.command import run_command
 from llava.eval.question_files import field, read_answers, read_json, require_all_answered, write_result
 
 NOT_PARSED = "FAILED"
@@ -23,11 +23,7 @@ NOT_PARSED = "FAILED"
 
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.eval_science_qa",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("llava.eval.eval_science_qa", __doc__)
     parser.add_argument("--base-dir", required=True, help="folder of pid_splits.json and problems.json")
     parser.add_argument("--result-file", required=True, help="answers, by llava.eval.model_vqa_science")
     parser.add_argument("--output-file", help="JSON file for each answer, right ones and wrong ones apart")

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llava.eval.command import run_command
+from llava.command import command_parser, run_command
 from llava.eval.m4c_evaluator import HUMAN_ANSWERS, TextVQAAccuracyEvaluator
 from llava.eval.question_files import field, read_answers, read_json, require_all_answered, write_result
 
@@ -22,11 +22,7 @@ Key = tuple[str, str]
 
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags, and where to write the scores."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.eval_textvqa",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("llava.eval.eval_textvqa", __doc__)
     parser.add_argument("--annotation-file", required=True)
     parser.add_argument("--result-file", help="answers, by llava.eval.model_vqa_loader")
     parser.add_argument("--result-dir", help="score each *.jsonl in this folder")

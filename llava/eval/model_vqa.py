@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from llava.command import run_command
 from llava.eval import model_vqa_loader
 from llava.eval.answering_command import question_parser, with_defaults
-from llava.eval.command import run_command
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from llava.command import run_command
 from llava.eval.answering_command import answer_to_file, question_parser, with_defaults
-from llava.eval.command import run_command
 from llava.eval.question_files import chunk_of, vqa_questions
 
 DEFAULT_MODE = "llava_v1"

@@ -19,8 +19,8 @@ from typing import Any
 
 from PIL import Image
 
+from llava.command import run_command
 from llava.eval.answering_command import answer_to_file, question_parser, with_defaults
-from llava.eval.command import run_command
 from llava.eval.model_vqa_science import OPTION_LETTER
 from llava.eval.question_files import chunk_of, read_text
 from llava.eval.questions import Question

@@ -12,9 +12,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from llava.command import run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.answering_command import answer_to_file, question_parser, with_defaults
-from llava.eval.command import run_command
 from llava.eval.question_files import chunk_of, field, image_path, read_json
 from llava.eval.questions import Question
 

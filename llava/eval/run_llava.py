@@ -16,11 +16,11 @@ from typing import Any
 
 from PIL import Image
 
+from llava.command import command_parser, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import conversation_mode, template_named
 from llava.eval.answering import Question, answer_questions
 from llava.eval.answering_command import add_generation_flags, add_model_flags, settings_of, with_defaults
-from llava.eval.command import run_command
 from llava.mm_utils import get_model_name_from_path, load_rgb_image
 from llava.model.builder import load_pretrained_model
 
@@ -29,9 +29,7 @@ logger = logging.getLogger(__name__)
 
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.run_llava", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("llava.eval.run_llava", __doc__)
     add_model_flags(parser)
     parser.add_argument("--image-file", required=True, help="path or http(s) address; several with --sep between")
     parser.add_argument("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} in it places an image")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from llava.model.checkpoint_files import CheckpointTensors, copy_small_files, save_weights
+from llava.command import command_parser, run_command
+from llava.model.checkpoint_files import CheckpointTensors, require_new_folder, save_checkpoint
 from llava.model.delta import combined
 
 
@@ -21,26 +22,29 @@ def apply_delta(
     """Writes base + delta to the folder `target_model_path`, with the delta's config and tokenizer.
 
     Raises:
+        FileExistsError: `target_model_path` holds files.
         FileNotFoundError: one of the checkpoints has no weights.
         ValueError: a tensor of the delta has no counterpart in the base; names it.
     """
+    require_new_folder(Path(target_model_path))
     target = combined(CheckpointTensors(base_model_path), CheckpointTensors(delta_path), 1, dtype)
-    save_weights(target, Path(target_model_path))
-    copy_small_files(delta_path, Path(target_model_path), dtype)
+    save_checkpoint(target, Path(target_model_path), delta_path, dtype)
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.model.apply_delta", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_parser("llava.model.apply_delta", __doc__)
     parser.add_argument("--base-model-path", required=True, help="the LLM: folder or hub name")
     parser.add_argument("--target-model-path", required=True, help="folder to write")
     parser.add_argument("--delta-path", required=True, help="the delta: folder or hub name")
-    args = parser.parse_args()
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes what `args` name."""
     apply_delta(args.base_model_path, args.target_model_path, args.delta_path)
     print(f"Wrote {args.target_model_path}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, argument_parser())

@@ -76,6 +76,14 @@ def _open_weights(path: str) -> Any:
     return read_tensors(path)
 
 
+def require_new_folder(destination: Path) -> None:
+    """Raises `FileExistsError` where the folder holds anything: half of an old checkpoint would mix with the new."""
+    if destination.is_file():
+        raise FileExistsError(f"{destination} is a file: name a new folder.")
+    if destination.is_dir() and any(destination.iterdir()):
+        raise FileExistsError(f"{destination} is not empty: name a new folder, or remove what is in it.")
+
+
 def save_weights(weights: Mapping[str, Tensor], folder: Path, max_shard_size: str = "5GB") -> None:
     """Writes `model.safetensors`, or shards of at most `max_shard_size` and their index."""
     from huggingface_hub import save_torch_state_dict
@@ -91,10 +99,11 @@ def copy_file(checkpoint: str, folder: Path, name: str) -> None:
         shutil.copyfile(source, folder / name)
 
 
-def copy_small_files(checkpoint: str, folder: Path, dtype: torch.dtype) -> None:
-    """Copies config and tokenizer as they are, but for the dtype in the config."""
+def save_checkpoint(weights: Mapping[str, Tensor], folder: Path, source: str, dtype: torch.dtype) -> None:
+    """Writes weights, and beside them config and tokenizer of `source` as they are, but for the config's `dtype`."""
+    save_weights(weights, folder)
     for name in SMALL_FILES:
-        copy_file(checkpoint, folder, name)
+        copy_file(source, folder, name)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")

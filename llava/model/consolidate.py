@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from llava.model.checkpoint_files import CheckpointTensors, copy_small_files, save_weights
+from llava.command import command_parser, run_command
+from llava.model.checkpoint_files import CheckpointTensors, require_new_folder, save_checkpoint
 from llava.model.utils import auto_upgrade
 
 
@@ -18,25 +19,28 @@ def consolidate_ckpt(src_path: str, dst_path: str, dtype: torch.dtype = torch.fl
     """Writes all tensors of `src_path`, in `dtype`, with config and tokenizer, to the folder `dst_path`.
 
     Raises:
+        FileExistsError: `dst_path` holds files.
         FileNotFoundError: there are no weights at `src_path`.
     """
+    require_new_folder(Path(dst_path))
     auto_upgrade(src_path)
     tensors = CheckpointTensors(src_path)
-    save_weights({name: tensors[name].to(dtype) for name in tensors}, Path(dst_path))
-    copy_small_files(src_path, Path(dst_path), dtype)
+    save_checkpoint({name: tensors[name].to(dtype) for name in tensors}, Path(dst_path), src_path, dtype)
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.model.consolidate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_parser("llava.model.consolidate", __doc__)
     parser.add_argument("--src", required=True, help="checkpoint: folder or hub name; safetensors or .bin, also shards")
     parser.add_argument("--dst", required=True, help="folder to write")
-    args = parser.parse_args()
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes what `args` name."""
     consolidate_ckpt(args.src, args.dst)
     print(f"Wrote {args.dst}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, argument_parser())

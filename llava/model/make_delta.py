@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from llava.model.checkpoint_files import CheckpointTensors, copy_small_files, save_weights
+from llava.command import command_parser, run_command
+from llava.model.checkpoint_files import CheckpointTensors, require_new_folder, save_checkpoint
 from llava.model.delta import combined
 from llava.model.utils import auto_upgrade
 
@@ -26,13 +27,14 @@ def make_delta(
     """Writes target - base to the folder `delta_path`, and to the hub where `hub_repo_id` names a repository.
 
     Raises:
+        FileExistsError: `delta_path` holds files.
         FileNotFoundError: one of the checkpoints has no weights.
         ValueError: a tensor of the target has no counterpart in the base; names it.
     """
+    require_new_folder(Path(delta_path))
     auto_upgrade(target_model_path)
     delta = combined(CheckpointTensors(base_model_path), CheckpointTensors(target_model_path), -1, dtype)
-    save_weights(delta, Path(delta_path))
-    copy_small_files(target_model_path, Path(delta_path), dtype)
+    save_checkpoint(delta, Path(delta_path), target_model_path, dtype)
     if hub_repo_id:
         from huggingface_hub import HfApi
 
@@ -41,19 +43,21 @@ def make_delta(
         api.upload_folder(repo_id=hub_repo_id, folder_path=delta_path)
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.model.make_delta", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_parser("llava.model.make_delta", __doc__)
     parser.add_argument("--base-model-path", required=True, help="the LLM: folder or hub name")
     parser.add_argument("--target-model-path", required=True, help="the LLaVA trained from it: folder or hub name")
     parser.add_argument("--delta-path", required=True, help="folder to write")
     parser.add_argument("--hub-repo-id", help="repository on the hub to upload the delta to; default: none")
-    args = parser.parse_args()
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes what `args` name."""
     make_delta(args.base_model_path, args.target_model_path, args.delta_path, args.hub_repo_id)
     print(f"Wrote {args.delta_path}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, argument_parser())

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from transformers import TextStreamer
 
+from llava.command import command_parser, run_command
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates, conversation_mode
 from llava.eval.answering import GenerationSettings
 from llava.eval.answering_command import add_model_flags
-from llava.eval.command import run_command
 from llava.eval.run_llava import load_image
 from llava.mm_utils import (
     KeywordsStoppingCriteria,
@@ -32,9 +32,7 @@ from llava.model.builder import load_pretrained_model
 
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.serve.cli", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("llava.serve.cli", __doc__)
     add_model_flags(parser)
     parser.add_argument("--image-file", required=True, help="path or http(s) address of the image")
     parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="template; default: the checkpoint's own")

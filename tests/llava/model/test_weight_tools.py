@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llava.model import utils
+from llava.command import run_command
+from llava.model import consolidate, utils
 from llava.model.apply_delta import apply_delta
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint_files import CheckpointTensors
@@ -112,6 +113,22 @@ def test_consolidating_reads_old_shards_and_writes_half_precision(golden_world: 
     assert json.loads(Path("whole/config.json").read_text())["torch_dtype"] == "float16"
     assert Path("whole/tokenizer.model").is_file()
     load_pretrained_model("whole", None, "whole", device="cpu")
+
+
+def test_no_tool_writes_into_a_folder_with_files_in_it(golden_world: Path) -> None:
+    before = Path(f"tiny-llava/{WEIGHTS}").read_bytes()
+    with pytest.raises(FileExistsError, match="tiny-llava is not empty: name a new folder"):
+        consolidate_ckpt("tiny-llava", "tiny-llava")
+    with pytest.raises(FileExistsError, match="tiny-llava is not empty"):
+        make_delta("tiny-vicuna", "tiny-llava", "tiny-llava")
+    with pytest.raises(FileExistsError, match="tiny-llava is not empty"):
+        apply_delta("tiny-vicuna", "tiny-llava", "delta")
+    assert Path(f"tiny-llava/{WEIGHTS}").read_bytes() == before
+
+
+def test_wrong_input_ends_with_one_sentence(golden_world: Path) -> None:
+    with pytest.raises(SystemExit, match="error: No weights at images: expected"):
+        run_command(consolidate.main, consolidate.argument_parser(), ["--src", "images", "--dst", "new"])
 
 
 def test_tensors_are_read_one_by_one_from_any_kind_of_file(golden_world: Path) -> None:

@@ -9,6 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
+def command_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for `python -m module`, whose help is the module's docstring as it is written."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def run_command(
     command: Callable[[Any], object], parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> None:
