@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 BLOCK_ROWS = 256
 
 
@@ -29,6 +31,7 @@ class AnswerLog:
         """
         self._identity = json.dumps(identity, sort_keys=True)
         self._path = folder / f"answers-{rank}.jsonl"
+        self._shows_progress = rank == 0
         self._known: dict[str, str] = {}
         for path in sorted(folder.glob("answers-*.jsonl")):
             self._read(path)
@@ -48,10 +51,13 @@ class AnswerLog:
         keys = [self._key(request) for request in requests]
         unknown = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._known}
         missing = sorted(unknown, key=lambda key: order(unknown[key]))
-        for start in range(0, len(missing), block):
-            part = missing[start : start + block]
-            answers = ask([unknown[key] for key in part])
-            self._keep(dict(zip(part, answers, strict=True)))
+        # lmms-eval's own bar is of one block alone.
+        with tqdm(total=len(missing), unit="answer", disable=not self._shows_progress or len(missing) <= block) as bar:
+            for start in range(0, len(missing), block):
+                part = missing[start : start + block]
+                answers = ask([unknown[key] for key in part])
+                self._keep(dict(zip(part, answers, strict=True)))
+                bar.update(len(part))
         return [self._known[key] for key in keys]
 
     def _key(self, request: Any) -> str:

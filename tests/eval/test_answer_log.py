@@ -54,3 +54,14 @@ def test_answers_of_other_weights_are_not_taken_up(tmp_path: Path) -> None:
     asked: list[int] = []
     answer(tmp_path, [0], asked, identity="other weights")
     assert asked == [0]
+
+
+def test_the_first_process_says_how_far_it_is_in_all_blocks_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(tmp_path, [0, 1], [])
+    answer(tmp_path, [0, 1, 2, 3], [], identity="two blocks")
+    shown = capsys.readouterr().err
+    assert "4/4" in shown and "2/2" not in shown
+    answer(tmp_path, [0, 1, 2, 3], [], identity="another process", rank=1)
+    assert capsys.readouterr().err == ""
