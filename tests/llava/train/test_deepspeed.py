@@ -72,7 +72,7 @@ def test_two_processes_equal_one_and_resume(
     write_mixed_data()
     engine = f"--deepspeed {write_engine_config(stage)} --per_device_train_batch_size 2 {SAVING}"
     one = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2"
-    runs = {"pretrain": "", "finetune": STAGE_2, "lora": LORA}
+    runs = {"pretrain": "", "finetune": STAGE_2, "half": f"{STAGE_2} --bf16 True", "lora": LORA}
     if stage == 2:  # ZeRO-3 cannot split quantised weights
         runs["qlora"] = f"{LORA} --bits 4"
     singles = {name: run_training(stage_1_flags(f"{name}_one", f"{flags} {one}")) for name, flags in runs.items()}
@@ -96,7 +96,8 @@ def test_two_processes_equal_one_and_resume(
         first, resumed = json.loads(Path(name, "losses.json").read_text())
         assert resumed == first
         single = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        assert first == pytest.approx(single, rel=1e-5)
+        # DeepSpeed computes with bfloat16 copies of the weights, whose eight bits take up steps of 2e-4 late.
+        assert first == pytest.approx(single, rel=2e-2 if name == "half" else 1e-5)
 
     projector = torch.load("pretrain_one/mm_projector.bin")
     assert_same_weights(torch.load("pretrain_first/mm_projector.bin"), projector)
@@ -104,6 +105,8 @@ def test_two_processes_equal_one_and_resume(
     whole = load_file("finetune_one/model.safetensors")
     assert_same_weights(load_file("finetune_first/model.safetensors"), whole)
     assert_same_weights(load_file("finetune/model.safetensors"), whole)
+
+    assert {tensor.dtype for tensor in load_file("half/model.safetensors").values()} == {torch.bfloat16}
 
     for name in runs.keys() & {"lora", "qlora"}:
         adapter, rest = read_adapter(f"{name}_one")
