@@ -1,7 +1,7 @@
 """How much faster images are annotated in batches than one at a time, with the same weights on the same machine.
 
-    python benchmarks/annotate.py                                  tiny random models: what the machinery costs
-    python benchmarks/annotate.py --models FOLDER --images FOLDER --device cuda      real ones
+    python -m benchmarks.annotate                                  tiny random models: what the machinery costs
+    python -m benchmarks.annotate --models FOLDER --images FOLDER --device cuda      real ones
 
 "One at a time" is the reference recipe: read the image, tag it, read it again, detect, read it again, segment, write,
 in float32. "Batched" is `process_shard` as `patch-aligned annotate` runs it. Both use the same model objects. Prints

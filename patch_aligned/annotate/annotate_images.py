@@ -35,9 +35,10 @@ class Workload:
         tag_batch: images tagged at a time.
         detect_batch: images of equal size detected at a time.
         segment_batch: images segmented at a time.
-        chunk: images in memory at a time, twice as many with those that are being decoded.
+        chunk: images of a chunk, which are in memory together.
         decode_workers: threads that decode.
-        chunks_at_once: 2 lets the next chunk be decoded and prepared while this one is on the device; 1 doesn't.
+        chunks_at_once: how many are in memory: with 2 the next one is decoded and prepared while this one is on the
+            device, with more others too, where preparing takes longer.
         min_side: in pixels; an image with a shorter side is skipped.
         max_aspect: an image whose sides differ by a larger factor is skipped.
         on_error: `skip` records what went wrong and goes on, `fail` stops after the shard.

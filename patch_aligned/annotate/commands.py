@@ -109,7 +109,9 @@ def annotate(
             min=1, help="Decoded images in memory, in each chunk. One of 12 megapixels takes 36 MB: 32 for such."
         ),
     ] = 256,
-    chunks_at_once: Annotated[int, _work_option(min=1, help="2 prepares a chunk during the last.")] = 2,
+    chunks_at_once: Annotated[
+        int, _work_option(min=1, help="While one is on the device others are prepared: more if a GPU waits.")
+    ] = 2,
     decode_workers: Annotated[int, _work_option(min=1, help="Threads that decode.")] = 8,
     min_side: Annotated[int, _work_option(min=1, help="Images with a shorter side are skipped.")] = 16,
     max_aspect: Annotated[float, _work_option(min=1, help="Images that are narrower are skipped.")] = 10.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -89,6 +90,16 @@ def test_missing_weights_are_named_with_the_command_that_fetches_them(tmp_path: 
     )  # fmt: skip
     assert result.returncode == 1
     assert f"no file {tmp_path}/ram_swin_large_14m.pth; next: patch-aligned models fetch" in result.stderr
+
+
+def test_the_benchmark_runs_as_the_documentation_calls_it() -> None:
+    (command,) = re.findall(r"^python (.*benchmarks.*)$", (ROOT / "docs" / "annotation.md").read_text(), re.MULTILINE)
+    result = subprocess.run(
+        [sys.executable, *shlex.split(command), "--limit", "6"], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"batched over one at a time, images/s: \d+\.\d\d\n6 images on ", result.stdout)
 
 
 @pytest.fixture
