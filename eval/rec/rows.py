@@ -119,8 +119,7 @@ def check_row(row: Row, where: str) -> None:
     x1, y1, x2, y2 = row["box_xyxy_px"]
     if not all(map(math.isfinite, (x1, y1, x2, y2))) or not (x1 < x2 and y1 < y2):
         raise ValueError(
-            f"{where}, box: found {row['box_xyxy_px']}, expected x1 < x2 and y1 < y2; are these x, y, width, "
-            "height?"
+            f"{where}, box: found {row['box_xyxy_px']}, expected x1 < x2 and y1 < y2; are these x, y, width, height?"
         )
     if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
         raise ValueError(f"{where}, box: found {row['box_xyxy_px']}, which is outside its {width} x {height} picture")
