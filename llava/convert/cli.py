@@ -59,6 +59,9 @@ class AspectRatio(str, Enum):
     PAD = "pad"
 
 
+MaxShardSize = Annotated[str, typer.Option(help="Largest file of weights.")]
+
+
 @app.command("to-hf", epilog="How to serve the folder: docs/serving.md.")
 def to_hf_command(
     context: typer.Context,
@@ -73,7 +76,7 @@ def to_hf_command(
         str | None,
         typer.Option(metavar="NAME", help="Conversation template. Default: what SRC records, else by its name."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
 ) -> None:
     """Writes a folder that `AutoModelForImageTextToText` and vLLM load: weights, processor, chat template, model card.
 
@@ -117,7 +120,7 @@ def from_hf_command(
     conv_mode: Annotated[
         str | None, typer.Option(metavar="NAME", help="Conversation template to record in config.json.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
 ) -> None:
     """Writes a full LLaVA checkpoint, as stage 2 does: to evaluate, fine-tune or measure a model from the hub here.
 

@@ -97,7 +97,7 @@ def answer_questions(
         tokenizer, model, image_processor: as `load_pretrained_model` returns them.
         conversation: an entry of `conv_templates`, such as `conv_templates["plain"]` after stage 1.
         settings: how to generate; greedy by default.
-        batch_size: questions answered at once; halved for a batch that does not fit the device's memory.
+        batch_size: questions answered at once; halved, with a warning, where the device's memory does not suffice.
         workers: threads that read and process the images of the next batches meanwhile.
 
     Raises:
@@ -137,6 +137,7 @@ class _Answerer:
         self.model = model
         self.image_processor = image_processor
         self.settings = settings
+        self.at_once = sys.maxsize  # questions; fewer than a batch has, once memory did not suffice
         self.longest = getattr(model.config, "max_position_embeddings", sys.maxsize)
         ends = model.generation_config.eos_token_id
         self.ends = ends if isinstance(ends, list) else [ends]
@@ -191,14 +192,19 @@ class _Answerer:
         return process_images([image], self.image_processor, self.model.config)[0], image.size
 
     def _texts(self, rows: list[_Row], loading: _Loading) -> list[str]:
-        try:
-            return self._generate(rows, loading)
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise
-        torch.cuda.empty_cache()  # outside the handler, whose traceback keeps the batch's tensors alive
-        half = len(rows) // 2
-        return self._texts(rows[:half], loading) + self._texts(rows[half:], loading)
+        texts: list[str] = []
+        while len(texts) < len(rows):
+            part = rows[len(texts) : len(texts) + self.at_once]
+            try:
+                texts += self._generate(part, loading)
+                continue
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+            torch.cuda.empty_cache()  # outside the handler, whose traceback keeps the batch's tensors alive
+            self.at_once = len(part) // 2
+            logger.warning("%d questions at once are too many for the device's memory: now %d", len(part), self.at_once)
+        return texts
 
     @torch.inference_mode()
     def _generate(self, rows: list[_Row], loading: _Loading) -> list[str]:

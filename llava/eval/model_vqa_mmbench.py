@@ -40,7 +40,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = question_parser("llava.eval.model_vqa_mmbench", __doc__, default_mode=DEFAULT_MODE)
     parser.add_argument("--all-rounds", action="store_true", help="ask once for each option, moving them round")
     parser.add_argument("--single-pred-prompt", action="store_true", help="end each question by asking for a letter")
-    parser.add_argument("--lang", default="en", help="cn asks for the letter in Chinese; default: %(default)s")
+    parser.add_argument(
+        "--lang", choices=("en", "cn"), default="en", help="cn asks for the letter in Chinese; default: %(default)s"
+    )
     return parser
 
 

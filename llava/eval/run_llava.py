@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 from PIL import Image
@@ -21,6 +20,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import conversation_mode, template_named
 from llava.eval.answering import Question, answer_questions
 from llava.eval.answering_command import add_generation_flags, add_model_flags, settings_of, with_defaults
+from llava.eval.questions import open_image
 from llava.mm_utils import get_model_name_from_path, load_rgb_image
 from llava.model.builder import load_pretrained_model
 
@@ -56,7 +56,7 @@ def load_image(image_file: str) -> Image.Image:
 
     response = requests.get(image_file, timeout=30)
     response.raise_for_status()
-    return Image.open(BytesIO(response.content)).convert("RGB")
+    return open_image(response.content, image_file)
 
 
 def load_images(image_files: Sequence[str]) -> list[Image.Image]:

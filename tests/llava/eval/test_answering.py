@@ -148,8 +148,11 @@ def test_a_model_without_vision_is_refused(tiny: LoadedModel) -> None:
         answer_questions([Question("a", "?")], tiny.tokenizer, tiny.model, None, conv_templates["v1"])
 
 
-def test_a_batch_too_large_for_the_device_is_halved(
-    tiny: LoadedModel, mixed_questions: list[Question], monkeypatch: pytest.MonkeyPatch
+def test_a_batch_too_large_for_the_device_is_halved_once_for_all(
+    tiny: LoadedModel,
+    mixed_questions: list[Question],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     expected = texts(tiny, mixed_questions)
     generate = answering.generate_sharing
@@ -163,7 +166,8 @@ def test_a_batch_too_large_for_the_device_is_halved(
 
     monkeypatch.setattr(answering, "generate_sharing", with_little_memory)
     assert texts(tiny, mixed_questions, batch_size=8) == expected
-    assert max(sizes) == 8
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert [message[-5:] for message in caplog.messages] == ["now 4", "now 2"]
 
 
 def test_draws_follow_the_seed_and_leave_the_programs_own_draws_alone(

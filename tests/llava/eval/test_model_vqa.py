@@ -231,6 +231,12 @@ def test_upstreams_flags_are_read(module: ModuleType, flags: str) -> None:
     assert (args.model_path, args.temperature, args.conv_mode) == ("m", 0, "vicuna_v1")
 
 
+def test_mmbench_asks_in_english_or_chinese(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        model_vqa_mmbench.argument_parser().parse_args(f"{COMMON} --lang zh".split())
+    assert "invalid choice: 'zh'" in capsys.readouterr().err
+
+
 def test_defaults_are_upstreams() -> None:
     required = ["--model-path", "m"]
     for module, tokens in ((model_vqa_loader, 128), (model_vqa, 1024), (model_vqa_science, 1024)):

@@ -79,3 +79,10 @@ def test_images_are_read_as_rgb(golden_world: Path) -> None:
     )
     assert image_parser(args) == ["images/im0.png", "images/im1.png"]
     assert [image.mode for image in load_images(image_parser(args))] == ["RGB", "RGB"]
+
+
+def test_an_address_that_gives_no_image_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = SimpleNamespace(content=b"<html>", raise_for_status=lambda: None)
+    monkeypatch.setattr("requests.get", lambda address, timeout: page)
+    with pytest.raises(OSError, match=r"https://example\.org/cat: its image cannot be decoded"):
+        load_images(["https://example.org/cat"])
