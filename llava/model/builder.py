@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.adapters import IMAGE_NEWLINE, PROJECTOR, TOWER, apply_adapter, fill_trained, read_trained_tensors
+from llava.model.checkpoint_config import choose_config, context_length, read_config
 from llava.model.checkpoint_files import CheckpointTensors
-from llava.model.language_model.families import llava_config, llava_model_class
-from llava.model.language_model.llava_llama import LlavaConfig
+from llava.model.language_model.families import llava_model_class
 from llava.model.strict_loading import fill_strictly, from_pretrained_strictly
 from llava.model.tensor_files import (
     NON_LORA_FILE,
@@ -23,13 +22,11 @@ from llava.model.tensor_files import (
     Form,
     checkpoint_form,
     find_file,
-    no_checkpoint,
     recorded_base,
 )
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CONTEXT_LENGTH = 2048
 NOT_QUANTISED = ["model.mm_projector", "model.vision_tower", "lm_head"]
 """Modules that 4-bit and 8-bit loading leave whole; transformers compares the beginnings of full names."""
 
@@ -185,62 +182,6 @@ def whose_weights(form: Form, model_path: str, model_base: str | None) -> str:
     return model_base
 
 
-def choose_config(model_path: str, weights_path: str, customized: Any, overwrites: dict[str, Any]) -> Any:
-    """The config to build the model from; a LLaVA's, where it names a vision tower."""
-    if customized is not None:
-        config = read_config(customized) if isinstance(customized, str) else customized
-    else:  # adapters that peft alone has written have no config of the model
-        config = read_config(model_path if find_file(model_path, "config.json") is not None else weights_path)
-    for name, value in overwrites.items():
-        setattr(config, name, value)
-    return llava_config(config) if getattr(config, "mm_vision_tower", None) else config
-
-
-def read_config(model_path: str, **kwargs: Any) -> Any:
-    """The config of a checkpoint, or in a JSON file.
-
-    LLaVA checkpoints of before 2024 call themselves `llava`, a name that transformers has since given to its own model.
-
-    Args:
-        model_path: folder, hub name or JSON file.
-        **kwargs: of transformers' `from_pretrained`, such as `cache_dir`.
-
-    Raises:
-        FileNotFoundError: there is no config there, and no such name on the hub.
-        ValueError: it is of a kind that cannot be read, such as transformers' own LLaVA.
-    """
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(model_path, **kwargs)
-    except OSError as error:
-        raise no_checkpoint(model_path, error) from error
-    model_type = values.get("model_type")
-    if model_type == "llava" and "text_config" in values:
-        raise ValueError(
-            f"{model_path} is a LLaVA of transformers (LlavaForConditionalGeneration), whose weights are named "
-            "otherwise. Convert it with llava-convert, or load it with transformers."
-        )
-    try:
-        if model_type == "llava":
-            config: Any = LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
-        else:
-            config = AutoConfig.from_pretrained(model_path, **kwargs)
-    except ValueError as error:
-        raise ValueError(
-            f"The config.json of {model_path} has model type `{model_type}`, which cannot be read: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    if tower := getattr(config, "mm_vision_tower", None):
-        config.mm_vision_tower = tower_place(tower, model_path)
-    return config
-
-
-def tower_place(tower: str, model_path: str) -> str:
-    """Where the tower that a config names is to be read from: a folder inside the checkpoint, wherever that lies, or
-    what `tower` says."""
-    own = Path(model_path, tower)
-    return str(own) if own.is_dir() else tower
-
-
 def may_come_later(name: str) -> bool:
     """Whether a weight may be missing from a base, as the checkpoint that names the base brings it."""
     return name.startswith(PROJECTOR) or name == IMAGE_NEWLINE
@@ -309,8 +250,3 @@ def fill_tower(tower: Any, tensors: Mapping[str, Tensor], source: str) -> None:
     parameters = {tower.checkpoint_name(TOWER + name): p for name, p in tower.named_parameters()}
     hint = "Its config.json says `unfreeze_mm_vision_tower`: a tower that was trained is read from the checkpoint."
     fill_strictly(parameters, own, f"The vision tower in {source}", hint)
-
-
-def context_length(config: Any) -> int:
-    """`max_sequence_length` of the config, else 2048, upstream's rule."""
-    return getattr(config, "max_sequence_length", None) or DEFAULT_CONTEXT_LENGTH

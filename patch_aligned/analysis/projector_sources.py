@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.model.builder import tower_place
+from llava.model.checkpoint_config import tower_place
 from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.weights import load_projector, projector_state, read_projector_file
