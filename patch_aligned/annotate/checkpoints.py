@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 
@@ -38,11 +39,14 @@ def load_whole_model(model_class: Any, name_or_folder: str, revision: str, error
         error: what to raise.
 
     Raises:
-        ValueError: as `error`, where weights are missing.
+        ValueError: as `error`, where weights are missing or cut off.
     """
-    model, loading = model_class.from_pretrained(
-        name_or_folder, revision=revision, dtype=torch.float32, output_loading_info=True
-    )
+    try:
+        model, loading = model_class.from_pretrained(
+            name_or_folder, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+    except SafetensorError as broken:
+        raise error(f"{name_or_folder}: weights that can't be read ({broken}). Fetch the checkpoint again") from broken
     if missing := sorted(loading["missing_keys"]):
         raise error(
             f"{name_or_folder}: {len(missing)} weights are missing, among them {missing[0]}. Fetch the checkpoint again"

@@ -69,9 +69,9 @@ def annotate(
     ] = "phrase",
     min_box_area_px: Annotated[float, _choice_option(help="Of a box within the image, at least.")] = 1.0,
     candidate_box_threshold: Annotated[
-        float, _choice_option(help="Candidates are kept above it, for reselect.")
+        float, _choice_option(min=0, max=1, help="Candidates are kept above it, for reselect.")
     ] = 0.15,
-    candidate_text_threshold: Annotated[float, _choice_option(help="Likewise for their tokens.")] = 0.15,
+    candidate_text_threshold: Annotated[float, _choice_option(min=0, max=1, help="Likewise for their tokens.")] = 0.15,
     segment_candidates: Annotated[
         bool,
         _choice_option(

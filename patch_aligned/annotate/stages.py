@@ -83,8 +83,10 @@ class ModelStages:
 
         Raises:
             SelectionError: for thresholds below those at which the detector keeps candidates.
+            PromptError: for a tag that makes no prompt.
         """
         selection.require_within(detector.candidate_thresholds)
+        detector.prompts.build(tagger.tags)  # or the first image that has such a tag would end the run
         self.tagger = tagger
         self.detector = detector
         self.segmenter = segmenter

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +31,11 @@ _logger = logging.getLogger(__name__)
 _FORMAT = "patch_aligned ram 1"
 _CONVERTED = ".converted.safetensors"
 _NAMES_SHOWN = 5
+# Bytes that are no pickle are run as one: they ask for what isn't there, or call what can't be called.
+_BROKEN_PICKLE_ERRORS = (
+    pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
+    ArithmeticError, struct.error,
+)  # fmt: skip
 _WHERE = (
     "Published are ram_swin_large_14m.pth at https://huggingface.co/xinyu1205/recognize_anything_model and "
     "ram_plus_swin_large_14m.pth at https://huggingface.co/xinyu1205/recognize-anything-plus-model"
@@ -154,11 +160,11 @@ def _read_published(path: Path) -> dict[str, Tensor]:
     with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments, plain values
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except _BROKEN_PICKLE_ERRORS as error:
             is_pickle = is_zip and isinstance(error, pickle.UnpicklingError)
             objects = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_pickle else []
             problem = (
-                _FOUND_OBJECTS.format(_listed(objects)) if objects else f"not readable by torch ({error}). {_WHERE}"
+                _FOUND_OBJECTS.format(_listed(objects)) if objects else f"not readable by torch ({error!r}). {_WHERE}"
             )
             raise RamCheckpointError(f"{path}: {problem}") from error
     state = saved.get("model") if isinstance(saved, Mapping) else None

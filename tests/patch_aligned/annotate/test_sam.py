@@ -253,6 +253,9 @@ def test_other_models_and_missing_weights_are_refused(segmenter: SamSegmenter, t
     segmenter.model.save_pretrained(tmp_path, state_dict={name: state[name] for name in state if name != lost})
     with pytest.raises(SegmenterError, match=f"1 weights are missing, among them {lost}"):
         SamSegmenter.from_pretrained(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(SegmenterError, match=r"weights that can't be read \(.*\)\. Fetch the checkpoint again"):
+        SamSegmenter.from_pretrained(str(tmp_path))
 
 
 def test_sam_2_says_that_it_needs_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,9 +121,10 @@ def test_files_that_hold_no_model_are_refused(
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RamCheckpointError, match=f"cut off after {len(whole) // 2} bytes. Download it again"):
         load_ram(path)
-    path.write_text("<html>Not found</html>", encoding="utf-8")
-    with pytest.raises(RamCheckpointError, match="not readable by torch"):
-        load_ram(path)
+    for text in ("<html>Not found</html>", "hello", "0", "", "Not found"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(RamCheckpointError, match="not readable by torch"):
+            load_ram(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "no tensors")
     with pytest.raises(RamCheckpointError, match="not readable by torch"):

@@ -1,0 +1,25 @@
+"""What builds the stages refuses at once what would end the run later."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from patch_aligned.annotate.prompts import PromptError
+from patch_aligned.annotate.recipes import ModelRecipe
+from patch_aligned.annotate.selection import Selection, SelectionError
+
+
+def test_a_tag_that_makes_no_prompt_is_refused_before_any_image_has_it(recipe: ModelRecipe, tmp_path: Path) -> None:
+    tags = recipe.ram_tag_list.read_text().splitlines()
+    tags[7] = "word " * 300
+    (tmp_path / "tags.txt").write_text("\n".join(tags))
+    with pytest.raises(PromptError, match=r"found 300 tokens, expected 1 to 253\. Correct the list of tags"):
+        replace(recipe, ram_tag_list=tmp_path / "tags.txt").build("cpu")
+
+
+def test_thresholds_below_the_candidates_are_refused_before_a_model_is_loaded(recipe: ModelRecipe) -> None:
+    with pytest.raises(SelectionError, match=r"box_threshold: found 0.1, expected 0.15 or more"):
+        replace(recipe, selection=Selection(box_threshold=0.1), sam="nowhere").build("cpu")
