@@ -27,7 +27,7 @@ from patch_aligned.analysis.report_tables import (
     thresholds_table,
 )
 from patch_aligned.analysis.token_map import MappedImage, TokenMaps, colours_of_words, map_caption
-from patch_aligned.analysis.token_map_page import data_uri
+from patch_aligned.analysis.token_map_page import distinct_pictures
 from patch_aligned.analysis.token_map_svg import picture_svg, token_map_svg
 from patch_aligned.html_page import static_page
 
@@ -190,12 +190,13 @@ def _token_maps(maps: TokenMaps) -> str:
 
 def _maps_of_image(image: MappedImage, picture: str) -> str:
     colours = colours_of_words(image)
-    parts = [picture_svg(picture, data_uri(image.image))]
+    pictures, picture_of = distinct_pictures(image)
+    parts = [picture_svg(f"{picture}-{index}", address) for index, address in enumerate(pictures)]
     for name, token_map in image.maps.items():
         columns = token_map.grid[1]
         figures = []
         for turn in range(token_map.pursuit.ids.shape[1]):
-            drawing = token_map_svg(token_map, turn, picture, colours, image.top_cosine, name)
+            drawing = token_map_svg(token_map, turn, f"{picture}-{picture_of[name]}", colours, image.top_cosine, name)
             caption = f"<b>{breakable(name)}</b>{html.escape(map_caption(token_map, turn))}"
             figures.append(f'<figure><div class="scroll">{drawing}</div><figcaption>{caption}</figcaption></figure>')
         style = f"--map-width:{22 * columns}px;--print-columns:{3 if columns <= 12 else 2}"

@@ -38,7 +38,7 @@ function start(data) {
     const svg = drawn("svg", { viewBox: `0 0 ${columns * CELL} ${rows * CELL}`, role: "img", tabindex: 0 });
     svg.setAttribute("aria-label", `${map.projector}, ${map.captions[turn]}`);
     svg.style.minWidth = `${columns * 34}px`;
-    svg.append(drawn("image", { href: image.picture, width: columns * CELL, height: rows * CELL, preserveAspectRatio: "none" }));
+    svg.append(drawn("image", { href: image.pictures[image.picture_of[map.projector]], width: columns * CELL, height: rows * CELL, preserveAspectRatio: "none" }));
     svg.append(drawn("rect", { width: columns * CELL, height: rows * CELL, fill: "#fff", opacity: heat ? 0.8 : 0.64 }));
     map.ids.forEach((ids, token) => {
       const word = map.words[ids[turn]], cosine = map.cosines[token][turn];
@@ -136,7 +136,7 @@ function start(data) {
       scroll.className = "scroll";
       return made("figure", null, made("figcaption", null, made("b", map.projector), map.captions[turn]), scroll);
     })));
-    element("picture").src = image.picture;
+    element("picture").src = image.pictures[0];
     element("place").textContent = `${image.image_id} (${place + 1} of ${data.images.length})`;
     element("previous").disabled = place === 0;
     element("next").disabled = place === data.images.length - 1;

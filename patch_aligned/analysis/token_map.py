@@ -76,10 +76,16 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class MappedImage:
-    """An image with the maps of every projector, by name; `image` is `[3, side, side]`, 0..1, as the tower sees it."""
+    """An image with the maps of every projector.
+
+    Attributes:
+        image_id: what it is called.
+        pictures: by the projector's name, the image as its tower sees it, `[3, side, side]`, 0..1.
+        maps: by the projector's name.
+    """
 
     image_id: str
-    image: Tensor
+    pictures: dict[str, Tensor]
     maps: dict[str, TokenMap]
 
     @property
@@ -187,12 +193,13 @@ def token_maps(
         image = load_rgb_image(path)
         pixels = {key: tower.pixels(image) for key, tower in towers.items()}  # [3, side, side] each
         features = {key: tower.features(pixels[key][None]) for key, tower in towers.items()}  # [1, S, d] each
+        shown = {key: tower.displayed(pixels[key]) for key, tower in towers.items()}
+        pictures = {model.name: shown[id(model.tower)] for model in models}
         maps = {}
         for model in models:
             tokens, grid = model.projector.visual_tokens(features[id(model.tower)])  # [1, T, D]
             maps[model.name] = mappers[model.projector.words.source].map(tokens[0], grid)
-        shown = models[0].tower
-        mapped.append(MappedImage(image_id, shown.displayed(pixels[id(shown)]), maps))
+        mapped.append(MappedImage(image_id, pictures, maps))
         on_images(len(mapped), len(images))
     return TokenMaps(mapped, sources_of(models), settings, word_list)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from patch_aligned.analysis.figure_parts import bare, drawable, font_families
 from patch_aligned.analysis.token_map import MappedImage, TokenMap, TokenMaps, colours_of_words, map_caption
 
@@ -59,7 +61,7 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
 
     thumbnail = figure.add_axes((margin / width, 1 - (margin + 1.25) / height, 1.25 / width, 1.25 / height))
     bare(thumbnail)
-    thumbnail.imshow(image.image.numpy().transpose(1, 2, 0))
+    thumbnail.imshow(image.pictures[names[0]].numpy().transpose(1, 2, 0))
     colours = (
         "English words are coloured, one colour a word; all other tokens are black."
         if has_word_list
@@ -93,7 +95,7 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
         for turn in range(rounds):
             bottom = height - head - title - (turn + 1) * panel - turn * title
             axes = figure.add_axes((left / width, bottom / height, panel / width, panel / height))
-            _draw_map(axes, image, token_map, turn, panel, writer)
+            _draw_map(axes, image.pictures[name], token_map, turn, panel, writer)
     figure.savefig(path)
 
 
@@ -129,12 +131,10 @@ class _WordWriter:
         return self._widths[text]
 
 
-def _draw_map(
-    axes: Axes, image: MappedImage, token_map: TokenMap, turn: int, panel: float, writer: _WordWriter
-) -> None:
+def _draw_map(axes: Axes, picture: Tensor, token_map: TokenMap, turn: int, panel: float, writer: _WordWriter) -> None:
     rows, columns = token_map.grid
     bare(axes)
-    washed = 0.36 * image.image.numpy().transpose(1, 2, 0) + 0.64  # [3, side, side] -> [side, side, 3]
+    washed = 0.36 * picture.numpy().transpose(1, 2, 0) + 0.64  # [3, side, side] -> [side, side, 3]
     axes.imshow(washed, extent=(0, columns, rows, 0), aspect="auto", interpolation="bilinear")
     for edge in range(1, columns):
         axes.axvline(edge, color="white", linewidth=0.5, alpha=0.7)

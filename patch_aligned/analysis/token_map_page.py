@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from patch_aligned.analysis.token_map import TokenMap, TokenMaps, colours_of_words, map_caption
+from patch_aligned.analysis.token_map import MappedImage, TokenMap, TokenMaps, colours_of_words, map_caption
 from patch_aligned.html_page import html_page
 
 _DIGITS = 4
@@ -47,10 +47,10 @@ def write_token_map_page(maps: TokenMaps, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page, numbers = folder / "token_map.html", folder / "token_map.json"
     numbers.write_text(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    entries = [
-        {**entry, "picture": data_uri(image.image)}
-        for entry, image in zip(document["images"], maps.images, strict=True)
-    ]
+    entries = []
+    for entry, image in zip(document["images"], maps.images, strict=True):
+        pictures, picture_of = distinct_pictures(image)
+        entries.append({**entry, "pictures": pictures, "picture_of": picture_of})
     shown = {**document, "images": entries}
     page.write_text(html_page(__package__, "token_map", "Token maps", shown), encoding="utf-8")
     return [page, numbers]
@@ -84,7 +84,14 @@ def _rounded(values: Tensor) -> list[list[float]]:
     return [[round(value, _DIGITS) for value in row] for row in values.tolist()]
 
 
-def data_uri(image: Tensor) -> str:
+def distinct_pictures(image: MappedImage) -> tuple[list[str], dict[str, int]]:
+    """The different pictures under an image's maps, as `data:` addresses, and which of them each projector has."""
+    addresses = {name: _data_uri(picture) for name, picture in image.pictures.items()}
+    pictures = list(dict.fromkeys(addresses.values()))
+    return pictures, {name: pictures.index(address) for name, address in addresses.items()}
+
+
+def _data_uri(image: Tensor) -> str:
     """A picture `[3, height, width]`, 0..1, as the address of an `img` that holds it."""
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()  # [3, side, side] -> [side, side, 3]
     content = io.BytesIO()

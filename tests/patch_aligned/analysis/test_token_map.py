@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -15,7 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from llava.convert.to_hf import to_hf
+from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis import word_list
+from patch_aligned.analysis.analysed_models import load_models
 from patch_aligned.analysis.embeddings import WordEmbeddings
 from patch_aligned.analysis.token_map import (
     MappedImage,
@@ -24,10 +28,11 @@ from patch_aligned.analysis.token_map import (
     TokenMapper,
     TokenMaps,
     colours_of_words,
+    token_maps,
 )
 from patch_aligned.analysis.token_map_command import token_map as token_map_command
 from patch_aligned.analysis.token_map_figure import save_token_map_figure
-from patch_aligned.analysis.token_map_page import token_map_document, write_token_map_page
+from patch_aligned.analysis.token_map_page import distinct_pictures, token_map_document, write_token_map_page
 from patch_aligned.analysis.token_text import TokenText, VocabularyText
 from patch_aligned.analysis.word_list import WORD_LISTS, WordList, english_words
 from patch_aligned.cli import app
@@ -48,7 +53,7 @@ def mapped(golden_world: Path) -> MappedImage:
     mapper = TokenMapper(words, PursuitSettings(rounds=2), ENGLISH)
     the, ing = (id_of(AutoTokenizer.from_pretrained("tiny-vicuna"), raw) for raw in ("▁the", "ing"))
     tokens = 3 * words.table[[the, ing, the, the]].float()
-    return MappedImage("street.jpg", torch.rand(3, 28, 28), {"ours": mapper.map(tokens, (2, 2))})
+    return MappedImage("street.jpg", {"ours": torch.rand(3, 28, 28)}, {"ours": mapper.map(tokens, (2, 2))})
 
 
 def maps_of(mapped: MappedImage) -> TokenMaps:
@@ -132,7 +137,7 @@ def test_without_a_list_no_word_is_called_english(golden_world: Path):
     token_map = TokenMapper(words).map(words.table[[300]].float(), (1, 1))
     assert token_map.pursuit.ids.shape == (1, 5)
     assert token_map.english_share(0) is None
-    assert colours_of_words(MappedImage("x", torch.zeros(3, 4, 4), {"a": token_map})) == {}
+    assert colours_of_words(MappedImage("x", {"a": torch.zeros(3, 4, 4)}, {"a": token_map})) == {}
 
 
 def test_rows_beyond_the_tokenizer_are_never_chosen(golden_world: Path):
@@ -154,6 +159,33 @@ def test_a_word_has_one_dark_colour_everywhere_and_fragments_have_none(mapped: M
         assert (0.64 + 0.05) / (luminance + 0.05) > 4  # contrast on the darkest background of a map
 
 
+def test_each_map_lies_over_the_picture_that_its_own_tower_sees(golden_world: Path, pad: Path, tmp_path: Path):
+    config = json.loads(Path("tiny-llava/config.json").read_text())
+    Path("tiny-llava/config.json").write_text(json.dumps(config | {"image_aspect_ratio": "pad"}))
+    to_hf("tiny-llava", tmp_path / "hf", dtype="float32")
+    models = load_models(
+        ["cut=random:1", "padded=" + str(tmp_path / "hf"), "too=tiny-llava"], "tiny-vicuna", "tiny-clip", "square"
+    )
+    path = pad.parent / "pictures" / "0.png"
+    maps = token_maps(models, [("0.png", path)], PursuitSettings(rounds=1), "none")
+    (image,) = maps.images
+    for model in models:
+        seen = model.tower.displayed(model.tower.pixels(load_rgb_image(path)))
+        torch.testing.assert_close(image.pictures[model.name], seen, atol=0, rtol=0)
+    pictures, picture_of = distinct_pictures(image)
+    assert (len(set(pictures)), picture_of) == (2, {"cut": 0, "padded": 1, "too": 0})
+    assert all(picture in write_token_map_page(maps, tmp_path / "out")[0].read_text() for picture in pictures)
+
+    alone = replace(image, pictures={"cut": image.pictures["cut"]}, maps={"cut": image.maps["cut"]})
+    swapped = replace(alone, pictures={"cut": image.pictures["padded"]})
+    drawn = []
+    for number, shown in enumerate((alone, swapped)):
+        save_token_map_figure(shown, tmp_path / f"{number}.png", "words", has_word_list=False)
+        with Image.open(tmp_path / f"{number}.png") as picture:
+            drawn.append(picture.crop((0, 250, picture.width, picture.height)).tobytes())  # below the thumbnail
+    assert drawn[0] != drawn[1]
+
+
 # --- page and picture -----------------------------------------------------------------------------------------------
 
 
@@ -162,7 +194,7 @@ def test_the_page_holds_everything_and_no_text_can_leave_its_data(mapped: Mapped
     token_map = mapped.maps["ours"]
     first = int(token_map.pursuit.ids[0, 0])
     token_map.words[first] = MappedToken(TokenText(hostile, True, False), False)
-    named = MappedImage(hostile, mapped.image, mapped.maps)
+    named = MappedImage(hostile, mapped.pictures, mapped.maps)
     page, numbers = write_token_map_page(maps_of(named), tmp_path / "out")
     text = page.read_text()
     assert hostile not in text
@@ -173,7 +205,7 @@ def test_the_page_holds_everything_and_no_text_can_leave_its_data(mapped: Mapped
     shown = json.loads(data.group(1))
     (image,) = shown["images"]
     assert image["image_id"] == hostile
-    assert image["picture"].startswith("data:image/jpeg;base64,")
+    assert image["pictures"][image["picture_of"]["ours"]].startswith("data:image/jpeg;base64,")
     assert image["maps"][0]["words"][str(first)]["text"] == hostile
     assert json.loads(numbers.read_text())["images"][0]["maps"] == image["maps"]
 
