@@ -32,6 +32,10 @@ from patch_aligned.analysis.token_map_svg import picture_svg, token_map_svg
 from patch_aligned.html_page import static_page
 
 
+MOST_BROKEN_IMAGES = 20
+"""Images left out that a report names; the JSON has all."""
+
+
 def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: str, maps: TokenMaps | None) -> str:
     """The whole page.
 
@@ -60,8 +64,9 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
     names = ", ".join(analysis.models)
     title = f"Analysis: {names}"
     regions = max(model.counts.regions for model in analysis.models.values())
+    broken = f" ({len(analysis.broken_images):,} more were left out)" if analysis.broken_images else ""
     subtitle = (
-        f"{analysis.images:,} images, {regions:,} regions, {analysis.labels:,} labels of "
+        f"{analysis.images:,} images{broken}, {regions:,} regions, {analysis.labels:,} labels of "
         f"<code>{html.escape(str(analysis.settings.measure.data))}</code>; threshold rule "
         f"<code>{analysis.settings.measure.threshold_rule}</code>."
     )
@@ -205,12 +210,17 @@ def _maps_of_image(image: MappedImage, picture: str) -> str:
 
 
 def _left_out(analysis: Analysis) -> str:
-    skipped = "".join(f"<dt>{html.escape(reason)}</dt><dd>{count:,}</dd>" for reason, count in analysis.skipped.items())
+    skipped = {reason: f"{count:,}" for reason, count in analysis.skipped.items()}
     of_file = (
-        f"<h3>Annotations of the whole file that are no regions</h3><dl>{skipped}</dl>"
+        f"<h3>Annotations of the whole file that are no regions</h3>{_definitions(skipped)}"
         if skipped
         else _note("All annotations of the file are regions.")
     )
+    broken = analysis.broken_images
+    if broken:
+        shown = dict(list(broken.items())[:MOST_BROKEN_IMAGES])
+        more = _note(f"The first {MOST_BROKEN_IMAGES}; analysis.json has all.") if len(broken) > len(shown) else ""
+        of_file += f"<h3>{len(broken):,} images that cannot be measured</h3>{_definitions(shown)}{more}"
     return (
         _table("Regions", counts_table(analysis))
         + _note(
@@ -252,9 +262,6 @@ def _provenance(analysis: Analysis, provenance: Mapping[str, Any]) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items()),
         "speed": f"{analysis.images_per_second:.1f} images a second, all projectors together",
     }
-    listed = "".join(
-        f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in settings.items() if value
-    )
     return (
         '<div class="scroll text" role="region" tabindex="0" aria-label="Models"><table>'
         f"<thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -262,13 +269,17 @@ def _provenance(analysis: Analysis, provenance: Mapping[str, Any]) -> str:
             "SHA-256 of weight files and configs together, here its first 16 digits; analysis.json has it whole, and "
             "patch_aligned.checkpoint_hash says how it is taken."
         )
-        + f"<dl>{listed}</dl>"
+        + _definitions({key: value for key, value in settings.items() if value})
     )
 
 
 def _table(title: str, table: ReportTable, kind: str = "") -> str:
     box = as_html(table, title)
     return box.replace('class="scroll"', f'class="scroll {kind}"', 1) if kind else box
+
+
+def _definitions(entries: Mapping[str, str]) -> str:
+    return f"<dl>{''.join(f'<dt>{breakable(key)}</dt><dd>{breakable(value)}</dd>' for key, value in entries.items())}</dl>"
 
 
 def _note(text: str) -> str:
