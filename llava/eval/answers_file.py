@@ -2,8 +2,9 @@
 
 Answers are written in the order of the questions, one JSON object a line, each at once. Beside them lies
 `ANSWERS.run.json`, which describes the run: questions, checkpoint, template and settings. A run of the same description
-goes on where the file ends; any other starts it anew, as upstream always does. So answers of two runs never mix, and
-those of a checkpoint that has since been trained on are not taken for new ones. `ANSWERS.lock`, which is left behind,
+goes on where the file ends; any other starts it anew, as upstream always does, and sets what it held aside as
+`ANSWERS.old`. So answers of two runs never mix, and those of a checkpoint that has since been trained on are not taken
+for new ones. `ANSWERS.lock`, which is left behind,
 keeps a second process out: two would write their lines among each other's.
 """
 
@@ -69,6 +70,7 @@ class AnswersFile:
     def __init__(self, path: Path, questions: Sequence[Question], model_id: str, run: Mapping[str, Any]):
         self.path = path
         self.run_path = self.path.with_name(f"{self.path.name}.run.json")
+        self.old_path = self.path.with_name(f"{self.path.name}.old")
         self.model_id = model_id
         description = {**run, "questions": hash_of_questions(questions), "number of questions": len(questions)}
         self.description = json.loads(json.dumps(description))
@@ -85,26 +87,28 @@ class AnswersFile:
         try:
             old = dict(json.loads(self.run_path.read_text(encoding="utf-8")))
         except (FileNotFoundError, TypeError, ValueError):
-            logger.warning("%s is started anew: nothing says which run its answers are from", self.path)
-            return []
+            return self._none_kept("nothing says which run its answers are from")
         if different := [key for key in self.description if old.get(key) != self.description[key]]:
-            changes = ", ".join(different)
-            logger.warning("%s is started anew: its answers are from a run that differs in: %s", self.path, changes)
-            return []
+            return self._none_kept(f"its answers are from a run that differs in: {', '.join(different)}")
         lines = complete_lines(self.path.read_bytes())
         ids = [json.loads(line).get("question_id") for line in lines]
         if ids != [question.question_id for question in questions[: len(ids)]]:
-            logger.warning("%s is started anew: its answers are not those of the first questions", self.path)
-            return []
+            return self._none_kept("its answers are not those of the first questions")
         logger.info("%s: %d of %d questions are answered already", self.path, len(lines), len(questions))
         return lines
 
+    def _none_kept(self, reason: str) -> list[bytes]:
+        logger.warning("%s is started anew, what it holds set aside as %s: %s", self.path, self.old_path, reason)
+        return []
+
     @contextmanager
     def writer(self) -> Iterator[Callable[[Answer], None]]:
-        """A function that appends an answer, as long as it is open. What was not kept is cut off first."""
+        """A function that appends an answer, as long as it is open. What is not kept is set aside or cut off first."""
         if self.kept:
             os.truncate(self.path, sum(len(line) for line in self.kept_lines))
         else:
+            if self.path.is_file() and b"\n" in self.path.read_bytes():  # more than a killed run's first line
+                self.path.replace(self.old_path)
             self.path.write_bytes(b"")  # before the description: no old answers are ever beside a new one
             temporary = self.run_path.with_name(f"{self.run_path.name}.tmp")
             temporary.write_text(json.dumps(self.description, indent=1) + "\n", encoding="utf-8")

@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(flags: dict[str, Any], mo
 
 
 @pytest.mark.parametrize("change", ["settings", "template", "questions", "weights", "no origin", "broken origin"])
-def test_answers_of_another_run_are_not_kept(flags: dict[str, Any], change: str) -> None:
+def test_answers_of_another_run_are_set_aside(flags: dict[str, Any], change: str) -> None:
     model_vqa_loader.eval_model(SimpleNamespace(**flags))
     path = Path(flags["answers_file"])
     marked = path.read_bytes().replace(b'"text": "', b'"text": "old ')
@@ -113,6 +113,7 @@ def test_answers_of_another_run_are_not_kept(flags: dict[str, Any], change: str)
     model_vqa_loader.eval_model(SimpleNamespace(**flags))
     assert b"old " not in path.read_bytes()
     assert len(answered()) == (1 if change == "questions" else 5)
+    assert path.with_name("a.jsonl.old").read_bytes() == marked
 
 
 def test_a_run_that_cannot_start_leaves_old_answers_alone(flags: dict[str, Any]) -> None:
