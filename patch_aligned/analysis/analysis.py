@@ -121,6 +121,7 @@ def analyse(
         images=survey.images,
         labels=len(survey.labels),
         skipped=annotated.skipped,
+        broken_images=annotated.broken,
         images_per_second=survey.images * len(towers) / seconds,
         models=found_models,
         comparisons=comparisons,

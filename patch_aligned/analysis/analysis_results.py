@@ -167,6 +167,7 @@ class Analysis:
         images: how many.
         labels: different labels of the set.
         skipped: annotations of the whole file that were no regions, by reason.
+        broken_images: images left out by `on_error="skip"`, by id, each with the reason.
         images_per_second: of the passes over the images, all models together; intervals not counted.
         models: by name, in the order given.
         comparisons: of every pair, the later less the earlier.
@@ -179,6 +180,7 @@ class Analysis:
     images: int
     labels: int
     skipped: Mapping[str, int]
+    broken_images: Mapping[str, str]
     images_per_second: float
     models: dict[str, ModelAnalysis]
     comparisons: list[Comparison]

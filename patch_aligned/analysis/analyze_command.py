@@ -56,6 +56,13 @@ def analyze(
         str | None,
         typer.Option(metavar="KIND", help="Only regions whose extra key `kind` has this value, such as `object`."),
     ] = None,
+    on_error: Annotated[
+        Literal["fail", "skip"],
+        typer.Option(
+            help="An image that is missing, broken, or of another size than its record's: `fail` stops, `skip` leaves "
+            "it out and lists it in the report."
+        ),
+    ] = "fail",
     resamples: Annotated[int, typer.Option(min=0, help="Draws of images behind an interval; 0: none.")] = 2000,
     image_aspect_ratio: AspectRatioOption = None,
     picture_rows: Annotated[int, typer.Option(min=0, help="Images in localisation.png; 0 draws none.")] = 4,
@@ -97,6 +104,7 @@ def analyze(
         picture_rows=picture_rows,
         data_format=data_format,
         subset=subset,
+        on_error=on_error,
     )
     run_analyze(
         projectors=projector,

@@ -92,5 +92,9 @@ def run_analyze(
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    if analysis.broken_images:
+        console.print(
+            f"Left out: {len(analysis.broken_images):,} images that cannot be measured; report.html says why."
+        )
     console.print("Written: " + ", ".join(str(path) for path in written), soft_wrap=True)
     return analysis

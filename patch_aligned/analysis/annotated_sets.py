@@ -37,12 +37,14 @@ class AnnotatedSet:
         format: one of `FORMATS`, not `auto`.
         images: starts a pass over the images.
         skipped: regions of the whole file that no pass yields, counted by their reason.
+        broken: ids of images that no pass yields since they cannot be measured, each with the reason.
     """
 
     path: Path
     format: str
     images: Callable[[], Iterator[AnnotatedImage]]
     skipped: Mapping[str, int] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[AnnotatedImage]:
         return self.images()
@@ -63,6 +65,11 @@ class AnnotatedSet:
 
         chosen = frozenset(heapq.nsmallest(limit, (image.image_id for image in self), key=rank))
         return replace(self, images=lambda: (image for image in self.images() if image.image_id in chosen))
+
+    def without(self, broken: Mapping[str, str]) -> AnnotatedSet:
+        """All images but those, which are given by id with the reason."""
+        left = replace(self, images=lambda: (image for image in self.images() if image.image_id not in broken))
+        return replace(left, broken=broken)
 
 
 def open_annotated_set(path: Path, image_folder: Path, format: str = "auto") -> AnnotatedSet:

@@ -19,7 +19,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from llava.mm_utils import load_rgb_image
+from llava.mm_utils import UnreadableImageError, load_rgb_image
 from patch_aligned.analysis.annotated_sets import AnnotatedSet, open_annotated_set
 from patch_aligned.analysis.embeddings import Tower
 from patch_aligned.analysis.localisation_figure import PictureRow
@@ -45,6 +45,8 @@ class MeasureSettings:
         batch_size: images in a forward pass; no number depends on it.
         picture_rows: images kept for the picture.
         data_format: of `data`.
+        on_error: what an image does that is missing, broken, or of another size than its record's: `fail` stops,
+            `skip` leaves it out of the set, as if it had never been there, and lists it.
     """
 
     data: Path
@@ -58,6 +60,7 @@ class MeasureSettings:
     picture_rows: int = 4
     data_format: str = "auto"
     subset: Literal["first", "random"] = "first"
+    on_error: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Survey:
         if missing:
             raise FileNotFoundError(
                 f"{settings.data}: {missing:,} of {images:,} images are missing, the first is {first_missing}. Pass "
-                "the --image-folder that its paths are relative to."
+                "the --image-folder that its paths are relative to, or leave them out with --on_error skip."
             )
         if not own:
             chosen = f" of kind {settings.region_kind!r} (kinds in the file: {sorted(kinds) or 'none'})"
@@ -124,13 +127,41 @@ class Survey:
 
 
 def open_images(settings: MeasureSettings) -> AnnotatedSet:
-    """The images that `settings` choose."""
+    """The images that `settings` choose; with `on_error="skip"` all are decoded once to find those left out.
+
+    Raises:
+        ValueError: see `open_annotated_set`, or every image would be left out.
+        FileNotFoundError: there is no such file.
+    """
     annotated = open_annotated_set(settings.data, settings.image_folder, settings.data_format)
-    if settings.limit is None:
+    if settings.limit is not None and settings.subset == "random":
+        annotated = annotated.random_subset(settings.limit, settings.seed)
+    elif settings.limit is not None:
+        annotated = annotated.first(settings.limit)
+    if settings.on_error == "fail":
         return annotated
-    if settings.subset == "random":
-        return annotated.random_subset(settings.limit, settings.seed)
-    return annotated.first(settings.limit)
+    annotated = annotated.without(_broken_images(annotated, settings.image_folder))
+    if annotated.broken and next(iter(annotated), None) is None:
+        first = next(iter(annotated.broken.values()))
+        raise ValueError(
+            f"{settings.data}: none of its {len(annotated.broken):,} images can be measured. The first: {first}. Is "
+            f"--image-folder {settings.image_folder} the right one?"
+        )
+    return annotated
+
+
+def _broken_images(annotated: Iterable[AnnotatedImage], image_folder: Path) -> dict[str, str]:
+    broken = {}
+    for image in annotated:
+        path = image_path(image_folder, image.image_id)
+        try:
+            file_wh = load_rgb_image(path).size
+        except (FileNotFoundError, UnreadableImageError) as error:
+            broken[image.image_id] = str(error)
+        else:
+            if file_wh != image.size_wh:
+                broken[image.image_id] = f"{path}: found {list(file_wh)} pixels, its record says {list(image.size_wh)}"
+    return broken
 
 
 class MeasuredImage:
@@ -157,7 +188,10 @@ class MeasuredImage:
         self._record = f"{settings.data}: {annotated.image_id}"
         self._tower = tower
         self._coverage: dict[tuple[int, int], Tensor] = {}
-        image = load_rgb_image(image_path(settings.image_folder, annotated.image_id))
+        try:
+            image = load_rgb_image(image_path(settings.image_folder, annotated.image_id))
+        except UnreadableImageError as error:
+            raise UnreadableImageError(f"{error}, or leave images like it out with --on_error skip") from error
         self._file_wh = image.size
         self.pixels = tower.pixels(image)  # [3, side, side]
         self.picture: PictureRow | None = None

@@ -85,6 +85,11 @@ def report_markdown(analysis: Analysis) -> str:
     counts = model.counts
     kind = f" of kind `{measure.region_kind}`" if measure.region_kind else ""
     outside = f"{counts.regions_outside} outside the model's image and left out, " if counts.regions_outside else ""
+    broken = (
+        f" {len(analysis.broken_images):,} more images were left out: they could not be measured."
+        if analysis.broken_images
+        else ""
+    )
     differing = f" (of {first}; the page has the counts of all)" if analysis.counts_differ else ""
     lines = [
         "# Analysis of projectors",
@@ -92,7 +97,7 @@ def report_markdown(analysis: Analysis) -> str:
         *as_markdown(headline_table(analysis)),
         "",
         f"{analysis.images} images, {counts.regions} regions{kind}: {outside}{counts.regions_without_token} cover no "
-        f"token and count in Align alone{differing}.",
+        f"token and count in Align alone{differing}.{broken}",
         "Entropies H in nats; ΔH is before minus after. Align is the mean over regions of the IoU by area, with the "
         f"threshold rule `{measure.threshold_rule}`. The last column is a control: the same cosine with another "
         f"region's label (seed {measure.seed}). In brackets {analysis.settings.resampling.confidence:.0%} intervals, "

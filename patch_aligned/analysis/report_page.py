@@ -31,7 +31,6 @@ from patch_aligned.analysis.token_map_page import distinct_pictures
 from patch_aligned.analysis.token_map_svg import picture_svg, token_map_svg
 from patch_aligned.html_page import static_page
 
-
 MOST_BROKEN_IMAGES = 20
 """Images left out that a report names; the JSON has all."""
 
@@ -279,7 +278,9 @@ def _table(title: str, table: ReportTable, kind: str = "") -> str:
 
 
 def _definitions(entries: Mapping[str, str]) -> str:
-    return f"<dl>{''.join(f'<dt>{breakable(key)}</dt><dd>{breakable(value)}</dd>' for key, value in entries.items())}</dl>"
+    return (
+        f"<dl>{''.join(f'<dt>{breakable(key)}</dt><dd>{breakable(value)}</dd>' for key, value in entries.items())}</dl>"
+    )
 
 
 def _note(text: str) -> str:

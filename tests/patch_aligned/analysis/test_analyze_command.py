@@ -80,6 +80,14 @@ def test_an_output_that_is_a_file_or_a_word_list_that_is_missing_shows_before_th
     assert_refused(invoke(pad, tmp_path / "out", english="nltk"), "'nltk' is not installed", tmp_path)
 
 
+def test_broken_images_stop_the_command_unless_they_are_to_be_skipped(golden_world: Path, pad: Path, tmp_path: Path):
+    (pad.parent / "pictures" / "0.png").write_text("no image")
+    assert_refused(invoke(pad, tmp_path / "out"), "leave images like it out with --on_error skip", tmp_path)
+    result = invoke(pad, tmp_path / "out", on_error="skip")
+    assert result.exit_code == 0, result.output
+    assert "Left out: 1 images" in result.output
+
+
 def test_a_limit_chooses_by_seed_unless_the_first_are_asked_for(golden_world: Path, pad: Path, tmp_path: Path):
     def shown(**changed: str) -> list[str]:
         assert invoke(pad, tmp_path / "out", limit="2", token_maps="0", **changed).exit_code == 0

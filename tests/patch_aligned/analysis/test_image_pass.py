@@ -130,6 +130,35 @@ def test_images_that_do_not_fit_their_records_are_named(golden_world: Path, pad:
         run(pad)
 
 
+def test_images_that_cannot_be_measured_can_be_left_out_as_if_they_had_never_been_there(
+    golden_world: Path, pad: Path, rectangle: Callable
+):
+    records = [json.loads(line) for line in pad.read_text().splitlines()]
+    extra = [rectangle(14, 0, 40, 30, "broken"), rectangle(14, 0, 40, 50, "dog")]
+    for name in ("cut off.png", "turned.png", "missing.png"):
+        records.insert(1, records[0] | {"image_id": name, "labels": extra})
+    pictures = pad.parent / "pictures"
+    (pictures / "cut off.png").write_bytes((pictures / "0.png").read_bytes()[:4000])
+    Image.new("RGB", (56, 80)).save(pictures / "turned.png")
+    whole = run(pad)
+    pad.write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(FileNotFoundError, match=r"1 of 7 images are missing.*--on_error skip"):
+        run(pad)
+    left = run(pad, on_error="skip", picture_rows=3)
+    assert left.to_json()["models"] == whole.to_json()["models"]
+    assert (left.images, [row.image_id for row in left.picture]) == (4, ["0.png", "2.png", "3.png"])
+    assert list(left.broken_images) == ["missing.png", "turned.png", "cut off.png"]
+    for word, reason in zip(("no such", "[56, 80]", "decoded"), left.broken_images.values(), strict=True):
+        assert word in reason
+    assert whole.broken_images == {}
+
+    pad.write_text("\n".join(json.dumps(record) for record in records if record["image_id"] == "cut off.png"))
+    with pytest.raises(OSError, match=r"cut off\.png.*leave images like it out with --on_error skip"):
+        run(pad)
+    with pytest.raises(ValueError, match=r"none of its 1 images can be measured. The first: .*cut off\.png"):
+        run(pad, on_error="skip")
+
+
 def test_a_projector_of_another_width_names_both_shapes(golden_world: Path, pad: Path, tmp_path: Path):
     torch.save(
         {"model.mm_projector.weight": torch.zeros(64, 48), "model.mm_projector.bias": torch.zeros(64)}, "wide.bin"

@@ -15,6 +15,7 @@ from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, l
 from patch_aligned.analysis.analysis_results import Analysis
 from patch_aligned.analysis.figures import FIGURES, Resampling
 from patch_aligned.analysis.report import provenance_of, report_json, report_markdown
+from patch_aligned.analysis.report_page import MOST_BROKEN_IMAGES
 from patch_aligned.analysis.report_tables import (
     Cell,
     ReportTable,
@@ -181,6 +182,21 @@ def test_regions_left_out_are_counted_by_reason(golden_world: Path, pad: Path, t
     row = re.search(r'<th scope="row">start</th>((?:<td>[\d,]+</td>)+)', text)
     assert row is not None
     assert re.findall(r"<td>(\d+)</td>", row.group(1)) == ["3", "0", "7", "1", "1"]
+
+
+def test_images_left_out_are_counted_and_named_with_their_reasons(golden_world: Path, pad: Path, tmp_path: Path):
+    (pad.parent / "pictures" / "0.png").write_text("no image")
+    analysis = run(pad, picture_rows=1, seeds=(), on_error="skip")
+    text = page(analysis, pad, tmp_path / "out").replace("<wbr>", "")
+    assert "3 images (1 more were left out)" in text
+    assert re.search(r"<h3>1 images that cannot be measured</h3><dl><dt>0\.png</dt><dd>[^<]+expected an image", text)
+    assert "1 more images were left out" in report_markdown(analysis)
+    document = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert list(document["broken_images"]) == ["0.png"]
+
+    many = replace(analysis, broken_images={f"{number}.png": "gone" for number in range(MOST_BROKEN_IMAGES + 1)})
+    text = page(many, pad, tmp_path / "many")
+    assert (text.count("<dd>gone</dd>"), text.count("analysis.json has all")) == (MOST_BROKEN_IMAGES, 1)
 
 
 def test_the_spectra_are_one_drawing_the_same_each_time(golden_world: Path, pad: Path, tmp_path: Path):
