@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,10 +20,12 @@ def command_parser(module: str, description: str | None) -> argparse.ArgumentPar
 def run_command(
     command: Callable[[Any], object], parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> None:
-    """Parses the command line and runs; wrong input ends with one sentence, a bug with its traceback."""
+    """Parses the command line and runs; wrong input ends with one sentence, Ctrl-C with none, bugs with tracebacks."""
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         command(args)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +60,13 @@ class AspectRatio(str, Enum):
     PAD = "pad"
 
 
-MaxShardSize = Annotated[str, typer.Option(help="Largest file of weights.")]
+def _shard_size(text: str) -> str:
+    if not re.fullmatch(r"\d+[KMGT]B", text, re.IGNORECASE):
+        raise typer.BadParameter(f"found {text!r}, expected a size such as 500MB or 5GB")
+    return text
+
+
+MaxShardSize = Annotated[str, typer.Option(help="Largest file of weights.", callback=_shard_size)]
 
 
 @app.command("to-hf", epilog="How to serve the folder: docs/serving.md.")

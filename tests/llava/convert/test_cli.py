@@ -25,3 +25,6 @@ def test_wrong_input_ends_with_one_sentence_and_code_2(golden_world: Path) -> No
     result = CliRunner().invoke(app, ["to-hf", "tiny-llava", "hf", "--conv-mode", "v9"])
     assert result.exit_code == 2
     assert "--conv-mode v9: no such template" in result.output
+    result = CliRunner().invoke(app, ["to-hf", "tiny-llava", "hf", "--max-shard-size", "5"])
+    assert result.exit_code == 2
+    assert "found '5', expected a size such as" in result.output
