@@ -144,7 +144,7 @@ class RunFolder:
             self.read_shard(shard)
         except ShardError as error:
             if self.shard_path(shard).exists():
-                _logger.warning("%s", error)
+                _logger.warning("Made anew: %s", error)
             return False
         return True
 
