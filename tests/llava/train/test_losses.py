@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llava.plugin import AlignmentContext, AuxiliaryOutput, TrainingPlugin
+from llava.train.checkpointing_trainer import CheckpointingTrainer
 from llava.train.llava_trainer import LLaVATrainer, run_progress
 
 
@@ -84,6 +85,21 @@ def test_accumulation_in_four_equals_one_batch(run_stage_1: Any, logged: Any, pl
     flags = "--data_path same.json --per_device_train_batch_size 1 --gradient_accumulation_steps 4"
     in_four = run_stage_1("four", flags, plugin=plugin)
     assert logged(in_four) == pytest.approx(logged(at_once), rel=2e-6)
+
+
+def test_an_engine_that_rounds_the_model_leaves_its_rotary_frequencies_exact(
+    run_stage_1: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = run_stage_1("exact", "--max_steps 1").model.get_model().rotary_emb.inv_freq
+    prepare = CheckpointingTrainer._prepare_for_training
+
+    def prepare_and_round(trainer: Any, *arguments: Any) -> Any:
+        prepared = prepare(trainer, *arguments)
+        trainer.model.get_model().rotary_emb.bfloat16()  # as DeepSpeed before 0.19.2 does
+        return prepared
+
+    monkeypatch.setattr(CheckpointingTrainer, "_prepare_for_training", prepare_and_round)
+    assert torch.equal(run_stage_1("rounded", "--max_steps 1").model.get_model().rotary_emb.inv_freq, exact)
 
 
 def test_progress_runs_from_zero_to_one() -> None:
