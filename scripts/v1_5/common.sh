@@ -7,7 +7,7 @@
 #
 #   LLM=vicuna7b|vicuna13b|llama31   PROJECTOR=mlp|linear|cabstractor   rows of the paper's tables
 #   GPU=80g|24g   NUM_GPUS=N   what it runs on; the global batch stays, gradient accumulation makes up the rest
-#   NNODES=N NODE_RANK=I MASTER_ADDR=HOST              several machines: the same command on each, its own NODE_RANK
+#   NNODES=N NODE_RANK=I MASTER_ADDR=HOST   several machines: the same command on each, its own NODE_RANK; one shared disk
 #   MASTER_PORT=N                                      a port of its own (default 29500) for each run on one machine
 #   PRESET=mini                                        the miniature on CPU: small real weights, synthetic scenes
 #   DRY_RUN=1                                          print the command, ready to paste, and stop
