@@ -17,7 +17,7 @@ from torch import Tensor
 from llava.model.checkpoint_config import tower_place
 from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.multimodal_projector.weights import load_projector, projector_state, read_projector_file
+from llava.model.multimodal_projector.weights import MARK, load_projector, projector_state, read_projector_file
 from llava.model.tensor_files import WEIGHT_FILES
 from patch_aligned.analysis.embeddings import MeasuredProjector, SharedTower, WordEmbeddings, seeded
 
@@ -50,7 +50,8 @@ class ProjectorSource:
         (`non_lora_trainables.bin`) or the folder of a full checkpoint.
 
         Raises:
-            ValueError: the specification cannot be understood, or the checkpoint trained its vision tower.
+            ValueError: the specification cannot be understood, the checkpoint holds no projector, or it trained its
+                vision tower.
             FileNotFoundError: there is no such path, or the folder holds no weights.
         """
         where = f"--projector {specification}"
@@ -77,6 +78,13 @@ class ProjectorSource:
             raise FileNotFoundError(
                 f"{where}: {path} holds neither {', '.join(PROJECTOR_FILES)} nor the weights of a full checkpoint. "
                 "Pass the --output_dir of a finished training run."
+            )
+        # Before the tower is sought, which a language model's config does not name.
+        if not any(MARK in tensor for tensor in CheckpointTensors(value)):
+            raise ValueError(
+                f"{where}: {path} holds no projector: none of its tensors is named *{MARK}*. A language model "
+                "alone belongs to --base, an encoder to --vision-tower; as --projector pass an --output_dir of stage 1 "
+                "or a whole LLaVA checkpoint."
             )
         if config.get("unfreeze_mm_vision_tower"):
             raise ValueError(
@@ -107,13 +115,7 @@ class ProjectorSource:
         state: dict[str, Tensor] = {}
         if self.is_full_checkpoint:
             weights = CheckpointTensors(str(self.path))
-            state = {name: weights[name] for name in weights if "mm_projector." in name}
-            if not state:
-                raise ValueError(
-                    f"{self.path}: this checkpoint holds no projector: none of its {len(weights)} tensors is named "
-                    "*mm_projector.*. A language model alone belongs to --base; as --projector pass an --output_dir of "
-                    "stage 1 or a whole LLaVA checkpoint."
-                )
+            state = {name: weights[name] for name in weights if MARK in name}
         elif self.path is not None:
             state = read_projector_file(self.path)
         config = dict(self.config) or (architecture_of(state) if state else dict(default_config))

@@ -103,7 +103,7 @@ def test_a_limit_chooses_by_seed_unless_the_first_are_asked_for(golden_world: Pa
     [
         ({"projector": "start=nowhere"}, "there is no nowhere"),
         ({"projector": "train_init"}, "expected NAME=PATH"),
-        ({"projector": "start=tiny-vicuna"}, "tiny-vicuna: this checkpoint holds no projector"),
+        ({"projector": "start=tiny-vicuna", "vision_tower": None}, "tiny-vicuna holds no projector"),
         ({"vision_tower": None}, "pass --vision-tower PATH"),
         ({"base": None}, "--base is missing"),
         ({"base": "images"}, "No weights at images: expected model.safetensors"),
