@@ -27,7 +27,7 @@ from patch_aligned.record_files import PAD_SCHEMA, RecordFileError, batch_to_rec
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "3"  # part of the cache key; raise it when the layout of the folder or a check changes
+_FORMAT = "4"  # part of the cache key; raise it when the layout of the folder or a check changes
 ROWS_PER_BATCH = 256
 """Rows that stand together on disk; files beside the index keep to the same batches."""
 _RECORDS, _REJECTED = "records.arrow", "rejected.jsonl"

@@ -99,7 +99,7 @@ def read_annotations(
     Args:
         path: a `.json`, `.jsonl`, `.json.gz`, `.jsonl.gz` or `.parquet` file.
         on_error: called with each broken record, which is then left out; None raises at the first. A second record of
-            an image counts as broken.
+            an image counts as broken, also under another spelling of its path.
 
     Raises:
         AnnotationError: for a record that breaks the format; names file, record, field, found and expected.
@@ -109,7 +109,7 @@ def read_annotations(
     index_of_id: dict[str, int] = {}
     for index, outcome in _checked(iter_records(path), path):
         if isinstance(outcome, AnnotatedImage):
-            first = index_of_id.setdefault(outcome.image_id, index)
+            first = index_of_id.setdefault(normal_path(outcome.image_id), index)
             if first == index:
                 yield outcome
                 continue
@@ -167,9 +167,10 @@ class _Place:
 
     def error(self, name: str, found: str, expected: str, hint: str = "") -> AnnotationError:
         record = f"record {self.index} " if self.index >= 0 else ""
+        check = "; `patch-aligned verify` lists all that are broken" if self.index >= 0 else ""
         message = (
             f"{self.source}: {record}(image_id {self.image_id!r}), field {name!r}: found {found}; expected {expected}."
-            f"{' ' + hint if hint else ''} Correct the record, or leave it out with --patch_on_error skip."
+            f"{' ' + hint if hint else ''} Correct the record{check}."
         )
         return AnnotationError(message, self.index, self.image_id, field=name, found=found, expected=expected)
 

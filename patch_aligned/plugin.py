@@ -200,7 +200,8 @@ class PatchAlignedPlugin(TrainingPlugin):
             return
         message = self.index.rejection_message()
         if self.arguments.patch_on_error == "fail":
-            raise AnnotationError(message, -1, "")
+            advice = "Correct them, or leave them out with --patch_on_error skip."
+            raise AnnotationError(f"{message}\n{advice}", -1, "")
         logger.warning("Left out, %s", message)
         if output_dir is not None:
             output_dir.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ _ANSWERERS = ("gpt", "assistant")
 
 
 class JoinError(ValueError):
-    """The two files have no image in common, or a sample cannot be read."""
+    """The two files have no image in common, or samples cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,13 @@ def join(
         watch: passes the PAD records on, one by one; it may show the progress.
 
     Raises:
-        JoinError: no image is in both files, or a sample has no answer.
+        JoinError: no image is in both files, no sample has an image, or one has no answer.
         AnnotationError, RecordFileError: a broken PAD record, a missing or broken file.
     """
     caption_of, further, without = _captions(samples)
-    asked = len(caption_of)
-    first_sample = next(iter(caption_of), None)
+    if not caption_of:
+        raise JoinError(f"{samples}: found no sample with one image; expected LLaVA's training JSON as the second file")
+    asked, first_sample = len(caption_of), next(iter(caption_of))
     matched = pad_only = 0
     first_record: str | None = None
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,7 @@ write_annotations(chain.from_iterable(map(read_annotations, files)), "pad.parque
 
 
 class PublishError(ValueError):
-    """A folder that is in use, or settings that cannot be read."""
+    """A folder that is in use, settings that cannot be read, or nothing to publish."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,14 @@ def publish(
     made_with = _read_settings(settings) if settings else None
 
     statistics = gather_statistics(pad, tokens, watch=watch)
+    if not statistics.images:
+        raise PublishError(f"{pad}: found no record; expected at least one image to publish")
     numbers = write_statistics(statistics, folder, plots)
     for unwanted in ("stats.md", "tags.tsv"):  # the card has the first, stats.json the second
         (folder / unwanted).unlink()
     keys = _ExtraKeys()
     images = map(keys.saw, watch(read_annotations(pad)))
-    total = max(1, -(-statistics.images // records_per_file))
+    total = -(-statistics.images // records_per_file)
     files = []
     for number in range(total):
         path = folder / "data" / f"train-{number:05d}-of-{total:05d}.parquet"

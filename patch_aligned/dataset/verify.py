@@ -114,7 +114,7 @@ def verify_file(
     """Checks a file record by record.
 
     A record that breaks the format counts with its first problem, and nothing else of it is checked. Where the file as
-    such is broken, this is a problem too, and ends the check.
+    such is broken, this is a problem too, and ends the check; so is one without records.
 
     Args:
         path: PAD file.
@@ -149,6 +149,8 @@ def verify_file(
         if not path.is_file():
             raise
         add(Problem("error", "file", found.records, "?", "record", str(error), "a sound file"))
+    if not found.records and not found.errors:
+        add(Problem("error", "file", 0, "?", "record", "no record", "at least one image"))
     return found
 
 

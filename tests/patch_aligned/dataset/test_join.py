@@ -81,6 +81,13 @@ def test_files_without_a_common_image_are_refused_with_an_id_of_each(write_pad: 
     assert not output.exists()
 
 
+def test_a_second_file_without_images_is_named_before_the_first_is_read(write_pad: Make, record: Make, samples: Path):
+    """Such as a PAD file in the place of LLaVA's JSON."""
+    pad = write_pad(record("a.png"))
+    with pytest.raises(JoinError, match=r"pad\.json: found no sample with one image"):
+        join(pad.with_name("not_there.json"), pad, pad.with_name("joined.json"))
+
+
 @pytest.mark.parametrize("turns", [None, [], [{"from": "human", "value": "?"}], [{"from": "gpt", "value": 3}]])
 def test_a_sample_without_an_answer_is_named(write_pad: Make, record: Make, samples: Path, turns: Any):
     samples.write_text(json.dumps([sample("c.png", "x"), sample("a.png", conversations=turns)]))

@@ -71,3 +71,9 @@ def test_a_folder_with_files_and_broken_settings_are_refused(pad: Path, tmp_path
     with pytest.raises(PublishError, match=r"settings\.json: found list"):
         publish(pad, tmp_path / "out", name="me/pad", settings=tmp_path / "settings.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_records_is_not_published(write_pad: Make, tmp_path: Path):
+    with pytest.raises(PublishError, match=r"pad\.json: found no record"):
+        publish(write_pad(), tmp_path / "out", name="me/pad", plots=False)
+    assert not (tmp_path / "out").exists()

@@ -114,6 +114,14 @@ def test_a_file_that_is_cut_off_is_a_problem_behind_what_was_read(write_pad: Mak
     assert "record 64" in problems[0].found and "cut off" in problems[0].found
 
 
+def test_a_file_without_records_is_not_called_right(write_pad: Make):
+    found, problems = problems_of(write_pad())
+    assert found.errors == 1 and found.records == 0
+    assert [(p.severity, p.check, p.found, p.expected) for p in problems] == [
+        ("error", "file", "no record", "at least one image")
+    ]
+
+
 def test_the_command_reports_and_ends_with_1_on_errors_alone(
     write_pad: Make, record: Make, label: Make, tmp_path: Path
 ):
