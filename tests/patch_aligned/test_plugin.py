@@ -226,7 +226,9 @@ def test_skipping_trains_an_image_of_another_size_without_regions_and_counts_it(
 
 def test_broken_records_stop_the_run_or_are_listed_beside_its_output(make_plugin: Any, tmp_path: Path):
     records = [*RECORDS, {**RECORDS[0], "image_id": "e.jpg", "size": [SIDE, SIDE - 1]}]
-    with pytest.raises(AnnotationError, match=r"1 broken records.*rejected\.jsonl(.|\n)*'e\.jpg'(.|\n)*--patch_on_error skip"):
+    with pytest.raises(
+        AnnotationError, match=r"1 broken records.*rejected\.jsonl(.|\n)*'e\.jpg'(.|\n)*--patch_on_error skip"
+    ):
         make_plugin(records)
     plugin = make_plugin(records, patch_on_error="skip", output_dir=tmp_path / "out")
     assert plugin.transform_sample({"image": "e.jpg"}, GEOMETRY)["counts"].tolist() == [1, 0, 0]
