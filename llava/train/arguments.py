@@ -217,7 +217,22 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
             "--tune_mm_mlp_adapter saves the projector alone, so a tower trained beside it would be lost: "
             "drop --unfreeze_mm_vision_tower, or --tune_mm_mlp_adapter."
         )
+    check_projector_rate(training_args)
     check_adapter_arguments(model_args, training_args)
+
+
+def check_projector_rate(training_args: TrainingArguments) -> None:
+    """Refuses a rate of the projector's own that an engine's optimizer, with one rate for all weights, would pass over.
+
+    Raises:
+        ValueError: names the flags and the way out.
+    """
+    engine = getattr(training_args, "hf_deepspeed_config", None)
+    if training_args.mm_projector_lr is not None and engine is not None and "optimizer" in engine.config:
+        raise ValueError(
+            f"--mm_projector_lr {training_args.mm_projector_lr}: {training_args.deepspeed} sets an `optimizer`, which "
+            "has one rate for all weights. Take that part out, as in scripts/zero3_offload.json."
+        )
 
 
 def check_adapter_arguments(model_args: ModelArguments, training_args: TrainingArguments) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from llava.train.arguments import (
     DataArguments,
     ModelArguments,
     TrainingArguments,
+    check_projector_rate,
     parse_arguments,
 )
 from llava.train.assemble import choose_attention, start_engine
@@ -141,6 +143,18 @@ def test_split_batches_reach_the_engine() -> None:
 def test_what_cannot_be_trained_is_refused(flags: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_arguments(flags.split())
+
+
+def test_a_rate_that_an_engines_optimizer_would_pass_over_is_refused() -> None:
+    def check(rate: float | None, *parts: str) -> None:
+        engine = SimpleNamespace(config=dict.fromkeys(parts))
+        arguments: Any = SimpleNamespace(mm_projector_lr=rate, deepspeed="z.json", hf_deepspeed_config=engine)
+        check_projector_rate(arguments)
+
+    check(2e-5, "zero_optimization")
+    check(None, "optimizer")
+    with pytest.raises(ValueError, match=r"--mm_projector_lr 2e-05: z.json sets an `optimizer`"):
+        check(2e-5, "zero_optimization", "optimizer")
 
 
 def test_flash_attention_is_given_up_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
