@@ -1,4 +1,4 @@
-"""One HTML file from a template and its style: it loads nothing and runs without a network."""
+"""One HTML file from a body, its style and its script: it loads nothing and runs without a network."""
 
 from __future__ import annotations
 
@@ -8,33 +8,56 @@ import re
 from importlib import resources
 from typing import Any
 
+_FRAME = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {{scripts}}">
+<title>{{title}}</title>
+<style>{{style}}</style>
+</head>
+<body>
+{{body}}
+</body>
+</html>
+"""
+_SCRIPTED = """\
+<noscript><p>This page draws with JavaScript; allow it for this file. It loads nothing from anywhere.</p></noscript>
+<script id="data" type="application/json">{{data}}</script>
+<script>{{script}}</script>"""
+
 
 def html_page(package: str, stem: str, title: str, document: Any) -> str:
-    """The page `stem.html` of a package, with `stem.css`, `stem.js`, a title and data put into their places.
+    """The page whose body is `stem.html` of a package, with `stem.css`, `stem.js`, a title and data.
 
     Args:
         package: where the three files lie, such as `patch_aligned.analysis`.
         stem: their name.
-        title: plain text.
+        title: plain text; the body may repeat it as `{{title}}`.
         document: the data, as JSON can hold it; the page finds it in its element `data`.
 
     Raises:
         ValueError: a number of the data is not finite.
     """
-    script = resources.files(package).joinpath(f"{stem}.js").read_text(encoding="utf-8")
-    return _filled(package, stem, title, {"script": script, "data": json_for_html(document)})
+    template = _FRAME.replace("{{body}}", _text(package, f"{stem}.html") + _SCRIPTED)
+    script, style = _text(package, f"{stem}.js"), _text(package, f"{stem}.css")
+    data = json_for_html(document)
+    return _filled(template, title=title, style=style, scripts="'unsafe-inline'", script=script, data=data)
 
 
 def static_page(package: str, stem: str, title: str, body: str) -> str:
-    """The page `stem.html` of a package, with `stem.css`, a title and its body put into their places: no script.
+    """A page without a script, with `stem.css` of a package, a title and a body.
 
     Args:
-        package: where the two files lie.
-        stem: their name.
+        package: where the style lies.
+        stem: its name.
         title: plain text.
         body: HTML.
     """
-    return _filled(package, stem, title, {"body": body})
+    return _filled(_FRAME, title=title, style=_text(package, f"{stem}.css"), scripts="'none'", body=body)
 
 
 def json_for_html(document: Any) -> str:
@@ -47,9 +70,11 @@ def json_for_html(document: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _filled(package: str, stem: str, title: str, contents: dict[str, str]) -> str:
-    folder = resources.files(package)
-    style = folder.joinpath(f"{stem}.css").read_text(encoding="utf-8")
-    parts = {"title": html.escape(title), "style": style, **contents}
-    template = folder.joinpath(f"{stem}.html").read_text(encoding="utf-8")
+def _text(package: str, name: str) -> str:
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
+
+
+def _filled(template: str, *, title: str, **parts: str) -> str:
+    """All places filled in one pass, so that no text that fills one is read as a place itself."""
+    parts["title"] = html.escape(title)
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
