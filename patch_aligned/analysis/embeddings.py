@@ -101,7 +101,10 @@ class Tower(Protocol):
 
     name: str
     device: str
-    image_aspect_ratio: str
+
+    @property
+    def image_aspect_ratio(self) -> str:
+        """How images are made square, for the report: `square`, `pad` or `squeeze`."""
 
     @property
     def width(self) -> int:

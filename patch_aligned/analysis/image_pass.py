@@ -75,7 +75,8 @@ def pass_over_images(
     if all(np.isnan(run.regions.rows().scores["iou_px"]).all() for run in runs):
         raise ValueError(
             f"{settings.data}: all {len(survey.own)} regions lie outside the model's image, cut away by its "
-            f"{tower.image_aspect_ratio!r} geometry. Pass --image-aspect-ratio pad, which keeps the whole image."
+            f"{tower.image_aspect_ratio!r} geometry. Pass --image-aspect-ratio pad, which keeps the whole image; a "
+            "model of transformers has it from its image processor."
         )
     return ImagePass(before, runs, done, picture)
 

@@ -29,7 +29,6 @@ class TransformersTower:
         ValueError: weights of the tower or the projector are missing.
     """
 
-    image_aspect_ratio = "square"
     projector_path: str
     """Name of the projector's module in the model."""
     processor_options: Mapping[str, Any] = {}
@@ -80,6 +79,12 @@ class TransformersTower:
         """What `pixels` does to an image of this size: here, squeezing it to the square."""
         geometry = ImageGeometry(original_wh, self.seen_side, "squeeze", grid)
         return geometry if geometry.side == self.side else replace(geometry, processed_side=self.side)
+
+    @property
+    def image_aspect_ratio(self) -> str:
+        """What `geometry` does in LLaVA's words: `square` crops, `pad` pads; `squeeze`, which LLaVA has no word for."""
+        mode = self.geometry((self.side, self.side), (1, 1)).mode
+        return "square" if mode == "crop" else mode
 
     @property
     def seen_side(self) -> int:

@@ -143,6 +143,8 @@ def test_a_marked_place_lands_where_the_geometry_says(saved: Callable, family: s
     inside, outside = shown[expected > 0.99], shown[expected < 0.01]
     if family == "llava, padded":
         outside = outside[outside < 0.4]  # the margin has the mean colour
+    how = {"llava": "square", "llava, DINOv2": "square", "llava, padded": "pad"}
+    assert tower.image_aspect_ratio == how.get(family, "squeeze")
     assert inside.mean() > 0.9
     assert outside.mean() < 0.1
 
