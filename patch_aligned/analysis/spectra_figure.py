@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patch_aligned.analysis.analysis_results import Analysis, EntropyFigures
 from patch_aligned.analysis.figure_parts import drawable, font_families
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _LONGEST_NAME = 60  # characters
 _COLOURS = ("#868e96", "#1c7ed6", "#e8590c", "#2f9e44", "#ae3ec9", "#e03131", "#0c8599", "#f08c00")
+_THINNEST, _THICKEST, _STEP = 1.4, 5.6, 1.4  # widths of lines, points
 _LOWEST = 1e-9  # shares below it are rounding
 
 
@@ -41,15 +42,18 @@ def save_spectra_figure(analysis: Analysis, path: Path) -> None:
     lines: list[Line2D] = []
     labels: list[str] = []
 
-    def draw(entropy: EntropyFigures, name: str, colour: str, line: str) -> None:
+    def draw(entropy: EntropyFigures, name: str, **style: Any) -> None:
         shares = [share for share in entropy.spectrum if share > _LOWEST]
-        lines.extend(axes.plot(range(1, len(shares) + 1), shares, line, color=colour, linewidth=1.8))
+        lines.extend(axes.plot(range(1, len(shares) + 1), shares, **style))
         labels.append(f"{drawable(name, _LONGEST_NAME)}: effective rank {entropy.effective_rank:.1f}")
 
     for name, entropy in towers.values():
-        draw(entropy, "before" if len(towers) == 1 else f"before {name}", "#212529", "--")
+        shown = "before" if len(towers) == 1 else f"before {name}"
+        draw(entropy, shown, color="#212529", linestyle="--", linewidth=_THINNEST, zorder=9)
     for place, (name, model) in enumerate(analysis.models.items()):
-        draw(model.entropy_after, name, _COLOURS[place % len(_COLOURS)], "-")
+        # Each line is thinner than the one before: those of alike projectors coincide, and both must show.
+        width = min(_THINNEST + _STEP * (len(analysis.models) - 1 - place), _THICKEST)
+        draw(model.entropy_after, name, color=_COLOURS[place % len(_COLOURS)], linewidth=width)
     axes.set(xscale="log", yscale="log", xlabel="direction, by its share", ylabel="share of the tokens' energy")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
