@@ -76,19 +76,19 @@ class AnnotatedImage:
     regions: tuple[Region, ...]
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def coco_masks(self) -> list[dict[str, Any]]:
+        """The regions' masks as pycocotools takes them."""
+        size_hw = list(self.size_wh[::-1])
+        return [{"size": size_hw, "counts": region.rle_mask.encode()} for region in self.regions]
+
     def to_record(self) -> dict[str, Any]:
         """The record as it stands in a file."""
         labels = [
             {"tag": region.tag, "bbox": list(region.bbox_xyxy_px), "rle_mask": region.rle_mask, **region.extra}
             for region in self.regions
         ]
-        return {
-            "image_id": self.image_id,
-            "size": list(self.size_wh),
-            "caption": self.caption,
-            "labels": labels,
-            **self.extra,
-        }
+        record = {"image_id": self.image_id, "size": list(self.size_wh), "caption": self.caption, "labels": labels}
+        return {**record, **self.extra}
 
 
 def read_annotations(

@@ -126,6 +126,7 @@ def publish(
     statistics = gather_statistics(pad, tokens, watch=watch)
     if not statistics.images:
         raise PublishError(f"{pad}: found no record; expected at least one image to publish")
+    statistics.file = Path(pad.name)  # the folders of this machine are nobody else's business
     numbers = write_statistics(statistics, folder, plots)
     for unwanted in ("stats.md", "tags.tsv"):  # the card has the first, stats.json the second
         (folder / unwanted).unlink()

@@ -108,7 +108,7 @@ class Statistics:
         if not image.regions:
             return
         self.tags.update(region.tag for region in image.regions)
-        encoded = [{"size": [height, width], "counts": region.rle_mask.encode()} for region in image.regions]
+        encoded = image.coco_masks()
         self.area_shares.extend((coco_mask.area(encoded) / (width * height)).tolist())
         self.coverage_shares.append(float(coco_mask.area(coco_mask.merge(encoded))) / (width * height))
         covered = self.tokens.covered(image).sum(axis=1).tolist()  # [R]

@@ -158,8 +158,7 @@ def image_problems(image: AnnotatedImage, record: int, settings: VerifySettings)
     """Problems of one record that keeps the format; `record` is its place in the file."""
     if settings.image_folder is not None:
         yield from _file_problems(image, record, settings.image_folder)
-    width, height = image.size_wh
-    encoded = [{"size": [height, width], "counts": region.rle_mask.encode()} for region in image.regions]
+    encoded = image.coco_masks()
     areas = coco_mask.area(encoded) if encoded else []  # [R]
     tight_xywh = coco_mask.toBbox(encoded) if encoded else np.zeros((0, 4))  # [R, 4]
     first_of: dict[Any, int] = {}

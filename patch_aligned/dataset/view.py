@@ -159,7 +159,7 @@ def _entry(
     geometry = tokens.geometry(image.size_wh)
     seen = geometry.points_from_model([[0, 0], [tokens.side, tokens.side]]).ravel()  # [2, 2] -> [4]
     covered = tokens.covered(image)  # [R, tokens]
-    encoded = [{"size": [height, width], "counts": region.rle_mask.encode()} for region in image.regions]
+    encoded = image.coco_masks()
     areas = coco_mask.area(encoded) if encoded else []
     regions = [
         {

@@ -32,6 +32,7 @@ def test_files_hold_all_records_in_order(pad: Path, tmp_path: Path):
     images = [image for path in published.files for image in read_annotations(path)]
     assert images == list(read_annotations(pad))
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "data", "stats.json"]
+    assert json.loads((folder / "stats.json").read_text())["file"] == "pad.json"  # no path of this machine
 
 
 def test_the_folder_loads_with_datasets(pad: Path, tmp_path: Path):
