@@ -135,15 +135,19 @@ def _breakdowns(analysis: Analysis) -> str:
     labels = (
         f"The {MOST_LABELS} most frequent of {analysis.labels:,} labels" if analysis.labels > MOST_LABELS else "Labels"
     )
-    note = (
+    rules = (
         f"align_px: {analysis.rules['align_px']}. cosine: {analysis.rules['cosine']}. Sizes by COCO's bounds: small "
         "below 32², large from 96² pixels of the original image on."
     )
     return (
         _table("Sizes", sizes_table(analysis))
-        + _note(note)
+        + _note(rules)
         + f"<h3>{labels}</h3>"
         + _table("Labels", labels_table(analysis))
+        + _note(
+            "Intervals over a handful of images are too narrow: they draw again from what these few show, and nothing "
+            "else. Read them as the spread among these images."
+        )
     )
 
 
@@ -180,9 +184,10 @@ def _token_maps(maps: TokenMaps) -> str:
         if maps.word_list
         else "no list of English words is installed, so none is coloured"
     )
+    algorithm = " (the paper's Algorithm 1)" if maps.settings.as_in_the_paper else ""
     parts = [
         _note(
-            f"Which words each visual token is made of: {maps.settings.described()} (the paper's Algorithm 1). The "
+            f"Which words each visual token is made of: {maps.settings.described()}{algorithm}. The "
             f"larger a word, the larger its cosine with what is left of the token; {colours}. token_map.html, beside "
             "this page, shows every word with its numbers."
         )

@@ -34,6 +34,11 @@ class PursuitSettings:
     orthogonal: bool = False
     unit_length: bool = True
 
+    @property
+    def as_in_the_paper(self) -> bool:
+        """Whether words are chosen and taken away as in Algorithm 1, scaled or not: the paper leaves that open."""
+        return not self.absolute and not self.orthogonal
+
     def described(self) -> str:
         """The settings in words, for captions."""
         kind = "orthogonal matching pursuit" if self.orthogonal else "matching pursuit"

@@ -141,6 +141,16 @@ def test_every_picture_says_what_it_shows_and_every_table_scrolls(golden_world: 
     assert text.count("<table>") == len(re.findall(r'<div class="scroll[^>]*><table>', text)) > 8
 
 
+@pytest.mark.parametrize("variant", ["orthogonal", "absolute"])
+def test_only_the_papers_pursuit_is_called_the_papers(golden_world: Path, pad: Path, tmp_path: Path, variant: str):
+    analysis, models = run(pad, picture_rows=0, seeds=()), load_models(SPECIFICATIONS, "tiny-vicuna", "tiny-clip")
+    images = [("0.png", pad.parent / "pictures" / "0.png")]
+    for settings, named in ((PursuitSettings(1), True), (PursuitSettings(1, **{variant: True}), False)):
+        text = write_report(analysis, tmp_path / "out", token_maps(models, images, settings, "none"))[0].read_text()
+        assert ("Algorithm 1" in text) == named
+        assert settings.described() in text
+
+
 def test_every_rule_and_hash_is_on_the_page(golden_world: Path, pad: Path, tmp_path: Path):
     analysis = run(pad, picture_rows=1)
     text = page(analysis, pad, tmp_path / "out").replace("<wbr>", "").replace("&#x27;", "'")
