@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from patch_aligned.analysis.model_options import AspectRatioOption, BaseOption, EnglishOption, VisionTowerOption
+from patch_aligned.analysis import model_options
 from patch_aligned.command_errors import clear_errors
 
 app = typer.Typer(rich_markup_mode="markdown")
@@ -17,23 +17,14 @@ app = typer.Typer(rich_markup_mode="markdown")
 @clear_errors
 def analyze(
     context: typer.Context,
-    projector: Annotated[
-        list[str],
-        typer.Option(
-            "--projector",
-            "--model",
-            metavar="NAME=PATH",
-            help="A projector or a whole model under a name; repeat for each. PATH is an --output_dir of stage 1, an "
-            "mm_projector.bin, a full checkpoint, a model of transformers, or `random[:SEED]` for untrained weights.",
-        ),
-    ],
+    projector: model_options.ProjectorOption,
     data: Annotated[Path, typer.Option(metavar="FILE", help="Annotated images: PAD, COCO's instances, or GranD-f.")],
     image_folder: Annotated[Path, typer.Option(metavar="DIR", help="Folder that the image ids are relative to.")],
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="Where report.html, report.md, analysis.json and the pictures go.")
     ],
-    base: BaseOption = None,
-    vision_tower: VisionTowerOption = None,
+    base: model_options.BaseOption = None,
+    vision_tower: model_options.VisionTowerOption = None,
     data_format: Annotated[
         Literal["auto", "pad", "coco", "grandf"], typer.Option(help="Of --data; `auto` tells it by the first record.")
     ] = "auto",
@@ -64,13 +55,13 @@ def analyze(
         ),
     ] = "fail",
     resamples: Annotated[int, typer.Option(min=0, help="Draws of images behind an interval; 0: none.")] = 2000,
-    image_aspect_ratio: AspectRatioOption = None,
+    image_aspect_ratio: model_options.AspectRatioOption = None,
     picture_rows: Annotated[int, typer.Option(min=0, help="Images in localisation.png; 0 draws none.")] = 4,
     token_maps: Annotated[int, typer.Option(min=0, help="Of them, images with token maps; 0: none.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Words a patch in the token maps.")] = 3,
-    english: EnglishOption = "auto",
+    english: model_options.EnglishOption = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass through the tower.")] = 8,
-    device: Annotated[str, typer.Option(help="Where towers and projectors run: `cpu`, `cuda`, `cuda:1` ...")] = "cpu",
+    device: model_options.DeviceOption = "cpu",
 ) -> None:
     """Analyses projectors side by side, on images whose regions are labelled: one report, and every number as JSON.
 

@@ -6,6 +6,16 @@ from typing import Annotated, Literal
 
 import typer
 
+ProjectorOption = Annotated[
+    list[str],
+    typer.Option(
+        "--projector",
+        "--model",
+        metavar="NAME=PATH",
+        help="A projector or a whole model under a name; repeat for each. PATH is an --output_dir of stage 1, an "
+        "mm_projector.bin, a full checkpoint, a model of transformers, or `random[:SEED]` for untrained weights.",
+    ),
+]
 BaseOption = Annotated[
     str | None,
     typer.Option(
@@ -21,6 +31,9 @@ VisionTowerOption = Annotated[
 AspectRatioOption = Annotated[
     Literal["square", "pad"] | None,
     typer.Option(help="How images are made square. Default: as in the projectors' configs."),
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="Where towers, projectors and pursuit run: `cpu`, `cuda`, `cuda:1` ...")
 ]
 EnglishOption = Annotated[
     Literal["auto", "pyspellchecker", "nltk", "none"],

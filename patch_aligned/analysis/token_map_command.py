@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from patch_aligned.analysis.model_options import AspectRatioOption, BaseOption, EnglishOption, VisionTowerOption
+from patch_aligned.analysis import model_options
 from patch_aligned.command_errors import clear_errors
 
 app = typer.Typer(rich_markup_mode="markdown")
@@ -17,18 +17,11 @@ app = typer.Typer(rich_markup_mode="markdown")
 @clear_errors
 def token_map(
     context: typer.Context,
-    projector: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME=PATH",
-            help="A projector under a name; repeat for each. PATH is an --output_dir of stage 1, an mm_projector.bin, "
-            "a full checkpoint, a model of transformers, or `random[:SEED]` for untrained weights.",
-        ),
-    ],
+    projector: model_options.ProjectorOption,
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="Where token_map.html, token_map.json and a PNG an image go.")
     ],
-    base: BaseOption = None,
+    base: model_options.BaseOption = None,
     image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="An image; repeat for each.")] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Instead of --image: the images of a PAD file, from its first.")
@@ -48,11 +41,11 @@ def token_map(
     unscaled: Annotated[
         bool, typer.Option("--unscaled", help="Take the words as they are: Algorithm 1 to the letter.")
     ] = False,
-    english: EnglishOption = "auto",
+    english: model_options.EnglishOption = "auto",
     png: Annotated[bool, typer.Option(help="Whether a PNG is drawn for each image.")] = True,
-    vision_tower: VisionTowerOption = None,
-    image_aspect_ratio: AspectRatioOption = None,
-    device: Annotated[str, typer.Option(help="Where everything runs: `cpu`, `cuda`, `cuda:1` ...")] = "cpu",
+    vision_tower: model_options.VisionTowerOption = None,
+    image_aspect_ratio: model_options.AspectRatioOption = None,
+    device: model_options.DeviceOption = "cpu",
 ) -> None:
     """Shows the words on the patches of images: which words each visual token is made of, by matching pursuit.
 
