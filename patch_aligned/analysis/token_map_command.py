@@ -24,7 +24,8 @@ def token_map(
     base: model_options.BaseOption = None,
     image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="An image; repeat for each.")] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Instead of --image: the images of a PAD file, from its first.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Instead of --image: the first images of a file as analyze takes it."),
     ] = None,
     image_folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder that the image ids of --data are relative to.")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from patch_aligned.analysis.analysed_models import load_models
+from patch_aligned.analysis.annotated_sets import open_annotated_set
 from patch_aligned.analysis.image_progress import image_progress
 from patch_aligned.analysis.token_map import PursuitSettings, TokenMaps, token_maps
 from patch_aligned.analysis.token_map_figure import save_token_map_figures
 from patch_aligned.analysis.token_map_page import write_token_map_page
-from patch_aligned.annotations import read_annotations
 from patch_aligned.dataset.image_files import image_path
 
 
@@ -67,10 +66,10 @@ def run_token_map(
 def _chosen_images(
     images: Sequence[Path], data: Path | None, image_folder: Path | None, limit: int
 ) -> list[tuple[str, Path]]:
-    """Id and path of each image, from files or from a PAD file."""
+    """Id and path of each image, from files or from a set of annotated images."""
     if bool(images) == (data is not None):
         given = "both" if images else "neither"
-        raise ValueError(f"Found {given} of --image and --data; expected one: pass --image FILE, or --data PAD.")
+        raise ValueError(f"Found {given} of --image and --data; expected one: pass --image FILE, or --data FILE.")
     if data is None:
         if missing := [path for path in images if not path.is_file()]:
             raise FileNotFoundError(f"--image {missing[0]}: there is no such file.")
@@ -80,9 +79,8 @@ def _chosen_images(
     if image_folder is None or not image_folder.is_dir():
         found = "nothing" if image_folder is None else f"{image_folder}, which is no folder"
         raise ValueError(f"--image-folder: found {found}; expected the folder that the ids of {data} are relative to.")
-    chosen = [
-        (image.image_id, image_path(image_folder, image.image_id)) for image in islice(read_annotations(data), limit)
-    ]
+    annotated = open_annotated_set(data, image_folder).first(limit)
+    chosen = [(image.image_id, image_path(image_folder, image.image_id)) for image in annotated]
     if not chosen:
         raise ValueError(f"--data {data}: found no record; expected at least one image.")
     if missing := [path for _, path in chosen if not path.is_file()]:

@@ -287,6 +287,17 @@ def test_images_come_from_a_pad_file_too(golden_world: Path, pad: Path, tmp_path
     assert [image["image_id"] for image in document["images"]] == ["0.png", "1.png"]
 
 
+def test_images_come_from_cocos_instances_too(golden_world: Path, pad: Path, tmp_path: Path):
+    image = {"id": 7, "file_name": "2.png", "width": 80, "height": 56}
+    coco = tmp_path / "instances.json"
+    coco.write_text(json.dumps({"images": [image], "annotations": [], "categories": []}))
+    folder = str(pad.parent / "pictures")
+    result = invoke(tmp_path / "out", "--no-png", image=None, data=str(coco), image_folder=folder, rounds="1")
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / "out" / "token_map.json").read_text())
+    assert [image["image_id"] for image in document["images"]] == ["2.png"]
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
