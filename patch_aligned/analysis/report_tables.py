@@ -65,10 +65,7 @@ def headline_table(analysis: Analysis) -> ReportTable:
     for name, before, untrained in _untrained(analysis):
         rows.append(
             (
-                _seeds(name, untrained),
-                Cell(number(before)),
-                _spread(untrained.entropy_after_nats),
-                _spread(untrained.entropy_drop_nats),
+                *_entropies_of_untrained(name, before, untrained),
                 _spread(untrained.figures["align_px"]),
                 _spread(untrained.figures["cosine"], 2),
                 _spread(untrained.figures["shuffled_cosine"], 2),
@@ -96,7 +93,7 @@ def paper_table() -> ReportTable:
 
 def entropy_table(analysis: Analysis) -> ReportTable:
     """Entropies and effective ranks, before and after (the paper's Table 1)."""
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for name, model in analysis.models.items():
         before, after = model.entropy_before, model.entropy_after
         rows.append(
@@ -113,10 +110,7 @@ def entropy_table(analysis: Analysis) -> ReportTable:
     for name, before_nats, untrained in _untrained(analysis):
         rows.append(
             (
-                _seeds(name, untrained),
-                Cell(number(before_nats)),
-                _spread(untrained.entropy_after_nats),
-                _spread(untrained.entropy_drop_nats),
+                *_entropies_of_untrained(name, before_nats, untrained),
                 Cell(number(math.exp(before_nats), 1)),
                 _spread(untrained.effective_rank_after, 1),
                 Cell(""),
@@ -231,8 +225,11 @@ def _spread(spread: MeanAndSd, digits: int = 3) -> Cell:
     return Cell(number(spread.mean, digits), "" if math.isnan(spread.sd) else f"± {number(spread.sd, digits)}")
 
 
-def _seeds(name: str, untrained: UntrainedFigures) -> Cell:
-    return Cell(name, f"± sd, {len(untrained.seeds)} seeds" if len(untrained.seeds) > 1 else "1 seed")
+def _entropies_of_untrained(name: str, before_nats: float, untrained: UntrainedFigures) -> tuple[Cell, ...]:
+    """What a row of untrained projectors begins with: name, entropies before and after, and their difference."""
+    seeds = f"± sd, {len(untrained.seeds)} seeds" if len(untrained.seeds) > 1 else "1 seed"
+    after = (_spread(untrained.entropy_after_nats), _spread(untrained.entropy_drop_nats))
+    return Cell(name, seeds), Cell(number(before_nats)), *after
 
 
 def _untrained(analysis: Analysis) -> list[tuple[str, float, UntrainedFigures]]:
