@@ -149,6 +149,21 @@ def test_a_marked_place_lands_where_the_geometry_says(saved: Callable, family: s
     assert outside.mean() < 0.1
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_reads_the_patches_of_its_own_cell(saved: Callable, family: str):
+    """Idefics3's connector joins blocks of patches: a changed patch changes the token over it and no other."""
+    path, _ = saved(family)
+    tower, projector = load_family("tiny", path)
+    features = torch.randn(1, 16, tower.width)
+    tokens, (rows, cols) = projector.visual_tokens(features)
+    for patch in range(16):
+        changed = features.clone()
+        changed[:, patch] += 1
+        differs = (projector.visual_tokens(changed)[0] != tokens).any(dim=-1)[0]  # [T]
+        row, col = divmod(patch, 4)
+        assert differs.nonzero().flatten().tolist() == [row * rows // 4 * cols + col * cols // 4]
+
+
 @pytest.mark.golden
 def test_a_converted_checkpoint_gives_the_recorded_tokens(golden_world: Path, goldens: Path, tmp_path: Path):
     golden = np.load(goldens / "g_tower.npz")
