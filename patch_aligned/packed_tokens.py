@@ -112,6 +112,12 @@ class PackedTokens:
         except (pa.ArrowException, OSError, KeyError) as error:
             command = f"patch-aligned pack {shlex.quote(str(source))} --output {shlex.quote(str(path))}"
             raise PackedTokensError(f"{path}: found no whole pack ({error!r}); make it anew with {command}") from error
+        if self.stated.get("format") != _FORMAT:
+            raise PackedTokensError(
+                f"{path}: found format {self.stated.get('format')}; expected format {_FORMAT}, which this version "
+                f"reads. Make it anew with patch-aligned pack {shlex.quote(str(source))} --output "
+                f"{shlex.quote(str(path))}, and the flags of the run's geometry"
+            )
         rule = self.stated["packed_for"]
         self.packed_for = PackedFor(**{**rule, "grid": tuple(rule["grid"])})
 
@@ -160,8 +166,6 @@ def open_packed_tokens(index: AnnotationIndex, path: str | Path | None, min_cove
         return None
     pack = PackedTokens(Path(path or default_pack_path(index.source)), index.source)
     wanted = replace(pack.packed_for, min_coverage=min_coverage)
-    if pack.stated["format"] != _FORMAT:
-        pack.refuse(f"format {pack.stated['format']}", f"format {_FORMAT}", wanted)
     if pack.packed_for != wanted:
         pack.refuse(f"min_coverage {pack.packed_for.min_coverage}", f"{min_coverage}", wanted)
     if not _is_same_file(index.source, pack.stated["source"]):

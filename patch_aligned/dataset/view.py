@@ -63,6 +63,7 @@ class Viewed:
         pages: files, in order.
         without_picture: images that are missing, broken, or of another size; the page says why.
         next_record: place of the first record that fitted no more, None if there is none.
+        not_found: ids that were asked for and are not shown, once the whole file was read.
     """
 
     pages: list[Path]
@@ -70,6 +71,7 @@ class Viewed:
     regions: int
     without_picture: int = 0
     next_record: int | None = None
+    not_found: tuple[str, ...] = ()
 
 
 def write_view(
@@ -114,6 +116,8 @@ def write_view(
         for page in range(math.ceil(len(chosen) / page_size))
     ]
     viewed = Viewed(pages, len(chosen), sum(len(image.regions) for _, image in chosen), next_record=next_record)
+    if next_record is None:
+        viewed.not_found = tuple(sorted(selection.image_ids - {image.image_id for _, image in chosen}))
     output.parent.mkdir(parents=True, exist_ok=True)
     places = iter([record for record, _ in chosen])
     images = iter(watch(image for _, image in chosen))

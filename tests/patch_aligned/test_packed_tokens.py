@@ -285,6 +285,15 @@ def test_rows_of_other_images_are_refused(index: Any, tmp_path: Path) -> None:
         pack.read(3, "4.jpg", at(GEOMETRIES["clip, square"], (20, 24)))
 
 
+def test_a_pack_of_another_version_is_refused_whatever_it_states(index: Any, tmp_path: Path) -> None:
+    path = tmp_path / "pack.arrow"
+    metadata = {"patch_aligned.packed_tokens": json.dumps({"format": 2, "packed_for": {"rotated": True}})}
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, pa.schema([], metadata=metadata)):
+        pass
+    with pytest.raises(PackedTokensError, match=r"pack\.arrow: found format 2; expected format 1.*patch-aligned pack"):
+        opened(index, path)
+
+
 @pytest.mark.parametrize("keep", [0, 100, -10])
 def test_what_is_no_whole_pack_is_named(index: Any, tmp_path: Path, keep: int) -> None:
     path = tmp_path / "pack.arrow"
