@@ -36,12 +36,13 @@ class WordEmbeddings:
         tokenizer: the LLM's tokenizer.
         table: `[M, D]`, kept in the dtype it is stored in.
         source: folder or hub name, for messages.
+        placeholder: id of the token that visual tokens replace before the LLM reads it; None where there is none.
 
     Raises:
         ValueError: the tokenizer knows tokens that have no row.
     """
 
-    def __init__(self, tokenizer: Any, table: Tensor, source: str):
+    def __init__(self, tokenizer: Any, table: Tensor, source: str, placeholder: int | None = None):
         largest = max(tokenizer.get_vocab().values(), default=-1)
         if largest >= len(table):
             raise ValueError(
@@ -49,12 +50,16 @@ class WordEmbeddings:
                 f"{len(table)} rows: they do not belong together. Take both from one folder: copy the tokenizer that "
                 "these weights were trained with beside them."
             )
-        self.tokenizer, self.table, self.source = tokenizer, table, source
+        self.tokenizer, self.table, self.source, self.placeholder = tokenizer, table, source, placeholder
         self.token_ids = LabelTokenizer(tokenizer)
 
     @classmethod
-    def load(cls, base: str) -> WordEmbeddings:
+    def load(cls, base: str, placeholder: int | None = None) -> WordEmbeddings:
         """Reads tokenizer and table, and nothing else, of an LLM's folder or hub name (a LLaVA checkpoint will do).
+
+        Args:
+            base: the folder or name.
+            placeholder: see the class.
 
         Raises:
             FileNotFoundError: there is no such folder and no such model on the hub.
@@ -70,7 +75,7 @@ class WordEmbeddings:
                 f"found {sorted(tables) or 'none'}. "
                 "Pass --base the folder of the language model that the projector was trained for."
             )
-        return cls(AutoTokenizer.from_pretrained(base), weights[tables[0]], base)
+        return cls(AutoTokenizer.from_pretrained(base), weights[tables[0]], base, placeholder)
 
     @property
     def width(self) -> int:

@@ -12,6 +12,7 @@ Letters: S visual tokens, D width of the LLM, M vocabulary, C words of a chunk, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +29,22 @@ class WordDictionary:
         table: `[M, D]`, any floating dtype. On the device where the pursuit runs, or each round moves it there.
         size: words that the tokenizer knows; the rest of the table is left out. None takes all rows.
         unit_length: scale the words to length one.
+        excluded: ids of other rows that are never chosen.
         chunk: C, words that are compared at a time. It bounds the memory and changes nothing else.
 
     Raises:
         ValueError: `size` is not in 1..M, a row is not finite, or all rows are zero.
     """
 
-    def __init__(self, table: Tensor, *, size: int | None = None, unit_length: bool = True, chunk: int = 2048):
+    def __init__(
+        self,
+        table: Tensor,
+        *,
+        size: int | None = None,
+        unit_length: bool = True,
+        excluded: Sequence[int] = (),
+        chunk: int = 2048,
+    ):
         if table.ndim != 2 or not table.is_floating_point():
             raise ValueError(f"Expected a table [M, D] of floating numbers, got {list(table.shape)} of {table.dtype}.")
         size = len(table) if size is None else size
@@ -50,6 +60,7 @@ class WordDictionary:
         if not torch.isfinite(self._norms).all():
             first = int((~torch.isfinite(self._norms)).nonzero()[0])
             raise ValueError(f"Row {first} of the word embeddings holds NaN or infinity: the weights are broken.")
+        self._norms[[row for row in excluded if row < size]] = 0  # as if they had no direction
         if not self._norms.any():
             raise ValueError(f"All {size} word embeddings are zero: no word can be chosen.")
         self._has_zero = not bool(self._norms.all())

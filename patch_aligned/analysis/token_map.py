@@ -139,7 +139,10 @@ class TokenMapper:
         self.settings, self.english = settings or PursuitSettings(), english
         self.texts = VocabularyText(words.tokenizer)
         self.dictionary = WordDictionary(
-            words.table.to(device), size=len(self.texts), unit_length=self.settings.unit_length
+            words.table.to(device),
+            size=len(self.texts),
+            unit_length=self.settings.unit_length,
+            excluded=[] if words.placeholder is None else [words.placeholder],
         )
         self._words: dict[int, MappedToken] = {}
 

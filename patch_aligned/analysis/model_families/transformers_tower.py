@@ -50,7 +50,8 @@ class TransformersTower:
         def untrained() -> nn.Module:
             return type(projector)(self.config)
 
-        return MeasuredProjector(name, self.name, projector, WordEmbeddings.load(self.name), untrained)
+        words = WordEmbeddings.load(self.name, placeholder=self.config.image_token_id)
+        return MeasuredProjector(name, self.name, projector, words, untrained)
 
     @property
     def width(self) -> int:

@@ -75,6 +75,18 @@ def test_residuals_never_grow(orthogonal: bool, absolute: bool):
     assert (found.residual_norms.diff(dim=1) <= 1e-12).all()
 
 
+@pytest.mark.parametrize("unit_length", [True, False])
+def test_excluded_rows_are_as_if_they_were_not_there(unit_length: bool):
+    tokens, table = noise(30, 16), noise(60, 16, seed=1)
+    kept = [row for row in range(60) if row not in (0, 31, 59)]
+    table[31] = 100 * tokens[0]
+    dictionary = WordDictionary(table, unit_length=unit_length, excluded=[0, 31, 59, 400], chunk=7)
+    found = matching_pursuit(tokens, dictionary)
+    without = matching_pursuit(tokens, WordDictionary(table[kept], unit_length=unit_length))
+    assert torch.equal(found.ids, torch.tensor(kept)[without.ids])
+    torch.testing.assert_close(found.residual_norms, without.residual_norms)
+
+
 def test_every_chunk_gives_the_same():
     tokens, table = noise(30, 16), noise(101, 16, seed=1)
     whole = matching_pursuit(tokens, WordDictionary(table, chunk=1000))

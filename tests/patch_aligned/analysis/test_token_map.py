@@ -149,6 +149,17 @@ def test_rows_beyond_the_tokenizer_are_never_chosen(golden_world: Path):
     assert int(TokenMapper(padded).map(extra, (1, 1)).pursuit.ids.max()) < 1000
 
 
+def test_the_place_of_an_image_is_no_word(golden_world: Path, tmp_path: Path):
+    """Hugging Face's form of a checkpoint has an `<image>` in its table, which no LLM reads: its words are the same."""
+    to_hf("tiny-llava", tmp_path / "hf", dtype="float32")
+    hf, own = load_models([f"hf={tmp_path / 'hf'}", "own=tiny-llava"])
+    words = hf.projector.words
+    assert words.tokenizer.convert_ids_to_tokens(words.placeholder) == "<image>"
+    tokens = torch.cat([words.table[[words.placeholder]].float(), own.projector.words.table[[7, 300]].float()])
+    found, expected = (TokenMapper(model.projector.words).map(tokens, (1, 3)).pursuit for model in (hf, own))
+    assert torch.equal(found.ids, expected.ids)
+
+
 def test_a_word_has_one_dark_colour_everywhere_and_fragments_have_none(mapped: MappedImage):
     colours = colours_of_words(mapped)
     assert "the" in colours
