@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llava.command import run_command
 from llava.model.checkpoint_files import CheckpointTensors
 from llava.model.multimodal_projector.weights import MARK, read_projector_file
 from llava.model.tensor_files import NON_LORA_FILE, PROJECTOR_FILE, find_file
@@ -38,12 +39,16 @@ def projector_tensors(model_path: str) -> dict[str, Tensor]:
     return found
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
     parser.add_argument("--output", required=True, help="file to write")
-    args = parser.parse_args()
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes what `args` name."""
     tensors = projector_tensors(args.model_path)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, args.output)
@@ -51,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, argument_parser())

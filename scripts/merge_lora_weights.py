@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llava.command import run_command
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model, read_config, whose_weights
 from llava.model.tensor_files import Form, checkpoint_form
@@ -44,19 +45,20 @@ def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
     copy_tokenizer_model(tokenizer, Path(save_model_path))
 
 
-def main() -> None:
-    """The command line."""
+def argument_parser() -> argparse.ArgumentParser:
+    """Upstream's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", required=True, help="output folder of a LoRA run, or one of its checkpoints")
     parser.add_argument("--model-base", required=True, help="the LLM that the run started from")
     parser.add_argument("--save-model-path", required=True, help="folder for the merged checkpoint")
-    arguments = parser.parse_args()
-    try:
-        merge_lora(arguments.model_path, arguments.model_base, arguments.save_model_path)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from None
-    print(f"Next: python -m llava.serve.cli --model-path {arguments.save_model_path} --image-file IMAGE")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Merges what `args` name."""
+    merge_lora(args.model_path, args.model_base, args.save_model_path)
+    print(f"Next: python -m llava.serve.cli --model-path {args.save_model_path} --image-file IMAGE")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, argument_parser())

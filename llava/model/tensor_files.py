@@ -73,6 +73,8 @@ def find_file(model_path: str, name: str) -> str | None:
     if Path(model_path).is_dir():
         path = Path(model_path) / name
         return str(path) if path.is_file() else None
+    if model_path.startswith(("/", ".", "~")) or model_path.count("/") > 1:
+        return None  # a folder that is not there: no name on the hub looks like this
     from transformers.utils import cached_file
 
     return cached_file(

@@ -48,7 +48,14 @@ def test_each_form_of_checkpoint_gives_its_projector(folder: str, golden_world: 
     assert Path("mm_projector.bin").stat().st_size < 60_000
 
 
-def test_a_checkpoint_without_a_projector_is_named(golden_world: Path) -> None:
-    result = extract("tiny-vicuna", "mm_projector.bin")
-    assert result.returncode != 0
-    assert "tiny-vicuna holds no projector" in result.stderr
+@pytest.mark.parametrize(
+    ("model_path", "said"),
+    [
+        ("tiny-vicuna", "error: tiny-vicuna holds no projector"),
+        ("./missing", "error: No weights at ./missing: expected model.safetensors"),
+    ],
+)
+def test_what_holds_no_projector_is_named_in_one_sentence(golden_world: Path, model_path: str, said: str) -> None:
+    result = extract(model_path, "mm_projector.bin")
+    assert result.returncode == 1
+    assert said in result.stderr and "Traceback" not in result.stderr
