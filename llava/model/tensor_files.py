@@ -104,7 +104,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         # Files of before torch 1.6 are no zip archives and cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:  # OSError: sought beyond a cut off end
         raise ValueError(unreadable(path, error)) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}; expected a dict of tensors, as torch.save writes it.")
@@ -119,5 +121,5 @@ def unreadable(path: str | Path, error: Exception) -> str:
     return (
         f"{path} cannot be read as a file of tensors. It is cut off, or its pickle holds other objects, which are "
         "never run here. Download it again, or ask those who made it for the state dict alone, best as safetensors. "
-        f"({str(error).splitlines()[0]})"
+        f"({(str(error) or 'nothing in it').splitlines()[0]})"
     )

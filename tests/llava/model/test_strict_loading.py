@@ -87,6 +87,18 @@ def test_files_that_are_no_state_dict_are_refused(tmp_path: Path) -> None:
             read_tensors(tmp_path / name)
 
 
+def test_a_torch_file_cut_off_anywhere_is_named(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.bin", tmp_path / "cut.bin"
+    torch.save({"weight": torch.zeros(5000)}, whole)
+    content = whole.read_bytes()
+    for length in (*range(0, len(content), 997), len(content) - 1):
+        cut.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"cut\.bin cannot be read as a file of tensors\. It is cut off"):
+            read_tensors(cut)
+    with pytest.raises(FileNotFoundError):
+        read_tensors(tmp_path / "missing.bin")
+
+
 def test_missing_and_unexpected_weights_are_named(golden_world: Path) -> None:
     weights = load_file("tiny-llava/model.safetensors")
     weights["model.surprise"] = weights.pop("model.mm_projector.2.bias")
