@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.weights import MARK, load_projector, projector_state, read_projector_file
 from llava.model.tensor_files import WEIGHT_FILES
 from patch_aligned.analysis.embeddings import MeasuredProjector, SharedTower, WordEmbeddings, seeded
+from patch_aligned.analysis.model_families import read_config
 
 PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
 DEFAULT_CONFIG = {"mm_projector_type": "mlp2x_gelu"}
@@ -65,7 +65,7 @@ class ProjectorSource:
                 "or a whole model's folder; one on the hub comes by: hf download NAME --local-dir FOLDER."
             )
         config_file = (path if path.is_dir() else path.parent) / "config.json"
-        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        config = read_config(config_file) if config_file.is_file() else {}
         if tower := config.get("mm_vision_tower"):
             config["mm_vision_tower"] = tower_place(tower, str(config_file.parent))
         if path.is_file():

@@ -27,12 +27,12 @@ def family_of(path: Path) -> str | None:
     """The module for a checkpoint's folder; None if it is no folder of transformers, such as LLaVA's own.
 
     Raises:
-        ValueError: it is a model of transformers, but of no known family.
+        ValueError: it is a model of transformers, but of no known family, or its config.json is broken.
     """
     file = path / "config.json"
     if not file.is_file():
         return None
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    config = read_config(file)
     if "text_config" not in config:  # LLaVA's own configs may call themselves `llava` too, but have no parts
         return None
     model_type = config.get("model_type", "")
@@ -42,6 +42,21 @@ def family_of(path: Path) -> str | None:
             "Another family is one file in patch_aligned/analysis/model_families."
         )
     return FAMILY_MODULES[model_type]
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """What a checkpoint's config.json says.
+
+    Raises:
+        ValueError: it is broken.
+    """
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: found no JSON ({error}); expected a checkpoint's config. Copy it anew.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: found a {type(config).__name__}; expected a checkpoint's config. Copy it anew.")
+    return config
 
 
 def load_family(name: str, path: Path, device: str = "cpu") -> tuple[Tower, MeasuredProjector]:

@@ -121,6 +121,17 @@ def test_wrong_input_ends_with_a_sentence_and_code_2(
     assert_refused(invoke(pad, tmp_path / "out", **changed), message, tmp_path)
 
 
+@pytest.mark.parametrize("content", ['{"mm_projector_type":', "[]"])
+@pytest.mark.parametrize("place", ["train_init", "train_init/mm_projector.bin"])
+def test_a_broken_config_beside_a_projector_is_named(
+    golden_world: Path, pad: Path, tmp_path: Path, content: str, place: str
+):
+    Path("train_init/config.json").write_text(content)
+    result = invoke(pad, tmp_path / "out", projector=f"start={place}")
+    assert_refused(result, "config.json", tmp_path)
+    assert "a checkpoint's config" in result.output
+
+
 def test_sets_without_regions_or_without_covered_tokens_are_refused(
     golden_world: Path, write_pad: Callable, rectangle: Callable, tmp_path: Path
 ):
