@@ -60,6 +60,17 @@ def one_rle(segmentation: Any, size_wh: tuple[int, int], place: str) -> str:
     return rle_mask.decode("ascii") if isinstance(rle_mask, bytes) else rle_mask
 
 
+def required(record: Mapping[str, Any], key: str, place: str) -> Any:
+    """A field that a record must have.
+
+    Raises:
+        ValueError: it has none; `place` names file and record.
+    """
+    if record.get(key) is None:
+        raise ValueError(f"{place}, field '{key}': found none, expected one as in COCO's files; correct the record.")
+    return record[key]
+
+
 def box_of(rle_mask: str, size_wh: tuple[int, int]) -> list[float]:
     """The mask's bounding box, `[x1, y1, x2, y2]` in pixels; all 0 for an empty mask."""
     x, y, width, height = coco_mask.toBbox({"size": list(size_wh[::-1]), "counts": rle_mask.encode()}).tolist()

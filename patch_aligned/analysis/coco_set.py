@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from patch_aligned.analysis.coco_masks import box_of, one_rle
+from patch_aligned.analysis.coco_masks import box_of, one_rle, required
 
 Record = Callable[[], dict[str, Any]]
 """Makes a PAD record when it is called: masks are encoded only when their image's turn has come."""
@@ -28,11 +28,12 @@ def read_coco(document: Any, path: Path) -> tuple[list[Record], dict[str, int]]:
         path: the file, for messages.
 
     Raises:
-        ValueError: a table is missing, or an annotation names an image or a category that there is not.
+        ValueError: a table or a field is missing, or an annotation names an image or a category that there is not.
     """
     tables = _tables(document, path, TABLES)
-    names = {category["id"]: category["name"] for category in tables["categories"]}
-    images = {image["id"]: image for image in tables["images"]}
+    categories = {required(category, "id", f"{path}: a category"): category for category in tables["categories"]}
+    names = {key: required(category, "name", f"{path}: category {key}") for key, category in categories.items()}
+    images = {required(image, "id", f"{path}: an image"): image for image in tables["images"]}
     of_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     skipped: Counter[str] = Counter()
     for annotation in tables["annotations"]:
@@ -54,13 +55,16 @@ def read_coco(document: Any, path: Path) -> tuple[list[Record], dict[str, int]]:
 def _record(
     image: Mapping[str, Any], annotations: list[dict[str, Any]], names: Mapping[Any, str], path: Path
 ) -> dict[str, Any]:
-    size = (image["width"], image["height"])
+    file_name, width, height = (
+        required(image, key, f"{path}: image {image['id']}") for key in ("file_name", "width", "height")
+    )
+    size = (width, height)
     labels = []
     for annotation in annotations:
-        place = f"{path}: annotation {annotation.get('id')} of {image['file_name']}, field 'segmentation'"
+        place = f"{path}: annotation {annotation.get('id')} of {file_name}, field 'segmentation'"
         rle_mask = one_rle(annotation["segmentation"], size, place)
         labels.append({"tag": names[annotation["category_id"]], "bbox": box_of(rle_mask, size), "rle_mask": rle_mask})
-    return {"image_id": image["file_name"], "size": list(size), "caption": "", "labels": labels}
+    return {"image_id": file_name, "size": list(size), "caption": "", "labels": labels}
 
 
 def _tables(document: Any, path: Path, expected: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:

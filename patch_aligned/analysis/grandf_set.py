@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from patch_aligned.analysis.coco_masks import box_of, one_rle
+from patch_aligned.analysis.coco_masks import box_of, one_rle, required
 from patch_aligned.analysis.coco_set import Record
 from patch_aligned.dataset.image_files import stored_size_wh
 
@@ -44,7 +44,7 @@ def read_grandf(document: Any, path: Path, image_folder: Path) -> tuple[list[Rec
         image_folder: folder of the images, for RefCOCOg's sizes.
 
     Raises:
-        ValueError: the file has none of the three shapes.
+        ValueError: the file has none of the three shapes, or a record lacks a field.
     """
     if not is_grandf(document):
         raise ValueError(
@@ -52,7 +52,7 @@ def read_grandf(document: Any, path: Path, image_folder: Path) -> tuple[list[Rec
             "annotations have a 'sam_mask'. Name another format."
         )
     if isinstance(document, Mapping):
-        items = _from_tables(document)
+        items = _from_tables(document, path)
     else:
         items = [_from_record(record, f"{path}: record {index}") for index, record in enumerate(document)]
     skipped: Counter[str] = Counter()
@@ -86,11 +86,14 @@ def _from_record(record: Any, place: str) -> Item:
         raise ValueError(f"{place}: found neither 'groundings' nor 'refs'; expected one of them. Correct the record.")
     grounded = [(str(phrase), value.get("rle_masks")) for phrase, value in record["groundings"].items()]
     first = next((masks[0] for _, masks in grounded if masks), None)
-    size = None if first is None else (int(first["size"][1]), int(first["size"][0]))
+    size = None
+    if first is not None:
+        height, width = required(first, "size", f"{place}, rle_masks")
+        size = (int(width), int(height))
     return str(record.get("file_name", "")), str(record.get("caption", "")), grounded, size
 
 
-def _from_tables(document: Mapping[str, Any]) -> list[Item]:
+def _from_tables(document: Mapping[str, Any], path: Path) -> list[Item]:
     of_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for annotation in document["annotations"]:
         if not annotation.get("ignore"):
@@ -99,10 +102,13 @@ def _from_tables(document: Mapping[str, Any]) -> list[Item]:
     for image in document["images"]:
         caption = image.get("caption", "")
         phrases = []
-        for annotation in of_image[image["id"]]:
+        number, name, width, height = (
+            required(image, key, f"{path}: image {image.get('id')}") for key in ("id", "file_name", "width", "height")
+        )
+        for annotation in of_image[number]:
             spans = annotation.get("tokens_positive") or [[0, 0]]
             phrases.append((caption[spans[0][0] : spans[0][1]], annotation.get("sam_mask")))
-        items.append((image["file_name"], caption, phrases, (int(image["width"]), int(image["height"]))))
+        items.append((name, caption, phrases, (int(width), int(height))))
     return items
 
 

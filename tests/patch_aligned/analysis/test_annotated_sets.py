@@ -173,6 +173,9 @@ def test_a_random_subset_hangs_on_ids_and_seed_alone(tmp_path: Path):
         ({"images": [], "annotations": []}, r"lists images, annotations, categories"),
         (coco(categories=[]), r"annotation 1, field 'category_id': found 18, expected one of the 0"),
         (coco(images=[]), r"annotation 1, field 'image_id': found 7"),
+        (coco(categories=[{"id": 18}]), r"set\.json: category 18, field 'name': found none"),
+        (coco(images=[{"id": 7, "file_name": "a.jpg"}], annotations=[]), r"image 7, field 'width': found none"),
+        (coco(images=[{"file_name": "a.jpg"}]), r"an image, field 'id': found none"),
         (coco_annotation([[1, 2, 3]]), r"annotation 5 of 000000000007.jpg.*found \[1, 2, 3\].*polygon"),
         (coco_annotation("k5d4"), r"found 'k5d4', expected polygons or an RLE"),
         (coco_annotation({"size": [WIDTH, HEIGHT], "counts": [240]}), r"mask of size \[20, 12\].*\[12, 20\]"),
@@ -192,6 +195,16 @@ def test_what_is_wrong_with_a_grandf_file_is_named(read: Opener, tmp_path: Path)
         read([grounded, {"file_name": "y.jpg"}])
     with pytest.raises(ValueError, match="no file of GranD-f"):
         read(coco(), format="grandf")
+    unsized = {"a dog": {"rle_masks": [{"counts": "d0"}]}}
+    with pytest.raises(ValueError, match=r"record 0, rle_masks, field 'size': found none"):
+        read([grounded | {"groundings": unsized}])
+    with pytest.raises(ValueError, match=r"image 1, field 'height': found none"):
+        read(
+            {
+                "images": [{"id": 1, "file_name": "x.jpg", "width": 4}],
+                "annotations": [{"image_id": 1, "sam_mask": None}],
+            }
+        )
     escaping = {"1": {"img_file_name": "../x.jpg", "caption": "", "refs": []}}
     with pytest.raises(ValueError, match="leads out of"):
         read([escaping])
