@@ -15,6 +15,7 @@ from patch_aligned.analysis.analysed_models import load_models
 from patch_aligned.analysis.analysis import analyse
 from patch_aligned.analysis.analysis_results import Analysis, AnalysisSettings
 from patch_aligned.analysis.image_progress import image_progress
+from patch_aligned.analysis.output_folder import require_output_folder
 from patch_aligned.analysis.report import provenance_of, write_report
 from patch_aligned.analysis.report_tables import as_text, headline_table
 from patch_aligned.analysis.token_map import PursuitSettings, token_maps
@@ -57,8 +58,7 @@ def run_analyze(
         raise FileNotFoundError(f"--data {measure.data}: there is no such file.")
     if not measure.image_folder.is_dir():
         raise FileNotFoundError(f"--image-folder {measure.image_folder}: there is no such folder.")
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"--output {output}: found a file; expected a folder, or nothing yet.")
+    require_output_folder(output)
     if english != "auto":
         english_words(english)  # or a list that is not installed would show after hours
     if importlib.util.find_spec("matplotlib") is None:

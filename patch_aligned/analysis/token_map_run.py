@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from patch_aligned.analysis.analysed_models import load_models
 from patch_aligned.analysis.annotated_sets import open_annotated_set
 from patch_aligned.analysis.image_progress import image_progress
+from patch_aligned.analysis.output_folder import require_output_folder
 from patch_aligned.analysis.token_map import PursuitSettings, TokenMaps, token_maps
 from patch_aligned.analysis.token_map_figure import save_token_map_figures
 from patch_aligned.analysis.token_map_page import write_token_map_page
@@ -45,8 +46,7 @@ def run_token_map(
     """
     # All that can be wrong with the arguments is found before the first large file is read.
     chosen = _chosen_images(images, data, image_folder, limit)
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"--output {output}: found a file; expected a folder, or nothing yet.")
+    require_output_folder(output)
     if png and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("PNGs need matplotlib: pip install 'patch-aligned-llava[analysis]', or pass --no-png.")
 

@@ -71,11 +71,15 @@ def test_without_pictures_none_is_written_and_an_earlier_reports_are_removed(
     ]  # fmt: skip
 
 
-def test_an_output_that_is_a_file_or_a_word_list_that_is_missing_shows_before_the_images_are_read(
+def test_an_output_that_cannot_be_written_or_a_word_list_that_is_missing_shows_before_the_images_are_read(
     golden_world: Path, pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("patch_aligned.analysis.analyze_run.load_models", lambda *_: pytest.fail("too late"))
-    assert_refused(invoke(pad, pad), "found a file; expected a folder", tmp_path)
+    assert_refused(invoke(pad, pad), f"found a file at {pad}; expected a folder", tmp_path)
+    assert_refused(invoke(pad, pad / "out"), f"found a file at {pad}; expected a folder", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda place, mode: Path(place) != tmp_path)
+        assert_refused(invoke(pad, tmp_path / "out" / "in"), f"{tmp_path} may not be written to", tmp_path)
     monkeypatch.setitem(sys.modules, "nltk", None)
     assert_refused(invoke(pad, tmp_path / "out", english="nltk"), "'nltk' is not installed", tmp_path)
 
