@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from typing import Annotated
 
-import typer
-
+from llava.command import typer_app_with_debug
 from patch_aligned.analysis.analyze_command import app as analyze_app
 from patch_aligned.analysis.token_map_command import app as token_map_app
 from patch_aligned.annotate.commands import app as annotate_app
@@ -16,26 +13,7 @@ from patch_aligned.dataset.commands import app as dataset_app
 from patch_aligned.pack_command import app as pack_app
 from patch_aligned.results.commands import app as results_app
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    help="Patch-aligned training: its data and its analysis.",
-    # LLaVA's flags are spelled with underscores: both are taken, in all commands.
-    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
-)
-
-
-@app.callback()
-def _options(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
-) -> None:
-    """Patch-aligned training: its data and its analysis."""
-    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
-    context.obj = {"debug": debug}
-
+app = typer_app_with_debug("Patch-aligned training: its data and its analysis.")
 
 app.add_typer(analyze_app)
 app.add_typer(token_map_app)

@@ -8,15 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from eval.captions.options import REFERENCES_HELP, SpiceJarsOption, SpiceJavaOption, SplitOption
-from patch_aligned.command_errors import clear_errors
+from llava.command import clear_errors, typer_app
 
-# LLaVA's flags are spelled with underscores: both are taken.
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"token_normalize_func": lambda token: token.replace("_", "-"), "obj": {"debug": False}},
-)
+app = typer_app()
 
 
 @app.command(epilog="Captions of another source are scored by `python -m eval.captions.score`.")

@@ -15,14 +15,9 @@ from eval.captions.options import REFERENCES_HELP, SpiceJarsOption, SpiceJavaOpt
 from eval.captions.record import as_json, as_text
 from eval.captions.references import read_references
 from eval.captions.spice import find_spice
-from patch_aligned.command_errors import clear_errors
+from llava.command import clear_errors, typer_app
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"token_normalize_func": lambda token: token.replace("_", "-"), "obj": {"debug": False}},
-)
+app = typer_app()
 
 
 @app.command()

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    help="LLaVA checkpoints to Hugging Face's LlavaForConditionalGeneration, and back.",
-)
+from llava.command import clear_errors, typer_app_with_debug
 
-
-@app.callback()
-def _options(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
-) -> None:
-    """LLaVA checkpoints to Hugging Face's LlavaForConditionalGeneration, and back."""
-    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
-    context.obj = {"debug": debug}
-
-
-@contextmanager
-def _clear_errors(debug: bool) -> Iterator[None]:
-    """Ends with one sentence and exit code 2 where the input is wrong; bugs keep their traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        if debug:
-            raise
-        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from error
+app = typer_app_with_debug("LLaVA checkpoints to Hugging Face's LlavaForConditionalGeneration, and back.")
 
 
 class Dtype(str, Enum):
@@ -70,6 +41,7 @@ MaxShardSize = Annotated[str, typer.Option(help="Largest file of weights.", call
 
 
 @app.command("to-hf", epilog="How to serve the folder: docs/serving.md.")
+@clear_errors
 def to_hf_command(
     context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="SRC", help="LLaVA checkpoint: a folder or a hub name.")],
@@ -97,14 +69,14 @@ def to_hf_command(
 
     `llava-convert to-hf checkpoints/projector exports/stage-1 --base lmsys/vicuna-7b-v1.5`
     """
-    with _clear_errors(context.obj["debug"]):
-        from llava.convert.to_hf import to_hf
+    from llava.convert.to_hf import to_hf
 
-        to_hf(source, destination, base, dtype.value, conv_mode, max_shard_size)
+    to_hf(source, destination, base, dtype.value, conv_mode, max_shard_size)
     _report(destination, "load or serve it as its README.md says; before you publish it, fill in the licence there.")
 
 
 @app.command("from-hf")
+@clear_errors
 def from_hf_command(
     context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="SRC", help="A LlavaForConditionalGeneration: folder or hub name.")],
@@ -139,11 +111,10 @@ def from_hf_command(
     `llava-convert from-hf llava-hf/llava-1.5-7b-hf checkpoints/llava-v1.5-7b --image-aspect-ratio pad --conv-mode v1
     --vision-tower openai/clip-vit-large-patch14-336`
     """
-    with _clear_errors(context.obj["debug"]):
-        from llava.convert.from_hf import from_hf
+    from llava.convert.from_hf import from_hf
 
-        ratio = image_aspect_ratio.value if image_aspect_ratio else None
-        from_hf(source, destination, vision_tower, ratio, conv_mode, max_shard_size)
+    ratio = image_aspect_ratio.value if image_aspect_ratio else None
+    from_hf(source, destination, vision_tower, ratio, conv_mode, max_shard_size)
     _report(destination, f"python -m llava.serve.cli --model-path {destination} --image-file IMAGE")
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from llava.command import clear_errors
 from patch_aligned.analysis import model_options
-from patch_aligned.command_errors import clear_errors
 
 app = typer.Typer(rich_markup_mode="markdown")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from patch_aligned.command_errors import clear_errors
+from llava.command import clear_errors
 
 app = typer.Typer(rich_markup_mode="markdown")
 models_app = typer.Typer(name="models", no_args_is_help=True, help="The models that annotate.")

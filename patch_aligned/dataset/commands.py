@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from patch_aligned.command_errors import clear_errors
+from llava.command import clear_errors
 
 app = typer.Typer(rich_markup_mode="markdown")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from patch_aligned.command_errors import clear_errors
+from llava.command import clear_errors
 from patch_aligned.results.box_frames import BoxFrame
 
 if TYPE_CHECKING:
