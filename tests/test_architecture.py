@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -173,6 +174,34 @@ def test_every_module_imports_without_the_extras() -> None:
     command = [sys.executable, "-c", IMPORT_WITHOUT_EXTRAS, ",".join(OPTIONAL), ",".join(modules)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def declared_packages() -> set[str]:
+    requirements = re.findall(r'"([\w.-]+)[<>=]', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return {canonical(name) for name in requirements} - {"setuptools"}
+
+
+def test_constraints_name_every_package_that_is_declared() -> None:
+    tested = re.findall(r"^([\w-]+)[<=]=", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert declared_packages() - {canonical(name) for name in tested} == {"flash-attn"}  # it is built on a GPU machine
+
+
+def test_packages_that_modules_import_are_declared() -> None:
+    # nltk is an alternative to a declared package; the error that names it says how to install it.
+    declared = declared_packages() | {"nltk"}
+    distributions = importlib.metadata.packages_distributions()
+    undeclared = {
+        f"{module} imports {package}"
+        for module in MODULES
+        for package in {name.split(".")[0] for _, name in imports_of(module)}
+        if package not in sys.stdlib_module_names and package not in PACKAGES
+        if declared.isdisjoint(map(canonical, distributions.get(package, [package])))
+    }
+    assert not undeclared
 
 
 def test_constants_cost_no_torch() -> None:
