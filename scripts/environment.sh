@@ -20,6 +20,13 @@ for name in names:
 PYTHON
 }
 
+# say_room FOLDER: pip finds out only after long downloads that the disk is full, so this says it before.
+say_room() {
+    local free_gb
+    free_gb=$(df -Pk "$1" | awk 'NR == 2 { print int($4 / 1000000) }')
+    echo "Packages take about 8 GB where there are none yet, most of it torch's CUDA libraries; $1 has $free_gb GB free."
+}
+
 use_environment() {
     local extras=$1 constraints=()
     shift
@@ -37,6 +44,7 @@ use_environment() {
     fi
     if environment_lacks "$@"; then
         echo "Installing this checkout with [$extras] into ${VIRTUAL_ENV:-${CONDA_PREFIX:-?}}"
+        say_room "${VIRTUAL_ENV:-${CONDA_PREFIX:-.}}"
         python -m pip install --quiet --disable-pip-version-check "${constraints[@]+"${constraints[@]}"}" -e ".[$extras]"
     fi
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +86,14 @@ def test_an_interrupted_training_is_taken_up(tmp_path: Path) -> None:
     (tmp_path / "run" / "patch_aligned" / "mm_projector.bin").unlink()
     (only,) = trainings(run_quickstart(tmp_path))
     assert only[1] == "patch_aligned/train_mem.py"
+
+
+def test_the_room_that_packages_need_and_have_is_said(tmp_path: Path) -> None:
+    command = ["bash", "-c", 'set -eu; source scripts/environment.sh; say_room "$1"', "bash", str(tmp_path)]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = re.fullmatch(rf"Packages take about 8 GB .*; {re.escape(str(tmp_path))} has (\d+) GB free\.\n", said)
+    assert found is not None
+    assert abs(int(found.group(1)) - shutil.disk_usage(tmp_path).free / 1e9) < 5
 
 
 @pytest.fixture(scope="module")
