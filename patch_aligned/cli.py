@@ -15,12 +15,13 @@ from patch_aligned.results.commands import app as results_app
 
 app = typer_app_with_debug("Patch-aligned training: its data and its analysis.")
 
-app.add_typer(analyze_app)
-app.add_typer(token_map_app)
+# In the order of the work, which --help keeps: regions are made, looked after, used, and results compared.
+app.add_typer(annotate_app)
+app.add_typer(reselect_app)
 app.add_typer(dataset_app)
 app.add_typer(pack_app)
-app.add_typer(reselect_app)
-app.add_typer(annotate_app)
+app.add_typer(analyze_app)
+app.add_typer(token_map_app)
 app.add_typer(results_app)
 
 if __name__ == "__main__":
