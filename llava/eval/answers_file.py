@@ -4,8 +4,8 @@ Answers are written in the order of the questions, one JSON object a line, each 
 `ANSWERS.run.json`, which describes the run: questions, checkpoint, template and settings. A run of the same description
 goes on where the file ends; any other starts it anew, as upstream always does, and sets what it held aside as
 `ANSWERS.old`. So answers of two runs never mix, and those of a checkpoint that has since been trained on are not taken
-for new ones. `ANSWERS.lock`, which is left behind,
-keeps a second process out: two would write their lines among each other's.
+for new ones. `ANSWERS.lock`, which is left behind, keeps a second process out: two would write their lines among each
+other's.
 """
 
 from __future__ import annotations
