@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is part of the extra `eval`")
-
 FAKE_JAVA = """#!{python}
 import json, os, sys
 if sys.argv[1:] == ["-version"]:

@@ -22,6 +22,8 @@ from eval.captions.metrics import BLEU, METRICS, SPICE, CaptionScores, MetricSco
 from eval.captions.record import METEOR_MEAN
 from patch_aligned.results.run_file import read_run, read_samples
 
+pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is part of the extra `eval`")
+
 ROOT = Path(__file__).parents[3]
 TAKEN = tuple(name for name in METRICS if name != SPICE)
 IMAGES = [f"im{number}.png" for number in range(5)]

@@ -15,6 +15,8 @@ from eval.captions.java import JavaError
 from eval.captions.metrics import BLEU, CIDER, METEOR, ROUGE_L, SPICE, CaptionScores, score_captions
 from eval.captions.words import tokenize
 
+pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is part of the extra `eval`")
+
 pytestmark = pytest.mark.slow  # METEOR takes a quarter of a minute to read its tables
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed")
 

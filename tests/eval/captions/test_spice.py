@@ -11,6 +11,8 @@ import pytest
 from eval.captions.java import JavaError, java_version, require_metrics
 from eval.captions.spice import JARS, SpiceSetup, find_spice, score_spice
 
+pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is part of the extra `eval`")
+
 EXPECTED = {"a": ["a dog", "one dog"], "b": ["two cats"], "c": ["a café"]}
 FOUND = {"a": ["a dog"], "b": ["a cat"], "c": [""]}
 SCORES_BACKWARDS = """
