@@ -88,6 +88,7 @@ def test_coco_gives_names_masks_and_boxes(read: Opener):
     (cup,) = second.regions
     assert cup.tag == "cup"
     np.testing.assert_array_equal(mask_of(cup), drawn(2, 2, 6, 9))
+    assert cup.bbox_xyxy_px == (2, 2, 6, 9)
 
 
 def test_crowds_and_annotations_without_mask_are_counted(tmp_path: Path):
