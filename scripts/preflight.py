@@ -237,8 +237,8 @@ def check_room(flags: argparse.Namespace, steps: int, checkpoint: int, weights: 
     parts = f"{size_text(needed)} for {kept} checkpoints of {size_text(checkpoint)}, and the weights"
     if needed > free:
         raise ValueError(
-            f"--output_dir {flags.output_dir}: found {size_text(free)} free, expected {parts}; next: set OUTPUT_DIR to a "
-            "folder on a larger disk, or SAVE_TOTAL_LIMIT=1"
+            f"--output_dir {flags.output_dir}: found {size_text(free)} free, expected {parts}; next: set OUTPUT_DIR to "
+            "a folder on a larger disk, or SAVE_TOTAL_LIMIT=1"
         )
     return f"{parts}; {size_text(free)} are free for {flags.output_dir}"
 
