@@ -12,28 +12,55 @@ decoding, resizing, NMS, run lengths and writing cost, not the models.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import (
+    BertTokenizer,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoImageProcessorPil,
+    SamConfig,
+    SamImageProcessorPil,
+    SamModel,
+    SamVisionConfig,
+)
 
 from patch_aligned.annotate.annotate_images import Workload
+from patch_aligned.annotate.candidates import Candidate, CandidateThresholds
 from patch_aligned.annotate.decoding import decode_image
+from patch_aligned.annotate.grounding_dino import GroundingDetector
 from patch_aligned.annotate.manifest import ManifestEntry, list_images
 from patch_aligned.annotate.models import RAM_WEIGHTS, TAG_FILES
 from patch_aligned.annotate.process_shard import process_shard
+from patch_aligned.annotate.ram.model import RamConfig, RamModel
+from patch_aligned.annotate.ram.tagger import RamTagger, Tag
 from patch_aligned.annotate.recipes import ModelRecipe
 from patch_aligned.annotate.run_folder import RunFolder
+from patch_aligned.annotate.sam import SamSegmenter
+from patch_aligned.annotate.selection import Selected, Selection
 from patch_aligned.annotate.stage_clock import StageClock, StageTimes
-from patch_aligned.annotate.stages import ImageInWork, Stages
-from playground.mini.annotation_models import recipe_of, write_models
+from patch_aligned.annotate.stages import ImageInWork, ModelStages, Stages
+from playground.mini.annotation_models import recipe_of, spread_out, vocabulary_of, write_models
 from playground.mini.scene_records import DatasetSettings, write_scene
 
 TINY_BOX_THRESHOLD = 0.98
+TAGS_AN_IMAGE, CANDIDATES_AN_IMAGE, REGIONS_AN_IMAGE = 12, 40, 5
+LEAST_SCORE = 0.965  # of the candidates of random weights
+RAM_PLUS = RamConfig(
+    kind="ram_plus", image_size=384, window_size=12, embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48),
+    num_tags=4585, label_width=512, hidden_size=768, intermediate_size=3072, decoder_layers=2,
+)  # fmt: skip
+SAM_HUGE = SamVisionConfig(
+    hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, global_attn_indexes=[7, 15, 23, 31], mlp_dim=5120
+)
 SCENE_SIZES = ((448, 336), (336, 448), (500, 336))
 
 
@@ -52,6 +79,62 @@ def real_recipe(folder: Path) -> ModelRecipe:
         detector=str(folder / "grounding-dino-tiny"),
         sam=str(folder / "sam-vit-huge"),
     )
+
+
+class BusyStages(ModelStages):
+    """Models of random weights, whose scores mean nothing: an image gets as many tags and regions as real ones find."""
+
+    def tag(self, items: Sequence[ImageInWork]) -> list[list[Tag]]:
+        """The likeliest tags of each image."""
+        scores = self.tagger.scores(self.tagger.preprocess([item.image for item in items]))  # [B, T]
+        likeliest = scores.topk(TAGS_AN_IMAGE, dim=1)
+        return [
+            [Tag(self.tagger.tags[place], score) for place, score in zip(places, values, strict=True)]
+            for places, values in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+        ]
+
+    def detect(self, items: Sequence[ImageInWork]) -> list[list[Candidate]]:
+        """The likeliest boxes."""
+        return [candidates[:CANDIDATES_AN_IMAGE] for candidates in super().detect(items)]
+
+    def select(self, item: ImageInWork) -> list[Selected]:
+        """The likeliest regions."""
+        return super().select(item)[:REGIONS_AN_IMAGE]
+
+
+def full_size_stages(device: str) -> tuple[BusyStages, BusyStages]:
+    """Random RAM++ (Swin-L), Grounding DINO (tiny) and SAM (ViT-H), in float32 and as the pipeline runs them."""
+    torch.manual_seed(0)
+    names = [f"tag{number}" for number in range(RAM_PLUS.num_tags)]
+    with torch.device(device):
+        ram = RamModel(RAM_PLUS)
+        spread_out(ram)
+        detector = GroundingDinoForObjectDetection(GroundingDinoConfig())
+        with torch.no_grad():  # as they come, boxes are tiny anchors, and scores are all 0 or 1
+            for name, parameter in detector.named_parameters():
+                if "bbox_embed" in name:
+                    parameter.normal_(std=0.85 * GroundingDinoConfig().d_model ** -0.5)
+            detector.model.decoder.layer_norm.weight.mul_(0.1)
+        sam = SamModel(SamConfig(vision_config=SAM_HUGE))
+    tokenizer = BertTokenizer(vocab=vocabulary_of(names))
+    stages = []
+    for dtype in (torch.float32, None):  # a copy each: the pipeline holds a part of RAM++ in half precision
+        stages.append(
+            BusyStages(
+                RamTagger(copy.deepcopy(ram), names, [0.5] * len(names), device=device, dtype=dtype),
+                GroundingDetector(
+                    detector,
+                    tokenizer,
+                    GroundingDinoImageProcessorPil(),
+                    device=device,
+                    dtype=dtype,
+                    candidate_thresholds=CandidateThresholds(LEAST_SCORE, LEAST_SCORE),
+                ),
+                SamSegmenter(sam, SamImageProcessorPil(), device=device, dtype=dtype),
+                Selection(box_threshold=LEAST_SCORE, text_threshold=LEAST_SCORE),
+            )
+        )
+    return stages[0], stages[1]
 
 
 def write_scenes(folder: Path, count: int) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from measured_models import MODELS, ROOT, miniature_model, seven_billion_model
+from measured_models import MODELS, ROOT, miniature_model, random_model
 from transformers import AutoTokenizer
 
 from llava.conversation import Conversation, conv_templates
@@ -44,7 +44,7 @@ def miniature(device: str) -> LoadedModel:
 def seven_billion(device: str) -> LoadedModel:
     """LLaVA-1.5-7B's shape with random weights in bfloat16, and the miniature's words."""
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "smollm2-135m-instruct")
-    model = seven_billion_model(device, vocab_size=len(tokenizer), image_aspect_ratio="pad")
+    model = random_model("7b", device, vocab_size=len(tokenizer), image_aspect_ratio="pad")
     return LoadedModel(tokenizer, model.eval(), model.get_vision_tower().image_processor, 2048)
 
 

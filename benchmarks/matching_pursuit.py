@@ -67,15 +67,20 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
 
 
-def measure(width: int, options: argparse.Namespace) -> tuple[float, int]:
-    """Prints a row of the table for one width; returns the ratio and the number of tokens with other words."""
+def tokens_of_words(width: int, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Tokens `[S, D]` that are made of words, as the hypothesis of the paper has it, and noise; the words `[M, D]`."""
     generator = torch.Generator().manual_seed(options.seed)
     units = torch.randn(options.words, width, generator=generator)
     units /= units.norm(dim=1, keepdim=True)
-    # Tokens that are made of words, as the hypothesis of the paper has it, and noise.
     made_of = torch.randint(options.words, (options.tokens, options.rounds), generator=generator)
     weights = torch.rand(options.tokens, options.rounds, 1, generator=generator) + 0.2
     tokens = (weights * units[made_of]).sum(dim=1) + torch.randn(options.tokens, width, generator=generator) / width
+    return tokens, units
+
+
+def measure(width: int, options: argparse.Namespace) -> tuple[float, int]:
+    """Prints a row of the table for one width; returns the ratio and the number of tokens with other words."""
+    tokens, units = tokens_of_words(width, options)
     dictionary = WordDictionary(units, chunk=options.chunk)
 
     before = peak_mib()

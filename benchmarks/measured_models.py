@@ -1,20 +1,65 @@
-"""The models that benchmarks run: the miniature, its projector untrained, and random weights of LLaVA-1.5-7B's size."""
+"""What benchmarks run and how it is timed: the miniature, its projector untrained, and random weights of a named size.
+
+What needs other packages than `llava` does is elsewhere.
+"""
 
 from __future__ import annotations
 
+import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.causal_lm import token_loss
 from llava.train.arguments import parse_arguments
 from llava.train.assemble import add_vision, give_padding_token, load_language_model, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "playground/mini/cache/models"
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "7b": (
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        {},
+    ),
+    "tiny": (
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        },
+    ),
+}
+"""Sizes of tower and LLM; what is not said is CLIP ViT-L's and Llama-7B's."""
 
 
 class Assembled(NamedTuple):
@@ -46,28 +91,80 @@ def miniature_model(flags: str, output_dir: str) -> Assembled:
     return Assembled(tokenizer, model, model_args, data_args, training_args)
 
 
-def seven_billion_model(device: str, **settings: Any) -> Any:
-    """LLaVA-1.5-7B's shape with random weights in bfloat16.
+def random_model(shape: Literal["7b", "tiny"], device: str, **settings: Any) -> Any:
+    """LLaVA-1.5 with random weights in bfloat16.
 
     Args:
+        shape: `7b` is that of LLaVA-1.5-7B; `tiny` has the same parts and takes no time.
         device: where it is made.
         settings: of its config.
     """
-    tower = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    with tempfile.TemporaryDirectory() as folder, torch.device(device):
+    tower_sizes, llm_sizes = SIZES[shape]
+    tower = CLIPVisionConfig(**tower_sizes)
+    side = tower.image_size
+    with tempfile.TemporaryDirectory() as folder:
         CLIPVisionModel(tower).bfloat16().save_pretrained(folder)
-        CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(folder)
-        vision = {"mm_vision_tower": folder, "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu"}
-        config = LlavaConfig(**vision, mm_vision_select_layer=-2, **settings)  # type: ignore[arg-type, call-arg]
+        CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+            folder
+        )
+        vision = {"mm_vision_tower": folder, "mm_hidden_size": tower.hidden_size, "mm_projector_type": "mlp2x_gelu"}
+        config = LlavaConfig(**vision, mm_vision_select_layer=-2, **llm_sizes, **settings)  # type: ignore[arg-type, call-arg]
         torch.set_default_dtype(torch.bfloat16)
-        model: Any = LlavaLlamaForCausalLM(config)
+        with torch.device(device):
+            model: Any = LlavaLlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
         model.get_vision_tower().load_model(device_map=device)
     return model
+
+
+def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer without files: each byte of a text is a token, and further ids decode to numbers."""
+    names = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet())]
+    names += [f" {number}" for number in range(len(names), vocab_size)]
+    tokenizer = Tokenizer(BPE(vocab={name: id for id, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
+def random_batch(model: Any, batch_size: int, text_tokens: int, prompt_tokens: int) -> dict[str, Any]:
+    """Rows of one image and random text, of which all but the first `prompt_tokens` are to be learned."""
+    side = model.get_vision_tower().image_side
+    ids = torch.randint(3, model.config.vocab_size, (batch_size, text_tokens))
+    ids[:, 1] = IMAGE_TOKEN_INDEX
+    labels = ids.clone()
+    labels[:, :prompt_tokens] = IGNORE_INDEX
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": torch.ones_like(ids, dtype=torch.bool),
+        "images": torch.randn(batch_size, 3, side, side, dtype=torch.bfloat16),
+    }
+
+
+def to_device(value: Any, device: str) -> Any:
+    """`value` with its tensors on `device`."""
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value.to(device) if torch.is_tensor(value) else value
+
+
+def median_seconds(action: Callable[[], object], repeats: int, device: str) -> float:
+    """Median time of `action`, after one run to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def loss_of_all_logits(model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The same loss as the model's own `supervised_loss`, from logits `[B, L - 1, M]` at all positions."""
+    return token_loss(model.lm_head(hidden[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())

@@ -10,20 +10,25 @@ logits at all positions over that of a step as it is.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from measured_models import MODELS, ROOT, miniature_model, seven_billion_model
+from measured_models import (
+    MODELS,
+    ROOT,
+    loss_of_all_logits,
+    median_seconds,
+    miniature_model,
+    random_batch,
+    random_model,
+    to_device,
+)
 from torch import Tensor
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.language_model.causal_lm import token_loss
 from llava.plugin import AlignmentContext, AuxiliaryOutput
 from llava.train.assemble import make_data
 from patch_aligned.arguments import PatchArguments
@@ -61,59 +66,36 @@ def miniature(batch_size: int) -> tuple[Any, WatchedPlugin, dict[str, Any]]:
     return model, plugin, batch
 
 
-def seven_billion(batch_size: int, device: str) -> tuple[Any, WatchedPlugin, dict[str, Any]]:
-    """LLaVA-1.5-7B with random weights in bfloat16; four regions an image, each covering 20 visual tokens."""
-    model = seven_billion_model(device)
+def random_weights(shape: Literal["7b", "tiny"], batch_size: int, device: str) -> tuple[Any, WatchedPlugin, dict]:
+    """LLaVA-1.5 with random weights in bfloat16, its projector to be trained, and a batch with regions."""
+    model = random_model(shape, device)
     model.requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(True)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.randint(3, 32000, (batch_size, 26))
-    ids[:, 1] = IMAGE_TOKEN_INDEX
-    labels = ids.clone()
-    labels[:, :2] = IGNORE_INDEX
-    regions = 4 * batch_size
-    tokens = torch.zeros(regions, 576, dtype=torch.bool)
-    tokens[:, 100:120] = True
-    batch = {
-        "input_ids": ids,
-        "labels": labels,
-        "attention_mask": torch.ones_like(ids, dtype=torch.bool),
-        "images": torch.randn(batch_size, 3, 336, 336, dtype=torch.bfloat16),
-        "plugin_batch": {
-            "region_row": torch.arange(batch_size).repeat_interleave(4),
-            "region_tokens": tokens,
-            "label_ids": torch.randint(3, 32000, (regions, 3)),
-            "label_lengths": torch.full((regions,), 3),
-            "counts": torch.zeros(3, dtype=torch.int64),
-        },
+    batch = random_batch(model, batch_size, text_tokens=26, prompt_tokens=2)
+    return model, WatchedPlugin(), batch | {"plugin_batch": random_regions(model, batch_size)}
+
+
+def random_regions(model: Any, batch_size: int) -> dict[str, Tensor]:
+    """What the plugin reads of a batch: four regions an image, each covering 20 of 576 visual tokens."""
+    regions, visual = 4 * batch_size, model.get_vision_tower().num_patches
+    tokens = torch.zeros(regions, visual, dtype=torch.bool)
+    tokens[:, visual // 6 : visual // 6 + max(1, visual // 28)] = True
+    return {
+        "region_row": torch.arange(batch_size).repeat_interleave(4),
+        "region_tokens": tokens,
+        "label_ids": torch.randint(3, model.config.vocab_size, (regions, 3)),
+        "label_lengths": torch.full((regions,), 3),
+        "counts": torch.zeros(3, dtype=torch.int64),
     }
-    return model, WatchedPlugin(), batch
 
 
-def to_device(value: Any, device: str) -> Any:
-    """`value` with its tensors on `device`."""
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return value.to(device) if torch.is_tensor(value) else value
-
-
-def median_seconds(action: Callable[[], None], repeats: int, device: str) -> float:
-    """Median time of `action`, after one run to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        action()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def loss_of_all_logits(model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The same loss as the model's own `supervised_loss`, from logits `[B, L - 1, M]` at all positions."""
-    return token_loss(model.lm_head(hidden[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
+def plugin_alone(plugin: WatchedPlugin) -> None:
+    """Computes the patch loss of what the plugin was shown last, and its gradients."""
+    context, batch = plugin.shown
+    tokens = context.visual_tokens.detach().requires_grad_()
+    loss = PatchAlignedPlugin.auxiliary_losses(plugin, replace(context, visual_tokens=tokens), batch).losses["patch"]
+    loss.backward()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -125,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(arguments)
 
-    build = miniature if args.shape == "mini" else lambda size: seven_billion(size, args.device)
+    build = miniature if args.shape == "mini" else lambda size: random_weights("7b", size, args.device)
     model, plugin, batch = build(args.batch_size)
     model, batch = model.to(args.device), to_device(batch, args.device)
     model.attach_plugin(plugin)
@@ -137,15 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (output.loss + 5 * output.auxiliary_losses["patch"]).backward()
         model.zero_grad()
 
-    def plugin_alone() -> None:
-        context, plugin_batch = plugin.shown
-        tokens = context.visual_tokens.detach().requires_grad_()
-        PatchAlignedPlugin.auxiliary_losses(plugin, replace(context, visual_tokens=tokens), plugin_batch).losses[
-            "patch"
-        ].backward()
-
     step_s = median_seconds(step, args.repeats, args.device)
-    plugin_s = median_seconds(plugin_alone, 4 * args.repeats, args.device)
+    plugin_s = median_seconds(partial(plugin_alone, plugin), 4 * args.repeats, args.device)
     model.supervised_loss = partial(loss_of_all_logits, model)
     full_s = median_seconds(step, args.repeats, args.device)
     regions = len(plugin.shown[1]["region_row"])

@@ -89,11 +89,7 @@ def _write_ram(out: Path, tags: list[str]) -> None:
         num_tags=len(tags), label_width=64, hidden_size=64, intermediate_size=128, decoder_layers=2,
     )  # fmt: skip
     model = RamModel(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(
-                parameter, std=2 * parameter.shape[-1] ** -0.5
-            )  # or all images would look alike to it
+    spread_out(model)
     with torch.no_grad():
         scores = model(_smooth_noise(64), model.tag_queries()).sigmoid()  # [64, tags]
     threshold = scores.quantile(1 - _SHARE_OF_TAGS).item()
@@ -105,16 +101,29 @@ def _write_ram(out: Path, tags: list[str]) -> None:
     save_converted(model.state_dict(), checkpoint)
 
 
+def spread_out(model: RamModel) -> None:
+    """Gives random weights a scale at which images do not all look alike to them."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
+
+
+def vocabulary_of(tags: list[str]) -> dict[str, int]:
+    """BERT's vocabulary, as far as Grounding DINO knows it, with the words of tags."""
+    vocabulary = dict(_BERT_IDS)
+    vocabulary |= {f"[unused{number}]": number for number in range(1030) if number not in _BERT_IDS.values()}
+    for word in sorted({word for tag in tags for word in tag.split()}):
+        vocabulary[word] = len(vocabulary)
+    return vocabulary
+
+
 def _smooth_noise(count: int) -> Tensor:
     """Pictures of soft blobs, `[count, 3, side, side]`, normalised."""
     return torch.nn.functional.interpolate(torch.randn(count, 3, 4, 4), size=_RAM_PX, mode="bicubic")
 
 
 def _write_grounding_dino(folder: Path, tags: list[str]) -> None:
-    vocabulary = dict(_BERT_IDS)
-    vocabulary |= {f"[unused{number}]": number for number in range(1030) if number not in _BERT_IDS.values()}
-    for word in sorted({word for tag in tags for word in tag.split()}):
-        vocabulary[word] = len(vocabulary)
+    vocabulary = vocabulary_of(tags)
     config = GroundingDinoConfig(
         backbone_config=SwinConfig(
             image_size=128, embed_dim=16, depths=[1] * 4, num_heads=[1, 2, 4, 8], window_size=7,
