@@ -163,7 +163,6 @@ def describe_machine(is_tiny: bool) -> dict[str, Any]:
 
     has_card = not is_tiny and not torch.cuda._is_in_bad_fork() and torch.cuda.is_available()
     card = torch.cuda.get_device_properties(0) if has_card else None
-    versions = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "card": card.name if card else None,
@@ -172,11 +171,19 @@ def describe_machine(is_tiny: bool) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "versions": {package: versions.get(package) for package in PACKAGES},
+        "versions": {package: version_of(package) for package in PACKAGES},
         "commit": git.stdout.strip() or None,
         "date": date.today().isoformat(),
         "tiny": is_tiny,
     }
+
+
+def version_of(package: str) -> str | None:
+    """Its version, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def write_tables(out: Path) -> None:
