@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,16 @@ from PIL import ImageFile
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 GOLDENS = Path(__file__).parent / "goldens" / "llava"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Says in the last line which extras were missing and how to install them. Tests name theirs when they skip."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    extras = {extra for report in skipped for extra in re.findall(r"extra `(\w+)`", str(report.longrepr))}
+    if extras:
+        names = ",".join(sorted(extras))
+        print(f"Skipped what needs the extras {names}; to run it too: python -m pip install -e '.[{names}]'")
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from playground.mini.scenes import compose_scene
 
-pytest.importorskip("lmms_eval")
+pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
 pytestmark = pytest.mark.slow  # lmms-eval takes a quarter of a minute to import
 
 SIZES_WH = ((96, 96), (128, 96), (96, 144))

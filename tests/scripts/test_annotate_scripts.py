@@ -137,7 +137,7 @@ def test_compare_pad_finds_what_differs(
 
 @pytest.mark.slow
 def test_the_demonstration_runs_from_pictures_to_a_checked_data_set(tmp_path: Path) -> None:
-    pytest.importorskip("skimage", reason="comes with the extra demo")
+    pytest.importorskip("skimage", reason="scikit-image is part of the extra `demo`")
     result = subprocess.run(
         ["bash", "scripts/annotate_demo.sh"],
         cwd=ROOT,

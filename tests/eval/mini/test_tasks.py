@@ -14,7 +14,7 @@ from eval.benchmarks import BENCHMARKS, LocalData
 from llava.image_geometry import boxes_xyxy_to_square01
 from playground.mini.evaluation_set import OUT, SELECTIONS, Selection, make_evaluation_set
 
-pytest.importorskip("lmms_eval")
+pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
 
 ROOT = Path(__file__).parents[3]
 TASKS = ROOT / "eval" / "lmms_tasks" / "mini"

@@ -92,7 +92,7 @@ def test_two_decimals_may_lose_a_smaller_box() -> None:
 @pytest.fixture(scope="module")
 def shipped() -> Any:
     """lmms-eval's own scorer, loaded from its file as lmms-eval loads it."""
-    pytest.importorskip("lmms_eval")
+    pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
     path = shipped_tasks_folder() / "refcoco" / "utils_rec.py"
     spec = importlib.util.spec_from_file_location("shipped_utils_rec", path)
     assert spec is not None and spec.loader is not None

@@ -20,7 +20,7 @@ from eval.rec.convert import PUBLISHED_EXPRESSIONS
 from eval.rec.rows import Row, prompt_of, write_rows
 from llava.image_geometry import boxes_xyxy_to_square01
 
-pytest.importorskip("lmms_eval")
+pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
 
 ROOT = Path(__file__).parents[3]
 TASKS = ROOT / "eval" / "lmms_tasks" / "rec"

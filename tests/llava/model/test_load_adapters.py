@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.model.builder import load_pretrained_model
 
-pytest.importorskip("peft")
+pytest.importorskip("peft", reason="peft is part of the extra `train`")
 
 ADAPTER, BESIDE = "lora/adapter_model.safetensors", "lora/non_lora_trainables.bin"
 IDS = torch.tensor([[1, -200, 20, 30, 40]])
@@ -147,7 +147,7 @@ def test_a_tower_trained_beside_the_adapter_is_used() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_an_adapter_stays_whole_beside_quantised_weights(bits: int) -> None:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is part of the extra `train`")
     options = {f"load_{bits}bit": True}
     adapter = load_file(ADAPTER)
     large = {name: tensor * (20 if "lora_B" in name else 1) for name, tensor in adapter.items()}

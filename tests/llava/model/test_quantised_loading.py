@@ -11,7 +11,7 @@ from torch import nn
 
 from llava.model.builder import load_pretrained_model, model_kwargs
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is part of the extra `train`")
 IDS = torch.tensor([[1, -200, 20, 30, 40]])
 
 

@@ -114,7 +114,7 @@ def test_without_a_list_auto_takes_none_and_a_named_one_says_how_to_get_it(monke
 
 
 def test_the_installed_list_knows_inflected_words():
-    pytest.importorskip("spellchecker")
+    pytest.importorskip("spellchecker", reason="pyspellchecker is part of the extra `analysis`")
     found = english_words("pyspellchecker")
     assert found is not None
     assert [text in found for text in ("bananas", "White", "tion", "的")] == [True, True, False, False]

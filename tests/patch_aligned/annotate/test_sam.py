@@ -44,7 +44,7 @@ def seeded_sam() -> tuple[SamModel, SamImageProcessorPil]:
 
 
 def tiny_sam2() -> tuple[Sam2Model, Sam2ImageProcessor]:
-    pytest.importorskip("torchvision", reason="SAM 2 has no other image processor")
+    pytest.importorskip("torchvision", reason="torchvision is part of the extra `annotate`")
     torch.manual_seed(0)
     backbone = Sam2HieraDetConfig(
         hidden_size=16, image_size=[128, 128], blocks_per_stage=[1, 2, 2, 2], embed_dim_per_stage=[16, 32, 64, 128],

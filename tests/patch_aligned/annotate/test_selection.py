@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
@@ -59,7 +60,7 @@ def test_nms_equals_brute_force_and_torchvision(drawn: tuple[np.ndarray, np.ndar
     boxes, scores = drawn
     kept = non_maximum_suppression(boxes, scores, threshold)
     assert kept == brute_force_nms(boxes, scores, threshold)
-    torch, ops = pytest.importorskip("torch"), pytest.importorskip("torchvision.ops")
+    ops = pytest.importorskip("torchvision.ops", reason="torchvision is part of the extra `annotate`")
     assert kept == ops.nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).tolist()
 
 

@@ -127,7 +127,7 @@ def test_rays_actors_give_what_one_process_gives(
     deciding_files: Files,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ray = pytest.importorskip("ray", reason="comes with the extra annotate")
+    ray = pytest.importorskip("ray", reason="ray is part of the extra `annotate`")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000)
     try:
