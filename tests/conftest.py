@@ -15,6 +15,9 @@ from PIL import ImageFile
 
 # Set before huggingface_hub is imported: a name that is no folder fails at once, instead of after minutes of retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# On CPUs with AMX, torch's attention in bfloat16 fails where this caps its own kernels and not oneDNN's.
+if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 GOLDENS = Path(__file__).parent / "goldens" / "llava"
 
