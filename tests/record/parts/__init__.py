@@ -1,0 +1,1 @@
+"""The parts of a record: each module has `record(product)`, whose JSON must not change."""

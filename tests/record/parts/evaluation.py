@@ -1,0 +1,41 @@
+"""Answers and scores of PRESET=mini evaluation, and of LLaVA's own question files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from product import Facts, Product
+
+UNSTABLE = "answer_id"  # a random id a line
+
+
+def record(product: Product) -> Facts:
+    """Run files of the miniature's benchmarks and captions, and answers of `model_vqa_loader` in both ways to batch."""
+    checkpoint, output = product.inputs / "checkpoint_a", product.work / "runs"
+    commands = product.printed(
+        "eval/all.sh", str(checkpoint), PRESET="mini", OUTPUT=str(output), DATA=str(product.inputs)
+    )
+    for command in commands:
+        if "playground.mini.make_scenes" not in command and "playground.mini.reference_captions" not in command:
+            product.run(*command)
+    return {"runs": run_files(product, output), "vqa": _question_file(product, checkpoint)}
+
+
+def run_files(product: Product, folder: Path) -> Facts:
+    """Result and samples of each benchmark, key by key."""
+    return {str(path.relative_to(folder)): product.read(path) for path in sorted(folder.glob("*/*.json*"))}
+
+
+def _question_file(product: Product, checkpoint: Path) -> Facts:
+    scenes = product.inputs / "mini/heldout"
+    facts: Facts = {}
+    for batch in ("1", "8") if product.whole else ("8",):
+        answers = product.work / f"answers_{batch}.jsonl"
+        product.run(
+            "python", "-m", "llava.eval.model_vqa_loader", "--model-path", checkpoint, "--image-folder", scenes,
+            "--question-file", scenes / "questions.jsonl", "--answers-file", answers, "--temperature", "0",
+            "--max_new_tokens", "12", "--batch-size", batch, "--device", "cpu",
+        )  # fmt: skip
+        lines = product.read(answers)
+        facts[f"batch {batch}"] = [{key: line[key] for key in line if key != UNSTABLE} for line in lines]
+    return facts
