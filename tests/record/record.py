@@ -48,7 +48,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="record-") as scratch, ThreadPoolExecutor(options.jobs) as pool:
 
-        def run(part: str) -> str:
+        def run(part: str) -> int:
             began = time.monotonic()
             product = Product(tree, inputs, Path(scratch) / part, options.whole)
             product.work.mkdir()
@@ -59,12 +59,12 @@ def main() -> int:
                 command, cwd=tree, env=product.environment(), capture_output=True, text=True, check=False
             )
             shutil.rmtree(product.work, ignore_errors=True)
-            print(f"{part:12} {time.monotonic() - began:4.0f} s" + (" FAILED" if done.returncode else ""), flush=True)
-            return f"{part}: {done.stderr[-4000:]}" if done.returncode else ""
+            print(f"{part:12} {time.monotonic() - began:4.0f} s", flush=True)
+            if done.returncode:
+                print(f"{part}: {done.stderr[-4000:]}", file=sys.stderr, flush=True)
+            return done.returncode
 
-        failures = [failure for failure in pool.map(run, parts) if failure]
-    print("\n".join(failures), end="", file=sys.stderr)
-    return int(bool(failures))
+        return int(any(pool.map(run, parts)))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ def record(product: Product) -> Facts:
     product.run(*replay_command(product, scenes / "pad.json"), *images, "--output", replayed)
     product.run(*annotate_command(product, piped))
     facts = {"replayed": run_folder(product, replayed), "piped": run_folder(product, piped)}
-    chosen = product.work / "reselected"
-    status, _ = product.call("patch-aligned", "reselect", piped, "--output", chosen, "--nms-iou", "0.2")
-    facts["reselected"] = {"status": status, **run_folder(product, chosen)}
+    chosen = product.work / "reselected.jsonl"
+    changes = ("--nms-iou", "0.3", "--label-mode", "best_tag")
+    product.expect("patch-aligned", "reselect", piped, "--output", chosen, *changes)
+    facts["reselected"] = product.read(chosen)
     joined = product.work / "joined.jsonl"
     product.expect("patch-aligned", "join", scenes / "pad.json", scenes / "train.json", "--output", joined)
     facts["joined"] = product.read(joined)

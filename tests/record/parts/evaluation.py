@@ -12,12 +12,14 @@ UNSTABLE = "answer_id"  # a random id a line
 def record(product: Product) -> Facts:
     """Run files of the miniature's benchmarks and captions, and answers of `model_vqa_loader` in both ways to batch."""
     checkpoint, output = product.inputs / "checkpoint_a", product.work / "runs"
-    commands = product.printed(
-        "eval/all.sh", str(checkpoint), PRESET="mini", OUTPUT=str(output), DATA=str(product.inputs)
-    )
+    scenes = product.inputs / "mini/heldout"
+    variables = {"PRESET": "mini", "OUTPUT": str(output)}
+    captions = ("--references", str(scenes / "captions.json"), "--image-folder", str(scenes))
+    commands = product.printed("eval/all.sh", str(checkpoint), SKIP_CAPTIONS="1", **variables)
+    commands += product.printed("eval/captions.sh", str(checkpoint), *captions, **variables)
     for command in commands:
-        if "playground.mini.make_scenes" not in command and "playground.mini.reference_captions" not in command:
-            product.run(*command)
+        if not {"playground.mini.make_scenes", "playground.mini.reference_captions"} & set(command):
+            product.run(*command)  # the scenes are there
     return {"runs": run_files(product, output), "vqa": _question_file(product, checkpoint)}
 
 
