@@ -58,6 +58,7 @@ class Product:
             **{name: str(self.work / "cache" / folder) for name, folder in caches.items()},
             "PYTHONPATH": str(self.tree),
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONHASHSEED": "0",  # PEFT writes target_modules in the order of a set
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
