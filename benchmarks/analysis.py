@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models
-from patch_aligned.analysis.figures import Resampling
-from patch_aligned.annotations import read_annotations, write_annotations
+from patch_aligned.analysis.regions import Resampling
+from patch_aligned.pad import read_annotations, write_annotations
 
 MODELS = Path("playground/mini/cache/models")
 SCENES = Path("playground/data/mini/train")

@@ -33,21 +33,16 @@ from transformers import (
     SamVisionConfig,
 )
 
-from patch_aligned.annotate.annotate_images import Workload
-from patch_aligned.annotate.candidates import Candidate, CandidateThresholds
-from patch_aligned.annotate.decoding import decode_image
+from patch_aligned.annotate.fetch import RAM_WEIGHTS, TAG_FILES
+from patch_aligned.annotate.folder import ManifestEntry, RunFolder, list_images
 from patch_aligned.annotate.grounding_dino import GroundingDetector
-from patch_aligned.annotate.manifest import ManifestEntry, list_images
-from patch_aligned.annotate.models import RAM_WEIGHTS, TAG_FILES
-from patch_aligned.annotate.process_shard import process_shard
+from patch_aligned.annotate.pipeline import ImageInWork, ModelStages, StageClock, Stages, StageTimes, Workload
 from patch_aligned.annotate.ram.model import RamConfig, RamModel
 from patch_aligned.annotate.ram.tagger import RamTagger, Tag
-from patch_aligned.annotate.recipes import ModelRecipe
-from patch_aligned.annotate.run_folder import RunFolder
+from patch_aligned.annotate.regions import Candidate, CandidateThresholds, Selected, Selection
+from patch_aligned.annotate.run import ModelRecipe, process_shard
 from patch_aligned.annotate.sam import SamSegmenter
-from patch_aligned.annotate.selection import Selected, Selection
-from patch_aligned.annotate.stage_clock import StageClock, StageTimes
-from patch_aligned.annotate.stages import ImageInWork, ModelStages, Stages
+from patch_aligned.images import decode_image
 from playground.mini.annotation_models import recipe_of, spread_out, vocabulary_of, write_models
 from playground.mini.scene_records import DatasetSettings, write_scene
 

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from llava.conversation import Conversation, conv_templates
 from llava.eval.answering import GenerationSettings, Question, answer_questions, prompt_of
-from llava.eval.question_files import vqa_questions
+from llava.eval.vqa_files import vqa_questions
 from llava.mm_utils import load_rgb_image, process_images, tokenizer_image_token
 from llava.model.builder import LoadedModel, load_pretrained_model
 

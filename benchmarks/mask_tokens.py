@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as coco_mask
 
 from llava.image_geometry import ImageGeometry
-from patch_aligned import patch_masks
+from patch_aligned import masks as patch_masks
 
 TARGET = 0.4
 

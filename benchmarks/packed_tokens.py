@@ -24,10 +24,9 @@ from mask_tokens import blob_masks, seconds
 from pycocotools import mask as coco_mask
 
 from llava.image_geometry import ImageGeometry
-from patch_aligned.annotation_index import AnnotationIndex, open_annotation_index
-from patch_aligned.annotations import AnnotatedImage, Region, write_annotations
+from patch_aligned.masks import covered_tokens_of_regions
 from patch_aligned.packed_tokens import PackedFor, PackedTokens, open_packed_tokens, pack_tokens
-from patch_aligned.patch_masks import covered_tokens_of_regions
+from patch_aligned.pad import AnnotatedImage, AnnotationIndex, Region, open_annotation_index, write_annotations
 
 TARGET = 5.0
 MIN_COVERAGE = 0.5

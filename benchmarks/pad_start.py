@@ -118,8 +118,8 @@ def start(path: Path, cache: Path, workers: int, batches: int) -> None:
     from torch.utils.data import DataLoader
 
     from llava.data.records import open_records
-    from patch_aligned.arguments import PatchArguments
-    from patch_aligned.plugin import PatchAlignedPlugin
+    from patch_aligned.train.arguments import PatchArguments
+    from patch_aligned.train.plugin import PatchAlignedPlugin
 
     imported = time.time()
     plugin = PatchAlignedPlugin()

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from llava.plugin import AlignmentContext, AuxiliaryOutput
 from llava.train.assemble import make_data
-from patch_aligned.arguments import PatchArguments
-from patch_aligned.plugin import PatchAlignedPlugin
+from patch_aligned.train.arguments import PatchArguments
+from patch_aligned.train.plugin import PatchAlignedPlugin
 
 SCENES = ROOT / "playground/data/mini/train"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from patch_aligned.results.box_frames import LEGACY_METRIC, PADDED_FRAME
+from patch_aligned.results.run import LEGACY_METRIC, PADDED_FRAME
 
 ROOT = Path(__file__).parents[1]
 TASK_FOLDERS = ROOT / "eval" / "lmms_tasks"

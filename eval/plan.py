@@ -3,24 +3,211 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eval.adapter import ModelRequest, default_dtype
+from eval.adapter import ModelRequest, PreflightError, default_dtype, processes_here
 from eval.benchmarks import Benchmark, choose
-from eval.checkpoint import identify, own_conversation, read_llava_config
-from eval.finished import finished_run
-from eval.hub_files import Lock
-from eval.judge import read_judge
-from eval.preflight import PreflightError, check_run
-from eval.processes import processes_here
-from eval.task_data import TaskData
+from eval.hub import DataError, Lock, TaskData, find_data
+from eval.judge import check_judge, read_judge
+from llava.conversation import conversation_mode
 from llava.mm_utils import get_model_name_from_path
-from patch_aligned.results.run_file import RESULT_FILE, ModelIdentity, RunResult
+from llava.model.builder import read_config, whose_weights
+from llava.model.weights import Form, checkpoint_form, recorded_base
+from patch_aligned.files import checkpoint_hash
+from patch_aligned.results.run import RESULT_FILE, ModelIdentity, RunResult, read_run
+
+# What would end a run after an hour, found before it starts: each problem one sentence, with what to do next.
+
+
+def check_run(
+    benchmarks: Iterable[Benchmark],
+    model_path: str,
+    model_base: str | None,
+    *,
+    limit: int | None,
+    num_processes: int,
+    num_gpus: int,
+    needs_judge: bool,
+    lock: Lock,
+) -> dict[str, TaskData]:
+    """Looks for all problems at once, and fetches the data.
+
+    Returns:
+        The files of each benchmark, by its name.
+
+    Raises:
+        PreflightError: lists what is in the way.
+    """
+    benchmarks = list(benchmarks)
+    problems: list[str] = []
+    data: dict[str, TaskData] = {}
+
+    def collect(check: Callable[[], None]) -> None:
+        try:
+            check()
+        except (ValueError, OSError, ImportError) as error:
+            problems.append(str(error))
+
+    collect(check_installed)
+    collect(lambda: check_checkpoint(model_path, model_base))
+    collect(lambda: check_processes(num_processes, num_gpus))
+    collect(lambda: check_limit(benchmarks, limit))
+    if needs_judge:
+        collect(check_judge_of_environment)
+    for benchmark in benchmarks:
+        try:
+            data[benchmark.name] = find_data(benchmark, lock)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise PreflightError("\n".join(problems))
+    return data
+
+
+def check_installed() -> None:
+    """Raises ImportError where lmms-eval is not installed."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise ImportError("lmms-eval is not installed; next: pip install -e '.[eval]'")
+
+
+def check_checkpoint(path: str, base: str | None) -> None:
+    """Raises FileNotFoundError or ValueError where a checkpoint is not one, or lacks its base or has no use for one."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{path}: no such folder; next: hf download {path} --local-dir checkpoints/{folder.name}, if that is its "
+            "name on the hub"
+        )
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{path}: found no config.json, expected a checkpoint; does it lie in a subfolder?")
+    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+        raise FileNotFoundError(f"{path}: found a config and no weights (*.safetensors or *.bin): was it copied whole?")
+    form = checkpoint_form(path)
+    if form is not Form.WHOLE_MODEL and base is None:
+        held = "a projector" if form is Form.PROJECTOR else "an adapter"
+        raise ValueError(f"{path}: holds {held} alone; next: --model-base LLM{recorded_base(path)}")
+    if form is Form.WHOLE_MODEL and base is not None:
+        raise ValueError(f"{path}: holds a whole model, which --model-base {base} is no part of; next: leave it out")
+    whose_weights(form, path, base)
+
+
+def check_processes(num_processes: int, num_gpus: int) -> None:
+    """Raises ValueError where there are more processes than GPUs: the adapter gives each its own."""
+    if num_processes > max(1, num_gpus):
+        raise ValueError(
+            f"{num_processes} processes and {num_gpus} GPUs: each process needs one of its own; next: "
+            f"NUM_GPUS={max(1, num_gpus)} for the scripts, --num_processes for accelerate"
+        )
+
+
+def check_limit(benchmarks: Iterable[Benchmark], limit: int | None) -> None:
+    """Raises ValueError where rows that belong together would be parted."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit: found {limit}, expected a number of rows from 1")
+    for benchmark in benchmarks:
+        step = benchmark.limit_step
+        if limit is not None and limit % step:
+            raise ValueError(
+                f"--limit: found {limit}, expected a multiple of {step}, as the rows of {benchmark.name} belong "
+                f"together in groups of {step}; next: --limit {limit + step - limit % step}"
+            )
+
+
+def check_judge_of_environment() -> None:
+    """Raises JudgeError where the judge that the environment names does not answer."""
+    check_judge(read_judge())
+
+
+# Whether the run that a folder holds is the one that is asked for.
+
+
+def finished_run(
+    folder: Path,
+    model: ModelIdentity,
+    conversation: str,
+    dtype: str,
+    max_new_tokens: int,
+    limit: int | None,
+    further: Callable[[RunResult], Mapping[str, tuple[Any, Any]]],
+) -> RunResult | None:
+    """The run in a folder, or None where there is none.
+
+    Args:
+        folder: of the run.
+        model: the weights that are asked for; the arguments after it are the settings.
+        conversation: name of the template.
+        dtype: of the weights.
+        max_new_tokens: of an answer.
+        limit: at most so many rows.
+        further: gives what else must agree: by a word for it, what a run has and what is asked for.
+
+    Raises:
+        PreflightError: the folder holds a run of another model or of other settings.
+    """
+    if not (folder / RESULT_FILE).is_file():
+        return None
+    there = read_run(folder)
+    compared: dict[str, tuple[Any, Any]] = {
+        "weights (SHA-256)": (there.model.sha256, model.sha256),
+        "base": (there.model.base, model.base),
+        "base's weights (SHA-256)": (there.model.base_sha256, model.base_sha256),
+        "conversation": (there.settings.conversation, conversation),
+        "dtype": (there.settings.dtype, dtype),
+        "length of answers": (there.settings.max_new_tokens, max_new_tokens),
+        "limit": (there.settings.limit, limit),
+        **further(there),
+    }
+    for what, (found, wanted) in compared.items():
+        if found != wanted:
+            raise PreflightError(
+                f"{folder}: holds a run with another {what}: found {found!r}, asked for {wanted!r}; next: another "
+                "--output, or --again to replace it"
+            )
+    return there
+
+
+# What a checkpoint is and says of itself: its weights by content, its config, the template that it is talked to in.
+
+
+def identify(name: str, path: str, base: str | None) -> ModelIdentity:
+    """Whose answers they are, by the content of the files; of a base that is a name on the hub, by its name.
+
+    Raises:
+        FileNotFoundError: a folder has no weights.
+    """
+    base_sha256 = checkpoint_hash(base).sha256 if base is not None and Path(base).exists() else None
+    return ModelIdentity(name, path, checkpoint_hash(path).sha256, base, base_sha256)
+
+
+def read_llava_config(path: str, base: str | None) -> Any:
+    """The config of a checkpoint, or of its base where it has none.
+
+    Raises:
+        OSError, ValueError: there is no config, or it is no LLaVA's.
+    """
+    has_config = (Path(path) / "config.json").is_file()  # adapters that peft alone has written have none
+    config = read_config(path if has_config or base is None else base)
+    if not getattr(config, "mm_vision_tower", None):
+        raise ValueError(f"{path}: its config names no vision tower; expected a LLaVA, as benchmarks show pictures")
+    return config
+
+
+def own_conversation(path: str, config: Any) -> str:
+    """Name of the template that a checkpoint is talked to in: the one it was trained in, where that is known.
+
+    Training records it in the config. A projector whose config records none is of upstream's stage 1, which trains in
+    `plain`. Of other checkpoints the folder's name decides, as upstream has it; what tables call them does not.
+    """
+    if checkpoint_form(path) is Form.PROJECTOR and getattr(config, "conversation_version", None) is None:
+        return "plain"
+    return conversation_mode(get_model_name_from_path(path), config)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 
 from eval.benchmarks import ALL, GROUPS, Benchmark, HubData, choose
-from eval.hub_files import LOCK, DataError, Lock, count_rows, fetch, verify
-from eval.task_data import find_data
+from eval.hub import LOCK, DataError, Lock, count_rows, fetch, find_data, verify
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -15,19 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from eval.adapter import DTYPES, load_adapter
-from eval.answer_log import AnswerLog
+from eval.adapter import DTYPES, AnswerLog, PreflightError, load_adapter, rank_and_count, shared
 from eval.benchmarks import ALL, GROUPS, Benchmark
-from eval.harness import evaluate_task
-from eval.hub_files import LOCK, DataError
+from eval.hub import LOCK, DataError, TaskData
 from eval.judge import set_judge
-from eval.outcome import UnscoredError, find_submission, headline_of, scores_and_samples
 from eval.plan import Plan, announcement, judge_of, make_plan, summary
-from eval.preflight import PreflightError
-from eval.processes import rank_and_count, shared
-from eval.task_data import TaskData
+from eval.scores import UnscoredError, evaluate_task, find_submission, headline_of, scores_and_samples
 from llava.conversation import conv_templates
-from patch_aligned.results.run_file import (
+from patch_aligned.results.run import (
     Harness,
     RunData,
     RunFileError,

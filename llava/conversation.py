@@ -11,17 +11,181 @@ from __future__ import annotations
 
 import base64
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava import system_prompts
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.separator_styles import RENDERERS, Segment, SeparatorStyle
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+# How turns of a dialogue are set apart: each style writes them as the pieces of a prompt, answers marked.
+
+
+class SeparatorStyle(Enum):
+    """The names of the styles. The first five are upstream's; the others carry LLaVA-NeXT's names."""
+
+    SINGLE = auto()
+    TWO = auto()
+    MPT = auto()
+    PLAIN = auto()
+    LLAMA_2 = auto()
+    LLAMA_3 = auto()
+    CHATML = auto()
+
+
+class Segment(NamedTuple):
+    """A piece of a prompt.
+
+    Attributes:
+        text: the piece, to be joined without anything in between.
+        supervised: whether the model is to produce it: an answer with the separator that closes it.
+    """
+
+    text: str
+    supervised: bool = False
+
+
+Turns = list[tuple[str, "str | None"]]
+
+
+def _render_named(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
+    """`SINGLE` and `TWO`: "ROLE: text" and a separator; `TWO` has one for each side."""
+    separators = (conversation.sep, conversation.sep)
+    if conversation.sep_style is SeparatorStyle.TWO:
+        separators = (conversation.sep, conversation.sep2 or "")
+    yield Segment(conversation.system + separators[0])
+    for position, (role, text) in enumerate(turns):
+        yield Segment(f"{role}:")
+        if text:
+            yield Segment(f" {text}{separators[position % 2]}", supervised=position % 2 == 1)
+
+
+def _render_mpt(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
+    """`MPT`, also ChatML: roles bring their own opening mark and line break."""
+    yield Segment(conversation.system + conversation.sep)
+    for position, (role, text) in enumerate(turns):
+        yield Segment(role)
+        if text:
+            yield Segment(text + conversation.sep, supervised=position % 2 == 1)
+
+
+def _render_llama_2(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
+    """`LLAMA_2`: "[INST] ... [/INST]", the system text inside the first one; the tokenizer adds the first "<s>"."""
+    if turns and (not turns[0][1] or turns[0][0] != conversation.roles[0]):
+        raise ValueError(f"a LLAMA_2 conversation starts with text of {conversation.roles[0]!r}, found {turns[0]!r}")
+    system = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""
+    for position, (_, text) in enumerate(turns):
+        if not text:
+            continue
+        if position % 2:
+            yield Segment(f" {text} {conversation.sep2}", supervised=True)
+        else:
+            opening = f"[INST] {system}" if position == 0 else f"{conversation.sep}[INST] "
+            yield Segment(f"{opening}{text} [/INST]")
+
+
+def _render_plain(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
+    """`PLAIN`: texts and separators, no roles."""
+    yield Segment(conversation.system)
+    separators = (conversation.sep, conversation.sep2 or conversation.sep)
+    for position, (_, text) in enumerate(turns):
+        if text:
+            yield Segment(text + separators[position % 2], supervised=position % 2 == 1)
+
+
+def _render_headed(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
+    """`LLAMA_3` and `CHATML`: roles bring a header of their own; without a system text there is no system turn.
+
+    Texts are trimmed, as Llama 3's own template does: a line break at an answer's start would become one token with
+    the header's, which at inference stands there already. ChatML breaks the line after each turn.
+    """
+    line_break = "\n" if conversation.sep_style is SeparatorStyle.CHATML else ""
+    if conversation.system:
+        yield Segment(conversation.system + conversation.sep + line_break)
+    for position, (role, text) in enumerate(turns):
+        yield Segment(role)
+        if trimmed := (text or "").strip():
+            yield Segment(trimmed + conversation.sep, supervised=position % 2 == 1)
+            yield Segment(line_break)
+
+
+RENDERERS: dict[SeparatorStyle, Callable[[Conversation, Turns], Iterator[Segment]]] = {
+    SeparatorStyle.SINGLE: _render_named,
+    SeparatorStyle.TWO: _render_named,
+    SeparatorStyle.MPT: _render_mpt,
+    SeparatorStyle.PLAIN: _render_plain,
+    SeparatorStyle.LLAMA_2: _render_llama_2,
+    SeparatorStyle.LLAMA_3: _render_headed,
+    SeparatorStyle.CHATML: _render_headed,
+}
+
+
+# Texts that open the conversation templates, character by character as checkpoints were trained on them.
+
+POLITE_TO_HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions."
+)
+
+POLITE_TO_USER = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions."
+)
+
+LLAMA_2_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
+    "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or "
+    "illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "something not correct. If you don't know the answer to a question, please don't share false information."
+)
+
+SEES_TAGGED_IMAGES = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to "
+    "understand the visual content that the user provides, and assist the user with a variety of tasks using "
+    "natural language.The visual content will be provided with the following format: <Image>visual "
+    "content</Image>."
+)
+
+SEES_IMAGES = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language."
+)
+
+MPT_SYSTEM = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+)
+
+EXAMPLE_QUESTION = "What are the key differences between renewable and non-renewable energy sources?"
+
+EXAMPLE_ANSWER = (
+    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of "
+    "time, such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other "
+    "hand, are finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key "
+    "differences between renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources "
+    "are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than "
+    "non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, and other "
+    "negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have "
+    "lower operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations "
+    "than non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different "
+    "situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable "
+    "sources are not, and their depletion can lead to economic and social instability.\n"
+)
+
+QWEN_2_SYSTEM = "You are a helpful assistant."
+
+QWEN_2_5_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
 @dataclass
@@ -205,9 +369,9 @@ def _plain() -> Conversation:
     return Conversation("", ("", ""), (), 0, SeparatorStyle.PLAIN, "\n")
 
 
-_example = (("Human", system_prompts.EXAMPLE_QUESTION), ("Assistant", system_prompts.EXAMPLE_ANSWER))
-_v0 = Conversation(system_prompts.POLITE_TO_HUMAN, ("Human", "Assistant"), _example, 2)
-_v1 = _vicuna(system_prompts.POLITE_TO_USER)
+_example = (("Human", EXAMPLE_QUESTION), ("Assistant", EXAMPLE_ANSWER))
+_v0 = Conversation(POLITE_TO_HUMAN, ("Human", "Assistant"), _example, 2)
+_v1 = _vicuna(POLITE_TO_USER)
 _chatml_direct = _chatml("Answer the questions.")
 
 conv_templates: dict[str, Conversation] = {
@@ -215,23 +379,23 @@ conv_templates: dict[str, Conversation] = {
     "v0": _v0,
     "v1": _v1,
     "vicuna_v1": _v1,
-    "llama_2": _llama_2(system_prompts.LLAMA_2_SYSTEM),
+    "llama_2": _llama_2(LLAMA_2_SYSTEM),
     "mistral_instruct": _llama_2("", sep=""),
     "chatml_direct": _chatml_direct,
     "mistral_direct": _chatml_direct,
     "plain": _plain(),
     "v0_plain": _plain(),
-    "llava_v0": Conversation(system_prompts.POLITE_TO_HUMAN, ("Human", "Assistant"), (), 0),
-    "v0_mmtag": Conversation(system_prompts.SEES_TAGGED_IMAGES, ("Human", "Assistant"), (), 0, version="v0_mmtag"),
-    "llava_v1": _vicuna(system_prompts.POLITE_TO_HUMAN),
-    "v1_mmtag": _vicuna(system_prompts.SEES_TAGGED_IMAGES, "v1_mmtag"),
-    "llava_llama_2": _llama_2(system_prompts.SEES_IMAGES),
-    "mpt": _chatml(system_prompts.MPT_SYSTEM),
+    "llava_v0": Conversation(POLITE_TO_HUMAN, ("Human", "Assistant"), (), 0),
+    "v0_mmtag": Conversation(SEES_TAGGED_IMAGES, ("Human", "Assistant"), (), 0, version="v0_mmtag"),
+    "llava_v1": _vicuna(POLITE_TO_HUMAN),
+    "v1_mmtag": _vicuna(SEES_TAGGED_IMAGES, "v1_mmtag"),
+    "llava_llama_2": _llama_2(SEES_IMAGES),
+    "mpt": _chatml(MPT_SYSTEM),
     # Up to here upstream's. The following carry LLaVA-NeXT's names and texts, but for `qwen_3`.
-    "llava_llama_3": _llama_3(system_prompts.SEES_IMAGES),
-    "qwen_1_5": _qwen(system_prompts.QWEN_2_SYSTEM),
-    "qwen_2": _qwen(system_prompts.QWEN_2_SYSTEM),
-    "qwen_2_5": _qwen(system_prompts.QWEN_2_5_SYSTEM),
+    "llava_llama_3": _llama_3(SEES_IMAGES),
+    "qwen_1_5": _qwen(QWEN_2_SYSTEM),
+    "qwen_2": _qwen(QWEN_2_SYSTEM),
+    "qwen_2_5": _qwen(QWEN_2_5_SYSTEM),
     "qwen_3": _qwen(""),  # Qwen3 has no system text of its own
 }
 """Every template by name. Shared by the whole process: `copy` before appending."""

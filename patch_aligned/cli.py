@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 
 from llava.command import typer_app_with_debug
-from patch_aligned.analysis.analyze_command import app as analyze_app
-from patch_aligned.analysis.token_map_command import app as token_map_app
-from patch_aligned.annotate.commands import app as annotate_app
-from patch_aligned.annotate.reselect_command import app as reselect_app
-from patch_aligned.dataset.commands import app as dataset_app
+from patch_aligned.analysis.cli import app as analyze_app
+from patch_aligned.analysis.cli import app as token_map_app
+from patch_aligned.annotate.cli import app as annotate_app
+from patch_aligned.annotate.cli import app as reselect_app
+from patch_aligned.dataset.cli import app as dataset_app
 from patch_aligned.pack_command import app as pack_app
-from patch_aligned.results.commands import app as results_app
+from patch_aligned.results.cli import app as results_app
 
 app = typer_app_with_debug("Patch-aligned training: its data and its analysis.")
 

@@ -63,9 +63,8 @@ def pack(
     from rich.progress import track
 
     from llava.image_geometry import ImageGeometry
-    from patch_aligned.annotation_index import open_annotation_index
-    from patch_aligned.annotations import AnnotationError
     from patch_aligned.packed_tokens import PackedFor, default_pack_path, pack_tokens
+    from patch_aligned.pad import AnnotationError, open_annotation_index
 
     index = open_annotation_index(pad, cache_dir)
     if index.rejected and not skip_broken:

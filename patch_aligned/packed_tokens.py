@@ -27,10 +27,9 @@ import numpy as np
 import pyarrow as pa
 
 from llava.image_geometry import ImageGeometry, Mode
-from patch_aligned.annotation_index import ROWS_PER_BATCH, AnnotationIndex
-from patch_aligned.patch_masks import covered_tokens_of_regions, require_size
-from patch_aligned.record_files import RecordFileError
-from patch_aligned.whole_files import sha256_of, written_whole
+from patch_aligned.files import sha256_of, written_whole
+from patch_aligned.masks import covered_tokens_of_regions, require_size
+from patch_aligned.pad import ROWS_PER_BATCH, AnnotationIndex, RecordFileError
 
 logger = logging.getLogger(__name__)
 

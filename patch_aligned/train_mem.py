@@ -4,7 +4,7 @@ python -m patch_aligned.train_mem --data_path ... --patch_data_path ...      (or
 """
 
 from llava.train.train import train
-from patch_aligned.plugin import PatchAlignedPlugin
+from patch_aligned.train.plugin import PatchAlignedPlugin
 
 if __name__ == "__main__":
     train(attn_implementation="flash_attention_2", plugin=PatchAlignedPlugin())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pycocotools import mask as coco_mask
 
-from patch_aligned.annotations import AnnotatedImage, Region, read_annotations
+from patch_aligned.pad import AnnotatedImage, Region, read_annotations
 
 
 def differences(found: AnnotatedImage, truth: AnnotatedImage) -> list[str]:

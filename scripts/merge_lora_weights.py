@@ -11,7 +11,7 @@ from pathlib import Path
 from llava.command import run_command
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model, read_config, whose_weights
-from llava.model.tensor_files import Form, checkpoint_form
+from llava.model.weights import Form, checkpoint_form
 from llava.train.checkpointing import copy_tokenizer_model
 
 

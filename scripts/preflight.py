@@ -36,17 +36,17 @@ from packaging.requirements import Requirement
 from transformers import HfArgumentParser
 
 from llava.image_geometry import parse_grid_pinpoints
-from llava.model.checkpoint_config import read_config
+from llava.model.checkpoint import read_config
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import record_projector
-from llava.model.tensor_files import UNSHARDED_FILES
+from llava.model.weights import UNSHARDED_FILES
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.assemble import load_tokenizer, make_data
 from llava.train.checkpointing import last_complete_checkpoint
 from llava.train.lora import add_lora
-from patch_aligned.arguments import PatchArguments
-from patch_aligned.plugin import PatchAlignedPlugin
+from patch_aligned.train.arguments import PatchArguments
+from patch_aligned.train.plugin import PatchAlignedPlugin
 
 SAVED_STEP, LAST_STEP = 6, 10
 SAMPLE = 200  # records that are read as in training

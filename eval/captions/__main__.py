@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from eval.captions.options import REFERENCES_HELP, SpiceJarsOption, SpiceJavaOption, SplitOption
+from eval.captions.run import REFERENCES_HELP, SpiceJarsOption, SpiceJavaOption, SplitOption
 from llava.command import clear_errors, typer_app
 
 app = typer_app()
@@ -69,8 +69,8 @@ def main(
     `python -m eval.captions --model-path checkpoints/llava-v1.5-7b-pretrain --model-base lmsys/vicuna-7b-v1.5
     --benchmark captions_coco2014`
     """
-    from eval.captions.caption_sets import choose_set
-    from eval.captions.command import Request, run
+    from eval.captions.references import choose_set
+    from eval.captions.run import Request, run
 
     request = Request(
         model_path=model_path.rstrip("/"),

@@ -8,13 +8,17 @@ from typing import Annotated
 
 import typer
 
-from eval.captions.answer_file import read_answers
-from eval.captions.java import require_metrics
-from eval.captions.metrics import score_captions
-from eval.captions.options import REFERENCES_HELP, SpiceJarsOption, SpiceJavaOption, SplitOption
-from eval.captions.record import as_json, as_text
+from eval.captions.metrics import find_spice, require_metrics, score_captions
 from eval.captions.references import read_references
-from eval.captions.spice import find_spice
+from eval.captions.run import (
+    REFERENCES_HELP,
+    SpiceJarsOption,
+    SpiceJavaOption,
+    SplitOption,
+    as_json,
+    as_text,
+    read_answers,
+)
 from llava.command import clear_errors, typer_app
 
 app = typer_app()

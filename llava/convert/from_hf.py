@@ -12,13 +12,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaFor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_named
-from llava.convert.processor import image_settings
-from llava.convert.to_hf import HAS_CLS, ORIGINAL_CONFIG
-from llava.convert.weight_names import OUR_TOWER, name_of_module_tensor
-from llava.model.checkpoint_files import VOCABULARY_TABLES, copy_file, require_new_folder, save_weights
+from llava.convert.to_hf import HAS_CLS, ORIGINAL_CONFIG, OUR_TOWER, image_settings, name_of_module_tensor
+from llava.model.checkpoint import VOCABULARY_TABLES, copy_file, require_new_folder, save_weights
 from llava.model.language_model.families import FAMILIES, llava_config
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.tensor_files import find_file
+from llava.model.weights import find_file
 
 IMAGE_PROCESSOR_OF_TOWER = {
     "clip_vision_model": "CLIPImageProcessor",

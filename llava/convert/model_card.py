@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava.model.tensor_files import Form, checkpoint_form, find_file
+from llava.model.weights import Form, checkpoint_form, find_file
 
 _CARD = """\
 ---

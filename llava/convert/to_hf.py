@@ -9,18 +9,124 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AddedToken, GenerationConfig, LlavaProcessor
 from transformers import LlavaConfig as HfLlavaConfig
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conversation_mode, template_named
 from llava.convert.chat_template import chat_template
 from llava.convert.model_card import write_model_card
-from llava.convert.processor import add_image_token, llava_image_processor, llava_processor
-from llava.convert.weight_names import file_name_of
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model, read_config
-from llava.model.checkpoint_files import copy_file, require_new_folder, save_weights
+from llava.model.checkpoint import copy_file, require_new_folder, save_weights
 from llava.model.multimodal_encoder.builder import build_vision_tower
+
+# The names of a tensor in LLaVA's checkpoints, in transformers' modules, and in the files that engines read.
+
+OUR_TOWER = "model.vision_tower.vision_tower."
+NESTED = "vision_model."
+
+# LLaVA's name, the name in a published folder. The first match decides; each list is read both ways.
+_PARTS_TO_FILE = (
+    (OUR_TOWER, "vision_tower."),
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", "language_model.model."),
+)
+_PARTS_FROM_MODULE = (
+    ("model.vision_tower.", OUR_TOWER),
+    ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+    ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ("model.language_model.", "model."),
+    ("lm_head.", "lm_head."),
+)
+
+
+def file_name_of(name: str, tower_type: str) -> str:
+    """Name in a folder for Hugging Face of the tensor that LLaVA's model calls `name`.
+
+    These are the names of the published `llava-hf` folders: transformers reads them whatever its version, and vLLM
+    looks for the encoder of CLIP and SigLIP in a `vision_model` that transformers' own modules no longer have.
+    """
+    renamed = _renamed(name, _PARTS_TO_FILE)
+    if not renamed.startswith("vision_tower."):
+        return renamed
+    inner = renamed.removeprefix("vision_tower.").removeprefix(NESTED)
+    return f"vision_tower.{NESTED if tower_type in ('clip_vision_model', 'siglip_vision_model') else ''}{inner}"
+
+
+def name_of_module_tensor(name: str) -> str:
+    """LLaVA's name of the tensor that `LlavaForConditionalGeneration` calls `name`."""
+    return _renamed(name, _PARTS_FROM_MODULE)
+
+
+def _renamed(name: str, parts: tuple[tuple[str, str], ...]) -> str:
+    for old, new in parts:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    raise ValueError(f"{name}: no such tensor in a LLaVA-1.5 model; expected a name that starts with {parts[0][0]} ...")
+
+
+# Hugging Face's processor of a checkpoint: its tokenizer with `<image>`, its image processor, its chat template.
+
+IMAGE_SETTINGS = (
+    "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
+    "do_normalize", "image_mean", "image_std",
+)  # fmt: skip
+
+
+def image_settings(image_processor: Any) -> dict[str, Any]:
+    """What an image processor does to an image, as far as LLaVA's towers need any of it; values that JSON can hold."""
+    values = image_processor.to_dict()
+    return {name: values[name] for name in IMAGE_SETTINGS if values.get(name) is not None}
+
+
+def llava_image_processor(image_processor: Any, pads: bool) -> LlavaImageProcessorPil:
+    """Hugging Face's image processor with the pixels of `process_images`.
+
+    Args:
+        image_processor: the tower's.
+        pads: whether images are padded to a square of the mean colour (`image_aspect_ratio: pad`) or cropped.
+    """
+    settings = image_settings(image_processor)
+    if not settings.get("do_center_crop", False):  # SigLIP squeezes. Engines still ask for the crop's size.
+        settings |= {"do_center_crop": False, "crop_size": settings["size"]}
+    return LlavaImageProcessorPil(**settings, do_pad=pads)
+
+
+def add_image_token(tokenizer: Any) -> int:
+    """Adds `<image>` to the tokenizer and returns its id; fits the tokenizer for generation in batches."""
+    tokenizer.add_tokens([AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)])
+    tokenizer.padding_side = "left"  # new tokens follow the prompt
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+
+
+def llava_processor(
+    tokenizer: Any, image_processor: Any, patch_size: int, has_cls: bool, strategy: str, template: str | None
+) -> LlavaProcessor:
+    """The processor that expands `<image>` to as many tokens as the model has for an image.
+
+    Args:
+        tokenizer: with `<image>` among its tokens.
+        image_processor: from `llava_image_processor`.
+        patch_size: side of a patch, pixels.
+        has_cls: whether the tower puts a CLS token before the patches.
+        strategy: `default` drops the first token, `full` keeps all.
+        template: chat template, or None.
+    """
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(has_cls),
+        chat_template=template,
+    )
+
 
 logger = logging.getLogger(__name__)
 

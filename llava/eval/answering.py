@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from llava.conversation import Conversation
-from llava.eval.questions import Answer, ImageSource, Question, open_image, prompt_of, require_images
-from llava.eval.shared_beginnings import generate_sharing
+from llava.eval.prefix_sharing import generate_sharing
+from llava.eval.vqa_files import Answer, ImageSource, Question, open_image, prompt_of, require_images
 from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token
 
 __all__ = ["Answer", "GenerationSettings", "ImageSource", "Question", "answer_questions", "prompt_of"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.command import command_parser, run_command
-from llava.eval.question_files import field, read_answers, read_jsonl, require_all_answered, write_result
+from llava.eval.vqa_files import checked_field, read_answers, read_jsonl, require_all_answered, write_result
 
 LABEL_FILES = "coco_pope_*.json"
 
@@ -118,7 +118,7 @@ def read_labels(path: Path, questions: Sequence[dict[str, Any]], question_file: 
         )
     for number, (record, question) in enumerate(zip(records, questions, strict=True), start=1):
         where = f"{path}, record {number}"
-        label = field(record, "label", str, where)
+        label = checked_field(record, "label", str, where)
         if label not in ("yes", "no"):
             raise ValueError(f"{where}, field `label`: found {label!r}, expected yes or no")
         for name in ("image", "text"):
@@ -140,8 +140,8 @@ def score_files(annotation_dir: str, question_file: str, result_file: str) -> di
         raise FileNotFoundError(f"--annotation-dir {annotation_dir}: found no {LABEL_FILES}")
     questions = read_jsonl(question_file, "questions, one JSON object a line (--question-file)")
     for number, question in enumerate(questions, start=1):
-        field(question, "question_id", (str, int), f"{question_file}, record {number}")
-        field(question, "category", str, f"{question_file}, record {number}")
+        checked_field(question, "question_id", (str, int), f"{question_file}, record {number}")
+        checked_field(question, "category", str, f"{question_file}, record {number}")
     answers = read_answers(result_file)
     ids = [question["question_id"] for question in questions]
     require_all_answered(ids, [answer["question_id"] for answer in answers], result_file, question_file)

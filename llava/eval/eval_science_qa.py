@@ -16,7 +16,7 @@ from typing import Any
 
 from llava.command import command_parser, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.question_files import field, read_answers, read_json, require_all_answered, write_result
+from llava.eval.vqa_files import checked_field, read_answers, read_json, require_all_answered, write_result
 
 NOT_PARSED = "FAILED"
 
@@ -105,8 +105,8 @@ def read_split(base_dir: str, split: str, answered: Sequence[str]) -> dict[str, 
     problems = read_json(problems_file, "ScienceQA's problems by id", dict)
     for name in ids_of[split]:
         where = f"{problems_file}, problem {name}"
-        problem = field(problems, name, dict, str(problems_file))
-        choices, right = field(problem, "choices", list, where), field(problem, "answer", int, where)
+        problem = checked_field(problems, name, dict, str(problems_file))
+        choices, right = checked_field(problem, "choices", list, where), checked_field(problem, "answer", int, where)
         if not 0 <= right < len(choices):
             raise ValueError(f"{where}, field `answer`: found {right}, but there are {len(choices)} choices, from 0 on")
     return {name: problems[name] for name in ids_of[split]}
@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
     """Prints the accuracies and writes the files."""
     answers = read_answers(args.result_file)
     for number, answer in enumerate(answers, start=1):
-        field(answer, "prompt", str, f"{args.result_file}, record {number}")
+        checked_field(answer, "prompt", str, f"{args.result_file}, record {number}")
     ids = [str(answer["question_id"]) for answer in answers]
     problems = read_split(args.base_dir, args.split, ids)
     require_all_answered(problems, ids, args.result_file, f"split {args.split} of {args.base_dir}")

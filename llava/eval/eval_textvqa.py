@@ -14,7 +14,7 @@ from typing import Any
 
 from llava.command import command_parser, run_command
 from llava.eval.m4c_evaluator import HUMAN_ANSWERS, TextVQAAccuracyEvaluator
-from llava.eval.question_files import field, read_answers, read_json, require_all_answered, write_result
+from llava.eval.vqa_files import checked_field, read_answers, read_json, require_all_answered, write_result
 
 Key = tuple[str, str]
 """Image id, and the question in lower case."""
@@ -57,14 +57,14 @@ def read_annotations(path: str) -> list[tuple[Key, list[str]]]:
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is no TextVQA split with answers.
     """
-    data = field(read_json(path, "TextVQA's annotations", dict), "data", list, path)
+    data = checked_field(read_json(path, "TextVQA's annotations", dict), "data", list, path)
     annotations = []
     for number, record in enumerate(data, start=1):
         where = f"{path}, data[{number - 1}]"
-        answers = field(record, "answers", list, where)
+        answers = checked_field(record, "answers", list, where)
         if len(answers) != HUMAN_ANSWERS:
             raise ValueError(f"{where}, field `answers`: found {len(answers)}, expected {HUMAN_ANSWERS} human answers")
-        key = (field(record, "image_id", str, where), field(record, "question", str, where).lower())
+        key = (checked_field(record, "image_id", str, where), checked_field(record, "question", str, where).lower())
         annotations.append((key, answers))
     return annotations
 
@@ -76,7 +76,7 @@ def key_of(answer: dict[str, Any], where: str) -> Key:
         ValueError: its prompt is of no known form.
     """
     try:
-        return str(answer["question_id"]), prompt_processor(field(answer, "prompt", str, where))
+        return str(answer["question_id"]), prompt_processor(checked_field(answer, "prompt", str, where))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava.command import run_command
 from llava.eval import model_vqa_loader
-from llava.eval.answering_command import question_parser, with_defaults
+from llava.eval.vqa_cli import question_parser, with_defaults
 
 
 def argument_parser() -> argparse.ArgumentParser:

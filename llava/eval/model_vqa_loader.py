@@ -13,8 +13,8 @@ import argparse
 from typing import Any
 
 from llava.command import run_command
-from llava.eval.answering_command import answer_to_file, question_parser, with_defaults
-from llava.eval.question_files import chunk_of, vqa_questions
+from llava.eval.vqa_cli import answer_to_file, question_parser, with_defaults
+from llava.eval.vqa_files import chunk_of, vqa_questions
 
 DEFAULT_MODE = "llava_v1"
 

@@ -20,10 +20,9 @@ from typing import Any
 from PIL import Image
 
 from llava.command import run_command
-from llava.eval.answering_command import answer_to_file, question_parser, with_defaults
 from llava.eval.model_vqa_science import OPTION_LETTER
-from llava.eval.question_files import chunk_of, read_text
-from llava.eval.questions import Question
+from llava.eval.vqa_cli import answer_to_file, question_parser, with_defaults
+from llava.eval.vqa_files import Question, chunk_of, read_text
 
 DEFAULT_MODE = "llava_v1"
 LETTERS = ("A", "B", "C", "D")

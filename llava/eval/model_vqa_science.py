@@ -14,9 +14,8 @@ from typing import Any
 
 from llava.command import run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.answering_command import answer_to_file, question_parser, with_defaults
-from llava.eval.question_files import chunk_of, field, image_path, read_json
-from llava.eval.questions import Question
+from llava.eval.vqa_cli import answer_to_file, question_parser, with_defaults
+from llava.eval.vqa_files import Question, checked_field, chunk_of, image_path, read_json
 
 DEFAULT_MODE = "llava_v0"
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
@@ -39,17 +38,19 @@ def science_questions(path: str | Path, image_folder: str | Path, option_letter:
     questions = []
     for number, record in enumerate(read_json(path, "an array of questions (--question-file)", list), start=1):
         where = f"{path}, record {number}"
-        turns = field(record, "conversations", list, where)
+        turns = checked_field(record, "conversations", list, where)
         if not turns:
             raise ValueError(f"{where}, field `conversations`: found none, expected the question first")
-        text = field(turns[0], "value", str, f"{where}, conversations[0]").replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        text = (
+            checked_field(turns[0], "value", str, f"{where}, conversations[0]").replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        )
         images: tuple[Path, ...] = ()
         if "image" in record:
-            images = (image_path(field(record, "image", str, where), image_folder, where),)
+            images = (image_path(checked_field(record, "image", str, where), image_folder, where),)
             text = f"{DEFAULT_IMAGE_TOKEN}\n{text}"
         if option_letter:
             text = f"{text}\n{OPTION_LETTER}"
-        questions.append(Question(field(record, "id", (str, int), where), text, images))
+        questions.append(Question(checked_field(record, "id", (str, int), where), text, images))
     return questions
 
 

@@ -19,8 +19,8 @@ from llava.command import command_parser, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import conversation_mode, template_named
 from llava.eval.answering import Question, answer_questions
-from llava.eval.answering_command import add_generation_flags, add_model_flags, settings_of, with_defaults
-from llava.eval.questions import open_image
+from llava.eval.vqa_cli import add_generation_flags, add_model_flags, settings_of, with_defaults
+from llava.eval.vqa_files import open_image
 from llava.mm_utils import get_model_name_from_path, load_rgb_image
 from llava.model.builder import load_pretrained_model
 

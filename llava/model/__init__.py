@@ -6,8 +6,12 @@ from typing import Any
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
-from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
-from llava.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
+from llava.model.language_model.llava_qwen import (
+    LlavaQwen3Config,
+    LlavaQwen3ForCausalLM,
+    LlavaQwenConfig,
+    LlavaQwenForCausalLM,
+)
 
 __all__ = [
     "LlavaConfig",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from llava.command import command_parser, run_command
-from llava.model.checkpoint_files import CheckpointTensors, require_new_folder, save_checkpoint
+from llava.model.checkpoint import CheckpointTensors, require_new_folder, save_checkpoint
 from llava.model.delta import combined
 
 

@@ -11,17 +11,27 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.model.adapters import IMAGE_NEWLINE, PROJECTOR, TOWER, apply_adapter, fill_trained, read_trained_tensors
-from llava.model.checkpoint_config import choose_config, context_length, read_config
-from llava.model.checkpoint_files import CheckpointTensors
+from llava.model.checkpoint import (
+    IMAGE_NEWLINE,
+    PROJECTOR,
+    TOWER,
+    CheckpointTensors,
+    apply_adapter,
+    choose_config,
+    context_length,
+    fill_trained,
+    read_config,
+    read_trained_tensors,
+)
 from llava.model.language_model.families import llava_model_class
-from llava.model.strict_loading import fill_strictly, from_pretrained_strictly
-from llava.model.tensor_files import (
+from llava.model.weights import (
     NON_LORA_FILE,
     PROJECTOR_FILE,
     Form,
     checkpoint_form,
+    fill_strictly,
     find_file,
+    from_pretrained_strictly,
     recorded_base,
 )
 

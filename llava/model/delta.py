@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llava.model.checkpoint_files import VOCABULARY_TABLES
+from llava.model.checkpoint import VOCABULARY_TABLES
 
 LLAVA_PARTS = ("mm_projector", "vision_tower", "image_newline")
 """Parts of the names of tensors that no base has."""

@@ -23,7 +23,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_merge import MergedBatch, arrange_tiles, merge, unpad_image
 from llava.model.multimodal_projector.builder import build_vision_projector, record_projector
-from llava.model.multimodal_projector.weights import gathered, load_projector, read_projector_file
+from llava.model.weights import gathered, load_projector, read_projector_file
 from llava.plugin import TrainingPlugin
 
 __all__ = ["EncodedImages", "LlavaMetaForCausalLM", "LlavaMetaModel", "start_at_mean", "unpad_image"]

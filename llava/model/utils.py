@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from llava.model.tensor_files import find_file
+from llava.model.weights import find_file
 
 
 def auto_upgrade(config: str) -> None:

@@ -19,8 +19,8 @@ from llava.command import command_parser, run_command
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates, conversation_mode
 from llava.eval.answering import GenerationSettings
-from llava.eval.answering_command import add_model_flags
 from llava.eval.run_llava import load_image
+from llava.eval.vqa_cli import add_model_flags
 from llava.mm_utils import (
     KeywordsStoppingCriteria,
     get_model_name_from_path,

@@ -17,14 +17,14 @@ from llava.data.collate import check_sequence_budget
 from llava.data.dataset import make_supervised_data_module
 from llava.image_geometry import parse_grid_pinpoints
 from llava.model.builder import fill_tower, may_come_later, read_config
-from llava.model.checkpoint_files import CheckpointTensors
+from llava.model.checkpoint import CheckpointTensors
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.llava_arch import start_at_mean
 from llava.model.multimodal_projector.builder import C_ABSTRACTOR_SETTINGS
-from llava.model.strict_loading import from_pretrained_strictly
+from llava.model.weights import from_pretrained_strictly
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.quantization import freeze_quantized, quantized_loading
+from llava.train.lora import freeze_quantized, quantized_loading
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llava.model.strict_loading import fill_strictly
-from llava.model.tensor_files import PROJECTOR_FILE, read_tensors
+from llava.model.weights import PROJECTOR_FILE, fill_strictly, read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.sampler import (
     LengthGroupedSampler,
     get_length_grouped_indices,
@@ -19,12 +26,331 @@ from llava.data.sampler import (
     split_to_even_chunks,
 )
 from llava.plugin import TrainingPlugin
-from llava.train.checkpointing import STAGING_FOLDER, get_mm_adapter_state_maybe_zero_3
-from llava.train.checkpointing_trainer import CheckpointingTrainer
-from llava.train.data_order import EpochSampler
-from llava.train.first_batch import save_first_batch
-from llava.train.metrics import MetricWindow
-from llava.train.supervision import UnsupervisedSamples, supervised_tokens
+from llava.train.checkpointing import (
+    PROJECTOR_FILE,
+    STAGING_FOLDER,
+    copy_tokenizer_model,
+    get_mm_adapter_state_maybe_zero_3,
+    load_projector_weights,
+    publish_checkpoint,
+    save_config,
+    save_projector,
+)
+from llava.train.lora import is_adapted, load_adapter, save_adapter
+
+# The Trainer's side of checkpoints: written atomically, in every stage, without the weights that are not trained.
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointingTrainer(Trainer):
+    """A Trainer whose `checkpoint-N` folders are always complete, and small in stage 1 and with LoRA.
+
+    In stage 1 (`config.tune_mm_mlp_adapter`) a checkpoint holds `mm_projector.bin` and `config.json`, as upstream's,
+    and besides them the optimizer, the schedule, random states and the position in the data.
+    """
+
+    model: Any
+    model_wrapped: Any
+    args: Any
+    lr_scheduler: Any
+    train_dataset: Any
+
+    _run_dir: Path | None = None
+    _resumed_from: Path | None = None
+
+    @property
+    def saves_projector_only(self) -> bool:
+        """Whether this is stage 1, whose checkpoints hold the projector and not the frozen rest."""
+        return bool(getattr(self.model.config, "tune_mm_mlp_adapter", False))
+
+    @property
+    def rank_suffix(self) -> str:
+        """Tells the files of ranks apart; empty on the first."""
+        return f"_rank{self.args.process_index}" if self.args.process_index else ""
+
+    def log_state(self) -> dict[str, Any]:
+        """What was logged in part only, so that a resumed run logs what an uninterrupted one does."""
+        return {"loss_sum": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `log_state` returned in the interrupted run."""
+        self._tr_loss += state["loss_sum"]
+        self._globalstep_last_logged = state["last_logged_step"]
+
+    def restore_log_state(self) -> None:
+        """Reads the log state of the checkpoint that the run resumes from, if there is one."""
+        if self._resumed_from is not None and self._log_state_file(self._resumed_from).exists():
+            self.load_log_state(json.loads(self._log_state_file(self._resumed_from).read_text()))
+
+    def _log_state_file(self, folder: Path) -> Path:
+        return folder / f"log_state{self.rank_suffix}.json"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._run_dir) if self._run_dir is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes beside the finished checkpoints, and renames when all ranks are done."""
+        output_dir = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._run_dir = output_dir / STAGING_FOLDER
+        staged = self._run_dir / name
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._run_dir = None
+        staged.mkdir(parents=True, exist_ok=True)
+        self._log_state_file(staged).write_text(json.dumps(self.log_state()))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish_checkpoint(staged, output_dir / name)
+            rotate_checkpoints(str(output_dir), self.args.save_total_limit, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Stage 1: `mm_projector.bin` and `config.json`. LoRA: see `llava.train.lora`. Otherwise the whole model."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self.saves_projector_only:
+            save_projector(self.model, folder / PROJECTOR_FILE, is_writer=self.args.should_save)
+            if self.args.should_save:
+                save_config(self.model.config, folder)
+            return
+        if is_adapted(self.model):
+            save_adapter(self.model, folder, is_writer=self.args.should_save)
+            return
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            copy_tokenizer_model(self.processing_class, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.saves_projector_only:
+            load_projector_weights(self.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
+        elif is_adapted(self.model):
+            load_adapter(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import DeepSpeedSchedulerWrapper  # there only where deepspeed is installed
+
+        # Frozen weights come from their own checkpoints; they would make each save of stage 1 as large as the LLM.
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if not (self.is_deepspeed_enabled and resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        # Not strict, as the frozen weights are not in it.
+        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+
+# A picture of a plugin run's first batch, so that a wrong geometry is seen before hours are spent on it.
+
+FIRST_BATCH = "first_batch"
+
+
+def undo_normalisation(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """Images `[N, 3, H, W]` as the tower takes them, back in 0..1."""
+    shift, scale = (torch.tensor(channel, dtype=torch.float32).view(1, 3, 1, 1) for channel in (mean, std))
+    return (images.detach().float().cpu() * scale + shift).clamp(0, 1)
+
+
+def save_first_batch(trainer: LLaVATrainer, inputs: dict[str, Any]) -> None:
+    """Hands the first micro-batch of the first rank to the plugin's `describe_first_batch`.
+
+    Of tiled images (anyres) the base tile is shown. Nothing is drawn for a batch without images.
+    """
+    images = inputs.get("images")
+    if trainer.plugin is None or not trainer.args.should_save or images is None:
+        return
+    images = torch.stack([image if image.dim() == 3 else image[0] for image in images])  # [N, 3, H, W]
+    processor = trainer.model.get_vision_tower().image_processor
+    path = Path(trainer.args.output_dir) / FIRST_BATCH
+    pixels = undo_normalisation(images, processor.image_mean, processor.image_std)
+    trainer.plugin.describe_first_batch(pixels, inputs.get("plugin_batch") or {}, path)
+    logger.info("The first batch as the plugin sees it: %s.*", path)
+
+
+# Named scalars of a logging window, averaged over micro-batches and ranks.
+
+Sums = dict[str, tuple[float, float]]
+
+
+class MetricWindow:
+    """Running means; NaN means "nothing to report" and leaves the mean alone.
+
+    Values stay on their device until the window is read, so that adding costs no synchronisation.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # each [2]: sum and count
+
+    def add(self, values: dict[str, Tensor | float]) -> None:
+        """Takes one value of each name."""
+        for name, value in values.items():
+            value = torch.as_tensor(value).detach().double().reshape(())
+            present = ~value.isnan()
+            entry = torch.stack([value.nan_to_num(posinf=torch.inf, neginf=-torch.inf), present.double()])
+            before = self._sums.get(name)
+            self._sums[name] = entry if before is None else before.to(entry.device) + entry
+
+    def sums(self) -> Sums:
+        """Sum and count of each name on this rank."""
+        return {name: (entry[0].item(), entry[1].item()) for name, entry in self._sums.items()}
+
+    def restore(self, sums: Sums) -> None:
+        """Takes over the sums of an interrupted run."""
+        self._sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in sums.items()}
+
+    def drain(self, gather: Callable[[Sums], list[Sums]]) -> dict[str, float]:
+        """Empties the window: means over all ranks, in the order of first appearance, without names that have none.
+
+        Args:
+            gather: collects this rank's sums with those of the others (a collective call).
+        """
+        totals: Sums = {}
+        for sums in gather(self.sums()):
+            for name, (total, count) in sums.items():
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = (before[0] + total, before[1] + count)
+        self._sums = {}
+        return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+# Counts samples that teach nothing, and stops a run that has too many of them.
+
+GRACE_SAMPLES = 10
+"""Up to here unsupervised samples are listed only: a share means nothing among the first few."""
+LARGEST_SHARE = 0.01
+
+
+def supervised_tokens(input_ids: Tensor, labels: Tensor, visual_tokens: Tensor, max_length: int | None) -> Tensor:
+    """How many tokens of each row carry a label after images are put in and the row is cut, `[B]`.
+
+    Args:
+        input_ids: `[B, T]`, right-padded, IMAGE_TOKEN_INDEX for an image.
+        labels: `[B, T]`.
+        visual_tokens: how many take the place of each image, `[N]`, in the order of the rows.
+        max_length: where the model cuts a row; None where it does not.
+    """
+    supervised = labels != IGNORE_INDEX  # [B, T]
+    if max_length is not None:
+        place = (input_ids != IMAGE_TOKEN_INDEX).long()
+        place[input_ids == IMAGE_TOKEN_INDEX] = visual_tokens
+        supervised = supervised & (place.cumsum(1) <= max_length)
+    return supervised[:, 1:].sum(1)  # [B]; nothing predicts the first position
+
+
+class UnsupervisedSamples:
+    """Book of the samples in which no token carries a label.
+
+    Such a sample adds nothing to the loss. It is listed in `path`, one JSON line each, and counted.
+
+    Args:
+        path: the list of this rank; created with the first entry.
+        sum_over_ranks: sums a list of counts over all ranks.
+    """
+
+    def __init__(self, path: Path, sum_over_ranks: Callable[[list[int]], list[int]]):
+        self.path = path
+        self.sum_over_ranks = sum_over_ranks
+        self.seen = 0
+        self.unsupervised = 0
+        self._step_rows = 0
+        self._step_ids: list[str] = []
+
+    def add(self, sample_ids: list[str], supervised_tokens: list[int], step: int) -> None:
+        """Takes down one micro-batch: its samples and how many tokens of each carry a label."""
+        empty = [name for name, count in zip(sample_ids, supervised_tokens, strict=True) if count == 0]
+        self._step_rows += len(sample_ids)
+        self._step_ids += empty
+        if empty:
+            logger.warning("No supervised token in %s; listed in %s.", ", ".join(empty), self.path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.writelines(json.dumps({"step": step, "id": name}) + "\n" for name in empty)
+
+    def close_step(self, step: int) -> None:
+        """Judges the global batch after its last micro-batch; all ranks call it.
+
+        Raises:
+            ValueError: the whole global batch has no supervised token, or too large a share of all samples has none.
+        """
+        rows, empty = self.sum_over_ranks([self._step_rows, len(self._step_ids)])
+        ids, self._step_rows, self._step_ids = self._step_ids, 0, []
+        self.seen += rows
+        self.unsupervised += empty
+        advice = (
+            f"Samples of this rank: {', '.join(ids) or 'none'}; all are listed in {self.path}. Check that --version "
+            "fits the language model, that answers are not empty, and that --model_max_length leaves room for them."
+        )
+        if rows and empty == rows:
+            raise ValueError(f"Step {step}: none of the {rows} samples of the batch has a supervised token. {advice}")
+        if self.unsupervised > max(GRACE_SAMPLES, LARGEST_SHARE * self.seen):
+            raise ValueError(
+                f"Step {step}: {self.unsupervised} of {self.seen} samples so far have no supervised token, more than "
+                f"{LARGEST_SHARE:.0%}. {advice}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts to carry over a restart."""
+        return {"seen": self.seen, "unsupervised": self.unsupervised}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the counts of an interrupted run."""
+        self.seen, self.unsupervised = state["seen"], state["unsupervised"]
+
+
+# The order of samples: a function of seed and epoch alone, the same on all ranks and after a restart.
+
+
+class EpochSampler(Sampler[int]):
+    """Yields the order of the epoch set by `set_epoch`.
+
+    Args:
+        draw_order: draws one order from torch's global generator, which is seeded for it and put back afterwards.
+        length: number of samples.
+        seed: of the run's data order.
+    """
+
+    def __init__(self, draw_order: Callable[[], list[int]], length: int, seed: int):
+        self.draw_order = draw_order
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+        self._drawn: tuple[int, list[int]] | None = None  # of one epoch: drawing half a million takes seconds
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration is for."""
+        self.epoch = epoch
+
+    def order(self, epoch: int) -> list[int]:
+        """Indices of the samples in the order of that epoch."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.seed + epoch)  # torch.manual_seed would seed the GPUs as well
+                self._drawn = (epoch, self.draw_order())
+        return self._drawn[1]
+
+    def fingerprint(self, epoch: int) -> str:
+        """Short hash of an epoch's order; equal hashes mean equal data order."""
+        return hashlib.sha256(" ".join(map(str, self.order(epoch))).encode()).hexdigest()[:12]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order(self.epoch))
+
 
 __all__ = [
     "LLaVATrainer",
@@ -34,8 +360,6 @@ __all__ = [
     "get_modality_length_grouped_indices",
     "split_to_even_chunks",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 def run_progress(step: int, max_steps: int) -> float:

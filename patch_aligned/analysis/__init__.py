@@ -10,13 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patch_aligned.analysis.analysed_models import load_models
-    from patch_aligned.analysis.analysis import analyse
-    from patch_aligned.analysis.analysis_results import AnalysisSettings
-    from patch_aligned.analysis.localisation import localise
-    from patch_aligned.analysis.measured_images import MeasureSettings
+    from patch_aligned.analysis.localise import localise
     from patch_aligned.analysis.report import write_report
-    from patch_aligned.analysis.token_map import token_maps
+    from patch_aligned.analysis.run import AnalysisSettings, MeasureSettings, analyse
+    from patch_aligned.analysis.words import token_maps
+    from patch_aligned.models.sources import load_models
 
 __all__ = [
     "AnalysisSettings",
@@ -29,17 +27,17 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AnalysisSettings": "analysis_results",
-    "MeasureSettings": "measured_images",
-    "analyse": "analysis",
-    "load_models": "analysed_models",
-    "localise": "localisation",
-    "token_maps": "token_map",
-    "write_report": "report",
+    "AnalysisSettings": "patch_aligned.analysis.run",
+    "MeasureSettings": "patch_aligned.analysis.run",
+    "analyse": "patch_aligned.analysis.run",
+    "load_models": "patch_aligned.models.sources",
+    "localise": "patch_aligned.analysis.localise",
+    "token_maps": "patch_aligned.analysis.words",
+    "write_report": "patch_aligned.analysis.report",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

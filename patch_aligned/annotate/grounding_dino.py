@@ -23,10 +23,16 @@ from transformers import (
 )
 from transformers.image_transforms import get_size_with_aspect_ratio
 
-from patch_aligned.annotate.candidates import Candidate, CandidateThresholds
-from patch_aligned.annotate.checkpoints import kind_of_checkpoint, load_whole_model
-from patch_aligned.annotate.non_finite import NonFiniteScoresError
-from patch_aligned.annotate.prompts import NO_TAG, Prompt, PromptBuilder, PromptJoin
+from patch_aligned.annotate.fetch import kind_of_checkpoint, load_whole_model
+from patch_aligned.annotate.regions import (
+    NO_TAG,
+    Candidate,
+    CandidateThresholds,
+    NonFiniteScoresError,
+    Prompt,
+    PromptBuilder,
+    PromptJoin,
+)
 
 _DETECTION_MODELS: dict[str, Any] = {
     "grounding-dino": GroundingDinoForObjectDetection,

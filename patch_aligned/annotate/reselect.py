@@ -15,14 +15,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from patch_aligned.annotate.candidates import Candidate, CandidateError, CandidateThresholds, mask_fields
-from patch_aligned.annotate.merge import SETTINGS_SUFFIX, merge
-from patch_aligned.annotate.run_folder import RunFolder
-from patch_aligned.annotate.selection import Selection, mask_of_label, select
-from patch_aligned.annotate.shards import Record
-from patch_aligned.annotations import read_annotations
-from patch_aligned.record_files import write_records
-from patch_aligned.whole_files import written_whole
+from patch_aligned.annotate.folder import Record, RunFolder, merge
+from patch_aligned.annotate.regions import (
+    Candidate,
+    CandidateError,
+    CandidateThresholds,
+    Selection,
+    mask_fields,
+    mask_of_label,
+    select,
+)
+from patch_aligned.files import written_whole
+from patch_aligned.pad import SETTINGS_SUFFIX, read_annotations, write_records
 
 _RESELECTABLE = ("ok", "no_boxes", "no_masks")
 _SHOWN = 5

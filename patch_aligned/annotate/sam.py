@@ -20,8 +20,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from transformers import Sam2ImageProcessor, Sam2Model, SamImageProcessorPil, SamModel
 
-from patch_aligned.annotate.checkpoints import kind_of_checkpoint, load_whole_model
-from patch_aligned.annotate.non_finite import NonFiniteScoresError
+from patch_aligned.annotate.fetch import kind_of_checkpoint, load_whole_model
+from patch_aligned.annotate.regions import NonFiniteScoresError
 
 Box = Sequence[float]
 """Corners x1, y1, x2, y2 in pixels of the picture."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from patch_aligned.annotations import AnnotatedImage, normal_path, read_annotations, write_annotations
-from patch_aligned.record_files import iter_records
+from patch_aligned.pad import AnnotatedImage, iter_records, normal_path, read_annotations, write_annotations
 
 UNMATCHED_SUFFIX = ".unmatched.jsonl"
 _ANSWERERS = ("gpt", "assistant")

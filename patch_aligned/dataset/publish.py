@@ -10,9 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from patch_aligned.annotate.merge import SETTINGS_SUFFIX
-from patch_aligned.annotations import AnnotatedImage, read_annotations, write_annotations
 from patch_aligned.dataset.stats import TokenGrid, as_markdown, gather_statistics, write_statistics
+from patch_aligned.pad import SETTINGS_SUFFIX, AnnotatedImage, read_annotations, write_annotations
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _CARD = """\
@@ -57,7 +56,7 @@ All files as one, to train on (`--patch_data_path pad.parquet`):
 from itertools import chain
 from pathlib import Path
 
-from patch_aligned.annotations import read_annotations, write_annotations
+from patch_aligned.pad import read_annotations, write_annotations
 
 files = sorted(Path("data").glob("train-*.parquet"))
 write_annotations(chain.from_iterable(map(read_annotations, files)), "pad.parquet")

@@ -19,11 +19,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from patch_aligned.annotate.decoding import BROKEN_IMAGE_ERRORS
-from patch_aligned.annotations import AnnotatedImage, Region, is_finite_number, read_annotations
-from patch_aligned.dataset.image_files import ImageFileError, image_path
 from patch_aligned.dataset.stats import TokenGrid
 from patch_aligned.html_page import html_page
+from patch_aligned.images import BROKEN_IMAGE_ERRORS, ImageFileError, image_path
+from patch_aligned.pad import AnnotatedImage, Region, is_finite_number, read_annotations
 
 MOST_IMAGES = 5000
 _JPEG_QUALITY = 82

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patch_aligned.bootstrap import percentile_interval, resampled_means
-from patch_aligned.results.block import Block, Cell, Row
-from patch_aligned.results.box_frames import BoxFrame
-from patch_aligned.results.conditions import Filled, conditions_of
-from patch_aligned.results.paper_tables import Column
-from patch_aligned.results.run_file import Run, RunFileError, Sample, read_samples
+from patch_aligned.intervals import percentile_interval, resampled_means
+from patch_aligned.results.paper import Column
+from patch_aligned.results.render import Block, Cell, Row
+from patch_aligned.results.run import BoxFrame, Filled, Run, RunFileError, Sample, conditions_of, read_samples
 from patch_aligned.results.tables import LIMIT_MARK, Entrant, frame_of, metric_of, score_factor, shown_as
 
 _ROUNDING = 6e-4  # some scorers round a share to three digits

@@ -6,11 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from patch_aligned.results.block import Block, Cell, Row
-from patch_aligned.results.box_frames import ACCURACY, LEGACY_METRIC, BoxFrame
-from patch_aligned.results.conditions import Filled, condition_notes
-from patch_aligned.results.paper_tables import PAPER_TABLES, Column, PaperTable, Shown
-from patch_aligned.results.run_file import Run, RunFileError, RunResult, find_runs
+from patch_aligned.results.paper import PAPER_TABLES, Column, PaperTable, Shown
+from patch_aligned.results.render import Block, Cell, Row
+from patch_aligned.results.run import (
+    ACCURACY,
+    LEGACY_METRIC,
+    BoxFrame,
+    Filled,
+    Run,
+    RunFileError,
+    RunResult,
+    condition_notes,
+    find_runs,
+)
 
 LIMIT_MARK = "†"
 _FACTORS = {("share", "percent"): 100.0, ("points", "percent"): 1.0, ("share", "share"): 1.0, ("points", "share"): 0.01,

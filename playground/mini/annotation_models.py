@@ -30,10 +30,9 @@ from transformers import (
     SwinConfig,
 )
 
-from patch_aligned.annotate.ram.checkpoint import ConvertedCheckpoint, save_converted
-from patch_aligned.annotate.ram.model import RamConfig, RamModel
-from patch_aligned.annotate.recipes import ModelRecipe
-from patch_aligned.annotate.selection import Selection
+from patch_aligned.annotate.ram.model import ConvertedCheckpoint, RamConfig, RamModel, save_converted
+from patch_aligned.annotate.regions import Selection
+from patch_aligned.annotate.run import ModelRecipe
 
 DEFAULT_OUT = Path(__file__).parent / "cache" / "annotation_models"
 _NAMES = Path(__file__).parent / "assets" / "sprite_names.csv"

@@ -53,7 +53,7 @@ def texts_of_batches(run_task: Callable[[Any, str, Path], Any]) -> Callable[...,
 @pytest.fixture
 def write_local_task() -> Callable[..., None]:
     """Writes the YAML of a shipped task over a local Parquet file: prompts, parsers and scores stay as shipped."""
-    from eval.shipped_tasks import shipped_tasks_folder
+    from eval.hub import shipped_tasks_folder
 
     def write(folder: Path, shipped_yaml: str, task: str, split: str, rows: Path, **overrides: Any) -> None:
         config = {

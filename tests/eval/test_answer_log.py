@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eval.answer_log import AnswerLog
+from eval.adapter import AnswerLog
 
 ANSWERS = ["yes", "two\nlines, and a \u2028 separator", "日本の犬", "no"]
 

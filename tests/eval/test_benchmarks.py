@@ -12,7 +12,7 @@ import yaml
 pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
 
 from eval.benchmarks import BENCHMARKS, GROUPS, Benchmark, HubData, choose
-from eval.task_data import task_folder
+from eval.hub import task_folder
 
 ADAPTERS_LENGTH = 1024  # of answers, where a task says nothing
 

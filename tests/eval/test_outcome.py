@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from eval.benchmarks import BENCHMARKS
-from eval.harness import Evaluated
-from eval.outcome import (
+from eval.scores import (
+    Evaluated,
     UnscoredError,
     find_submission,
     headline_of,
@@ -20,7 +20,7 @@ from eval.outcome import (
     scores_and_samples,
     standard_error,
 )
-from patch_aligned.results.box_frames import IMAGE_FRAME, PADDED_FRAME
+from patch_aligned.results.run import IMAGE_FRAME, PADDED_FRAME
 
 
 def evaluated(scores: dict[str, Any], rows: list[dict[str, Any]], **aggregations: Any) -> Evaluated:

@@ -15,7 +15,7 @@ import datasets
 import pytest
 
 from eval.benchmarks import BENCHMARKS, HubData
-from eval.hub_files import Lock
+from eval.hub import Lock
 
 ROOT = Path(__file__).parents[2]
 SET = "lmms-lab-encoder/MME"

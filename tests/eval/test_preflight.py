@@ -15,15 +15,22 @@ from typing import Any
 import pytest
 
 from eval import run
+from eval.adapter import processes_here
 from eval.benchmarks import BENCHMARKS, Benchmark
-from eval.hub_files import DataError, Lock
+from eval.hub import DataError, Lock, TaskData, find_data
 from eval.judge import Judge, JudgeError, check_judge, read_judge, set_judge
-from eval.outcome import UnscoredError
-from eval.plan import Plan, make_plan
-from eval.preflight import PreflightError, check_checkpoint, check_installed, check_limit, check_processes, check_run
-from eval.processes import processes_here
-from eval.task_data import TaskData, find_data
-from patch_aligned.checkpoint_hash import checkpoint_hash
+from eval.plan import (
+    Plan,
+    PreflightError,
+    check_checkpoint,
+    check_installed,
+    check_limit,
+    check_processes,
+    check_run,
+    make_plan,
+)
+from eval.scores import UnscoredError
+from patch_aligned.files import checkpoint_hash
 
 needs_lmms_eval = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is part of the extra `eval`"
@@ -133,7 +140,7 @@ def set_in_config(folder: str, **values: Any) -> None:
 @pytest.fixture
 def refused(golden_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command on data that are there; returns what it says when it refuses."""
-    monkeypatch.setattr("eval.preflight.find_data", lambda *_: TaskData("rows", "sha256:0", "test", ()))
+    monkeypatch.setattr("eval.plan.find_data", lambda *_: TaskData("rows", "sha256:0", "test", ()))
 
     def run_command(*flags: str) -> str:
         assert run.main(["--benchmarks", "mini_colour", "--output", "out", *flags]) == 2
@@ -156,8 +163,8 @@ def test_what_cannot_be_loaded_is_said_without_a_traceback(refused: Callable[...
 @pytest.fixture
 def make_plan_of(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
     """What the command would do with data that are there."""
-    monkeypatch.setattr("eval.preflight.find_data", lambda *_: TaskData("rows", "sha256:0", "test", ()))
-    monkeypatch.setattr("eval.preflight.check_judge_of_environment", lambda: None)
+    monkeypatch.setattr("eval.plan.find_data", lambda *_: TaskData("rows", "sha256:0", "test", ()))
+    monkeypatch.setattr("eval.plan.check_judge_of_environment", lambda: None)
 
     def plan_of(*flags: str) -> Plan:
         return make_plan(run.argument_parser().parse_args(["--output", "out", *flags]), 1)
@@ -198,7 +205,7 @@ def test_the_judge_is_asked_only_where_something_is_left_for_it(
     def no_judge() -> None:
         raise JudgeError("no judge answers")
 
-    monkeypatch.setattr("eval.preflight.check_judge_of_environment", no_judge)
+    monkeypatch.setattr("eval.plan.check_judge_of_environment", no_judge)
     monkeypatch.setattr("eval.plan._is_finished", lambda _, benchmark, *rest: benchmark.is_judged)
     flags = ("--benchmarks", "mmvet,mme", "--model-path", "tiny-llava")
     with pytest.raises(PreflightError, match="no judge answers"):
@@ -261,7 +268,7 @@ def test_gpus_of_one_machine_serve_the_processes_on_it(monkeypatch: pytest.Monke
 def test_a_file_that_was_not_made_is_named_with_the_command_that_makes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eval.task_data.ROOT", tmp_path)
+    monkeypatch.setattr("eval.hub.ROOT", tmp_path)
     with pytest.raises(DataError, match=r"mini_rec: no file playground/.*; next: python -m playground.mini.evaluat"):
         find_data(BENCHMARKS["mini_rec"], Lock(tmp_path / "lock.json"))
 

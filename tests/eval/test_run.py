@@ -24,11 +24,11 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
 
 from eval import adapter as adapter_module
 from eval import run
-from eval.answer_log import AnswerLog
+from eval.adapter import AnswerLog
 from eval.benchmarks import BENCHMARKS, Benchmark, HubData, LocalData
-from eval.hub_files import Lock
+from eval.hub import Lock
 from eval.judge import QUESTION
-from patch_aligned.results.run_file import read_run, read_samples
+from patch_aligned.results.run import read_run, read_samples
 
 pytestmark = pytest.mark.slow  # lmms-eval takes a quarter of a minute to import
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from eval.benchmarks import BENCHMARKS, Benchmark
-from patch_aligned.results import paper_tables
+from patch_aligned.results import paper as paper_tables
 
 IN_TABLES = [benchmark for benchmark in BENCHMARKS.values() if benchmark.tables and benchmark.group != "mini"]
 

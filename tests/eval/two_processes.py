@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 
-import eval.preflight
+import eval.plan
 import eval.run
-from eval.answer_log import AnswerLog
+from eval.adapter import AnswerLog
 from eval.benchmarks import BENCHMARKS, Benchmark, LocalData
 
 
@@ -55,5 +55,5 @@ if __name__ == "__main__":
         "pictures", "pictures", "mini", task_folder, data, "has_an_e", tables=(6,), column="Pictures", max_new_tokens=8
     )
     eval.run.load_adapter = EchoingAdapter  # type: ignore[assignment]
-    eval.preflight.check_processes = lambda *_: None  # it asks for a GPU each
+    eval.plan.check_processes = lambda *_: None  # it asks for a GPU each
     sys.exit(eval.run.main(flags))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from patch_aligned.checkpoint_hash import checkpoint_hash
+from patch_aligned.files import checkpoint_hash
 
 FILES = {
     "model-00002-of-00002.safetensors": b"second" * 1000,

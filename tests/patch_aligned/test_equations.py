@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, LlamaForCausalLM
 
 from llava.train.train import train
-from patch_aligned.plugin import PatchAlignedPlugin
+from patch_aligned.train.plugin import PatchAlignedPlugin
 
 SIDE, GRID, STEPS, ACCUMULATION, BATCH, LEARNING_RATE = 56, 4, 3, 2, 2, 0.5
 SIZES_WH = [(97, 41), (41, 97), (224, 56), (57, 63), (56, 56), (333, 100), (10, 11), (61, 200), (128, 64), (64, 127)]

@@ -23,9 +23,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from llava.image_geometry import ImageGeometry
-from patch_aligned.annotation_index import open_annotation_index
-from patch_aligned.arguments import PatchArguments
 from patch_aligned.cli import app
+from patch_aligned.masks import PatchMaskError, covered_tokens_of_regions
 from patch_aligned.packed_tokens import (
     PackedFor,
     PackedTokens,
@@ -34,8 +33,9 @@ from patch_aligned.packed_tokens import (
     open_packed_tokens,
     pack_tokens,
 )
-from patch_aligned.patch_masks import PatchMaskError, covered_tokens_of_regions
-from patch_aligned.plugin import PatchAlignedPlugin
+from patch_aligned.pad import open_annotation_index
+from patch_aligned.train.arguments import PatchArguments
+from patch_aligned.train.plugin import PatchAlignedPlugin
 
 GEOMETRIES = {
     "clip, square": ImageGeometry.of("square", (1, 1), 28, (4, 4)),

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from llava.train.train import train
 from patch_aligned.cli import app
 from patch_aligned.packed_tokens import PackedTokensError
-from patch_aligned.plugin import PatchAlignedPlugin
+from patch_aligned.train.plugin import PatchAlignedPlugin
 
 FLAGS = (
     "--bf16 False --use_cpu True --report_to none --logging_steps 1 --seed 42 --vision_tower tiny-clip "

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from llava.image_geometry import ImageGeometry
-from patch_aligned.patch_masks import (
+from patch_aligned.masks import (
     PatchMaskError,
     covered_tokens,
     covered_tokens_of_regions,

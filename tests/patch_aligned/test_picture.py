@@ -11,8 +11,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from llava.image_geometry import ImageGeometry
-from patch_aligned import picture
-from patch_aligned.picture import PicturedImage, PicturedRegion, save_picture
+from patch_aligned.train import picture
+from patch_aligned.train.picture import PicturedImage, PicturedRegion, save_picture
 
 SIDE, GRID = 42, (3, 3)
 

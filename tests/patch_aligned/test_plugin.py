@@ -17,10 +17,10 @@ from transformers import AutoTokenizer, HfArgumentParser
 
 from llava.image_geometry import ImageGeometry
 from llava.plugin import AlignmentContext
-from patch_aligned.annotations import AnnotationError
-from patch_aligned.arguments import PatchArguments
-from patch_aligned.patch_masks import PatchMaskError
-from patch_aligned.plugin import PatchAlignedPlugin
+from patch_aligned.masks import PatchMaskError
+from patch_aligned.pad import AnnotationError
+from patch_aligned.train.arguments import PatchArguments
+from patch_aligned.train.plugin import PatchAlignedPlugin
 
 GRID = (4, 4)
 SIDE = 32

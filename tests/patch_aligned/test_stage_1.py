@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.train.train import train
-from patch_aligned.plugin import PatchAlignedPlugin
+from patch_aligned.train.plugin import PatchAlignedPlugin
 
 FLAGS = (
     "--bf16 False --use_cpu True --report_to none --logging_steps 1 --seed 42 --vision_tower tiny-clip "

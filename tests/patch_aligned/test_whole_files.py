@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from patch_aligned.record_files import write_records
-from patch_aligned.whole_files import written_whole
+from patch_aligned.files import written_whole
+from patch_aligned.pad import write_records
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name_and_then_the_name_is(

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from patch_aligned.annotations import read_annotations
+from patch_aligned.pad import read_annotations
 from playground.mini import make_scenes
 from playground.mini.make_scenes import DatasetError, main, make_dataset
 from playground.mini.scene_records import DatasetSettings

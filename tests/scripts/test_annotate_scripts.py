@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import typer.main
 
-from patch_aligned.annotations import parse_annotation, write_annotations
 from patch_aligned.cli import app
+from patch_aligned.pad import parse_annotation, write_annotations
 
 ROOT = Path(__file__).parents[2]
 

@@ -99,7 +99,7 @@ def test_captions_are_asked_of_the_same_checkpoint(preset: str) -> None:
     app = importlib.import_module("eval.captions.__main__").app
     options = typer.main.get_command(app).make_context("captions", words[words.index("-m") + 2 :]).params
     assert (options["model_path"], options["model_base"]) == ("ckpt", "llm")
-    captions = importlib.import_module("eval.captions.caption_sets").CAPTION_SETS
+    captions = importlib.import_module("eval.captions.references").CAPTION_SETS
     assert options["benchmark"] in captions
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.multimodal_projector.weights import load_projector, read_projector_file
+from llava.model.weights import load_projector, read_projector_file
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "extract_mm_projector.py"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llava.train.arguments import parse_arguments
-from patch_aligned.arguments import PatchArguments
+from patch_aligned.train.arguments import PatchArguments
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts" / "v1_5"

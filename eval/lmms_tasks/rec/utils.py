@@ -7,8 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from eval.rec.boxes import score_answer
-from eval.rec.rows import Row, load_image, prompt_of
+from eval.rec.boxes import Row, load_image, prompt_of, score_answer
 
 
 def doc_to_visual(row: Row, settings: dict[str, Any]) -> list[Image.Image]:

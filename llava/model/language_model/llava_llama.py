@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from llava.model.language_model.causal_lm import LlavaCausalLM
-from llava.model.language_model.written_config import ReadableByTransformers4
+from llava.model.language_model.causal_lm import LlavaCausalLM, ReadableByTransformers4
 from llava.model.llava_arch import LlavaMetaModel
 
 

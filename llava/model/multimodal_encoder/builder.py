@@ -7,10 +7,13 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.dinov2_encoder import Dinov2VisionTower, Dinov2WithRegistersVisionTower
-from llava.model.multimodal_encoder.dinov3_encoder import Dinov3VisionTower
-from llava.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
+from llava.model.multimodal_encoder.clip_encoder import (
+    CLIPVisionTower,
+    Dinov2VisionTower,
+    Dinov2WithRegistersVisionTower,
+    Dinov3VisionTower,
+    SiglipVisionTower,
+)
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 
 TOWER_OF_MODEL_TYPE: dict[str, type[VisionTower]] = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from eval.captions.answer_file import AnswerFileError, CaptionLog, read_answers
 from eval.captions.references import CaptionedImage
+from eval.captions.run import AnswerFileError, CaptionLog, read_answers
 
 IMAGES = (CaptionedImage("9", "val/9.jpg", ("A dog.",)), CaptionedImage("4", "val/4.jpg", ("Cats.",)))
 

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from eval.captions import command, generate, score
+from eval.captions import run as command
+from eval.captions import run as generate
+from eval.captions import score
 from eval.captions.__main__ import app
-from eval.captions.answer_file import CaptionLog
 from eval.captions.metrics import BLEU, METRICS, SPICE, CaptionScores, MetricScore
-from eval.captions.record import METEOR_MEAN
-from patch_aligned.results.run_file import read_run, read_samples
+from eval.captions.run import METEOR_MEAN, CaptionLog
+from patch_aligned.results.run import read_run, read_samples
 
 pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is part of the extra `eval`")
 

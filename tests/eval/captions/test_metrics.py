@@ -11,9 +11,17 @@ from typing import Any
 
 import pytest
 
-from eval.captions.java import JavaError
-from eval.captions.metrics import BLEU, CIDER, METEOR, ROUGE_L, SPICE, CaptionScores, score_captions
-from eval.captions.words import tokenize
+from eval.captions.metrics import (
+    BLEU,
+    CIDER,
+    METEOR,
+    ROUGE_L,
+    SPICE,
+    CaptionScores,
+    JavaError,
+    score_captions,
+    tokenize,
+)
 
 pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is part of the extra `eval`")
 

@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 
-from eval.captions.caption_sets import CAPTION_SETS, choose_set
-from eval.captions.references import CaptionedImage, ReferencesError, image_files, read_references
-from patch_aligned.record_files import RecordFileError
+from eval.captions.references import (
+    CAPTION_SETS,
+    CaptionedImage,
+    ReferencesError,
+    choose_set,
+    image_files,
+    read_references,
+)
+from patch_aligned.pad import RecordFileError
 
 TWO = (CaptionedImage("9", "val/9.jpg", ("A dog.", "One dog.")), CaptionedImage("4", "val/4.jpg", ("Cats.",)))
 COCO = {

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.captions.java import JavaError, java_version, require_metrics
-from eval.captions.spice import JARS, SpiceSetup, find_spice, score_spice
+from eval.captions.metrics import JARS, JavaError, SpiceSetup, find_spice, java_version, require_metrics, score_spice
 
 pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is part of the extra `eval`")
 

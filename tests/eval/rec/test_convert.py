@@ -11,9 +11,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image, ImageFile
 
-from eval.rec.convert import PUBLISHED_EXPRESSIONS, main
-from eval.rec.refs import RefsError, load_plain_pickle, read_referred_objects
-from eval.rec.rows import Row, load_image, prompt_of
+from eval.rec.boxes import Row, load_image, prompt_of
+from eval.rec.convert import PUBLISHED_EXPRESSIONS, RefsError, load_plain_pickle, main, read_referred_objects
 from llava.mm_utils import UnreadableImageError
 
 SIZE_WH = (64, 48)

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava.data import json_stream, records
-from llava.data.json_stream import read_json_values
-from llava.data.records import RecordError, as_conversation, find_problem, image_names, open_records
+from llava.data import records
+from llava.data import records as json_stream
+from llava.data.records import RecordError, as_conversation, find_problem, image_names, open_records, read_json_values
 
 GOOD = {"id": "g", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello you"}]}
 ANNOTATED = {

@@ -14,7 +14,7 @@ from PIL import Image
 from llava.conversation import conv_templates
 from llava.eval import answering
 from llava.eval.answering import GenerationSettings, Question, answer_questions, prompt_of
-from llava.eval.questions import open_image
+from llava.eval.vqa_files import open_image
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import LoadedModel
 

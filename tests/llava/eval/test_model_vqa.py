@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from llava.conversation import conv_templates
-from llava.eval import answering_command, model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science
+from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science
+from llava.eval import vqa_cli as answering_command
 from llava.eval.answering import Question, answer_questions
-from llava.eval.answering_command import mode_of
+from llava.eval.vqa_cli import mode_of
 from llava.model import builder
 from llava.model.builder import LoadedModel
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.question_files import (
+from llava.eval.vqa_files import (
     chunk_of,
     read_answers,
     read_jsonl,

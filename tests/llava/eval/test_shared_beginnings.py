@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX as I
-from llava.eval import shared_beginnings
-from llava.eval.shared_beginnings import beginnings, generate_sharing
+from llava.eval import prefix_sharing as shared_beginnings
+from llava.eval.prefix_sharing import beginnings, generate_sharing
 from llava.model.builder import LoadedModel
 
 PROMPTS = [

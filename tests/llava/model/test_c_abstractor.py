@@ -15,7 +15,7 @@ from torch import nn
 
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.multimodal_projector.c_abstractor import CAbstractor
-from llava.model.multimodal_projector.weights import load_projector, read_projector_file
+from llava.model.weights import load_projector, read_projector_file
 
 
 def fill(projector: nn.Module) -> None:

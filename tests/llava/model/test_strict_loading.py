@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llava.model.builder import load_pretrained_model
-from llava.model.tensor_files import read_tensors
+from llava.model.weights import read_tensors
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 

@@ -17,7 +17,7 @@ from llava.command import run_command
 from llava.model import consolidate, utils
 from llava.model.apply_delta import apply_delta
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint_files import CheckpointTensors
+from llava.model.checkpoint import CheckpointTensors
 from llava.model.consolidate import consolidate_ckpt
 from llava.model.make_delta import make_delta
 from llava.model.utils import auto_upgrade

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from llava.train.checkpointing_trainer import CheckpointingTrainer
+from llava.train.llava_trainer import CheckpointingTrainer
 from llava.train.train import train
 
 STEP = int(sys.argv.pop(1))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava.train.data_order import EpochSampler
-from llava.train.metrics import MetricWindow
+from llava.train.llava_trainer import EpochSampler, MetricWindow
 
 
 def sampler(seed: int = 0) -> EpochSampler:

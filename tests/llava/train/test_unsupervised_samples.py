@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.train.supervision import UnsupervisedSamples, supervised_tokens
+from llava.train.llava_trainer import UnsupervisedSamples, supervised_tokens
 
 
 def book(path: Path) -> UnsupervisedSamples:

@@ -21,7 +21,7 @@ from patch_aligned.analysis.alignment import (
     predicted_tokens,
     score_regions,
 )
-from patch_aligned.analysis.shuffled_labels import permute_labels
+from patch_aligned.analysis.regions import permute_labels
 
 
 def of_own(regions: int) -> torch.Tensor:

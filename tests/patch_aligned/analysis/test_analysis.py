@@ -12,11 +12,9 @@ import pytest
 
 from llava.convert.to_hf import to_hf
 from patch_aligned.analysis.alignment import THRESHOLD_RULES
-from patch_aligned.analysis.analysed_models import load_models
-from patch_aligned.analysis.analysis import analyse
-from patch_aligned.analysis.analysis_results import Analysis, AnalysisSettings, MeanAndSd
-from patch_aligned.analysis.figures import FIGURES, Resampling
-from patch_aligned.analysis.measured_images import MeasureSettings
+from patch_aligned.analysis.regions import FIGURES, Resampling
+from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeanAndSd, MeasureSettings, analyse
+from patch_aligned.models.sources import load_models
 
 START = "start=train_init/mm_projector.bin"
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from patch_aligned.analysis.annotated_sets import open_annotated_set
-from patch_aligned.annotations import AnnotatedImage, Region
+from patch_aligned.analysis.sets import open_annotated_set
+from patch_aligned.pad import AnnotatedImage, Region
 
 WIDTH, HEIGHT = 20, 12
 

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from patch_aligned.analysis.embeddings import SharedTower, WordEmbeddings
-from patch_aligned.analysis.projector_sources import ProjectorSource, default_config_of, load_tower, parse_projectors
+from patch_aligned.models.llava import SharedTower, WordEmbeddings
+from patch_aligned.models.sources import ProjectorSource, default_config_of, load_tower, parse_projectors
 
 
 @pytest.mark.golden

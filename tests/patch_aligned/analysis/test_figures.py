@@ -8,9 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from patch_aligned import bootstrap
-from patch_aligned.analysis.figures import (
+from patch_aligned import intervals as bootstrap
+from patch_aligned.analysis.regions import (
     FIGURES,
+    SCORES,
+    RegionRows,
     Resampling,
     differences,
     figures_by_label,
@@ -18,8 +20,7 @@ from patch_aligned.analysis.figures import (
     figures_of,
     rules_of,
 )
-from patch_aligned.analysis.region_table import SCORES, RegionRows
-from patch_aligned.bootstrap import percentile_interval, resampled_means
+from patch_aligned.intervals import percentile_interval, resampled_means
 
 RESAMPLING = Resampling(resamples=300, seed=5)
 

@@ -15,12 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from patch_aligned.analysis.analysed_models import load_models
-from patch_aligned.analysis.analysis import analyse
-from patch_aligned.analysis.analysis_results import Analysis, AnalysisSettings
-from patch_aligned.analysis.figures import Resampling
-from patch_aligned.analysis.localisation_figure import save_localisation_figure
-from patch_aligned.analysis.measured_images import MeasureSettings
+from patch_aligned.analysis.localise import save_localisation_figure
+from patch_aligned.analysis.regions import Resampling
+from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettings, analyse
+from patch_aligned.models.sources import load_models
 
 
 def run(pad: Path, *specifications: str, image_aspect_ratio: str | None = None, **settings: object) -> Analysis:

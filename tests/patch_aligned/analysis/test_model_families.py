@@ -36,8 +36,8 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from llava.convert.to_hf import to_hf
-from patch_aligned.analysis.analysed_models import load_models
-from patch_aligned.analysis.model_families import family_of, load_family
+from patch_aligned.models.sources import load_models
+from patch_aligned.models.transformers import family_of, load_family
 
 SIDE, PATCH, WORDS = 32, 8, 1000
 TEXT = {

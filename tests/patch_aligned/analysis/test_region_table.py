@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from patch_aligned.analysis.alignment import RegionScores, score_regions
-from patch_aligned.analysis.analysis_results import RegionCounts
-from patch_aligned.analysis.figures import Resampling, figures_of
-from patch_aligned.analysis.region_table import SCORES, RegionTable
+from patch_aligned.analysis.regions import SCORES, RegionTable, Resampling, figures_of
+from patch_aligned.analysis.run import RegionCounts
 
 NO_INTERVALS = Resampling(resamples=0)
 LABEL = torch.tensor([[1.0, 0]])

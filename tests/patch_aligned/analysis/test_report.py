@@ -12,11 +12,9 @@ from xml.etree import ElementTree
 import pytest
 
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models, token_maps, write_report
-from patch_aligned.analysis.analysis_results import Analysis
-from patch_aligned.analysis.figures import FIGURES, Resampling
-from patch_aligned.analysis.report import provenance_of, report_json, report_markdown
-from patch_aligned.analysis.report_page import MOST_BROKEN_IMAGES
-from patch_aligned.analysis.report_tables import (
+from patch_aligned.analysis.regions import FIGURES, Resampling
+from patch_aligned.analysis.report import (
+    MOST_BROKEN_IMAGES,
     Cell,
     ReportTable,
     as_html,
@@ -26,9 +24,13 @@ from patch_aligned.analysis.report_tables import (
     figures_table,
     headline_table,
     number,
+    provenance_of,
+    report_json,
+    report_markdown,
     thresholds_table,
 )
-from patch_aligned.analysis.token_map import PursuitSettings
+from patch_aligned.analysis.run import Analysis
+from patch_aligned.analysis.words import PursuitSettings
 
 SPECIFICATIONS = ("random=random:1", "start=train_init/mm_projector.bin")
 

@@ -18,24 +18,31 @@ from typer.testing import CliRunner
 
 from llava.convert.to_hf import to_hf
 from llava.mm_utils import load_rgb_image
-from patch_aligned.analysis import word_list
-from patch_aligned.analysis.analysed_models import load_models
-from patch_aligned.analysis.embeddings import WordEmbeddings
-from patch_aligned.analysis.token_map import (
+from patch_aligned.analysis import words as word_list
+from patch_aligned.analysis.cli import token_map as token_map_command
+from patch_aligned.analysis.token_map_page import (
+    distinct_pictures,
+    save_token_map_figure,
+    token_map_document,
+    write_token_map_page,
+)
+from patch_aligned.analysis.words import (
+    WORD_LISTS,
     MappedImage,
     MappedToken,
     PursuitSettings,
     TokenMapper,
     TokenMaps,
+    TokenText,
+    VocabularyText,
+    WordList,
     colours_of_words,
+    english_words,
     token_maps,
 )
-from patch_aligned.analysis.token_map_command import token_map as token_map_command
-from patch_aligned.analysis.token_map_figure import save_token_map_figure
-from patch_aligned.analysis.token_map_page import distinct_pictures, token_map_document, write_token_map_page
-from patch_aligned.analysis.token_text import TokenText, VocabularyText
-from patch_aligned.analysis.word_list import WORD_LISTS, WordList, english_words
 from patch_aligned.cli import app
+from patch_aligned.models.llava import WordEmbeddings
+from patch_aligned.models.sources import load_models
 
 ENGLISH = WordList("a test's list", frozenset({"the", "red", "he", "t"}))
 

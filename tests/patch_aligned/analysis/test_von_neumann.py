@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from patch_aligned.analysis.von_neumann import EntropyAccumulator, entropy_nats
+from patch_aligned.analysis.entropy import EntropyAccumulator, entropy_nats
 
 WIDTH = 12
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertTokenizer
 
-from patch_aligned.annotate.candidates import Candidate, CandidateError, mask_fields
+from patch_aligned.annotate.regions import Candidate, CandidateError, mask_fields
 
 WORDS = [
     "person",

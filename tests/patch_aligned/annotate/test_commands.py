@@ -6,10 +6,9 @@ from dataclasses import asdict, fields
 
 import typer.main
 
-from patch_aligned.annotate.annotate_images import Workload
-from patch_aligned.annotate.candidates import CandidateThresholds
-from patch_aligned.annotate.recipes import ModelRecipe
-from patch_aligned.annotate.selection import Selection
+from patch_aligned.annotate.pipeline import Workload
+from patch_aligned.annotate.regions import CandidateThresholds, Selection
+from patch_aligned.annotate.run import ModelRecipe
 from patch_aligned.cli import app
 
 

@@ -14,10 +14,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BertConfig, GroundingDinoImageProcessorPil, GroundingDinoProcessor
 
-from patch_aligned.annotate.candidates import Candidate, CandidateThresholds
 from patch_aligned.annotate.grounding_dino import DetectorError, GroundingDetector
-from patch_aligned.annotate.non_finite import NonFiniteScoresError
-from patch_aligned.annotate.prompts import PromptError
+from patch_aligned.annotate.regions import Candidate, CandidateThresholds, NonFiniteScoresError, PromptError
 
 TAGS = [["person", "tennis racket"], ["dog"], ["cat", "t-shirt", "under"]]
 

@@ -12,13 +12,9 @@ import pytest
 from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
-from patch_aligned.annotate.manifest import ManifestEntry
-from patch_aligned.annotate.merge import IncompleteRunError, merge
-from patch_aligned.annotate.run_folder import RunFolder
-from patch_aligned.annotate.shards import write_shard
-from patch_aligned.annotations import read_annotations
+from patch_aligned.annotate.folder import IncompleteRunError, ManifestEntry, RunFolder, merge, write_shard
 from patch_aligned.cli import app
-from patch_aligned.record_files import RecordFileError
+from patch_aligned.pad import RecordFileError, read_annotations
 
 STATUSES = ["ok", "no_boxes", "ok", "unreadable", "ok"]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertTokenizer
 
-from patch_aligned.annotate.prompts import NO_TAG, PromptBuilder, PromptError
+from patch_aligned.annotate.regions import NO_TAG, PromptBuilder, PromptError
 
 
 def tag_tokens(tokenizer: BertTokenizer, tag: str) -> list[str]:

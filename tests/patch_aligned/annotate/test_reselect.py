@@ -16,19 +16,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
-from patch_aligned.annotate.annotate_images import Workload, annotate_images
-from patch_aligned.annotate.candidates import Candidate
-from patch_aligned.annotate.manifest import ManifestEntry
+from patch_aligned.annotate.folder import ManifestEntry, RunFolder, write_shard
+from patch_aligned.annotate.pipeline import ImageInWork, StageClock, Workload, annotate_images
 from patch_aligned.annotate.ram.tagger import Tag
+from patch_aligned.annotate.regions import Candidate, Selected, Selection, SelectionError, select
 from patch_aligned.annotate.reselect import ReselectionError, reselect, reselected
-from patch_aligned.annotate.run_folder import RunFolder
 from patch_aligned.annotate.sam import Mask
-from patch_aligned.annotate.selection import Selected, Selection, SelectionError, select
-from patch_aligned.annotate.shards import write_shard
-from patch_aligned.annotate.stage_clock import StageClock
-from patch_aligned.annotate.stages import ImageInWork
-from patch_aligned.annotations import AnnotationError, read_annotations
 from patch_aligned.cli import app
+from patch_aligned.pad import AnnotationError, read_annotations
 
 SIZE_WH = (100, 80)
 SETTINGS = {"detector": {"candidate_thresholds": {"box": 0.15, "text": 0.15}}}

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from patch_aligned.annotate import sam as sam_module
-from patch_aligned.annotate.non_finite import NonFiniteScoresError
+from patch_aligned.annotate.regions import NonFiniteScoresError
 from patch_aligned.annotate.sam import SamSegmenter, SegmenterError
 
 # Two pictures of different shapes, each with two boxes.

@@ -11,8 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 
-from patch_aligned.annotate.candidates import Candidate, CandidateThresholds
-from patch_aligned.annotate.selection import (
+from patch_aligned.annotate.regions import (
+    Candidate,
+    CandidateThresholds,
     Selection,
     SelectionError,
     mask_of_label,

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from patch_aligned.annotations import read_annotations
 from patch_aligned.cli import app
 from patch_aligned.dataset.join import JoinError, join
+from patch_aligned.pad import read_annotations
 
 Make = Callable[..., Any]
 

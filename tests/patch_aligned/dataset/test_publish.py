@@ -11,9 +11,9 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from patch_aligned.annotations import read_annotations
 from patch_aligned.cli import app
 from patch_aligned.dataset.publish import PublishError, publish
+from patch_aligned.pad import read_annotations
 
 Make = Callable[..., Any]
 

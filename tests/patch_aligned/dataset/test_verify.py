@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from patch_aligned.cli import app
-from patch_aligned.dataset.image_files import ImageFileError, stored_size_wh
 from patch_aligned.dataset.verify import Problem, Verification, VerifySettings, box_iou, verify_file
+from patch_aligned.images import ImageFileError, stored_size_wh
 
 Make = Callable[..., Any]
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from patch_aligned.results.block import Block, Cell, Row, as_latex, as_markdown, latex_text
-from patch_aligned.results.page import as_html
+from patch_aligned.results.render import Block, Cell, Row, as_html, as_latex, as_markdown, latex_text
 
 BLOCK = Block(
     "Table 5: R&D, 100%",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from patch_aligned.results.compare import compare, paired_difference
-from patch_aligned.results.run_file import RunFileError, RunSettings, Sample, Score, write_run
+from patch_aligned.results.run import RunFileError, RunSettings, Sample, Score, write_run
 from patch_aligned.results.tables import entrants_of
 
 Make = Callable[..., Path]

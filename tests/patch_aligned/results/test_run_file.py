@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from patch_aligned.results.run_file import (
+from patch_aligned.results.run import (
     RunFileError,
     Score,
     find_runs,

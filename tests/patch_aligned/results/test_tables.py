@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 
-from patch_aligned.results.block import Block, Row
-from patch_aligned.results.box_frames import IMAGE_FRAME, LEGACY_METRIC, PADDED_FRAME
-from patch_aligned.results.paper_tables import DASH, PAPER_TABLES
-from patch_aligned.results.run_file import ModelIdentity, RunFileError, RunSettings, Score, write_run
+from patch_aligned.results.paper import DASH, PAPER_TABLES
+from patch_aligned.results.render import Block, Row
+from patch_aligned.results.run import (
+    IMAGE_FRAME,
+    LEGACY_METRIC,
+    PADDED_FRAME,
+    ModelIdentity,
+    RunFileError,
+    RunSettings,
+    Score,
+    write_run,
+)
 from patch_aligned.results.tables import entrants_of, free_block, make_table
 
 Make = Callable[..., Path]

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from patch_aligned.annotate.annotate_images import Workload
-from patch_aligned.annotate.job import AnnotationJob, ShardWorker
-from patch_aligned.annotate.manifest import list_images
-from patch_aligned.annotate.recipes import ModelRecipe
+from patch_aligned.annotate.folder import list_images
+from patch_aligned.annotate.pipeline import Workload
+from patch_aligned.annotate.run import AnnotationJob, ModelRecipe, ShardWorker
 
 SCENES = 20
 

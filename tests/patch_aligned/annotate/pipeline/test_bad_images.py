@@ -16,12 +16,11 @@ from PIL import Image
 
 from llava.mm_utils import UnreadableImageError as UnreadableInTraining
 from llava.mm_utils import load_rgb_image
-from patch_aligned.annotate.annotate_images import Workload, annotate_images
-from patch_aligned.annotate.decoding import StorageError, UnreadableImageError, decode_image
-from patch_aligned.annotate.manifest import list_images
-from patch_aligned.annotate.recipes import ModelRecipe
-from patch_aligned.annotate.stage_clock import StageClock
-from patch_aligned.annotations import parse_annotation
+from patch_aligned.annotate.folder import list_images
+from patch_aligned.annotate.pipeline import StageClock, Workload, annotate_images
+from patch_aligned.annotate.run import ModelRecipe
+from patch_aligned.images import StorageError, UnreadableImageError, decode_image
+from patch_aligned.pad import parse_annotation
 
 SIZE_WH = (60, 40)
 Save = Callable[[Path], None]
@@ -129,7 +128,7 @@ def test_an_outage_of_the_storage_stops_the_run_and_is_not_recorded_of_a_picture
 
 
 def test_all_formats_are_known_before_threads_open_pictures() -> None:
-    code = "import patch_aligned.annotate.decoding; from PIL import Image; print(*Image.ID)"
+    code = "import patch_aligned.images; from PIL import Image; print(*Image.ID)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert {"JPEG", "WEBP", "TIFF"} <= set(said.split())
 

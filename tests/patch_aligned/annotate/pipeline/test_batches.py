@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from patch_aligned.annotate.batches import Failure, is_out_of_memory, run_in_batches
-from patch_aligned.annotate.non_finite import NonFiniteScoresError
+from patch_aligned.annotate.pipeline import Failure, is_out_of_memory, run_in_batches
+from patch_aligned.annotate.regions import NonFiniteScoresError
 
 
 def test_batches_are_full_and_in_order() -> None:

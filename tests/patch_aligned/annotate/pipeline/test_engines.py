@@ -15,14 +15,19 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from patch_aligned.annotate import engines
-from patch_aligned.annotate.annotate_images import Workload
-from patch_aligned.annotate.engines import EngineError, Place, place_of, run_with_ray
-from patch_aligned.annotate.job import AnnotationJob
-from patch_aligned.annotate.manifest import list_images
-from patch_aligned.annotate.ram.published import RamCheckpointError
-from patch_aligned.annotate.recipes import ModelRecipe, OracleRecipe
-from patch_aligned.annotate.run_folder import RunFolder
+from patch_aligned.annotate import run as engines
+from patch_aligned.annotate.folder import RunFolder, list_images
+from patch_aligned.annotate.pipeline import Workload
+from patch_aligned.annotate.ram.model import RamCheckpointError
+from patch_aligned.annotate.run import (
+    AnnotationJob,
+    EngineError,
+    ModelRecipe,
+    OracleRecipe,
+    Place,
+    place_of,
+    run_with_ray,
+)
 from patch_aligned.cli import app
 
 ROOT = Path(__file__).parents[4]

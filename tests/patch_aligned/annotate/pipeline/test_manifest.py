@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from patch_aligned.annotate.manifest import (
+from patch_aligned.annotate.folder import (
     ManifestEntry,
     ManifestError,
     list_images,

@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from typer.testing import CliRunner
 
-from patch_aligned.annotate import models
-from patch_aligned.annotate.models import (
+from patch_aligned.annotate import fetch as models
+from patch_aligned.annotate.fetch import (
     HubCheckpoint,
     ModelFilesError,
     PinnedFile,

@@ -12,18 +12,21 @@ import pytest
 import torch
 from PIL import Image
 
-from patch_aligned.annotate import annotate_images as annotate_images_module
-from patch_aligned.annotate.annotate_images import Workload, annotate_images
-from patch_aligned.annotate.decoding import decode_image
-from patch_aligned.annotate.manifest import list_images
-from patch_aligned.annotate.non_finite import NonFiniteScoresError
-from patch_aligned.annotate.oracle import OracleError, OracleStages
-from patch_aligned.annotate.process_shard import FailedImageError, process_shard
-from patch_aligned.annotate.recipes import ModelRecipe
-from patch_aligned.annotate.run_folder import RunFolder
-from patch_aligned.annotate.stage_clock import StageClock
-from patch_aligned.annotate.stages import ImageInWork, Stages
-from patch_aligned.annotations import parse_annotation, read_annotations, write_annotations
+from patch_aligned.annotate import pipeline as annotate_images_module
+from patch_aligned.annotate.folder import RunFolder, list_images
+from patch_aligned.annotate.pipeline import (
+    ImageInWork,
+    OracleError,
+    OracleStages,
+    StageClock,
+    Stages,
+    Workload,
+    annotate_images,
+)
+from patch_aligned.annotate.regions import NonFiniteScoresError
+from patch_aligned.annotate.run import FailedImageError, ModelRecipe, process_shard
+from patch_aligned.images import decode_image
+from patch_aligned.pad import parse_annotation, read_annotations, write_annotations
 
 Record = dict[str, Any]
 
@@ -272,8 +275,8 @@ def test_what_the_pipeline_writes_trains_without_conversion(
     annotate: Callable[..., list[Record]], tmp_path: Path
 ) -> None:
     from llava.image_geometry import ImageGeometry
-    from patch_aligned.arguments import PatchArguments
-    from patch_aligned.plugin import PatchAlignedPlugin
+    from patch_aligned.train.arguments import PatchArguments
+    from patch_aligned.train.plugin import PatchAlignedPlugin
 
     class Words:
         def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:

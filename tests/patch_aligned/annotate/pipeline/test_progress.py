@@ -10,15 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from patch_aligned.annotate import progress as progress_module
-from patch_aligned.annotate.annotate_images import Workload, annotate_images
-from patch_aligned.annotate.engines import Place
-from patch_aligned.annotate.manifest import ManifestEntry, list_images
-from patch_aligned.annotate.progress import ProgressReport
-from patch_aligned.annotate.recipes import ModelRecipe
-from patch_aligned.annotate.run_folder import RunFolder
-from patch_aligned.annotate.shards import ShardHeader
-from patch_aligned.annotate.stage_clock import StageClock, StageTime
+from patch_aligned.annotate import run as progress_module
+from patch_aligned.annotate.folder import ManifestEntry, RunFolder, ShardHeader, list_images
+from patch_aligned.annotate.pipeline import StageClock, StageTime, Workload, annotate_images
+from patch_aligned.annotate.run import ModelRecipe, Place, ProgressReport
 
 Tick = Callable[[float], None]
 

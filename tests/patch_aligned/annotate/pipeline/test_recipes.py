@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from patch_aligned.annotate.prompts import PromptError
-from patch_aligned.annotate.recipes import ModelRecipe
-from patch_aligned.annotate.selection import Selection, SelectionError
+from patch_aligned.annotate.regions import PromptError, Selection, SelectionError
+from patch_aligned.annotate.run import ModelRecipe
 
 
 def test_a_tag_that_makes_no_prompt_is_refused_before_any_image_has_it(recipe: ModelRecipe, tmp_path: Path) -> None:

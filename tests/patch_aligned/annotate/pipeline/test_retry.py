@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from patch_aligned.annotate.run_folder import RunFolder
+from patch_aligned.annotate.folder import RunFolder
 from patch_aligned.cli import app
 
 SHARD_SIZE = 4

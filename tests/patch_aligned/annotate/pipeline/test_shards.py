@@ -11,10 +11,16 @@ from typing import Any
 
 import pytest
 
-from patch_aligned.annotate import run_folder as run_folder_module
-from patch_aligned.annotate.manifest import ManifestEntry
-from patch_aligned.annotate.run_folder import RunFolder, RunFolderError
-from patch_aligned.annotate.shards import ShardError, read_header, read_shard, write_shard
+from patch_aligned.annotate import folder as run_folder_module
+from patch_aligned.annotate.folder import (
+    ManifestEntry,
+    RunFolder,
+    RunFolderError,
+    ShardError,
+    read_header,
+    read_shard,
+    write_shard,
+)
 
 ENTRIES = [ManifestEntry(f"{number}.jpg", "ein Bär\u2028") for number in range(5)]
 SETTINGS: dict[str, Any] = {"sam": {"model": "a", "sizes": [1, 2]}, "versions": {"torch": "2"}}

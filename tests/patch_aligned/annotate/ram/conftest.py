@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from patch_aligned.annotate.ram.model import RamModel
-from patch_aligned.annotate.ram.published import config_of, renamed_state
+from patch_aligned.annotate.ram.model import RamModel, config_of, renamed_state
 
 GOLDENS = Path(__file__).parents[3] / "goldens" / "ram"
 

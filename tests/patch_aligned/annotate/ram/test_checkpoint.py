@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from patch_aligned.annotate.ram import checkpoint as checkpoint_module
-from patch_aligned.annotate.ram.checkpoint import load_ram
-from patch_aligned.annotate.ram.model import RamModel
-from patch_aligned.annotate.ram.published import RamCheckpointError
-from patch_aligned.whole_files import sha256_of
+from patch_aligned.annotate.ram import model as checkpoint_module
+from patch_aligned.annotate.ram.model import RamCheckpointError, RamModel, load_ram
+from patch_aligned.files import sha256_of
 
 PublishedFile = Callable[..., Path]
 CONVERTED = "ram_mini.converted.safetensors"

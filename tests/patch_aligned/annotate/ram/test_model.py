@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from patch_aligned.annotate.ram.model import RamModel
-from patch_aligned.annotate.ram.published import RamCheckpointError, config_of, renamed_state
+from patch_aligned.annotate.ram.model import RamCheckpointError, RamModel, config_of, renamed_state
 
 
 def close_to_recorded(found: Tensor, recorded: Tensor, atol: float) -> None:

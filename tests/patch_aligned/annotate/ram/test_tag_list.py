@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from patch_aligned.annotate.ram.tag_list import TagListError, check_counts, read_tag_list, read_thresholds
+from patch_aligned.annotate.ram.tagger import TagListError, check_counts, read_tag_list, read_thresholds
 
 
 def test_the_last_line_may_end_without_a_newline(tmp_path: Path) -> None:

@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from patch_aligned.annotate.non_finite import NonFiniteScoresError
 from patch_aligned.annotate.ram.model import RamModel
-from patch_aligned.annotate.ram.tag_list import TagListError
-from patch_aligned.annotate.ram.tagger import RamTagger, Tag, preprocess
+from patch_aligned.annotate.ram.tagger import RamTagger, Tag, TagListError, preprocess
+from patch_aligned.annotate.regions import NonFiniteScoresError
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]

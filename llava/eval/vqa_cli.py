@@ -1,0 +1,138 @@
+"""What the commands that answer a file of questions have in common: flags, loading, and the way to the answers file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from llava.command import command_parser
+from llava.conversation import MODEL_TYPE_RULES, conv_templates, template_named
+from llava.eval.answering import Answer, GenerationSettings, Question, answer_questions, require_positive
+from llava.eval.vqa_files import open_answers, require_images, stamps_of
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model
+
+logger = logging.getLogger(__name__)
+
+LONG_ANSWER = 1024
+"""Upstream's bound on new tokens where it has no flag for it."""
+
+
+def question_parser(
+    module: str, description: str | None, *, default_mode: str = "llava_v1", max_new_tokens: int = LONG_ANSWER
+) -> argparse.ArgumentParser:
+    """Upstream's flags and defaults, and what a batch needs."""
+    parser = command_parser(module, description)
+    add_model_flags(parser)
+    parser.add_argument("--image-folder", default="", help="where the questions' images lie")
+    parser.add_argument("--question-file", default="tables/question.jsonl", help="default: %(default)s")
+    parser.add_argument(
+        "--answers-file", default="answer.jsonl", help="JSONL; a killed run goes on. default: %(default)s"
+    )
+    parser.add_argument(
+        "--conv-mode", help=f"template; default: the one the checkpoint was trained with, or {default_mode}"
+    )
+    parser.add_argument("--num-chunks", type=int, default=1, help="parts to split the questions into")
+    parser.add_argument("--chunk-idx", type=int, default=0, help="which part to answer, from 0")
+    add_generation_flags(parser, max_new_tokens)
+    parser.add_argument("--batch-size", type=int, default=16, help="questions answered at once; default: %(default)s")
+    parser.add_argument("--workers", type=int, default=4, help="threads that read images ahead; default: %(default)s")
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and where it runs."""
+    parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
+    parser.add_argument("--model-base", help="the LLM that a stage-1 projector or a LoRA adapter belongs to")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+
+
+def add_generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """How answers are generated; upstream's spelling."""
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 answers greedily; default: %(default)s")
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--num_beams", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws, where temperature is above 0")
+
+
+def with_defaults(args: Any, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """`args` with the parser's defaults for what it lacks: from Python, any object with some of the flags will do."""
+    names = {action.dest: action.default for action in parser._actions if action.dest != "help"}
+    return argparse.Namespace(**{name: getattr(args, name, default) for name, default in names.items()})
+
+
+def settings_of(args: argparse.Namespace) -> GenerationSettings:
+    """The generation flags."""
+    return GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.seed)
+
+
+def mode_of(config: Any, default: str) -> str:
+    """Template that a checkpoint was trained with: what its config records, what its type asks for, or `default`."""
+    recorded = getattr(config, "conversation_version", None)
+    return recorded if recorded in conv_templates else MODEL_TYPE_RULES.get(getattr(config, "model_type", ""), default)
+
+
+def answer_to_file(args: argparse.Namespace, questions: Sequence[Question], default_mode: str) -> None:
+    """Answers questions with the checkpoint that `args` name, into `args.answers_file`.
+
+    Raises:
+        OSError, ValueError: the first thing that is wrong, before the model is loaded where that can be seen.
+    """
+    if args.conv_mode is not None:
+        template_named(args.conv_mode)
+    require_positive(batch_size=args.batch_size, workers=args.workers)
+    require_images(questions)
+    settings = settings_of(args)
+    model_path = str(Path(args.model_path).expanduser())
+    run = {
+        "model": [args.model_path, args.model_base],
+        "model's files": [stamps_of(model_path), stamps_of(args.model_base)],
+        "conv_mode": args.conv_mode,
+        "settings": asdict(settings),
+    }
+    with open_answers(args.answers_file, questions, get_model_name_from_path(model_path), run) as answers_file:
+        remaining = questions[answers_file.kept :]
+        if remaining:
+            answers = answers_of(args, model_path, remaining, settings, default_mode)
+        else:
+            logger.info("%s: nothing is left to answer", args.answers_file)
+            answers = iter(())
+        empty = 0
+        with (
+            logging_redirect_tqdm(),
+            answers_file.writer() as write,  # leaves an empty chunk its file
+            tqdm(answers, total=len(questions), initial=answers_file.kept, unit="question") as bar,
+        ):
+            for answer in bar:
+                write(answer)
+                empty += not answer.text
+    if empty:
+        logger.warning("%s: %d of %d answers are empty", args.answers_file, empty, len(remaining))
+
+
+def answers_of(
+    args: argparse.Namespace,
+    model_path: str,
+    questions: Sequence[Question],
+    settings: GenerationSettings,
+    default_mode: str,
+) -> Iterator[Answer]:
+    """Answers by the checkpoint at `model_path`, which is loaded at once; they come as they are asked for."""
+    model_name = get_model_name_from_path(model_path)
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        model_path, args.model_base, model_name, device=args.device
+    )
+    mode = args.conv_mode or mode_of(model.config, default_mode)
+    logger.info("%s answers in the template %s, %d at once", model_name, mode, args.batch_size)
+    template = template_named(mode)
+    counts = {"batch_size": args.batch_size, "workers": args.workers}
+    return answer_questions(questions, tokenizer, model, image_processor, template, settings, **counts)

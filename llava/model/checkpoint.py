@@ -1,0 +1,293 @@
+"""The files of a checkpoint: its weights, one by one and without code in them, and the small files beside them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from llava.model.language_model.families import llava_config
+from llava.model.language_model.llava_llama import LlavaConfig
+from llava.model.weights import (
+    ADAPTER_FILES,
+    UNSHARDED_FILES,
+    differences,
+    fill_strictly,
+    find_file,
+    no_checkpoint,
+    projector_state,
+    read_tensors,
+)
+
+VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+"""Tensors with a row for each token."""
+
+SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+class CheckpointTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, each read from disk when it is asked for.
+
+    Args:
+        checkpoint: folder or hub name; safetensors or `pytorch_model.bin`, whole or in shards.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is missing.
+    """
+
+    def __init__(self, checkpoint: str):
+        self.checkpoint = checkpoint
+        self._open: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        for name in UNSHARDED_FILES:
+            if index := find_file(checkpoint, f"{name}.index.json"):
+                shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+                # A name and no path, so that no index leads out of the folder.
+                self._file_of = {name: Path(shard).name for name, shard in shard_of.items()}
+                return
+            if find_file(checkpoint, name):
+                self._file_of = dict.fromkeys(self._opened(name).keys(), name)
+                return
+        raise FileNotFoundError(
+            f"No weights at {checkpoint}: expected {' or '.join(UNSHARDED_FILES)}, or the index of their shards."
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        opened = self._opened(self._file_of[name])
+        return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def _opened(self, file: str) -> Any:
+        if file not in self._open:
+            path = find_file(self.checkpoint, file)
+            if path is None:
+                raise FileNotFoundError(f"{self.checkpoint}: {file} is missing, though the index names it.")
+            self._open[file] = _open_weights(path)
+        return self._open[file]
+
+
+def _open_weights(path: str) -> Any:
+    if path.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        return safe_open(path, framework="pt")
+    return read_tensors(path)
+
+
+def require_new_folder(destination: Path) -> None:
+    """Raises `FileExistsError` where the folder holds anything: half of an old checkpoint would mix with the new."""
+    if destination.is_file():
+        raise FileExistsError(f"{destination} is a file: name a new folder.")
+    if destination.is_dir() and any(destination.iterdir()):
+        raise FileExistsError(f"{destination} is not empty: name a new folder, or remove what is in it.")
+
+
+def save_weights(weights: Mapping[str, Tensor], folder: Path, max_shard_size: str = "5GB") -> None:
+    """Writes `model.safetensors`, or shards of at most `max_shard_size` and their index."""
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(dict(weights), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+
+
+def copy_file(checkpoint: str, folder: Path, name: str) -> None:
+    """Copies a file of a checkpoint (folder or hub name), as it is; does nothing where there is none."""
+    if source := find_file(checkpoint, name):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+
+
+def save_checkpoint(weights: Mapping[str, Tensor], folder: Path, source: str, dtype: torch.dtype) -> None:
+    """Writes weights, and beside them config and tokenizer of `source` as they are, but for the config's `dtype`."""
+    save_weights(weights, folder)
+    for name in SMALL_FILES:
+        copy_file(source, folder, name)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+# Files that complete an LLM: a projector, a LoRA adapter, and what else was trained beside it.
+
+logger = logging.getLogger(__name__)
+
+WRAPPER = "base_model.model."
+"""What peft puts before the names of a model that it wraps."""
+PROJECTOR = "model.mm_projector."
+IMAGE_NEWLINE = "model.image_newline"
+TOWER = "model.vision_tower."
+
+
+def read_trained_tensors(path: str) -> dict[str, Tensor]:
+    """The tensors of an `mm_projector.bin` or `non_lora_trainables.bin`, under the model's own names.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    state = read_tensors(path)
+    projector = {PROJECTOR + name: tensor for name, tensor in projector_state(state).items()}
+    return projector | {own_name(name): state[name] for name in state if not projector_state({name: state[name]})}
+
+
+def own_name(name: str) -> str:
+    """A weight's name in the model, from its name in peft's wrapper."""
+    return name.removeprefix(WRAPPER).replace(".base_layer.", ".")
+
+
+def fill_trained(model: Any, trained: dict[str, Tensor], to_come: Iterable[str], source: str) -> None:
+    """Copies what was trained beside a frozen LLM into `model`, but for a tower's weights.
+
+    Args:
+        model: the LLM, with a projector yet to be filled.
+        trained: what `read_trained_tensors` gave.
+        to_come: names of weights that the LLM's own files did not bring.
+        source: the file that `trained` comes from, for messages.
+
+    Raises:
+        ValueError: a weight is missing, the model has no place for one, or a shape differs; the message names it.
+    """
+    parameters = dict(model.named_parameters())
+    tensors = {name: tensor for name, tensor in trained.items() if not name.startswith(TOWER)}
+    wanted = set(to_come) | (tensors.keys() & parameters.keys())
+    if any(name.startswith(PROJECTOR) for name in tensors):  # a base may be a LLaVA: half of its projector is no good
+        wanted |= {name for name in parameters if name.startswith(PROJECTOR)}
+    hint = "It was trained with another LLM (--model-base), another vision tower or another --mm_projector_type."
+    fill_strictly({name: parameters[name] for name in wanted}, tensors, source, hint)
+    if getattr(model.config, "mm_use_im_start_end", False) and not tensors.keys() & set(VOCABULARY_TABLES):
+        logger.warning(
+            "%s: holds no word embeddings of the marks around an image (mm_use_im_start_end), which its training lost: "
+            "answers may be worse than in training.",
+            source,
+        )
+
+
+def is_of_llm(name: str) -> bool:
+    """Whether an adapter's tensor belongs to the LLM; an adapter with all biases may hold those of vision modules."""
+    return not name.startswith((WRAPPER + PROJECTOR, WRAPPER + TOWER))
+
+
+def apply_adapter(model: Any, adapter_path: str, *, merge: bool) -> Any:
+    """Adds a LoRA adapter to `model`, strictly.
+
+    Args:
+        model: the model that the adapter was trained on, without its vision tower's weights yet: an adapter names its
+            layers by their last part, and a tower has some of the same names.
+        adapter_path: folder or hub name with `adapter_config.json` and the adapter's weights.
+        merge: add the adapter to the weights. Otherwise it stays beside them, as it must where they are quantised:
+            the sum would be rounded again, and small adapters lost.
+
+    Returns:
+        the model in its own class, without peft's wrapper.
+
+    Raises:
+        FileNotFoundError: the adapter has no weights.
+        ImportError: peft is not installed.
+        ValueError: it is no LoRA adapter, or its weights do not fit.
+    """
+    if find_spec("peft") is None:
+        raise ImportError("A LoRA adapter needs the package peft. Install it with: pip install -e '.[train]'")
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(adapter_path)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{adapter_path} holds an adapter of type {config.peft_type}; expected LORA.")
+    config.inference_mode = True
+    source = next((path for name in ADAPTER_FILES if (path := find_file(adapter_path, name))), None)
+    if source is None:
+        raise FileNotFoundError(f"{adapter_path} holds an adapter_config.json, but no {' or '.join(ADAPTER_FILES)}.")
+    state = read_tensors(source)
+
+    wrapped = PeftModel(model, config)
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items() if is_of_llm(name)}
+    found_shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if is_of_llm(name)}
+    if expected_shapes != found_shapes:
+        raise ValueError(
+            f"{source} does not fit this model. {differences(expected_shapes, found_shapes)}. "
+            f"Pass as --model-base the LLM it was trained on ({config.base_model_name_or_path})."
+        )
+    set_peft_model_state_dict(wrapped, state)
+    return wrapped.merge_and_unload() if merge else wrapped.get_base_model()
+
+
+# The config of a checkpoint, of whatever age and form.
+
+DEFAULT_CONTEXT_LENGTH = 2048
+
+
+def choose_config(model_path: str, weights_path: str, customized: Any, overwrites: dict[str, Any]) -> Any:
+    """The config to build the model from; a LLaVA's, where it names a vision tower."""
+    if customized is not None:
+        config = read_config(customized) if isinstance(customized, str) else customized
+    else:  # adapters that peft alone has written have no config of the model
+        config = read_config(model_path if find_file(model_path, "config.json") is not None else weights_path)
+    for name, value in overwrites.items():
+        setattr(config, name, value)
+    return llava_config(config) if getattr(config, "mm_vision_tower", None) else config
+
+
+def read_config(model_path: str, **kwargs: Any) -> Any:
+    """The config of a checkpoint, or in a JSON file.
+
+    LLaVA checkpoints of before 2024 call themselves `llava`, a name that transformers has since given to its own model.
+
+    Args:
+        model_path: folder, hub name or JSON file.
+        **kwargs: of transformers' `from_pretrained`, such as `cache_dir`.
+
+    Raises:
+        FileNotFoundError: there is no config there, and no such name on the hub.
+        ValueError: it is of a kind that cannot be read, such as transformers' own LLaVA.
+    """
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(model_path, **kwargs)
+    except OSError as error:
+        raise no_checkpoint(model_path, error) from error
+    model_type = values.get("model_type")
+    if model_type == "llava" and "text_config" in values:
+        raise ValueError(
+            f"{model_path} is a LLaVA of transformers (LlavaForConditionalGeneration), whose weights are named "
+            "otherwise. Convert it with llava-convert, or load it with transformers."
+        )
+    try:
+        if model_type == "llava":
+            config: Any = LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
+        else:
+            config = AutoConfig.from_pretrained(model_path, **kwargs)
+    except ValueError as error:
+        raise ValueError(
+            f"The config.json of {model_path} has model type `{model_type}`, which cannot be read: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if tower := getattr(config, "mm_vision_tower", None):
+        config.mm_vision_tower = tower_place(tower, model_path)
+    return config
+
+
+def tower_place(tower: str, model_path: str) -> str:
+    """Where the tower that a config names is to be read from: a folder inside the checkpoint, wherever that lies, or
+    what `tower` says."""
+    own = Path(model_path, tower)
+    return str(own) if own.is_dir() else tower
+
+
+def context_length(config: Any) -> int:
+    """`max_sequence_length` of the config, else 2048, upstream's rule."""
+    return getattr(config, "max_sequence_length", None) or DEFAULT_CONTEXT_LENGTH

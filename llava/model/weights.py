@@ -1,0 +1,281 @@
+"""Finding and reading the files of a checkpoint, in a local folder or on the hub. No pickle is run: tensors alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PROJECTOR_FILE = "mm_projector.bin"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA_FILE = "non_lora_trainables.bin"
+UNSHARDED_FILES = ("model.safetensors", "pytorch_model.bin")
+"""A whole model's weights in one file, in the order of preference; `<name>.index.json` lists shards."""
+WEIGHT_FILES = (*UNSHARDED_FILES, *(f"{name}.index.json" for name in UNSHARDED_FILES))
+"""Any of these is a sign of a whole model's weights."""
+
+
+class Form(Enum):
+    """What a checkpoint holds."""
+
+    WHOLE_MODEL = "a whole model"
+    PROJECTOR = "a projector alone (mm_projector.bin), as stage 1 writes it"
+    ADAPTER = "a LoRA adapter (adapter_config.json)"
+
+
+def checkpoint_form(model_path: str) -> Form:
+    """Tells by its files what a checkpoint holds.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no such name on the hub, or it cannot be reached.
+    """
+    if not Path(model_path).is_dir():
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+        from transformers.utils import cached_file
+
+        try:  # asked once, with errors: `find_file` takes each failure for a missing file, after some patience
+            cached_file(model_path, "config.json")
+        except OSError as error:
+            if not isinstance(error.__cause__, RemoteEntryNotFoundError):  # an adapter may be there without a config
+                raise no_checkpoint(model_path, error) from error
+    if find_file(model_path, ADAPTER_CONFIG_FILE) is not None:
+        return Form.ADAPTER
+    # Published checkpoints keep the projector of stage 1 beside the weights of stage 2.
+    has_weights = any(find_file(model_path, name) is not None for name in WEIGHT_FILES)
+    if not has_weights and find_file(model_path, PROJECTOR_FILE) is not None:
+        return Form.PROJECTOR
+    return Form.WHOLE_MODEL
+
+
+def no_checkpoint(model_path: str, error: OSError) -> FileNotFoundError:
+    """The error to raise where there is nothing to load."""
+    return FileNotFoundError(
+        f"No checkpoint at {model_path}: expected a folder with config.json, or a name on the hub. "
+        f"{str(error).splitlines()[0]}"
+    )
+
+
+def recorded_base(model_path: str) -> str:
+    """What an adapter's config says of its base, to be added to a message; empty where there is nothing to say."""
+    path = find_file(model_path, ADAPTER_CONFIG_FILE)
+    name = path and json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return f" (in training it was {name})" if name else ""
+
+
+def find_file(model_path: str, name: str) -> str | None:
+    """Path of a file of a checkpoint, in a local folder or fetched from the hub; None where there is none."""
+    if Path(model_path).is_dir():
+        path = Path(model_path) / name
+        return str(path) if path.is_file() else None
+    if model_path.startswith(("/", ".", "~")) or model_path.count("/") > 1:
+        return None  # a folder that is not there: no name on the hub looks like this
+    from transformers.utils import cached_file
+
+    return cached_file(
+        model_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors or torch file, as stored, on the CPU.
+
+    Raises:
+        ValueError: the file cannot be read, or holds more than tensors.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file ({error}). Copy or download it again.") from error
+    try:
+        # Files of before torch 1.6 are no zip archives and cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:  # OSError: sought beyond a cut off end
+        raise ValueError(unreadable(path, error)) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}; expected a dict of tensors, as torch.save writes it.")
+    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"{path} holds more than tensors: {others[:5]}. Save the state dict alone.")
+    return state
+
+
+def unreadable(path: str | Path, error: Exception) -> str:
+    """What to say of a torch file that cannot be read safely."""
+    return (
+        f"{path} cannot be read as a file of tensors. It is cut off, or its pickle holds other objects, which are "
+        "never run here. Download it again, or ask those who made it for the state dict alone, best as safetensors. "
+        f"({(str(error) or 'nothing in it').splitlines()[0]})"
+    )
+
+
+# Filling parameters from files strictly: every name must be there, on both sides, in the same shape.
+
+SHOWN = 10
+"""How many differing names an error spells out."""
+
+
+def fill_strictly(
+    parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: object, hint: str
+) -> None:
+    """Copies `tensors` into the parameters of the same names; under ZeRO-3 on gathered parameters.
+
+    Args:
+        parameters: all that are to be filled.
+        tensors: of any dtype.
+        source: where the tensors come from, for messages.
+        hint: the likely reason and the next step, for messages.
+
+    Raises:
+        ValueError: a name is missing on one side, or shapes differ; the message names both sides.
+    """
+    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        if any(0 in shape for shape in found.values()):
+            hint = "A shape with 0 comes from a file saved from ZeRO-3 shards without gathering; save it again."
+        raise ValueError(f"{source} does not fit this model. {differences(expected, found)}. {hint}")
+    with gathered(list(parameters.values())), torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Names whose shapes differ or that are missing on one side, in words."""
+    names = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    nothing = "has no such tensor"
+    shown = [f"{name}: model {expected.get(name, nothing)}, file {found.get(name, nothing)}" for name in names[:SHOWN]]
+    return "; ".join(shown) + (f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def gathered(parameters: list[nn.Parameter]) -> Any:
+    """Context in which ZeRO-3 partitions of `parameters` are whole and writable; does nothing elsewhere."""
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return nullcontext()
+
+
+def from_pretrained_strictly(
+    model_class: Any, weights_path: str, may_come_later: Callable[[str], bool] | None = None, **kwargs: Any
+) -> tuple[Any, list[str]]:
+    """`model_class.from_pretrained`, where a missing, superfluous or misshapen weight is an error, not a warning.
+
+    Args:
+        may_come_later: tells by its name whether a weight may be missing, as another file brings it. None: none may.
+        **kwargs: of `from_pretrained`.
+
+    Returns:
+        the model, and the names of the weights that are still to come.
+
+    Raises:
+        ValueError: the weights do not fit the config; the message names them.
+    """
+    try:
+        with without_load_report():
+            model, report = model_class.from_pretrained(
+                weights_path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except pickle.UnpicklingError as error:
+        raise ValueError(unreadable(weights_path, error)) from error
+    to_come = sorted(filter(may_come_later, report["missing_keys"])) if may_come_later is not None else []
+    missing = sorted(set(report["missing_keys"]) - set(to_come))
+    unexpected = sorted(report["unexpected_keys"])
+    misshapen = {name: (tuple(model_s), tuple(file_s)) for name, file_s, model_s in report["mismatched_keys"]}
+    if missing or unexpected or misshapen:
+        shapes = differences({n: s[0] for n, s in misshapen.items()}, {n: s[1] for n, s in misshapen.items()})
+        raise ValueError(
+            f"The weights in {weights_path} do not fit their config. Missing: {missing[:SHOWN]} ({len(missing)}). "
+            f"Unexpected: {unexpected[:SHOWN]} ({len(unexpected)}). Of another shape: {shapes or 'none'}. "
+            "Check that config.json belongs to these weights."
+        )
+    return model, to_come
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Holds back transformers' table of missing weights: it alarms where they are to come, and errors say more."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_report)
+
+
+# Reading projector weights from the files that LLaVA-family training writes.
+
+__all__ = ["gathered", "load_projector", "projector_state", "read_projector_file"]
+
+MARK = "mm_projector."
+HONEYBEE_MARK = "abstractor."
+
+
+def read_projector_file(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of an `mm_projector.bin` or safetensors file, as stored, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no key of the file belongs to a projector.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No projector weights at {path}. Stage 1 writes them as <output_dir>/mm_projector.bin; "
+            "run scripts/v1_5/pretrain.sh first or pass the path of that file."
+        )
+    state = read_tensors(path)
+    if not projector_state(state):
+        raise ValueError(f"{path} holds no projector: expected keys that contain `{MARK}`, found {sorted(state)[:5]}.")
+    return state
+
+
+def projector_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The projector's own entries under local names, e.g. `model.mm_projector.0.weight` -> `0.weight`.
+
+    Any key that contains `mm_projector.` counts, so prefixes added by wrappers (`base_model.model.`) do no harm. So
+    does `abstractor.`, as Honeybee calls its own; the place for CLS in old ones' position table is left out.
+    """
+    local = {name.split(MARK, 1)[1]: tensor for name, tensor in state.items() if MARK in name}
+    if not local:
+        local = {name.split(HONEYBEE_MARK, 1)[1]: state[name] for name in state if HONEYBEE_MARK in name}
+        positions = local.get("pos_emb")
+        if positions is not None and math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]:
+            local["pos_emb"] = positions[:, 1:]  # [1, 1 + S, C] -> [1, S, C]
+    return local
+
+
+def load_projector(projector: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copies the projector's entries of `state` into `projector`, strictly; under ZeRO-3 on gathered parameters.
+
+    Raises:
+        ValueError: keys are missing or unexpected, or a shape differs; names both sides and the likely reason.
+    """
+    hint = "The projector was trained for another LLM, another vision tower or another --mm_projector_type."
+    fill_strictly(dict(projector.named_parameters()), projector_state(state), f"The projector in {source}", hint)

@@ -1,0 +1,340 @@
+"""A picture of where labels are found: ground truth, then each projector's cosine map and prediction.
+
+The layout of the paper's Figure 1 (left): one row an image and label, one pair of columns a projector.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.mm_utils import load_rgb_image
+from patch_aligned.analysis.alignment import cosine_maps, iou_by_area, predicted_tokens
+from patch_aligned.models.sources import AnalysedModel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+# What the pictures share: labels and names are drawn as they are written, and panels have no ticks and no frame.
+#
+# Draw such text with `parse_math=False`, or matplotlib reads what stands between two dollar signs as a formula.
+
+MISSING = "▯"
+_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans", "Arial Unicode MS")
+
+
+@functools.cache
+def font_families() -> tuple[str, ...]:
+    """The installed ones of the fonts that together know most scripts."""
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return tuple(name for name in _FONTS if name in installed) or ("sans-serif",)
+
+
+@functools.cache
+def _known_characters() -> frozenset[int]:
+    from matplotlib.font_manager import FontProperties, fontManager, get_font
+
+    fonts = [get_font(fontManager.findfont(FontProperties(family=name))) for name in font_families()]
+    return frozenset().union(*(font.get_charmap() for font in fonts))
+
+
+def drawable(text: str, longest: int | None = None) -> str:
+    """Text with a sign for each character that no font knows, cut off with an ellipsis where it is too long."""
+    if longest is not None and len(text) > longest:
+        text = text[: longest - 1] + "…"
+    return "".join(character if ord(character) in _known_characters() else MISSING for character in text)
+
+
+def bare(axes: Axes) -> None:
+    """Takes ticks and frame away."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+TRUTH_COLOUR = "#12b886"
+PREDICTION_COLOUR = "#f03e8a"
+HEAT_MAP = "magma"
+PANEL_INCHES = 1.55
+_LONGEST_LABEL, _LONGEST_NAME = 20, 28  # characters that fit above one panel, and above two in bold type
+_CHARACTER_INCHES = 0.066  # of the caption, on average and rather too wide
+
+
+@dataclass(frozen=True)
+class PictureCell:
+    """What one projector made of one label.
+
+    Attributes:
+        image: `[3, side, side]`, 0..1, as its tower sees it.
+        truth: `[side, side]`, share of each pixel that the region covers.
+        cosine, predicted: `[rows, cols]`, of each visual token; predicted is bool.
+        iou_px: by area; NaN without truth.
+    """
+
+    image: Tensor
+    truth: Tensor
+    cosine: Tensor
+    predicted: Tensor
+    iou_px: float
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """One image and label with the maps of every projector.
+
+    Attributes:
+        image_id: as in the PAD file.
+        label: the region's label.
+        image, truth: as the first projector's tower sees them, see `PictureCell`.
+        cells: by the projector's name.
+    """
+
+    image_id: str
+    label: str
+    image: Tensor
+    truth: Tensor
+    cells: dict[str, PictureCell] = field(default_factory=dict)
+
+
+def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) -> None:
+    """Draws the rows and saves them as an image of the kind that the suffix names.
+
+    Args:
+        rows: what to show; all rows hold the same projectors.
+        path: where the picture goes.
+        rule: name of the threshold rule, for the caption.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no row.
+    """
+    if not rows:
+        raise ValueError("No row to draw: no image has a region.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The picture needs matplotlib: pip install 'patch-aligned-llava[analysis]'.") from error
+
+    names = list(rows[0].cells)
+    # A narrow empty column sets each projector's pair of panels apart.
+    widths = [1.0] + [0.1, 1.0, 1.0] * len(names)
+    width = PANEL_INCHES * sum(widths) + 0.3
+    caption = textwrap.wrap(
+        "Cosine: of each visual token with the label; colours run from the map's lowest value to its highest, both "
+        f"written above it. Prediction: tokens above the threshold ({rule}).",
+        int(width / _CHARACTER_INCHES),
+    )
+    label_inches, head_inches, foot_inches = 0.28, 0.55, 0.26 + 0.14 * len(caption)
+    height = (PANEL_INCHES + label_inches) * len(rows) + head_inches + foot_inches
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    grid = figure.add_gridspec(
+        len(rows),
+        len(widths),
+        width_ratios=widths,
+        left=0.15 / width,
+        right=1 - 0.15 / width,
+        top=1 - (head_inches + label_inches) / height,
+        bottom=foot_inches / height,
+        wspace=0.06,
+        hspace=label_inches / PANEL_INCHES,
+    )
+    for row_index, row in enumerate(rows):
+        truth_axes = figure.add_subplot(grid[row_index, 0])
+        _draw_truth(truth_axes, row)
+        title = drawable(row.label, _LONGEST_LABEL)
+        truth_axes.set_title(title, fontsize=9.5, pad=3, color="#212529", family=font_families(), parse_math=False)
+        pairs: list[tuple[Axes, Axes]] = []
+        for index, name in enumerate(names):
+            heat_axes, mask_axes = (figure.add_subplot(grid[row_index, 3 * index + 2 + offset]) for offset in (0, 1))
+            _draw_heat(heat_axes, row.cells[name])
+            _draw_prediction(mask_axes, row.cells[name])
+            pairs.append((heat_axes, mask_axes))
+        if row_index == 0:
+            first = "ground truth" if any(row.truth.any() for row in rows) else "image"
+            _head_columns(figure, truth_axes, first, dict(zip(names, pairs, strict=True)), head_inches / height)
+    figure.text(
+        0.5,
+        0.12 / height,
+        "\n".join(caption),
+        ha="center",
+        va="bottom",
+        fontsize=8,
+        color="#495057",
+    )
+    figure.savefig(path)
+
+
+def panel_jpegs(row: PictureRow) -> dict[str | tuple[str, str], bytes]:
+    """The panels of a row, each a JPEG of its own: `truth`, and for each projector `(name, cosine)` and `prediction`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    found: dict[str | tuple[str, str], bytes] = {"truth": _panel_jpeg(partial(_draw_truth, row=row))}
+    for name, cell in row.cells.items():
+        found[name, "cosine"] = _panel_jpeg(partial(_draw_heat, cell=cell))
+        found[name, "prediction"] = _panel_jpeg(partial(_draw_prediction, cell=cell))
+    return found
+
+
+def _panel_jpeg(draw: Callable[[Axes], None]) -> bytes:
+    """What `draw` draws, filling the picture; titles fall outside."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(PANEL_INCHES, PANEL_INCHES), dpi=200)
+    draw(figure.add_axes((0, 0, 1, 1)))
+    content = io.BytesIO()
+    figure.savefig(content, format="jpeg", pil_kwargs={"quality": 85})
+    return content.getvalue()
+
+
+def _head_columns(figure: Any, truth_axes: Axes, first: str, pairs: dict[str, tuple[Axes, Axes]], head: float) -> None:
+    """Names the columns above the first row: the projector over its pair, the kind of panel over each."""
+    top = truth_axes.get_position().y1
+    for axes, kind in [(truth_axes, first)] + [
+        (axes, kind) for pair in pairs.values() for axes, kind in zip(pair, ("cosine", "prediction"), strict=True)
+    ]:
+        place = axes.get_position()
+        figure.text((place.x0 + place.x1) / 2, top + 0.52 * head, kind, ha="center", fontsize=8.5, color="#495057")
+    for name, (left, right) in pairs.items():
+        start, end = left.get_position().x0, right.get_position().x1
+        figure.text(
+            (start + end) / 2, top + 0.86 * head, drawable(name, _LONGEST_NAME),
+            ha="center", fontsize=11, fontweight="bold", family=font_families(), parse_math=False,
+        )  # fmt: skip
+
+
+def _draw_truth(axes: Axes, row: PictureRow) -> None:
+    bare(axes)
+    axes.imshow(row.image.numpy().transpose(1, 2, 0))
+    _outline(axes, row.truth.numpy(), TRUTH_COLOUR)
+
+
+def _draw_heat(axes: Axes, cell: PictureCell) -> None:
+    bare(axes)
+    cosine = cell.cosine.numpy()
+    side = cell.truth.shape[0]
+    axes.imshow(cosine, cmap=HEAT_MAP, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest")
+    _outline(axes, cell.truth.numpy(), "black", width=0.6)
+    axes.set_title(f"{cosine.min():.2f} … {cosine.max():.2f}".replace("-", "−"), fontsize=8.5, pad=3, color="#495057")
+
+
+def _draw_prediction(axes: Axes, cell: PictureCell) -> None:
+    bare(axes)
+    predicted = _cells_to_pixels(cell.predicted.numpy().astype(float), cell.truth.shape[0])
+    axes.imshow(_dimmed(cell.image, predicted))
+    _outline(axes, predicted, PREDICTION_COLOUR)
+    axes.set_title(
+        "no truth given" if np.isnan(cell.iou_px) else f"IoU {cell.iou_px:.2f}", fontsize=8.5, pad=3, color="#212529"
+    )
+
+
+def _dimmed(picture: Tensor, mask: np.ndarray) -> np.ndarray:
+    """The image, its colours washed out where the mask is not: `[side, side, 3]`."""
+    image = picture.numpy().transpose(1, 2, 0)  # [3, side, side] -> [side, side, 3]
+    grey = image.mean(axis=2, keepdims=True)
+    washed = 0.12 * image + 0.24 * grey + 0.58
+    return mask[..., None] * image + (1 - mask[..., None]) * washed
+
+
+def _cells_to_pixels(cells: np.ndarray, side: int) -> np.ndarray:
+    """Each pixel takes the value of the cell that its centre lies in: `[rows, cols]` -> `[side, side]`."""
+    rows, cols = ((2 * np.arange(side) + 1) * count // (2 * side) for count in cells.shape)
+    return cells[rows[:, None], cols[None, :]]
+
+
+def _outline(axes: Axes, mask: np.ndarray, colour: str, width: float = 1.3) -> None:
+    framed = np.pad(mask, 1)  # so that the outline also runs along the image's edge
+    places = np.arange(-1, mask.shape[0] + 1)
+    if framed.max() >= 0.5:
+        # A white rim keeps the line visible on an image of its own colour.
+        for line_colour, line_width in (("white", width + 1.6), (colour, width)):
+            axes.contour(places, places, framed, levels=[0.5], colors=[line_colour], linewidths=line_width)
+    axes.set_xlim(-0.5, mask.shape[1] - 0.5)
+    axes.set_ylim(mask.shape[0] - 0.5, -0.5)
+
+
+# Where labels are found in an image: the cosine map and the predicted tokens of each projector (Figures 1 and 4).
+
+
+def localise(
+    models: Sequence[AnalysedModel],
+    image: Path | str,
+    label: str,
+    mask: np.ndarray | None = None,
+    threshold_rule: str = "mid_range",
+) -> PictureRow:
+    """Where each model finds a label in an image; `save_localisation_figure` draws what it returns.
+
+    Args:
+        models: what is compared; each is shown the image as its tower sees it.
+        image: the file.
+        label: any text.
+        mask: `[height, width]`, the region that the label is about; None where there is no truth, and the IoU is NaN.
+        threshold_rule: which tokens of the cosine map are the prediction.
+
+    Raises:
+        OSError: the image is missing or broken.
+        ValueError: the mask is not of the image's size, the rule needs one, or the label has no token.
+    """
+    opened = load_rgb_image(image)
+    height_width = opened.size[::-1]
+    if mask is None and threshold_rule == "top_area":
+        raise ValueError("The rule 'top_area' is told the region's size: pass a mask, or choose another rule.")
+    if mask is None:
+        mask = np.zeros(height_width)
+    if mask.shape != height_width:
+        raise ValueError(f"{image}: the mask is {list(mask.shape)}; expected the image's {list(height_width)}.")
+    mask = mask.astype(np.float64)
+    features, shown, cells = {}, {}, {}
+    for tower, projector in ((model.tower, model.projector) for model in models):
+        if id(tower) not in features:
+            pixels = tower.pixels(opened)  # [3, side, side]
+            features[id(tower)] = tower.features(pixels[None])  # [1, S, d]
+            truth = tower.geometry(opened.size, (1, 1)).mask_to_model(mask)  # [side, side]
+            shown[id(tower)] = tower.displayed(pixels), torch.from_numpy(truth)
+        tokens, grid = projector.visual_tokens(features[id(tower)])  # [1, T, D]
+        coverage = torch.from_numpy(tower.geometry(opened.size, grid).token_coverage(mask[None]))[0]  # [rows, cols]
+        direction = projector.words.directions_of_labels([label])[0].to(tokens)  # [D]
+        cells[projector.name] = picture_cell(
+            *shown[id(tower)], direction, tokens[0], coverage.to(tokens.device), threshold_rule
+        )
+    return PictureRow(Path(image).name, label, *shown[id(models[0].tower)], cells)
+
+
+def picture_cell(
+    image: Tensor, truth: Tensor, direction: Tensor, visual_tokens: Tensor, coverage: Tensor, rule: str
+) -> PictureCell:
+    """What one projector makes of one label.
+
+    Args:
+        image, truth: see `PictureCell`.
+        direction: `[D]`, of the label.
+        visual_tokens: `[S, D]`.
+        coverage: `[rows, cols]`, share of each cell that the region covers.
+        rule: name of the threshold rule.
+    """
+    maps = cosine_maps(direction[None], visual_tokens)  # [1, S]
+    areas = coverage.double().reshape(1, -1)  # [rows, cols] -> [1, S]
+    predicted = predicted_tokens(maps, rule, areas.sum(dim=1))  # [1, S]
+    return PictureCell(
+        image=image,
+        truth=truth,
+        cosine=maps.reshape(coverage.shape).cpu(),
+        predicted=predicted.reshape(coverage.shape).cpu(),
+        iou_px=float(iou_by_area(predicted, areas)),
+    )

@@ -1,0 +1,397 @@
+"""Token maps: the words on the patches of an image, as the paper's Figures 5 and 6 show them.
+
+Letters: S visual tokens of an image, D width of the LLM, K rounds of matching pursuit.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import importlib.util
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llava.mm_utils import load_rgb_image
+from patch_aligned.analysis.matching_pursuit import Pursuit, WordDictionary, matching_pursuit
+from patch_aligned.models.llava import WordEmbeddings
+from patch_aligned.models.sources import AnalysedModel, sources_of
+
+# Single tokens of an LLM's vocabulary as text that can be shown: one token, on its own, made visible.
+
+REPLACEMENT = "\ufffd"
+_WORD_MARKS = ("\u2581", "\u0120")  # of SentencePiece and of byte-level BPE: a space comes before the token
+_VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A token as it is shown.
+
+    Attributes:
+        text: without the space in front of a word. White space and control characters are written as visible signs,
+            bytes that are only part of a character as `<0xE2>`.
+        starts_word: whether a space comes before it; False for what goes on inside a word, and for tokenizers that
+            do not mark it.
+        special: whether it is a special token such as `</s>`, or another that was added to the vocabulary.
+    """
+
+    text: str
+    starts_word: bool
+    special: bool
+
+
+class VocabularyText:
+    """Texts of single tokens, by id.
+
+    Args:
+        tokenizer: the LLM's tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any):
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+        self._byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+
+    def __len__(self) -> int:
+        """Words that the tokenizer knows, added ones among them."""
+        return len(self._tokenizer)
+
+    def __getitem__(self, token_id: int) -> TokenText:
+        raw = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token_id in self._special:
+            return TokenText(raw, starts_word=False, special=True)
+        text = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        if REPLACEMENT in text and REPLACEMENT not in raw:
+            return TokenText(self._bytes(raw), starts_word=False, special=False)
+        if not text.strip():  # nothing but white space, of which SentencePiece drops the first sign when it decodes
+            text = raw.replace(_WORD_MARKS[0], " ") if _WORD_MARKS[0] in raw else text or raw
+            return TokenText(_visible(text), starts_word=False, special=False)
+        return TokenText(_visible(text.removeprefix(" ")), raw.startswith(_WORD_MARKS), special=False)
+
+    def _bytes(self, raw: str) -> str:
+        """SentencePiece writes a lone byte as `<0xE2>` itself; byte-level BPE has a character for each byte."""
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", raw) or not set(raw) <= set(self._byte_of):
+            return raw
+        return "".join(f"<0x{self._byte_of[character]:02X}>" for character in raw)
+
+
+def _visible(text: str) -> str:
+    return "".join(_VISIBLE.get(character) or _sign(character) for character in text)
+
+
+def _sign(character: str) -> str:
+    if character.isspace():
+        return "␣"
+    return character if character.isprintable() else f"<U+{ord(character):04X}>"
+
+
+# Lists of English words that are installed, to tell words from fragments in a token map.
+#
+# The paper colours the tokens that NLTK recognises. Its corpus `words` is a dictionary of 1934 that knows no `bananas`;
+# the list of pyspellchecker, which comes with the extra `analysis`, has inflected forms too. Nothing is downloaded.
+
+_LONE_LETTERS = frozenset({"a", "i"})
+
+
+@dataclass(frozen=True)
+class WordList:
+    """English words, in lower case.
+
+    Attributes:
+        name: where they come from, for captions.
+        words: the words.
+    """
+
+    name: str
+    words: frozenset[str]
+
+    def __contains__(self, text: str) -> bool:
+        """Whether the text is an English word, whatever its case. Of single letters only `a` and `I` are."""
+        lower = text.lower()
+        return lower in self.words and (len(lower) > 1 or lower in _LONE_LETTERS)
+
+
+def _pyspellchecker() -> WordList | None:
+    if importlib.util.find_spec("spellchecker") is None:
+        return None
+    from spellchecker import SpellChecker
+
+    words = SpellChecker(language="en").word_frequency.words()
+    return WordList(f"pyspellchecker {version('pyspellchecker')}", frozenset(words))
+
+
+def _nltk() -> WordList | None:
+    if importlib.util.find_spec("nltk") is None:
+        return None
+    from nltk.corpus import words
+
+    try:
+        return WordList("NLTK's corpus words", frozenset(word.lower() for word in words.words()))
+    except LookupError:  # the package is there, the corpus is not
+        return None
+
+
+_SOURCES: dict[str, tuple[Callable[[], WordList | None], str]] = {
+    "pyspellchecker": (_pyspellchecker, "pip install 'patch-aligned-llava[analysis]'"),
+    "nltk": (_nltk, "pip install nltk && python -m nltk.downloader words"),
+}
+WORD_LISTS = ("auto", *_SOURCES, "none")
+"""Names of the lists: `auto` takes the first of the others that is installed, `none` takes none."""
+
+
+def english_words(name: str = "auto") -> WordList | None:
+    """The list of this name, or None where `auto` finds none.
+
+    Args:
+        name: one of `WORD_LISTS`.
+
+    Raises:
+        ValueError: there is no list of this name.
+        ImportError: the list is not installed.
+    """
+    if name not in WORD_LISTS:
+        raise ValueError(f"Unknown word list {name!r}; the lists are {', '.join(WORD_LISTS)}.")
+    if name == "none":
+        return None
+    if name == "auto":
+        return next((found for load, _ in _SOURCES.values() if (found := load()) is not None), None)
+    load, command = _SOURCES[name]
+    found = load()
+    if found is None:
+        raise ImportError(f"The word list {name!r} is not installed: {command}")
+    return found
+
+
+_FIRST_HUE, _GOLDEN_ANGLE = 0.6, 0.381966  # shares of the colour circle
+_SATURATION = 0.9
+_LUMINANCE, _MOST_LUMINANCE = (0.2126, 0.7152, 0.0722), 0.11  # of red, green and blue; 0 is black and 1 is white
+
+
+@dataclass(frozen=True)
+class PursuitSettings:
+    """How tokens are decomposed, see `matching_pursuit`."""
+
+    rounds: int = 5
+    absolute: bool = False
+    orthogonal: bool = False
+    unit_length: bool = True
+
+    @property
+    def as_in_the_paper(self) -> bool:
+        """Whether words are chosen and taken away as in Algorithm 1, scaled or not: the paper leaves that open."""
+        return not self.absolute and not self.orthogonal
+
+    def described(self) -> str:
+        """The settings in words, for captions."""
+        kind = "orthogonal matching pursuit" if self.orthogonal else "matching pursuit"
+        choice = "the largest magnitude" if self.absolute else "the largest signed product"
+        scale = "words of unit length" if self.unit_length else "words as they are, not scaled"
+        return f"{kind}, {choice}, {scale}"
+
+
+@dataclass(frozen=True)
+class MappedToken:
+    """A word of a map: its text, and whether it is English (None where no list is installed)."""
+
+    token: TokenText
+    english: bool | None
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """What one projector makes of one image.
+
+    Attributes:
+        grid: rows and columns of visual tokens.
+        pursuit: the words of each visual token, `[S, K]`, on the CPU.
+        words: the text of each id that occurs.
+    """
+
+    grid: tuple[int, int]
+    pursuit: Pursuit
+    words: dict[int, MappedToken]
+
+    def mean_cosine(self, round_index: int) -> float:
+        """Mean over the tokens of the chosen word's cosine in one round."""
+        return float(self.pursuit.cosines[:, round_index].mean())
+
+    def english_share(self, round_index: int) -> float | None:
+        """Share of the tokens whose word is English in one round; None where no list is installed."""
+        flags = [self.words[word].english for word in self.pursuit.ids[:, round_index].tolist()]
+        return None if None in flags else sum(map(bool, flags)) / len(flags)
+
+
+@dataclass(frozen=True)
+class MappedImage:
+    """An image with the maps of every projector.
+
+    Attributes:
+        image_id: what it is called.
+        pictures: by the projector's name, the image as its tower sees it, `[3, side, side]`, 0..1.
+        maps: by the projector's name.
+    """
+
+    image_id: str
+    pictures: dict[str, Tensor]
+    maps: dict[str, TokenMap]
+
+    @property
+    def top_cosine(self) -> float:
+        """The largest cosine of all maps and rounds: what the sizes of words are relative to."""
+        return max(float(token_map.pursuit.cosines.max()) for token_map in self.maps.values())
+
+
+@dataclass(frozen=True)
+class TokenMaps:
+    """Token maps of several images, with what they hang on.
+
+    Attributes:
+        images: each with the maps of every projector.
+        sources: where each projector and its words come from, by name.
+        settings: how tokens were decomposed.
+        word_list: English words; None where no list is installed.
+    """
+
+    images: list[MappedImage]
+    sources: dict[str, str]
+    settings: PursuitSettings
+    word_list: WordList | None
+
+
+class TokenMapper:
+    """Finds the words of visual tokens in one table of word embeddings; projectors of one LLM share it.
+
+    Args:
+        words: the LLM's word embeddings.
+        settings: how tokens are decomposed.
+        english: English words; None leaves the words' language open.
+        device: where the pursuit runs. The table is kept there.
+
+    Raises:
+        ValueError: the table is broken.
+    """
+
+    def __init__(
+        self,
+        words: WordEmbeddings,
+        settings: PursuitSettings | None = None,
+        english: WordList | None = None,
+        device: str = "cpu",
+    ):
+        self.settings, self.english = settings or PursuitSettings(), english
+        self.texts = VocabularyText(words.tokenizer)
+        self.dictionary = WordDictionary(
+            words.table.to(device),
+            size=len(self.texts),
+            unit_length=self.settings.unit_length,
+            excluded=[] if words.placeholder is None else [words.placeholder],
+        )
+        self._words: dict[int, MappedToken] = {}
+
+    def map(self, visual_tokens: Tensor, grid: tuple[int, int]) -> TokenMap:
+        """Token map of one image's visual tokens `[S, D]`, row by row over the grid."""
+        found = matching_pursuit(
+            visual_tokens,
+            self.dictionary,
+            self.settings.rounds,
+            absolute=self.settings.absolute,
+            orthogonal=self.settings.orthogonal,
+        )
+        pursuit = Pursuit(
+            *(part.cpu() for part in (found.ids, found.coefficients, found.cosines, found.residual_norms))
+        )
+        return TokenMap(grid, pursuit, {word: self._word(word) for word in pursuit.ids.unique().tolist()})
+
+    def _word(self, token_id: int) -> MappedToken:
+        if token_id not in self._words:
+            token = self.texts[token_id]
+            english = None if self.english is None else not token.special and token.text in self.english
+            self._words[token_id] = MappedToken(token, english)
+        return self._words[token_id]
+
+
+def token_maps(
+    models: Sequence[AnalysedModel],
+    images: Sequence[tuple[str, Path]],
+    settings: PursuitSettings | None = None,
+    english: str = "auto",
+    on_images: Callable[[int, int], None] = lambda done, total: None,
+) -> TokenMaps:
+    """The words on the patches of images, by matching pursuit.
+
+    Args:
+        models: each makes a map of an image; those of one tower share its features, those of one LLM its words.
+        images: id and file of each.
+        settings: how tokens are decomposed.
+        english: which list tells English words, see `word_list.english_words`.
+        on_images: told how many images are done, and of how many.
+
+    Raises:
+        OSError: an image is missing or broken.
+        ValueError: a table of word embeddings is broken.
+        ImportError: the list of English words is not installed.
+    """
+    settings, word_list = settings or PursuitSettings(), english_words(english)
+    mappers: dict[str, TokenMapper] = {}
+    for model in models:
+        words = model.projector.words
+        if words.source not in mappers:
+            mappers[words.source] = TokenMapper(words, settings, word_list, model.tower.device)
+    towers = {id(model.tower): model.tower for model in models}
+    mapped = []
+    for image_id, path in images:
+        image = load_rgb_image(path)
+        pixels = {key: tower.pixels(image) for key, tower in towers.items()}  # [3, side, side] each
+        features = {key: tower.features(pixels[key][None]) for key, tower in towers.items()}  # [1, S, d] each
+        shown = {key: tower.displayed(pixels[key]) for key, tower in towers.items()}
+        pictures = {model.name: shown[id(model.tower)] for model in models}
+        maps = {}
+        for model in models:
+            tokens, grid = model.projector.visual_tokens(features[id(model.tower)])  # [1, T, D]
+            maps[model.name] = mappers[model.projector.words.source].map(tokens[0], grid)
+        mapped.append(MappedImage(image_id, pictures, maps))
+        on_images(len(mapped), len(images))
+    return TokenMaps(mapped, sources_of(models), settings, word_list)
+
+
+def map_caption(token_map: TokenMap, round_index: int) -> str:
+    """What stands above a map: the round, its mean cosine, and the share of English words where it is known."""
+    share = token_map.english_share(round_index)
+    english = "" if share is None else f" · {share:.0%} English"
+    cosine = f"{token_map.mean_cosine(round_index):.2f}".replace("-", "−")
+    return f"word {round_index + 1} · mean cosine {cosine}{english}"
+
+
+def colours_of_words(image: MappedImage) -> dict[str, str]:
+    """A colour for each English word of an image's maps, by its text in lower case, as `#rrggbb`.
+
+    A word has one colour in all rounds and projectors, and the frequent ones have hues far apart, so that regions show.
+    """
+    counts: Counter[str] = Counter()
+    for token_map in image.maps.values():
+        for word in token_map.pursuit.ids.flatten().tolist():
+            if token_map.words[word].english:
+                counts[token_map.words[word].token.text.lower()] += 1
+    colours = {}
+    for place, word in enumerate(sorted(counts, key=lambda word: (-counts[word], word))):
+        colours[word] = _dark_colour((_FIRST_HUE + place * _GOLDEN_ANGLE) % 1)
+    return colours
+
+
+def _dark_colour(hue: float) -> str:
+    """The lightest colour of a hue that can be read on a light picture: yellow and green must be darker than blue."""
+    lightness = 0.5
+    while True:
+        rgb = colorsys.hls_to_rgb(hue, lightness, _SATURATION)
+        luminance = sum(share * value**2.2 for share, value in zip(_LUMINANCE, rgb, strict=True))
+        if luminance <= _MOST_LUMINANCE:
+            return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
+        lightness -= 0.01

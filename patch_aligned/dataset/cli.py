@@ -1,0 +1,306 @@
+"""Commands on PAD files: `patch-aligned verify`, `stats`, `view`, `join`, `publish`, and `merge`, which makes one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from llava.command import clear_errors
+
+# Progress of one pass over a file whose length is not known beforehand.
+
+T = TypeVar("T")
+_SHOWN_EVERY = 64
+
+
+def with_progress(records: Iterable[T], description: str, unit: str = "images") -> Iterator[T]:
+    """The same records, with their count and rate on standard error while it is a terminal."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.completed:,} " + unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=None, rate="")
+        count = 0
+        for count, record in enumerate(records, start=1):
+            yield record
+            if count % _SHOWN_EVERY == 0:
+                seconds = progress.tasks[0].elapsed or 1e-9
+                progress.update(task, completed=count, rate=f"{count / seconds:,.0f} {unit}/s")
+
+
+app = typer.Typer(rich_markup_mode="markdown")
+
+PadFile = Annotated[Path, typer.Argument(metavar="PAD", help="JSON, JSON lines, either gzipped, or Parquet.")]
+Grid = Annotated[int, typer.Option(min=1, help="Rows and columns of visual tokens.")]
+Side = Annotated[int, typer.Option(min=1, help="Width and height of the model's image, pixels.")]
+AspectRatio = Annotated[
+    Literal["square", "pad"], typer.Option(help="How images are made square: stage 1 crops (square), stage 2 pads.")
+]
+MinCoverage = Annotated[
+    float, typer.Option(min=0.01, max=1, help="A token belongs to a region that covers this share.")
+]
+Plots = Annotated[bool, typer.Option(help="Draw stats.png; needs matplotlib.")]
+
+
+@app.command()
+@clear_errors
+def merge(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder of `patch-aligned annotate`.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="PAD file: .json, .jsonl, .jsonl.gz or .parquet.")],
+    keep_all: Annotated[
+        bool, typer.Option("--all", help="Take images that ended without regions too, if they could be read.")
+    ] = False,
+    keep_candidates: Annotated[bool, typer.Option("--keep-candidates", help="Keep the boxes before NMS.")] = False,
+) -> None:
+    """Merges the shards of a finished annotation run into one PAD file.
+
+    The file holds one record for each image that ended `ok`, in the manifest's order. `FILE.skipped.jsonl` lists all
+    others with their reason, `FILE.settings.json` says how the records were made. Where shards are missing or damaged,
+    nothing is written, and they are named.
+    """
+    from functools import partial
+
+    from patch_aligned.annotate.folder import RunFolder
+    from patch_aligned.annotate.folder import merge as merge_run
+
+    watch = partial(with_progress, description="Merging")
+    done = merge_run(RunFolder(run), output, keep_all=keep_all, keep_candidates=keep_candidates, watch=watch)
+    _print_table([("images", f"{done.images:,}"), *((f"status {name}", f"{n:,}") for name, n in done.counts.items())])
+    typer.echo(f"{output}: {done.written:,} records, {done.regions:,} regions")
+    if others := done.images - done.written:
+        typer.echo(f"{done.skipped}: the other {others:,} images, with the reason of each")
+
+
+@app.command()
+@clear_errors
+def verify(
+    context: typer.Context,
+    pad: PadFile,
+    image_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Compare with the image files below this folder too.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the report goes. Default: PAD.verify")
+    ] = None,
+    box_tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the image's side by which a box may leave it.")
+    ] = 0.05,
+    min_mask_box_iou: Annotated[
+        float, typer.Option(min=0, max=1, help="A mask whose own box has less IoU with bbox is an error.")
+    ] = 0.1,
+    fail_on: Annotated[
+        Literal["errors", "broken_file"],
+        typer.Option(help="`broken_file`: errors of single regions (box, mask, score) are listed, but are no failure."),
+    ] = "errors",
+) -> None:
+    """Checks a PAD file: format, masks' run lengths, boxes, masks against boxes, duplicates, and the image files.
+
+    Writes `verify.json`, `verify.md` and `problems.jsonl`, one line a problem with record, field, found and expected.
+    Ends with exit code 1 if there is an error that `--fail-on` counts; what is only odd is a warning.
+    """
+    from functools import partial
+
+    from patch_aligned.dataset.verify import VerifySettings, summary, table_rows, write_verification
+
+    if image_folder is not None and not image_folder.is_dir():
+        raise FileNotFoundError(f"--image-folder {image_folder}: there is no such folder.")
+    settings = VerifySettings(image_folder, box_tolerance, min_mask_box_iou)
+    output = output or pad.with_name(pad.name + ".verify")
+    found = write_verification(pad, settings, output, partial(with_progress, description="Verifying"))
+    if rows := table_rows(found):
+        _print_table(rows, ("severity", "check", "number", "first"))
+    typer.echo(summary(found))
+    typer.echo(f"Report: {output / 'verify.md'}, verify.json, problems.jsonl")
+    if found.errors > (found.errors_of_regions if fail_on == "broken_file" else 0):
+        raise typer.Exit(1)
+
+
+@app.command()
+@clear_errors
+def stats(
+    context: typer.Context,
+    pad: PadFile,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where files go. Default: PAD.stats")] = None,
+    grid: Grid = 24,
+    side: Side = 336,
+    image_aspect_ratio: AspectRatio = "square",
+    min_coverage: MinCoverage = 0.5,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
+    plots: Plots = True,
+) -> None:
+    """Counts a PAD file: images, tags, regions, masks, and the regions that cover no visual token.
+
+    Writes `stats.json`, `stats.md`, `tags.tsv` and `stats.png`.
+    """
+    from functools import partial
+
+    from patch_aligned.dataset.stats import TokenGrid, gather_statistics, table_rows, write_statistics
+
+    _require_matplotlib(plots)
+    tokens = TokenGrid(grid, side, image_aspect_ratio, min_coverage)
+    statistics = gather_statistics(pad, tokens, limit, partial(with_progress, description="Counting"))
+    output = output or pad.with_name(pad.name + ".stats")
+    numbers = write_statistics(statistics, output, plots)
+    _print_table(table_rows(numbers))
+    typer.echo("Most frequent tags: " + ", ".join(f"{tag!r} {n:,}" for tag, n in list(numbers["tags"].items())[:10]))
+    typer.echo(f"Written: {output / 'stats.json'}, stats.md, tags.tsv{', stats.png' if plots else ''}")
+
+
+@app.command()
+@clear_errors
+def view(
+    context: typer.Context,
+    pad: PadFile,
+    image_folder: Annotated[Path, typer.Option(metavar="DIR", help="Folder that the image ids are relative to.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The page, such as view.html.")],
+    start: Annotated[int, typer.Option(min=0, help="First record.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Most records.")] = 100,
+    ids: Annotated[
+        list[str] | None, typer.Option(metavar="IMAGE_ID", help="Only this image; repeat for several.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(metavar="TEXT", help="Only images with this text in a tag.")] = None,
+    page_size: Annotated[int, typer.Option(min=1, help="Records on one page; more make further pages.")] = 250,
+    thumbnail_side: Annotated[int, typer.Option(min=64, max=2048, help="Longest side of an embedded image.")] = 640,
+    grid: Grid = 24,
+    side: Side = 336,
+    image_aspect_ratio: AspectRatio = "square",
+    min_coverage: MinCoverage = 0.5,
+) -> None:
+    """Makes a page to look through a PAD file: images, masks, boxes, tags, captions and covered tokens.
+
+    The page holds everything in itself, and needs no server and no network. Arrow keys turn its pages.
+    """
+    from patch_aligned.dataset.stats import TokenGrid
+    from patch_aligned.dataset.view import ViewSelection, write_view
+
+    if not image_folder.is_dir():
+        raise FileNotFoundError(f"--image-folder {image_folder}: there is no such folder.")
+    selection = ViewSelection(start, limit, frozenset(ids or ()), tag)
+    tokens = TokenGrid(grid, side, image_aspect_ratio, min_coverage)
+    viewed = write_view(
+        pad,
+        image_folder,
+        output,
+        selection=selection,
+        tokens=tokens,
+        page_size=page_size,
+        thumbnail_side=thumbnail_side,
+        watch=lambda images: with_progress(images, "Drawing"),
+    )
+    for page in viewed.pages:
+        typer.echo(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
+    typer.echo(f"{viewed.images:,} images, {viewed.regions:,} regions; {viewed.without_picture:,} without a picture.")
+    if viewed.not_found:
+        typer.echo(f"Not among the chosen records: {', '.join(viewed.not_found)}")
+    if viewed.next_record is not None:
+        typer.echo(f"There are more; go on with --start {viewed.next_record}")
+
+
+@app.command()
+@clear_errors
+def join(
+    context: typer.Context,
+    pad: PadFile,
+    samples: Annotated[Path, typer.Argument(metavar="LLAVA_JSON", help="LLaVA's training JSON.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The new PAD file.")],
+    only_matched: Annotated[bool, typer.Option("--only-matched", help="Leave images without a sample out.")] = False,
+) -> None:
+    """Takes captions and sample ids from LLaVA's training JSON, joined by the image's path.
+
+    The caption is the first answer of the image's first sample. Images that are in one of the two files only are
+    counted, and listed in `FILE.unmatched.jsonl`.
+    """
+    from patch_aligned.dataset.join import join as join_files
+
+    def watch(images):
+        return with_progress(images, "Joining")
+
+    joined = join_files(pad, samples, output, only_matched=only_matched, watch=watch)
+    left = "left out" if only_matched else "kept with their own caption"
+    _print_table(
+        [
+            ("images in both", f"{joined.matched:,}"),
+            (f"only in {pad.name}, {left}", f"{joined.pad_only:,}"),
+            (f"only in {samples.name}", f"{joined.samples_only:,}"),
+            ("further samples of an image", f"{joined.further_samples:,}"),
+            ("samples without an image, or with several", f"{joined.without_image:,}"),
+        ]
+    )
+    typer.echo(f"{output}: {joined.written:,} records. Images of one side: {joined.unmatched}")
+
+
+@app.command()
+@clear_errors
+def publish(
+    context: typer.Context,
+    pad: PadFile,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")],
+    name: Annotated[str, typer.Option(metavar="USER/NAME", help="Name on the hub.")] = "USER/NAME",
+    license_name: Annotated[
+        str | None, typer.Option("--license", metavar="NAME", help="Such as cc-by-4.0. Default: left open in the card.")
+    ] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="settings.json of the annotation run. Default: PAD.settings.json, if there."),
+    ] = None,
+    records_per_file: Annotated[int, typer.Option(min=1, help="Images of one Parquet file.")] = 100_000,
+    grid: Grid = 24,
+    side: Side = 336,
+    image_aspect_ratio: AspectRatio = "square",
+    min_coverage: MinCoverage = 0.5,
+    plots: Plots = True,
+) -> None:
+    """Makes a folder for the Hugging Face hub: a dataset card with statistics, and Parquet files.
+
+    Nothing is uploaded: the command for that is printed.
+    """
+    from patch_aligned.dataset.publish import publish as publish_file
+    from patch_aligned.dataset.stats import TokenGrid
+
+    _require_matplotlib(plots)
+    published = publish_file(
+        pad,
+        output,
+        name=name,
+        licence=license_name,
+        settings=settings,
+        records_per_file=records_per_file,
+        tokens=TokenGrid(grid, side, image_aspect_ratio, min_coverage),
+        plots=plots,
+        watch=lambda images: with_progress(images, "Publishing"),
+    )
+    megabytes = sum(path.stat().st_size for path in published.files) / 1e6
+    typer.echo(f"{output}: {published.images:,} images; Parquet files: {len(published.files)}, {megabytes:.2f} MB")
+    if license_name is None:
+        typer.echo(f"Choose a licence in {output / 'README.md'}, in its first lines and in its last section.")
+    typer.echo(f"Read the card, then upload: hf upload {name} {output} --repo-type dataset")
+
+
+def _require_matplotlib(plots: bool) -> None:
+    if plots and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "stats.png needs matplotlib: pip install 'patch-aligned-llava[analysis]', or pass --no-plots."
+        )
+
+
+def _print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...] = ()) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, show_header=bool(columns))
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # of the data's own text, no mark-up
+    Console().print(table)

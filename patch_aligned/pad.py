@@ -1,0 +1,773 @@
+"""The Patch-Aligned Dataset (PAD): one record an image, with its regions. Read, checked and written here.
+
+A record, as in the paper's Table 9:
+
+    {"image_id": "00000/00000030.jpg", "size": [448, 336], "caption": "a canyon wall ...",
+     "labels": [{"tag": "water", "bbox": [x1, y1, x2, y2], "rle_mask": "k5d4L5..."}]}
+
+`size` is width and height in pixels; `bbox` is in pixels and may leave the image slightly; `rle_mask` is COCO's
+compressed RLE of a mask of the image's size. Files are JSON (one array), JSON lines, either of them gzipped, or
+Parquet. Keys beyond these are kept and written again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from patch_aligned.files import written_whole
+from patch_aligned.masks import rle_problems
+
+# Files of records (JSON objects): JSON array, JSON lines, gzip of either, Parquet. Streamed, so of any size.
+#
+# In Parquet a PAD record's own keys are columns; all further keys of a record or label travel as JSON text in a column
+# `extra_json`, since their types may differ from record to record.
+
+EXTRA_KEY = "extra_json"
+"""Column of Parquet files that holds all further keys of a record or label, as JSON text of an object."""
+
+_LABEL_TYPE = pa.struct(
+    [
+        ("tag", pa.string()),
+        ("bbox", pa.list_(pa.float64())),
+        ("rle_mask", pa.string()),
+        (EXTRA_KEY, pa.string()),
+    ]
+)
+PAD_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("size", pa.list_(pa.int32())),
+        ("caption", pa.string()),
+        ("labels", pa.list_(_LABEL_TYPE)),
+        (EXTRA_KEY, pa.string()),
+    ]
+)
+"""Columns of a PAD record in Parquet and Arrow files."""
+
+_COLUMNS_OF_A_RECORD = frozenset(PAD_SCHEMA.names)
+_COLUMNS_OF_A_LABEL = frozenset(field.name for field in _LABEL_TYPE)
+_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+SKIPPED_SUFFIX = ".skipped.jsonl"
+"""Added to the name of a merged file: images without a record, with the reason."""
+SETTINGS_SUFFIX = ".settings.json"
+"""Added to the name of a merged file: what decided its records."""
+_RECORDS_PER_BATCH = 512
+_BLANKS = " \t\r\n"  # of JSON; Python knows more
+_CHUNK_CHARACTERS = 1 << 22
+_LONGEST_RECORD_CHARACTERS = 1 << 26
+
+
+class RecordFileError(ValueError):
+    """A file that is missing, of an unknown kind, or broken as JSON or Parquet."""
+
+
+def iter_records(path: Path) -> Iterator[Any]:
+    """The records of a file in order, one at a time.
+
+    Raises:
+        RecordFileError: names the file, and the place of a syntax error.
+    """
+    kind = _kind_of(path)
+    if not path.is_file():
+        raise RecordFileError(f"{path}: found no such file; expected a file of records ({', '.join(_SUFFIXES)})")
+    if kind == ".parquet":
+        yield from _iter_parquet(path)
+        return
+    count = 0
+    with _open_bytes(path, kind) as file:
+        try:
+            for record in _iter_json_lines(file, path) if ".jsonl" in kind else _iter_json_array(file, path):
+                yield record
+                count += 1
+        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+            raise RecordFileError(
+                f"{path}: after {count} records: not a sound {kind} file: {error}. Write or copy it again."
+            ) from error
+
+
+def write_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
+    """Writes all records, whole or not at all (a temporary file beside it is renamed); returns their number.
+
+    Raises:
+        RecordFileError: for an unknown suffix.
+    """
+    kind = _kind_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        return _write(records, file, kind)
+
+
+def records_to_batch(records: Iterable[Mapping[str, Any]]) -> pa.RecordBatch:
+    """PAD records as one Arrow batch of `PAD_SCHEMA`."""
+    rows = []
+    for record in records:
+        labels = [_fold_extra(label, _COLUMNS_OF_A_LABEL) for label in record["labels"]]
+        rows.append({**_fold_extra(record, _COLUMNS_OF_A_RECORD), "labels": labels})
+    return pa.RecordBatch.from_pylist(rows, schema=PAD_SCHEMA)
+
+
+def batch_to_records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The records of an Arrow batch, with their further keys back in place."""
+    records = batch.to_pylist()
+    for record in records:
+        _unfold_extra(record)
+        labels = record.get("labels")
+        for label in labels if isinstance(labels, list) else ():
+            if isinstance(label, dict):
+                _unfold_extra(label)
+    return records
+
+
+def _kind_of(path: Path) -> str:
+    for suffix in sorted(_SUFFIXES, key=len, reverse=True):
+        if path.name.lower().endswith(suffix):
+            return suffix
+    raise RecordFileError(f"{path}: found suffix {path.suffix!r}; expected one of {', '.join(_SUFFIXES)}")
+
+
+def _open_bytes(path: Path, kind: str) -> Any:
+    return gzip.open(path) if kind.endswith(".gz") else path.open("rb")
+
+
+def _iter_parquet(path: Path) -> Iterator[Any]:
+    count = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_RECORDS_PER_BATCH):
+                try:
+                    yield from batch_to_records(batch)
+                except (ValueError, OverflowError):  # text that is no UTF-8, a time out of range, a key twice
+                    raise RecordFileError(f"{path}: {_unreadable_value(batch, count)}") from None
+                count += len(batch)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise RecordFileError(
+            f"{path}: after {count} records: not a sound Parquet file: {error}. Write or copy it again."
+        ) from error
+
+
+def _unreadable_value(batch: pa.RecordBatch, first: int) -> str:
+    for row in range(len(batch)):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column[row].as_py()
+            except (ValueError, OverflowError) as error:
+                return f"record {first + row}, field {name!r}: found a value that cannot be read ({error})"
+    return f"records {first} to {first + len(batch) - 1}: found two columns of the same name"
+
+
+def _iter_json_lines(file: IO[bytes], path: Path) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                yield json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecordFileError(
+                f"{path}: line {number}, column {error.colno}: {error.msg}; expected one JSON object a line"
+            ) from error
+        except (ValueError, RecursionError) as error:  # no UTF-8, a number too long, or nested too deeply
+            raise RecordFileError(f"{path}: line {number}: {error}; expected one JSON object a line") from error
+
+
+def _iter_json_array(binary: IO[bytes], path: Path) -> Iterator[Any]:
+    """Elements of a JSON array; only a few megabytes of text are held at a time."""
+    file = io.TextIOWrapper(binary, encoding="utf-8-sig")
+    text = file.read(_CHUNK_CHARACTERS).lstrip(_BLANKS)
+    if not text.startswith("["):
+        hint = " Are these JSON lines? Then name the file .jsonl." if text.startswith("{") else ""
+        raise RecordFileError(f"{path}: found {text[:20]!r} at the start; expected '[', one array of records.{hint}")
+    decode = json.JSONDecoder().raw_decode
+    position, count = 1, 0
+    while True:
+        position = _skip_blanks(text, position)
+        if text[position : position + 1] == "]":
+            if rest := (text[position + 1 :] + file.read(100)).strip(_BLANKS):
+                raise RecordFileError(f"{path}: found {rest[:20]!r} behind the array's end; expected nothing")
+            return
+        try:
+            if count and text[position : position + 1] != ",":
+                raise json.JSONDecodeError("expected ',' or ']'", text, position)
+            record, end = decode(text, _skip_blanks(text, position + (1 if count else 0)))
+        except json.JSONDecodeError as error:
+            # Most likely the record goes on behind the text read so far.
+            more = file.read(_CHUNK_CHARACTERS) if len(text) - position < _LONGEST_RECORD_CHARACTERS else ""
+            if not more:
+                raise RecordFileError(
+                    f"{path}: record {count}: {error.msg}, at {text[error.pos : error.pos + 20]!r}. "
+                    "Is the file cut off? Write or copy it again."
+                ) from error
+            text, position = text[position:] + more, 0
+            continue
+        except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
+            raise RecordFileError(f"{path}: record {count}: {error}") from error
+        yield record
+        position, count = end, count + 1
+
+
+def _skip_blanks(text: str, position: int) -> int:
+    while position < len(text) and text[position] in _BLANKS:
+        position += 1
+    return position
+
+
+def _write(records: Iterable[Mapping[str, Any]], file: IO[bytes], kind: str) -> int:
+    count = 0
+    if kind == ".parquet":
+        rows = iter(records)
+        with pq.ParquetWriter(file, PAD_SCHEMA, compression="zstd") as writer:
+            while chunk := list(islice(rows, _RECORDS_PER_BATCH)):
+                writer.write_batch(records_to_batch(chunk))
+                count += len(chunk)
+        return count
+    # A fixed time stamp and no name: the same records give the same bytes.
+    stream: Any = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) if kind.endswith(".gz") else file
+    text = io.TextIOWrapper(stream, encoding="utf-8")
+    opening, between, closing = ("", "\n", "\n") if ".jsonl" in kind else ("[\n", ",\n", "\n]\n")
+    text.write(opening)
+    for record in records:
+        text.write(between if count else "")
+        text.write(json.dumps(record, ensure_ascii=False))
+        count += 1
+    text.write(closing if count or ".jsonl" not in kind else "")
+    text.flush()
+    if stream is not file:
+        text.close()
+    else:
+        text.detach()
+    return count
+
+
+def _fold_extra(mapping: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:
+    folded = {key: value for key, value in mapping.items() if key in keys}
+    if extra := {key: value for key, value in mapping.items() if key not in keys}:
+        folded[EXTRA_KEY] = json.dumps(extra, ensure_ascii=False)
+    return folded
+
+
+def _unfold_extra(mapping: dict[str, Any]) -> None:
+    """What is no JSON text of further keys stays under its own, where the check of the record finds it."""
+    text = mapping.pop(EXTRA_KEY, None)
+    if text is None:
+        return
+    try:
+        extra = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        extra = None
+    if isinstance(extra, dict) and not extra.keys() & {*mapping, EXTRA_KEY}:
+        mapping.update(extra)
+    else:
+        mapping[EXTRA_KEY] = text
+
+
+_RECORD_KEYS = ("image_id", "size", "caption", "labels")
+_LABEL_KEYS = ("tag", "bbox", "rle_mask")
+_RECORDS_PER_CHECK = 64
+_LONGEST_QUOTE = 80
+_LARGEST_SIDE = 1 << 20  # pixels; more than any format of images has, and squared still far from overflowing
+_LARGEST_NUMBER = sys.float_info.max
+
+
+class AnnotationError(ValueError):
+    """A record that breaks the format.
+
+    Attributes:
+        record_index: zero-based position in the file, -1 where the record came from elsewhere.
+        image_id: as far as it could be read.
+        field, found, expected: the parts of the message, empty where it has no such parts.
+    """
+
+    def __init__(
+        self, message: str, record_index: int, image_id: str, *, field: str = "", found: str = "", expected: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.record_index = record_index
+        self.image_id = image_id
+        self.field, self.found, self.expected = field, found, expected
+
+
+@dataclass(frozen=True)
+class Region:
+    """One annotated object.
+
+    Attributes:
+        tag: the label, in words.
+        bbox_xyxy_px: corners in pixels of the original image; may leave it slightly.
+        rle_mask: COCO compressed RLE string of the image's size.
+        extra: keys beyond the format, kept as they are.
+    """
+
+    tag: str
+    bbox_xyxy_px: tuple[float, float, float, float]
+    rle_mask: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AnnotatedImage:
+    """One record: an image, its caption and its regions (perhaps none)."""
+
+    image_id: str
+    size_wh: tuple[int, int]
+    caption: str
+    regions: tuple[Region, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def coco_masks(self) -> list[dict[str, Any]]:
+        """The regions' masks as pycocotools takes them."""
+        size_hw = list(self.size_wh[::-1])
+        return [{"size": size_hw, "counts": region.rle_mask.encode()} for region in self.regions]
+
+    def to_record(self) -> dict[str, Any]:
+        """The record as it stands in a file."""
+        labels = [
+            {"tag": region.tag, "bbox": list(region.bbox_xyxy_px), "rle_mask": region.rle_mask, **region.extra}
+            for region in self.regions
+        ]
+        record = {"image_id": self.image_id, "size": list(self.size_wh), "caption": self.caption, "labels": labels}
+        return {**record, **self.extra}
+
+
+def read_annotations(
+    path: str | Path, on_error: Callable[[AnnotationError], None] | None = None
+) -> Iterator[AnnotatedImage]:
+    """All records of a file in order, checked; only their ids are held in memory.
+
+    Args:
+        path: a `.json`, `.jsonl`, `.json.gz`, `.jsonl.gz` or `.parquet` file.
+        on_error: called with each broken record, which is then left out; None raises at the first. A second record of
+            an image counts as broken, also under another spelling of its path.
+
+    Raises:
+        AnnotationError: for a record that breaks the format; names file, record, field, found and expected.
+        RecordFileError: if the file as such cannot be read.
+    """
+    path = Path(path)
+    index_of_id: dict[str, int] = {}
+    for index, outcome in _checked(iter_records(path), path):
+        if isinstance(outcome, AnnotatedImage):
+            first = index_of_id.setdefault(normal_path(outcome.image_id), index)
+            if first == index:
+                yield outcome
+                continue
+            place = _Place(path, index, outcome.image_id)
+            outcome = place.error("image_id", f"the id of record {first} again", "one record an image")
+        if on_error is None:
+            raise outcome
+        on_error(outcome)
+
+
+def parse_annotation(record: Mapping[str, Any], source: str | Path = "record") -> AnnotatedImage:
+    """One record from elsewhere than a file, checked as `read_annotations` checks it.
+
+    Raises:
+        AnnotationError: if it breaks the format.
+    """
+    _, outcome = next(_checked([record], source, first_index=-1))
+    if isinstance(outcome, AnnotationError):
+        raise outcome
+    return outcome
+
+
+def write_annotations(images: Iterable[AnnotatedImage], path: str | Path) -> int:
+    """Writes a file of the kind that its suffix names, whole or not at all; returns the number of records.
+
+    Raises:
+        RecordFileError: for an unknown suffix.
+    """
+    return write_records((image.to_record() for image in images), Path(path))
+
+
+def normal_path(image_id: str) -> str:
+    """The path as annotation writes it into `image_id`: `./a.jpg` and `a//b.jpg` are `a.jpg` and `a/b.jpg`."""
+    return str(PurePosixPath(image_id))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a value stands, for error messages."""
+
+    source: str | Path
+    index: int
+    image_id: str
+
+    def wrong(self, name: str, value: Any, expected: str, hint: str = "") -> NoReturn:
+        raise self.error(name, _quoted(value), expected, hint)
+
+    def require(self, keys: Iterable[str], mapping: Any, name: str) -> None:
+        if not isinstance(mapping, Mapping):
+            self.wrong(name, mapping, f"an object with the keys {', '.join(keys)}")
+        for key in keys:
+            if key not in mapping:
+                present = _shortened(_printable(", ".join(map(str, mapping)))) or "no key at all"
+                raise self.error(name, present, f"the key {key!r} too")
+
+    def error(self, name: str, found: str, expected: str, hint: str = "") -> AnnotationError:
+        record = f"record {self.index} " if self.index >= 0 else ""
+        check = "; `patch-aligned verify` lists all that are broken" if self.index >= 0 else ""
+        message = (
+            f"{self.source}: {record}(image_id {self.image_id!r}), field {name!r}: found {found}; expected {expected}."
+            f"{' ' + hint if hint else ''} Correct the record{check}."
+        )
+        return AnnotationError(message, self.index, self.image_id, field=name, found=found, expected=expected)
+
+
+def _checked(
+    records: Iterable[Any], source: str | Path, first_index: int = 0
+) -> Iterator[tuple[int, AnnotatedImage | AnnotationError]]:
+    """Each record's index with the image it describes, or with what is wrong with it."""
+    numbered = enumerate(records, start=first_index)
+    while chunk := list(islice(numbered, _RECORDS_PER_CHECK)):
+        outcomes: dict[int, AnnotatedImage | AnnotationError] = {}
+        for index, record in chunk:
+            try:
+                outcomes[index] = _parse(record, source, index)
+            except AnnotationError as error:
+                outcomes[index] = error
+        images = [(index, outcome) for index, outcome in outcomes.items() if isinstance(outcome, AnnotatedImage)]
+        outcomes.update(_first_broken_masks(images, source))
+        yield from outcomes.items()
+
+
+def _parse(record: Any, source: str | Path, index: int) -> AnnotatedImage:
+    """All checks except those of the masks' content, which are done for many records at once."""
+    image_id = record.get("image_id", "?") if isinstance(record, Mapping) else "?"
+    place = _Place(source, index, image_id if _is_text(image_id) else _quoted(image_id))
+    place.require(_RECORD_KEYS, record, "record")
+    image_id, size, caption, labels = (record[key] for key in _RECORD_KEYS)
+    if not _is_text(image_id) or not image_id:
+        place.wrong("image_id", image_id, "the image's path below the image folder")
+    if image_id.startswith("/") or ".." in image_id.split("/") or "\0" in image_id:
+        place.wrong("image_id", image_id, "a path that does not lead out of the image folder")
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(map(_is_side, size)):
+        place.wrong("size", size, f"[width, height], two whole numbers of pixels, 1 to {_LARGEST_SIDE}")
+    if not _is_text(caption):
+        place.wrong("caption", caption, "a string")
+    if not isinstance(labels, list | tuple):
+        place.wrong("labels", labels, "a list of {tag, bbox, rle_mask}; an empty list for an image without regions")
+    regions = tuple(_parse_region(label, position, place) for position, label in enumerate(labels))
+    extra = _extra(record, _RECORD_KEYS, "", place)
+    return AnnotatedImage(image_id, (int(size[0]), int(size[1])), caption, regions, extra)
+
+
+def _parse_region(label: Any, position: int, place: _Place) -> Region:
+    where = f"labels[{position}]"
+    place.require(_LABEL_KEYS, label, where)
+    tag, bbox, rle_mask = (label[key] for key in _LABEL_KEYS)
+    if not _is_text(tag) or not tag.strip():
+        place.wrong(f"{where}.tag", tag, "the label in words, not empty")
+    if not isinstance(bbox, list | tuple) or len(bbox) != 4 or not all(map(is_finite_number, bbox)):
+        place.wrong(f"{where}.bbox", bbox, "[x1, y1, x2, y2], four finite numbers in pixels")
+    if bbox[2] < bbox[0] or bbox[3] < bbox[1]:
+        place.wrong(f"{where}.bbox", bbox, "x1 <= x2 and y1 <= y2", "Is this [x, y, width, height]?")
+    if not isinstance(rle_mask, str):
+        hint = "Take the object's 'counts'." if isinstance(rle_mask, Mapping) else ""
+        place.wrong(f"{where}.rle_mask", rle_mask, "a COCO compressed RLE string", hint)
+    extra = _extra(label, _LABEL_KEYS, f"{where}.", place)
+    return Region(tag, (float(bbox[0]), float(bbox[1]), float(bbox[2]), float(bbox[3])), rle_mask, extra)
+
+
+def _first_broken_masks(images: list[tuple[int, AnnotatedImage]], source: str | Path) -> dict[int, AnnotationError]:
+    """First broken mask of each record, by the record's index."""
+    regions = [(index, image, position) for index, image in images for position in range(len(image.regions))]
+    problems = rle_problems(
+        [image.regions[position].rle_mask for _, image, position in regions],
+        [image.size_wh[0] * image.size_wh[1] for _, image, _ in regions],
+    )
+    broken: dict[int, AnnotationError] = {}
+    for (index, image, position), problem in zip(regions, problems, strict=True):
+        if problem is not None and index not in broken:
+            width, height = image.size_wh
+            broken[index] = _Place(source, index, image.image_id).error(
+                f"labels[{position}].rle_mask", problem, f"width x height = {width} x {height} = {width * height}"
+            )
+    return broken
+
+
+def _extra(mapping: Mapping[str, Any], known: tuple[str, ...], prefix: str, place: _Place) -> dict[str, Any]:
+    """Keys beyond the format, which have to survive writing."""
+    if len(mapping) == len(known):
+        return {}
+    extra = {key: value for key, value in mapping.items() if key not in known}
+    if EXTRA_KEY in extra:
+        place.wrong(prefix + EXTRA_KEY, extra[EXTRA_KEY], "JSON text of an object; the key is Parquet's own")
+    if not _is_json(extra):
+        key = next((key for key in extra if not _is_json({key: extra[key]})), "")
+        place.wrong(
+            prefix + _printable(str(key)), extra.get(key), "a value that JSON can express, not nested too deeply"
+        )
+    return extra
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_text(value: Any) -> bool:
+    """A string of characters; JSON can spell halves of characters too, which no file can hold."""
+    return isinstance(value, str) and (value.isascii() or _printable(value) == value)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_side(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= _LARGEST_SIDE
+
+
+def is_finite_number(number: Any) -> bool:
+    """Whether a value of JSON is a number to reckon with: no NaN, no truth value, no integer beyond floats."""
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    return is_number and -_LARGEST_NUMBER <= number <= _LARGEST_NUMBER
+
+
+def _quoted(value: Any) -> str:
+    try:
+        return _shortened(repr(value))
+    except (ValueError, RecursionError):  # a number too long, or a list too deep, to be printed
+        return f"a {type(value).__name__} that cannot be printed"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."
+
+
+# Look-up of annotated images by path, off the Python heap: memory-mapped Arrow records and a sorted table of hashes.
+#
+# The source file is converted once, checked record by record on the way, and kept in a cache folder named after the
+# file's identity. Every process maps the same pages, so 558K images cost a worker next to nothing.
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "4"  # part of the cache key; raise it when the layout of the folder or a check changes
+ROWS_PER_BATCH = 256
+"""Rows that stand together on disk; files beside the index keep to the same batches."""
+_RECORDS, _REJECTED = "records.arrow", "rejected.jsonl"
+_HASHES, _ROWS, _COUNTS = "hashes.npy", "rows.npy", "region_counts.npy"
+_REJECTED_SHOWN = 5
+
+
+class AnnotationIndex:
+    """Annotated images of one file, found by `image_id`. Read-only, picklable, cheap to fork.
+
+    Attributes:
+        source: the file that was converted.
+        folder: the conversion.
+        rejected: number of records that broke the format and were left out; listed in `folder / "rejected.jsonl"`.
+    """
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.source, self.folder = source, folder
+        self._reader = pa.ipc.open_file(pa.memory_map(str(folder / _RECORDS)))
+        self._hashes = np.load(folder / _HASHES, mmap_mode="r")  # [images] sorted
+        self._rows = np.load(folder / _ROWS, mmap_mode="r")  # [images] row of each hash
+        self._region_counts = np.load(folder / _COUNTS, mmap_mode="r")  # [images] by row
+        with (folder / _REJECTED).open(encoding="utf-8") as file:
+            self.rejected = sum(1 for _ in file)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AnnotationIndex, (self.source, self.folder)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def __getitem__(self, row: int) -> AnnotatedImage:
+        if not 0 <= row < len(self):
+            raise IndexError(f"{self.source}: row {row} of {len(self)}")
+        batch = self._reader.get_batch(row // ROWS_PER_BATCH).slice(row % ROWS_PER_BATCH, 1)
+        return _image_of(batch_to_records(batch)[0])
+
+    @property
+    def batches(self) -> int:
+        """Number of batches of `ROWS_PER_BATCH` rows; the last may be shorter."""
+        return int(self._reader.num_record_batches)
+
+    def read_batch(self, number: int) -> list[AnnotatedImage]:
+        """The images of one batch, in the order of their rows."""
+        return [_image_of(record) for record in batch_to_records(self._reader.get_batch(number))]
+
+    @property
+    def regions(self) -> int:
+        """Number of regions of all images."""
+        return int(self._region_counts.sum(dtype=np.int64))
+
+    def find(self, image_id: str) -> int | None:
+        """Row of an image, or None if the file has no record of it; `./a.jpg` finds `a.jpg`."""
+        wanted = np.uint64(_hash(image_id))  # of the table's type, or searchsorted converts the whole table
+        position = int(np.searchsorted(self._hashes, wanted))
+        while position < len(self) and self._hashes[position] == wanted:
+            row = int(self._rows[position])
+            batch = self._reader.get_batch(row // ROWS_PER_BATCH)
+            if normal_path(batch.column("image_id")[row % ROWS_PER_BATCH].as_py()) == normal_path(image_id):
+                return row
+            position += 1
+        return None
+
+    def count_images_with_regions(self, image_ids: Iterable[str]) -> tuple[int, int]:
+        """How many images are asked for, and how many of them have at least one region."""
+        ids = iter(image_ids)
+        asked = with_regions = 0
+        while chunk := list(islice(ids, 1 << 16)):
+            wanted = np.array([_hash(image_id) for image_id in chunk], dtype=np.uint64)
+            position = np.minimum(np.searchsorted(self._hashes, wanted), len(self) - 1)
+            found = self._hashes[position] == wanted if len(self) else np.zeros(len(wanted), dtype=bool)
+            with_regions += int((self._region_counts[self._rows[position[found]]] > 0).sum())
+            asked += len(chunk)
+        return asked, with_regions
+
+    def coverage_of(self, training_file: Path) -> tuple[int, int]:
+        """Images of a training file (PAD or LLaVA's JSON), and how many have a region here; remembered on disk."""
+        known = self.folder / f"coverage-{_identity(training_file)}.json"
+        if known.is_file():
+            asked, with_regions = json.loads(known.read_text())
+            return int(asked), int(with_regions)
+        counts = self.count_images_with_regions(_image_ids_of(training_file))
+        temporary = known.with_name(f".{known.name}.{uuid.uuid4().hex}")
+        temporary.write_text(json.dumps(counts))
+        temporary.replace(known)
+        return counts
+
+    def rejection_message(self) -> str:
+        """How many records were left out, where they are listed, and what is wrong with the first."""
+        first = "\n  ".join(self.rejections())
+        return f"{self.source}: {self.rejected} broken records, all listed in {self.folder / _REJECTED}:\n  {first}"
+
+    def rejections(self, limit: int = _REJECTED_SHOWN) -> list[str]:
+        """Messages of the first rejected records."""
+        with (self.folder / _REJECTED).open(encoding="utf-8") as file:
+            return [json.loads(line)["error"] for line in islice(file, limit)]
+
+
+def open_annotation_index(source: str | Path, cache_dir: str | Path | None = None) -> AnnotationIndex:
+    """Opens the index of a PAD file, converting the file first if it is new or has changed.
+
+    Several processes may call this at once: one converts, the others wait for it. Broken records are left out of the
+    index and listed in it (`rejected`, `rejections`); what to do about them is the caller's decision.
+
+    Args:
+        source: JSON, JSON lines (also gzipped) or Parquet.
+        cache_dir: where conversions are kept; None means `$PATCH_ALIGNED_CACHE`, else `~/.cache/patch_aligned`.
+
+    Raises:
+        RecordFileError: if the file is missing or broken as a whole.
+    """
+    source = Path(source).resolve()
+    if not source.is_file():
+        raise RecordFileError(f"{source}: found no such file; expected the PAD file that --patch_data_path names")
+    root = Path(cache_dir) if cache_dir is not None else _default_cache_dir()
+    folder = root / f"{source.name}-{_identity(source)}"
+    if not folder.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _convert(source, folder)
+    return AnnotationIndex(source, folder)
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Writes the conversion beside `folder` and renames it, so that a folder of this name is always whole."""
+    logger.info("Converting %s, once, to %s", source, folder)
+    started = time.monotonic()
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        with (temporary / _REJECTED).open("w", encoding="utf-8") as rejected:
+            images = _write_conversion(source, temporary, rejected)
+        if folder.name != f"{source.name}-{_identity(source)}":
+            raise RecordFileError(f"{source}: changed while it was read; start again when it is written completely")
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # not the other converter that a file lock on a network drive let through
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    logger.info("Converted %d records of %s in %.0f s", images, source, time.monotonic() - started)
+
+
+def _write_conversion(source: Path, folder: Path, rejected: IO[str]) -> int:
+    hashes: list[int] = []
+    region_counts: list[int] = []
+
+    def reject(error: AnnotationError) -> None:
+        entry = {"record": error.record_index, "image_id": error.image_id, "error": str(error)}
+        rejected.write(json.dumps(entry) + "\n")
+
+    images = read_annotations(source, on_error=reject)
+    with pa.OSFile(str(folder / _RECORDS), "wb") as file, pa.ipc.new_file(file, PAD_SCHEMA) as writer:
+        while chunk := list(islice(images, ROWS_PER_BATCH)):
+            writer.write_batch(records_to_batch(image.to_record() for image in chunk))
+            hashes.extend(_hash(image.image_id) for image in chunk)
+            region_counts.extend(len(image.regions) for image in chunk)
+    hash_of_row = np.array(hashes, dtype=np.uint64)
+    rows = np.argsort(hash_of_row, kind="stable")
+    np.save(folder / _HASHES, hash_of_row[rows])
+    np.save(folder / _ROWS, rows.astype(np.int64))
+    np.save(folder / _COUNTS, np.array(region_counts, dtype=np.int32))
+    return len(hashes)
+
+
+def _image_ids_of(training_file: Path) -> Iterator[str]:
+    for record in iter_records(training_file):
+        if isinstance(record, dict) and (image_id := image_id_of(record)) is not None:
+            yield image_id
+
+
+def image_id_of(record: Any) -> str | None:
+    """Path by which a training record names its (first) image: `image_id` in PAD, `image` in LLaVA's JSON."""
+    image_id = record.get("image_id", record.get("image"))
+    if isinstance(image_id, list | tuple):
+        image_id = image_id[0] if image_id else None
+    return image_id if isinstance(image_id, str) else None
+
+
+def _image_of(record: dict[str, Any]) -> AnnotatedImage:
+    """A record that was checked when it was converted."""
+    record, labels = dict(record), record["labels"]
+    regions = tuple(
+        Region(label.pop("tag"), tuple(label.pop("bbox")), label.pop("rle_mask"), label) for label in labels
+    )
+    del record["labels"]
+    width, height = record.pop("size")
+    return AnnotatedImage(record.pop("image_id"), (width, height), record.pop("caption"), regions, record)
+
+
+def _hash(image_id: str) -> int:
+    path = normal_path(image_id).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "little")
+
+
+def _identity(path: Path) -> str:
+    stat = path.stat()
+    key = f"{_FORMAT}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    return hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
+
+
+def _default_cache_dir() -> Path:
+    if chosen := os.environ.get("PATCH_ALIGNED_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patch_aligned"

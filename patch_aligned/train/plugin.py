@@ -1,0 +1,246 @@
+"""Patch-aligned training as a plugin of LLaVA's: regions of the PAD file become a loss on the visual tokens.
+
+Letters: B rows of the batch, N images, S visual tokens of an image, D width of the LLM, R regions of the batch,
+K tokens of the longest label.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.image_geometry import ImageGeometry, Mode
+from llava.plugin import AlignmentContext, AuxiliaryOutput, TrainingPlugin
+from patch_aligned.labels import LabelTokenizer, label_embeddings, pad_label_ids
+from patch_aligned.loss import patch_loss, region_cosines
+from patch_aligned.masks import PatchMaskError, covered_tokens_of_regions
+from patch_aligned.packed_tokens import PackedTokens, open_packed_tokens
+from patch_aligned.pad import AnnotationError, AnnotationIndex, image_id_of, iter_records, open_annotation_index
+from patch_aligned.train.arguments import PatchArguments
+from patch_aligned.train.picture import PicturedImage, PicturedRegion, save_picture
+
+logger = logging.getLogger(__name__)
+
+_NO_RECORD = -1
+_MODES: tuple[Mode, ...] = ("crop", "pad", "squeeze")
+
+
+class PatchAlignedPlugin(TrainingPlugin):
+    """Adds `patch` to the losses of a run; see `PatchArguments` for its flags.
+
+    In the batch (all whole numbers or bools, since engines may cast floats):
+        region_row `[R]`, region_tokens `[R, S]`, label_ids `[R, K]`, label_lengths `[R]`: what the loss reads;
+        image_row, record_row `[N]`, geometry `[N, 8]`, region_position `[R]`: where it came from, for the picture;
+        counts `[3]`: images without a record, regions that cover no token, records left out for their size.
+    """
+
+    arguments_class = PatchArguments
+
+    arguments: PatchArguments
+    index: AnnotationIndex
+    packed: PackedTokens | None
+    labels: LabelTokenizer
+
+    def setup(
+        self,
+        arguments: PatchArguments,
+        tokenizer: Any,
+        *,
+        data_path: str | None = None,
+        output_dir: Path | None = None,
+    ) -> None:
+        """Opens the PAD file and counts how many training images have regions.
+
+        Raises:
+            ValueError: if no PAD file is named, or no image of the training file has a region.
+            AnnotationError: if the PAD file has broken records and `--patch_on_error` is `fail`.
+            PackedTokensError: if the pack was made from another PAD file, or with another least coverage.
+        """
+        self.arguments = arguments
+        self.labels = LabelTokenizer(tokenizer)
+        source = arguments.patch_data_path or _annotated_training_file(data_path)
+        self.index = open_annotation_index(source, arguments.patch_cache_dir)
+        self._judge_rejections(output_dir)
+        self.packed = open_packed_tokens(self.index, arguments.patch_packed_path, arguments.patch_min_coverage)
+        if data_path is not None:
+            self._report_share(Path(data_path))
+
+    def transform_sample(self, record: Mapping[str, Any], geometry: ImageGeometry) -> dict[str, Tensor]:
+        """Tokens that each region of the image covers, and the ids of its label. anyres: tokens of the base tile.
+
+        Raises:
+            PatchMaskError: if the record's size is not the image's and `--patch_on_error` is `fail`.
+            PackedTokensError: if the pack was made for another geometry.
+        """
+        image_id = image_id_of(record)
+        row = self.index.find(image_id) if image_id is not None else None
+        found = self._tags_and_tokens(row, str(image_id), geometry) if row is not None else None
+        unlabelled, is_skipped = row is None, row is not None and found is None
+        if row is None or found is None:
+            row, found = _NO_RECORD, ([], np.zeros((0, geometry.grid[0] * geometry.grid[1]), dtype=bool))
+        tags, covered = found  # covered [regions, S]
+        position = np.flatnonzero(covered.any(axis=1))  # [R] regions that stay
+        labels = [self.labels(tags[place]) for place in position.tolist()]
+        return {
+            "region_tokens": torch.from_numpy(covered[position]),
+            "region_position": torch.from_numpy(position),
+            "label_ids": torch.tensor([token for label in labels for token in label], dtype=torch.int64),
+            "label_lengths": torch.tensor([len(label) for label in labels], dtype=torch.int64),
+            "record_row": torch.tensor(row),
+            "geometry": _pack_geometry(geometry),
+            "counts": torch.tensor([unlabelled, len(covered) - len(position), is_skipped], dtype=torch.int64),
+        }
+
+    def collate(self, extras: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Joins the regions of all rows; rows without image have none."""
+        rows = torch.tensor([row for row, extra in enumerate(extras) if extra], dtype=torch.int64)  # [rows with image]
+        given = [extra for extra in extras if extra]
+        regions = torch.tensor([len(extra["label_lengths"]) for extra in given], dtype=torch.int64)
+        label_ids = _join(given, "label_ids").split(_join(given, "label_lengths").tolist())
+        padded, lengths = pad_label_ids(label_ids)
+        return {
+            "region_row": rows.repeat_interleave(regions),
+            "region_tokens": _join(given, "region_tokens", torch.zeros(0, 0, dtype=torch.bool)),
+            "region_position": _join(given, "region_position"),
+            "label_ids": padded,
+            "label_lengths": lengths,
+            "image_row": rows,
+            "record_row": torch.tensor([int(extra["record_row"]) for extra in given], dtype=torch.int64),
+            "geometry": torch.stack([extra["geometry"] for extra in given] or [torch.zeros(8, dtype=torch.int64)]),
+            "counts": sum((extra["counts"] for extra in given), start=torch.zeros(3, dtype=torch.int64)),
+        }
+
+    def auxiliary_losses(self, context: AlignmentContext, batch: Mapping[str, Tensor]) -> AuxiliaryOutput:
+        """`patch`, the loss of Eq. 5, with the counts and the mean cosine of this micro-batch."""
+        tokens = context.visual_tokens
+        # Every rank calls the embedding once in each micro-step, with or without regions: ZeRO-3 waits for all of them.
+        embeddings = label_embeddings(batch["label_ids"], batch["label_lengths"], context.embed_words)  # [R, D]
+        regions = embeddings.shape[0]
+        region_tokens = batch["region_tokens"] if regions else batch["region_tokens"].new_zeros(0, tokens.shape[1])
+        # Images stand in the order of their rows; the regions of a row with several images belong to its first one, and
+        # those of a row whose image is not there to none.
+        region_image = torch.searchsorted(context.sample_of_image, batch["region_row"])  # [R]
+        is_there = (batch["region_row"][:, None] == context.sample_of_image).any(dim=1)
+        region_image = region_image.where(is_there, tokens.shape[0])
+        cosines = region_cosines(tokens, region_image, region_tokens, embeddings)  # [R]
+        unlabelled, dropped, wrong_size = batch["counts"].float()
+        metrics = {
+            "patch/regions": cosines.new_full((), regions),
+            "patch/cosine": cosines.detach().mean(),  # NaN, so not reported, where there is no region
+            "patch/dropped_regions": dropped,
+            "patch/images_without_record": unlabelled,
+            "patch/skipped_images": wrong_size,
+        }
+        return AuxiliaryOutput({"patch": patch_loss(cosines, region_image, tokens.shape[0])}, metrics)
+
+    def loss_weights(self, progress: float) -> dict[str, float]:
+        """Beta: from start to end along the run, exact at both."""
+        start, end = self.arguments.patch_beta_start, self.arguments.patch_beta_end
+        return {"patch": start * (1 - progress) + end * progress}
+
+    def describe_first_batch(self, images: Tensor, batch: Mapping[str, Any], path: Path) -> None:
+        """Saves images, masks, covered tokens and labels of the first batch as `path`.png."""
+        batch = {key: value.cpu() for key, value in batch.items()}
+        if len(images) != len(batch["image_row"]):
+            logger.info("No picture of the first batch: %d images in %d rows", len(images), len(batch["image_row"]))
+            return
+        save_picture([self._pictured(image, place, batch) for place, image in enumerate(images)], path)
+
+    def _pictured(self, image: Tensor, place: int, batch: Mapping[str, Tensor]) -> PicturedImage:
+        """What the loss will read of the `place`-th image, drawn from the batch itself."""
+        geometry = _unpack_geometry(batch["geometry"][place])
+        row = int(batch["record_row"][place])
+        annotated = self.index[row] if row != _NO_RECORD else None
+        is_own = batch["region_row"] == batch["image_row"][place]  # [R]
+        region_at = {int(batch["region_position"][region]): int(region) for region in is_own.nonzero()}
+        regions = []
+        for position, annotation in enumerate(annotated.regions if annotated is not None else ()):
+            region = region_at.get(position)
+            if region is None:
+                regions.append(PicturedRegion(annotation.tag, annotation.rle_mask, None))
+                continue
+            ids = batch["label_ids"][region, : batch["label_lengths"][region]]
+            tokens = batch["region_tokens"][region].numpy()
+            regions.append(PicturedRegion(self.labels.decode(ids.tolist()), annotation.rle_mask, tokens))
+        title = "(image without a record)" if annotated is None else annotated.image_id
+        if annotated is not None and not regions:
+            title += "  (record without regions)"
+        return PicturedImage(image, geometry, title, regions)
+
+    def _tags_and_tokens(
+        self, row: int, image_id: str, geometry: ImageGeometry
+    ) -> tuple[Sequence[str], np.ndarray] | None:
+        """Tags and bool `[regions, S]`, or None where the record does not fit the image and such are to be skipped."""
+        try:
+            if self.packed is not None:
+                return self.packed.read(row, image_id, geometry)
+            image = self.index[row]
+            masks = [region.rle_mask for region in image.regions]
+            name = f"{self.index.source}: image_id {image_id!r}"
+            least = self.arguments.patch_min_coverage
+            covered = covered_tokens_of_regions(masks, image.size_wh, geometry, least, name)
+            return [region.tag for region in image.regions], covered
+        except PatchMaskError as error:
+            if self.arguments.patch_on_error == "fail":
+                raise
+            logger.warning("Left out: %s", error)
+            return None
+
+    def _judge_rejections(self, output_dir: Path | None) -> None:
+        if not self.index.rejected:
+            return
+        message = self.index.rejection_message()
+        if self.arguments.patch_on_error == "fail":
+            advice = "Correct them, or leave them out with --patch_on_error skip."
+            raise AnnotationError(f"{message}\n{advice}", -1, "")
+        logger.warning("Left out, %s", message)
+        if output_dir is not None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / "patch_skipped.jsonl").write_bytes((self.index.folder / "rejected.jsonl").read_bytes())
+
+    def _report_share(self, data_path: Path) -> None:
+        images, with_regions = self.index.coverage_of(data_path)
+        if with_regions == 0:
+            first_here = next(filter(None, map(image_id_of, iter_records(data_path))), None)
+            first_there = self.index[0].image_id if len(self.index) else None
+            raise ValueError(
+                f"{data_path}: found no image that has a region in {self.index.source}; expected the same paths in "
+                f"both. The first image here is {first_here!r}, the first one there {first_there!r}. "
+                "Check --data_path and --patch_data_path."
+            )
+        share = 100 * with_regions / images
+        logger.info("%d of %d training images (%.1f%%) have regions", with_regions, images, share)
+        logger.info("%d regions of %d images in %s", self.index.regions, len(self.index), self.index.source)
+
+
+def _annotated_training_file(data_path: str | None) -> str:
+    for record in islice(iter_records(Path(data_path)), 1) if data_path else ():
+        if isinstance(record, Mapping) and {"image_id", "size", "labels"} <= record.keys():
+            return str(data_path)
+    raise ValueError(
+        f"--data_path {data_path}: found no regions in its records; expected PAD records there, or a PAD file beside "
+        "it. Name the file: --patch_data_path PAD.json"
+    )
+
+
+def _join(extras: list[dict[str, Tensor]], key: str, empty: Tensor | None = None) -> Tensor:
+    if not extras:
+        return torch.zeros(0, dtype=torch.int64) if empty is None else empty
+    return torch.cat([extra[key] for extra in extras])
+
+
+def _pack_geometry(geometry: ImageGeometry) -> Tensor:
+    optional = geometry.shortest_edge or 0, geometry.processed_side or 0
+    return torch.tensor([*geometry.original_wh, geometry.side, *geometry.grid, _MODES.index(geometry.mode), *optional])
+
+
+def _unpack_geometry(packed: Tensor) -> ImageGeometry:
+    width, height, side, rows, cols, mode, edge, output = packed.tolist()
+    return ImageGeometry((width, height), side, _MODES[mode], (rows, cols), edge or None, output or None)
