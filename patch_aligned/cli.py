@@ -10,7 +10,6 @@ from patch_aligned.analysis.cli import app as token_map_app
 from patch_aligned.annotate.cli import app as annotate_app
 from patch_aligned.annotate.cli import app as reselect_app
 from patch_aligned.dataset.cli import app as dataset_app
-from patch_aligned.pack_command import app as pack_app
 from patch_aligned.results.cli import app as results_app
 
 app = typer_app_with_debug("Patch-aligned training: its data and its analysis.")
@@ -19,7 +18,6 @@ app = typer_app_with_debug("Patch-aligned training: its data and its analysis.")
 app.add_typer(annotate_app)
 app.add_typer(reselect_app)
 app.add_typer(dataset_app)
-app.add_typer(pack_app)
 app.add_typer(analyze_app)
 app.add_typer(token_map_app)
 app.add_typer(results_app)

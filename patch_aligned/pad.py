@@ -564,8 +564,7 @@ def _shortened(text: str) -> str:
 logger = logging.getLogger(__name__)
 
 _FORMAT = "4"  # part of the cache key; raise it when the layout of the folder or a check changes
-ROWS_PER_BATCH = 256
-"""Rows that stand together on disk; files beside the index keep to the same batches."""
+_ROWS_PER_BATCH = 256  # rows that stand together on disk
 _RECORDS, _REJECTED = "records.arrow", "rejected.jsonl"
 _HASHES, _ROWS, _COUNTS = "hashes.npy", "rows.npy", "region_counts.npy"
 _REJECTED_SHOWN = 5
@@ -598,17 +597,8 @@ class AnnotationIndex:
     def __getitem__(self, row: int) -> AnnotatedImage:
         if not 0 <= row < len(self):
             raise IndexError(f"{self.source}: row {row} of {len(self)}")
-        batch = self._reader.get_batch(row // ROWS_PER_BATCH).slice(row % ROWS_PER_BATCH, 1)
+        batch = self._reader.get_batch(row // _ROWS_PER_BATCH).slice(row % _ROWS_PER_BATCH, 1)
         return _image_of(batch_to_records(batch)[0])
-
-    @property
-    def batches(self) -> int:
-        """Number of batches of `ROWS_PER_BATCH` rows; the last may be shorter."""
-        return int(self._reader.num_record_batches)
-
-    def read_batch(self, number: int) -> list[AnnotatedImage]:
-        """The images of one batch, in the order of their rows."""
-        return [_image_of(record) for record in batch_to_records(self._reader.get_batch(number))]
 
     @property
     def regions(self) -> int:
@@ -621,8 +611,8 @@ class AnnotationIndex:
         position = int(np.searchsorted(self._hashes, wanted))
         while position < len(self) and self._hashes[position] == wanted:
             row = int(self._rows[position])
-            batch = self._reader.get_batch(row // ROWS_PER_BATCH)
-            if normal_path(batch.column("image_id")[row % ROWS_PER_BATCH].as_py()) == normal_path(image_id):
+            batch = self._reader.get_batch(row // _ROWS_PER_BATCH)
+            if normal_path(batch.column("image_id")[row % _ROWS_PER_BATCH].as_py()) == normal_path(image_id):
                 return row
             position += 1
         return None
@@ -719,7 +709,7 @@ def _write_conversion(source: Path, folder: Path, rejected: IO[str]) -> int:
 
     images = read_annotations(source, on_error=reject)
     with pa.OSFile(str(folder / _RECORDS), "wb") as file, pa.ipc.new_file(file, PAD_SCHEMA) as writer:
-        while chunk := list(islice(images, ROWS_PER_BATCH)):
+        while chunk := list(islice(images, _ROWS_PER_BATCH)):
             writer.write_batch(records_to_batch(image.to_record() for image in chunk))
             hashes.extend(_hash(image.image_id) for image in chunk)
             region_counts.extend(len(image.regions) for image in chunk)

@@ -63,7 +63,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 # What the rules above do not allow yet. A line goes when the import has gone.
 EXCEPTIONS: dict[str, tuple[str, ...]] = {
-    "eval.mini.baselines": ("playground.mini.evaluation_set",),
     "patch_aligned.analysis.cli": ("llava.command",),
     "patch_aligned.analysis.localise": ("llava.mm_utils",),
     "patch_aligned.analysis.run": ("llava.mm_utils",),
@@ -85,15 +84,9 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
         "llava.image_geometry",
         "llava.mm_utils",
     ),
-    "patch_aligned.pack_command": (
-        "llava.command",
-        "llava.image_geometry",
-        "patch_aligned.packed_tokens",
-    ),
-    "patch_aligned.packed_tokens": ("llava.image_geometry",),
     "patch_aligned.results.cli": ("llava.command",),
     "patch_aligned.train.picture": ("llava.image_geometry",),
-    "patch_aligned.train.plugin": ("patch_aligned.packed_tokens",),
+    "eval.mini.baselines": ("playground.mini.evaluation_set",),
 }
 # Modules that are formulas on tensors: torch and the standard library, nothing else.
 TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_aligned.analysis.alignment",
@@ -101,7 +94,7 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
 # Lines of *.py that a folder may hold.
 BUDGETS = {
     "llava": 9845,
-    "patch_aligned": 14851,
+    "patch_aligned": 14464,
     "patch_aligned/analysis": 4280,
     "patch_aligned/annotate": 4311,
     "patch_aligned/dataset": 1568,
@@ -119,7 +112,7 @@ LONGER_FILES = {
     "patch_aligned/annotate/pipeline.py": 507,
     "patch_aligned/annotate/ram/model.py": 561,
     "patch_aligned/annotate/run.py": 682,
-    "patch_aligned/pad.py": 773,
+    "patch_aligned/pad.py": 763,
 }
 # Distributions that come with an extra. No module needs them to be imported.
 OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "tensorboard", "wandb", "flash_attn", "lmms_eval",

@@ -33,13 +33,6 @@ class PatchArguments:
             "'skip' trains these images on their captions only, lists the records and counts them."
         },
     )
-    patch_packed_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Covered tokens of the PAD file, made by `patch-aligned pack`: read instead of the masks, same "
-            "results. A file named like the PAD file with .packed.arrow behind it is found without being named."
-        },
-    )
     patch_cache_dir: str | None = field(
         default=None,
         metadata={

@@ -21,7 +21,6 @@ from llava.plugin import AlignmentContext, AuxiliaryOutput, TrainingPlugin
 from patch_aligned.labels import LabelTokenizer, label_embeddings, pad_label_ids
 from patch_aligned.loss import patch_loss, region_cosines
 from patch_aligned.masks import PatchMaskError, covered_tokens_of_regions
-from patch_aligned.packed_tokens import PackedTokens, open_packed_tokens
 from patch_aligned.pad import AnnotationError, AnnotationIndex, image_id_of, iter_records, open_annotation_index
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.picture import PicturedImage, PicturedRegion, save_picture
@@ -45,7 +44,6 @@ class PatchAlignedPlugin(TrainingPlugin):
 
     arguments: PatchArguments
     index: AnnotationIndex
-    packed: PackedTokens | None
     labels: LabelTokenizer
 
     def setup(
@@ -61,14 +59,12 @@ class PatchAlignedPlugin(TrainingPlugin):
         Raises:
             ValueError: if no PAD file is named, or no image of the training file has a region.
             AnnotationError: if the PAD file has broken records and `--patch_on_error` is `fail`.
-            PackedTokensError: if the pack was made from another PAD file, or with another least coverage.
         """
         self.arguments = arguments
         self.labels = LabelTokenizer(tokenizer)
         source = arguments.patch_data_path or _annotated_training_file(data_path)
         self.index = open_annotation_index(source, arguments.patch_cache_dir)
         self._judge_rejections(output_dir)
-        self.packed = open_packed_tokens(self.index, arguments.patch_packed_path, arguments.patch_min_coverage)
         if data_path is not None:
             self._report_share(Path(data_path))
 
@@ -77,7 +73,6 @@ class PatchAlignedPlugin(TrainingPlugin):
 
         Raises:
             PatchMaskError: if the record's size is not the image's and `--patch_on_error` is `fail`.
-            PackedTokensError: if the pack was made for another geometry.
         """
         image_id = image_id_of(record)
         row = self.index.find(image_id) if image_id is not None else None
@@ -179,8 +174,6 @@ class PatchAlignedPlugin(TrainingPlugin):
     ) -> tuple[Sequence[str], np.ndarray] | None:
         """Tags and bool `[regions, S]`, or None where the record does not fit the image and such are to be skipped."""
         try:
-            if self.packed is not None:
-                return self.packed.read(row, image_id, geometry)
             image = self.index[row]
             masks = [region.rle_mask for region in image.regions]
             name = f"{self.index.source}: image_id {image_id!r}"
