@@ -37,19 +37,3 @@ def build_logger(logger_name: str, logger_filename: str) -> logging.Logger:
         handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s"))
         logger.addHandler(handler)
     return logger
-
-
-def pretty_print_semaphore(semaphore: Any) -> str:
-    """State of an asyncio semaphore, for a server's status line."""
-    if semaphore is None:
-        return "None"
-    return f"Semaphore(value={semaphore._value}, locked={semaphore.locked()})"
-
-
-def violates_moderation(text: str) -> bool:
-    """Refuses: upstream sends the text to a commercial service, which this package does not.
-
-    Raises:
-        NotImplementedError: always; a server that moderates brings its own check.
-    """
-    raise NotImplementedError("violates_moderation is not supported; call a moderation service of your own choice")

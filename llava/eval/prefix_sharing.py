@@ -10,16 +10,14 @@ Letters: B rows, U distinct beginnings, P length of the longest beginning, R len
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
 from llava.constants import IMAGE_TOKEN_INDEX
-
-if TYPE_CHECKING:
-    from llava.model.multimodal_merge import MergedBatch
+from llava.model.multimodal_merge import MergedBatch, merge
 
 
 def generate_sharing(
@@ -139,12 +137,6 @@ def merged(model: Any, prompts: list[list[int]], image_tokens: list[Tensor]) -> 
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
         mask[row, : len(prompt)] = True
-    device = model.get_input_embeddings().weight.device
-    return model.merge_images(
-        ids.to(device),
-        image_tokens,
-        attention_mask=mask.to(device),
-        labels=None,
-        padding_side="left",
-        max_length=None,
-    )
+    words = model.get_input_embeddings()
+    device = words.weight.device
+    return merge(ids.to(device), image_tokens, words, attention_mask=mask.to(device), padding_side="left")

@@ -144,11 +144,6 @@ Item = TypeVar("Item")
 _NAMES = {str: "a text", int: "a number", list: "a list", dict: "an object", type(None): "null"}
 
 
-def name_of(value: Any) -> str:
-    """What a JSON value is, in words."""
-    return _NAMES.get(type(value), type(value).__name__)
-
-
 def read_jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line; empty lines are passed over.
 

@@ -21,7 +21,7 @@ from llava.constants import (
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.model.multimodal_merge import MergedBatch, arrange_tiles, merge, unpad_image
+from llava.model.multimodal_merge import arrange_tiles, merge, unpad_image
 from llava.model.multimodal_projector.builder import build_vision_projector, record_projector
 from llava.model.weights import gathered, load_projector, read_projector_file
 from llava.plugin import TrainingPlugin
@@ -195,27 +195,6 @@ class LlavaMetaForCausalLM(ABC):
         side = self.get_model().vision_tower.image_side
         return get_anyres_image_grid_shape(original_size, self.config.image_grid_pinpoints, side)
 
-    def merge_images(
-        self,
-        input_ids: Tensor,
-        image_tokens: list[Tensor],
-        *,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        padding_side: str,
-        max_length: int | None,
-    ) -> MergedBatch:
-        """`multimodal_merge.merge` with this model's word embeddings."""
-        return merge(
-            input_ids,
-            image_tokens,
-            self.get_input_embeddings(),  # type: ignore[attr-defined]
-            attention_mask=attention_mask,
-            labels=labels,
-            padding_side=padding_side,
-            max_length=max_length,
-        )
-
     def prepare_inputs_labels_for_multimodal(
         self,
         input_ids: Tensor,
@@ -236,9 +215,10 @@ class LlavaMetaForCausalLM(ABC):
         """
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        merged = self.merge_images(
+        merged = merge(
             input_ids,
             self.encode_image_batch(images, image_sizes).tokens,
+            self.get_input_embeddings(),  # type: ignore[attr-defined]
             attention_mask=attention_mask,
             labels=labels,
             padding_side=getattr(self.config, "tokenizer_padding_side", "right"),

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
-Span = tuple[int, int]
-
 
 class TruncatedImageError(ValueError):
     """`max_length` cuts visual tokens off; `rows` are the rows of the batch where that happens."""
@@ -40,7 +38,6 @@ class MergedBatch:
         position_ids: `[B, L]`, counted from 0 in each row; 0 at padding.
         labels: `[B, L]`; IGNORE_INDEX at visual tokens and padding.
         image_of_row: for each row, the indices of its images. Dummy images appear in no row.
-        image_spans: for each row, `[start, stop)` of each of its images in L.
         truncated_rows: rows in which `max_length` cut visual tokens off.
     """
 
@@ -49,7 +46,6 @@ class MergedBatch:
     position_ids: Tensor
     labels: Tensor
     image_of_row: list[list[int]]
-    image_spans: list[list[Span]]
     truncated_rows: list[int]
 
 
@@ -116,19 +112,17 @@ def merge(
     # One call for the whole batch: under ZeRO-3 each call gathers the table on all ranks.
     text_embeds = embed_words(torch.cat(texts)).split([len(text) for text in texts])
 
-    merged_embeds, merged_labels, image_spans, truncated_rows = [], [], [], []
+    merged_embeds, merged_labels, truncated_rows = [], [], []
     for row, ((_, row_labels), marks) in enumerate(zip(rows, is_image, strict=True)):
         # Spread over several GPUs, the projector may sit on another than the word embeddings.
         images = [image_tokens[i].to(text_embeds[row]) for i in image_of_row[row]]
-        embeds, row_labels, spans = merge_row(text_embeds[row], row_labels, marks, images)
+        embeds, row_labels, images_end = merge_row(text_embeds[row], row_labels, marks, images)
         if max_length is not None:
-            if spans and spans[-1][1] > max_length:
+            if images_end > max_length:
                 truncated_rows.append(row)
             embeds, row_labels = embeds[:max_length], row_labels[:max_length]
-            spans = [(min(start, max_length), min(stop, max_length)) for start, stop in spans]
         merged_embeds.append(embeds)
         merged_labels.append(row_labels)
-        image_spans.append(spans)
 
     length = max(len(embeds) for embeds in merged_embeds)
     offsets = [length - len(embeds) if padding_side == "left" else 0 for embeds in merged_embeds]
@@ -138,18 +132,14 @@ def merge(
         position_ids=pad_rows([torch.arange(len(row), device=row.device) for row in merged_labels], length, offsets, 0),
         labels=pad_rows(merged_labels, length, offsets, IGNORE_INDEX),
         image_of_row=image_of_row,
-        image_spans=[
-            [(start + offset, stop + offset) for start, stop in spans]
-            for spans, offset in zip(image_spans, offsets, strict=True)
-        ],
         truncated_rows=truncated_rows,
     )
 
 
 def merge_row(
     text_embeds: Tensor, labels: Tensor, is_image: Tensor, images: list[Tensor]
-) -> tuple[Tensor, Tensor, list[Span]]:
-    """One row without padding: embeddings `[n, D]`, labels `[n]` and the span of each image.
+) -> tuple[Tensor, Tensor, int]:
+    """One row without padding: embeddings `[n, D]`, labels `[n]` and where its last image ends (0 without images).
 
     Args:
         text_embeds: `[t, D]`, embeddings of the row's text ids.
@@ -160,17 +150,15 @@ def merge_row(
     places = is_image.nonzero().flatten().tolist()
     embeds: list[Tensor] = []
     row_labels: list[Tensor] = []
-    spans: list[Span] = []
-    text_start = label_start = length = 0
+    text_start = label_start = images_end = 0
     for image, place in zip(images, places, strict=True):
         words = place - label_start
         embeds += [text_embeds[text_start : text_start + words], image]
         row_labels += [labels[label_start:place], labels.new_full((len(image),), IGNORE_INDEX)]
-        spans.append((length + words, length + words + len(image)))
-        text_start, label_start, length = text_start + words, place + 1, length + words + len(image)
+        text_start, label_start, images_end = text_start + words, place + 1, images_end + words + len(image)
     embeds.append(text_embeds[text_start:])
     row_labels.append(labels[label_start:])
-    return torch.cat(embeds), torch.cat(row_labels), spans
+    return torch.cat(embeds), torch.cat(row_labels), images_end
 
 
 def pad_rows(rows: list[Tensor], length: int, offsets: list[int], value: float) -> Tensor:

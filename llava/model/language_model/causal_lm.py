@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.llava_arch import EncodedImages, Images, LlavaMetaForCausalLM
-from llava.model.multimodal_merge import MergedBatch, TruncatedImageError
+from llava.model.multimodal_merge import MergedBatch, TruncatedImageError, merge
 from llava.plugin import AlignmentContext, AuxiliaryOutput
 
 
@@ -93,9 +93,10 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         if inputs_embeds is None and self.needs_merge(input_ids, images):
             assert input_ids is not None
             encoded = self.encode_image_batch(images, image_sizes) if images is not None else self.encode_dummy()
-            merged = self.merge_images(
+            merged = merge(
                 input_ids,
                 encoded.tokens,
+                self.get_input_embeddings(),
                 attention_mask=attention_mask,
                 labels=labels,
                 padding_side=getattr(self.config, "tokenizer_padding_side", "right"),
@@ -219,13 +220,12 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         kwargs.pop("position_ids", None)  # they follow from the mask
         tower = self.get_vision_tower()
         has_images = images is not None and tower is not None
-        merged = self.merge_images(
+        merged = merge(
             input_ids,
             self.encode_image_batch(images, image_sizes).tokens if has_images and images is not None else [],
+            self.get_input_embeddings(),
             attention_mask=kwargs.pop("attention_mask", None),
-            labels=None,
             padding_side="left",  # new tokens follow the prompt in every row, whatever side training pads
-            max_length=None,
         )
         return super().generate(  # type: ignore[misc]
             inputs_embeds=merged.inputs_embeds,
