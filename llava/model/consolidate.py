@@ -12,7 +12,6 @@ import torch
 
 from llava.command import command_parser, run_command
 from llava.model.checkpoint import CheckpointTensors, require_new_folder, save_checkpoint
-from llava.model.utils import auto_upgrade
 
 
 def consolidate_ckpt(src_path: str, dst_path: str, dtype: torch.dtype = torch.float16) -> None:
@@ -23,7 +22,6 @@ def consolidate_ckpt(src_path: str, dst_path: str, dtype: torch.dtype = torch.fl
         FileNotFoundError: there are no weights at `src_path`.
     """
     require_new_folder(Path(dst_path))
-    auto_upgrade(src_path)
     tensors = CheckpointTensors(src_path)
     save_checkpoint({name: tensors[name].to(dtype) for name in tensors}, Path(dst_path), src_path, dtype)
 
