@@ -54,24 +54,6 @@ class EntropyAccumulator:
         self.moment += update
         self.token_count += len(rows)
 
-    def merge(self, other: EntropyAccumulator) -> None:
-        """Adds what another accumulator of the same width has seen.
-
-        Raises:
-            ValueError: the widths differ.
-        """
-        if other.width != self.width:
-            raise ValueError(f"Cannot merge entropies over width {other.width} and width {self.width}.")
-        self.moment += other.moment.to(self.moment.device)
-        self.token_count += other.token_count
-
-    def all_reduce(self) -> None:
-        """Sums over all ranks of `torch.distributed`, so that every rank holds the moment of all tokens."""
-        count = torch.tensor(self.token_count, dtype=torch.int64, device=self.moment.device)
-        torch.distributed.all_reduce(self.moment)
-        torch.distributed.all_reduce(count)
-        self.token_count = int(count)
-
     def spectrum(self) -> Tensor:
         """Eigenvalues of the moment divided by its trace: `[d]`, float64, falling, not negative, sum 1.
 

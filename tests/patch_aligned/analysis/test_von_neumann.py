@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,16 +56,14 @@ def test_entropy_equals_that_of_numpys_singular_values():
     np.testing.assert_allclose(accumulator.spectrum().numpy(), shares, rtol=1e-10)
 
 
-def test_streaming_and_merging_equal_one_shot():
+def test_streaming_equals_one_shot():
     tokens = random_tokens(4, 9, WIDTH).float()
-    whole, first, second = (EntropyAccumulator(WIDTH) for _ in range(3))
+    whole, streamed = EntropyAccumulator(WIDTH), EntropyAccumulator(WIDTH)
     whole.update(tokens)
-    first.update(tokens[0])
-    first.update(tokens[1])
-    second.update(tokens[2:])
-    first.merge(second)
-    assert first.token_count == whole.token_count == 36
-    assert first.entropy_nats() == pytest.approx(whole.entropy_nats(), rel=1e-12)
+    for image in tokens:
+        streamed.update(image)
+    assert streamed.token_count == whole.token_count == 36
+    assert streamed.entropy_nats() == pytest.approx(whole.entropy_nats(), rel=1e-12)
 
 
 def test_sums_are_taken_in_double_precision():
@@ -95,35 +89,3 @@ def test_undefined_entropies_say_why():
         accumulator.update(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="NaN or infinity"):
         accumulator.update(torch.full((1, WIDTH), torch.nan))
-    with pytest.raises(ValueError, match="width 4 and width 12"):
-        accumulator.merge(EntropyAccumulator(4))
-
-
-def test_the_entropy_of_two_ranks_is_that_of_all_tokens(tmp_path: Path):
-    # As scripts: a spawned process could not import this module by name, a forked one would inherit torch's locks.
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    whole = EntropyAccumulator(WIDTH)
-    whole.update(torch.cat([random_tokens(20, WIDTH, seed=0), random_tokens(30, WIDTH, seed=1)]))
-    for rank in range(2):
-        entropy, count = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert entropy == pytest.approx(whole.entropy_nats(), rel=1e-12)
-        assert count == 50
-
-
-def one_rank(rank: int, folder: str) -> None:
-    """One of two processes that each see tokens of their own."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    accumulator = EntropyAccumulator(WIDTH)
-    accumulator.update(random_tokens(20 + 10 * rank, WIDTH, seed=rank))
-    accumulator.all_reduce()
-    Path(folder, f"{rank}.json").write_text(json.dumps([accumulator.entropy_nats(), accumulator.token_count]))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    one_rank(int(sys.argv[1]), sys.argv[2])
