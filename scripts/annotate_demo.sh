@@ -63,13 +63,13 @@ patch-aligned verify "$RUN/pad.jsonl.gz" --image_folder "$RUN/pictures" --min_ma
 patch-aligned view "$RUN/pad.jsonl.gz" --image_folder "$RUN/pictures" --output "$RUN/view.html"
 
 say "6/7 The scenes' own tags, boxes and masks in the models' place"
-patch-aligned annotate --images "$RUN/pictures/train.json" --image_folder "$RUN/pictures" --output "$RUN/oracle" \
-    --stages oracle --oracle "$RUN/pictures/pad.json" --shard_size 8
-patch-aligned merge "$RUN/oracle" --output "$RUN/oracle.json"
-patch-aligned verify "$RUN/oracle.json" --image_folder "$RUN/pictures"
+python -m playground.mini.replay --images "$RUN/pictures/train.json" --image_folder "$RUN/pictures" --output "$RUN/replay" \
+    --pad "$RUN/pictures/pad.json" --shard_size 8
+patch-aligned merge "$RUN/replay" --output "$RUN/replay.json"
+patch-aligned verify "$RUN/replay.json" --image_folder "$RUN/pictures"
 
 say "7/7 What went in against what came out"
-python scripts/compare_pad.py "$RUN/oracle.json" "$RUN/pictures/pad.json"
+python scripts/compare_pad.py "$RUN/replay.json" "$RUN/pictures/pad.json"
 
 say "Done"
 echo "data set  $RUN/pad.jsonl.gz"

@@ -51,10 +51,6 @@ def annotate(
     detector_revision: Annotated[str | None, _model_option(metavar="COMMIT", help=_REVISION_HELP)] = None,
     sam: Annotated[str, _model_option(help="SAM or SAM 2: folder or hub.")] = "facebook/sam-vit-huge",
     sam_revision: Annotated[str | None, _model_option(metavar="COMMIT", help=_REVISION_HELP)] = None,
-    stages: Annotated[
-        Literal["models", "oracle"], _model_option(help="`oracle` answers from --oracle, to test the machinery.")
-    ] = "models",
-    oracle: Annotated[Path | None, _model_option(metavar="PAD", help="PAD file that knows the answer.")] = None,
     prompt_join: Annotated[
         Literal[", ", ". "], _choice_option(metavar="', '|'. '", help="What joins the tags of a prompt.")
     ] = ", ",
@@ -130,33 +126,27 @@ def annotate(
     from patch_aligned.annotate.fetch import revision_of
     from patch_aligned.annotate.pipeline import Workload
     from patch_aligned.annotate.regions import CandidateThresholds, Selection
-    from patch_aligned.annotate.run import ModelRecipe, OracleRecipe, Recipe, run_annotate, statuses_named
+    from patch_aligned.annotate.run import ModelRecipe, run_annotate, statuses_named
 
-    recipe: Recipe
-    if stages == "oracle":
-        if oracle is None:
-            raise ValueError("--stages oracle: found no --oracle, expected the PAD file that knows the answer")
-        recipe = OracleRecipe(oracle.resolve())
-    elif ram is None or ram_tag_list is None or ram_thresholds is None:
+    if ram is None or ram_tag_list is None or ram_thresholds is None:
         raise ValueError(
             "--ram, --ram_tag_list, --ram_thresholds: not all are given. `patch-aligned models fetch` gets the files"
         )
-    else:
-        recipe = ModelRecipe(
-            ram=ram.resolve(),
-            ram_tag_list=ram_tag_list.resolve(),
-            ram_thresholds=ram_thresholds.resolve(),
-            detector=str(Path(detector).resolve()) if Path(detector).is_dir() else detector,
-            sam=str(Path(sam).resolve()) if Path(sam).is_dir() else sam,
-            detector_revision=revision_of(detector, detector_revision),
-            sam_revision=revision_of(sam, sam_revision),
-            resample=resample,
-            prompt_join=prompt_join,
-            candidate_thresholds=CandidateThresholds(candidate_box_threshold, candidate_text_threshold),
-            selection=Selection(box_threshold, text_threshold, nms_iou, label_mode, min_box_area_px),
-            segment_candidates=segment_candidates,
-            dtype=dtype,
-        )
+    recipe = ModelRecipe(
+        ram=ram.resolve(),
+        ram_tag_list=ram_tag_list.resolve(),
+        ram_thresholds=ram_thresholds.resolve(),
+        detector=str(Path(detector).resolve()) if Path(detector).is_dir() else detector,
+        sam=str(Path(sam).resolve()) if Path(sam).is_dir() else sam,
+        detector_revision=revision_of(detector, detector_revision),
+        sam_revision=revision_of(sam, sam_revision),
+        resample=resample,
+        prompt_join=prompt_join,
+        candidate_thresholds=CandidateThresholds(candidate_box_threshold, candidate_text_threshold),
+        selection=Selection(box_threshold, text_threshold, nms_iou, label_mode, min_box_area_px),
+        segment_candidates=segment_candidates,
+        dtype=dtype,
+    )
     workload = Workload(
         tag_batch=tag_batch,
         detect_batch=detect_batch,

@@ -36,7 +36,6 @@ from patch_aligned.annotate.grounding_dino import GroundingDetector
 from patch_aligned.annotate.pipeline import (
     STAGES,
     ModelStages,
-    OracleStages,
     StageClock,
     Stages,
     StageTime,
@@ -247,17 +246,6 @@ class ModelRecipe:
         detector.settings |= _identity(self.detector, detector_folder)
         segmenter.settings |= _identity(self.sam, sam_folder)
         return ModelStages(tagger, detector, segmenter, self.selection, segment_candidates=self.segment_candidates)
-
-
-@dataclass(frozen=True)
-class OracleRecipe:
-    """A PAD file that knows the answer."""
-
-    pad: Path
-
-    def build(self, device: str) -> Stages:
-        """Reads the file; there is nothing to place on a device."""
-        return OracleStages(self.pad)
 
 
 def settings_of(stages: Stages, min_side: int, max_aspect: float) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def _origin(settings: Mapping[str, Any] | None) -> str:
         "non-maximum suppression, and a mask for each box (SAM). The settings, also in `settings.json`:"
     )
     if settings.get("stages") == "oracle":
-        steps = "By `patch-aligned annotate --stages oracle`: tags, boxes and masks were given, no model made them."
+        steps = "By `python -m playground.mini.replay`: tags, boxes and masks were given, no model made them."
     return "\n".join([steps, "", "| setting | value |", "|---|---|", *rows])
 
 

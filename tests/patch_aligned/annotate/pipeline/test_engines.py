@@ -23,12 +23,12 @@ from patch_aligned.annotate.run import (
     AnnotationJob,
     EngineError,
     ModelRecipe,
-    OracleRecipe,
     Place,
     place_of,
     run_with_ray,
 )
 from patch_aligned.cli import app
+from playground.mini.replay import ReplayRecipe
 
 ROOT = Path(__file__).parents[4]
 PATIENCE_SECONDS = 300
@@ -182,7 +182,7 @@ def stub_ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.fixture
 def nothing(tmp_path: Path) -> AnnotationJob:
-    return AnnotationJob([], tmp_path, tmp_path, OracleRecipe(tmp_path), Workload())
+    return AnnotationJob([], tmp_path, tmp_path, ReplayRecipe(tmp_path), Workload())
 
 
 def test_more_of_rays_actors_than_gpus_are_refused_as_they_would_wait_for_ever(

@@ -16,8 +16,6 @@ from patch_aligned.annotate import pipeline as annotate_images_module
 from patch_aligned.annotate.folder import RunFolder, list_images
 from patch_aligned.annotate.pipeline import (
     ImageInWork,
-    OracleError,
-    OracleStages,
     StageClock,
     Stages,
     Workload,
@@ -27,6 +25,7 @@ from patch_aligned.annotate.regions import NonFiniteScoresError
 from patch_aligned.annotate.run import FailedImageError, ModelRecipe, process_shard
 from patch_aligned.images import decode_image
 from patch_aligned.pad import parse_annotation, read_annotations, write_annotations
+from playground.mini.replay import ReplayStages
 
 Record = dict[str, Any]
 
@@ -247,9 +246,9 @@ def test_a_failed_image_stops_the_run_where_that_is_asked_for(stages: Stages, tm
     assert folder.missing_shards() == [0]
 
 
-def test_the_oracles_answers_come_out_as_they_went_in(scenes: Path, annotate: Callable[..., list[Record]]) -> None:
+def test_replayed_regions_come_out_as_they_went_in(scenes: Path, annotate: Callable[..., list[Record]]) -> None:
     truth = list(read_annotations(scenes / "pad.json"))
-    records = annotate(OracleStages(scenes / "pad.json"))
+    records = annotate(ReplayStages(scenes / "pad.json"))
     assert [record["status"] for record in records] == ["ok"] * len(truth)
     for record, expected in zip(records, truth, strict=True):
         found = parse_annotation(record)
@@ -262,13 +261,13 @@ def test_the_oracles_answers_come_out_as_they_went_in(scenes: Path, annotate: Ca
         ]
 
 
-def test_the_oracle_refuses_pictures_of_another_size(scenes: Path, tmp_path: Path) -> None:
+def test_a_replay_refuses_pictures_of_another_size(scenes: Path, tmp_path: Path) -> None:
     image = next(read_annotations(scenes / "pad.json"))
     (tmp_path / image.image_id).parent.mkdir(parents=True)
     Image.new("RGB", (50, 50)).save(tmp_path / image.image_id)
     entries, folder = list_images(tmp_path)
-    with pytest.raises(OracleError, match=r"field 'size': found \[96, 64\], expected \[50, 50\]"):
-        annotate_images(entries, OracleStages(scenes / "pad.json"), folder, Workload(), StageClock())
+    with pytest.raises(ValueError, match=r"field 'size': found \[96, 64\], expected \[50, 50\]"):
+        annotate_images(entries, ReplayStages(scenes / "pad.json"), folder, Workload(), StageClock())
 
 
 def test_what_the_pipeline_writes_trains_without_conversion(

@@ -13,22 +13,22 @@ import pytest
 from typer.testing import CliRunner
 
 from patch_aligned.annotate.folder import RunFolder
-from patch_aligned.cli import app
+from playground.mini.replay import app
 
 SHARD_SIZE = 4
 
 
 @pytest.fixture
-def run_oracle(scenes: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`patch-aligned annotate` over a copy of the scenes, `tmp_path/pictures`, into `tmp_path/run`."""
+def run_replay(scenes: Path, tmp_path: Path) -> Callable[..., Any]:
+    """The annotation pipeline over a copy of the scenes, `tmp_path/pictures`, into `tmp_path/run`."""
     shutil.copytree(scenes, tmp_path / "pictures")
 
     def run(*further: str) -> Any:
         return CliRunner().invoke(
             app,
             [
-                "annotate", "--images", str(scenes / "train.json"), "--image_folder", str(tmp_path / "pictures"),
-                "--output", str(tmp_path / "run"), "--stages", "oracle", "--oracle", str(scenes / "pad.json"),
+                "--images", str(scenes / "train.json"), "--image_folder", str(tmp_path / "pictures"),
+                "--output", str(tmp_path / "run"), "--pad", str(scenes / "pad.json"),
                 "--shard_size", str(SHARD_SIZE), *further,
             ],
         )  # fmt: skip
@@ -45,12 +45,12 @@ def lines(path: Path) -> list[bytes]:
 
 
 def test_a_shard_of_which_no_image_is_there_is_an_outage_not_a_result(
-    run_oracle: Callable[..., Any], scenes: Path, tmp_path: Path
+    run_replay: Callable[..., Any], scenes: Path, tmp_path: Path
 ) -> None:
     names = image_ids(scenes)
     for name in names[SHARD_SIZE : 2 * SHARD_SIZE]:
         (tmp_path / "pictures" / name).unlink()
-    result = run_oracle()
+    result = run_replay()
     assert result.exit_code == 2
     said = result.output.replace("\n", " ")
     assert f"{tmp_path / 'pictures'}: found none of the 4 images of a shard, such as {names[SHARD_SIZE]!r}" in said
@@ -59,27 +59,27 @@ def test_a_shard_of_which_no_image_is_there_is_an_outage_not_a_result(
     assert folder.missing_shards() == [1, 2, 3, 4]  # the first was done before
 
     shutil.copytree(scenes, tmp_path / "pictures", dirs_exist_ok=True)
-    assert run_oracle().exit_code == 0
+    assert run_replay().exit_code == 0
     assert {record["status"] for record in folder.iter_records()} == {"ok"}
 
 
 def test_images_that_are_lost_for_good_can_be_recorded_so(
-    run_oracle: Callable[..., Any], scenes: Path, tmp_path: Path
+    run_replay: Callable[..., Any], scenes: Path, tmp_path: Path
 ) -> None:
     for name in image_ids(scenes)[:SHARD_SIZE]:
         (tmp_path / "pictures" / name).unlink()
-    assert run_oracle("--allow_missing").exit_code == 0
+    assert run_replay("--allow_missing").exit_code == 0
     assert RunFolder(tmp_path / "run").read_shard(0)[0].counts == {"unreadable": SHARD_SIZE}
 
 
 def test_records_of_a_status_are_made_anew_and_all_others_stay_as_they_are(
-    run_oracle: Callable[..., Any], scenes: Path, tmp_path: Path
+    run_replay: Callable[..., Any], scenes: Path, tmp_path: Path
 ) -> None:
     names = image_ids(scenes)
     hidden, gone = tmp_path / "pictures" / names[1], tmp_path / "pictures" / names[6]
     hidden.rename(tmp_path / "hidden")
     gone.unlink()
-    said = run_oracle().output.replace("\n", " ")
+    said = run_replay().output.replace("\n", " ")
     assert "Images that failed: 2; their records say why" in said
     assert "--retry unreadable" in said
     folder = RunFolder(tmp_path / "run")
@@ -87,9 +87,9 @@ def test_records_of_a_status_are_made_anew_and_all_others_stay_as_they_are(
     kept = [lines(folder.shard_path(shard))[1:] for shard in range(folder.num_shards)]
 
     (tmp_path / "hidden").rename(hidden)
-    assert run_oracle("--retry", "out_of_memory").exit_code == 0
+    assert run_replay("--retry", "out_of_memory").exit_code == 0
     assert {path.name: (path.read_bytes(), path.stat().st_ino) for path in (folder.path / "shards").iterdir()} == before
-    result = run_oracle("--retry", "unreadable, non_finite")
+    result = run_replay("--retry", "unreadable, non_finite")
     assert result.exit_code == 0
     assert "2 shards are left for this process" in result.output.replace("\n", " ")
     statuses = [record["status"] for record in folder.iter_records()]  # reads with hashes checked
@@ -102,8 +102,8 @@ def test_records_of_a_status_are_made_anew_and_all_others_stay_as_they_are(
     assert straight["labels"]
 
 
-def test_a_status_that_no_record_has_is_refused(run_oracle: Callable[..., Any], tmp_path: Path) -> None:
-    result = run_oracle("--retry", "unreadable,broken")
+def test_a_status_that_no_record_has_is_refused(run_replay: Callable[..., Any], tmp_path: Path) -> None:
+    result = run_replay("--retry", "unreadable,broken")
     assert result.exit_code == 2
     assert "--retry unreadable,broken: found 'broken', expected statuses" in result.output.replace("\n", " ")
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,138 @@
+"""The annotation pipeline with the regions of a PAD file in the models' place: what comes out must be what went in.
+
+Whatever differs is the fault of the machinery around the models. `scripts/compare_pad.py` compares.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pycocotools import mask as coco_mask
+
+from llava.command import clear_errors, typer_app
+from patch_aligned.annotate.pipeline import ImageInWork, Stages, Workload
+from patch_aligned.annotate.ram.tagger import Tag
+from patch_aligned.annotate.regions import Candidate, Selected
+from patch_aligned.annotate.run import run_annotate, statuses_named
+from patch_aligned.annotate.sam import Mask
+from patch_aligned.files import sha256_of
+from patch_aligned.pad import Region, read_annotations
+
+app = typer_app()
+
+
+class ReplayStages:
+    """Answers from a PAD file, which is held in memory. Images that it doesn't have get no tags."""
+
+    segment_candidates = False  # all of them are selected anyway
+
+    def __init__(self, pad: Path) -> None:
+        self._pad = pad
+        self._images = {image.image_id: image for image in read_annotations(pad)}
+        self.settings: dict[str, Any] = {"stages": "oracle", "pad_sha256": sha256_of(pad)}
+
+    def tag(self, items: Sequence[ImageInWork]) -> list[list[Tag]]:
+        """The regions' tags, each once."""
+        return [
+            [Tag(name, 1.0) for name in dict.fromkeys(region.tag for region in self._regions(item))] for item in items
+        ]
+
+    def bucket(self, item: ImageInWork) -> Hashable:
+        """One for all."""
+        return None
+
+    def detect(self, items: Sequence[ImageInWork]) -> list[list[Candidate]]:
+        """The regions' boxes."""
+        return [
+            [
+                Candidate(region.bbox_xyxy_px, 1.0, region.tag, 1.0, ((region.tag, 1.0),))
+                for region in self._regions(item)
+            ]
+            for item in items
+        ]
+
+    def select(self, item: ImageInWork) -> list[Selected]:
+        """All of them: true boxes may overlap."""
+        return [
+            Selected(position, candidate, candidate.best_tag, candidate.best_tag)
+            for position, candidate in enumerate(item.candidates)
+        ]
+
+    def segment(self, items: Sequence[ImageInWork]) -> list[list[Mask]]:
+        """The regions' masks."""
+        return [[self._mask(region, item) for region in self._regions(item)] for item in items]
+
+    def _regions(self, item: ImageInWork) -> tuple[Region, ...]:
+        image = self._images.get(item.image_id)
+        if image is None:
+            return ()
+        if image.size_wh != item.image.size:
+            raise ValueError(
+                f"{self._pad}: (image_id {item.image_id!r}), field 'size': found {list(image.size_wh)}, expected "
+                f"{list(item.image.size)} as the picture has. Give the --image_folder that the file was made for"
+            )
+        return image.regions
+
+    def _mask(self, region: Region, item: ImageInWork) -> Mask:
+        width, height = item.image.size
+        area = coco_mask.area({"size": [height, width], "counts": region.rle_mask.encode("ascii")})
+        return Mask(region.rle_mask, int(area), 1.0)
+
+
+@dataclass(frozen=True)
+class ReplayRecipe:
+    """A PAD file as the recipe of an annotation run."""
+
+    pad: Path
+
+    def build(self, device: str) -> Stages:
+        """Reads the file; there is nothing to place on a device."""
+        return ReplayStages(self.pad)
+
+
+@app.command()
+@clear_errors
+def replay(
+    context: typer.Context,
+    images: Annotated[Path, typer.Option(metavar="PATH", help="A folder of images, or a list of them.")],
+    pad: Annotated[Path, typer.Option(metavar="PAD", help="The regions of these images.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="For manifest, settings and shards.")],
+    image_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What the paths of a list count from. Needed for a list.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 2000,
+    retry: Annotated[
+        str | None, typer.Option(metavar="STATUS[,STATUS]", help="Annotate records of these statuses again.")
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Record shards of which no image is there, as if all were lost.")
+    ] = False,
+) -> None:
+    """Runs the pipeline of `patch-aligned annotate` with the tags, boxes and masks of a PAD file.
+
+    Example:
+
+    `python -m playground.mini.replay --images scenes/train.json --image_folder scenes --pad scenes/pad.json
+    --output runs/replay`
+    """
+    run_annotate(
+        images=images,
+        image_folder=image_folder,
+        output=output,
+        recipe=ReplayRecipe(pad.resolve()),
+        workload=Workload(allow_missing=allow_missing),
+        engine="local",
+        shard_size=shard_size,
+        device="cpu",
+        ray_workers=None,
+        retry=frozenset() if retry is None else statuses_named(retry),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(app())
