@@ -22,10 +22,6 @@ _TEMPERATURES = (0.0, 0.5, 1.0, 1.5)  # that lmms-eval asks at, one after the ot
 MARK_TOKENS = 128  # that MM-Vet leaves a judge for a mark
 
 
-class JudgeError(ValueError):
-    """The judge does not answer; the message says why and what to do next."""
-
-
 @dataclass(frozen=True)
 class Judge:
     """A judge as lmms-eval finds it in the environment.
@@ -66,7 +62,7 @@ def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
     """Has the judge mark an answer that is right.
 
     Raises:
-        JudgeError: it has no key, cannot be reached, refuses, says nothing, or what MM-Vet cannot read as a mark, or a
+        ValueError: it has no key, cannot be reached, refuses, says nothing, or what MM-Vet cannot read as a mark, or a
             mark that is out of range or low.
     """
     own = "a judge of your own, --judge-url http://HOST:PORT/v1/chat/completions --judge-model NAME, or --without mmvet"
@@ -74,10 +70,10 @@ def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
     if judge.url is None:
         return  # lmms-eval's own variables for azure and the like: left to it
     if not judge.url.startswith(("http://", "https://")):
-        raise JudgeError(f"the judge's address: found {judge.url!r}, expected one that begins with http; {advice}")
+        raise ValueError(f"the judge's address: found {judge.url!r}, expected one that begins with http; {advice}")
     key = os.environ.get("OPENAI_API_KEY", "")
     if judge.type == "openai" and not key:
-        raise JudgeError(f"the judge {judge.model} needs OPENAI_API_KEY, which is not set; next: set it, or {own}")
+        raise ValueError(f"the judge {judge.model} needs OPENAI_API_KEY, which is not set; next: set it, or {own}")
     question = {"model": judge.model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": MARK_TOKENS}
     if judge.type == "openai" and judge.model.startswith(("gpt-5", "o1", "o3", "o4")):
         question["max_completion_tokens"] = question.pop("max_tokens")
@@ -91,21 +87,21 @@ def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
             answer = json.load(response)["choices"][0]["message"]["content"]
     except urllib.error.HTTPError as error:
         said = error.read(300).decode(errors="replace")
-        raise JudgeError(
+        raise ValueError(
             f"the judge {judge.model} at {judge.url} refused: HTTP {error.code} {said}; {advice}"
         ) from error
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise JudgeError(f"no judge {judge.model} answers at {judge.url}: {error}; {advice}") from error
+        raise ValueError(f"no judge {judge.model} answers at {judge.url}: {error}; {advice}") from error
     if not answer:
-        raise JudgeError(f"the judge {judge.model} at {judge.url} answers nothing; {advice}")
+        raise ValueError(f"the judge {judge.model} at {judge.url} answers nothing; {advice}")
     mark = read_mark(answer)
     if mark is None:
-        raise JudgeError(
+        raise ValueError(
             f"the judge {judge.model} at {judge.url}: found {answer[:60]!r}, expected a mark from 0 to 1 at the "
             f"beginning: does it reason first? {advice}"
         )
     if mark < _LEAST_MARK_OF_RIGHT:
-        raise JudgeError(f"the judge {judge.model} at {judge.url} gave {mark:g} to an answer that is right; {advice}")
+        raise ValueError(f"the judge {judge.model} at {judge.url} gave {mark:g} to an answer that is right; {advice}")
 
 
 def read_mark(answer: str) -> float | None:

@@ -121,7 +121,7 @@ def check_limit(benchmarks: Iterable[Benchmark], limit: int | None) -> None:
 
 
 def check_judge_of_environment() -> None:
-    """Raises JudgeError where the judge that the environment names does not answer."""
+    """Raises ValueError where the judge that the environment names does not answer."""
     check_judge(read_judge())
 
 

@@ -31,10 +31,6 @@ NO_SUCH_FILE = "no such file"
 """The reason of a picture that isn't there."""
 
 
-class StorageError(OSError):
-    """The storage failed, not the picture: a mount that went away, too many open files. Nothing may be recorded."""
-
-
 class UnreadableImageError(ValueError):
     """An image that isn't there, is no image, is cut off, or is too large to be decoded safely."""
 
@@ -44,7 +40,7 @@ def decode_image(path: Path) -> Image.Image:
 
     Raises:
         UnreadableImageError: says why; the message doesn't name the folder, so that it is the same on each machine.
-        StorageError: the picture may be sound, but cannot be had now.
+        OSError: the picture may be sound, but cannot be had now.
     """
     try:
         with Image.open(path) as image:
@@ -58,7 +54,7 @@ def decode_image(path: Path) -> Image.Image:
         raise UnreadableImageError(str(error)) from None
     except BROKEN_IMAGE_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None and error.errno not in ERRORS_OF_A_PATH:
-            raise StorageError(f"{path}: {error.strerror}. Once it can be read again, run the same command") from error
+            raise OSError(f"{path}: {error.strerror}. Once it can be read again, run the same command") from error
         raise UnreadableImageError(f"cannot be decoded: {error}".replace(str(path), path.name)) from error
 
 

@@ -27,25 +27,21 @@ from eval.captions.references import named
 _VERSION = re.compile(r'version "(?:1\.)?(\d+)')  # 1.8.0_392 is Java 8
 
 
-class JavaError(OSError):
-    """Java, or a metric that runs in it, is missing or failed; the message says what to do next."""
-
-
 def java_version(program: str = "java") -> int:
     """Major version of a Java.
 
     Raises:
-        JavaError: it is not there, or does not start.
+        OSError: it is not there, or does not start.
     """
     advice = "next: apt-get install default-jre-headless, or conda install openjdk"
     if shutil.which(program) is None:
-        raise JavaError(f"{program}: found no such program, and caption metrics run in Java; {advice}")
+        raise OSError(f"{program}: found no such program, and caption metrics run in Java; {advice}")
     # On a Mac without Java a program of that name does nothing but fail.
     told = subprocess.run([program, "-version"], capture_output=True, text=True, check=False)
     version = _VERSION.search(told.stderr + told.stdout)
     if told.returncode != 0 or version is None:
         said = (told.stderr or told.stdout).strip().splitlines() or ["nothing"]
-        raise JavaError(f"{program} -version: found {said[0]!r}, expected a version; {advice}")
+        raise OSError(f"{program} -version: found {said[0]!r}, expected a version; {advice}")
     return int(version.group(1))
 
 
@@ -54,7 +50,7 @@ def require_metrics() -> None:
 
     Raises:
         ImportError: pycocoevalcap is not installed.
-        JavaError: Java is missing.
+        OSError: Java is missing.
     """
     if importlib.util.find_spec("pycocoevalcap") is None:
         raise ImportError("pycocoevalcap is not installed; next: pip install -e '.[eval]'")
@@ -92,7 +88,7 @@ def score_meteor(expected: Mapping[str, list[str]], found: Mapping[str, list[str
     """Scores one tokenized caption an image against its tokenized references.
 
     Raises:
-        JavaError: the process ended early.
+        OSError: the process ended early.
     """
     lines: list[str] = []
     with _process(lines) as scorer:
@@ -100,7 +96,7 @@ def score_meteor(expected: Mapping[str, list[str]], found: Mapping[str, list[str
             value, of_image = scorer.compute_score(expected, found)
         except (ValueError, OSError) as error:  # its answer is no number, or it takes no more input: it has ended
             reached = [*expected, "none, at the sums"][sum(map(bool, lines))]
-            raise JavaError(
+            raise OSError(
                 f"METEOR: its Java process ended before its last score ({error}), at image {reached}; it asks for "
                 "2 GB, which a caption of thousands of words can use up"
             ) from error
@@ -212,21 +208,21 @@ def find_spice(jars: Path | None, java: str | None) -> SpiceSetup | str:
         The set-up, or why SPICE is not available where nobody asked for it.
 
     Raises:
-        JavaError: it was asked for, and cannot run; the message says what is missing.
+        OSError: it was asked for, and cannot run; the message says what is missing.
     """
     given = jars or os.environ.get(JARS_VARIABLE)
     if not given:
         return f"needs {JARS[0]} and {JARS[1]}: give their folder by --spice-jars or {JARS_VARIABLE}"
     folder = Path(given)
     if missing := [name for name in JARS if not (folder / name).is_file()]:
-        raise JavaError(
+        raise OSError(
             f"--spice-jars: found no {' and no '.join(missing)} in {folder}; they are in "
             "stanford-corenlp-full-2015-12-09.zip of CoreNLP 3.6.0"
         )
     program = java or os.environ.get(JAVA_VARIABLE) or "java"
     version = java_version(program)
     if version > LAST_JAVA_WITH_JAVASCRIPT and not any(folder.glob(JAVASCRIPT_JAR)):
-        raise JavaError(
+        raise OSError(
             f"--spice-jars: found Java {version}, and SPICE writes its result by the JavaScript that Java has up to "
             f"{LAST_JAVA_WITH_JAVASCRIPT}; next: --spice-java PATH of a Java 8 or 11, or put {JAVASCRIPT_JAR} with its "
             f"asm jars into {folder}"
@@ -301,7 +297,7 @@ def tokenize(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Captions of each image as words with single spaces in between; a caption without words becomes empty.
 
     Raises:
-        JavaError: the tokenizer failed.
+        OSError: the tokenizer failed.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -316,7 +312,7 @@ def tokenize(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     tokenized = done.stdout.decode().split("\n")[:-1]
     if done.returncode != 0 or len(tokenized) != len(lines):
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise JavaError(f"tokenizer: found {len(tokenized)} lines, expected {len(lines)}; Java said {said[-1]!r}")
+        raise OSError(f"tokenizer: found {len(tokenized)} lines, expected {len(lines)}; Java said {said[-1]!r}")
     words = iter(" ".join(w for w in line.split(" ") if w not in ptbtokenizer.PUNCTUATIONS) for line in tokenized)
     return {image: [next(words) for _ in texts] for image, texts in captions.items()}
 
@@ -371,7 +367,7 @@ def score_captions(
 
     Raises:
         ValueError: answers are missing or too many; they are named.
-        JavaError: a metric's process failed.
+        OSError: a metric's process failed.
     """
     _require_same_images(references, answers)
     from pycocoevalcap.bleu.bleu import Bleu

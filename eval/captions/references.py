@@ -19,10 +19,6 @@ from patch_aligned.pad import iter_records
 KARPATHY_SPLIT = "test"
 
 
-class ReferencesError(ValueError):
-    """Reference captions that cannot be read; the message names file, record, field, found and expected."""
-
-
 @dataclass(frozen=True)
 class CaptionedImage:
     """An image and its reference captions.
@@ -54,12 +50,12 @@ def read_references(path: Path, split: str | None = None) -> References:
         split: of Karpathy's file; None is `test`. Other files have none.
 
     Raises:
-        ReferencesError: the file is not one of these, or an image has no caption.
+        ValueError: the file is not one of these, or an image has no caption.
         RecordFileError: the file is missing, or broken.
     """
     document = _coco_document(path)
     if split is not None and (document is None or "annotations" in document):
-        raise ReferencesError(f"--split: found {split!r}, but {path} has no splits; leave it out")
+        raise ValueError(f"--split: found {split!r}, but {path} has no splits; leave it out")
     if document is None:
         images = _from_records(iter_records(path), path)
     elif "annotations" in document:
@@ -68,9 +64,9 @@ def read_references(path: Path, split: str | None = None) -> References:
         split = split or KARPATHY_SPLIT
         images = _from_karpathy(document, split, path)
     if not images:
-        raise ReferencesError(f"{path}: found no images, expected some with captions")
+        raise ValueError(f"{path}: found no images, expected some with captions")
     if without := [image.image for image in images if not any(caption.strip() for caption in image.captions)]:
-        raise ReferencesError(f"{path}: found no caption of {named(without)}, expected one or more for each image")
+        raise ValueError(f"{path}: found no caption of {named(without)}, expected one or more for each image")
     return References(images, split or "all")
 
 
@@ -78,7 +74,7 @@ def image_files(images: Iterable[CaptionedImage], folder: Path) -> dict[str, Pat
     """Where each image is, by its id.
 
     Raises:
-        ReferencesError: a path leads out of the folder.
+        ValueError: a path leads out of the folder.
         FileNotFoundError: naming the first that are missing, and how many there are.
     """
     files, missing = {}, []
@@ -86,7 +82,7 @@ def image_files(images: Iterable[CaptionedImage], folder: Path) -> dict[str, Pat
         try:
             files[image.id] = image_path(folder, image.image)
         except ImageFileError as error:
-            raise ReferencesError(f"image {image.id!r}: {error}") from error
+            raise ValueError(f"image {image.id!r}: {error}") from error
         if not files[image.id].is_file():
             missing.append(image.image)
     if missing:
@@ -114,9 +110,9 @@ def _coco_document(path: Path) -> dict[str, Any] | None:
         try:
             document = json.load(file)
         except ValueError as error:
-            raise ReferencesError(f"{path}: no JSON: {error}. Is the file cut off? Fetch it again.") from error
+            raise ValueError(f"{path}: no JSON: {error}. Is the file cut off? Fetch it again.") from error
     if not isinstance(document.get("images"), list):
-        raise ReferencesError(f"{path}: found the keys {', '.join(document)}; expected 'images' among them, as in COCO")
+        raise ValueError(f"{path}: found the keys {', '.join(document)}; expected 'images' among them, as in COCO")
     return document
 
 
@@ -134,7 +130,7 @@ def _from_coco(document: Mapping[str, Any], path: Path) -> tuple[CaptionedImage,
         name = _value(image, "file_name", str, place)
         images.append(CaptionedImage(str(image_id), name, tuple(captions.pop(image_id, ()))))
     if captions:
-        raise ReferencesError(f"{path}: found captions of images {named([*map(str, captions)])}, which 'images' lacks")
+        raise ValueError(f"{path}: found captions of images {named([*map(str, captions)])}, which 'images' lacks")
     return _require_once(images, path)
 
 
@@ -151,7 +147,7 @@ def _from_karpathy(document: Mapping[str, Any], split: str, path: Path) -> tuple
         captions = tuple(_value(sentence, "raw", str, f"{place}.sentences") for sentence in sentences)
         images.append(CaptionedImage(str(image.get("cocoid", name)), name, captions))
     if split not in splits:
-        raise ReferencesError(f"--split: found {split!r}, expected one of {', '.join(sorted(splits))} as in {path}")
+        raise ValueError(f"--split: found {split!r}, expected one of {', '.join(sorted(splits))} as in {path}")
     return _require_once(images, path)
 
 
@@ -171,26 +167,26 @@ def _captions_of(record: Mapping[str, Any], place: str) -> Iterator[str]:
         return
     for caption in _value(record, "captions", list, place):
         if not isinstance(caption, str):
-            raise ReferencesError(f"{place}, field 'captions': found {caption!r}, expected texts")
+            raise ValueError(f"{place}, field 'captions': found {caption!r}, expected texts")
         yield caption
 
 
 def _value(record: Any, name: str, kind: Any, place: str) -> Any:
     """A field, checked."""
     if not isinstance(record, Mapping):
-        raise ReferencesError(f"{place}: found {str(record)[:60]!r}, expected an object with {name!r}")
+        raise ValueError(f"{place}: found {str(record)[:60]!r}, expected an object with {name!r}")
     value = record.get(name)
     if not isinstance(value, kind):
         found = f"no such field among {', '.join(record)}" if name not in record else repr(value)[:60]
         expected = {str: "a text", list: "a list"}.get(kind, "a number")
-        raise ReferencesError(f"{place}, field {name!r}: found {found}, expected {expected}")
+        raise ValueError(f"{place}, field {name!r}: found {found}, expected {expected}")
     return value
 
 
 def _require_once(images: list[CaptionedImage], path: Path) -> tuple[CaptionedImage, ...]:
     times = Counter(image.id for image in images)
     if twice := [image_id for image_id, count in times.items() if count > 1]:
-        raise ReferencesError(f"{path}: found images {named(twice)} twice, expected each once")
+        raise ValueError(f"{path}: found images {named(twice)} twice, expected each once")
     return tuple(images)
 
 

@@ -55,10 +55,6 @@ _IMAGE_KEYS = ("image_id", "image")
 _CAPTION_KEYS = ("caption", "answer", "text")
 
 
-class AnswerFileError(ValueError):
-    """Captions that do not fit the images; the message names file, record, field, found and expected."""
-
-
 class CaptionLog:
     """Captions of one model with one prompt, in files of a folder: each process writes its own, and reads all.
 
@@ -76,7 +72,7 @@ class CaptionLog:
             rank: of this process.
 
         Raises:
-            AnswerFileError: a line is no caption.
+            ValueError: a line is no caption.
         """
         self._path = folder / f"{identity}-{rank}.jsonl"
         self._stamps = {image: _stamp(file) for image, file in files.items()}
@@ -88,7 +84,7 @@ class CaptionLog:
                 try:
                     image, stamp, caption = json.loads(line)
                 except (TypeError, ValueError) as error:
-                    raise AnswerFileError(f"{path}, line {number}: found no caption; next: delete the file") from error
+                    raise ValueError(f"{path}, line {number}: found no caption; next: delete the file") from error
                 if stamp == self._stamps.get(image):
                     self.known[image] = caption
             if path == self._path and whole != content:  # or the next line would be glued to it
@@ -113,7 +109,7 @@ def read_answers(path: Path, images: Sequence[CaptionedImage]) -> dict[str, str]
         Captions by the image's id.
 
     Raises:
-        AnswerFileError: a record is no caption, or of no such image, or of one that has a caption already.
+        ValueError: a record is no caption, or of no such image, or of one that has a caption already.
         RecordFileError: the file is missing, or broken.
     """
     ids = {name: image.id for image in images for name in (image.image, image.id)}
@@ -126,11 +122,11 @@ def read_answers(path: Path, images: Sequence[CaptionedImage]) -> dict[str, str]
         if name not in ids:
             unknown.append(name)
         elif ids[name] in answers:
-            raise AnswerFileError(f"{place}: found image {name!r} a second time, expected one caption of each")
+            raise ValueError(f"{place}: found image {name!r} a second time, expected one caption of each")
         else:
             answers[ids[name]] = caption
     if unknown:
-        raise AnswerFileError(
+        raise ValueError(
             f"{path}: found captions of {named(unknown)}, which are not among the {len(images)} images of the "
             "references; are these the captions of the same images?"
         )
@@ -148,7 +144,7 @@ def _first(record: Any, names: tuple[str, ...], kind: Any, place: str) -> Any:
     found = next((record[name] for name in names if name in record), None) if isinstance(record, dict) else None
     if not isinstance(found, kind) or isinstance(found, bool):
         keys = ", ".join(record) if isinstance(record, dict) else str(record)[:60]
-        raise AnswerFileError(f"{place}: found {keys}; expected a text or number in one of {', '.join(names)}")
+        raise ValueError(f"{place}: found {keys}; expected a text or number in one of {', '.join(names)}")
     return found
 
 

@@ -41,15 +41,15 @@ _CHARACTERS_AT_ONCE = 1 << 22
 _SPACE = re.compile(r"\s*")
 
 
-class InvalidJsonError(ValueError):
-    """Text that is not JSON; the message names the file and the place."""
+class RecordError(ValueError):
+    """A record that cannot be used; the message names file, record, field, what was found and what was expected."""
 
 
 def read_json_values(source: Path) -> Iterator[tuple[str, Any]]:
     """Values of a JSON array or of JSON lines, each as its own text and parsed; `.gz` is unpacked.
 
     Raises:
-        InvalidJsonError: at the first value that does not parse, and at the end of an array that is not closed.
+        RecordError: at the first value that does not parse, and at the end of an array that is not closed.
     """
     with _open_text(source) as file:
         text = _Text(file)
@@ -58,28 +58,24 @@ def read_json_values(source: Path) -> Iterator[tuple[str, Any]]:
         while not (in_array and text.skip("]")):
             if text.at_end():
                 if in_array:
-                    raise InvalidJsonError(
-                        f"{source}: found the end after {number} records, expected ']'; fetch it anew"
-                    )
+                    raise RecordError(f"{source}: found the end after {number} records, expected ']'; fetch it anew")
                 return
             try:
                 value = text.decode()
             except json.JSONDecodeError as error:
-                raise InvalidJsonError(
+                raise RecordError(
                     f"{source}, record {number}: found invalid JSON ({error}), expected an object; correct the file or "
                     "fetch it anew"
                 ) from None
             yield value
             if in_array and not text.skip(",") and not text.follows("]"):
-                raise InvalidJsonError(
+                raise RecordError(
                     f"{source}, after record {number}: found {text.ahead()!r}, expected ',' or ']'; correct it or "
                     "fetch it anew"
                 )
             number += 1
         if not text.at_end():
-            raise InvalidJsonError(
-                f"{source}: found {text.ahead()!r} after the closing ']', expected the end; correct it"
-            )
+            raise RecordError(f"{source}: found {text.ahead()!r} after the closing ']', expected the end; correct it")
 
 
 def _open_text(source: Path) -> IO[str]:
@@ -156,10 +152,6 @@ _SCHEMA = pa.schema(
     ]
 )
 _ROWS_AT_ONCE = 4096
-
-
-class RecordError(ValueError):
-    """A record that cannot be used; the message names file, record, field, what was found and what was expected."""
 
 
 def as_conversation(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,8 +301,6 @@ def _convert(source: Path, path: Path) -> None:
         if not rows:
             raise RecordError(f"{source}: found no records, expected at least one; check --data_path")
         unfinished.replace(path)
-    except InvalidJsonError as error:
-        raise RecordError(str(error)) from None
     except (pa.ArrowInvalid, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise RecordError(f"{source}, after record {rows}: cannot be read ({error}); fetch the file anew") from error
     finally:

@@ -34,10 +34,6 @@ _TIMEOUT_SECONDS = 60
 _FETCHED = "fetched.json"
 
 
-class ModelFilesError(ValueError):
-    """Files of a model that aren't here and can't be fetched, or aren't the published ones."""
-
-
 @dataclass(frozen=True)
 class PinnedFile:
     """One published file.
@@ -119,7 +115,7 @@ def fetch_models(output: Path, pinned: Sequence[PinnedFile], checkpoints: Sequen
         checkpoints: each goes into a folder of its own, with `fetched.json`, which names the commit.
 
     Raises:
-        ModelFilesError: lists all that is missing, with its address and its place, if something can't be fetched.
+        ValueError: lists all that is missing, with its address and its place, if something can't be fetched.
     """
     output.mkdir(parents=True, exist_ok=True)
     missing: list[str] = []
@@ -146,7 +142,7 @@ def fetch_models(output: Path, pinned: Sequence[PinnedFile], checkpoints: Sequen
                 f"({', '.join(_CHECKPOINT_FILES)})\n      -> {folder}/"
             )
     if missing:
-        raise ModelFilesError(
+        raise ValueError(
             "not everything could be fetched:\n  "
             + "\n  ".join(problems)
             + "\nPut these there by hand, from a machine that can reach them, and call this again to check:\n    "
@@ -163,17 +159,17 @@ def checkpoint_folder(name_or_folder: str, revision: str, flag: str) -> Path:
         flag: the option it was given with, for the message.
 
     Raises:
-        ModelFilesError: neither a folder nor to be had from the hub.
+        ValueError: neither a folder nor to be had from the hub.
     """
     folder = Path(name_or_folder)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelFilesError(f"{flag} {folder}: found no config.json in it, expected a checkpoint's folder")
+            raise ValueError(f"{flag} {folder}: found no config.json in it, expected a checkpoint's folder")
         return folder
     try:
         return Path(snapshot_download(name_or_folder, revision=revision, allow_patterns=list(_CHECKPOINT_FILES)))
     except _UNREACHABLE as error:
-        raise ModelFilesError(
+        raise ValueError(
             f"{flag} {name_or_folder}: found no such folder, and the hub didn't give it ({_first_line(error)}). "
             "`patch-aligned models fetch` says which files belong where"
         ) from error
@@ -230,7 +226,7 @@ def _download(file: PinnedFile, path: Path) -> None:
 def _check(file: PinnedFile, path: Path) -> None:
     if (found := sha256_of(path)) != file.sha256:
         path.unlink()
-        raise ModelFilesError(f"found sha256 {found}, expected {file.sha256}; the file was removed again")
+        raise ValueError(f"found sha256 {found}, expected {file.sha256}; the file was removed again")
 
 
 def _first_line(error: BaseException) -> str:
@@ -240,45 +236,45 @@ def _first_line(error: BaseException) -> str:
 # Checkpoints of transformers for a stage: which kind they are, and their model, whole and in float32.
 
 
-def kind_of_checkpoint(name_or_folder: str, revision: str, kinds: Iterable[str], error: type[ValueError]) -> str:
+def kind_of_checkpoint(name_or_folder: str, revision: str, kinds: Iterable[str]) -> str:
     """The `model_type` of a checkpoint's config.
 
     Args:
         name_or_folder: on the hub, or here.
         revision: of the hub's repository.
         kinds: those that will do.
-        error: what to raise.
 
     Raises:
-        ValueError: as `error`, for another kind.
+        ValueError: for another kind.
     """
     config, _ = PreTrainedConfig.get_config_dict(name_or_folder, revision=revision)
     kind = config.get("model_type")
     if kind not in (expected := list(kinds)):
-        raise error(f"{name_or_folder}: found a model of type {kind!r}, expected {', '.join(expected)}")
+        raise ValueError(f"{name_or_folder}: found a model of type {kind!r}, expected {', '.join(expected)}")
     return str(kind)
 
 
-def load_whole_model(model_class: Any, name_or_folder: str, revision: str, error: type[ValueError]) -> Any:
+def load_whole_model(model_class: Any, name_or_folder: str, revision: str) -> Any:
     """The model of a checkpoint, in float32 whatever its file is in: that is what half precision falls back to.
 
     Args:
         model_class: of transformers.
         name_or_folder: on the hub, or here.
         revision: of the hub's repository.
-        error: what to raise.
 
     Raises:
-        ValueError: as `error`, where weights are missing or cut off.
+        ValueError: where weights are missing or cut off.
     """
     try:
         model, loading = model_class.from_pretrained(
             name_or_folder, revision=revision, dtype=torch.float32, output_loading_info=True
         )
-    except SafetensorError as broken:
-        raise error(f"{name_or_folder}: weights that can't be read ({broken}). Fetch the checkpoint again") from broken
+    except SafetensorError as error:
+        raise ValueError(
+            f"{name_or_folder}: weights that can't be read ({error}). Fetch the checkpoint again"
+        ) from error
     if missing := sorted(loading["missing_keys"]):
-        raise error(
+        raise ValueError(
             f"{name_or_folder}: {len(missing)} weights are missing, among them {missing[0]}. Fetch the checkpoint again"
         )
     return model

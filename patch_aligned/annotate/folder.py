@@ -40,10 +40,6 @@ _CAPTION_KEYS = ("caption", "blip_caption")  # the second is that of LLaVA-Pretr
 _ANSWERERS = ("gpt", "assistant")
 
 
-class ManifestError(ValueError):
-    """A folder or list without images, a path that leaves the image folder, or a broken manifest."""
-
-
 @dataclass(frozen=True)
 class ManifestEntry:
     """One image to annotate.
@@ -70,21 +66,21 @@ def list_images(images: Path, image_folder: Path | None = None) -> tuple[list[Ma
         The entries and the image folder. Images that a list names again keep their first caption.
 
     Raises:
-        ManifestError: no images, a path that leaves the image folder, or a list without `image_folder`.
+        ValueError: no images, a path that leaves the image folder, or a list without `image_folder`.
     """
     if images.is_dir():
         if image_folder is not None and image_folder.resolve() != images.resolve():
-            raise ManifestError(
+            raise ValueError(
                 f"--image_folder {image_folder}: found another folder than --images {images}; "
                 "paths count from the folder of images itself, so leave --image_folder out"
             )
         return _listed_images(_paths_below(images), images), images
     if not images.name.lower().endswith(_LIST_SUFFIXES):
-        raise ManifestError(
+        raise ValueError(
             f"--images {images}: found no folder; expected one, or a list ending in {', '.join(_LIST_SUFFIXES)}"
         )
     if image_folder is None or not image_folder.is_dir():
-        raise ManifestError(
+        raise ValueError(
             f"--image_folder: found {image_folder or 'none'}, expected the folder that the paths of {images} count from"
         )
     named = _lines_of(images) if images.suffix.lower() == ".txt" else _images_of_records(images)
@@ -112,14 +108,14 @@ def read_manifest(path: Path) -> list[ManifestEntry]:
     """The entries of `manifest.jsonl` in order.
 
     Raises:
-        ManifestError: a line that is no entry, or an id that stands there twice.
+        ValueError: a line that is no entry, or an id that stands there twice.
         RecordFileError: a file that is missing or no JSON lines.
     """
     entries: dict[str, ManifestEntry] = {}
     for index, record in enumerate(iter_records(path)):
         image_id = record.get("image_id") if isinstance(record, Mapping) else None
         if not isinstance(image_id, str) or image_id in entries:
-            raise ManifestError(
+            raise ValueError(
                 f"{path}: record {index}, field 'image_id': found {image_id!r}, expected an id that stands there once. "
                 "Was the file edited? `patch-aligned annotate` writes it anew into another --output"
             )
@@ -134,14 +130,14 @@ def _listed_images(named: Iterable[tuple[str, str, str]], source: Path) -> list[
     for place, name, caption in named:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts or not _is_utf8(name):
-            raise ManifestError(
+            raise ValueError(
                 f"{place}: found image {name!r}, expected a path below the image folder, without '..', in UTF-8"
             )
         image_id = str(path)
         repeated += image_id in entries
         entries.setdefault(image_id, ManifestEntry(image_id, caption))
     if not entries:
-        raise ManifestError(f"--images {source}: found no images; expected at least one ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"--images {source}: found no images; expected at least one ({', '.join(IMAGE_SUFFIXES)})")
     if repeated:
         _logger.info("%s names %d images again; each is annotated once", source, repeated)
     return list(entries.values())
@@ -153,7 +149,7 @@ def _is_utf8(name: str) -> bool:
 
 def _paths_below(folder: Path) -> Iterator[tuple[str, str, str]]:
     def refuse(error: OSError) -> None:  # os.walk would pass over the folder in silence
-        raise ManifestError(
+        raise ValueError(
             f"{error.filename}: found a folder that cannot be read ({error.strerror}); expected all folders below "
             f"--images {folder} to be. Correct its permissions or the link, or give a list of images"
         )
@@ -163,7 +159,7 @@ def _paths_below(folder: Path) -> Iterator[tuple[str, str, str]]:
         folders.sort()
         for link in (Path(parent) / name for name in folders):
             if link.is_symlink() and link.resolve() in (above := Path(parent).resolve(), *above.parents):
-                raise ManifestError(f"{link}: found a link that leads back to {link.resolve()}; remove it")
+                raise ValueError(f"{link}: found a link that leads back to {link.resolve()}; remove it")
         for name in files:
             if name.lower().endswith(IMAGE_SUFFIXES):
                 names.append((Path(parent) / name).relative_to(folder).as_posix())
@@ -179,7 +175,7 @@ def _lines_of(path: Path) -> Iterator[tuple[str, str, str]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # a path may hold what else ends a line
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: found text that is not UTF-8 ({error}); save it as UTF-8") from error
+        raise ValueError(f"{path}: found text that is not UTF-8 ({error}); save it as UTF-8") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield f"{path}:{number}", line.strip(), ""
@@ -190,18 +186,16 @@ def _images_of_records(path: Path) -> Iterator[tuple[str, str, str]]:
     for index, record in enumerate(iter_records(path)):
         place = f"{path}: record {index}"
         if not isinstance(record, Mapping):
-            raise ManifestError(
-                f"{place}: found {type(record).__name__}, expected an object with 'image' or 'image_id'"
-            )
+            raise ValueError(f"{place}: found {type(record).__name__}, expected an object with 'image' or 'image_id'")
         images = record.get("image_id", record.get("image"))
         if images is None and "conversations" in record:
             continue
         caption = _caption_of(record)
         if not _is_utf8(caption):
-            raise ManifestError(f"{place}: found caption {caption!r}, expected text in UTF-8. Correct or remove it")
+            raise ValueError(f"{place}: found caption {caption!r}, expected text in UTF-8. Correct or remove it")
         for image in images if isinstance(images, list) else [images]:
             if not isinstance(image, str):
-                raise ManifestError(f"{place}, field 'image': found {image!r}, expected a path below the image folder")
+                raise ValueError(f"{place}, field 'image': found {image!r}, expected a path below the image folder")
             yield place, image, caption
 
 
@@ -344,10 +338,6 @@ def _damaged(path: Path, problem: str) -> ShardError:
 _NAMES_SHOWN = 5
 
 
-class RunFolderError(ValueError):
-    """A folder that isn't a run's, or is another run's."""
-
-
 class RunFolder:
     """An output folder, opened.
 
@@ -362,28 +352,25 @@ class RunFolder:
         """Reads a run's manifest and settings.
 
         Raises:
-            RunFolderError: no run's folder, or a manifest that isn't the one of the settings.
-            ManifestError: a broken manifest.
+            ValueError: no run's folder, or a manifest that isn't the one of the settings; or a broken manifest.
         """
         self.path = path
         settings_path, manifest_path = _settings_path(path), _manifest_path(path)
         for file in (settings_path, manifest_path):
             if not file.is_file():
-                raise RunFolderError(
-                    f"{file}: found no such file; expected the output folder of `patch-aligned annotate`"
-                )
+                raise ValueError(f"{file}: found no such file; expected the output folder of `patch-aligned annotate`")
         content = settings_path.read_bytes()
         try:
             self.settings: dict[str, Any] = json.loads(content)
             self.shard_size: int = self.settings["shard_size"]
             expected = self.settings["manifest_sha256"]
         except (ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{settings_path}: found no settings of a run ({error!r})") from error
+            raise ValueError(f"{settings_path}: found no settings of a run ({error!r})") from error
         self.settings_sha256 = hashlib.sha256(content).hexdigest()
         self.entries: list[ManifestEntry] = read_manifest(manifest_path)
         found = hashlib.sha256(manifest_path.read_bytes()).hexdigest()
         if found != expected:
-            raise RunFolderError(
+            raise ValueError(
                 f"{manifest_path}: found sha256 {found}, expected {expected} as in settings.json. Was it edited? "
                 "Annotate into another --output"
             )
@@ -396,7 +383,7 @@ class RunFolder:
         there: a manifest without them is what a call left that was killed in between, and is written anew.
 
         Raises:
-            RunFolderError: names each setting that differs from the folder's.
+            ValueError: names each setting that differs from the folder's.
         """
         content = manifest_bytes(entries)
         wanted = {"shard_size": shard_size, "manifest_sha256": hashlib.sha256(content).hexdigest(), **settings}
@@ -407,13 +394,13 @@ class RunFolder:
                 temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         folder = cls(path)
         if folder.entries != entries:
-            raise RunFolderError(f"{path}: {_difference_of_images(folder.entries, entries)}. {_ANOTHER}")
+            raise ValueError(f"{path}: {_difference_of_images(folder.entries, entries)}. {_ANOTHER}")
         differences = [
             f"{name}: the folder has {was!r}, this call {now!r}"
             for name, was, now in _differences(folder.settings, json.loads(json.dumps(wanted)))
         ]
         if differences:
-            raise RunFolderError(
+            raise ValueError(
                 f"{path}: was begun with other settings, and one data set has one.\n  "
                 + "\n  ".join(differences)
                 + f"\n{_ANOTHER}"
@@ -533,10 +520,6 @@ def _first_of(names: Collection[str]) -> str:
 _SHOWN = 5
 
 
-class IncompleteRunError(ValueError):
-    """Shards are missing or damaged; the message names them, their images, and the command that makes them."""
-
-
 @dataclass(frozen=True)
 class Merged:
     """What became of the images of a run.
@@ -579,7 +562,7 @@ def merge(
         watch: passes the records on, one by one; it may show the progress.
 
     Raises:
-        IncompleteRunError: shards are missing or damaged.
+        ValueError: shards are missing or damaged.
         RecordFileError: for an unknown suffix of `output`.
     """
     if missing := run.missing_shards():
@@ -623,7 +606,7 @@ def _all_records(run: RunFolder) -> Iterator[Record]:
         raise _incomplete(run, damaged, problems, "are damaged")
 
 
-def _incomplete(run: RunFolder, shards: list[int], problems: list[str], what: str) -> IncompleteRunError:
+def _incomplete(run: RunFolder, shards: list[int], problems: list[str], what: str) -> ValueError:
     images = sum(len(run.entries_of(shard)) for shard in shards)
     lines = []
     for shard in shards[:_SHOWN]:
@@ -635,7 +618,7 @@ def _incomplete(run: RunFolder, shards: list[int], problems: list[str], what: st
         lines.append(f"  and {len(shards) - _SHOWN} more: {', '.join(map(str, shards[_SHOWN:]))}")
     lines += [f"  {problem}" for problem in problems[:_SHOWN]]
     way_on = "`patch-aligned annotate` with the options of this run makes what is missing and leaves the rest"
-    return IncompleteRunError(
+    return ValueError(
         f"{run.path}: {len(shards)} of {run.num_shards} shards {what}, {images:,} of {len(run.entries):,} images; "
         f"expected all of the manifest. Nothing was written. {way_on}:\n" + "\n".join(lines)
     )

@@ -40,10 +40,6 @@ _DETECTION_MODELS: dict[str, Any] = {
 }
 
 
-class DetectorError(ValueError):
-    """A model that isn't Grounding DINO or lacks weights, or images that can't be one batch."""
-
-
 class GroundingDetector:
     """Grounding DINO or MM Grounding DINO on one device.
 
@@ -75,8 +71,8 @@ class GroundingDetector:
             candidate_thresholds: of boxes and of tokens in them.
 
         Raises:
-            DetectorError: for an image processor that doesn't resize by the shortest edge.
-            PromptError: for a tokenizer that isn't the model's.
+            ValueError: for an image processor that doesn't resize by the shortest edge; or a tokenizer that isn't the
+                model's.
         """
         self.device = torch.device(device)
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
@@ -86,7 +82,7 @@ class GroundingDetector:
         size = image_processor.size
         self._shortest_edge, self._longest_edge = size.get("shortest_edge"), size.get("longest_edge")
         if not self._shortest_edge or not self._longest_edge:
-            raise DetectorError(f"image processor: found size {dict(size)}, expected shortest_edge and longest_edge")
+            raise ValueError(f"image processor: found size {dict(size)}, expected shortest_edge and longest_edge")
         max_tokens = model.config.max_text_len
         self.prompts = PromptBuilder(tokenizer, join=prompt_join, max_tokens=max_tokens)
         self.tokenizer = tokenizer
@@ -111,11 +107,10 @@ class GroundingDetector:
             options: the constructor's.
 
         Raises:
-            DetectorError: for another kind of model, or where weights are missing.
-            PromptError: for a tokenizer that isn't the model's.
+            ValueError: for another kind of model, or where weights are missing; or a tokenizer that isn't the model's.
         """
-        kind = kind_of_checkpoint(name_or_folder, revision, _DETECTION_MODELS, DetectorError)
-        model = load_whole_model(_DETECTION_MODELS[kind], name_or_folder, revision, DetectorError)
+        kind = kind_of_checkpoint(name_or_folder, revision, _DETECTION_MODELS)
+        model = load_whole_model(_DETECTION_MODELS[kind], name_or_folder, revision)
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, revision=revision)
         # The default processor needs torchvision, this one doesn't.
         image_processor = GroundingDinoImageProcessorPil.from_pretrained(name_or_folder, revision=revision)
@@ -140,18 +135,15 @@ class GroundingDetector:
             Candidates of each image, highest score first; equal ones in the order of prompts and queries.
 
         Raises:
-            DetectorError: for other counts, or images of several resized sizes.
-            PromptError: for a tag that makes no prompt.
+            ValueError: for other counts, or images of several resized sizes; or a tag that makes no prompt.
             NonFiniteScoresError: where an image has no finite scores. Before that it is tried again in float32.
         """
         if len(images) != len(tags):
-            raise DetectorError(f"tags: found those of {len(tags)} images, expected {len(images)}")
+            raise ValueError(f"tags: found those of {len(tags)} images, expected {len(images)}")
         with_tags = [position for position, own in enumerate(tags) if len(own)]
         shapes = {self.resized_shape_hw(images[position].size) for position in with_tags}
         if len(shapes) > 1:
-            raise DetectorError(
-                f"images: found the resized sizes {sorted(shapes)} (height, width), expected one a batch"
-            )
+            raise ValueError(f"images: found the resized sizes {sorted(shapes)} (height, width), expected one a batch")
         found: list[list[Candidate]] = [[] for _ in images]
         if not with_tags:
             return found

@@ -90,8 +90,8 @@ class ModelStages:
         """Puts the models in a row.
 
         Raises:
-            SelectionError: for thresholds below those at which the detector keeps candidates.
-            PromptError: for a tag that makes no prompt.
+            ValueError: for thresholds below those at which the detector keeps candidates; or a tag that makes no
+                prompt.
         """
         selection.require_within(detector.candidate_thresholds)
         detector.prompts.build(tagger.tags)  # or the first image that has such a tag would end the run

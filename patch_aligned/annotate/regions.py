@@ -159,10 +159,6 @@ _FRAME_TOKENS = 3  # [CLS], the period at the end, [SEP]
 _IDS_IN_THE_MODEL = {"[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}
 
 
-class PromptError(ValueError):
-    """A tag that makes no prompt, or a tokenizer that isn't the model's."""
-
-
 class Prompt(NamedTuple):
     """One text for one image.
 
@@ -193,15 +189,15 @@ class PromptBuilder:
             max_tokens: of a prompt, with [CLS] and [SEP]; the model's `max_text_len`.
 
         Raises:
-            PromptError: for a tokenizer with other delimiters than the model has, or another `join`.
+            ValueError: for a tokenizer with other delimiters than the model has, or another `join`.
         """
         if join not in get_args(PromptJoin):
-            raise PromptError(
+            raise ValueError(
                 f"prompt_join: found {join!r}, expected one of {', '.join(map(repr, get_args(PromptJoin)))}"
             )
         found = {token: tokenizer.convert_tokens_to_ids(token) for token in _IDS_IN_THE_MODEL}
         if found != _IDS_IN_THE_MODEL:
-            raise PromptError(
+            raise ValueError(
                 f"tokenizer: found the ids {found}, expected {_IDS_IN_THE_MODEL} of bert-base-uncased, which the "
                 "model's code has built in. Is its vocab.txt that of the checkpoint?"
             )
@@ -213,7 +209,7 @@ class PromptBuilder:
         """Prompts that have each tag once, in order. Tags that differ only in case or in blanks around count as one.
 
         Raises:
-            PromptError: for a tag without words, or with more tokens than a prompt can have.
+            ValueError: for a tag without words, or with more tokens than a prompt can have.
         """
         tag_of_name: dict[str, str] = {}
         for tag in tags:
@@ -230,7 +226,7 @@ class PromptBuilder:
         used = 0
         for name, count in zip(names, counts, strict=True):
             if not 0 < count <= room:
-                raise PromptError(f"tag {name!r}: found {count} tokens, expected 1 to {room}. Correct the list of tags")
+                raise ValueError(f"tag {name!r}: found {count} tokens, expected 1 to {room}. Correct the list of tags")
             if chunk and used + 1 + count > room:  # 1: what joins it is one token
                 yield chunk
                 chunk, used = [], 0
@@ -272,10 +268,6 @@ LabelMode = Literal["phrase", "best_tag"]
 _LABEL_KEYS = ("tag", "bbox", "score", "phrase", "best_tag", "best_tag_score", "candidate")
 
 
-class SelectionError(ValueError):
-    """Thresholds out of range, or below those at which the candidates were kept."""
-
-
 @dataclass(frozen=True)
 class Selection:
     """How candidates are chosen and named.
@@ -298,26 +290,24 @@ class Selection:
     def __post_init__(self) -> None:
         for name in ("box_threshold", "text_threshold", "nms_iou"):
             if not 0 <= (value := getattr(self, name)) <= 1:
-                raise SelectionError(f"{name}: found {value}, expected 0 to 1")
+                raise ValueError(f"{name}: found {value}, expected 0 to 1")
         if not self.min_box_area_px >= 0:
-            raise SelectionError(f"min_box_area_px: found {self.min_box_area_px}, expected 0 or more")
+            raise ValueError(f"min_box_area_px: found {self.min_box_area_px}, expected 0 or more")
         if self.label_mode not in get_args(LabelMode):
-            raise SelectionError(
-                f"label_mode: found {self.label_mode!r}, expected one of {', '.join(get_args(LabelMode))}"
-            )
+            raise ValueError(f"label_mode: found {self.label_mode!r}, expected one of {', '.join(get_args(LabelMode))}")
 
     def require_within(self, kept: CandidateThresholds) -> None:
         """Checks that nothing is asked for that was never kept.
 
         Raises:
-            SelectionError: a threshold below that of the candidates.
+            ValueError: a threshold below that of the candidates.
         """
         for name, value, floor in (
             ("box_threshold", self.box_threshold, kept.box),
             ("text_threshold", self.text_threshold, kept.text),
         ):
             if value < floor:
-                raise SelectionError(
+                raise ValueError(
                     f"{name}: found {value}, expected {floor} or more, the threshold at which candidates were kept. "
                     f"Annotate with a lower --candidate_{name}"
                 )

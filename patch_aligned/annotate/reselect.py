@@ -32,10 +32,6 @@ _RESELECTABLE = ("ok", "no_boxes", "no_masks")
 _SHOWN = 5
 
 
-class ReselectionError(ValueError):
-    """Records without candidates, or boxes that were never segmented."""
-
-
 @dataclass
 class Counts:
     """What a choice of candidates gives.
@@ -74,18 +70,16 @@ def reselect(
         What the labels were, and what they are.
 
     Raises:
-        SelectionError: for thresholds below those of the candidates.
-        ReselectionError: for records without candidates, or boxes without a mask. Nothing is written then.
+        ValueError: for thresholds below those of the candidates; or records without candidates, or boxes without a
+            mask. Nothing is written then.
         AnnotationError: for a record of a PAD file that breaks the format.
     """
     if not source.exists():
-        raise ReselectionError(f"{source}: found no such file or folder, expected a run's folder or a PAD file")
+        raise ValueError(f"{source}: found no such file or folder, expected a run's folder or a PAD file")
     run = RunFolder(source) if source.is_dir() else None
     settings = dict(run.settings) if run else _settings_beside(source)
     if "detector" not in settings:
-        raise ReselectionError(
-            f"{source}: found no detector in its settings, expected candidates that a detector found"
-        )
+        raise ValueError(f"{source}: found no detector in its settings, expected candidates that a detector found")
     selection = replace(Selection(**settings["selection"]), **changes)
     selection.require_within(CandidateThresholds(**settings["detector"]["candidate_thresholds"]))
     before, after = Counts(), Counts()
@@ -103,7 +97,7 @@ def reselect(
                 del new["candidates"]
             yield new
         if unsegmented:
-            raise ReselectionError(_refusal(source, unsegmented, images))
+            raise ValueError(_refusal(source, unsegmented, images))
 
     if run:
         merge(run, output, keep_candidates=keep_candidates, watch=records)
@@ -121,11 +115,11 @@ def reselected(record: Record, selection: Selection, source: str | Path = "recor
     Images that were never detected in (unreadable ones and others) stay as they are.
 
     Raises:
-        ReselectionError: for a record without candidates, or broken ones.
+        ValueError: for a record without candidates, or broken ones.
     """
     place = f"{source}: image_id {record.get('image_id')!r}"
     if not isinstance(record.get("candidates"), list):
-        raise ReselectionError(
+        raise ValueError(
             f"{place}, field 'candidates': found none, expected the detector's boxes. Give the run's folder, or a file "
             "merged with --keep_candidates"
         )
@@ -137,12 +131,12 @@ def reselected(record: Record, selection: Selection, source: str | Path = "recor
             for position, entry in enumerate(record["candidates"])
         ]
     except CandidateError as error:
-        raise ReselectionError(f"{place}, {error}. Annotate the image again") from error
+        raise ValueError(f"{place}, {error}. Annotate the image again") from error
     masks = {position: mask_fields(entry) for position, entry in enumerate(record["candidates"])}
     for number, label in enumerate(record["labels"]):
         position = label.get("candidate")
         if type(position) is not int or position not in masks:
-            raise ReselectionError(
+            raise ValueError(
                 f"{place}, field 'labels[{number}].candidate': found {position!r}, expected the place of the region's "
                 "box among the candidates. Give the run's folder, or the file as `patch-aligned merge` wrote it"
             )
@@ -175,7 +169,7 @@ def reselected(record: Record, selection: Selection, source: str | Path = "recor
 def _settings_beside(pad: Path) -> dict[str, Any]:
     path = pad.with_name(pad.name + SETTINGS_SUFFIX)
     if not path.is_file():
-        raise ReselectionError(
+        raise ValueError(
             f"{path}: found no such file, expected the settings that `patch-aligned merge` wrote beside the PAD file"
         )
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

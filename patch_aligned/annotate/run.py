@@ -46,7 +46,7 @@ from patch_aligned.annotate.pipeline import (
 from patch_aligned.annotate.ram.tagger import RamTagger, Resample
 from patch_aligned.annotate.regions import CandidateThresholds, PromptJoin, Selection
 from patch_aligned.annotate.sam import SamSegmenter
-from patch_aligned.images import NO_SUCH_FILE, StorageError
+from patch_aligned.images import NO_SUCH_FILE
 
 # `process_shard`: all that is done to a shard's images, and the one function that every engine calls.
 #
@@ -59,10 +59,6 @@ FAILED_STATUSES = ("unreadable", "out_of_memory", "non_finite")
 
 STATUSES = ("ok", "no_tags", "no_boxes", "no_masks", "skipped", *FAILED_STATUSES)
 """All that a record may have."""
-
-
-class FailedImageError(ValueError):
-    """An image that failed, where `on_error` is `fail`."""
 
 
 def process_shard(
@@ -87,8 +83,8 @@ def process_shard(
             as they are.
 
     Raises:
-        FailedImageError: names the images that failed, where `on_error` is `fail`. Nothing is written then.
-        StorageError: the images can't be had now. Nothing is written either.
+        ValueError: names the images that failed, where `on_error` is `fail`. Nothing is written then.
+        OSError: the images can't be had now. Nothing is written either.
     """
     clock = clock or StageClock()
     entries = folder.entries_of(shard)
@@ -142,7 +138,7 @@ def _annotated(
 def _refuse_all_missing(records: Sequence[Record], image_folder: Path) -> None:
     """A picture that isn't there is that picture's fault; if none of a shard is, the folder's."""
     if all(record["reason"] == NO_SUCH_FILE for record in records):
-        raise StorageError(
+        raise OSError(
             f"{image_folder}: found none of the {len(records):,} images of a shard, such as "
             f"{records[0]['image_id']!r}; expected them below this folder. Nothing was recorded of them. Correct "
             "--image_folder, or mount the disk, and run the same command again, with --retry unreadable if earlier "
@@ -154,7 +150,7 @@ def _refuse_failed(records: Sequence[Record]) -> None:
     failed = [record for record in records if record["status"] in FAILED_STATUSES]
     if failed:
         listed = "; ".join(f"{record['image_id']}: {record['status']} ({record['reason']})" for record in failed[:5])
-        raise FailedImageError(
+        raise ValueError(
             f"{len(failed)} images failed, and their shard was not written: {listed}{'; ...' if failed[5:] else ''}. "
             "Mend them, or record them and go on with --on_error skip"
         )
@@ -350,10 +346,6 @@ class Watcher(Protocol):
         """Called with each shard that was done, and what it took."""
 
 
-class EngineError(ValueError):
-    """An engine that doesn't fit how the process was started, or isn't installed."""
-
-
 @dataclass(frozen=True)
 class Place:
     """This process among those that share the shards.
@@ -383,25 +375,23 @@ def place_of(engine: Engine, device: str, environment: Mapping[str, str] = os.en
         environment: variables.
 
     Raises:
-        EngineError: several processes that all are `local`, or none of the variables.
+        ValueError: several processes that all are `local`, or none of the variables.
     """
     rank, world_size = environment.get("RANK"), environment.get("WORLD_SIZE")
     if engine == "torchrun":
         if rank is None or world_size is None:
-            raise EngineError(
+            raise ValueError(
                 "--engine torchrun: found no RANK and WORLD_SIZE, which torchrun sets. Start it with `torchrun "
                 "--nproc_per_node 8 --no_python patch-aligned annotate ...`, or set both in the script of a Slurm array"
             )
         local_rank = environment.get("LOCAL_RANK", "0")
         if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
-            raise EngineError(f"RANK, WORLD_SIZE: found {rank!r} and {world_size!r}, expected 0 to WORLD_SIZE - 1")
+            raise ValueError(f"RANK, WORLD_SIZE: found {rank!r} and {world_size!r}, expected 0 to WORLD_SIZE - 1")
         if not local_rank.isdecimal():
-            raise EngineError(
-                f"LOCAL_RANK: found {local_rank!r}, expected this process's number on its machine, from 0"
-            )
+            raise ValueError(f"LOCAL_RANK: found {local_rank!r}, expected this process's number on its machine, from 0")
         return Place(int(rank), int(world_size), _device(device, int(local_rank)))
     if engine == "local" and world_size not in (None, "", "1"):
-        raise EngineError(
+        raise ValueError(
             f"--engine local: found WORLD_SIZE {world_size}, so that each of {world_size} processes would do all the "
             "work. Pass --engine torchrun"
         )
@@ -415,15 +405,15 @@ def _device(device: str, local_rank: int) -> str:
     try:
         asked = torch.device(device)
     except RuntimeError as error:
-        raise EngineError(f"--device: found {device!r}, expected `auto`, `cpu` or `cuda:1`") from error
+        raise ValueError(f"--device: found {device!r}, expected `auto`, `cpu` or `cuda:1`") from error
     if asked.type != "cuda":
         return device
     if not gpus:
-        raise EngineError(f"--device {device}: torch sees no CUDA device here. Pass --device cpu")
+        raise ValueError(f"--device {device}: torch sees no CUDA device here. Pass --device cpu")
     if asked.index is None:  # `cuda` alone would be the first GPU to every process
         return f"cuda:{local_rank % gpus}"
     if asked.index >= gpus:
-        raise EngineError(f"--device {device}: found {gpus} GPUs here, expected cuda:0 to cuda:{gpus - 1}")
+        raise ValueError(f"--device {device}: found {gpus} GPUs here, expected cuda:0 to cuda:{gpus - 1}")
     return device
 
 
@@ -450,7 +440,7 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
         watcher: looks on.
 
     Raises:
-        EngineError: if Ray isn't installed, there are more workers than GPUs, none where they are insisted on, or an
+        ValueError: if Ray isn't installed, there are more workers than GPUs, none where they are insisted on, or an
             actor that is started again still dies.
         ValueError, OSError, ImportError: what an actor raised.
     """
@@ -459,19 +449,19 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
         from ray.exceptions import RayError, RayTaskError
         from ray.util import ActorPool
     except ImportError as error:
-        raise EngineError("--engine ray: Ray isn't installed: pip install 'patch-aligned-llava[annotate]'") from error
+        raise ValueError("--engine ray: Ray isn't installed: pip install 'patch-aligned-llava[annotate]'") from error
     is_ours = not ray.is_initialized()
     if is_ours:
         ray.init(include_dashboard=False, log_to_driver=False)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
         if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not gpus):
-            raise EngineError(
+            raise ValueError(
                 f"--engine ray --device {device}: found {gpus} GPUs in the cluster, of which Ray gives each actor one; "
                 "expected --device `auto`, `cpu`, or `cuda` where there are any"
             )
         if gpus and (workers or 0) > gpus:
-            raise EngineError(
+            raise ValueError(
                 f"--ray_workers {workers}: found {gpus} GPUs in the cluster, expected no more workers: each "
                 "takes one, the others would wait for ever"
             )
@@ -494,7 +484,7 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
             raise error.cause from None  # wrong input, without the actor's traceback in the message
         raise
     except RayError as error:
-        raise EngineError(
+        raise ValueError(
             f"--engine ray: an actor died again and again ({str(error).strip().splitlines()[0]}). What is done stays: "
             "once that is mended, run the same command again. Too little memory is the commonest cause: fewer "
             "--ray_workers, or a smaller --chunk"

@@ -34,10 +34,6 @@ _MASK_MODELS: dict[str, Any] = {
 _LARGEST_STEP_PX = 1 << 26  # of masks in the pictures' own size at a time: 256 MiB in float32
 
 
-class SegmenterError(ValueError):
-    """A model that isn't SAM or SAM 2 or lacks weights, or boxes that can't be prompts."""
-
-
 class Mask(NamedTuple):
     """The mask of one box.
 
@@ -102,15 +98,15 @@ class SamSegmenter:
             options: the constructor's.
 
         Raises:
-            SegmenterError: for another kind of model, or where weights or SAM 2's torchvision are missing.
+            ValueError: for another kind of model, or where weights or SAM 2's torchvision are missing.
         """
-        kind = kind_of_checkpoint(name_or_folder, revision, _MASK_MODELS, SegmenterError)
+        kind = kind_of_checkpoint(name_or_folder, revision, _MASK_MODELS)
         if kind != "sam" and find_spec("torchvision") is None:
-            raise SegmenterError(
+            raise ValueError(
                 f"{name_or_folder}: the image processor of SAM 2 needs torchvision, which isn't installed: pip install "
                 "'patch-aligned-llava[annotate]'"
             )
-        model = load_whole_model(_MASK_MODELS[kind], name_or_folder, revision, SegmenterError)
+        model = load_whole_model(_MASK_MODELS[kind], name_or_folder, revision)
         # SAM's default processor needs torchvision, this one doesn't. SAM 2 has only one, which does.
         processor_class: Any = SamImageProcessorPil if kind == "sam" else Sam2ImageProcessor
         processor = processor_class.from_pretrained(name_or_folder, revision=revision)
@@ -130,11 +126,11 @@ class SamSegmenter:
             Masks in the boxes' order, for each image.
 
         Raises:
-            SegmenterError: for other counts, or a box with a number that isn't finite.
+            ValueError: for other counts, or a box with a number that isn't finite.
             NonFiniteScoresError: where an image's masks aren't finite. Before that it is tried again in float32.
         """
         if len(images) != len(boxes_xyxy_px):
-            raise SegmenterError(f"boxes_xyxy_px: found those of {len(boxes_xyxy_px)} images, expected {len(images)}")
+            raise ValueError(f"boxes_xyxy_px: found those of {len(boxes_xyxy_px)} images, expected {len(images)}")
         masks: list[list[Mask]] = [[] for _ in images]
         with_boxes = [position for position, boxes in enumerate(boxes_xyxy_px) if len(boxes)]
         if not with_boxes:
@@ -224,7 +220,7 @@ def _scaled(boxes: Sequence[Box], size_wh: tuple[int, int], resized_hw: tuple[in
     """Boxes within the picture, in pixels of the model's square: `[boxes, 4]` float32."""
     corners = torch.tensor([[float(number) for number in box] for box in boxes], dtype=torch.float64)
     if corners.ndim != 2 or corners.shape[1] != 4 or not corners.isfinite().all():
-        raise SegmenterError(f"boxes of image {position}: found {list(boxes)}, expected four finite numbers each")
+        raise ValueError(f"boxes of image {position}: found {list(boxes)}, expected four finite numbers each")
     width, height = size_wh
     corners = corners.minimum(corners.new_tensor([width, height] * 2)).clamp(min=0)
     return (corners * corners.new_tensor([resized_hw[1] / width, resized_hw[0] / height] * 2)).float()

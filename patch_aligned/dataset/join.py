@@ -14,10 +14,6 @@ UNMATCHED_SUFFIX = ".unmatched.jsonl"
 _ANSWERERS = ("gpt", "assistant")
 
 
-class JoinError(ValueError):
-    """The two files have no image in common, or samples cannot be read."""
-
-
 @dataclass(frozen=True)
 class Joined:
     """How the two files met.
@@ -63,12 +59,14 @@ def join(
         watch: passes the PAD records on, one by one; it may show the progress.
 
     Raises:
-        JoinError: no image is in both files, no sample has an image, or one has no answer.
+        ValueError: no image is in both files, no sample has an image, or one has no answer.
         AnnotationError, RecordFileError: a broken PAD record, a missing or broken file.
     """
     caption_of, further, without = _captions(samples)
     if not caption_of:
-        raise JoinError(f"{samples}: found no sample with one image; expected LLaVA's training JSON as the second file")
+        raise ValueError(
+            f"{samples}: found no sample with one image; expected LLaVA's training JSON as the second file"
+        )
     asked, first_sample = len(caption_of), next(iter(caption_of))
     matched = pad_only = 0
     first_record: str | None = None
@@ -91,7 +89,7 @@ def join(
             if not only_matched:
                 yield image
         if not matched:
-            raise JoinError(
+            raise ValueError(
                 f"{pad} and {samples}: found no image in both; image_id is such as {first_record!r}, image such as "
                 f"{first_sample!r}. Expected paths below one folder: strip or add the leading folders in one of them"
             )
@@ -109,7 +107,7 @@ def _captions(samples: Path) -> tuple[dict[str, tuple[str | None, str]], int, in
     further = without = 0
     for index, sample in enumerate(iter_records(samples)):
         if not isinstance(sample, Mapping):
-            raise JoinError(f"{samples}: record {index}: found {sample!r:.80}; expected an object of LLaVA's JSON")
+            raise ValueError(f"{samples}: record {index}: found {sample!r:.80}; expected an object of LLaVA's JSON")
         image = sample.get("image")
         if not isinstance(image, str):
             without += 1
@@ -126,7 +124,7 @@ def _answer(sample: Mapping[str, Any], samples: Path, index: int) -> str:
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, Mapping) and turn.get("from") in _ANSWERERS and isinstance(turn.get("value"), str):
             return turn["value"].strip()
-    raise JoinError(
+    raise ValueError(
         f"{samples}: record {index} (image {sample.get('image')!r}), field 'conversations': found no answer; expected "
         f"a turn whose 'from' is {' or '.join(_ANSWERERS)} and whose 'value' is text. Correct the record"
     )

@@ -72,10 +72,6 @@ write_annotations(chain.from_iterable(map(read_annotations, files)), "pad.parque
 """
 
 
-class PublishError(ValueError):
-    """A folder that is in use, settings that cannot be read, or nothing to publish."""
-
-
 @dataclass(frozen=True)
 class Published:
     """What was written."""
@@ -112,19 +108,19 @@ def publish(
         watch: passes the images on, one by one, in both passes; it may show the progress.
 
     Raises:
-        PublishError: see the class.
+        ValueError: a folder that is in use, settings that cannot be read, or nothing to publish.
         AnnotationError, RecordFileError: a broken record or file.
     """
     if records_per_file < 1:
-        raise PublishError(f"records_per_file: found {records_per_file}, expected at least 1")
+        raise ValueError(f"records_per_file: found {records_per_file}, expected at least 1")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PublishError(f"{folder}: found files there; expected a new or empty folder. Name another, or clear it")
+        raise ValueError(f"{folder}: found files there; expected a new or empty folder. Name another, or clear it")
     settings = settings or _settings_beside(pad)
     made_with = _read_settings(settings) if settings else None
 
     statistics = gather_statistics(pad, tokens, watch=watch)
     if not statistics.images:
-        raise PublishError(f"{pad}: found no record; expected at least one image to publish")
+        raise ValueError(f"{pad}: found no record; expected at least one image to publish")
     statistics.file = Path(pad.name)  # the folders of this machine are nobody else's business
     numbers = write_statistics(statistics, folder, plots)
     for unwanted in ("stats.md", "tags.tsv"):  # the card has the first, stats.json the second
@@ -175,9 +171,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PublishError(f"{path}: found no JSON ({error}); expected settings.json of an annotation run") from error
+        raise ValueError(f"{path}: found no JSON ({error}); expected settings.json of an annotation run") from error
     if not isinstance(settings, dict):
-        raise PublishError(f"{path}: found {type(settings).__name__}; expected settings.json of an annotation run")
+        raise ValueError(f"{path}: found {type(settings).__name__}; expected settings.json of an annotation run")
     return settings
 
 

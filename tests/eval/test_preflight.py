@@ -18,7 +18,7 @@ from eval import run
 from eval.adapter import processes_here
 from eval.benchmarks import BENCHMARKS, Benchmark
 from eval.hub import DataError, Lock, TaskData, find_data
-from eval.judge import Judge, JudgeError, check_judge, read_judge, set_judge
+from eval.judge import Judge, check_judge, read_judge, set_judge
 from eval.plan import (
     Plan,
     PreflightError,
@@ -92,17 +92,17 @@ def test_a_judge_that_answers_is_taken(judge_that_says: Callable[[int, Any], str
 def test_a_judge_that_cannot_judge_is_said(
     judge_that_says: Callable[[int, Any], str], status: int, document: Any, said: str
 ) -> None:
-    with pytest.raises(JudgeError, match=f"{said}.*next: .*--judge-url"):
+    with pytest.raises(ValueError, match=f"{said}.*next: .*--judge-url"):
         check_judge(Judge("local", "m", judge_that_says(status, document)))
 
 
 def test_no_judge_and_no_key_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(JudgeError, match=r"no judge m answers at http://127.0.0.1:9/v1"):
+    with pytest.raises(ValueError, match=r"no judge m answers at http://127.0.0.1:9/v1"):
         check_judge(Judge("local", "m", "http://127.0.0.1:9/v1"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(JudgeError, match=r"needs OPENAI_API_KEY, which is not set; next: set it, or .*--without mmvet"):
+    with pytest.raises(ValueError, match=r"needs OPENAI_API_KEY, which is not set; next: set it, or .*--without mmvet"):
         check_judge(Judge("openai", "m", "https://api.openai.com/v1/chat/completions"))
-    with pytest.raises(JudgeError, match=r"found 'somewhere', expected one that begins with http"):
+    with pytest.raises(ValueError, match=r"found 'somewhere', expected one that begins with http"):
         check_judge(Judge("local", "m", "somewhere"))
 
 
@@ -203,7 +203,7 @@ def test_the_judge_is_asked_only_where_something_is_left_for_it(
     make_plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_judge() -> None:
-        raise JudgeError("no judge answers")
+        raise ValueError("no judge answers")
 
     monkeypatch.setattr("eval.plan.check_judge_of_environment", no_judge)
     monkeypatch.setattr("eval.plan._is_finished", lambda _, benchmark, *rest: benchmark.is_judged)

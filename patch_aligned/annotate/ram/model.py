@@ -213,10 +213,6 @@ def _split_heads(states: Tensor) -> Tensor:
 # The published RAM checkpoints' tensors: their names against `RamModel`'s, and the model's sizes read off them.
 
 
-class RamCheckpointError(ValueError):
-    """A RAM checkpoint that is missing, unreadable, or doesn't hold what a RAM model needs."""
-
-
 # Parts of the training objective (captioning), and tables that the encoder derives from its sizes.
 _UNUSED = re.compile(r"(tag_encoder|text_decoder)\.|.*\.(relative_position_index|attn_mask)$")
 
@@ -282,20 +278,20 @@ def config_of(published: Mapping[str, Tensor]) -> RamConfig:
     """Sizes of the model that a published state dict belongs to.
 
     Raises:
-        RamCheckpointError: names the tensor that is missing, or whose shape fits no such model.
+        ValueError: names the tensor that is missing, or whose shape fits no such model.
     """
     state = _used(published)
     depths = _lengths(state, _BLOCK)
     layers = _count(state, _LAYER)
     if not depths or not layers:
-        raise RamCheckpointError(
+        raise ValueError(
             "found no blocks of a Swin encoder (visual_encoder.layers.*) or no layers of a tag decoder "
             "(tagging_head.encoder.layer.*); expected a RAM or RAM++ model. Tag2Text is another one"
         )
     kind: Literal["ram", "ram_plus"] = "ram_plus" if "reweight_scale" in state else "ram"
     labels, label_width = _shape(state, "label_embed", 2)
     if labels % DESCRIPTIONS_PER_TAG[kind]:
-        raise RamCheckpointError(
+        raise ValueError(
             f"label_embed: found {labels} rows, expected a multiple of {DESCRIPTIONS_PER_TAG[kind]} descriptions a tag"
         )
     tables = [
@@ -338,12 +334,10 @@ def _count(names: Mapping[str, Tensor], pattern: str) -> int:
 
 def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     if name not in state:
-        raise RamCheckpointError(
-            f"{name}: missing; expected a tensor of {dimensions} dimensions, as RAM and RAM++ have"
-        )
+        raise ValueError(f"{name}: missing; expected a tensor of {dimensions} dimensions, as RAM and RAM++ have")
     shape = tuple(state[name].shape)
     if len(shape) != dimensions:
-        raise RamCheckpointError(f"{name}: found shape {list(shape)}, expected {dimensions} dimensions")
+        raise ValueError(f"{name}: found shape {list(shape)}, expected {dimensions} dimensions")
     return shape
 
 
@@ -404,10 +398,10 @@ def load_ram(path: Path, converted_folder: Path | None = None) -> tuple[RamModel
         The model on the CPU in float32, in eval mode and without gradients, and where it comes from.
 
     Raises:
-        RamCheckpointError: names the file and what is missing, unexpected or unreadable.
+        ValueError: names the file and what is missing, unexpected or unreadable.
     """
     if not path.is_file():
-        raise RamCheckpointError(f"{path}: found no such file; expected the weights of RAM or RAM++. {_WHERE}")
+        raise ValueError(f"{path}: found no such file; expected the weights of RAM or RAM++. {_WHERE}")
     if path.suffix == ".safetensors":
         checkpoint = _described(path)
     else:
@@ -416,7 +410,7 @@ def load_ram(path: Path, converted_folder: Path | None = None) -> tuple[RamModel
     try:
         state = load_file(checkpoint.weights)
     except SafetensorError as error:
-        raise RamCheckpointError(f"{checkpoint.weights}: {error}. Remove it, so that it is converted again") from error
+        raise ValueError(f"{checkpoint.weights}: {error}. Remove it, so that it is converted again") from error
     model = RamModel(checkpoint.config)
     _check_fit(state, model, checkpoint.weights)
     model.load_state_dict(state, assign=True)
@@ -431,14 +425,14 @@ def convert_checkpoint(source: Path, weights: Path) -> ConvertedCheckpoint:
         weights: the file to write, `*.converted.safetensors`. The JSON goes beside it, last.
 
     Raises:
-        RamCheckpointError: if the file isn't a RAM checkpoint, with what is missing or unexpected in it.
+        ValueError: if the file isn't a RAM checkpoint, with what is missing or unexpected in it.
     """
     _logger.info("Converting %s to %s. This happens once.", source, weights)
     published = _read_published(source)
     try:
         config = config_of(published)
-    except RamCheckpointError as error:
-        raise RamCheckpointError(f"{source}: {error}. {_WHERE}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}. {_WHERE}") from error
     # A copy of each: parts of one tensor, or of a mapped file, can't be saved.
     state = {name: tensor.to(torch.float32, copy=True) for name, tensor in renamed_state(published).items()}
     with torch.device("meta"):
@@ -452,7 +446,7 @@ def save_converted(state: Mapping[str, Tensor], checkpoint: ConvertedCheckpoint)
     """Writes weights under `RamModel`'s names to `checkpoint.weights`, and last the JSON that describes them.
 
     Raises:
-        RamCheckpointError: if the folder can't be written.
+        ValueError: if the folder can't be written.
     """
     weights = checkpoint.weights
     described = {
@@ -471,7 +465,7 @@ def save_converted(state: Mapping[str, Tensor], checkpoint: ConvertedCheckpoint)
         with written_whole(_sidecar(weights)) as temporary:
             temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise RamCheckpointError(
+        raise ValueError(
             f"{weights}: can't be written ({error}). Make room there or the folder writable, or copy the .pth to "
             "another one"
         ) from error
@@ -482,7 +476,7 @@ def _read_published(path: Path) -> dict[str, Tensor]:
     is_zip = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         if not is_zip and file.read(2) == b"PK":
-            raise RamCheckpointError(f"{path}: cut off after {path.stat().st_size} bytes. Download it again. {_WHERE}")
+            raise ValueError(f"{path}: cut off after {path.stat().st_size} bytes. Download it again. {_WHERE}")
     with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments, plain values
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -492,13 +486,11 @@ def _read_published(path: Path) -> dict[str, Tensor]:
             problem = (
                 _FOUND_OBJECTS.format(_listed(objects)) if objects else f"not readable by torch ({error!r}). {_WHERE}"
             )
-            raise RamCheckpointError(f"{path}: {problem}") from error
+            raise ValueError(f"{path}: {problem}") from error
     state = saved.get("model") if isinstance(saved, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         found = sorted(map(str, saved)) if isinstance(saved, Mapping) else [type(saved).__name__]
-        raise RamCheckpointError(
-            f"{path}: found {_listed(found)}, expected a dict with tensors under 'model'. {_WHERE}"
-        )
+        raise ValueError(f"{path}: found {_listed(found)}, expected a dict with tensors under 'model'. {_WHERE}")
     return dict(state)
 
 
@@ -517,7 +509,7 @@ def _check_fit(state: Mapping[str, Tensor], model: RamModel, path: Path) -> None
     if wrong:
         problems.append(_listed(wrong))
     if problems:
-        raise RamCheckpointError(f"{path}: doesn't fit {model.config.kind}: {'; '.join(problems)}. {_WHERE}")
+        raise ValueError(f"{path}: doesn't fit {model.config.kind}: {'; '.join(problems)}. {_WHERE}")
 
 
 def _sidecar(weights: Path) -> Path:
@@ -537,22 +529,18 @@ def _described(weights: Path) -> ConvertedCheckpoint:
     sidecar = _sidecar(weights)
     again = "Remove it and give the published .pth, which is then converted"
     if not sidecar.is_file():
-        raise RamCheckpointError(
-            f"{weights}: found no {sidecar.name} beside it, which holds the model's sizes. {again}"
-        )
+        raise ValueError(f"{weights}: found no {sidecar.name} beside it, which holds the model's sizes. {again}")
     try:
         described: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
         if described["format"] != _FORMAT:
-            raise RamCheckpointError(f"{sidecar}: found format {described['format']!r}, expected {_FORMAT!r}. {again}")
+            raise ValueError(f"{sidecar}: found format {described['format']!r}, expected {_FORMAT!r}. {again}")
         sizes: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in described["config"].items()
         }
         source = described["source"]
         return ConvertedCheckpoint(weights, RamConfig(**sizes), source["name"], source["bytes"], source["sha256"])
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise RamCheckpointError(
-            f"{sidecar}: found no description of a converted RAM model ({error!r}). {again}"
-        ) from error
+        raise ValueError(f"{sidecar}: found no description of a converted RAM model ({error!r}). {again}") from error
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from eval.captions.references import CaptionedImage
-from eval.captions.run import AnswerFileError, CaptionLog, read_answers
+from eval.captions.run import CaptionLog, read_answers
 
 IMAGES = (CaptionedImage("9", "val/9.jpg", ("A dog.",)), CaptionedImage("4", "val/4.jpg", ("Cats.",)))
 
@@ -54,7 +54,7 @@ def test_a_line_that_is_no_caption_is_told(tmp_path: Path, files: dict[str, Path
     CaptionLog(tmp_path, "one", files).keep("a", "A dog")
     path = tmp_path / "one-0.jsonl"
     path.write_text(f"{path.read_text()}{line}\n")
-    with pytest.raises(AnswerFileError, match=r"one-0\.jsonl, line 2: found no caption; next: delete the file"):
+    with pytest.raises(ValueError, match=r"one-0\.jsonl, line 2: found no caption; next: delete the file"):
         CaptionLog(tmp_path, "one", files)
 
 
@@ -94,5 +94,5 @@ def test_captions_name_their_image_by_id_or_path(tmp_path: Path, records: list[A
     ],
 )  # fmt: skip
 def test_captions_that_do_not_fit_are_told_with_the_place(tmp_path: Path, records: list[Any], said: str) -> None:
-    with pytest.raises(AnswerFileError, match=said):
+    with pytest.raises(ValueError, match=said):
         read_answers(write(tmp_path / "a.json", records), IMAGES)

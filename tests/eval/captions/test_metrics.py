@@ -18,7 +18,6 @@ from eval.captions.metrics import (
     ROUGE_L,
     SPICE,
     CaptionScores,
-    JavaError,
     score_captions,
     tokenize,
 )
@@ -179,7 +178,7 @@ else:
 
 def test_a_meteor_that_ends_early_is_an_error_and_no_standstill(fake_java: Callable[..., Path]) -> None:
     fake_java(TOKENIZER_ALONE)
-    with pytest.raises(JavaError, match=r"METEOR: its Java process ended before its last score \(.+\), at image a;"):
+    with pytest.raises(OSError, match=r"METEOR: its Java process ended before its last score \(.+\), at image a;"):
         score_captions(REFERENCES, ANSWERS, "no jars")
 
 
@@ -189,11 +188,11 @@ def test_the_image_that_meteor_ended_at_is_named(fake_java: Callable[..., Path],
         f"else:\n    for _ in range({answered}):\n        sys.stdin.readline()\n        print('1 2', flush=True)\n"
     )
     fake_java(TOKENIZER_ALONE.split("else:")[0] + of_each)
-    with pytest.raises(JavaError, match=f"at image {reached}; it asks for 2 GB"):
+    with pytest.raises(OSError, match=f"at image {reached}; it asks for 2 GB"):
         score_captions(REFERENCES, ANSWERS, "no jars")
 
 
 def test_a_tokenizer_that_loses_captions_is_an_error(fake_java: Callable[..., Path]) -> None:
     fake_java("print('a dog')\nprint('no memory', file=sys.stderr)")
-    with pytest.raises(JavaError, match="tokenizer: found 1 lines, expected 9; Java said 'no memory'"):
+    with pytest.raises(OSError, match="tokenizer: found 1 lines, expected 9; Java said 'no memory'"):
         score_captions(REFERENCES, ANSWERS, "no jars")

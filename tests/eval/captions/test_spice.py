@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.captions.metrics import JARS, JavaError, SpiceSetup, find_spice, java_version, require_metrics, score_spice
+from eval.captions.metrics import JARS, SpiceSetup, find_spice, java_version, require_metrics, score_spice
 
 pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is part of the extra `eval`")
 
@@ -124,7 +124,7 @@ def test_jars_may_come_by_the_environment(
 
 def test_a_folder_that_lacks_a_jar_is_refused(jars: Path) -> None:
     (jars / JARS[1]).unlink()
-    with pytest.raises(JavaError, match=r"found no stanford-corenlp-3\.6\.0-models\.jar in "):
+    with pytest.raises(OSError, match=r"found no stanford-corenlp-3\.6\.0-models\.jar in "):
         find_spice(jars, None)
 
 
@@ -132,7 +132,7 @@ def test_a_java_without_javascript_is_refused_unless_there_is_a_jar_for_it(
     jars: Path, fake_java: Callable[..., Path]
 ) -> None:
     fake_java(version="17.0.15")
-    with pytest.raises(JavaError, match=r"found Java 17, .* next: --spice-java PATH of a Java 8 or 11"):
+    with pytest.raises(OSError, match=r"found Java 17, .* next: --spice-java PATH of a Java 8 or 11"):
         find_spice(jars, None)
     (jars / "nashorn-core-15.4.jar").touch()
     assert find_spice(jars, None) == SpiceSetup(jars, "java", 17)
@@ -146,7 +146,7 @@ def test_versions_of_java_are_read(fake_java: Callable[..., Path], told: str, ve
 
 def test_a_missing_java_is_one_sentence_with_the_next_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(JavaError, match=r"java: found no such program, .* next: apt-get install default-jre-headless"):
+    with pytest.raises(OSError, match=r"java: found no such program, .* next: apt-get install default-jre-headless"):
         require_metrics()
 
 
@@ -154,5 +154,5 @@ def test_a_java_that_does_not_start_is_no_java(tmp_path: Path) -> None:
     program = tmp_path / "java"
     program.write_text("#!/bin/sh\necho 'Unable to locate a Java Runtime.' >&2\nexit 1\n")
     program.chmod(0o755)
-    with pytest.raises(JavaError, match=r"found 'Unable to locate a Java Runtime\.', expected a version"):
+    with pytest.raises(OSError, match=r"found 'Unable to locate a Java Runtime\.', expected a version"):
         java_version(str(program))

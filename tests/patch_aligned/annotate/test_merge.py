@@ -12,7 +12,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
-from patch_aligned.annotate.folder import IncompleteRunError, ManifestEntry, RunFolder, merge, write_shard
+from patch_aligned.annotate.folder import ManifestEntry, RunFolder, merge, write_shard
 from patch_aligned.cli import app
 from patch_aligned.pad import RecordFileError, read_annotations
 
@@ -95,7 +95,7 @@ def test_all_damaged_shards_are_named_and_the_old_file_stays(run: RunFolder, tmp
     for shard in (0, 2):
         path = run.shard_path(shard)
         path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"line", b"lime")))
-    with pytest.raises(IncompleteRunError, match="2 of 3 shards are damaged, 3 of 5 images") as caught:
+    with pytest.raises(ValueError, match="2 of 3 shards are damaged, 3 of 5 images") as caught:
         merge(run, output)
     assert str(run.shard_path(0)) in str(caught.value) and "sha256" in str(caught.value)
     assert output.read_text() == "[]\n"

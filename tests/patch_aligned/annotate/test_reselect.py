@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from patch_aligned.annotate.folder import ManifestEntry, RunFolder, write_shard
 from patch_aligned.annotate.pipeline import ImageInWork, StageClock, Workload, annotate_images
 from patch_aligned.annotate.ram.tagger import Tag
-from patch_aligned.annotate.regions import Candidate, Selected, Selection, SelectionError, select
-from patch_aligned.annotate.reselect import ReselectionError, reselect, reselected
+from patch_aligned.annotate.regions import Candidate, Selected, Selection, select
+from patch_aligned.annotate.reselect import reselect, reselected
 from patch_aligned.annotate.sam import Mask
 from patch_aligned.cli import app
 from patch_aligned.pad import AnnotationError, read_annotations
@@ -145,7 +145,7 @@ def test_a_merged_file_with_candidates_can_be_reselected(run: Path, tmp_path: Pa
     reselect(run, first, {}, keep_candidates=True)
     reselect(first, second, {"box_threshold": 0.35})
     assert labels_of(second) == {"a.jpg": [("tennis racket", 0.9), ("dog", 0.4)], "b.jpg": []}
-    with pytest.raises(ReselectionError, match=r"second.jsonl: image_id 'a.jpg', field 'candidates': found none"):
+    with pytest.raises(ValueError, match=r"second.jsonl: image_id 'a.jpg', field 'candidates': found none"):
         reselect(second, tmp_path / "third.jsonl", {"box_threshold": 0.35})
 
 
@@ -157,7 +157,7 @@ def test_what_left_can_come_back() -> None:
 
 
 def test_boxes_without_a_mask_are_refused_and_named(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ReselectionError) as caught:
+    with pytest.raises(ValueError) as caught:
         reselect(run, tmp_path / "pad.jsonl", {"box_threshold": 0.18, "text_threshold": 0.15})
     message = str(caught.value)
     assert "2 boxes of 2 images would become regions but have no mask" in message
@@ -260,14 +260,14 @@ def test_higher_thresholds_never_need_a_new_mask(
 
 
 def test_thresholds_below_the_candidates_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(SelectionError, match=r"box_threshold: found 0\.1, expected 0\.15 or more"):
+    with pytest.raises(ValueError, match=r"box_threshold: found 0\.1, expected 0\.15 or more"):
         reselect(run, tmp_path / "pad.jsonl", {"box_threshold": 0.1})
 
 
 def test_broken_candidates_are_named_with_their_image() -> None:
     one = record("a.jpg", [candidate(0.9)])
     one["candidates"][0]["score"] = None
-    with pytest.raises(ReselectionError, match=r"pad.jsonl: image_id 'a.jpg', candidates\[0\].score: found None"):
+    with pytest.raises(ValueError, match=r"pad.jsonl: image_id 'a.jpg', candidates\[0\].score: found None"):
         reselected(one, Selection(), "pad.jsonl")
 
 
@@ -275,7 +275,7 @@ def test_broken_candidates_are_named_with_their_image() -> None:
 def test_labels_that_name_no_candidate_are_named(place: Any) -> None:
     one = record("a.jpg", [candidate(0.9)])
     one["labels"][0]["candidate"] = place
-    with pytest.raises(ReselectionError, match=r"pad.jsonl: image_id 'a.jpg', field 'labels\[0\].candidate': found"):
+    with pytest.raises(ValueError, match=r"pad.jsonl: image_id 'a.jpg', field 'labels\[0\].candidate': found"):
         reselected(one, Selection(), "pad.jsonl")
 
 
@@ -292,13 +292,13 @@ def test_records_of_a_pad_file_that_break_the_format_are_named(run: Path, tmp_pa
 def test_sources_without_a_detectors_settings_are_refused(tmp_path: Path) -> None:
     pad = tmp_path / "pad.jsonl"
     pad.write_text(json.dumps(RECORDS[0]) + "\n", encoding="utf-8")
-    with pytest.raises(ReselectionError, match=r"pad.jsonl.settings.json: found no such file"):
+    with pytest.raises(ValueError, match=r"pad.jsonl.settings.json: found no such file"):
         reselect(pad, tmp_path / "new.jsonl", {})
     (tmp_path / "pad.jsonl.settings.json").write_text('{"stages": "oracle"}', encoding="utf-8")
-    with pytest.raises(ReselectionError, match="found no detector in its settings"):
+    with pytest.raises(ValueError, match="found no detector in its settings"):
         reselect(pad, tmp_path / "new.jsonl", {})
 
-    with pytest.raises(ReselectionError, match=r"nowhere: found no such file or folder"):
+    with pytest.raises(ValueError, match=r"nowhere: found no such file or folder"):
         reselect(tmp_path / "nowhere", tmp_path / "new.jsonl", {})
 
 

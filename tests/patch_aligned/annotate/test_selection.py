@@ -15,7 +15,6 @@ from patch_aligned.annotate.regions import (
     Candidate,
     CandidateThresholds,
     Selection,
-    SelectionError,
     mask_of_label,
     non_maximum_suppression,
     select,
@@ -133,13 +132,13 @@ def test_a_label_has_both_names_their_scores_and_its_mask() -> None:
     ],
 )
 def test_selections_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(SelectionError, match=message):
+    with pytest.raises(ValueError, match=message):
         Selection(**changes)
 
 
 def test_thresholds_below_those_of_the_candidates_are_refused() -> None:
     Selection(box_threshold=0.15, text_threshold=0.15).require_within(CandidateThresholds())
-    with pytest.raises(SelectionError, match=r"box_threshold: found 0.1, expected 0.15 or more.*--candidate_box_thre"):
+    with pytest.raises(ValueError, match=r"box_threshold: found 0.1, expected 0.15 or more.*--candidate_box_thre"):
         Selection(box_threshold=0.1).require_within(CandidateThresholds())
-    with pytest.raises(SelectionError, match=r"text_threshold: found 0\.2, expected 0\.3"):
+    with pytest.raises(ValueError, match=r"text_threshold: found 0\.2, expected 0\.3"):
         Selection().require_within(CandidateThresholds(text=0.3))

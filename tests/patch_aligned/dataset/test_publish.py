@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from patch_aligned.cli import app
-from patch_aligned.dataset.publish import PublishError, publish
+from patch_aligned.dataset.publish import publish
 from patch_aligned.pad import read_annotations
 
 Make = Callable[..., Any]
@@ -66,15 +66,15 @@ def test_what_is_not_known_is_left_open(pad: Path, tmp_path: Path):
 
 
 def test_a_folder_with_files_and_broken_settings_are_refused(pad: Path, tmp_path: Path):
-    with pytest.raises(PublishError, match="expected a new or empty folder"):
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
         publish(pad, tmp_path / "images", name="me/pad")
     (tmp_path / "settings.json").write_text("[]")
-    with pytest.raises(PublishError, match=r"settings\.json: found list"):
+    with pytest.raises(ValueError, match=r"settings\.json: found list"):
         publish(pad, tmp_path / "out", name="me/pad", settings=tmp_path / "settings.json")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_file_without_records_is_not_published(write_pad: Make, tmp_path: Path):
-    with pytest.raises(PublishError, match=r"pad\.json: found no record"):
+    with pytest.raises(ValueError, match=r"pad\.json: found no record"):
         publish(write_pad(), tmp_path / "out", name="me/pad", plots=False)
     assert not (tmp_path / "out").exists()

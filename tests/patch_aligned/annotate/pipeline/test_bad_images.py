@@ -19,7 +19,7 @@ from llava.mm_utils import load_rgb_image
 from patch_aligned.annotate.folder import list_images
 from patch_aligned.annotate.pipeline import StageClock, Workload, annotate_images
 from patch_aligned.annotate.run import ModelRecipe
-from patch_aligned.images import StorageError, UnreadableImageError, decode_image
+from patch_aligned.images import UnreadableImageError, decode_image
 from patch_aligned.pad import parse_annotation
 
 SIZE_WH = (60, 40)
@@ -123,7 +123,7 @@ def test_an_outage_of_the_storage_stops_the_run_and_is_not_recorded_of_a_picture
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(StorageError, match=r"sound\.png: Input/output error. Once it can be read again"):
+    with pytest.raises(OSError, match=r"sound\.png: Input/output error. Once it can be read again"):
         decode_image(tmp_path / "sound.png")
 
 

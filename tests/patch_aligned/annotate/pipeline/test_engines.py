@@ -18,10 +18,8 @@ from typer.testing import CliRunner
 from patch_aligned.annotate import run as engines
 from patch_aligned.annotate.folder import RunFolder, list_images
 from patch_aligned.annotate.pipeline import Workload
-from patch_aligned.annotate.ram.model import RamCheckpointError
 from patch_aligned.annotate.run import (
     AnnotationJob,
-    EngineError,
     ModelRecipe,
     Place,
     place_of,
@@ -145,7 +143,7 @@ def test_rays_actors_give_what_one_process_gives(
         run_with_ray(job, 1, "cpu", watcher)
         assert watcher.todo == []
         broken = replace(job, recipe=replace(recipe, ram=tmp_path / "no.pth"), output=tmp_path / "other")
-        with pytest.raises(RamCheckpointError, match=r"^\S*no.pth: found no such file") as refused:
+        with pytest.raises(ValueError, match=r"^\S*no.pth: found no such file") as refused:
             run_with_ray(broken, 1, "cpu", watcher)
         assert "Traceback" not in str(refused.value)
     finally:
@@ -188,15 +186,15 @@ def nothing(tmp_path: Path) -> AnnotationJob:
 def test_more_of_rays_actors_than_gpus_are_refused_as_they_would_wait_for_ever(
     stub_ray: SimpleNamespace, nothing: AnnotationJob
 ) -> None:
-    with pytest.raises(EngineError, match="--ray_workers 3: found 2 GPUs"):
+    with pytest.raises(ValueError, match="--ray_workers 3: found 2 GPUs"):
         run_with_ray(nothing, 3, "auto", Silent())
 
 
 def test_a_device_that_ray_cannot_give_is_refused(stub_ray: SimpleNamespace, nothing: AnnotationJob) -> None:
-    with pytest.raises(EngineError, match="--device cuda:1: found 2 GPUs in the cluster, of which Ray gives each"):
+    with pytest.raises(ValueError, match="--device cuda:1: found 2 GPUs in the cluster, of which Ray gives each"):
         run_with_ray(nothing, 1, "cuda:1", Silent())
     stub_ray.gpus = 0
-    with pytest.raises(EngineError, match="--device cuda: found 0 GPUs in the cluster"):
+    with pytest.raises(ValueError, match="--device cuda: found 0 GPUs in the cluster"):
         run_with_ray(nothing, 1, "cuda", Silent())
 
 
@@ -204,7 +202,7 @@ def test_an_actor_that_dies_again_and_again_ends_the_run_with_what_to_do(
     stub_ray: SimpleNamespace, nothing: AnnotationJob
 ) -> None:
     stub_ray.outcome = RayError("The actor died unexpectedly.\nMuch more.")
-    with pytest.raises(EngineError, match=r"\(The actor died unexpectedly\.\)\. What is done stays.* --ray_workers"):
+    with pytest.raises(ValueError, match=r"\(The actor died unexpectedly\.\)\. What is done stays.* --ray_workers"):
         run_with_ray(nothing, 1, "auto", Silent())
 
 
@@ -221,24 +219,24 @@ def test_wrong_input_loses_the_actors_traceback_and_a_bug_keeps_it(
 
 def test_ray_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, nothing: AnnotationJob) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(EngineError, match=r"pip install 'patch-aligned-llava\[annotate\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'patch-aligned-llava\[annotate\]'"):
         run_with_ray(nothing, 1, "cpu", Silent())
 
 
 def test_ranks_come_from_torchruns_variables() -> None:
     assert place_of("local", "cpu", {}) == Place(0, 1, "cpu")
     assert place_of("torchrun", "cpu", {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Place(3, 4, "cpu")
-    with pytest.raises(EngineError, match="each of 4 processes would do all the work"):
+    with pytest.raises(ValueError, match="each of 4 processes would do all the work"):
         place_of("local", "cpu", {"RANK": "3", "WORLD_SIZE": "4"})
-    with pytest.raises(EngineError, match="found WORLD_SIZE abc"):
+    with pytest.raises(ValueError, match="found WORLD_SIZE abc"):
         place_of("local", "cpu", {"WORLD_SIZE": "abc"})
-    with pytest.raises(EngineError, match="found '0' and 'abc'"):
+    with pytest.raises(ValueError, match="found '0' and 'abc'"):
         place_of("torchrun", "cpu", {"RANK": "0", "WORLD_SIZE": "abc"})
-    with pytest.raises(EngineError, match="LOCAL_RANK: found 'x'"):
+    with pytest.raises(ValueError, match="LOCAL_RANK: found 'x'"):
         place_of("torchrun", "cpu", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"})
-    with pytest.raises(EngineError, match="found no RANK and WORLD_SIZE"):
+    with pytest.raises(ValueError, match="found no RANK and WORLD_SIZE"):
         place_of("torchrun", "cpu", {})
-    with pytest.raises(EngineError, match="found '4' and '4', expected 0 to WORLD_SIZE - 1"):
+    with pytest.raises(ValueError, match="found '4' and '4', expected 0 to WORLD_SIZE - 1"):
         place_of("torchrun", "cpu", {"RANK": "4", "WORLD_SIZE": "4"})
 
 
@@ -249,7 +247,7 @@ def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.Monkey
     assert place_of("torchrun", "cuda", {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}).device == "cuda:5"
     assert place_of("local", "auto", {}).device == "cuda:0"
     assert place_of("local", "cuda:3", {}).device == "cuda:3"
-    with pytest.raises(EngineError, match="--device cuda:8: found 8 GPUs here, expected cuda:0 to cuda:7"):
+    with pytest.raises(ValueError, match="--device cuda:8: found 8 GPUs here, expected cuda:0 to cuda:7"):
         place_of("local", "cuda:8", {})
     monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 1)  # a Slurm array task sees its own GPU alone
     assert place_of("torchrun", "auto", {"RANK": "13", "WORLD_SIZE": "16"}).device == "cuda:0"
@@ -259,9 +257,9 @@ def test_devices_that_are_none_or_not_here_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(engines.torch.cuda, "is_available", lambda: False)
     assert place_of("local", "auto", {}).device == "cpu"
     for device in ("gpu", "cuda:x", ""):
-        with pytest.raises(EngineError, match=f"--device: found '{device}', expected `auto`"):
+        with pytest.raises(ValueError, match=f"--device: found '{device}', expected `auto`"):
             place_of("local", device, {})
-    with pytest.raises(EngineError, match="--device cuda:1: torch sees no CUDA device here"):
+    with pytest.raises(ValueError, match="--device cuda:1: torch sees no CUDA device here"):
         place_of("local", "cuda:1", {})
 
 

@@ -22,7 +22,7 @@ from patch_aligned.annotate.pipeline import (
     annotate_images,
 )
 from patch_aligned.annotate.regions import NonFiniteScoresError
-from patch_aligned.annotate.run import FailedImageError, ModelRecipe, process_shard
+from patch_aligned.annotate.run import ModelRecipe, process_shard
 from patch_aligned.images import decode_image
 from patch_aligned.pad import parse_annotation, read_annotations, write_annotations
 from playground.mini.replay import ReplayStages
@@ -241,7 +241,7 @@ def test_a_failed_image_stops_the_run_where_that_is_asked_for(stages: Stages, tm
     (tmp_path / "broken.jpg").write_bytes(b"")
     entries, images = list_images(tmp_path)
     folder = RunFolder.start(tmp_path / "run", entries, stages.settings, shard_size=20)
-    with pytest.raises(FailedImageError, match=r"broken.jpg: unreadable \(an empty file\)"):
+    with pytest.raises(ValueError, match=r"broken.jpg: unreadable \(an empty file\)"):
         process_shard(folder, 0, stages, images, Workload(on_error="fail"))
     assert folder.missing_shards() == [0]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from patch_aligned.annotate.regions import PromptError, Selection, SelectionError
+from patch_aligned.annotate.regions import Selection
 from patch_aligned.annotate.run import ModelRecipe
 
 
@@ -15,10 +15,10 @@ def test_a_tag_that_makes_no_prompt_is_refused_before_any_image_has_it(recipe: M
     tags = recipe.ram_tag_list.read_text().splitlines()
     tags[7] = "word " * 300
     (tmp_path / "tags.txt").write_text("\n".join(tags))
-    with pytest.raises(PromptError, match=r"found 300 tokens, expected 1 to 253\. Correct the list of tags"):
+    with pytest.raises(ValueError, match=r"found 300 tokens, expected 1 to 253\. Correct the list of tags"):
         replace(recipe, ram_tag_list=tmp_path / "tags.txt").build("cpu")
 
 
 def test_thresholds_below_the_candidates_are_refused_before_a_model_is_loaded(recipe: ModelRecipe) -> None:
-    with pytest.raises(SelectionError, match=r"box_threshold: found 0.1, expected 0.15 or more"):
+    with pytest.raises(ValueError, match=r"box_threshold: found 0.1, expected 0.15 or more"):
         replace(recipe, selection=Selection(box_threshold=0.1), sam="nowhere").build("cpu")

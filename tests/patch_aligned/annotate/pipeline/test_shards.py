@@ -15,7 +15,6 @@ from patch_aligned.annotate import folder as run_folder_module
 from patch_aligned.annotate.folder import (
     ManifestEntry,
     RunFolder,
-    RunFolderError,
     ShardError,
     read_header,
     read_shard,
@@ -117,7 +116,7 @@ def test_a_folder_goes_on_only_with_its_own_settings(folder: RunFolder) -> None:
     again = RunFolder.start(folder.path, ENTRIES, SETTINGS, shard_size=2)
     assert again.settings_sha256 == folder.settings_sha256
     other = {"sam": {"model": "b", "sizes": [1, 2]}, "versions": {"torch": "2"}, "new": 1}
-    with pytest.raises(RunFolderError) as refused:
+    with pytest.raises(ValueError) as refused:
         RunFolder.start(folder.path, ENTRIES, other, shard_size=3)
     assert [line.strip() for line in str(refused.value).splitlines()[1:-1]] == [
         "new: the folder has None, this call 1",
@@ -127,22 +126,26 @@ def test_a_folder_goes_on_only_with_its_own_settings(folder: RunFolder) -> None:
 
 
 def test_a_folder_goes_on_only_with_its_own_images(folder: RunFolder) -> None:
-    with pytest.raises(RunFolderError, match=r"1 that the manifest lacks \(9.jpg\) and 1 of the manifest .* \(0.jpg\)"):
+    with pytest.raises(ValueError, match=r"1 that the manifest lacks \(9.jpg\) and 1 of the manifest .* \(0.jpg\)"):
         RunFolder.start(folder.path, [*ENTRIES[1:], ManifestEntry("9.jpg")], SETTINGS, shard_size=2)
-    with pytest.raises(RunFolderError, match="another order"):
+    with pytest.raises(ValueError, match="another order"):
         RunFolder.start(folder.path, ENTRIES[::-1], SETTINGS, shard_size=2)
-    with pytest.raises(RunFolderError, match=r"other captions than the run began with: of 1 images \(4.jpg\)"):
+    with pytest.raises(ValueError, match=r"other captions than the run began with: of 1 images \(4.jpg\)"):
         RunFolder.start(folder.path, [*ENTRIES[:4], ManifestEntry("4.jpg")], SETTINGS, shard_size=2)
 
 
 def test_a_run_that_was_killed_before_its_settings_were_written_has_not_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    written_whole = run_folder_module.written_whole
+
+    def killed_at_the_settings(path: Path) -> Any:
+        if path.name == "settings.json":
+            raise KeyboardInterrupt
+        return written_whole(path)
 
     with monkeypatch.context() as until_then:
-        until_then.setattr(run_folder_module, "written_whole", killed)
+        until_then.setattr(run_folder_module, "written_whole", killed_at_the_settings)
         with pytest.raises(KeyboardInterrupt):
             RunFolder.start(tmp_path, ENTRIES, SETTINGS, shard_size=2)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.jsonl"]
@@ -153,14 +156,14 @@ def test_a_run_that_was_killed_before_its_settings_were_written_has_not_begun(
 def test_an_edited_manifest_is_found_out(folder: RunFolder) -> None:
     manifest = folder.path / "manifest.jsonl"
     manifest.write_text(manifest.read_text().replace("4.jpg", "5.jpg"))
-    with pytest.raises(RunFolderError, match=r"manifest.jsonl: found sha256 .* as in settings.json"):
+    with pytest.raises(ValueError, match=r"manifest.jsonl: found sha256 .* as in settings.json"):
         RunFolder(folder.path)
 
 
 def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"settings.json: found no such file"):
+    with pytest.raises(ValueError, match=r"settings.json: found no such file"):
         RunFolder(tmp_path)
     (tmp_path / "settings.json").write_text(json.dumps({"shard_size": 2}))
     (tmp_path / "manifest.jsonl").touch()
-    with pytest.raises(RunFolderError, match="found no settings of a run"):
+    with pytest.raises(ValueError, match="found no settings of a run"):
         RunFolder(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from patch_aligned.annotate.ram.tagger import TagListError, check_counts, read_tag_list, read_thresholds
+from patch_aligned.annotate.ram.tagger import check_counts, read_tag_list, read_thresholds
 
 
 def test_the_last_line_may_end_without_a_newline(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_the_first_lines_of_rams_list_are_read(ram_goldens: Path) -> None:
 def test_empty_and_repeated_tags_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "tags.txt"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(TagListError, match=message):
+    with pytest.raises(ValueError, match=message):
         read_tag_list(path)
 
 
@@ -41,24 +41,24 @@ def test_empty_and_repeated_tags_are_refused(tmp_path: Path, text: str, message:
 def test_thresholds_outside_of_0_to_1_are_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "thresholds.txt"
     path.write_text(f"0.5\n{line}\n0.5\n", encoding="utf-8")
-    with pytest.raises(TagListError, match=rf"thresholds\.txt:2: found '{line}', expected a number from 0 to 1"):
+    with pytest.raises(ValueError, match=rf"thresholds\.txt:2: found '{line}', expected a number from 0 to 1"):
         read_thresholds(path)
 
 
 def test_missing_files_say_where_they_come_from(tmp_path: Path) -> None:
     origin = r"absent: found no such file\. It is ram/data/{} of https://github\.com/xinyu1205.*{}"
-    with pytest.raises(TagListError, match=origin.format(r"ram_tag_list\.txt", "--ram_tag_list")):
+    with pytest.raises(ValueError, match=origin.format(r"ram_tag_list\.txt", "--ram_tag_list")):
         read_tag_list(tmp_path / "absent")
-    with pytest.raises(TagListError, match=origin.format(r"ram_tag_list_threshold\.txt", "--ram_thresholds")):
+    with pytest.raises(ValueError, match=origin.format(r"ram_tag_list_threshold\.txt", "--ram_thresholds")):
         read_thresholds(tmp_path / "absent")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(TagListError, match="binary: found no UTF-8 text"):
+    with pytest.raises(ValueError, match="binary: found no UTF-8 text"):
         read_tag_list(tmp_path / "binary")
 
 
 def test_counts_must_be_the_models() -> None:
     check_counts(["cat", "dog"], [0.5, 0.5], 2)
-    with pytest.raises(TagListError, match=r"found 1 tags, expected 2.*--ram_tag_list"):
+    with pytest.raises(ValueError, match=r"found 1 tags, expected 2.*--ram_tag_list"):
         check_counts(["cat"], [0.5, 0.5], 2)
-    with pytest.raises(TagListError, match=r"found 3 thresholds, expected 2.*--ram_thresholds"):
+    with pytest.raises(ValueError, match=r"found 3 thresholds, expected 2.*--ram_thresholds"):
         check_counts(["cat", "dog"], [0.5, 0.5, 0.5], 2)

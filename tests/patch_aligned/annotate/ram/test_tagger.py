@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from patch_aligned.annotate.ram.model import RamModel
-from patch_aligned.annotate.ram.tagger import RamTagger, Tag, TagListError, preprocess
+from patch_aligned.annotate.ram.tagger import RamTagger, Tag, preprocess
 from patch_aligned.annotate.regions import NonFiniteScoresError
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -108,7 +108,7 @@ def test_a_tagger_reads_all_it_needs_from_files(
     assert (settings["kind"], settings["resample"], settings["dtype"]) == ("ram", "bicubic", "float32")
     assert (settings["checkpoint"], len(settings["checkpoint_sha256"])) == ("ram_mini.pth", 64)
     thresholds.write_text("0.5\n" * 31, encoding="utf-8")
-    with pytest.raises(TagListError, match="found 31 thresholds, expected 32"):
+    with pytest.raises(ValueError, match="found 31 thresholds, expected 32"):
         RamTagger.from_checkpoint(path, ram_goldens / "tags_32.txt", thresholds)
 
 
