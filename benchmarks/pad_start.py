@@ -87,10 +87,10 @@ class AnnotatedSamples:
         return len(self.records)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        from llava.image_geometry import ImageGeometry
+        from llava.plugin import ImageView
 
-        geometry = ImageGeometry.of("square", SIZE_WH, 336, (24, 24))
-        return self.plugin.transform_sample(self.records[row], geometry)
+        view = ImageView(SIZE_WH, "crop", 336, 336, 336, (24, 24))
+        return self.plugin.transform_sample(self.records[row], view)
 
 
 class CollateWithMemory:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
 import io
+import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -16,14 +17,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.image_geometry import (
-    ImageGeometry,
-    get_anyres_image_grid_shape,
-    letterboxed_wh,
-    parse_grid_pinpoints,
-    select_best_resolution,
-    square_padding_xy,
-)
+from llava.plugin import ImageView
 
 __all__ = [
     "KeywordsStoppingCriteria",
@@ -32,7 +26,7 @@ __all__ = [
     "expand2square",
     "get_anyres_image_grid_shape",
     "get_model_name_from_path",
-    "image_geometry_of",
+    "image_view_of",
     "load_image_from_base64",
     "load_rgb_image",
     "process_anyres_image",
@@ -44,6 +38,14 @@ __all__ = [
     "tokenizer_image_token",
     "with_space_prefix",
 ]
+
+
+_TREATMENTS: dict[str | None, Literal["crop", "pad", "squeeze"]] = {
+    None: "crop",
+    "square": "crop",
+    "pad": "pad",
+    "anyres": "squeeze",
+}
 
 
 class UnreadableImageError(OSError):
@@ -97,8 +99,50 @@ def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
         return pil_img
     side = max(pil_img.size)
     canvas = Image.new(pil_img.mode, (side, side), background_color)
-    canvas.paste(pil_img, square_padding_xy(pil_img.size))
+    canvas.paste(pil_img, ((side - pil_img.width) // 2, (side - pil_img.height) // 2))
     return canvas
+
+
+def letterboxed_wh(original_wh: tuple[int, int], target_wh: tuple[int, int]) -> tuple[int, int]:
+    """Largest size of the image's shape inside `target_wh`; the shorter side is rounded up (upstream's rule)."""
+    width, height = original_wh
+    target_width, target_height = target_wh
+    scale_x, scale_y = target_width / width, target_height / height
+    if scale_x < scale_y:
+        return target_width, min(math.ceil(height * scale_x), target_height)
+    return min(math.ceil(width * scale_y), target_width), target_height
+
+
+def select_best_resolution(original_size: tuple[int, int], possible_resolutions: Sequence[Any]) -> Any:
+    """Resolution (width, height) that keeps most of the image's pixels; of equals, the one with least empty area.
+
+    Of several that are equal in both the first wins (upstream's rule).
+    """
+    if not possible_resolutions:
+        raise ValueError("possible_resolutions: found none, expected at least one (width, height)")
+    width, height = original_size
+
+    def kept_and_unused(resolution: Any) -> tuple[int, int]:
+        target_width, target_height = resolution
+        scale = min(target_width / width, target_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - target_width * target_height
+
+    return max(possible_resolutions, key=kept_and_unused)
+
+
+def parse_grid_pinpoints(grid_pinpoints: Any) -> list[Any]:
+    """The configuration's `image_grid_pinpoints`: a list of (width, height), or such a list written as text."""
+    pinpoints = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+    if not isinstance(pinpoints, list | tuple) or any(len(p) != 2 for p in pinpoints):
+        raise ValueError(f"image_grid_pinpoints: found {grid_pinpoints!r}, expected a list of [width, height]")
+    return list(pinpoints)
+
+
+def get_anyres_image_grid_shape(image_size: tuple[int, int], grid_pinpoints: Any, patch_size: int) -> tuple[int, int]:
+    """Tiles across and down for an image of `image_size` (width, height); `patch_size` is a tile's side in pixels."""
+    width, height = select_best_resolution(image_size, parse_grid_pinpoints(grid_pinpoints))
+    return width // patch_size, height // patch_size
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int]) -> Image.Image:
@@ -162,13 +206,13 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
     return tensors
 
 
-def image_geometry_of(
+def image_view_of(
     image_size: tuple[int, int],
     image_processor: Any,
     image_aspect_ratio: str | None,
     grid: tuple[int, int],
     seen_side: int | None = None,
-) -> ImageGeometry:
+) -> ImageView:
     """What `process_images` does to an image of `image_size` (width, height), for this very processor.
 
     A processor that squeezes images to a square instead of cropping (SigLIP's) is described as such.
@@ -179,12 +223,18 @@ def image_geometry_of(
         image_aspect_ratio: None or "square", "pad", "anyres" (the base tile).
         grid: rows and columns of visual tokens.
         seen_side: the tower's `seen_side`; None where its patches fill the processor's output.
+
+    Raises:
+        ValueError: for another `image_aspect_ratio`.
     """
+    if image_aspect_ratio not in _TREATMENTS:
+        raise ValueError(f"image_aspect_ratio: found {image_aspect_ratio!r}, expected 'square', 'pad' or 'anyres'")
+    treatment = _TREATMENTS[image_aspect_ratio]
     side, edge = processed_side(image_processor), _shortest_edge(image_processor)
-    geometry = ImageGeometry.of(image_aspect_ratio, image_size, seen_side or side, grid, edge)
-    if geometry.side != side:
-        geometry = replace(geometry, processed_side=side)
-    return replace(geometry, mode="squeeze") if edge is None and geometry.mode == "crop" else geometry
+    if edge is None and treatment == "crop":
+        treatment = "squeeze"
+    width, height = image_size
+    return ImageView((width, height), treatment, edge or side, side, seen_side or side, grid)
 
 
 def _pixel_values(processor: Any, image: Image.Image) -> Tensor:

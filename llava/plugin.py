@@ -13,14 +13,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from llava.image_geometry import ImageGeometry
+
+@dataclass(frozen=True)
+class ImageView:
+    """What `process_images` did to one image on its way into the vision tower; all lengths are pixels.
+
+    Attributes:
+        original_wh: width and height of the image file.
+        treatment: `crop` (the shortest edge resized, the centre cut out), `pad` (centred on a square canvas, then
+            resized) or `squeeze` (the whole image resized to the square: the base tile of anyres, or what SigLIP's
+            processor does).
+        shortest_edge: length to which edges are resized.
+        processed_side: side of the image processor's output, the centre of the resized image.
+        seen_side: side of the upper left part of that output which patches cover. 27 patches of 14 pixels leave 6 of
+            SigLIP's 384 pixels unseen.
+        grid: rows and columns of visual tokens over what is seen.
+    """
+
+    original_wh: tuple[int, int]
+    treatment: Literal["crop", "pad", "squeeze"]
+    shortest_edge: int
+    processed_side: int
+    seen_side: int
+    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -62,16 +84,22 @@ class TrainingPlugin:
     """Dataclass parsed from the command line beside LLaVA's own; its fields should share a prefix."""
 
     def setup(
-        self, arguments: Any, tokenizer: Any, *, data_path: str | None = None, output_dir: Path | None = None
+        self,
+        arguments: Any,
+        tokenizer: Any,
+        *,
+        data_path: str | None = None,
+        image_folder: str | None = None,
+        output_dir: Path | None = None,
     ) -> None:
         """Called once, after arguments are parsed and the tokenizer is loaded, before any data is read."""
 
-    def transform_sample(self, record: Mapping[str, Any], geometry: ImageGeometry) -> dict[str, Tensor]:
+    def transform_sample(self, record: Mapping[str, Any], view: ImageView) -> dict[str, Tensor]:
         """Tensors to add to one sample with an image. Runs in data workers.
 
         Args:
             record: the sample as it stands in the training JSON.
-            geometry: what happened to the sample's image, including the token grid.
+            view: what happened to the sample's image, with the token grid.
         """
         return {}
 
@@ -90,11 +118,12 @@ class TrainingPlugin:
         """
         return {}
 
-    def describe_first_batch(self, images: Tensor, batch: Mapping[str, Any], path: Path) -> None:
-        """Saves a picture of what the plugin made of the first batch, so that a wrong geometry is seen at once.
+    def describe_first_batch(self, images: Tensor, grid: tuple[int, int], batch: Mapping[str, Any], path: Path) -> None:
+        """Saves a picture of what the plugin made of the first batch, so that misplaced regions are seen at once.
 
         Args:
-            images: `[N, 3, H, W]` in 0..1, as the vision tower sees them but without normalisation.
+            images: `[N, 3, side, side]` in 0..1: what patches cover of the tower's input, without normalisation.
+            grid: rows and columns of visual tokens over it.
             batch: what `collate` returned.
             path: where the picture goes, without suffix.
         """

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from llava.image_geometry import AreaTables, ImageGeometry
+from patch_aligned.cells import TokenGrid
 
 # Run lengths of COCO's compressed RLE strings, without decoding any mask.
 #
@@ -115,21 +115,18 @@ def run_lengths(rle_masks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return runs, mask_starts
 
 
+_COVERAGE_SLACK = 1e-9
+"""Coverage is summed in floating point: a cell that is covered by exactly half may come out 1e-14 below it."""
+
+
 class PatchMaskError(ValueError):
     """A region's mask that does not fit its image; the message names record, region, found and expected."""
-
-
-def covered_tokens(
-    rle_mask: str, size_wh: tuple[int, int], geometry: ImageGeometry, min_coverage: float = 0.5
-) -> np.ndarray:
-    """Tokens that one region covers: `covered_tokens_of_regions` for a single mask, bool `[rows * cols]`."""
-    return covered_tokens_of_regions([rle_mask], size_wh, geometry, min_coverage)[0]
 
 
 def covered_tokens_of_regions(
     rle_masks: Sequence[str],
     size_wh: Sequence[int],
-    geometry: ImageGeometry,
+    grid: TokenGrid,
     min_coverage: float = 0.5,
     record: str = "record",
 ) -> np.ndarray:
@@ -138,12 +135,12 @@ def covered_tokens_of_regions(
     Args:
         rle_masks: COCO compressed RLE strings, one a region.
         size_wh: width and height that the annotation states, pixels.
-        geometry: what happened to the image.
-        min_coverage: share of the cell's area, inclusive, above 0.
+        grid: the cells.
+        min_coverage: share of the cell's area, inclusive with a slack of 1e-9 for rounding, above 0.
         record: names the annotation in errors.
 
     Returns:
-        bool `[R, rows * cols]`, row-major over the token grid. A row may be all False: such a region covers no token.
+        bool `[R, rows * cols]`, row-major over the cells. A row may be all False: such a region covers no token.
 
     Raises:
         PatchMaskError: see `token_coverage_of_regions`.
@@ -151,34 +148,31 @@ def covered_tokens_of_regions(
     """
     if not 0 < min_coverage <= 1:
         raise ValueError(f"min_coverage: found {min_coverage}, expected a share of a cell's area in (0, 1]")
-    coverage = token_coverage_of_regions(rle_masks, size_wh, geometry, record)
-    rows, cols = geometry.grid
-    return (coverage >= min_coverage).reshape(len(rle_masks), rows * cols)  # [R, rows, cols] -> [R, rows * cols]
+    coverage = token_coverage_of_regions(rle_masks, size_wh, grid, record)
+    # [R, rows, cols] -> [R, rows * cols]
+    return (coverage >= min_coverage - _COVERAGE_SLACK).reshape(len(rle_masks), grid.rows * grid.cols)
 
 
 def token_coverage_of_regions(
-    rle_masks: Sequence[str], size_wh: Sequence[int], geometry: ImageGeometry, record: str = "record"
+    rle_masks: Sequence[str], size_wh: Sequence[int], grid: TokenGrid, record: str = "record"
 ) -> np.ndarray:
     """Share of each token's cell that each region of an image covers: float64 `[R, rows, cols]`, 0..1.
 
-    Equals `geometry.token_coverage` of the decoded masks to the last bit.
+    Parts of a cell beyond the image count as not covered.
 
     Raises:
         PatchMaskError: if the stated size is not the image's (for instance swapped), or a mask is malformed or does not
             sum to the image's pixels.
     """
-    require_size(size_wh, geometry, record)
-    rows, cols = geometry.grid
+    require_size(size_wh, grid.image_wh, record)
     if not rle_masks:
-        return np.zeros((0, rows, cols))
-    width, height = geometry.original_wh
+        return np.zeros((0, grid.rows, grid.cols))
+    width, height = grid.image_wh
     pixels = width * height
     problems, runs, mask_starts = checked_run_lengths(rle_masks, [pixels] * len(rle_masks))
-    _raise_first(problems, geometry, record)
-
-    tables = _area_tables(geometry)
+    _raise_first(problems, grid.image_wh, record)
     edges, first_edge = _run_edges(runs, mask_starts, pixels)
-    return _areas_between(edges, first_edge, tables) / tables.cell_area
+    return _shares_between(edges, first_edge, *_share_tables(grid))
 
 
 def _run_edges(runs: np.ndarray, mask_starts: np.ndarray, pixels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -195,43 +189,54 @@ def _run_edges(runs: np.ndarray, mask_starts: np.ndarray, pixels: int) -> tuple[
     return edges, 2 * np.concatenate(([0], np.cumsum(filled_of_mask)))
 
 
-def _areas_between(edges: np.ndarray, first_edge: np.ndarray, tables: AreaTables) -> np.ndarray:
-    """Area of each cell between the starts and ends of each region's runs: `[R, rows, cols]`, in units of the tables.
+def _shares_between(
+    edges: np.ndarray, first_edge: np.ndarray, rows_before: np.ndarray, cols_before: np.ndarray
+) -> np.ndarray:
+    """Share of each cell's area between the starts and ends of each region's runs: `[R, rows, cols]`.
 
     Before pixel y of column x lie the columns to its left, in full height, and the pixels above it in its own column.
     What lies before a run's start is taken from what lies before its end.
     """
-    regions, height, width = len(first_edge) - 1, len(tables.rows_before) - 1, len(tables.cols_before) - 1
+    regions, height, width = len(first_edge) - 1, len(rows_before) - 1, len(cols_before) - 1
     x, y = np.divmod(edges, height)
     sign = np.tile((-1.0, 1.0), edges.size // 2)
 
     region_of_edge = np.repeat(np.arange(regions), np.diff(first_edge))
     edges_in_column = np.bincount(region_of_edge * (width + 1) + x, weights=sign, minlength=regions * (width + 1))
-    full_columns = edges_in_column.reshape(regions, width + 1) @ tables.cols_before  # [R, cols]
-    area = tables.rows_before[-1][:, None] * full_columns[:, None, :]  # [R, rows, cols]
+    full_columns = edges_in_column.reshape(regions, width + 1) @ cols_before  # [R, cols]
+    shares = rows_before[-1][:, None] * full_columns[:, None, :]  # [R, rows, cols]
 
-    rows_before = tables.rows_before.take(y, axis=0)  # [E, rows]
-    rows_before *= sign[:, None]
-    cols_at = tables.cols_before.take(np.minimum(x + 1, width), axis=0)  # [E, cols]
-    cols_at -= tables.cols_before.take(x, axis=0)
+    rows_at = rows_before.take(y, axis=0)  # [E, rows]
+    rows_at *= sign[:, None]
+    cols_at = cols_before.take(np.minimum(x + 1, width), axis=0)  # [E, cols]
+    cols_at -= cols_before.take(x, axis=0)
     for region in range(regions):
         of_region = slice(first_edge[region], first_edge[region + 1])
-        area[region] += rows_before[of_region].T @ cols_at[of_region]  # [rows, E] @ [E, cols]
-    return area
+        shares[region] += rows_at[of_region].T @ cols_at[of_region]  # [rows, E] @ [E, cols]
+    return shares
 
 
-@lru_cache(maxsize=64)  # images of a data set share few sizes; an entry of 448 x 336 pixels takes 0.15 MB
-def _area_tables(geometry: ImageGeometry) -> AreaTables:
-    return geometry.area_tables()
+@lru_cache(maxsize=64)  # grids are cached by the size of their image; an entry of 448 x 336 pixels takes 0.15 MB
+def _share_tables(grid: TokenGrid) -> tuple[np.ndarray, np.ndarray]:
+    """Share of each row's height and of each column's width before each pixel: `[height + 1, rows]`, `[.., cols]`."""
+    width, height = grid.image_wh
+    tables = []
+    for edges, length in ((grid.y_edges, height), (grid.x_edges, width)):
+        starts, ends = np.array(edges[:-1]), np.array(edges[1:])  # [cells]
+        starts_in_image = np.maximum(starts, 0)
+        pixels = np.arange(length + 1, dtype=np.float64)[:, None]  # [length + 1, 1]
+        before = np.clip(pixels, starts_in_image, np.maximum(ends, 0)) - starts_in_image
+        tables.append(before / (ends - starts))
+    return tables[0], tables[1]
 
 
-def require_size(size_wh: Sequence[int], geometry: ImageGeometry, record: str) -> None:
+def require_size(size_wh: Sequence[int], image_wh: tuple[int, int], record: str) -> None:
     """Checks that an annotation is of the image.
 
     Raises:
         PatchMaskError: if the stated width and height are not the image's.
     """
-    stated, actual = tuple(size_wh), geometry.original_wh
+    stated, actual = tuple(size_wh), image_wh
     if stated != actual:
         hint = "width and height are swapped" if stated == actual[::-1] else "the mask belongs to another file or copy"
         raise PatchMaskError(
@@ -240,8 +245,8 @@ def require_size(size_wh: Sequence[int], geometry: ImageGeometry, record: str) -
         )
 
 
-def _raise_first(problems: Sequence[str | None], geometry: ImageGeometry, record: str) -> None:
-    width, height = geometry.original_wh
+def _raise_first(problems: Sequence[str | None], image_wh: tuple[int, int], record: str) -> None:
+    width, height = image_wh
     for region, problem in enumerate(problems):
         if problem is not None:
             raise PatchMaskError(

@@ -17,8 +17,8 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image, ImageFile
 
-from llava.image_geometry import boxes_xyxy_from_image01, boxes_xyxy_from_square01
 from llava.mm_utils import load_rgb_image
+from patch_aligned.cells import boxes_xyxy_from_image01, boxes_xyxy_from_square01
 from patch_aligned.files import written_whole
 from patch_aligned.results.run import ACCURACY, BoxFrame
 

@@ -18,7 +18,7 @@ from llava.conversation import Conversation
 from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.records import RecordError, RecordTable, image_names, open_records
 from llava.data.tokenization import preprocess, preprocess_multimodal
-from llava.mm_utils import image_geometry_of, load_rgb_image, process_images
+from llava.mm_utils import image_view_of, load_rgb_image, process_images
 
 if TYPE_CHECKING:
     from llava.plugin import TrainingPlugin
@@ -183,9 +183,9 @@ class LazySupervisedDataset(Dataset):
             )
         assert self.plugin is not None and self.grid is not None
         aspect_ratio = self.data_args.image_aspect_ratio
-        geometry = image_geometry_of(sizes[0], self.image_processor, aspect_ratio, self.grid, self.seen_side)
+        view = image_view_of(sizes[0], self.image_processor, aspect_ratio, self.grid, self.seen_side)
         try:
-            return self.plugin.transform_sample(record, geometry)
+            return self.plugin.transform_sample(record, view)
         except ValueError as error:
             raise RecordError(f"{self.records.where(row)}, {error}") from error
 

@@ -15,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 from llava.conversation import conv_templates
 from llava.data.collate import check_sequence_budget
 from llava.data.dataset import make_supervised_data_module
-from llava.image_geometry import parse_grid_pinpoints
+from llava.mm_utils import parse_grid_pinpoints
 from llava.model.builder import fill_tower, may_come_later, read_config
 from llava.model.checkpoint import CheckpointTensors
 from llava.model.language_model.families import llava_config, llava_model_class

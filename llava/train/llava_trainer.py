@@ -173,10 +173,11 @@ def save_first_batch(trainer: LLaVATrainer, inputs: dict[str, Any]) -> None:
     if trainer.plugin is None or not trainer.args.should_save or images is None:
         return
     images = torch.stack([image if image.dim() == 3 else image[0] for image in images])  # [N, 3, H, W]
-    processor = trainer.model.get_vision_tower().image_processor
+    tower = trainer.model.get_vision_tower()
+    processor, side = tower.image_processor, tower.seen_side
     path = Path(trainer.args.output_dir) / FIRST_BATCH
-    pixels = undo_normalisation(images, processor.image_mean, processor.image_std)
-    trainer.plugin.describe_first_batch(pixels, inputs.get("plugin_batch") or {}, path)
+    pixels = undo_normalisation(images[..., :side, :side], processor.image_mean, processor.image_std)
+    trainer.plugin.describe_first_batch(pixels, trainer.model.visual_grid, inputs.get("plugin_batch") or {}, path)
     logger.info("The first batch as the plugin sees it: %s.*", path)
 
 

@@ -122,7 +122,13 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
 
     if plugin is not None:
         output_dir = Path(training_args.output_dir)
-        plugin.setup(plugin_args, tokenizer, data_path=data_args.data_path, output_dir=output_dir)
+        plugin.setup(
+            plugin_args,
+            tokenizer,
+            data_path=data_args.data_path,
+            image_folder=data_args.image_folder,
+            output_dir=output_dir,
+        )
     data = make_data(tokenizer, model, model_args, data_args, training_args, plugin)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, plugin=plugin, **data)
 

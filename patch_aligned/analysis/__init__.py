@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from patch_aligned.analysis.report import write_report
     from patch_aligned.analysis.run import AnalysisSettings, MeasureSettings, analyse
     from patch_aligned.analysis.words import token_maps
-    from patch_aligned.models.sources import load_models
+    from patch_aligned.models.load import load_models
 
 __all__ = [
     "AnalysisSettings",
@@ -30,7 +30,7 @@ _MODULES = {
     "AnalysisSettings": "patch_aligned.analysis.run",
     "MeasureSettings": "patch_aligned.analysis.run",
     "analyse": "patch_aligned.analysis.run",
-    "load_models": "patch_aligned.models.sources",
+    "load_models": "patch_aligned.models.load",
     "localise": "patch_aligned.analysis.localise",
     "token_maps": "patch_aligned.analysis.words",
     "write_report": "patch_aligned.analysis.report",

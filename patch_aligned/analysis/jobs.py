@@ -20,7 +20,7 @@ from patch_aligned.analysis.sets import open_annotated_set
 from patch_aligned.analysis.token_map_page import save_token_map_figures, write_token_map_page
 from patch_aligned.analysis.words import PursuitSettings, TokenMaps, english_words, token_maps
 from patch_aligned.images import image_path
-from patch_aligned.models.sources import load_models
+from patch_aligned.models.load import load_models
 
 # Whether results can be written, asked before hours are spent on them.
 

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis.alignment import cosine_maps, iou_by_area, predicted_tokens
-from patch_aligned.models.sources import AnalysedModel
+from patch_aligned.cells import TokenGrid
+from patch_aligned.masks import token_coverage_of_regions
+from patch_aligned.models.base import VisionLanguageModel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,17 +79,15 @@ _CHARACTER_INCHES = 0.066  # of the caption, on average and rather too wide
 
 @dataclass(frozen=True)
 class PictureCell:
-    """What one projector made of one label.
+    """What one model made of one label.
 
     Attributes:
-        image: `[3, side, side]`, 0..1, as its tower sees it.
-        truth: `[side, side]`, share of each pixel that the region covers.
+        grid: the cells of its visual tokens.
         cosine, predicted: `[rows, cols]`, of each visual token; predicted is bool.
         iou_px: by area; NaN without truth.
     """
 
-    image: Tensor
-    truth: Tensor
+    grid: TokenGrid
     cosine: Tensor
     predicted: Tensor
     iou_px: float
@@ -99,14 +100,15 @@ class PictureRow:
     Attributes:
         image_id: as in the PAD file.
         label: the region's label.
-        image, truth: as the first projector's tower sees them, see `PictureCell`.
-        cells: by the projector's name.
+        image: uint8 `[height, width, 3]`, the image file.
+        truth: bool `[height, width]`, the region.
+        cells: by the model's name.
     """
 
     image_id: str
     label: str
-    image: Tensor
-    truth: Tensor
+    image: np.ndarray
+    truth: np.ndarray
     cells: dict[str, PictureCell] = field(default_factory=dict)
 
 
@@ -160,8 +162,8 @@ def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) 
         pairs: list[tuple[Axes, Axes]] = []
         for index, name in enumerate(names):
             heat_axes, mask_axes = (figure.add_subplot(grid[row_index, 3 * index + 2 + offset]) for offset in (0, 1))
-            _draw_heat(heat_axes, row.cells[name])
-            _draw_prediction(mask_axes, row.cells[name])
+            _draw_heat(heat_axes, row, row.cells[name])
+            _draw_prediction(mask_axes, row, row.cells[name])
             pairs.append((heat_axes, mask_axes))
         if row_index == 0:
             first = "ground truth" if any(row.truth.any() for row in rows) else "image"
@@ -186,8 +188,8 @@ def panel_jpegs(row: PictureRow) -> dict[str | tuple[str, str], bytes]:
     """
     found: dict[str | tuple[str, str], bytes] = {"truth": _panel_jpeg(partial(_draw_truth, row=row))}
     for name, cell in row.cells.items():
-        found[name, "cosine"] = _panel_jpeg(partial(_draw_heat, cell=cell))
-        found[name, "prediction"] = _panel_jpeg(partial(_draw_prediction, cell=cell))
+        found[name, "cosine"] = _panel_jpeg(partial(_draw_heat, row=row, cell=cell))
+        found[name, "prediction"] = _panel_jpeg(partial(_draw_prediction, row=row, cell=cell))
     return found
 
 
@@ -220,59 +222,78 @@ def _head_columns(figure: Any, truth_axes: Axes, first: str, pairs: dict[str, tu
 
 def _draw_truth(axes: Axes, row: PictureRow) -> None:
     bare(axes)
-    axes.imshow(row.image.numpy().transpose(1, 2, 0))
-    _outline(axes, row.truth.numpy(), TRUTH_COLOUR)
+    axes.imshow(row.image, extent=_extent(row))
+    _outline(axes, row.truth, TRUTH_COLOUR)
+    _show_whole_image(axes, row)
 
 
-def _draw_heat(axes: Axes, cell: PictureCell) -> None:
+def _draw_heat(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
     bare(axes)
     cosine = cell.cosine.numpy()
-    side = cell.truth.shape[0]
-    axes.imshow(cosine, cmap=HEAT_MAP, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest")
-    _outline(axes, cell.truth.numpy(), "black", width=0.6)
+    axes.set_facecolor("#e9ecef")  # parts of the image that no token sees
+    axes.pcolormesh(cell.grid.x_edges, cell.grid.y_edges, cosine, cmap=HEAT_MAP)
+    _outline(axes, row.truth, "black", width=0.6)
+    _show_whole_image(axes, row)
     axes.set_title(f"{cosine.min():.2f} … {cosine.max():.2f}".replace("-", "−"), fontsize=8.5, pad=3, color="#495057")
 
 
-def _draw_prediction(axes: Axes, cell: PictureCell) -> None:
+def _draw_prediction(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
     bare(axes)
-    predicted = _cells_to_pixels(cell.predicted.numpy().astype(float), cell.truth.shape[0])
-    axes.imshow(_dimmed(cell.image, predicted))
+    predicted = _cells_to_pixels(cell.predicted.numpy(), cell.grid)
+    axes.imshow(_dimmed(row.image, predicted), extent=_extent(row))
     _outline(axes, predicted, PREDICTION_COLOUR)
+    _show_whole_image(axes, row)
     axes.set_title(
         "no truth given" if np.isnan(cell.iou_px) else f"IoU {cell.iou_px:.2f}", fontsize=8.5, pad=3, color="#212529"
     )
 
 
-def _dimmed(picture: Tensor, mask: np.ndarray) -> np.ndarray:
-    """The image, its colours washed out where the mask is not: `[side, side, 3]`."""
-    image = picture.numpy().transpose(1, 2, 0)  # [3, side, side] -> [side, side, 3]
+def _extent(row: PictureRow) -> tuple[float, float, float, float]:
+    """Left, right, bottom, top: continuous pixels of the image, y downwards."""
+    height, width = row.truth.shape
+    return 0, width, height, 0
+
+
+def _show_whole_image(axes: Axes, row: PictureRow) -> None:
+    """The image from edge to edge, centred in a square panel, whatever its shape."""
+    height, width = row.truth.shape
+    side = max(height, width)
+    axes.set_xlim((width - side) / 2, (width + side) / 2)
+    axes.set_ylim((height + side) / 2, (height - side) / 2)
+    axes.set_aspect("equal")
+
+
+def _dimmed(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image 0..1, its colours washed out where the mask is not: `[height, width, 3]`."""
+    image = image / 255
     grey = image.mean(axis=2, keepdims=True)
     washed = 0.12 * image + 0.24 * grey + 0.58
-    return mask[..., None] * image + (1 - mask[..., None]) * washed
+    return np.where(mask[..., None], image, washed)
 
 
-def _cells_to_pixels(cells: np.ndarray, side: int) -> np.ndarray:
-    """Each pixel takes the value of the cell that its centre lies in: `[rows, cols]` -> `[side, side]`."""
-    rows, cols = ((2 * np.arange(side) + 1) * count // (2 * side) for count in cells.shape)
-    return cells[rows[:, None], cols[None, :]]
+def _cells_to_pixels(cells: np.ndarray, grid: TokenGrid) -> np.ndarray:
+    """Each pixel of the image takes the value of the cell that its centre lies in: bool `[height, width]`."""
+    width, height = grid.image_wh
+    cols = np.searchsorted(grid.x_edges, np.arange(width) + 0.5, side="right") - 1
+    rows = np.searchsorted(grid.y_edges, np.arange(height) + 0.5, side="right") - 1
+    seen = ((rows >= 0) & (rows < grid.rows))[:, None] & ((cols >= 0) & (cols < grid.cols))
+    return cells[rows.clip(0, grid.rows - 1)[:, None], cols.clip(0, grid.cols - 1)] & seen
 
 
 def _outline(axes: Axes, mask: np.ndarray, colour: str, width: float = 1.3) -> None:
-    framed = np.pad(mask, 1)  # so that the outline also runs along the image's edge
-    places = np.arange(-1, mask.shape[0] + 1)
-    if framed.max() >= 0.5:
+    framed = np.pad(mask.astype(float), 1)  # so that the outline also runs along the image's edge
+    rows, cols = (np.arange(length) - 0.5 for length in framed.shape)
+    if framed.any():
         # A white rim keeps the line visible on an image of its own colour.
         for line_colour, line_width in (("white", width + 1.6), (colour, width)):
-            axes.contour(places, places, framed, levels=[0.5], colors=[line_colour], linewidths=line_width)
-    axes.set_xlim(-0.5, mask.shape[1] - 0.5)
-    axes.set_ylim(mask.shape[0] - 0.5, -0.5)
+            axes.contour(cols, rows, framed, levels=[0.5], colors=[line_colour], linewidths=line_width)
 
 
 # Where labels are found in an image: the cosine map and the predicted tokens of each projector (Figures 1 and 4).
 
 
 def localise(
-    models: Sequence[AnalysedModel],
+    models: Sequence[VisionLanguageModel],
     image: Path | str,
     label: str,
     mask: np.ndarray | None = None,
@@ -281,7 +302,7 @@ def localise(
     """Where each model finds a label in an image; `save_localisation_figure` draws what it returns.
 
     Args:
-        models: what is compared; each is shown the image as its tower sees it.
+        models: what is compared.
         image: the file.
         label: any text.
         mask: `[height, width]`, the region that the label is about; None where there is no truth, and the IoU is NaN.
@@ -295,34 +316,28 @@ def localise(
     height_width = opened.size[::-1]
     if mask is None and threshold_rule == "top_area":
         raise ValueError("The rule 'top_area' is told the region's size: pass a mask, or choose another rule.")
-    if mask is None:
-        mask = np.zeros(height_width)
-    if mask.shape != height_width:
-        raise ValueError(f"{image}: the mask is {list(mask.shape)}; expected the image's {list(height_width)}.")
-    mask = mask.astype(np.float64)
-    features, shown, cells = {}, {}, {}
-    for tower, projector in ((model.tower, model.projector) for model in models):
-        if id(tower) not in features:
-            pixels = tower.pixels(opened)  # [3, side, side]
-            features[id(tower)] = tower.features(pixels[None])  # [1, S, d]
-            truth = tower.geometry(opened.size, (1, 1)).mask_to_model(mask)  # [side, side]
-            shown[id(tower)] = tower.displayed(pixels), torch.from_numpy(truth)
-        tokens, grid = projector.visual_tokens(features[id(tower)])  # [1, T, D]
-        coverage = torch.from_numpy(tower.geometry(opened.size, grid).token_coverage(mask[None]))[0]  # [rows, cols]
-        direction = projector.words.directions_of_labels([label])[0].to(tokens)  # [D]
-        cells[projector.name] = picture_cell(
-            *shown[id(tower)], direction, tokens[0], coverage.to(tokens.device), threshold_rule
-        )
-    return PictureRow(Path(image).name, label, *shown[id(models[0].tower)], cells)
+    truth = np.zeros(height_width, dtype=bool) if mask is None else np.asarray(mask) != 0
+    if truth.shape != height_width:
+        raise ValueError(f"{image}: the mask is {list(truth.shape)}; expected the image's {list(height_width)}.")
+    rle_mask = coco_mask.encode(np.asfortranarray(truth, dtype=np.uint8))["counts"].decode()
+    features: dict[int, Tensor] = {}
+    cells = {}
+    for model in models:
+        if id(model.encoder) not in features:
+            features[id(model.encoder)] = model.features(model.inputs([opened]))  # [1, S, d]
+        tokens = model.visual_tokens(features[id(model.encoder)])  # [1, T, D]
+        [grid] = model.layouts([opened.size])[0].grids
+        coverage = torch.from_numpy(token_coverage_of_regions([rle_mask], opened.size, grid)[0])  # [rows, cols]
+        direction = model.words.directions_of_labels([label])[0].to(tokens)  # [D]
+        cells[model.name] = picture_cell(grid, direction, tokens[0], coverage.to(tokens.device), threshold_rule)
+    return PictureRow(Path(image).name, label, np.asarray(opened), truth, cells)
 
 
-def picture_cell(
-    image: Tensor, truth: Tensor, direction: Tensor, visual_tokens: Tensor, coverage: Tensor, rule: str
-) -> PictureCell:
-    """What one projector makes of one label.
+def picture_cell(grid: TokenGrid, direction: Tensor, visual_tokens: Tensor, coverage: Tensor, rule: str) -> PictureCell:
+    """What one model makes of one label.
 
     Args:
-        image, truth: see `PictureCell`.
+        grid: the cells of its visual tokens.
         direction: `[D]`, of the label.
         visual_tokens: `[S, D]`.
         coverage: `[rows, cols]`, share of each cell that the region covers.
@@ -332,8 +347,7 @@ def picture_cell(
     areas = coverage.double().reshape(1, -1)  # [rows, cols] -> [1, S]
     predicted = predicted_tokens(maps, rule, areas.sum(dim=1))  # [1, S]
     return PictureCell(
-        image=image,
-        truth=truth,
+        grid=grid,
         cosine=maps.reshape(coverage.shape).cpu(),
         predicted=predicted.reshape(coverage.shape).cpu(),
         iou_px=float(iou_by_area(predicted, areas)),

@@ -26,7 +26,7 @@ from patch_aligned.analysis.token_map_page import (
 from patch_aligned.analysis.words import MappedImage, TokenMaps, colours_of_words, map_caption
 from patch_aligned.files import checkpoint_hash, written_whole
 from patch_aligned.html_page import static_page
-from patch_aligned.models.sources import AnalysedModel
+from patch_aligned.models.base import VisionLanguageModel
 
 if TYPE_CHECKING:
     from matplotlib.lines import Line2D
@@ -702,18 +702,18 @@ def report_markdown(analysis: Analysis) -> str:
     return "\n".join(lines)
 
 
-def provenance_of(models: Sequence[AnalysedModel]) -> dict[str, Any]:
+def provenance_of(models: Sequence[VisionLanguageModel]) -> dict[str, Any]:
     """Device, versions, and the SHA-256 of all weights that lie in local files, by their path."""
     places = {
         place
         for model in models
-        for place in (model.projector.source, model.tower.name, model.projector.words.source)
+        for place in (model.source, model.encoder.name, model.words.source)
         if Path(place).exists()
     }
     return {
-        "device": models[0].tower.device,
+        "device": models[0].encoder.device,
         "dtype": "float32",
-        "image_aspect_ratio": ", ".join(sorted({model.tower.image_aspect_ratio for model in models})),
+        "image_aspect_ratio": ", ".join(sorted({model.encoder.image_aspect_ratio for model in models})),
         "versions": {name: version(name) for name in ("patch-aligned-llava", "torch", "transformers")},
         "sha256": {place: checkpoint_hash(place).sha256 for place in sorted(places)},
     }

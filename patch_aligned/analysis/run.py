@@ -41,10 +41,10 @@ from patch_aligned.analysis.regions import (
     rules_of,
 )
 from patch_aligned.analysis.sets import AnnotatedSet, open_annotated_set
+from patch_aligned.cells import TokenGrid
 from patch_aligned.images import image_path
-from patch_aligned.masks import token_coverage_of_regions
-from patch_aligned.models.llava import MeasuredProjector, Tower
-from patch_aligned.models.sources import AnalysedModel
+from patch_aligned.masks import require_size, token_coverage_of_regions
+from patch_aligned.models.base import Encoder, VisionLanguageModel
 from patch_aligned.pad import AnnotatedImage, Region
 
 # The images that a measure runs over: which regions count, which labels they are compared with, which are shown.
@@ -205,21 +205,22 @@ class MeasuredImage:
         regions: Sequence[Region],
         own: Tensor,
         shuffled: Tensor,
-        tower: Tower,
+        encoder: Encoder,
         settings: MeasureSettings,
     ):
         self.own, self.shuffled = own, shuffled
         self._annotated, self._regions = annotated, regions
         self._rle_masks = [region.rle_mask for region in regions]
         self._record = f"{settings.data}: {annotated.image_id}"
-        self._tower = tower
+        self._encoder = encoder
         self._coverage: dict[tuple[int, int], Tensor] = {}
         try:
             image = load_rgb_image(image_path(settings.image_folder, annotated.image_id))
         except UnreadableImageError as error:
             raise UnreadableImageError(f"{error}, or leave images like it out with --on_error skip") from error
         self._file_wh = image.size
-        self.pixels = tower.pixels(image)  # [3, side, side]
+        self.pixels = encoder.inputs([image])[0]  # [3, side, side]
+        self._original = image
         self.picture: PictureRow | None = None
         self.pictured_region = 0
 
@@ -229,37 +230,41 @@ class MeasuredImage:
         encoded = [{"size": size_hw, "counts": rle_mask.encode()} for rle_mask in self._rle_masks]
         return coco_mask.area(encoded).tolist() if encoded else []
 
-    def coverage(self, grid: tuple[int, int]) -> Tensor:
+    def cells(self, shape: tuple[int, int]) -> TokenGrid:
+        """The cells of `shape` (rows, cols) visual tokens."""
+        [grid] = self._encoder.layout(self._file_wh, shape).grids
+        return grid
+
+    def coverage(self, shape: tuple[int, int]) -> Tensor:
         """`[R, rows, cols]`, share of each token's cell that each region covers.
 
         Raises:
             PatchMaskError: the file's size is not the record's.
         """
-        if grid not in self._coverage:
-            geometry = self._tower.geometry(self._file_wh, grid)
-            coverage = token_coverage_of_regions(self._rle_masks, self._annotated.size_wh, geometry, self._record)
-            self._coverage[grid] = torch.from_numpy(coverage)
-        return self._coverage[grid]
+        if shape not in self._coverage:
+            grid = self.cells(shape)
+            coverage = token_coverage_of_regions(self._rle_masks, self._annotated.size_wh, grid, self._record)
+            self._coverage[shape] = torch.from_numpy(coverage)
+        return self._coverage[shape]
 
     def show(self) -> None:
         """Prepares a row of the picture: the region that is largest in the original image, whatever the tower.
 
         No score chooses what is shown, and towers that cut the image differently show the same.
         """
-        self.coverage((1, 1))  # refuses a file of another size than its record's
+        require_size(self._annotated.size_wh, self._file_wh, self._record)
         self.pictured_region = int(np.argmax(self.areas_px()))
         width, height = self._annotated.size_wh
         encoded = {"size": [height, width], "counts": self._rle_masks[self.pictured_region].encode()}
-        truth = self._tower.geometry(self._file_wh, (1, 1)).mask_to_model(coco_mask.decode(encoded))  # [side, side]
         self.picture = PictureRow(
             image_id=self._annotated.image_id,
             label=self._regions[self.pictured_region].tag,
-            image=self._tower.displayed(self.pixels),
-            truth=torch.from_numpy(truth),
+            image=np.asarray(self._original),
+            truth=coco_mask.decode(encoded).astype(bool),
         )
 
 
-def measured_images(settings: MeasureSettings, survey: Survey, tower: Tower) -> Iterator[MeasuredImage]:
+def measured_images(settings: MeasureSettings, survey: Survey, encoder: Encoder) -> Iterator[MeasuredImage]:
     """Yields the images of `survey` in order, one at a time.
 
     Raises:
@@ -271,7 +276,7 @@ def measured_images(settings: MeasureSettings, survey: Survey, tower: Tower) -> 
         regions = _selected(annotated, settings)
         of_image = slice(first_region, first_region + len(regions))
         first_region += len(regions)
-        image = MeasuredImage(annotated, regions, survey.own[of_image], survey.shuffled[of_image], tower, settings)
+        image = MeasuredImage(annotated, regions, survey.own[of_image], survey.shuffled[of_image], encoder, settings)
         if index in survey.pictured:
             image.show()
         yield image
@@ -299,8 +304,8 @@ class ImagePass:
 
 
 def pass_over_images(
-    tower: Tower,
-    projectors: Sequence[MeasuredProjector],
+    encoder: Encoder,
+    projectors: Sequence[VisionLanguageModel],
     settings: MeasureSettings,
     survey: Survey,
     on_images: Callable[[int, int], None] = lambda done, total: None,
@@ -308,7 +313,7 @@ def pass_over_images(
     """Reads every image once and adds it up for each projector.
 
     Args:
-        tower: gives the features, once an image.
+        encoder: gives the features, once an image.
         projectors: what to measure.
         settings: data and rules.
         survey: of the images.
@@ -318,19 +323,19 @@ def pass_over_images(
         FileNotFoundError: an image is missing.
         ValueError: no region lies in the model's image, or an image's size is not its record's.
     """
-    before = EntropyAccumulator(tower.width, tower.device)
+    before = EntropyAccumulator(encoder.width, encoder.device)
     directions: dict[int, Tensor] = {}  # projectors of one LLM share its labels' [L, D]
     for words in (projector.words for projector in projectors):
         if id(words) not in directions:
-            directions[id(words)] = words.directions_of_labels(survey.labels).to(tower.device)
+            directions[id(words)] = words.directions_of_labels(survey.labels).to(encoder.device)
     runs = [
-        ProjectorRun(projector, directions[id(projector.words)], settings, tower.device) for projector in projectors
+        ProjectorRun(projector, directions[id(projector.words)], settings, encoder.device) for projector in projectors
     ]
     picture: list[PictureRow] = []
-    stream = measured_images(settings, survey, tower)
+    stream = measured_images(settings, survey, encoder)
     done = 0
     while batch := list(islice(stream, settings.batch_size)):
-        features = tower.features(torch.stack([image.pixels for image in batch]))  # [B, 3, side, side] -> [B, S, d]
+        features = encoder.features(torch.stack([image.pixels for image in batch]))  # [B, 3, side, side] -> [B, S, d]
         before.update(features)
         for run in runs:
             run.update(features, batch)
@@ -340,7 +345,7 @@ def pass_over_images(
     if all(np.isnan(run.regions.rows().scores["iou_px"]).all() for run in runs):
         raise ValueError(
             f"{settings.data}: all {len(survey.own)} regions lie outside the model's image, cut away by its "
-            f"{tower.image_aspect_ratio!r} geometry. Pass --image-aspect-ratio pad, which keeps the whole image; a "
+            f"{encoder.image_aspect_ratio!r} geometry. Pass --image-aspect-ratio pad, which keeps the whole image; a "
             "model of transformers has it from its image processor."
         )
     return ImagePass(before, runs, done, picture)
@@ -356,7 +361,9 @@ class ProjectorRun:
         regions: scores of all regions.
     """
 
-    def __init__(self, projector: MeasuredProjector, label_directions: Tensor, settings: MeasureSettings, device: str):
+    def __init__(
+        self, projector: VisionLanguageModel, label_directions: Tensor, settings: MeasureSettings, device: str
+    ):
         self.projector = projector
         self.grid = (0, 0)
         self.entropy = EntropyAccumulator(projector.words.width, device)
@@ -365,7 +372,8 @@ class ProjectorRun:
 
     def update(self, features: Tensor, batch: Sequence[MeasuredImage]) -> None:
         """Adds images by their features `[B, S, d]`."""
-        tokens, self.grid = self.projector.visual_tokens(features)  # [B, T, D]
+        tokens = self.projector.visual_tokens(features)  # [B, T, D]
+        self.grid = self.projector.shape
         self.entropy.update(tokens)
         rule = self._settings.threshold_rule
         for image, visual_tokens in zip(batch, tokens, strict=True):
@@ -384,7 +392,7 @@ class ProjectorRun:
             if (row := image.picture) is not None and self.projector.pictured:
                 region = image.pictured_region
                 direction = self._label_directions[own[region]]  # [D]
-                cell = picture_cell(row.image, row.truth, direction, visual_tokens, coverage[region], rule)
+                cell = picture_cell(image.cells(self.grid), direction, visual_tokens, coverage[region], rule)
                 row.cells[self.projector.name] = cell
 
 
@@ -594,7 +602,7 @@ class Analysis:
 
 
 def analyse(
-    models: Sequence[AnalysedModel],
+    models: Sequence[VisionLanguageModel],
     settings: AnalysisSettings,
     on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> Analysis:
@@ -614,21 +622,21 @@ def analyse(
     """
     annotated = open_images(settings.measure)
     survey = Survey.of(annotated, settings.measure)
-    towers = {id(model.tower): model.tower for model in models}
+    encoders = {id(model.encoder): model.encoder for model in models}
     untrained = _untrained_by_shape(models, settings.untrained_seeds)
     runs: dict[str, ProjectorRun] = {}
     before: dict[int, EntropyAccumulator] = {}
     picture: list[PictureRow] = []
     started = time.perf_counter()
-    for place, (key, tower) in enumerate(towers.items()):
-        projectors = [model.projector for model in models if model.tower is tower]
+    for place, (key, encoder) in enumerate(encoders.items()):
+        measured = [model for model in models if model.encoder is encoder]
         twins = [twin for shape, twins in untrained.items() if shape[0] == key for twin in twins]
         found = pass_over_images(
-            tower,
-            [*projectors, *twins],
+            encoder,
+            [*measured, *twins],
             settings.measure,
             survey,
-            partial(_tell, on_images, place, len(towers)),
+            partial(_tell, on_images, place, len(encoders)),
         )
         before[key] = found.before
         runs |= {run.projector.name: run for run in found.runs}
@@ -654,7 +662,7 @@ def analyse(
             model,
             runs[model.name],
             rows[model.name],
-            entropies_before[id(model.tower)],
+            entropies_before[id(model.encoder)],
             untrained_found.get(_shape_of(model)),
             survey.labels,
             settings,
@@ -675,7 +683,7 @@ def analyse(
         labels=len(survey.labels),
         skipped=annotated.skipped,
         broken_images=annotated.broken,
-        images_per_second=survey.images * len(towers) / seconds,
+        images_per_second=survey.images * len(encoders) / seconds,
         models=found_models,
         comparisons=comparisons,
         picture=picture,
@@ -687,7 +695,7 @@ def _tell(on_images: Callable[[int, int], None], place: int, passes: int, done: 
 
 
 def _model_analysis(
-    model: AnalysedModel,
+    model: VisionLanguageModel,
     run: ProjectorRun,
     rows: RegionRows,
     entropy_before: EntropyFigures,
@@ -697,9 +705,9 @@ def _model_analysis(
 ) -> ModelAnalysis:
     entropy_after = EntropyFigures.of(run.entropy)
     return ModelAnalysis(
-        source=model.projector.source,
-        tower=model.tower.name,
-        words=model.projector.words.source,
+        source=model.source,
+        tower=model.encoder.name,
+        words=model.words.source,
         grid=run.grid,
         entropy_before=entropy_before,
         entropy_after=entropy_after,
@@ -731,21 +739,23 @@ Shape = tuple[int, int, tuple[tuple[int, ...], ...]]
 """Tower, word embeddings, and shapes of the weights: models that share them share their random projectors."""
 
 
-def _shape_of(model: AnalysedModel) -> Shape:
-    weights = model.projector.projector.state_dict().values()
-    return id(model.tower), id(model.projector.words), tuple(tuple(weight.shape) for weight in weights)
+def _shape_of(model: VisionLanguageModel) -> Shape:
+    weights = model.projector.state_dict().values()
+    return id(model.encoder), id(model.words), tuple(tuple(weight.shape) for weight in weights)
 
 
-def _untrained_by_shape(models: Sequence[AnalysedModel], seeds: Sequence[int]) -> dict[Shape, list[MeasuredProjector]]:
-    by_shape: dict[Shape, list[MeasuredProjector]] = {}
+def _untrained_by_shape(
+    models: Sequence[VisionLanguageModel], seeds: Sequence[int]
+) -> dict[Shape, list[VisionLanguageModel]]:
+    by_shape: dict[Shape, list[VisionLanguageModel]] = {}
     for model in models:
         if seeds and _shape_of(model) not in by_shape:
-            by_shape[_shape_of(model)] = [model.projector.untrained(seed) for seed in seeds]
+            by_shape[_shape_of(model)] = [model.untrained(seed) for seed in seeds]
     return by_shape
 
 
 def _joined(rows: list[PictureRow], more: list[PictureRow]) -> list[PictureRow]:
-    """Rows of two passes over the same images; ground truth is shown as the first tower sees it."""
+    """Rows of two passes over the same images; each model adds its cells."""
     if not rows:
         return more
     return [replace(row, cells=row.cells | other.cells) for row, other in zip(rows, more, strict=True)]

@@ -15,12 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
 from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis.matching_pursuit import Pursuit, WordDictionary, matching_pursuit
-from patch_aligned.models.llava import WordEmbeddings
-from patch_aligned.models.sources import AnalysedModel, sources_of
+from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings
+from patch_aligned.models.load import sources_of
 
 # Single tokens of an LLM's vocabulary as text that can be shown: one token, on its own, made visible.
 
@@ -319,7 +322,7 @@ class TokenMapper:
 
 
 def token_maps(
-    models: Sequence[AnalysedModel],
+    models: Sequence[VisionLanguageModel],
     images: Sequence[tuple[str, Path]],
     settings: PursuitSettings | None = None,
     english: str = "auto",
@@ -342,24 +345,32 @@ def token_maps(
     settings, word_list = settings or PursuitSettings(), english_words(english)
     mappers: dict[str, TokenMapper] = {}
     for model in models:
-        words = model.projector.words
+        words = model.words
         if words.source not in mappers:
-            mappers[words.source] = TokenMapper(words, settings, word_list, model.tower.device)
-    towers = {id(model.tower): model.tower for model in models}
+            mappers[words.source] = TokenMapper(words, settings, word_list, model.encoder.device)
+    encoders = {id(model.encoder): model.encoder for model in models}
     mapped = []
     for image_id, path in images:
         image = load_rgb_image(path)
-        pixels = {key: tower.pixels(image) for key, tower in towers.items()}  # [3, side, side] each
-        features = {key: tower.features(pixels[key][None]) for key, tower in towers.items()}  # [1, S, d] each
-        shown = {key: tower.displayed(pixels[key]) for key, tower in towers.items()}
-        pictures = {model.name: shown[id(model.tower)] for model in models}
-        maps = {}
+        # [1, S, d] each
+        features = {key: encoder.features(encoder.inputs([image])) for key, encoder in encoders.items()}
+        pictures, maps = {}, {}
         for model in models:
-            tokens, grid = model.projector.visual_tokens(features[id(model.tower)])  # [1, T, D]
-            maps[model.name] = mappers[model.projector.words.source].map(tokens[0], grid)
+            tokens = model.visual_tokens(features[id(model.encoder)])  # [1, T, D]
+            maps[model.name] = mappers[model.words.source].map(tokens[0], model.shape)
+            [grid] = model.layouts([image.size])[0].grids
+            pictures[model.name] = _part(image, grid.box_xyxy_px)
         mapped.append(MappedImage(image_id, pictures, maps))
         on_images(len(mapped), len(images))
     return TokenMaps(mapped, sources_of(models), settings, word_list)
+
+
+def _part(image: Image.Image, box_xyxy_px: Sequence[float]) -> Tensor:
+    """The part of the image under the cells, squeezed to a square, values 0..1: `[3, side, side]`."""
+    left, top, right, bottom = (round(edge) for edge in box_xyxy_px)
+    side = max(right - left, bottom - top)
+    part = image.crop((left, top, right, bottom)).resize((side, side))
+    return torch.from_numpy(np.asarray(part) / 255).permute(2, 0, 1)
 
 
 def map_caption(token_map: TokenMap, round_index: int) -> str:

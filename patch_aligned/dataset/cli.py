@@ -146,10 +146,10 @@ def stats(
     """
     from functools import partial
 
-    from patch_aligned.dataset.stats import TokenGrid, gather_statistics, table_rows, write_statistics
+    from patch_aligned.dataset.stats import TokenSettings, gather_statistics, table_rows, write_statistics
 
     _require_matplotlib(plots)
-    tokens = TokenGrid(grid, side, image_aspect_ratio, min_coverage)
+    tokens = TokenSettings(grid, side, image_aspect_ratio, min_coverage)
     statistics = gather_statistics(pad, tokens, limit, partial(with_progress, description="Counting"))
     output = output or pad.with_name(pad.name + ".stats")
     numbers = write_statistics(statistics, output, plots)
@@ -182,13 +182,13 @@ def view(
 
     The page holds everything in itself, and needs no server and no network. Arrow keys turn its pages.
     """
-    from patch_aligned.dataset.stats import TokenGrid
+    from patch_aligned.dataset.stats import TokenSettings
     from patch_aligned.dataset.view import ViewSelection, write_view
 
     if not image_folder.is_dir():
         raise FileNotFoundError(f"--image-folder {image_folder}: there is no such folder.")
     selection = ViewSelection(start, limit, frozenset(ids or ()), tag)
-    tokens = TokenGrid(grid, side, image_aspect_ratio, min_coverage)
+    tokens = TokenSettings(grid, side, image_aspect_ratio, min_coverage)
     viewed = write_view(
         pad,
         image_folder,
@@ -267,7 +267,7 @@ def publish(
     Nothing is uploaded: the command for that is printed.
     """
     from patch_aligned.dataset.publish import publish as publish_file
-    from patch_aligned.dataset.stats import TokenGrid
+    from patch_aligned.dataset.stats import TokenSettings
 
     _require_matplotlib(plots)
     published = publish_file(
@@ -277,7 +277,7 @@ def publish(
         licence=license_name,
         settings=settings,
         records_per_file=records_per_file,
-        tokens=TokenGrid(grid, side, image_aspect_ratio, min_coverage),
+        tokens=TokenSettings(grid, side, image_aspect_ratio, min_coverage),
         plots=plots,
         watch=lambda images: with_progress(images, "Publishing"),
     )

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from patch_aligned.dataset.stats import TokenGrid, as_markdown, gather_statistics, write_statistics
+from patch_aligned.dataset.stats import TokenSettings, as_markdown, gather_statistics, write_statistics
 from patch_aligned.pad import SETTINGS_SUFFIX, AnnotatedImage, read_annotations, write_annotations
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -90,7 +90,7 @@ def publish(
     licence: str | None = None,
     settings: Path | None = None,
     records_per_file: int = 100_000,
-    tokens: TokenGrid | None = None,
+    tokens: TokenSettings | None = None,
     plots: bool = True,
     watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
 ) -> Published:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from llava.image_geometry import ImageGeometry
+from patch_aligned.cells import TokenGrid, Treatment, square_grid
 from patch_aligned.masks import covered_tokens_of_regions
 from patch_aligned.pad import SKIPPED_SUFFIX, AnnotatedImage, iter_records, read_annotations
 
@@ -109,13 +109,14 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+_TREATMENTS: dict[str, Treatment] = {"square": "crop", "pad": "pad", "anyres": "squeeze"}
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TAGS_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class TokenGrid:
-    """The model's view of an image: on it a region covers tokens.
+class TokenSettings:
+    """How LLaVA makes an image square and lays a grid of tokens over it.
 
     Attributes:
         grid: rows and columns of visual tokens.
@@ -129,15 +130,21 @@ class TokenGrid:
     image_aspect_ratio: str = "square"
     min_coverage: float = 0.5
 
-    def geometry(self, size_wh: tuple[int, int]) -> ImageGeometry:
-        """What happens to an image of this size."""
-        return ImageGeometry.of(self.image_aspect_ratio, size_wh, self.side, (self.grid, self.grid))
+    def cells(self, size_wh: tuple[int, int]) -> TokenGrid:
+        """The cells of an image of this size.
+
+        Raises:
+            ValueError: `image_aspect_ratio` is none of LLaVA's.
+        """
+        if self.image_aspect_ratio not in _TREATMENTS:
+            raise ValueError(f"image_aspect_ratio: found {self.image_aspect_ratio!r}, expected 'square' or 'pad'")
+        return square_grid(size_wh, _TREATMENTS[self.image_aspect_ratio], (self.grid, self.grid), self.side)
 
     def covered(self, image: AnnotatedImage) -> np.ndarray:
         """Tokens that each region covers: bool `[R, grid * grid]`."""
         masks = [region.rle_mask for region in image.regions]
-        geometry = self.geometry(image.size_wh)
-        return covered_tokens_of_regions(masks, image.size_wh, geometry, self.min_coverage, image.image_id)
+        grid = self.cells(image.size_wh)
+        return covered_tokens_of_regions(masks, image.size_wh, grid, self.min_coverage, image.image_id)
 
 
 @dataclass
@@ -154,7 +161,7 @@ class Statistics:
     """
 
     file: Path
-    tokens: TokenGrid
+    tokens: TokenSettings
     images: int = 0
     captions: int = 0
     caption_words: int = 0
@@ -204,7 +211,7 @@ class Statistics:
 
 def gather_statistics(
     path: Path,
-    tokens: TokenGrid | None = None,
+    tokens: TokenSettings | None = None,
     limit: int | None = None,
     watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
 ) -> Statistics:
@@ -220,7 +227,7 @@ def gather_statistics(
         AnnotationError: a record breaks the format.
         RecordFileError: the file is missing or broken.
     """
-    statistics = Statistics(path, tokens or TokenGrid())
+    statistics = Statistics(path, tokens or TokenSettings())
     for image in watch(islice(read_annotations(path), limit)):
         statistics.add(image)
     skipped = path.with_name(path.name + SKIPPED_SUFFIX)

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from patch_aligned.dataset.stats import TokenGrid
+from patch_aligned.dataset.stats import TokenSettings
 from patch_aligned.html_page import html_page
 from patch_aligned.images import BROKEN_IMAGE_ERRORS, ImageFileError, image_path
 from patch_aligned.pad import AnnotatedImage, Region, is_finite_number, read_annotations
@@ -79,7 +79,7 @@ def write_view(
     output: Path,
     *,
     selection: ViewSelection | None = None,
-    tokens: TokenGrid | None = None,
+    tokens: TokenSettings | None = None,
     page_size: int = 250,
     thumbnail_side: int = 640,
     watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
@@ -101,7 +101,7 @@ def write_view(
         AnnotationError, RecordFileError: a broken record or file.
     """
     selection = selection or ViewSelection()
-    tokens = tokens or TokenGrid()
+    tokens = tokens or TokenSettings()
     if output.suffix.lower() not in (".html", ".htm"):
         raise ViewError(f"--output {output}: found suffix {output.suffix!r}, expected .html")
     if selection.limit > MOST_IMAGES:
@@ -150,7 +150,7 @@ def _select(pad: Path, selection: ViewSelection) -> tuple[list[tuple[int, Annota
 
 
 def _entry(
-    record: int, image: AnnotatedImage, image_folder: Path, tokens: TokenGrid, thumbnail_side: int
+    record: int, image: AnnotatedImage, image_folder: Path, tokens: TokenSettings, thumbnail_side: int
 ) -> dict[str, Any]:
     """What the page knows of one image."""
     width, height = image.size_wh
@@ -159,8 +159,7 @@ def _entry(
         picture = _picture(image, image_folder, thumbnail_side)
     except ImageFileError as error:
         problem = str(error)
-    geometry = tokens.geometry(image.size_wh)
-    seen = geometry.points_from_model([[0, 0], [tokens.side, tokens.side]]).ravel()  # [2, 2] -> [4]
+    seen = tokens.cells(image.size_wh).box_xyxy_px
     covered = tokens.covered(image)  # [R, tokens]
     encoded = image.coco_masks()
     areas = coco_mask.area(encoded) if encoded else []
@@ -184,7 +183,7 @@ def _entry(
         "status": image.extra.get("status"),
         "picture": picture,
         "problem": problem,
-        "seen": [round(float(edge), 3) for edge in seen],
+        "seen": [round(edge, 3) for edge in seen],
         "regions": regions,
     }
 
@@ -228,7 +227,7 @@ def _picture(image: AnnotatedImage, image_folder: Path, side: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def _page(entries: list[dict[str, Any]], pad: Path, tokens: TokenGrid, pages: list[Path], number: int) -> str:
+def _page(entries: list[dict[str, Any]], pad: Path, tokens: TokenSettings, pages: list[Path], number: int) -> str:
     document = {
         "grid": [tokens.grid, tokens.grid],
         "image_aspect_ratio": tokens.image_aspect_ratio,

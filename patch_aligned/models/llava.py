@@ -1,135 +1,85 @@
-"""What a measure needs of a model: features before the projector, visual tokens after it, and word embeddings.
-
-A projector is measured without the LLM's layers: of the LLM only the table of word embeddings is read, so a 7B model
-costs its table and no more. Several projectors share one vision tower, whose features are computed once an image.
-
-Letters: B images, S patches of the tower, d width of the tower, T visual tokens after a projector (T = S unless it
-resamples), D width of the LLM, M vocabulary, R labels, K tokens of a label.
-"""
+"""LLaVA behind the contract of `models.base`: checkpoints, folders of stage 1, LoRA folders and bare projectors."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from llava.image_geometry import ImageGeometry
-from llava.mm_utils import image_geometry_of, process_images
-from llava.model.checkpoint import CheckpointTensors
+from llava.mm_utils import image_view_of, process_images
+from llava.model.checkpoint import CheckpointTensors, tower_place
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from patch_aligned.labels import LabelTokenizer
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.weights import MARK, WEIGHT_FILES, load_projector, projector_state, read_projector_file
+from llava.plugin import ImageView
+from patch_aligned.cells import Layout, square_grid
+from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings, seeded
 
+PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
+DEFAULT_CONFIG = {"mm_projector_type": "mlp2x_gelu"}
+"""LLaVA-1.5's projector: what random weights are arranged as when no trained projector is measured beside them."""
 WORD_TABLE_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
-class WordEmbeddings:
-    """The LLM's input-embedding table with its tokenizer.
+@lru_cache(maxsize=256)  # images of a data set share few sizes
+def layout_of(view: ImageView) -> Layout:
+    """The layout of an image that `process_images` made square: one grid over the part that patches cover."""
+    grid = square_grid(
+        view.original_wh, view.treatment, view.grid, view.shortest_edge, view.processed_side, view.seen_side
+    )
+    return Layout((grid,), grid.rows * grid.cols)
+
+
+def load_words(base: str, placeholder: int | None = None) -> WordEmbeddings:
+    """Reads tokenizer and table, and nothing else, of an LLM's folder or hub name (a LLaVA checkpoint will do).
 
     Args:
-        tokenizer: the LLM's tokenizer.
-        table: `[M, D]`, kept in the dtype it is stored in.
-        source: folder or hub name, for messages.
-        placeholder: id of the token that visual tokens replace before the LLM reads it; None where there is none.
+        base: the folder or name.
+        placeholder: see `WordEmbeddings`.
 
     Raises:
-        ValueError: the tokenizer knows tokens that have no row.
+        FileNotFoundError: there is no such folder and no such model on the hub.
+        ValueError: the weights hold no table of word embeddings.
     """
+    from transformers import AutoTokenizer
 
-    def __init__(self, tokenizer: Any, table: Tensor, source: str, placeholder: int | None = None):
-        largest = max(tokenizer.get_vocab().values(), default=-1)
-        if largest >= len(table):
-            raise ValueError(
-                f"{source}: its tokenizer knows ids up to {largest}, but its table of word embeddings has "
-                f"{len(table)} rows: they do not belong together. Take both from one folder: copy the tokenizer that "
-                "these weights were trained with beside them."
-            )
-        self.tokenizer, self.table, self.source, self.placeholder = tokenizer, table, source, placeholder
-        self.token_ids = LabelTokenizer(tokenizer)
-
-    @classmethod
-    def load(cls, base: str, placeholder: int | None = None) -> WordEmbeddings:
-        """Reads tokenizer and table, and nothing else, of an LLM's folder or hub name (a LLaVA checkpoint will do).
-
-        Args:
-            base: the folder or name.
-            placeholder: see the class.
-
-        Raises:
-            FileNotFoundError: there is no such folder and no such model on the hub.
-            ValueError: the weights hold no table of word embeddings.
-        """
-        from transformers import AutoTokenizer
-
-        weights = CheckpointTensors(base)
-        tables = [name for name in weights if name.endswith(WORD_TABLE_ENDINGS)]
-        if len(tables) != 1:
-            raise ValueError(
-                f"{base}: expected one tensor named *{' or *'.join(WORD_TABLE_ENDINGS)}, "
-                f"found {sorted(tables) or 'none'}. "
-                "Pass --base the folder of the language model that the projector was trained for."
-            )
-        return cls(AutoTokenizer.from_pretrained(base), weights[tables[0]], base, placeholder)
-
-    @property
-    def width(self) -> int:
-        """D, the width of the LLM."""
-        return self.table.shape[1]
-
-    def of_labels(self, labels: Sequence[str]) -> Tensor:
-        """Label embeddings `[R, D]`, float32: the mean over each label's tokens of their rows (equation 2).
-
-        Raises:
-            ValueError: a label has no token.
-        """
-        if not labels:
-            return torch.zeros(0, self.width)
-        ids = [torch.tensor(self.token_ids(label)) for label in labels]  # [K] each
-        return torch.stack([self.table[of_label].float().mean(dim=0) for of_label in ids])  # [K, D] -> [R, D]
-
-    def directions_of_labels(self, labels: Sequence[str]) -> Tensor:
-        """`of_labels`, scaled to length 1: all that a cosine needs of them."""
-        return F.normalize(self.of_labels(labels), dim=-1)
+    weights = CheckpointTensors(base)
+    tables = [name for name in weights if name.endswith(WORD_TABLE_ENDINGS)]
+    if len(tables) != 1:
+        raise ValueError(
+            f"{base}: expected one tensor named *{' or *'.join(WORD_TABLE_ENDINGS)}, "
+            f"found {sorted(tables) or 'none'}. "
+            "Pass --base the folder of the language model that the projector was trained for."
+        )
+    return WordEmbeddings(AutoTokenizer.from_pretrained(base), weights[tables[0]], base, placeholder)
 
 
-class Tower(Protocol):
-    """What a measure needs of a model up to its projector: images -> features, and where their pixels land.
+def read_config(file: Path) -> dict[str, Any]:
+    """What a checkpoint's config.json says.
 
-    `SharedTower` is LLaVA's, `model_families` has those of transformers.
+    Raises:
+        ValueError: it is broken.
     """
-
-    name: str
-    device: str
-
-    @property
-    def image_aspect_ratio(self) -> str:
-        """How images are made square, for the report: `square`, `pad` or `squeeze`."""
-
-    @property
-    def width(self) -> int:
-        """d, the width of the features."""
-
-    def pixels(self, image: Image.Image) -> Tensor:
-        """One image as the tower sees it, `[3, side, side]`."""
-
-    def displayed(self, pixels: Tensor) -> Tensor:
-        """The same for a picture, values 0..1, without what no patch covers."""
-
-    def features(self, pixels: Tensor) -> Tensor:
-        """Features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
-
-    def geometry(self, original_wh: tuple[int, int], grid: tuple[int, int]) -> ImageGeometry:
-        """What `pixels` does to an image of this size, with the token grid of a projector."""
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: found no JSON ({error}); expected a checkpoint's config. Copy it anew.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: found a {type(config).__name__}; expected a checkpoint's config. Copy it anew.")
+    return config
 
 
-class SharedTower:
-    """The vision tower that all measured projectors read, with the image preprocessing that belongs to it.
+class LlavaEncoder:
+    """LLaVA's vision tower, which all measured projectors read, with the image preprocessing that belongs to it.
 
     Args:
         name: folder or hub name of the encoder.
@@ -176,75 +126,225 @@ class SharedTower:
         """d, the width of the features."""
         return self.tower.hidden_size
 
-    def pixels(self, image: Image.Image) -> Tensor:
-        """One image as the tower sees it, `[3, side, side]`."""
+    def inputs(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB images as the tower takes them: `[B, 3, side, side]`."""
         config = SimpleNamespace(image_aspect_ratio=self.image_aspect_ratio)
-        return process_images([image], self.tower.image_processor, config)[0]
-
-    def displayed(self, pixels: Tensor) -> Tensor:
-        """Undoes the normalisation: `[3, side, side]` -> values 0..1 for a picture, without what no patch covers."""
-        return without_normalisation(pixels, self.tower.image_processor, self.tower.seen_side)
+        pixels = process_images(images, self.tower.image_processor, config)
+        assert isinstance(pixels, Tensor)  # a list only for tiles, which no measured image has
+        return pixels
 
     @torch.no_grad()
-    def features(self, pixels: Tensor) -> Tensor:
+    def features(self, inputs: Tensor) -> Tensor:
         """Features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
-        return self.tower(pixels.to(self.device, torch.float32))
+        return self.tower(inputs.to(self.device, torch.float32))
 
-    def geometry(self, original_wh: tuple[int, int], grid: tuple[int, int]) -> ImageGeometry:
-        """What `pixels` does to an image of this size, with the token grid of a projector."""
-        processor, seen = self.tower.image_processor, self.tower.seen_side
-        return image_geometry_of(original_wh, processor, self.image_aspect_ratio, grid, seen)
+    def layout(self, image_wh: tuple[int, int], shape: tuple[int, int]) -> Layout:
+        """The layout of an image of this size under `shape` (rows, cols) of visual tokens."""
+        processor, seen_side = self.tower.image_processor, self.tower.seen_side
+        return layout_of(image_view_of(image_wh, processor, self.image_aspect_ratio, shape, seen_side))
 
 
 @dataclass(frozen=True)
-class MeasuredProjector:
-    """A projector under a name, with the word embeddings that its visual tokens are compared with.
+class ProjectorSource:
+    """Where a projector comes from, resolved before anything large is read.
 
     Attributes:
         name: as it appears in tables.
-        source: where its weights come from, in words.
-        projector: maps features `[B, S, d]` to visual tokens `[B, T, D]`.
-        words: the base LLM's, or for a full checkpoint its own, since fine-tuning moves the table.
-        build: makes an untrained projector of the same shape, from torch's global random stream.
-        pictured: whether its maps belong into a picture.
+        path: file with the projector's weights, or folder of a full checkpoint; None for random weights.
+        seed: seed of random weights.
+        config: the run's config.json beside the weights; empty where there is none.
     """
 
     name: str
-    source: str
-    projector: nn.Module
-    words: WordEmbeddings
-    build: Callable[[], nn.Module]
-    pictured: bool = True
+    path: Path | None
+    seed: int
+    config: Mapping[str, Any]
 
-    def untrained(self, seed: int) -> MeasuredProjector:
-        """A random projector of the same shape; the global random stream is left alone."""
-        place = next(self.projector.parameters(), self.words.table).device
-        projector = seeded(self.build, seed).to(place, torch.float32).eval()
-        name, source = f"{self.name}, untrained, seed {seed}", f"random weights, seed {seed}"
-        return replace(self, name=name, source=source, projector=projector, pictured=False)
+    @classmethod
+    def parse(cls, specification: str) -> ProjectorSource:
+        """Understands `NAME=PATH` and `NAME=random[:SEED]`.
 
-    @torch.no_grad()
-    def visual_tokens(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Visual tokens `[B, T, D]` and their grid (rows, cols).
+        PATH is a folder of stage 1 (`mm_projector.bin` and `config.json`), the file itself, a LoRA folder
+        (`non_lora_trainables.bin`) or the folder of a full checkpoint.
 
         Raises:
-            ValueError: the number of tokens is no square.
+            ValueError: the specification cannot be understood, the checkpoint holds no projector, or it trained its
+                vision tower.
+            FileNotFoundError: there is no such path, or the folder holds no weights.
         """
-        tokens = self.projector(features)  # [B, S, d] -> [B, T, D]
-        side = math.isqrt(tokens.shape[1])
-        if side * side != tokens.shape[1]:
-            raise ValueError(f"Projector {self.name!r} gives {tokens.shape[1]} tokens, which fill no square grid.")
-        return tokens, (side, side)
+        where = f"--projector {specification}"
+        name, value = name_and_place(specification)
+        if match := re.fullmatch(r"random(?::(\d+))?", value):
+            return cls(name, None, int(match.group(1) or 0), {})
+        path = Path(value)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{where}: there is no {path}. Pass an --output_dir of stage 1, with mm_projector.bin and config.json, "
+                "or a whole model's folder; one on the hub comes by: hf download NAME --local-dir FOLDER."
+            )
+        config_file = (path if path.is_dir() else path.parent) / "config.json"
+        config = read_config(config_file) if config_file.is_file() else {}
+        if tower := config.get("mm_vision_tower"):
+            config["mm_vision_tower"] = tower_place(tower, str(config_file.parent))
+        if path.is_file():
+            return cls(name, path, 0, config)
+        # Weights of a whole model come first: published ones keep the projector of stage 1 beside those of stage 2.
+        if not any((path / file).is_file() for file in WEIGHT_FILES):
+            for candidate in PROJECTOR_FILES:
+                if (path / candidate).is_file():
+                    return cls(name, path / candidate, 0, config)
+            raise FileNotFoundError(
+                f"{where}: {path} holds neither {', '.join(PROJECTOR_FILES)} nor the weights of a full checkpoint. "
+                "Pass the --output_dir of a finished training run."
+            )
+        # Before the tower is sought, which a language model's config does not name.
+        if not any(MARK in tensor for tensor in CheckpointTensors(value)):
+            raise ValueError(
+                f"{where}: {path} holds no projector: none of its tensors is named *{MARK}*. A language model "
+                "alone belongs to --base, an encoder to --vision-tower; as --projector pass an --output_dir of stage 1 "
+                "or a whole LLaVA checkpoint."
+            )
+        if config.get("unfreeze_mm_vision_tower"):
+            raise ValueError(
+                f"{where}: this checkpoint trained its vision tower, so it cannot share one with other projectors. "
+                "Only projectors of a frozen tower can be measured side by side."
+            )
+        return cls(name, path, 0, config)
+
+    @property
+    def is_full_checkpoint(self) -> bool:
+        """Whether the path holds a whole model, with word embeddings of its own."""
+        return self.path is not None and self.path.is_dir()
+
+    def build(
+        self, encoder: LlavaEncoder, base_words: WordEmbeddings, default_config: Mapping[str, Any]
+    ) -> VisionLanguageModel:
+        """Builds the projector between the encoder and the LLM and loads its weights.
+
+        Args:
+            encoder: gives the input width.
+            base_words: give the output width, unless the checkpoint has its own.
+            default_config: decides the architecture of random weights.
+
+        Raises:
+            ValueError: the weights are of another width or kind; both shapes are named.
+        """
+        words = load_words(str(self.path)) if self.is_full_checkpoint else base_words
+        state: dict[str, Tensor] = {}
+        if self.is_full_checkpoint:
+            weights = CheckpointTensors(str(self.path))
+            state = {name: weights[name] for name in weights if MARK in name}
+        elif self.path is not None:
+            state = read_projector_file(self.path)
+        config = dict(self.config) or (architecture_of(state) if state else dict(default_config))
+        config |= {"mm_hidden_size": encoder.width, "hidden_size": words.width}
+        build = partial(build_vision_projector, SimpleNamespace(**config))
+        projector = seeded(build, self.seed)
+        if self.path is not None:
+            load_projector(projector, state, self.path)
+        source = str(self.path or f"random weights, seed {self.seed}, {config.get('mm_projector_type', 'linear')}")
+        projector = projector.to(encoder.device, torch.float32).eval()
+        return VisionLanguageModel(self.name, source, encoder, projector, words, build, ("model.mm_projector",))
 
 
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """What `build` makes when torch's random stream starts at `seed`; the stream itself is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
+def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Config of a projector without config.json, from the names of its tensors: `linear` or `mlpNx_gelu`.
+
+    Raises:
+        ValueError: the names are those of neither.
+    """
+    names = set(projector_state(state))
+    if names == {"weight", "bias"}:
+        return {"mm_projector_type": "linear"}
+    if not all(re.fullmatch(r"\d+\.(weight|bias)", name) for name in names):
+        raise ValueError(
+            f"The projector holds {sorted(names)[:4]}: neither a linear one nor an MLP. Put the config.json of its "
+            "training run beside it, so that its architecture is known."
+        )
+    return {"mm_projector_type": f"mlp{len(names) // 2}x_gelu"}
 
 
-def without_normalisation(pixels: Tensor, image_processor: Any, side: int) -> Tensor:
-    """The upper left `side x side` of a normalised image `[3, ...]`, as colours 0..1."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
-    return (pixels[:, :side, :side] * std + mean).clamp(0, 1)
+def parse_projectors(specifications: Sequence[str]) -> list[ProjectorSource]:
+    """Parses all `--projector` options.
+
+    Raises:
+        ValueError: there is none, or two share a name.
+    """
+    sources = [ProjectorSource.parse(specification) for specification in specifications]
+    if not sources:
+        raise ValueError("No projector to measure: pass --projector NAME=PATH at least once.")
+    require_distinct([source.name for source in sources])
+    return sources
+
+
+def default_config_of(sources: Sequence[ProjectorSource]) -> Mapping[str, Any]:
+    """The first trained projector's config: random weights beside it are arranged the same way."""
+    return next((source.config for source in sources if source.config), DEFAULT_CONFIG)
+
+
+def load_encoder(
+    sources: Sequence[ProjectorSource], vision_tower: str | None, image_aspect_ratio: str | None, device: str
+) -> LlavaEncoder:
+    """The tower that all projectors were trained on, with the settings of their configs.
+
+    Args:
+        sources: the projectors.
+        vision_tower: folder or hub name; None takes it from the configs.
+        image_aspect_ratio: `square` or `pad`; None takes it from the configs, `square` where none says it.
+        device: where the tower runs.
+
+    Raises:
+        ValueError: no tower is named, or the projectors were trained on different features and no argument decides.
+    """
+    configs = {source.name: source.config for source in sources if source.config}
+    name = vision_tower or _agreed(configs, "mm_vision_tower", None, "If all read the same one, pass --vision-tower.")
+    if name is None:
+        raise ValueError("No vision tower is named by any projector's config.json: pass --vision-tower PATH.")
+    ratio = image_aspect_ratio or _agreed(
+        configs, "image_aspect_ratio", None, "Pass --image-aspect-ratio to measure all on the same images."
+    )
+    return LlavaEncoder(
+        name,
+        ratio or "square",
+        _agreed(configs, "mm_vision_select_layer", -2, "Measure them apart."),
+        _agreed(configs, "mm_vision_select_feature", "patch", "Measure them apart."),
+        device,
+    )
+
+
+def _agreed(configs: Mapping[str, Mapping[str, Any]], key: str, default: Any, remedy: str) -> Any:
+    """What all configs say of a key; those that are silent mean `default`, or with None leave it to the others.
+
+    Raises:
+        ValueError: they disagree; `remedy` says what to do.
+    """
+    values = {projector: config.get(key, default) for projector, config in configs.items()}
+    said = {projector: value for projector, value in values.items() if value is not None}
+    if len(set(said.values())) > 1:
+        raise ValueError(f"The projectors were trained on different features: {key} is {said}. {remedy}")
+    return next(iter(said.values()), default)
+
+
+def name_and_place(specification: str) -> tuple[str, str]:
+    """The two sides of `NAME=PATH`.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    name, _, place = specification.partition("=")
+    if not name or not place:
+        raise ValueError(
+            f"--projector {specification}: expected NAME=PATH or NAME=random[:SEED], "
+            "for example --projector llava=checkpoints/llava-v1.5-7b-pretrain"
+        )
+    return name, place
+
+
+def require_distinct(names: Sequence[str]) -> None:
+    """Checks the names of projectors.
+
+    Raises:
+        ValueError: two are the same.
+    """
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--projector: the name {twice[0]!r} is given twice; every projector needs a name of its own.")

@@ -1,6 +1,7 @@
-"""A picture of a batch: per image, what the tower sees with the masks on it, and the visual tokens they cover.
+"""A picture of a batch: each image file with the masks of its regions, and what the tower sees with the covered tokens.
 
-A wrong geometry shows at once: masks beside their objects on the left, or tokens beside the masks on the right.
+Misplaced regions show at once: masks beside their objects on the left, or tokens beside the objects on the right. The
+right picture is made of the very pixels that the tower was given, so a layout that does not fit them shows too.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from torch import Tensor
-
-from llava.image_geometry import ImageGeometry
 
 _PANEL = 420  # side of one of the two pictures of an image, pixels
 _GAP = 16
@@ -39,28 +38,28 @@ class PicturedRegion:
 
 @dataclass(frozen=True)
 class PicturedImage:
-    """One image in 0..1, with its geometry and regions: `[3, side, side]`, or more to the right and below, unseen."""
+    """One image with its regions: the file, if there is one, and what patches cover, `[3, side, side]` in 0..1."""
 
-    pixels: Tensor
-    geometry: ImageGeometry
+    original: Image.Image | None
+    model_image: Tensor
     title: str
     regions: Sequence[PicturedRegion]
 
 
-def save_picture(images: Sequence[PicturedImage], path: Path) -> Path:
+def save_picture(images: Sequence[PicturedImage], grid: tuple[int, int], path: Path) -> Path:
     """Draws the first images of a batch, and saves them as `path` with the suffix `.png`.
 
     Returns:
         The file's path.
     """
     font = ImageFont.load_default(_TEXT)
-    blocks = [_draw_block(image, font) for image in images[:_MOST_IMAGES]]
+    blocks = [_draw_block(image, grid, font) for image in images[:_MOST_IMAGES]]
     columns = 2 if len(blocks) > 1 else 1
     lines = [blocks[start : start + columns] for start in range(0, len(blocks), columns)]
     heights = [max(block.height for block in line) for line in lines]
     width = columns * (2 * _PANEL + 3 * _GAP) + _GAP
     sheet = Image.new("RGB", (width, sum(heights) + 2 * _GAP + _LINE), _PAPER)
-    ImageDraw.Draw(sheet).text((2 * _GAP, _GAP), _caption(images), font=font, fill=_FADED)
+    ImageDraw.Draw(sheet).text((2 * _GAP, _GAP), _caption(len(images), grid), font=font, fill=_FADED)
     top = 2 * _GAP + _LINE
     for line, height in zip(lines, heights, strict=True):
         for column, block in enumerate(line):
@@ -72,18 +71,19 @@ def save_picture(images: Sequence[PicturedImage], path: Path) -> Path:
     return path
 
 
-def _caption(images: Sequence[PicturedImage]) -> str:
+def _caption(images: int, grid: tuple[int, int]) -> str:
     if not images:
         return "A batch without images"
-    shown = f", the first {_MOST_IMAGES} of {len(images)} images" if len(images) > _MOST_IMAGES else ""
-    rows, cols = images[0].geometry.grid
+    shown = f", the first {_MOST_IMAGES} of {images} images" if images > _MOST_IMAGES else ""
     return (
-        f"{images[0].geometry.mode}, {rows} x {cols} visual tokens{shown}.   "
-        "Left: masks on the model's image.   Right: covered tokens."
+        f"{grid[0]} x {grid[1]} visual tokens{shown}.   "
+        "Left: the image with its masks.   Right: what the tower sees, and the covered tokens."
     )
 
 
-def _draw_block(image: PicturedImage, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+def _draw_block(
+    image: PicturedImage, grid: tuple[int, int], font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> Image.Image:
     """Title, the two pictures side by side, and the legend."""
     entries = min(len(image.regions), _MOST_LABELS + 1)
     legend_lines = -(-entries // _LEGEND_COLUMNS)
@@ -91,10 +91,11 @@ def _draw_block(image: PicturedImage, font: ImageFont.FreeTypeFont | ImageFont.I
     block = Image.new("RGB", (width + 2 * _GAP, _LINE + _PANEL + _GAP + legend_lines * _LINE + _GAP), _PAPER)
     draw = ImageDraw.Draw(block)
     draw.text((_GAP, 0), _shortened(image.title, width, font), font=font, fill=_INK)
-    seen = image.pixels[:, : image.geometry.side, : image.geometry.side]  # [3, side, side]
-    base = (seen.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)  # [3, side, side] -> [side, side, 3]
-    block.paste(_draw_masks(base, image), (_GAP, _LINE))
-    block.paste(_draw_tokens(base, image), (_GAP + _PANEL + _GAP, _LINE))
+    if image.original is not None:
+        masked = _draw_masks(image.original, image.regions)
+        block.paste(masked, (_GAP + (_PANEL - masked.width) // 2, _LINE + (_PANEL - masked.height) // 2))
+    seen = (image.model_image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)  # -> [side, side, 3]
+    block.paste(_draw_tokens(Image.fromarray(seen), image.regions, grid), (_GAP + _PANEL + _GAP, _LINE))
 
     for place, region in enumerate(image.regions[: _MOST_LABELS + 1]):
         left = _GAP + (place % _LEGEND_COLUMNS) * (_PANEL + _GAP)
@@ -118,31 +119,32 @@ def _draw_block(image: PicturedImage, font: ImageFont.FreeTypeFont | ImageFont.I
     return block
 
 
-def _draw_masks(base: np.ndarray, image: PicturedImage) -> Image.Image:
-    """The model's image, each region tinted and outlined."""
-    width, height = image.geometry.original_wh
-    tinted = np.asarray(Image.fromarray(base).resize((_PANEL, _PANEL), Image.Resampling.BICUBIC), dtype=np.float64)
-    for place, region in enumerate(image.regions[:_MOST_LABELS]):
-        mask = coco_mask.decode({"size": [height, width], "counts": region.rle_mask.encode()})
-        share = image.geometry.mask_to_model(mask).astype(np.float32)  # [side, side]
-        enlarged = Image.fromarray(share).resize((_PANEL, _PANEL), Image.Resampling.BILINEAR)
-        inside = np.asarray(enlarged) >= 0.5
-        colour = np.array(_colour(place), dtype=np.float64)
+def _draw_masks(original: Image.Image, regions: Sequence[PicturedRegion]) -> Image.Image:
+    """The image, scaled to the panel, each region tinted and outlined."""
+    scale = _PANEL / max(original.size)
+    width, height = (max(1, round(length * scale)) for length in original.size)
+    size = (width, height)
+    tinted = np.asarray(original.resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
+    for index, region in enumerate(regions[:_MOST_LABELS]):
+        mask = coco_mask.decode({"size": list(original.size[::-1]), "counts": region.rle_mask.encode()})
+        scaled = Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX)
+        inside = np.asarray(scaled) >= 0.5
+        colour = np.array(_colour(index), dtype=np.float64)
         tinted[inside] = 0.62 * tinted[inside] + 0.38 * colour
         tinted[_outline(inside)] = colour
     return Image.fromarray(tinted.round().astype(np.uint8))
 
 
-def _draw_tokens(base: np.ndarray, image: PicturedImage) -> Image.Image:
+def _draw_tokens(seen: Image.Image, regions: Sequence[PicturedRegion], grid: tuple[int, int]) -> Image.Image:
     """The faded image under the token grid; a cell that several regions cover shows their colours as stripes."""
-    faded = Image.fromarray(base).convert("L").convert("RGB").resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
+    faded = seen.convert("L").convert("RGB").resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
     picture = Image.blend(faded, Image.new("RGB", faded.size, _PAPER), 0.55)
-    rows, cols = image.geometry.grid
+    rows, cols = grid
     x_edges = np.linspace(0, _PANEL, cols + 1).round().astype(int)
     y_edges = np.linspace(0, _PANEL, rows + 1).round().astype(int)
     overlay = picture.copy()
     draw = ImageDraw.Draw(overlay)
-    shown = [(place, region.tokens) for place, region in enumerate(image.regions[:_MOST_LABELS])]
+    shown = [(place, region.tokens) for place, region in enumerate(regions[:_MOST_LABELS])]
     for token in range(rows * cols):
         covering = [place for place, tokens in shown if tokens is not None and tokens[token]]
         left, right = x_edges[token % cols], x_edges[token % cols + 1]

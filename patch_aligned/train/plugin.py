@@ -14,21 +14,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from llava.image_geometry import ImageGeometry, Mode
-from llava.plugin import AlignmentContext, AuxiliaryOutput, TrainingPlugin
+from llava.plugin import AlignmentContext, AuxiliaryOutput, ImageView, TrainingPlugin
+from patch_aligned.images import ImageFileError, UnreadableImageError, decode_image, image_path
 from patch_aligned.labels import LabelTokenizer, label_embeddings, pad_label_ids
 from patch_aligned.loss import patch_loss, region_cosines
 from patch_aligned.masks import PatchMaskError, covered_tokens_of_regions
-from patch_aligned.pad import AnnotationError, AnnotationIndex, image_id_of, iter_records, open_annotation_index
+from patch_aligned.models.llava import layout_of
+from patch_aligned.pad import (
+    AnnotatedImage,
+    AnnotationError,
+    AnnotationIndex,
+    image_id_of,
+    iter_records,
+    open_annotation_index,
+)
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.picture import PicturedImage, PicturedRegion, save_picture
 
 logger = logging.getLogger(__name__)
 
 _NO_RECORD = -1
-_MODES: tuple[Mode, ...] = ("crop", "pad", "squeeze")
 
 
 class PatchAlignedPlugin(TrainingPlugin):
@@ -36,7 +44,7 @@ class PatchAlignedPlugin(TrainingPlugin):
 
     In the batch (all whole numbers or bools, since engines may cast floats):
         region_row `[R]`, region_tokens `[R, S]`, label_ids `[R, K]`, label_lengths `[R]`: what the loss reads;
-        image_row, record_row `[N]`, geometry `[N, 8]`, region_position `[R]`: where it came from, for the picture;
+        image_row, record_row `[N]`, region_position `[R]`: where it came from, for the picture;
         counts `[3]`: images without a record, regions that cover no token, records left out for their size.
     """
 
@@ -45,6 +53,7 @@ class PatchAlignedPlugin(TrainingPlugin):
     arguments: PatchArguments
     index: AnnotationIndex
     labels: LabelTokenizer
+    image_folder: Path | None
 
     def setup(
         self,
@@ -52,6 +61,7 @@ class PatchAlignedPlugin(TrainingPlugin):
         tokenizer: Any,
         *,
         data_path: str | None = None,
+        image_folder: str | None = None,
         output_dir: Path | None = None,
     ) -> None:
         """Opens the PAD file and counts how many training images have regions.
@@ -62,13 +72,14 @@ class PatchAlignedPlugin(TrainingPlugin):
         """
         self.arguments = arguments
         self.labels = LabelTokenizer(tokenizer)
+        self.image_folder = None if image_folder is None else Path(image_folder)
         source = arguments.patch_data_path or _annotated_training_file(data_path)
         self.index = open_annotation_index(source, arguments.patch_cache_dir)
         self._judge_rejections(output_dir)
         if data_path is not None:
             self._report_share(Path(data_path))
 
-    def transform_sample(self, record: Mapping[str, Any], geometry: ImageGeometry) -> dict[str, Tensor]:
+    def transform_sample(self, record: Mapping[str, Any], view: ImageView) -> dict[str, Tensor]:
         """Tokens that each region of the image covers, and the ids of its label. anyres: tokens of the base tile.
 
         Raises:
@@ -76,10 +87,10 @@ class PatchAlignedPlugin(TrainingPlugin):
         """
         image_id = image_id_of(record)
         row = self.index.find(image_id) if image_id is not None else None
-        found = self._tags_and_tokens(row, str(image_id), geometry) if row is not None else None
+        found = self._tags_and_tokens(row, str(image_id), view) if row is not None else None
         unlabelled, is_skipped = row is None, row is not None and found is None
         if row is None or found is None:
-            row, found = _NO_RECORD, ([], np.zeros((0, geometry.grid[0] * geometry.grid[1]), dtype=bool))
+            row, found = _NO_RECORD, ([], np.zeros((0, view.grid[0] * view.grid[1]), dtype=bool))
         tags, covered = found  # covered [regions, S]
         position = np.flatnonzero(covered.any(axis=1))  # [R] regions that stay
         labels = [self.labels(tags[place]) for place in position.tolist()]
@@ -89,7 +100,6 @@ class PatchAlignedPlugin(TrainingPlugin):
             "label_ids": torch.tensor([token for label in labels for token in label], dtype=torch.int64),
             "label_lengths": torch.tensor([len(label) for label in labels], dtype=torch.int64),
             "record_row": torch.tensor(row),
-            "geometry": _pack_geometry(geometry),
             "counts": torch.tensor([unlabelled, len(covered) - len(position), is_skipped], dtype=torch.int64),
         }
 
@@ -108,7 +118,6 @@ class PatchAlignedPlugin(TrainingPlugin):
             "label_lengths": lengths,
             "image_row": rows,
             "record_row": torch.tensor([int(extra["record_row"]) for extra in given], dtype=torch.int64),
-            "geometry": torch.stack([extra["geometry"] for extra in given] or [torch.zeros(8, dtype=torch.int64)]),
             "counts": sum((extra["counts"] for extra in given), start=torch.zeros(3, dtype=torch.int64)),
         }
 
@@ -140,20 +149,19 @@ class PatchAlignedPlugin(TrainingPlugin):
         start, end = self.arguments.patch_beta_start, self.arguments.patch_beta_end
         return {"patch": start * (1 - progress) + end * progress}
 
-    def describe_first_batch(self, images: Tensor, batch: Mapping[str, Any], path: Path) -> None:
+    def describe_first_batch(self, images: Tensor, grid: tuple[int, int], batch: Mapping[str, Any], path: Path) -> None:
         """Saves images, masks, covered tokens and labels of the first batch as `path`.png."""
         batch = {key: value.cpu() for key, value in batch.items()}
         if len(images) != len(batch["image_row"]):
             logger.info("No picture of the first batch: %d images in %d rows", len(images), len(batch["image_row"]))
             return
-        save_picture([self._pictured(image, place, batch) for place, image in enumerate(images)], path)
+        save_picture([self._pictured(image, index, batch) for index, image in enumerate(images)], grid, path)
 
-    def _pictured(self, image: Tensor, place: int, batch: Mapping[str, Tensor]) -> PicturedImage:
-        """What the loss will read of the `place`-th image, drawn from the batch itself."""
-        geometry = _unpack_geometry(batch["geometry"][place])
-        row = int(batch["record_row"][place])
+    def _pictured(self, model_image: Tensor, index: int, batch: Mapping[str, Tensor]) -> PicturedImage:
+        """What the loss reads of an image of the batch, drawn from the batch itself."""
+        row = int(batch["record_row"][index])
         annotated = self.index[row] if row != _NO_RECORD else None
-        is_own = batch["region_row"] == batch["image_row"][place]  # [R]
+        is_own = batch["region_row"] == batch["image_row"][index]  # [R]
         region_at = {int(batch["region_position"][region]): int(region) for region in is_own.nonzero()}
         regions = []
         for position, annotation in enumerate(annotated.regions if annotated is not None else ()):
@@ -167,18 +175,28 @@ class PatchAlignedPlugin(TrainingPlugin):
         title = "(image without a record)" if annotated is None else annotated.image_id
         if annotated is not None and not regions:
             title += "  (record without regions)"
-        return PicturedImage(image, geometry, title, regions)
+        return PicturedImage(self._original(annotated), model_image, title, regions)
 
-    def _tags_and_tokens(
-        self, row: int, image_id: str, geometry: ImageGeometry
-    ) -> tuple[Sequence[str], np.ndarray] | None:
+    def _original(self, annotated: AnnotatedImage | None) -> Image.Image | None:
+        """The image file of a record, or None where it cannot be had: a picture must not end a run."""
+        if annotated is None or self.image_folder is None:
+            return None
+        try:
+            image = decode_image(image_path(self.image_folder, annotated.image_id))
+        except (ImageFileError, UnreadableImageError, OSError) as error:
+            logger.warning("Left out of the picture of the first batch: %s", error)
+            return None
+        return image if image.size == annotated.size_wh else None
+
+    def _tags_and_tokens(self, row: int, image_id: str, view: ImageView) -> tuple[Sequence[str], np.ndarray] | None:
         """Tags and bool `[regions, S]`, or None where the record does not fit the image and such are to be skipped."""
         try:
             image = self.index[row]
             masks = [region.rle_mask for region in image.regions]
             name = f"{self.index.source}: image_id {image_id!r}"
             least = self.arguments.patch_min_coverage
-            covered = covered_tokens_of_regions(masks, image.size_wh, geometry, least, name)
+            [grid] = layout_of(view).grids
+            covered = covered_tokens_of_regions(masks, image.size_wh, grid, least, name)
             return [region.tag for region in image.regions], covered
         except PatchMaskError as error:
             if self.arguments.patch_on_error == "fail":
@@ -227,13 +245,3 @@ def _join(extras: list[dict[str, Tensor]], key: str, empty: Tensor | None = None
     if not extras:
         return torch.zeros(0, dtype=torch.int64) if empty is None else empty
     return torch.cat([extra[key] for extra in extras])
-
-
-def _pack_geometry(geometry: ImageGeometry) -> Tensor:
-    optional = geometry.shortest_edge or 0, geometry.processed_side or 0
-    return torch.tensor([*geometry.original_wh, geometry.side, *geometry.grid, _MODES.index(geometry.mode), *optional])
-
-
-def _unpack_geometry(packed: Tensor) -> ImageGeometry:
-    width, height, side, rows, cols, mode, edge, output = packed.tolist()
-    return ImageGeometry((width, height), side, _MODES[mode], (rows, cols), edge or None, output or None)

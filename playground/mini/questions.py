@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llava.image_geometry import boxes_xyxy_to_square01
+from patch_aligned.cells import boxes_xyxy_to_square01
 from playground.mini.backgrounds import BACKGROUND_LABELS, label_phrase
 from playground.mini.captions import describe_at_length, write_caption
 from playground.mini.scenes import Scene, SceneObject

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from llava.image_geometry import boxes_xyxy_to_square01
+from patch_aligned.cells import boxes_xyxy_to_square01
 from playground.mini.captions import caption_prompt, write_caption
 from playground.mini.questions import (
     BOX_FORMAT,

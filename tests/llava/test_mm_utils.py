@@ -17,6 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava import mm_utils
 from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token
+from llava.plugin import ImageView
 
 TOKENIZERS = {"vicuna": "tiny-vicuna", "legacy": "tiny-tok-legacy", "mpt": "tiny-tok-mpt"}
 
@@ -210,13 +211,26 @@ def test_any_picture_becomes_rgb(tmp_path: Path) -> None:
         mm_utils.load_image_from_base64("aGVsbG8=")
 
 
-def test_the_geometry_reads_the_processor() -> None:
+def test_the_view_reads_the_processor() -> None:
     clip = CLIPImageProcessorPil(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
-    geometry = mm_utils.image_geometry_of((640, 480), clip, "pad", (16, 16))
-    assert (geometry.mode, geometry.side, geometry.shortest_edge) == ("pad", 224, 256)
+    view = mm_utils.image_view_of((640, 480), clip, "pad", (16, 16))
+    assert view == ImageView((640, 480), "pad", 256, 224, 224, (16, 16))
     squeezing = SimpleNamespace(size={"height": 384, "width": 384})
-    geometry = mm_utils.image_geometry_of((640, 480), squeezing, None, (27, 27))
-    assert (geometry.side, geometry.scale_xy) == (384, (0.6, 0.8))
+    view = mm_utils.image_view_of((640, 480), squeezing, None, (27, 27), seen_side=378)
+    assert view == ImageView((640, 480), "squeeze", 384, 384, 378, (27, 27))
+    with pytest.raises(ValueError, match="image_aspect_ratio: found 'letterbox'"):
+        mm_utils.image_view_of((640, 480), clip, "letterbox", (16, 16))
+
+
+def test_anyres_choices() -> None:
+    pinpoints = [(336, 672), (672, 336), (672, 672)]
+    assert mm_utils.select_best_resolution((640, 480), pinpoints) == (672, 672)
+    assert mm_utils.select_best_resolution((200, 200), pinpoints) == (336, 672)  # a tie in both respects: the first
+    assert mm_utils.get_anyres_image_grid_shape((200, 200), str([list(p) for p in pinpoints]), 336) == (1, 2)
+    assert mm_utils.letterboxed_wh((100, 30), (50, 50)) == (50, 15)
+    assert mm_utils.letterboxed_wh((101, 30), (50, 50)) == (50, 15)  # 14.85 is rounded up
+    with pytest.raises(ValueError, match="image_grid_pinpoints"):
+        mm_utils.get_anyres_image_grid_shape((200, 200), "[[1], [2]]", 336)
 
 
 def test_unknown_aspect_ratio_is_refused(processor, images) -> None:

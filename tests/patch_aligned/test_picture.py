@@ -10,21 +10,23 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from llava.image_geometry import ImageGeometry
+from patch_aligned.cells import square_grid
+from patch_aligned.masks import covered_tokens_of_regions
 from patch_aligned.train import picture
 from patch_aligned.train.picture import PicturedImage, PicturedRegion, save_picture
 
 SIDE, GRID = 42, (3, 3)
 
 
-def quarter_masked(mode: str, label: str = "sea") -> PicturedImage:
+def quarter_masked(treatment: str, label: str = "sea") -> PicturedImage:
     """A grey 84 x 42 image with a mask over its left quarter, 21 pixels wide."""
-    geometry = ImageGeometry.of(mode, (84, 42), SIDE, GRID)
+    grid = square_grid((84, 42), treatment, GRID, SIDE)
     mask = np.zeros((42, 84), dtype=np.uint8)
     mask[:, :21] = 1
     rle_mask = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
-    tokens = (geometry.token_coverage(mask) >= 0.5).flatten()
-    return PicturedImage(torch.full((3, SIDE, SIDE), 0.5), geometry, "a.jpg", [PicturedRegion(label, rle_mask, tokens)])
+    tokens = covered_tokens_of_regions([rle_mask], (84, 42), grid)[0]
+    original, seen = Image.new("RGB", (84, 42), (128, 128, 128)), torch.full((3, SIDE, SIDE), 0.5)
+    return PicturedImage(original, seen, "a.jpg", [PicturedRegion(label, rle_mask, tokens if tokens.any() else None)])
 
 
 def coloured(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -39,9 +41,9 @@ def coloured(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return panels[0], panels[1]
 
 
-def test_mask_and_tokens_are_drawn_where_the_padded_image_lies(tmp_path: Path):
-    """The padded image fills the middle half in height; the mask covers its left quarter."""
-    masks, tokens = coloured(save_picture([quarter_masked("pad")], tmp_path / "first"))
+def test_masks_lie_on_the_image_and_tokens_on_what_the_tower_sees(tmp_path: Path):
+    """The panel is square and the image half as high as wide; the mask covers its left quarter."""
+    masks, tokens = coloured(save_picture([quarter_masked("pad")], GRID, tmp_path / "first"))
     rows, cols = np.nonzero(masks)
     panel = picture._PANEL
     found = [rows.min(), rows.max() + 1, cols.min(), cols.max() + 1]
@@ -53,19 +55,26 @@ def test_mask_and_tokens_are_drawn_where_the_padded_image_lies(tmp_path: Path):
     )
 
 
-def test_a_region_outside_the_crop_is_not_drawn(tmp_path: Path):
-    masks, tokens = coloured(save_picture([quarter_masked("square")], tmp_path / "first"))
-    assert not masks.any() and not tokens.any()
+def test_a_region_outside_the_crop_covers_no_token(tmp_path: Path):
+    masks, tokens = coloured(save_picture([quarter_masked("crop")], GRID, tmp_path / "first"))
+    assert masks.any() and not tokens.any()
+
+
+def test_an_image_file_that_cannot_be_had_leaves_its_panel_empty(tmp_path: Path):
+    image = quarter_masked("pad")
+    without = PicturedImage(None, image.model_image, image.title, image.regions)
+    masks, tokens = coloured(save_picture([without], GRID, tmp_path / "first"))
+    assert tokens.any() and not masks.any()
 
 
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_large_batches_and_long_labels_fit(tmp_path: Path, count: int):
     images = [quarter_masked("pad", "a very " * 50 + "long label")] * count
-    with Image.open(save_picture(images, tmp_path / "new" / "first.batch")) as drawn:
+    with Image.open(save_picture(images, GRID, tmp_path / "new" / "first.batch")) as drawn:
         assert drawn.filename == str(tmp_path / "new" / "first.batch.png")
         columns = 1 if count == 1 else 2
         assert drawn.width == columns * (2 * picture._PANEL + 3 * picture._GAP) + picture._GAP
 
 
 def test_a_batch_without_images_gives_an_empty_sheet(tmp_path: Path):
-    assert save_picture([], tmp_path / "first").is_file()
+    assert save_picture([], GRID, tmp_path / "first").is_file()

@@ -15,8 +15,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from transformers import AutoTokenizer, HfArgumentParser
 
-from llava.image_geometry import ImageGeometry
-from llava.plugin import AlignmentContext
+from llava.plugin import AlignmentContext, ImageView
 from patch_aligned.masks import PatchMaskError
 from patch_aligned.pad import AnnotationError
 from patch_aligned.train.arguments import PatchArguments
@@ -25,7 +24,7 @@ from patch_aligned.train.plugin import PatchAlignedPlugin
 GRID = (4, 4)
 SIDE = 32
 D = 6
-GEOMETRY = ImageGeometry.of("square", (SIDE, SIDE), SIDE, GRID)  # a token is 8 x 8 pixels of the image
+VIEW = ImageView((SIDE, SIDE), "crop", SIDE, SIDE, SIDE, GRID)  # a token is 8 x 8 pixels of the image
 
 
 def label_at(tag: str, rows: slice, cols: slice, size_wh: tuple[int, int] = (SIDE, SIDE)) -> dict[str, Any]:
@@ -93,8 +92,8 @@ def context_of(visual_tokens: Tensor, rows: list[int], table: WordTable) -> Alig
 
 def test_regions_are_found_by_image_path_in_both_kinds_of_record(make_plugin: Any):
     plugin = make_plugin(training=[{"id": "1", "image": "a.jpg", "conversations": []}])
-    by_training_record = plugin.transform_sample({"id": "1", "image": "a.jpg"}, GEOMETRY)
-    by_pad_record = plugin.transform_sample(RECORDS[0], GEOMETRY)
+    by_training_record = plugin.transform_sample({"id": "1", "image": "a.jpg"}, VIEW)
+    by_pad_record = plugin.transform_sample(RECORDS[0], VIEW)
     assert by_pad_record.keys() == by_training_record.keys()
     for key, value in by_pad_record.items():
         assert torch.equal(value, by_training_record[key]), key
@@ -102,7 +101,7 @@ def test_regions_are_found_by_image_path_in_both_kinds_of_record(make_plugin: An
 
 def test_a_sample_holds_covered_tokens_and_label_ids_and_drops_uncovering_regions(make_plugin: Any, tokenizer: Any):
     plugin = make_plugin()
-    extra = plugin.transform_sample({"image": "a.jpg"}, GEOMETRY)
+    extra = plugin.transform_sample({"image": "a.jpg"}, VIEW)
     assert [row.nonzero().flatten().tolist() for row in extra["region_tokens"]] == [[0, 1], [11, 15]]
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("water", "traffic light")]
     assert extra["label_ids"].tolist() == expected[0] + expected[1]
@@ -114,18 +113,18 @@ def test_a_sample_holds_covered_tokens_and_label_ids_and_drops_uncovering_region
 @pytest.mark.parametrize(("min_coverage", "tokens"), [(0.5, [4, 5]), (0.51, [])])
 def test_the_threshold_is_inclusive(make_plugin: Any, min_coverage: float, tokens: list[int]):
     plugin = make_plugin(patch_min_coverage=min_coverage)
-    covered = plugin.transform_sample({"image": "c.jpg"}, GEOMETRY)["region_tokens"]
+    covered = plugin.transform_sample({"image": "c.jpg"}, VIEW)["region_tokens"]
     assert covered.any(dim=0).nonzero().flatten().tolist() == tokens
 
 
 def test_masks_follow_the_image_s_geometry(make_plugin: Any):
     """A 32 x 16 image whose left upper 8 x 8 pixels are sea, on a 4 x 4 grid."""
     plugin = make_plugin()
-    padded = plugin.transform_sample(RECORDS[3], ImageGeometry.of("pad", (32, 16), SIDE, GRID))
+    padded = plugin.transform_sample(RECORDS[3], ImageView((32, 16), "pad", SIDE, SIDE, SIDE, GRID))
     assert padded["region_tokens"][0].nonzero().flatten().tolist() == [4]  # below 8 rows of padding
-    squeezed = plugin.transform_sample(RECORDS[3], ImageGeometry.of("anyres", (32, 16), SIDE, GRID))
+    squeezed = plugin.transform_sample(RECORDS[3], ImageView((32, 16), "squeeze", SIDE, SIDE, SIDE, GRID))
     assert squeezed["region_tokens"][0].nonzero().flatten().tolist() == [0, 4]
-    cropped = plugin.transform_sample(RECORDS[3], ImageGeometry.of("square", (32, 16), SIDE, GRID))
+    cropped = plugin.transform_sample(RECORDS[3], ImageView((32, 16), "crop", SIDE, SIDE, SIDE, GRID))
     assert len(cropped["region_tokens"]) == 0 and cropped["counts"].tolist() == [0, 1, 0]  # cut off
 
 
@@ -133,7 +132,7 @@ def test_loss_and_metrics_of_a_mixed_batch(make_plugin: Any, tokenizer: Any):
     """Rows: text, a.jpg, no record, b.jpg without regions, c.jpg. Only two images count."""
     plugin = make_plugin()
     names = [None, "a.jpg", "unknown.jpg", "b.jpg", "c.jpg"]
-    batch = plugin.collate([plugin.transform_sample({"image": name}, GEOMETRY) if name else {} for name in names])
+    batch = plugin.collate([plugin.transform_sample({"image": name}, VIEW) if name else {} for name in names])
     table, visual_tokens = WordTable(), torch.randn(4, 16, D, dtype=torch.float64, requires_grad=True)
     output = plugin.auxiliary_losses(context_of(visual_tokens, [1, 2, 3, 4], table), batch)
 
@@ -161,9 +160,7 @@ def test_loss_and_metrics_of_a_mixed_batch(make_plugin: Any, tokenizer: Any):
 
 def test_regions_of_a_row_with_several_images_belong_to_its_first(make_plugin: Any):
     plugin = make_plugin()
-    batch = plugin.collate(
-        [plugin.transform_sample(RECORDS[2], GEOMETRY), plugin.transform_sample(RECORDS[0], GEOMETRY)]
-    )
+    batch = plugin.collate([plugin.transform_sample(RECORDS[2], VIEW), plugin.transform_sample(RECORDS[0], VIEW)])
     visual_tokens = torch.randn(5, 16, D, dtype=torch.float64, requires_grad=True)
     output = plugin.auxiliary_losses(context_of(visual_tokens, [0, 0, 0, 1, 1], WordTable()), batch)
     output.losses["patch"].backward()
@@ -173,10 +170,10 @@ def test_regions_of_a_row_with_several_images_belong_to_its_first(make_plugin: A
 
 def test_regions_of_a_row_whose_image_is_missing_take_no_part(make_plugin: Any):
     plugin = make_plugin()
-    batch = plugin.collate([plugin.transform_sample(RECORDS[number], GEOMETRY) for number in (0, 2)])
+    batch = plugin.collate([plugin.transform_sample(RECORDS[number], VIEW) for number in (0, 2)])
     visual_tokens, table = torch.randn(1, 16, D, dtype=torch.float64), WordTable()
     found = plugin.auxiliary_losses(context_of(visual_tokens, [1], table), batch)
-    alone = plugin.collate([{}, plugin.transform_sample(RECORDS[2], GEOMETRY)])
+    alone = plugin.collate([{}, plugin.transform_sample(RECORDS[2], VIEW)])
     expected = plugin.auxiliary_losses(context_of(visual_tokens, [1], table), alone)
     torch.testing.assert_close(found.losses["patch"], expected.losses["patch"], rtol=1e-12, atol=0)
 
@@ -184,7 +181,7 @@ def test_regions_of_a_row_whose_image_is_missing_take_no_part(make_plugin: Any):
 @pytest.mark.parametrize("images", [0, 2])
 def test_a_batch_without_regions_still_asks_the_table_and_gives_a_connected_zero(make_plugin: Any, images: int):
     plugin = make_plugin()
-    batch = plugin.collate([plugin.transform_sample({"image": "b.jpg"}, GEOMETRY) if images else {}, {}])
+    batch = plugin.collate([plugin.transform_sample({"image": "b.jpg"}, VIEW) if images else {}, {}])
     table, visual_tokens = WordTable(), torch.randn(images, 16, D, requires_grad=True)
     output = plugin.auxiliary_losses(context_of(visual_tokens, [0, 1][:images], table), batch)
     assert table.asked == 1
@@ -195,7 +192,7 @@ def test_a_batch_without_regions_still_asks_the_table_and_gives_a_connected_zero
 def test_the_batch_holds_no_floating_point(make_plugin: Any):
     """DeepSpeed casts all floats of a batch to the model's type."""
     plugin = make_plugin()
-    batch = plugin.collate([plugin.transform_sample(RECORDS[0], GEOMETRY), {}])
+    batch = plugin.collate([plugin.transform_sample(RECORDS[0], VIEW), {}])
     assert not [key for key, value in batch.items() if value.is_floating_point()]
 
 
@@ -210,7 +207,7 @@ def test_beta_is_linear_and_exact_at_both_ends():
 def test_a_record_of_another_size_is_named_with_its_hint(make_plugin: Any):
     plugin = make_plugin()
     with pytest.raises(PatchMaskError) as caught:
-        plugin.transform_sample({"image": "wide.jpg"}, ImageGeometry.of("pad", (16, 32), SIDE, GRID))
+        plugin.transform_sample({"image": "wide.jpg"}, ImageView((16, 32), "pad", SIDE, SIDE, SIDE, GRID))
     message = str(caught.value)
     assert "pad.json" in message and "'wide.jpg'" in message and "swapped" in message
     assert "[32, 16]" in message and "[16, 32]" in message
@@ -219,7 +216,7 @@ def test_a_record_of_another_size_is_named_with_its_hint(make_plugin: Any):
 def test_skipping_trains_an_image_of_another_size_without_regions_and_counts_it(make_plugin: Any, caplog: Any):
     plugin = make_plugin(patch_on_error="skip")
     with caplog.at_level(logging.WARNING):
-        extra = plugin.transform_sample({"image": "wide.jpg"}, ImageGeometry.of("pad", (16, 32), SIDE, GRID))
+        extra = plugin.transform_sample({"image": "wide.jpg"}, ImageView((16, 32), "pad", SIDE, SIDE, SIDE, GRID))
     assert extra["counts"].tolist() == [0, 0, 1] and extra["region_tokens"].shape == (0, 16)
     assert "wide.jpg" in caplog.text
 
@@ -231,7 +228,7 @@ def test_broken_records_stop_the_run_or_are_listed_beside_its_output(make_plugin
     ):
         make_plugin(records)
     plugin = make_plugin(records, patch_on_error="skip", output_dir=tmp_path / "out")
-    assert plugin.transform_sample({"image": "e.jpg"}, GEOMETRY)["counts"].tolist() == [1, 0, 0]
+    assert plugin.transform_sample({"image": "e.jpg"}, VIEW)["counts"].tolist() == [1, 0, 0]
     listed = [json.loads(line) for line in (tmp_path / "out" / "patch_skipped.jsonl").read_text().splitlines()]
     assert [entry["image_id"] for entry in listed] == ["e.jpg"]
 
@@ -257,7 +254,7 @@ def test_the_share_of_images_with_regions_is_logged_at_the_start(make_plugin: An
 def test_the_plugin_travels_to_spawned_workers(make_plugin: Any):
     plugin = make_plugin()
     copy = pickle.loads(pickle.dumps(plugin))
-    expected, found = (p.transform_sample({"image": "a.jpg"}, GEOMETRY) for p in (plugin, copy))
+    expected, found = (p.transform_sample({"image": "a.jpg"}, VIEW) for p in (plugin, copy))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 

@@ -11,7 +11,7 @@ import yaml
 from pyarrow import parquet
 
 from eval.benchmarks import BENCHMARKS, LocalData
-from llava.image_geometry import boxes_xyxy_to_square01
+from patch_aligned.cells import boxes_xyxy_to_square01
 from playground.mini.evaluation_set import OUT, SELECTIONS, Selection, make_evaluation_set
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")

@@ -11,7 +11,7 @@ import pytest
 
 from eval.hub import shipped_tasks_folder
 from eval.rec.boxes import ACCURACY, MEAN_IOU, score_answer
-from llava.image_geometry import boxes_xyxy_to_square01
+from patch_aligned.cells import boxes_xyxy_to_square01
 
 SIZES = [(640, 480), (480, 640), (640, 427), (427, 640), (640, 360), (360, 640), (500, 500), (640, 107), (641, 480),
          (33, 7)]  # fmt: skip

@@ -17,7 +17,7 @@ from PIL import Image
 from eval.benchmarks import BENCHMARKS
 from eval.rec.boxes import ACCURACY, MEAN_IOU, METRICS, NOT_PARSED, Row, prompt_of, write_rows
 from eval.rec.convert import PUBLISHED_EXPRESSIONS
-from llava.image_geometry import boxes_xyxy_to_square01
+from patch_aligned.cells import boxes_xyxy_to_square01
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
 

@@ -19,8 +19,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
 from llava.data.records import RecordError
-from llava.image_geometry import ImageGeometry
-from llava.plugin import TrainingPlugin
+from llava.plugin import ImageView, TrainingPlugin
 
 pytestmark = pytest.mark.usefixtures("golden_world")
 
@@ -52,8 +51,8 @@ def record(name: str = "r", image: Any = "im1.png", text: str = "<image>\nWhat?"
 class Recording(TrainingPlugin):
     """Hands back what it is asked to transform."""
 
-    def transform_sample(self, record: Mapping[str, Any], geometry: ImageGeometry) -> dict[str, torch.Tensor]:
-        self.seen = (record, geometry)
+    def transform_sample(self, record: Mapping[str, Any], view: ImageView) -> dict[str, torch.Tensor]:
+        self.seen = (record, view)
         return {"labels_of_record": torch.tensor(len(record.get("labels", [])))}
 
     def collate(self, extras: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -107,7 +106,7 @@ def test_lengths_count_words_and_tell_images_by_sign(make_dataset: Callable[...,
     ]
 
 
-def test_a_plugin_sees_the_whole_record_and_the_geometry(
+def test_a_plugin_sees_the_whole_record_and_the_view(
     make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], data_args: SimpleNamespace
 ) -> None:
     """An annotated image alone is enough: caption and regions."""
@@ -117,9 +116,9 @@ def test_a_plugin_sees_the_whole_record_and_the_geometry(
     path = write_data([annotated])
     dataset = make_dataset(path, plugin=plugin, grid=GRID, conversation=conv_templates["plain"])
     sample = dataset[0]
-    seen, geometry = plugin.seen
+    seen, view = plugin.seen
     assert annotated.items() <= seen.items()
-    assert geometry == ImageGeometry.of("square", (80, 40), 56, GRID, geometry.shortest_edge)
+    assert view == ImageView((80, 40), "crop", 56, 56, 56, GRID)
     assert sample["image_size"] == (80, 40) and int(sample["plugin_extras"]["labels_of_record"]) == 1
 
 
@@ -251,7 +250,7 @@ def test_arguments_that_do_not_go_together(
         make_dataset("data_conv.json", **change)
 
 
-def test_a_tiled_image_comes_with_its_base_tile_s_geometry(
+def test_a_tiled_image_comes_with_the_view_of_its_base_tile(
     make_dataset: Callable[..., Any], data_args: SimpleNamespace, write_data: Callable[[Any], Path]
 ) -> None:
     data_args.image_aspect_ratio, data_args.image_grid_pinpoints = "anyres", "[[56, 112], [112, 56], [112, 112]]"
@@ -261,9 +260,8 @@ def test_a_tiled_image_comes_with_its_base_tile_s_geometry(
     )
     assert wide["image"].shape == (3, 3, 56, 56) and wide["image_size"] == (80, 40)  # the whole image, and two tiles
     assert square["image"].shape == (3, 3, 56, 56)
-    wide_geometry = make_dataset(write_data([record()]), plugin=plugin, grid=GRID)[0] and plugin.seen[1]
-    assert wide_geometry == ImageGeometry.of("anyres", (80, 40), 56, GRID, 56)
-    assert wide_geometry.scale_xy == (56 / 80, 56 / 40)
+    wide_view = make_dataset(write_data([record()]), plugin=plugin, grid=GRID)[0] and plugin.seen[1]
+    assert wide_view == ImageView((80, 40), "squeeze", 56, 56, 56, GRID)
 
 
 def test_an_unknown_aspect_ratio_is_refused(make_dataset: Callable[..., Any], data_args: SimpleNamespace) -> None:

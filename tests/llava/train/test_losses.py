@@ -31,7 +31,7 @@ class SquaresPlugin(TrainingPlugin):
         self.progress.append(progress)
         return {"squares": self.weight * progress}
 
-    def describe_first_batch(self, images: torch.Tensor, batch: Any, path: Path) -> None:
+    def describe_first_batch(self, images: torch.Tensor, grid: tuple[int, int], batch: Any, path: Path) -> None:
         self.pictures.append((images.shape, images.min().item(), images.max().item()))
 
 

@@ -14,7 +14,7 @@ from llava.convert.to_hf import to_hf
 from patch_aligned.analysis.alignment import THRESHOLD_RULES
 from patch_aligned.analysis.regions import FIGURES, Resampling
 from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeanAndSd, MeasureSettings, analyse
-from patch_aligned.models.sources import load_models
+from patch_aligned.models.load import load_models
 
 START = "start=train_init/mm_projector.bin"
 

@@ -14,11 +14,11 @@ from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
 from patch_aligned.cli import app
-from patch_aligned.dataset.stats import TokenGrid, as_json, as_markdown, distribution, gather_statistics
+from patch_aligned.dataset.stats import TokenSettings, as_json, as_markdown, distribution, gather_statistics
 
 Make = Callable[..., Any]
 # 96 x 64 in stage 1: 64 x 64 from its middle, x from 16 to 80, over 4 x 4 tokens of 16 x 16 pixels.
-TOKENS = TokenGrid(grid=4, side=64)
+TOKENS = TokenSettings(grid=4, side=64)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_shares_of_area_are_those_of_the_decoded_masks(pad: Path):
 
 
 def test_a_padded_image_has_tokens_where_the_crop_has_none(pad: Path):
-    tokens = TokenGrid(grid=4, side=64, image_aspect_ratio="pad", min_coverage=0.25)
+    tokens = TokenSettings(grid=4, side=64, image_aspect_ratio="pad", min_coverage=0.25)
     # One pixel of the model is 1.5 of the image, and a token is 24 x 24 pixels: x from 0, y from -16 to 80.
     assert list(gather_statistics(pad, tokens).covered_tokens) == [3, 0, 2, 0]
 

@@ -22,12 +22,12 @@ from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
 from patch_aligned.cli import app
-from patch_aligned.dataset.stats import TokenGrid
+from patch_aligned.dataset.stats import TokenSettings
 from patch_aligned.dataset.view import ViewError, ViewSelection, write_view
 from patch_aligned.pad import read_annotations
 
 Make = Callable[..., Any]
-TOKENS = TokenGrid(grid=4, side=64)
+TOKENS = TokenSettings(grid=4, side=64)
 
 
 def data_of(page: Path) -> dict[str, Any]:

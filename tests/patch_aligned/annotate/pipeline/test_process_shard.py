@@ -273,7 +273,7 @@ def test_a_replay_refuses_pictures_of_another_size(scenes: Path, tmp_path: Path)
 def test_what_the_pipeline_writes_trains_without_conversion(
     annotate: Callable[..., list[Record]], tmp_path: Path
 ) -> None:
-    from llava.image_geometry import ImageGeometry
+    from llava.plugin import ImageView
     from patch_aligned.train.arguments import PatchArguments
     from patch_aligned.train.plugin import PatchAlignedPlugin
 
@@ -292,8 +292,8 @@ def test_what_the_pipeline_writes_trains_without_conversion(
     plugin.setup(arguments, Words(), data_path=str(path))
     regions = 0
     for record in records:
-        geometry = ImageGeometry.of("square", tuple(record["size"]), 336, (24, 24))
-        extras = plugin.transform_sample({"image": record["image_id"]}, geometry)
+        view = ImageView(tuple(record["size"]), "crop", 336, 336, 336, (24, 24))
+        extras = plugin.transform_sample({"image": record["image_id"]}, view)
         assert len(extras["region_tokens"]) == len(extras["label_lengths"])
         regions += int(extras["region_tokens"].any(dim=1).sum())
     assert regions > 0

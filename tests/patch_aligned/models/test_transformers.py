@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -36,7 +37,8 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from llava.convert.to_hf import to_hf
-from patch_aligned.models.sources import load_models
+from patch_aligned.masks import token_coverage_of_regions
+from patch_aligned.models.load import load_models
 from patch_aligned.models.transformers import family_of, load_family
 
 SIDE, PATCH, WORDS = 32, 8, 1000
@@ -115,36 +117,40 @@ def own_tokens(model: Any, family: str, pixels: torch.Tensor) -> torch.Tensor:
 def test_tokens_and_words_are_those_of_the_whole_model(saved: Callable, family: str):
     path, model = saved(family)
     assert family_of(path) is not None
-    tower, projector = load_family("tiny", path)
+    tiny = load_family("tiny", path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, 50, 3), dtype=np.uint8))
-    pixels = tower.pixels(image)
-    assert pixels.shape == (3, SIDE, SIDE)
-    features = tower.features(pixels[None])
-    tokens, grid = projector.visual_tokens(features)
-    assert features.shape == (1, 16, tower.width)
-    assert grid == ((2, 2) if family in ("idefics3", "smolvlm") else (4, 4))
+    pixels = tiny.inputs([image])
+    assert pixels.shape == (1, 3, SIDE, SIDE)
+    features = tiny.features(pixels)
+    tokens = tiny.visual_tokens(features)
+    assert features.shape == (1, 16, tiny.encoder.width)
+    assert tiny.shape == ((2, 2) if family in ("idefics3", "smolvlm") else (4, 4))
+    assert tiny.layouts([image.size])[0].length == tokens.shape[1]
     with torch.no_grad():
-        torch.testing.assert_close(tokens[0], own_tokens(model, family, pixels), rtol=1e-5, atol=1e-6)
-    assert torch.equal(projector.words.table, model.get_input_embeddings().weight)
-    assert 0 <= tower.displayed(pixels).min() <= tower.displayed(pixels).max() <= 1
+        torch.testing.assert_close(tokens[0], own_tokens(model, family, pixels[0]), rtol=1e-5, atol=1e-6)
+    assert torch.equal(tiny.words.table, model.get_input_embeddings().weight)
+    for module in tiny.projector_modules:
+        assert type(model.get_submodule(module)) is type(tiny.projector)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_marked_place_lands_where_the_geometry_says(saved: Callable, family: str):
-    """A bright block on black, drawn in the original, must show in the pixels where its mask is mapped to."""
+def test_a_marked_place_lands_where_the_cells_say(saved: Callable, family: str):
+    """A bright block on black, drawn in the original, must show in the pixels of the cells that it covers."""
     path, _ = saved(family)
-    tower, _ = load_family("tiny", path)
+    encoder = load_family("tiny", path).encoder
     mask = np.zeros((40, 72))
     mask[10:26, 30:50] = 1
     image = Image.fromarray(np.repeat((mask * 255).astype(np.uint8)[..., None], 3, axis=2))
-    pixels = tower.pixels(image)
-    shown = tower.displayed(pixels)[0].double().numpy()  # [side, side]
-    expected = tower.geometry(image.size, (4, 4)).mask_to_model(mask)
+    processor = encoder.image_processor
+    shown = encoder.inputs([image])[0, 0].double().numpy() * processor.image_std[0] + processor.image_mean[0]
+    [grid] = encoder.layout(image.size, (SIDE, SIDE)).grids  # a cell for each pixel that the tower sees
+    rle_mask = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    expected = token_coverage_of_regions([rle_mask], image.size, grid)[0]  # [side, side]
     inside, outside = shown[expected > 0.99], shown[expected < 0.01]
     if family == "llava, padded":
         outside = outside[outside < 0.4]  # the margin has the mean colour
     how = {"llava": "square", "llava, DINOv2": "square", "llava, padded": "pad"}
-    assert tower.image_aspect_ratio == how.get(family, "squeeze")
+    assert encoder.image_aspect_ratio == how.get(family, "squeeze")
     assert inside.mean() > 0.9
     assert outside.mean() < 0.1
 
@@ -153,13 +159,13 @@ def test_a_marked_place_lands_where_the_geometry_says(saved: Callable, family: s
 def test_a_token_reads_the_patches_of_its_own_cell(saved: Callable, family: str):
     """Idefics3's connector joins blocks of patches: a changed patch changes the token over it and no other."""
     path, _ = saved(family)
-    tower, projector = load_family("tiny", path)
-    features = torch.randn(1, 16, tower.width)
-    tokens, (rows, cols) = projector.visual_tokens(features)
+    model = load_family("tiny", path)
+    features = torch.randn(1, 16, model.encoder.width)
+    tokens, (rows, cols) = model.visual_tokens(features), model.shape
     for patch in range(16):
         changed = features.clone()
         changed[:, patch] += 1
-        differs = (projector.visual_tokens(changed)[0] != tokens).any(dim=-1)[0]  # [T]
+        differs = (model.visual_tokens(changed) != tokens).any(dim=-1)[0]  # [T]
         row, col = divmod(patch, 4)
         assert differs.nonzero().flatten().tolist() == [row * rows // 4 * cols + col * cols // 4]
 
@@ -167,28 +173,28 @@ def test_a_token_reads_the_patches_of_its_own_cell(saved: Callable, family: str)
 @pytest.mark.golden
 def test_a_converted_checkpoint_gives_the_recorded_tokens(golden_world: Path, goldens: Path, tmp_path: Path):
     golden = np.load(goldens / "g_tower.npz")
-    tower, projector = load_family("converted", to_hf("tiny-llava", tmp_path / "converted", dtype="float32"))
-    pixels = torch.stack([tower.pixels(Image.open(golden_world / "images" / f"im{index}.png")) for index in range(4)])
-    tokens, grid = projector.visual_tokens(tower.features(pixels))
-    assert grid == (4, 4)
+    model = load_family("converted", to_hf("tiny-llava", tmp_path / "converted", dtype="float32"))
+    pixels = model.inputs([Image.open(golden_world / "images" / f"im{index}.png") for index in range(4)])
+    tokens = model.visual_tokens(model.features(pixels))
+    assert model.shape == (4, 4)
     np.testing.assert_allclose(tokens, golden["encode_images"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llava", "paligemma", "smolvlm"])
 def test_an_untrained_twin_has_the_shape_and_other_weights(saved: Callable, family: str):
     path, _ = saved(family)
-    _, projector = load_family("tiny", path)
-    twin, again = projector.untrained(3), projector.untrained(3)
-    shapes = [{name: weight.shape for name, weight in p.projector.state_dict().items()} for p in (projector, twin)]
+    model = load_family("tiny", path)
+    twin, again = model.untrained(3), model.untrained(3)
+    shapes = [{name: weight.shape for name, weight in p.projector.state_dict().items()} for p in (model, twin)]
     assert shapes[0] == shapes[1]
-    weights = [next(p.projector.parameters()) for p in (projector, twin, again)]
+    weights = [next(p.projector.parameters()) for p in (model, twin, again)]
     assert not torch.equal(weights[0], weights[1])
     assert torch.equal(weights[1], weights[2])
 
 
 def test_the_layers_of_the_llm_are_not_built(saved: Callable):
-    tower, _ = load_family("tiny", saved("llava")[0])
-    assert not [name for name, _ in tower.model.named_parameters() if "language_model.layers" in name]
+    encoder: Any = load_family("tiny", saved("llava")[0]).encoder
+    assert not [name for name, _ in encoder.model.named_parameters() if "language_model.layers" in name]
 
 
 def test_a_checkpoint_without_projector_is_named(saved: Callable):

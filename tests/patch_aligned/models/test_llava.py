@@ -1,4 +1,4 @@
-"""The adapter gives the tokens and word embeddings that the whole model would."""
+"""LLaVA's checkpoints give the tokens and word embeddings that the whole model would."""
 
 from __future__ import annotations
 
@@ -13,63 +13,72 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from patch_aligned.models.llava import SharedTower, WordEmbeddings
-from patch_aligned.models.sources import ProjectorSource, default_config_of, load_tower, parse_projectors
+from patch_aligned.models.base import WordEmbeddings
+from patch_aligned.models.llava import (
+    LlavaEncoder,
+    ProjectorSource,
+    default_config_of,
+    load_encoder,
+    load_words,
+    parse_projectors,
+)
 
 
 @pytest.mark.golden
 def test_pixels_features_and_tokens_equal_the_recorded_model(golden_world: Path, goldens: Path):
     golden = np.load(goldens / "g_tower.npz")
     (source,) = parse_projectors(["full=tiny-llava"])
-    tower = load_tower([source], None, None, "cpu")
-    projector = source.build(tower, WordEmbeddings.load("tiny-vicuna"), source.config)
-    pixels = torch.stack([tower.pixels(Image.open(golden_world / "images" / f"im{index}.png")) for index in range(4)])
-    features = tower.features(pixels)
-    tokens, grid = projector.visual_tokens(features)
+    encoder = load_encoder([source], None, None, "cpu")
+    model = source.build(encoder, load_words("tiny-vicuna"), source.config)
+    pixels = encoder.inputs([Image.open(golden_world / "images" / f"im{index}.png") for index in range(4)])
+    features = encoder.features(pixels)
+    tokens = model.visual_tokens(features)
     np.testing.assert_allclose(pixels, golden["pixels"], atol=1e-6)
     np.testing.assert_allclose(features, golden["tower/patch_-2"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(tokens, golden["encode_images"], rtol=1e-5, atol=1e-5)
-    assert grid == (4, 4)
+    assert model.shape == (4, 4)
+    ids = torch.tensor([5, 7])
+    assert torch.equal(model.word_embeddings(ids), model.words.table[ids].float())
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize("path", ["ckpt_stage1", "ckpt_stage1/mm_projector.bin", "ckpt_stage1ckpt/checkpoint-2"])
 def test_a_stage_1_folder_gives_its_recorded_weights(golden_world: Path, goldens: Path, path: str):
     source = ProjectorSource.parse(f"ours={goldens / path}")
-    tower = load_tower([source], None, None, "cpu")
-    words = WordEmbeddings.load("tiny-vicuna")
-    projector = source.build(tower, words, source.config)
+    encoder = load_encoder([source], None, None, "cpu")
+    words = load_words("tiny-vicuna")
+    model = source.build(encoder, words, source.config)
     stored = torch.load(source.path, weights_only=True)
-    for name, parameter in projector.projector.named_parameters():
+    for name, parameter in model.projector.named_parameters():
         assert torch.equal(parameter, stored[f"model.mm_projector.{name}"].float())
-    assert projector.words is words
-    assert (tower.image_aspect_ratio, tower.select_layer) == ("square", -2)
+    assert model.words is words
+    assert (encoder.image_aspect_ratio, encoder.select_layer) == ("square", -2)
 
 
 def test_a_lone_file_shows_its_architecture_by_its_keys(golden_world: Path):
     source = ProjectorSource.parse("lone=train_init/mm_projector.bin")
-    tower = load_tower([source], "tiny-clip", None, "cpu")
-    projector = source.build(tower, WordEmbeddings.load("tiny-vicuna"), {})
-    assert [type(layer).__name__ for layer in projector.projector] == ["Linear", "GELU", "Linear"]
+    encoder = load_encoder([source], "tiny-clip", None, "cpu")
+    model = source.build(encoder, load_words("tiny-vicuna"), {})
+    assert [type(layer).__name__ for layer in model.projector] == ["Linear", "GELU", "Linear"]
 
 
 def test_a_full_checkpoint_is_measured_against_its_own_words(golden_world: Path):
     source = ProjectorSource.parse("full=tiny-llava")
-    tower = load_tower([source], None, None, "cpu")
-    base = WordEmbeddings.load("tiny-vicuna")
-    projector = source.build(tower, base, {})
-    assert projector.words is not base
+    encoder = load_encoder([source], None, None, "cpu")
+    base = load_words("tiny-vicuna")
+    model = source.build(encoder, base, {})
+    assert model.words is not base
     stored = load_file(golden_world / "tiny-llava" / "model.safetensors")["model.embed_tokens.weight"]
-    assert torch.equal(projector.words.table, stored)
+    assert torch.equal(model.words.table, stored)
 
 
 def test_random_weights_follow_their_seed_and_leave_the_global_stream_alone(golden_world: Path):
-    tower, words = SharedTower("tiny-clip"), WordEmbeddings.load("tiny-vicuna")
+    encoder, words = LlavaEncoder("tiny-clip"), load_words("tiny-vicuna")
     torch.manual_seed(5)
     expected_next = torch.rand(1)
     torch.manual_seed(5)
     first, again, other = (
-        ProjectorSource.parse(f"r=random{seed}").build(tower, words, {"mm_projector_type": "linear"}).projector.weight
+        ProjectorSource.parse(f"r=random{seed}").build(encoder, words, {"mm_projector_type": "linear"}).projector.weight
         for seed in ("", ":0", ":1")
     )
     assert torch.equal(first, again)
@@ -84,7 +93,7 @@ def test_random_weights_are_arranged_like_the_trained_ones(goldens: Path):
 
 
 def test_label_embedding_is_the_mean_of_its_tokens_rows(golden_world: Path):
-    words = WordEmbeddings.load("tiny-vicuna")
+    words = load_words("tiny-vicuna")
     table = load_file("tiny-vicuna/model.safetensors")["model.embed_tokens.weight"]
     tokenizer = AutoTokenizer.from_pretrained("tiny-vicuna")
     ids = tokenizer("red car", add_special_tokens=False).input_ids
@@ -95,7 +104,7 @@ def test_label_embedding_is_the_mean_of_its_tokens_rows(golden_world: Path):
 
 
 def test_a_table_too_short_for_the_tokenizer_is_refused(golden_world: Path):
-    words = WordEmbeddings.load("tiny-vicuna")
+    words = load_words("tiny-vicuna")
     with pytest.raises(ValueError, match=r"cut.safetensors.*ids up to 999.*has 5 rows"):
         WordEmbeddings(words.tokenizer, words.table[:5], "cut.safetensors")
 
@@ -108,9 +117,9 @@ def test_a_checkpoint_without_projector_is_named(golden_world: Path):
 @pytest.mark.parametrize("seed", [0, 3])
 def test_an_untrained_twin_is_the_random_projector_of_the_same_shape(golden_world: Path, goldens: Path, seed: int):
     trained, random = parse_projectors([f"trained={goldens / 'ckpt_stage1'}", f"random=random:{seed}"])
-    tower, words = SharedTower("tiny-clip"), WordEmbeddings.load("tiny-vicuna")
-    twin = trained.build(tower, words, {}).untrained(seed).projector.state_dict()
-    expected = random.build(tower, words, trained.config).projector.state_dict()
+    encoder, words = LlavaEncoder("tiny-clip"), load_words("tiny-vicuna")
+    twin = trained.build(encoder, words, {}).untrained(seed).projector.state_dict()
+    expected = random.build(encoder, words, trained.config).projector.state_dict()
     assert twin.keys() == expected.keys()
     assert all(torch.equal(twin[name], expected[name]) for name in twin)
 
@@ -137,10 +146,10 @@ def test_projectors_of_different_features_are_measured_together_only_where_one_i
     Path("other/config.json").write_text(json.dumps(config | changed))
     sources = parse_projectors([f"a={goldens / 'ckpt_stage1'}", "b=other"])
     with pytest.raises(ValueError, match=message):
-        load_tower(sources, None, None, "cpu")
+        load_encoder(sources, None, None, "cpu")
     if arguments:
-        tower = load_tower(sources, *arguments, "cpu")
-        assert tower.image_aspect_ratio == (arguments[1] or "square")
+        encoder = load_encoder(sources, *arguments, "cpu")
+        assert encoder.image_aspect_ratio == (arguments[1] or "square")
 
 
 def test_a_trained_tower_cannot_be_shared(golden_world: Path):

@@ -1,19 +1,15 @@
-"""Where an image's pixels land in the square that the vision tower sees, and on its grid of visual tokens.
-
-Masks, boxes of referring expressions and pictures all go through this one module, so that they cannot disagree with
-the image. Coordinates are continuous: pixel `i` spans `[i, i + 1)`, so `0` and `width` are an image's outer edges.
+"""An oracle for cells and masks: areas on the grid of visual tokens in whole numbers, from decoded masks.
 
 On each axis the image is padded, resized and cut, and all four numbers are integers:
 
     model = (original + pad) * resized / canvas - cut
 
-Areas are therefore ratios of integers. They are summed as integers (exactly representable in float64) and divided once,
-so a token whose cell is covered by exactly half is exactly 0.5.
+Areas are ratios of integers, summed as integers (exactly representable in float64) and divided once, so a token whose
+cell is covered by exactly half is exactly 0.5. The product decided so before it drew cells over the original image.
 """
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -222,60 +218,3 @@ def square_padding_xy(original_wh: tuple[int, int]) -> tuple[int, int]:
     width, height = original_wh
     side = max(width, height)
     return (side - width) // 2, (side - height) // 2
-
-
-def boxes_xyxy_to_square01(boxes_xyxy_px: Any, original_wh: tuple[int, int]) -> np.ndarray:
-    """Boxes `[..., 4]` in original pixels -> 0..1 of the padded square, the frame in which LLaVA-1.5 speaks boxes."""
-    return (_pairs(boxes_xyxy_px, 4) + np.tile(square_padding_xy(original_wh), 2)) / max(original_wh)
-
-
-def boxes_xyxy_from_square01(boxes_xyxy_square01: Any, original_wh: tuple[int, int]) -> np.ndarray:
-    """Boxes `[..., 4]` in 0..1 of the padded square -> original pixels; nothing is clipped."""
-    return _pairs(boxes_xyxy_square01, 4) * max(original_wh) - np.tile(square_padding_xy(original_wh), 2)
-
-
-def boxes_xyxy_from_image01(boxes_xyxy_image01: Any, original_wh: tuple[int, int]) -> np.ndarray:
-    """Boxes `[..., 4]` in 0..1 of the image's own width and height -> original pixels; nothing is clipped."""
-    return _pairs(boxes_xyxy_image01, 4) * np.tile(original_wh, 2)
-
-
-def letterboxed_wh(original_wh: tuple[int, int], target_wh: tuple[int, int]) -> tuple[int, int]:
-    """Largest size of the image's shape inside `target_wh`; the shorter side is rounded up (upstream's rule)."""
-    width, height = original_wh
-    target_width, target_height = target_wh
-    scale_x, scale_y = target_width / width, target_height / height
-    if scale_x < scale_y:
-        return target_width, min(math.ceil(height * scale_x), target_height)
-    return min(math.ceil(width * scale_y), target_width), target_height
-
-
-def select_best_resolution(original_size: tuple[int, int], possible_resolutions: Sequence[Any]) -> Any:
-    """Resolution (width, height) that keeps most of the image's pixels; of equals, the one with least empty area.
-
-    Of several that are equal in both the first wins (upstream's rule).
-    """
-    if not possible_resolutions:
-        raise ValueError("possible_resolutions: found none, expected at least one (width, height)")
-    width, height = original_size
-
-    def kept_and_unused(resolution: Any) -> tuple[int, int]:
-        target_width, target_height = resolution
-        scale = min(target_width / width, target_height / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - target_width * target_height
-
-    return max(possible_resolutions, key=kept_and_unused)
-
-
-def parse_grid_pinpoints(grid_pinpoints: Any) -> list[Any]:
-    """The configuration's `image_grid_pinpoints`: a list of (width, height), or such a list written as text."""
-    pinpoints = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
-    if not isinstance(pinpoints, list | tuple) or any(len(p) != 2 for p in pinpoints):
-        raise ValueError(f"image_grid_pinpoints: found {grid_pinpoints!r}, expected a list of [width, height]")
-    return list(pinpoints)
-
-
-def get_anyres_image_grid_shape(image_size: tuple[int, int], grid_pinpoints: Any, patch_size: int) -> tuple[int, int]:
-    """Tiles across and down for an image of `image_size` (width, height); `patch_size` is a tile's side in pixels."""
-    width, height = select_best_resolution(image_size, parse_grid_pinpoints(grid_pinpoints))
-    return width // patch_size, height // patch_size

@@ -1,0 +1,168 @@
+"""Where visual tokens lie in the original image: grids of cells, and the layout of all tokens of one image.
+
+Coordinates are continuous pixels of the image file: pixel `i` spans `[i, i + 1)`, so 0 and the width are outer edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+Treatment = Literal["crop", "pad", "squeeze"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGrid:
+    """Rows and columns of visual tokens over an image, or over a part of it. All tiles of one canvas are one grid.
+
+    Attributes:
+        image_wh: width and height of the image, pixels.
+        x_edges: `[cols + 1]` edges of the columns, pixels of the original image. A cell may reach beyond the image.
+        y_edges: `[rows + 1]` edges of the rows.
+        tokens: `[rows, cols]` position of each cell's token among the image's visual tokens; row-major if not given.
+        kind: `whole` image, `tiles` of it, or a `crop`.
+
+    Raises:
+        ValueError: edges do not rise, or `tokens` has another shape.
+    """
+
+    image_wh: tuple[int, int]
+    x_edges: tuple[float, ...]
+    y_edges: tuple[float, ...]
+    tokens: np.ndarray = None  # type: ignore[assignment]  # set below where it is not given
+    kind: Literal["whole", "tiles", "crop"] = "whole"
+
+    def __post_init__(self) -> None:
+        for name, edges in (("x_edges", self.x_edges), ("y_edges", self.y_edges)):
+            if len(edges) < 2 or not all(before < after for before, after in pairwise(edges)):
+                raise ValueError(f"{name}: found {edges}, expected at least two rising edges in pixels")
+        if self.tokens is None:
+            object.__setattr__(self, "tokens", np.arange(self.rows * self.cols).reshape(self.shape))
+        if self.tokens.shape != self.shape:
+            raise ValueError(
+                f"tokens: found shape {self.tokens.shape}, expected {self.shape}, a position for each cell"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.y_edges) - 1
+
+    @property
+    def cols(self) -> int:
+        """Number of columns."""
+        return len(self.x_edges) - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows, self.cols
+
+    @property
+    def box_xyxy_px(self) -> tuple[float, float, float, float]:
+        """The part of the original image (or more) that all cells together cover."""
+        return self.x_edges[0], self.y_edges[0], self.x_edges[-1], self.y_edges[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """All visual tokens of one image, in the order in which the LLM reads them.
+
+    Attributes:
+        grids: one for LLaVA; several for models that cut an image into tiles.
+        length: number of visual tokens, with those that have no place (row separators).
+    """
+
+    grids: tuple[TokenGrid, ...]
+    length: int
+
+    @property
+    def image_wh(self) -> tuple[int, int]:
+        """Width and height of the image, pixels."""
+        return self.grids[0].image_wh
+
+
+def grid_over_box(image_wh: tuple[int, int], box_xyxy_px: Sequence[float], shape: tuple[int, int]) -> TokenGrid:
+    """A grid of equal cells over a box in original pixels; `shape` is (rows, cols), tokens are row-major."""
+    left, top, right, bottom = box_xyxy_px
+    rows, cols = shape
+    x_edges = tuple(left + (right - left) * col / cols for col in range(cols + 1))
+    y_edges = tuple(top + (bottom - top) * row / rows for row in range(rows + 1))
+    return TokenGrid(image_wh, x_edges, y_edges)
+
+
+def seen_box_xyxy_px(
+    image_wh: tuple[int, int], treatment: Treatment, shortest_edge: int, processed_side: int, seen_side: int
+) -> tuple[float, float, float, float]:
+    """The box of the original image that a tower sees, of an image made square in one of LLaVA's three ways.
+
+    On each axis `model = (original + pad) * resized / canvas - cut`, all in whole pixels; solved for the edges 0 and
+    `seen_side` of the model image.
+
+    Args:
+        image_wh: width and height of the image, pixels.
+        treatment: `crop` (the shortest edge is resized, the centre cut out), `pad` (centred on a square canvas, then
+            resized) or `squeeze` (both edges resized).
+        shortest_edge: length to which edges are resized.
+        processed_side: side of the centre that is cut out of it.
+        seen_side: side of the upper left part of that which patches cover.
+    """
+    canvas_wh, resized_wh, pad_xy = image_wh, (shortest_edge, shortest_edge), (0, 0)
+    if treatment == "pad":
+        canvas_wh, pad_xy = (max(image_wh), max(image_wh)), square_padding_xy(image_wh)
+    elif treatment == "crop":
+        width, height = image_wh  # CLIP's processor truncates the longer edge to whole pixels
+        resized_wh = (
+            int(shortest_edge * width / height) if width > height else shortest_edge,
+            int(shortest_edge * height / width) if height >= width else shortest_edge,
+        )
+    first, last = [], []
+    for canvas, resized, pad in zip(canvas_wh, resized_wh, pad_xy, strict=True):
+        cut = (resized - processed_side) // 2
+        first.append(cut * canvas / resized - pad)
+        last.append((cut + seen_side) * canvas / resized - pad)
+    return first[0], first[1], last[0], last[1]
+
+
+@lru_cache(
+    maxsize=256
+)  # images of a data set share few sizes, and grids are told apart by identity where they are used
+def square_grid(
+    image_wh: tuple[int, int],
+    treatment: Treatment,
+    shape: tuple[int, int],
+    shortest_edge: int,
+    processed_side: int | None = None,
+    seen_side: int | None = None,
+) -> TokenGrid:
+    """The grid of an image made square; see `seen_box_xyxy_px`. Sides that are not given equal the one before."""
+    processed_side = processed_side or shortest_edge
+    box = seen_box_xyxy_px(image_wh, treatment, shortest_edge, processed_side, seen_side or processed_side)
+    return grid_over_box(image_wh, box, shape)
+
+
+def square_padding_xy(image_wh: tuple[int, int]) -> tuple[int, int]:
+    """Pixels to the left of and above an image on its square canvas; an odd remainder goes right or below."""
+    width, height = image_wh
+    side = max(width, height)
+    return (side - width) // 2, (side - height) // 2
+
+
+def boxes_xyxy_to_square01(boxes_xyxy_px: Any, image_wh: tuple[int, int]) -> np.ndarray:
+    """Boxes `[..., 4]` in original pixels -> 0..1 of the padded square, the frame in which LLaVA-1.5 speaks boxes."""
+    return (np.asarray(boxes_xyxy_px, dtype=np.float64) + np.tile(square_padding_xy(image_wh), 2)) / max(image_wh)
+
+
+def boxes_xyxy_from_square01(boxes_xyxy_square01: Any, image_wh: tuple[int, int]) -> np.ndarray:
+    """Boxes `[..., 4]` in 0..1 of the padded square -> original pixels; nothing is clipped."""
+    return np.asarray(boxes_xyxy_square01, dtype=np.float64) * max(image_wh) - np.tile(square_padding_xy(image_wh), 2)
+
+
+def boxes_xyxy_from_image01(boxes_xyxy_image01: Any, image_wh: tuple[int, int]) -> np.ndarray:
+    """Boxes `[..., 4]` in 0..1 of the image's own width and height -> original pixels; nothing is clipped."""
+    return np.asarray(boxes_xyxy_image01, dtype=np.float64) * np.tile(image_wh, 2)

@@ -1,0 +1,71 @@
+"""Load the models that a command names: `NAME=PATH` for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from patch_aligned.models.base import VisionLanguageModel
+from patch_aligned.models.llava import (
+    default_config_of,
+    load_encoder,
+    load_words,
+    name_and_place,
+    parse_projectors,
+    require_distinct,
+)
+from patch_aligned.models.transformers import family_of, load_family
+
+
+def load_models(
+    specifications: Sequence[str],
+    base: str | None = None,
+    vision_tower: str | None = None,
+    image_aspect_ratio: str | None = None,
+    device: str = "cpu",
+) -> list[VisionLanguageModel]:
+    """Loads what `--projector` names, in order.
+
+    Args:
+        specifications: `NAME=PATH` or `NAME=random[:SEED]`, where PATH is LLaVA's (see `ProjectorSource`) or a folder
+            of one of `transformers.FAMILIES`.
+        base: the LLM whose words LLaVA's projectors are compared with; whole models have their own.
+        vision_tower, image_aspect_ratio: of LLaVA's projectors, where their configs are not to decide.
+        device: where towers and projectors run.
+
+    Raises:
+        ValueError: an input does not fit, or there is no such device; the message says which and what to do.
+        FileNotFoundError: there is no such path.
+    """
+    _require_device(device)
+    places = [name_and_place(specification) for specification in specifications]
+    names = [name for name, _ in places]
+    require_distinct(names)
+    of_families = {name: Path(place) for name, place in places if family_of(Path(place))}
+    own = [f"{name}={place}" for name, place in places if name not in of_families]
+    sources = parse_projectors(own) if own or not of_families else []
+    if base is None and not all(source.is_full_checkpoint for source in sources):
+        raise ValueError("--base is missing: projectors are compared with the word embeddings of their LLM.")
+    models = {name: load_family(name, path, device) for name, path in of_families.items()}
+    if sources:
+        encoder = load_encoder(sources, vision_tower, image_aspect_ratio, device)
+        words = load_words(base or str(sources[0].path))
+        for source in sources:
+            models[source.name] = source.build(encoder, words, default_config_of(sources))
+    return [models[name] for name in names]
+
+
+def sources_of(models: Sequence[VisionLanguageModel]) -> dict[str, str]:
+    """Where each model's projector and words come from, by name, for captions."""
+    return {model.name: f"{model.source}, words of {model.words.source}" for model in models}
+
+
+def _require_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: torch knows no such device. Pass cpu, cuda or cuda:1.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA device here. Pass --device cpu.")
