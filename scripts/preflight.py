@@ -35,7 +35,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.requirements import Requirement
 from transformers import HfArgumentParser
 
-from llava.image_geometry import parse_grid_pinpoints
+from llava.mm_utils import parse_grid_pinpoints
 from llava.model.checkpoint import read_config
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.multimodal_encoder.builder import build_vision_tower

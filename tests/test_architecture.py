@@ -256,6 +256,13 @@ def test_constants_cost_no_torch() -> None:
     assert result.returncode == 0, result.stderr or "torch was imported"
 
 
+@pytest.mark.parametrize("module", ["cells", "masks", "intervals"])
+def test_places_of_tokens_need_numpy_alone(module: str) -> None:
+    code = f"import sys, patch_aligned.{module}; print(*{{'torch', 'transformers', 'llava', 'PIL'}} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not result.stdout.strip()
+
+
 TEXT_SUFFIXES = (".py", ".sh", ".md", ".toml", ".json", ".txt", "")
 
 
