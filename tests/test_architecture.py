@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # What the rules above do not allow yet. A line goes when the import has gone.
 EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "patch_aligned.analysis.cli": ("llava.command",),
-    "patch_aligned.analysis.localise": ("llava.mm_utils",),
+    "patch_aligned.analysis.localisation": ("llava.mm_utils",),
     "patch_aligned.analysis.run": ("llava.mm_utils",),
     "patch_aligned.analysis.words": ("llava.mm_utils",),
     "patch_aligned.annotate.cli": ("llava.command",),

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patch_aligned.analysis.localise import localise
+    from patch_aligned.analysis.localisation import localise
     from patch_aligned.analysis.report import write_report
     from patch_aligned.analysis.run import AnalysisSettings, MeasureSettings, analyse
     from patch_aligned.analysis.words import token_maps
@@ -31,7 +31,7 @@ _MODULES = {
     "MeasureSettings": "patch_aligned.analysis.run",
     "analyse": "patch_aligned.analysis.run",
     "load_models": "patch_aligned.models.load",
-    "localise": "patch_aligned.analysis.localise",
+    "localise": "patch_aligned.analysis.localisation",
     "token_maps": "patch_aligned.analysis.words",
     "write_report": "patch_aligned.analysis.report",
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from patch_aligned.analysis.alignment import THRESHOLD_RULES
-from patch_aligned.analysis.localise import drawable, font_families, panel_jpegs, save_localisation_figure
+from patch_aligned.analysis.localisation import drawable, font_families, panel_jpegs, save_localisation_figure
 from patch_aligned.analysis.regions import FIGURES, HEADLINES, Difference, Figure
 from patch_aligned.analysis.run import Analysis, EntropyFigures, MeanAndSd, UntrainedFigures, plain_json
 from patch_aligned.analysis.token_map_page import (

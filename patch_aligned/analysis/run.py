@@ -24,7 +24,7 @@ from torch import Tensor
 from llava.mm_utils import UnreadableImageError, load_rgb_image
 from patch_aligned.analysis.alignment import score_regions
 from patch_aligned.analysis.entropy import EntropyAccumulator
-from patch_aligned.analysis.localise import PictureRow, picture_cell
+from patch_aligned.analysis.localisation import PictureRow, picture_cell
 from patch_aligned.analysis.regions import (
     FIGURES,
     SIZE_LIMITS_PX,

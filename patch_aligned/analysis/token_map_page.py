@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import Tensor
 
-from patch_aligned.analysis.localise import bare, drawable, font_families
+from patch_aligned.analysis.localisation import bare, drawable, font_families
 from patch_aligned.analysis.words import MappedImage, TokenMap, TokenMaps, colours_of_words, map_caption
 from patch_aligned.html_page import html_page
 

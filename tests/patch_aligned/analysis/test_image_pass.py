@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from patch_aligned.analysis.localise import save_localisation_figure
+from patch_aligned.analysis.localisation import save_localisation_figure
 from patch_aligned.analysis.regions import Resampling
 from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettings, analyse
 from patch_aligned.models.load import load_models
@@ -172,7 +172,7 @@ def test_the_picture_shows_the_largest_region_of_evenly_spread_images(golden_wor
     ]  # fmt: skip
     cell = measures.picture[2].cells["start"]
     assert cell.cosine.shape == cell.predicted.shape == (4, 4)
-    assert measures.picture[2].truth.sum() == 80 * 28
+    assert measures.picture[2].truth.sum() == 56 * 28
     path = tmp_path / "picture.png"
     save_localisation_figure(measures.picture, path, "mid_range")
     with Image.open(path) as picture:

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from llava.convert.to_hf import to_hf
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models, localise
-from patch_aligned.analysis.localise import panel_jpegs, save_localisation_figure
+from patch_aligned.analysis.localisation import panel_jpegs, save_localisation_figure
 from patch_aligned.models.base import VisionLanguageModel
 
 

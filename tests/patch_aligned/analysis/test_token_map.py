@@ -42,7 +42,8 @@ from patch_aligned.analysis.words import (
     token_maps,
 )
 from patch_aligned.cli import app
-from patch_aligned.models.llava import WordEmbeddings
+from patch_aligned.models.base import WordEmbeddings
+from patch_aligned.models.llava import load_words
 from patch_aligned.models.load import load_models
 
 ENGLISH = WordList("a test's list", frozenset({"the", "red", "he", "t"}))
@@ -57,7 +58,7 @@ def id_of(tokenizer, raw: str) -> int:
 @pytest.fixture
 def mapped(golden_world: Path) -> MappedImage:
     """Tokens that are words of the tiny LLM: `▁the` in three of four patches, and `ing`."""
-    words = WordEmbeddings.load("tiny-vicuna")
+    words = load_words("tiny-vicuna")
     mapper = TokenMapper(words, PursuitSettings(rounds=2), ENGLISH)
     the, ing = (id_of(AutoTokenizer.from_pretrained("tiny-vicuna"), raw) for raw in ("▁the", "ing"))
     tokens = 3 * words.table[[the, ing, the, the]].float()
@@ -141,7 +142,7 @@ def test_a_map_holds_the_nearest_words_and_how_near_they_are(mapped: MappedImage
 
 
 def test_without_a_list_no_word_is_called_english(golden_world: Path):
-    words = WordEmbeddings.load("tiny-vicuna")
+    words = load_words("tiny-vicuna")
     token_map = TokenMapper(words).map(words.table[[300]].float(), (1, 1))
     assert token_map.pursuit.ids.shape == (1, 5)
     assert token_map.english_share(0) is None
@@ -149,7 +150,7 @@ def test_without_a_list_no_word_is_called_english(golden_world: Path):
 
 
 def test_rows_beyond_the_tokenizer_are_never_chosen(golden_world: Path):
-    words = WordEmbeddings.load("tiny-vicuna")
+    words = load_words("tiny-vicuna")
     extra = torch.full((1, words.width), 5.0)
     padded = WordEmbeddings(
         AutoTokenizer.from_pretrained("tiny-vicuna"), torch.cat([words.table.float(), extra]), "tiny-vicuna"
@@ -161,10 +162,10 @@ def test_the_place_of_an_image_is_no_word(golden_world: Path, tmp_path: Path):
     """Hugging Face's form of a checkpoint has an `<image>` in its table, which no LLM reads: its words are the same."""
     to_hf("tiny-llava", tmp_path / "hf", dtype="float32")
     hf, own = load_models([f"hf={tmp_path / 'hf'}", "own=tiny-llava"])
-    words = hf.projector.words
+    words = hf.words
     assert words.tokenizer.convert_ids_to_tokens(words.placeholder) == "<image>"
-    tokens = torch.cat([words.table[[words.placeholder]].float(), own.projector.words.table[[7, 300]].float()])
-    found, expected = (TokenMapper(model.projector.words).map(tokens, (1, 3)).pursuit for model in (hf, own))
+    tokens = torch.cat([words.table[[words.placeholder]].float(), own.words.table[[7, 300]].float()])
+    found, expected = (TokenMapper(model.words).map(tokens, (1, 3)).pursuit for model in (hf, own))
     assert torch.equal(found.ids, expected.ids)
 
 
