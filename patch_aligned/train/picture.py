@@ -111,9 +111,7 @@ def _draw_block(
             outline=_colour(place),
             width=2,
         )
-        covers = (
-            f"{int(region.tokens.sum())} tokens" if region.tokens is not None else "covers no token, not in the loss"
-        )
+        covers = _counted(int(region.tokens.sum())) if region.tokens is not None else "covers no token, not in the loss"
         text = _shortened(f"{region.label}  ({covers})", _PANEL - 40, font)
         draw.text((left + 34, top), text, font=font, fill=_INK if is_used else _FADED)
     return block
@@ -159,6 +157,10 @@ def _draw_tokens(seen: Image.Image, regions: Sequence[PicturedRegion], grid: tup
     for edge in y_edges[:-1].tolist():
         lines.line((0, edge, _PANEL, edge), fill=_PAPER)
     return picture
+
+
+def _counted(tokens: int) -> str:
+    return f"{tokens} token{'' if tokens == 1 else 's'}"
 
 
 def _outline(inside: np.ndarray) -> np.ndarray:
