@@ -7,6 +7,7 @@ two exceptions are at the end: `covered_tokens` and `replay_command`.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -204,12 +205,20 @@ def covered_tokens(
 ) -> Any:
     """Which tokens each region of an image covers: bool `[R, rows * cols]`.
 
-    At commit 2628157 the formula is `patch_aligned.patch_masks` over `llava.image_geometry`. Once `patch_aligned.masks`
-    and `patch_aligned.cells` have taken their place, that goes here first, and this stays for the baseline.
+    At commit 2628157 the formula is `patch_aligned.patch_masks` over `llava.image_geometry`.
 
     Args:
         view: `mode` (crop, pad or squeeze), `side`, `grid`, and `processed_side` where patches leave pixels over.
     """
+    if importlib.util.find_spec("patch_aligned.cells") is not None:
+        from patch_aligned import masks
+        from patch_aligned.cells import square_grid
+
+        processed_side = view["processed_side"] or view["side"]
+        grid = square_grid(
+            size_wh, view["mode"], tuple(view["grid"]), processed_side, processed_side, seen_side=view["side"]
+        )
+        return masks.covered_tokens_of_regions(rle_masks, size_wh, grid, min_coverage)
     from llava.image_geometry import ImageGeometry
     from patch_aligned.patch_masks import covered_tokens_of_regions
 
@@ -223,5 +232,5 @@ def replay_command(product: Product, pad: Path) -> list[str]:
     At commit 2628157 it is `annotate --stages oracle`; it becomes `playground/mini/replay.py`.
     """
     if (product.tree / "playground/mini/replay.py").exists():
-        return ["python", "-m", "playground.mini.replay", "--oracle", str(pad)]
+        return ["python", "-m", "playground.mini.replay", "--pad", str(pad)]
     return ["python", "-m", "patch_aligned.cli", "annotate", "--stages", "oracle", "--oracle", str(pad)]
