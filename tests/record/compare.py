@@ -3,6 +3,8 @@
     python tests/record/compare.py A B [--differences FILE]
 
 A value differs if its type differs (1 is not 1.0, null is not 0), if any digit differs, or if one record lacks its key.
+An entry of differences.toml has a key (`*` stands for anything), a reason and, where only the last digits of floats may
+differ, `within`: the largest absolute difference.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,13 +58,30 @@ def find_differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tu
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def read_named(path: Path) -> list[tuple[re.Pattern[str], str]]:
-    """Patterns of differences that are meant; `*` stands for anything."""
+class Named(NamedTuple):
+    """A difference that is meant: under which keys, why, and by how much floats may differ (None: by anything)."""
+
+    keys: re.Pattern[str]
+    reason: str
+    within: float | None
+
+    def covers(self, key: str, one: Any, other: Any) -> bool:
+        """Whether the two values under `key` may differ as they do."""
+        if not self.keys.fullmatch(key):
+            return False
+        if self.within is None:
+            return True
+        return isinstance(one, float) and isinstance(other, float) and abs(one - other) <= self.within
+
+
+def read_named(path: Path) -> list[Named]:
+    """The differences that are meant."""
     named = []
     for entry in tomllib.loads(path.read_text(encoding="utf-8")).get("difference", []):
-        if set(entry) != {"key", "reason"} or not entry["reason"].strip():
-            raise SystemExit(f"{path}: found {entry}, expected a key and a reason")
-        named.append((re.compile(re.escape(entry["key"]).replace(r"\*", ".*")), entry["reason"]))
+        if not {"key", "reason"} <= set(entry) <= {"key", "reason", "within"} or not entry["reason"].strip():
+            raise SystemExit(f"{path}: found {entry}, expected a key, a reason and perhaps `within`")
+        keys = re.compile(re.escape(entry["key"]).replace(r"\*", ".*"))
+        named.append(Named(keys, entry["reason"], entry.get("within")))
     return named
 
 
@@ -79,7 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     meant: Counter[str] = Counter()
     unnamed = {}
     for key, pair in find_differences(one, other).items():
-        reason = next((reason for pattern, reason in named if pattern.fullmatch(key)), None)
+        values = one.get(key, ABSENT), other.get(key, ABSENT)
+        reason = next((entry.reason for entry in named if entry.covers(key, *values)), None)
         if reason is None:
             unnamed[key] = pair
         else:
@@ -88,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{key}\n  A {before[:200]}\n  B {after[:200]}")
     if len(unnamed) > SHOWN:
         print(f"... and {len(unnamed) - SHOWN} more")
-    for _, reason in named:
+    for reason in dict.fromkeys(entry.reason for entry in named):
         print(f"named: {meant[reason]} ({reason})")
     compared = Counter(key.split("/")[0] for key in {**one, **other})
     print(f"{sum(compared.values())} values: " + ", ".join(f"{number} {part}" for part, number in compared.items()))

@@ -88,6 +88,14 @@ def test_named_differences_pass_and_no_others(compare: Compare, capsys: pytest.C
     assert compare(SOUND, {**SOUND, "losses": 1}, named) == 1  # no part of a longer name
 
 
+def test_last_digits_may_be_named_and_nothing_beyond(compare: Compare) -> None:
+    named = '[[difference]]\nkey = "part/*"\nreason = "summed in another order"\nwithin = 1e-12\n'
+    assert compare(SOUND, {**SOUND, "loss": [7.25 + 5e-13, 1e-17]}, named) == 0
+    assert compare(SOUND, {**SOUND, "loss": [7.25 + 5e-12, 1e-17]}, named) == 1
+    assert compare(SOUND, {**SOUND, "rows": 3.0}, named) == 1
+    assert compare(SOUND, {**SOUND, "stderr": 0.0}, named) == 1
+
+
 def test_a_difference_without_a_reason_is_refused(compare: Compare) -> None:
     with pytest.raises(SystemExit, match="reason"):
         compare(SOUND, SOUND, '[[difference]]\nkey = "part/loss"\nreason = " "\n')
