@@ -19,6 +19,7 @@ OUTSIDE = ("scripts", "playground", "benchmarks", "tests")
 CORE = tuple(
     f"patch_aligned.{name}" for name in ("cells", "masks", "labels", "loss", "files", "images", "intervals", "pad")
 )
+PAGES = ("patch_aligned.tables", "patch_aligned.web")
 GROUND = tuple(f"llava.{name}" for name in ("constants", "command", "conversation", "plugin", "mm_utils", "utils"))
 # Module or package -> what it may import of the packages. The longest matching name decides.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -38,23 +39,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patch_aligned": CORE,
     "patch_aligned.cli": ("patch_aligned",),
     "patch_aligned.loss": (),
+    "patch_aligned.tables": ("patch_aligned.web",),
     "patch_aligned.train_mem": ("patch_aligned.train", "llava"),
     "patch_aligned.train": (*CORE, "patch_aligned.train"),
     "patch_aligned.train.plugin": (*CORE, "patch_aligned.train", "patch_aligned.models", "llava"),
     "patch_aligned.models": (*CORE, "patch_aligned.models"),
     "patch_aligned.models.llava": (*CORE, "patch_aligned.models", "llava"),
-    "patch_aligned.analysis": (*CORE, "patch_aligned.models", "patch_aligned.analysis", "patch_aligned.html_page"),
+    "patch_aligned.analysis": (*CORE, *PAGES, "patch_aligned.models", "patch_aligned.analysis"),
     "patch_aligned.analysis.entropy": (),
     "patch_aligned.analysis.alignment": (),
     "patch_aligned.analysis.matching_pursuit": (),
     "patch_aligned.annotate": (*CORE, "patch_aligned.annotate"),
-    "patch_aligned.dataset": (*CORE, "patch_aligned.dataset", "patch_aligned.html_page"),
-    "patch_aligned.results": (
-        "patch_aligned.files",
-        "patch_aligned.intervals",
-        "patch_aligned.results",
-        "patch_aligned.html_page",
-    ),
+    "patch_aligned.dataset": (*CORE, *PAGES, "patch_aligned.dataset"),
+    "patch_aligned.results": (*PAGES, "patch_aligned.files", "patch_aligned.intervals", "patch_aligned.results"),
     "eval": ("eval", *CORE, "patch_aligned.results", "llava"),
 }
 # What the rules above do not allow yet. A line goes when the import has gone.
@@ -78,8 +75,8 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
 # Lines of *.py that a folder may hold.
 BUDGETS = {
     "llava": 9299,
-    "patch_aligned": 14462,
-    "patch_aligned/analysis": 4297,
+    "patch_aligned": 13754,
+    "patch_aligned/analysis": 3539,
     "patch_aligned/annotate": 4137,
     "patch_aligned/dataset": 1568,
     "patch_aligned/results": 1437,
@@ -89,8 +86,7 @@ LONGEST_FILE = 500
 # Files that are longer, with the length they must not exceed; each gets shorter or is split.
 LONGER_FILES = {
     "llava/train/llava_trainer.py": 578,
-    "patch_aligned/analysis/report.py": 719,
-    "patch_aligned/analysis/run.py": 761,
+    "patch_aligned/analysis/run.py": 580,
     "patch_aligned/annotate/folder.py": 624,
     "patch_aligned/annotate/ram/model.py": 549,
     "patch_aligned/annotate/run.py": 660,

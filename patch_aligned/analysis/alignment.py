@@ -20,7 +20,6 @@ labels of the set.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -162,70 +161,44 @@ def pointing_hits(maps: Tensor, covered: Tensor) -> Tensor:
     return (peaks & covered).sum(dim=1) / peaks.sum(dim=1).double()
 
 
-@dataclass(frozen=True)
-class LabelComparison:
-    """A region's mean token against all labels of the set, `[R]` each, float64.
-
-    Attributes:
-        other_cosine: mean cosine with the labels that are not its own; NaN if there is no other.
-        top1: 1 if its own label is the nearest of all, 0 if not.
-        top5: 1 if its own label is among the five nearest. Where labels tie, both are the chance that it is.
-    """
-
-    other_cosine: Tensor
-    top1: Tensor
-    top5: Tensor
-
-
-def compare_with_labels(regions: Tensor, label_directions: Tensor, own: Tensor) -> LabelComparison:
-    """Compares regions with every label, all others counting alike: what random draws of other labels would estimate.
+def compare_with_labels(regions: Tensor, label_directions: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compare regions with every label, all others counting alike: what random draws of other labels would estimate.
 
     Args:
         regions: `[R, D]`, mean token of each region.
         label_directions: `[L, D]`, embeddings of all labels, scaled to length 1.
         own: `[R]`, index of each region's label.
+
+    Returns:
+        `[R]` each, float64: mean cosine with the other labels (NaN if there is no other), 1 if the region's own label
+        is the nearest of all, and 1 if it is among the five nearest. Where labels tie, the last two are the chance
+        that it is.
     """
     cosines = (F.normalize(regions.to(label_directions), dim=-1) @ label_directions.T).double()  # [R, L]
     mine = cosines.gather(1, own.unsqueeze(1))  # [R, 1]
     nearer, tied = (cosines > mine).sum(dim=1), (cosines == mine).sum(dim=1)  # the label ties with itself
     others = cosines.shape[1] - 1
     top1, top5 = (((count - nearer) / tied.double()).clamp(0, 1) for count in (1, 5))
-    return LabelComparison((cosines.sum(dim=1) - mine.squeeze(1)) / others, top1, top5)
+    return (cosines.sum(dim=1) - mine.squeeze(1)) / others, top1, top5
 
 
-@dataclass(frozen=True)
-class RegionScores:
-    """Scores of an image's regions, `[R]` each, float64; NaN where a score is undefined.
+SCORES_BY_AREA = ("iou_px", *(f"iou_px_{rule}" for rule in THRESHOLD_RULES), "average_precision_px")
+"""Scores of regions that reach into the model's image: IoU under the chosen rule and under each, average precision."""
 
-    Those by area, `..._px`, belong to regions that reach into the model's image, all others to those that cover
-    a token.
+SCORES_BY_TOKEN = (
+    "iou_tokens", "pointing", "cosine", "shuffled_cosine", "other_cosine", "contrast", "top1", "top5"
+)  # fmt: skip
+"""Scores of regions that cover a token.
 
-    Attributes:
-        iou_px: intersection over union by area, under the chosen threshold rule.
-        iou_px_mid_range, iou_px_otsu, iou_px_mean_std, iou_px_top_area: the same under each rule.
-        average_precision_px: see `average_precision`.
-        iou_tokens: intersection over union of whole tokens.
-        pointing: see `pointing_hits`.
-        cosine: cosine of the mean of the covered tokens with the label.
-        shuffled_cosine: the same with another region's label; NaN also where none was given.
-        other_cosine, top1, top5: see `LabelComparison`.
-        contrast: `cosine` less `other_cosine`.
-    """
+- `iou_tokens`: intersection over union of whole tokens.
+- `pointing`: see `pointing_hits`.
+- `cosine`: of the mean of the covered tokens with the label; `shuffled_cosine` with another region's label.
+- `other_cosine`, `top1`, `top5`: see `compare_with_labels`; `contrast` is `cosine` less `other_cosine`.
+"""
 
-    iou_px: Tensor
-    iou_px_mid_range: Tensor
-    iou_px_otsu: Tensor
-    iou_px_mean_std: Tensor
-    iou_px_top_area: Tensor
-    average_precision_px: Tensor
-    iou_tokens: Tensor
-    pointing: Tensor
-    cosine: Tensor
-    shuffled_cosine: Tensor
-    other_cosine: Tensor
-    contrast: Tensor
-    top1: Tensor
-    top5: Tensor
+
+COVERAGE_SLACK = 1e-9
+"""Rounding that a share of a cell may have and still count as `min_coverage`, as in `patch_aligned.masks`."""
 
 
 @torch.no_grad()
@@ -238,8 +211,8 @@ def score_regions(
     rule: str = "mid_range",
     min_coverage: float = 0.5,
     shuffled: Tensor | None = None,
-) -> RegionScores:
-    """Scores all regions of one image.
+) -> dict[str, Tensor]:
+    """Score all regions of one image.
 
     Args:
         visual_tokens: `[S, D]`, projector output.
@@ -249,6 +222,9 @@ def score_regions(
         rule: name of the threshold rule.
         min_coverage: from this share on, inclusive, a token counts as covered.
         shuffled: `[R]`, index of another region's label, as a control; -1 where there is none.
+
+    Returns:
+        By the names of `SCORES_BY_AREA` and `SCORES_BY_TOKEN`, `[R]` each, float64; NaN where a score is undefined.
 
     Raises:
         ValueError: the shapes do not fit, or the rule is unknown.
@@ -262,32 +238,31 @@ def score_regions(
     truth_cells = coverage.sum(dim=1)  # [R]
     maps = cosine_maps(label_directions[own], visual_tokens)  # [R, S]
     predicted = predicted_tokens(maps, rule, truth_cells)  # [R, S]
-    iou_px_of_rules = {
+    iou_of_rules = {
         f"iou_px_{name}": iou_by_area(predicted_tokens(maps, name, truth_cells), coverage) for name in THRESHOLD_RULES
     }
+    by_area = {
+        "iou_px": iou_of_rules[f"iou_px_{rule}"],
+        **iou_of_rules,
+        "average_precision_px": average_precision(maps, coverage),
+    }
 
-    covered = coverage >= min_coverage  # [R, S]
-    covers_token = covered.any(dim=1)  # [R]
+    covered = coverage >= min_coverage - COVERAGE_SLACK  # [R, S]
     regions = covered.double() @ visual_tokens.double() / covered.sum(dim=1, keepdim=True)  # [R, D]
     cosine = F.cosine_similarity(regions, label_directions[own].double(), dim=-1)
     if shuffled is None:
         shuffled = torch.full_like(own, -1)
     shuffled_cosine = F.cosine_similarity(regions, label_directions[shuffled].double(), dim=-1)
-    comparison = compare_with_labels(regions, label_directions, own)
-
-    def of_covering(scores: Tensor) -> Tensor:
-        return scores.where(covers_token, torch.nan)
-
-    return RegionScores(
-        iou_px=iou_px_of_rules[f"iou_px_{rule}"],
-        **iou_px_of_rules,
-        average_precision_px=average_precision(maps, coverage),
-        iou_tokens=of_covering((covered & predicted).sum(dim=1) / (covered | predicted).sum(dim=1).double()),
-        pointing=of_covering(pointing_hits(maps, covered)),
-        cosine=of_covering(cosine),
-        shuffled_cosine=of_covering(shuffled_cosine.where(shuffled >= 0, torch.nan)),
-        other_cosine=of_covering(comparison.other_cosine),
-        contrast=of_covering(cosine - comparison.other_cosine),
-        top1=of_covering(comparison.top1),
-        top5=of_covering(comparison.top5),
-    )
+    other_cosine, top1, top5 = compare_with_labels(regions, label_directions, own)
+    by_token = {
+        "iou_tokens": (covered & predicted).sum(dim=1) / (covered | predicted).sum(dim=1).double(),
+        "pointing": pointing_hits(maps, covered),
+        "cosine": cosine,
+        "shuffled_cosine": shuffled_cosine.where(shuffled >= 0, torch.nan),
+        "other_cosine": other_cosine,
+        "contrast": cosine - other_cosine,
+        "top1": top1,
+        "top5": top5,
+    }
+    covers_token = covered.any(dim=1)  # [R]
+    return by_area | {name: scores.where(covers_token, torch.nan) for name, scores in by_token.items()}

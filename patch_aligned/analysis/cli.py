@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from llava.command import clear_errors
 
-# Options that the commands which look into models share.
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ProjectorOption = Annotated[
     list[str],
@@ -74,7 +78,7 @@ def analyze(
     ] = 3,
     threshold_rule: Annotated[
         Literal["mid_range", "otsu", "mean_std", "top_area"],
-        typer.Option(help="Which tokens of a cosine map are the prediction; the report also has Align under each."),
+        typer.Option(help="Which tokens of a cosine map are the prediction; analysis.json has Align under each."),
     ] = "mid_range",
     min_coverage: Annotated[
         float, typer.Option(min=0.01, max=1, help="A token belongs to a region that covers this share of its cell.")
@@ -99,7 +103,7 @@ def analyze(
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass through the tower.")] = 8,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Analyses projectors side by side, on images whose regions are labelled: one report, and every number as JSON.
+    """Analyse projectors side by side, on images whose regions are labelled: one report, and every number as JSON.
 
     How much does a projector compress (**entropy** before and after), can a label's word embedding find its place in
     the image (**Align**), and how near are a region's visual tokens to its label (**cosine**, beside it the same with
@@ -113,10 +117,17 @@ def analyze(
     `patch-aligned analyze --projector llava=runs/captions --projector ours=runs/patch --base models/vicuna-7b-v1.5
     --data annotations/instances_val2017.json --image-folder val2017 --limit 100 --output runs/analysis`
     """
-    from patch_aligned.analysis.jobs import run_analyze
+    from rich.console import Console
+    from transformers.utils import logging as transformers_logging
+
+    from patch_aligned.analysis.localisation import require_matplotlib
     from patch_aligned.analysis.regions import Resampling
-    from patch_aligned.analysis.run import AnalysisSettings, MeasureSettings
-    from patch_aligned.analysis.words import PursuitSettings
+    from patch_aligned.analysis.report import headline_table, provenance_of, write_report
+    from patch_aligned.analysis.run import AnalysisSettings, MeasureSettings, analyse
+    from patch_aligned.analysis.words import PursuitSettings, english_words
+    from patch_aligned.analysis.words import token_maps as find_words
+    from patch_aligned.images import image_path
+    from patch_aligned.models.load import load_models
 
     measure = MeasureSettings(
         data=data,
@@ -132,21 +143,36 @@ def analyze(
         subset=subset,
         on_error=on_error,
     )
-    run_analyze(
-        projectors=projector,
-        settings=AnalysisSettings(measure, Resampling(resamples, seed), tuple(range(random_init))),
-        output=output,
-        base=base,
-        vision_tower=vision_tower,
-        image_aspect_ratio=image_aspect_ratio,
-        token_map_images=token_maps,
-        pursuit=PursuitSettings(rounds),
-        english=english,
-        device=device,
-    )
+    # Whatever can be wrong with the options is found before the first large file is read.
+    _require_file("--data", data)
+    if not image_folder.is_dir():
+        raise FileNotFoundError(f"--image-folder {image_folder}: there is no such folder.")
+    _require_output_folder(output)
+    if english != "auto":
+        english_words(english)
+    require_matplotlib()
 
-
-# The command `patch-aligned token-map`: the words on the patches of images, for several projectors.
+    console = Console(markup=False)  # names and paths may hold brackets
+    transformers_logging.disable_progress_bar()
+    models = load_models(projector, base, vision_tower, image_aspect_ratio, device)
+    with console.status("Hashing the weights"):
+        provenance = provenance_of(models)
+    with _progress(f"Analysing {len(models)} projectors", console) as on_images:
+        settings = AnalysisSettings(measure, Resampling(resamples, seed), tuple(range(random_init)))
+        analysis = analyse(models, settings, on_images)
+    shown = [(row.image_id, image_path(image_folder, row.image_id)) for row in analysis.picture[:token_maps]]
+    maps = None
+    if shown:
+        with _progress("Finding words", console) as on_images:
+            maps = find_words(models, shown, PursuitSettings(rounds), english, on_images)
+    with console.status("Writing the report"):
+        written = write_report(analysis, output, maps, provenance)
+    console.print(headline_table(analysis).text())
+    if analysis.broken_images:
+        console.print(
+            f"Left out: {len(analysis.broken_images):,} images that cannot be measured; report.html says why."
+        )
+    console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 
 @app.command(epilog="How to read the maps: docs/analysis.md.")
@@ -173,7 +199,7 @@ def token_map(
         typer.Option(help="Words are chosen by their largest product, as in the paper, or by its largest magnitude."),
     ] = "signed",
     orthogonal: Annotated[
-        bool, typer.Option("--orthogonal", help="Fit all words anew each round (orthogonal matching pursuit).")
+        bool, typer.Option("--orthogonal", help="Refit all words each round (orthogonal matching pursuit).")
     ] = False,
     unscaled: Annotated[
         bool, typer.Option("--unscaled", help="Take the words as they are: Algorithm 1 to the letter.")
@@ -184,7 +210,7 @@ def token_map(
     image_aspect_ratio: AspectRatioOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Shows the words on the patches of images: which words each visual token is made of, by matching pursuit.
+    """Show the words on the patches of images: which words each visual token is made of, by matching pursuit.
 
     One map a word and projector, over the image: the nearest word of each patch, then the nearest of what is left of
     it, and so on. The larger a word, the larger its cosine; English words are coloured.
@@ -194,21 +220,81 @@ def token_map(
     `patch-aligned token-map --projector llava=runs/captions --projector ours=runs/patch
     --base models/vicuna-7b-v1.5 --image street.jpg --output runs/token_map`
     """
-    from patch_aligned.analysis.jobs import run_token_map
-    from patch_aligned.analysis.words import PursuitSettings
+    from rich.console import Console
+    from transformers.utils import logging as transformers_logging
 
-    run_token_map(
-        projectors=projector,
-        base=base,
-        output=output,
-        images=image or [],
-        data=data,
-        image_folder=image_folder,
-        limit=limit,
-        settings=PursuitSettings(rounds, choice == "absolute", orthogonal, not unscaled),
-        english=english,
-        png=png,
-        vision_tower=vision_tower,
-        image_aspect_ratio=image_aspect_ratio,
-        device=device,
-    )
+    from patch_aligned.analysis.localisation import require_matplotlib
+    from patch_aligned.analysis.token_map_page import save_token_map_figures, write_token_map_page
+    from patch_aligned.analysis.words import PursuitSettings, token_maps
+    from patch_aligned.models.load import load_models
+
+    chosen = _chosen_images(image or [], data, image_folder, limit)
+    _require_output_folder(output)
+    if png:
+        require_matplotlib()
+
+    console = Console(markup=False)  # names and paths may hold brackets
+    transformers_logging.disable_progress_bar()
+    models = load_models(projector, base, vision_tower, image_aspect_ratio, device)
+    with _progress("Decomposing images", console) as on_images:
+        settings = PursuitSettings(rounds, choice == "absolute", orthogonal, not unscaled)
+        maps = token_maps(models, chosen, settings, english, on_images)
+    written = write_token_map_page(maps, output)
+    if png:
+        with _progress("Drawing", console) as on_images:
+            written += save_token_map_figures(maps, output, on_images)
+    console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+def _chosen_images(
+    images: Sequence[Path], data: Path | None, image_folder: Path | None, limit: int
+) -> list[tuple[str, Path]]:
+    """Id and path of each image, from files or from a set of annotated images."""
+    from patch_aligned.analysis.sets import open_annotated_set
+    from patch_aligned.images import image_path
+
+    if bool(images) == (data is not None):
+        given = "both" if images else "neither"
+        raise ValueError(f"Found {given} of --image and --data; expected one: pass --image FILE, or --data FILE.")
+    if data is None:
+        for path in images:
+            _require_file("--image", path)
+        return [(path.name, path) for path in images]
+    _require_file("--data", data)
+    if image_folder is None or not image_folder.is_dir():
+        found = "nothing" if image_folder is None else f"{image_folder}, which is no folder"
+        raise ValueError(f"--image-folder: found {found}; expected the folder that the ids of {data} are relative to.")
+    chosen = [
+        (image.image_id, image_path(image_folder, image.image_id))
+        for image in open_annotated_set(data, image_folder).choose(limit)
+    ]
+    if not chosen:
+        raise ValueError(f"--data {data}: found no record; expected at least one image.")
+    if missing := [path for _, path in chosen if not path.is_file()]:
+        raise FileNotFoundError(f"{missing[0]}: there is no such file. Is --image-folder {image_folder} the right one?")
+    return chosen
+
+
+def _require_file(option: str, path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{option} {path}: there is no such file.")
+
+
+def _require_output_folder(output: Path) -> None:
+    """Check that `output` is a folder that can be written to, or can be made; nothing is made here."""
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--output {output}: found a file at {existing}; expected a folder, or nothing yet.")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"--output {output}: {existing} may not be written to; expected a folder that may.")
+
+
+@contextmanager
+def _progress(description: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar while the block runs; yields the callback that takes how much is done, and of how much."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -6,6 +6,7 @@ The layout of the paper's Figure 1 (left): one row an image and label, one pair 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import textwrap
 from collections.abc import Callable, Sequence
@@ -35,6 +36,16 @@ if TYPE_CHECKING:
 
 MISSING = "▯"
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans", "Arial Unicode MS")
+
+
+def require_matplotlib() -> None:
+    """Check that pictures can be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("Pictures need matplotlib: pip install 'patch-aligned-llava[analysis]'.")
 
 
 @functools.cache
@@ -126,10 +137,8 @@ def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) 
     """
     if not rows:
         raise ValueError("No row to draw: no image has a region.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The picture needs matplotlib: pip install 'patch-aligned-llava[analysis]'.") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
 
     names = list(rows[0].cells)
     # A narrow empty column sets each projector's pair of panels apart.
@@ -186,18 +195,18 @@ def panel_jpegs(row: PictureRow) -> dict[str | tuple[str, str], bytes]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    found: dict[str | tuple[str, str], bytes] = {"truth": _panel_jpeg(partial(_draw_truth, row=row))}
+    found: dict[str | tuple[str, str], bytes] = {"truth": panel_jpeg(partial(_draw_truth, row=row))}
     for name, cell in row.cells.items():
-        found[name, "cosine"] = _panel_jpeg(partial(_draw_heat, row=row, cell=cell))
-        found[name, "prediction"] = _panel_jpeg(partial(_draw_prediction, row=row, cell=cell))
+        found[name, "cosine"] = panel_jpeg(partial(_draw_heat, row=row, cell=cell))
+        found[name, "prediction"] = panel_jpeg(partial(_draw_prediction, row=row, cell=cell))
     return found
 
 
-def _panel_jpeg(draw: Callable[[Axes], None]) -> bytes:
-    """What `draw` draws, filling the picture; titles fall outside."""
+def panel_jpeg(draw: Callable[[Axes], None], size_inches: tuple[float, float] = (PANEL_INCHES, PANEL_INCHES)) -> bytes:
+    """A JPEG filled with what `draw` draws; titles fall outside."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(PANEL_INCHES, PANEL_INCHES), dpi=200)
+    figure = Figure(figsize=size_inches, dpi=200)
     draw(figure.add_axes((0, 0, 1, 1)))
     content = io.BytesIO()
     figure.savefig(content, format="jpeg", pil_kwargs={"quality": 85})

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
-from patch_aligned.analysis.localisation import bare, drawable, font_families
+from patch_aligned.analysis.localisation import bare, drawable, font_families, panel_jpeg, require_matplotlib
 from patch_aligned.analysis.words import MappedImage, TokenMap, TokenMaps, colours_of_words, map_caption
-from patch_aligned.html_page import html_page
+from patch_aligned.web import render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +59,7 @@ def write_token_map_page(maps: TokenMaps, folder: Path) -> list[Path]:
         pictures, picture_of = distinct_pictures(image)
         entries.append({**entry, "pictures": pictures, "picture_of": picture_of})
     shown = {**document, "images": entries}
-    page.write_text(html_page(__package__, "token_map", "Token maps", shown), encoding="utf-8")
+    page.write_text(render(__package__, "token_map.html.j2", title="Token maps", data=shown), encoding="utf-8")
     return [page, numbers]
 
 
@@ -107,64 +106,33 @@ def _data_uri(image: Tensor) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-# A token map as a drawing inside a page, which needs neither a script nor matplotlib.
-
-_CELL = 100
 _SMALLEST = 0.4  # size of a word at cosine 0, as a share of the size at the image's largest cosine
-_INK = "#212529"
 
 
-def token_map_svg(
-    token_map: TokenMap, round_index: int, picture: str, colours: Mapping[str, str], top_cosine: float, name: str
-) -> str:
-    """One round of a token map, over the paled picture.
+class MapPanels(NamedTuple):
+    """The maps of one projector for the report: captions and `data:` addresses, and how they are laid out."""
 
-    Args:
-        token_map: the words.
-        round_index: which of its rounds.
-        picture: id of an `image` element of the page, of `grid` cells' size; see `picture_svg`.
-        colours: of English words, see `colours_of_words`.
-        top_cosine: cosine whose words are the largest.
-        name: of the projector.
-    """
-    rows, columns = token_map.grid
-    words = []
-    pursuit = token_map.pursuit
-    pairs = zip(pursuit.ids[:, round_index].tolist(), pursuit.cosines[:, round_index].tolist(), strict=True)
-    for place, (token_id, cosine) in enumerate(pairs):
-        word = token_map.words[token_id]
-        share = max(cosine, 0.0) / top_cosine if top_cosine > 0 else 0.0
-        size = min(0.42 * _CELL * (_SMALLEST + (1 - _SMALLEST) * share), 0.94 * _CELL / _width(word.token.text))
-        x, y = (place % columns + 0.5) * _CELL, (place // columns + 0.5) * _CELL
-        style = f' fill="{colours[word.token.text.lower()]}" font-weight="600"' if word.english else ""
-        words.append(f'<text x="{x:g}" y="{y:g}" font-size="{size:.0f}"{style}>{html.escape(word.token.text)}</text>')
-    lines = [f"M{edge * _CELL} 0v{rows * _CELL}" for edge in range(1, columns)]
-    lines += [f"M0 {edge * _CELL}h{columns * _CELL}" for edge in range(1, rows)]
-    label = html.escape(f"{name}, {map_caption(token_map, round_index)}")
-    return (
-        f'<svg class="words" viewBox="0 0 {columns * _CELL} {rows * _CELL}" role="img" aria-label="{label}" '
-        f'style="min-width:{22 * columns}px">'
-        f'<use href="#{picture}" transform="scale({columns * _CELL} {rows * _CELL})"/>'
-        f'<path d="{"".join(lines)}" stroke="#fff" stroke-opacity=".7"/>'
-        f'<g fill="{_INK}" text-anchor="middle" dominant-baseline="central">{"".join(words)}</g></svg>'
-    )
+    pictures: list[tuple[str, str]]
+    width_px: int
+    print_columns: int
 
 
-def picture_svg(picture: str, data_uri: str) -> str:
-    """Holds a paled picture of side 1 under an id, for all maps of an image to use."""
-    return (
-        '<svg width="0" height="0" aria-hidden="true" style="position:absolute"><defs>'
-        f'<g id="{picture}"><rect width="1" height="1" fill="#fff"/>'
-        f'<image href="{data_uri}" width="1" height="1" opacity=".36" preserveAspectRatio="none"/></g></defs></svg>'
-    )
-
-
-def _width(text: str) -> float:
-    """Width of a text in bold type as a multiple of its size, rather too wide than too narrow."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    broad = sum(character in "mwMW@%" for character in text)
-    narrow = sum(character in "iljtfrI.,:;'|!()[]" for character in text)
-    return max(1.05 * wide + 0.95 * broad + 0.42 * narrow + 0.66 * (len(text) - wide - broad - narrow), 0.1)
+def map_panels(image: MappedImage) -> dict[str, MapPanels]:
+    """The maps of an image round by round, as JPEGs, by the projector's name."""
+    writer = _WordWriter(image, has_word_list=True)
+    found = {}
+    for name, token_map in image.maps.items():
+        columns = token_map.grid[1]
+        inches = max(2.6, 0.25 * columns)
+        pictures = []
+        for turn in range(token_map.pursuit.ids.shape[1]):
+            draw = partial(
+                _draw_map, picture=image.pictures[name], token_map=token_map, turn=turn, panel=inches, writer=writer
+            )
+            jpeg = base64.b64encode(panel_jpeg(draw, (inches, inches))).decode()
+            pictures.append((map_caption(token_map, turn), f"data:image/jpeg;base64,{jpeg}"))
+        found[name] = MapPanels(pictures, 22 * columns, 3 if columns <= 12 else 2)
+    return found
 
 
 # Token maps as a picture, as in the paper's Figures 5 and 6: one row a round, one column a projector.
@@ -197,10 +165,8 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Token maps as PNG need matplotlib: pip install 'patch-aligned-llava[analysis]'.") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
 
     names = list(image.maps)
     rounds = image.maps[names[0]].pursuit.ids.shape[1]

@@ -20,9 +20,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from patch_aligned.dataset.stats import TokenSettings
-from patch_aligned.html_page import html_page
 from patch_aligned.images import BROKEN_IMAGE_ERRORS, ImageFileError, image_path
 from patch_aligned.pad import AnnotatedImage, Region, is_finite_number, read_annotations
+from patch_aligned.web import render
 
 MOST_IMAGES = 5000
 _JPEG_QUALITY = 82
@@ -237,4 +237,4 @@ def _page(entries: list[dict[str, Any]], pad: Path, tokens: TokenSettings, pages
         "records": entries,
     }
     part = f", page {number + 1} of {len(pages)}" if len(pages) > 1 else ""
-    return html_page(__package__, "view", f"{pad.name}{part}", document)
+    return render(__package__, "view.html.j2", title=f"{pad.name}{part}", data=document)

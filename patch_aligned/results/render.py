@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from patch_aligned.html_page import html_page
 from patch_aligned.results.paper import DASH
+from patch_aligned.web import render
 
 
 @dataclass(frozen=True)
@@ -169,4 +169,4 @@ def _latex_cell(cell: Cell) -> str:
 
 def as_html(blocks: Sequence[Block]) -> str:
     """Blocks as a page: read on a phone, sideways where a table is wide, or printed."""
-    return html_page("patch_aligned.results", "page", blocks[0].title, [asdict(block) for block in blocks])
+    return render(__package__, "tables.html.j2", title=blocks[0].title, data=[asdict(block) for block in blocks])

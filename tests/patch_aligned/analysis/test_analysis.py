@@ -12,8 +12,8 @@ import pytest
 
 from llava.convert.to_hf import to_hf
 from patch_aligned.analysis.alignment import THRESHOLD_RULES
-from patch_aligned.analysis.regions import FIGURES, Resampling
-from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeanAndSd, MeasureSettings, analyse
+from patch_aligned.analysis.regions import METRICS, SCORES, Resampling, mean_and_sd
+from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettings, analyse
 from patch_aligned.models.load import load_models
 
 START = "start=train_init/mm_projector.bin"
@@ -25,17 +25,18 @@ def run(pad: Path, *specifications: str, seeds: tuple[int, ...] = (), **settings
     return analyse(models, AnalysisSettings(measure, Resampling(200, seed=3), seeds))
 
 
-def test_an_interval_surrounds_its_figure(golden_world: Path, pad: Path):
+def test_an_interval_surrounds_its_metric(golden_world: Path, pad: Path):
     for model in run(pad).models.values():
         for name in ("align_px", "align_px_otsu", "cosine", "pointing"):
-            assert model.figures[name].low <= model.figures[name].value <= model.figures[name].high
+            assert model.metrics.loc[name, "low"] <= model.metrics.loc[name, "value"] <= model.metrics.loc[name, "high"]
 
 
 def test_threshold_rules_stand_side_by_side(golden_world: Path, pad: Path):
-    found = run(pad).models["start"].figures
-    assert found["align_px"] == found["align_px_mid_range"]
+    found = run(pad).models["start"].metrics
+    assert found.loc["align_px"].equals(found.loc["align_px_mid_range"])
     for rule in THRESHOLD_RULES:
-        assert run(pad, threshold_rule=rule).models["start"].figures["align_px"] == found[f"align_px_{rule}"]
+        chosen = run(pad, threshold_rule=rule).models["start"].metrics
+        assert chosen.loc["align_px"].equals(found.loc[f"align_px_{rule}"])
 
 
 def test_spectra_sum_to_one_and_give_the_entropy(golden_world: Path, pad: Path):
@@ -55,8 +56,10 @@ def test_what_is_left_out_is_counted(golden_world: Path, write_pad: Callable, re
         [],
     )
     counts = run(pad).models["start"].counts
-    assert (counts.images_with_regions, counts.images_without_token) == (2, 1)
-    assert (counts.regions, counts.regions_outside, counts.regions_without_token) == (3, 1, 1)
+    assert counts == {
+        "images_with_regions": 2, "images_without_token": 1, "regions": 3, "regions_outside": 1,
+        "regions_without_token": 1,
+    }  # fmt: skip
 
 
 def test_breakdowns_make_up_the_whole(golden_world: Path, pad: Path):
@@ -65,16 +68,16 @@ def test_breakdowns_make_up_the_whole(golden_world: Path, pad: Path):
     assert next(iter(model.by_label)) == "dog"  # the only label of two regions
     assert (found.labels, len(model.by_label)) == (6, 6)
     for parts in (model.by_label, model.by_size):
-        figures = [part["align_px"] for part in parts.values() if part["align_px"].regions]
-        mean = sum(figure.value * figure.regions for figure in figures) / sum(figure.regions for figure in figures)
-        assert mean == pytest.approx(model.figures["align_px"].value, rel=1e-12)
+        aligns = [part.loc["align_px"] for part in parts.values() if part.loc["align_px", "regions"]]
+        mean = sum(align["value"] * align["regions"] for align in aligns) / sum(align["regions"] for align in aligns)
+        assert mean == pytest.approx(model.metrics.loc["align_px", "value"], rel=1e-12)
 
 
 def test_the_later_model_is_compared_with_each_earlier_one(golden_world: Path, pad: Path):
     found = run(pad, "a=random:1", "b=random:2", START)
     assert [(pair.first, pair.second) for pair in found.comparisons] == [("b", "a"), ("start", "a"), ("start", "b")]
-    values = {name: model.figures["cosine"].value for name, model in found.models.items()}
-    assert found.comparisons[1].figures["cosine"].value == pytest.approx(values["start"] - values["a"], rel=1e-9)
+    values = {name: model.metrics.loc["cosine", "value"] for name, model in found.models.items()}
+    assert found.comparisons[1].metrics.loc["cosine", "value"] == pytest.approx(values["start"] - values["a"], rel=1e-9)
 
 
 def test_untrained_projectors_are_those_of_their_seeds(golden_world: Path, pad: Path):
@@ -84,19 +87,19 @@ def test_untrained_projectors_are_those_of_their_seeds(golden_world: Path, pad: 
     assert untrained is not None
     alone = [found.models[name] for name in ("one", "two")]
     entropies = [model.entropy_after.entropy_nats for model in alone]
-    assert untrained.entropy_after_nats.mean == pytest.approx(statistics.fmean(entropies), rel=1e-9)
-    assert untrained.entropy_after_nats.sd == pytest.approx(statistics.stdev(entropies), rel=1e-6)
-    cosines = [model.figures["cosine"].value for model in alone]
-    assert untrained.figures["cosine"].mean == pytest.approx(statistics.fmean(cosines), rel=1e-9)
-    assert untrained.figures.keys() == FIGURES.keys()
+    assert untrained.entropy_after_nats["mean"] == pytest.approx(statistics.fmean(entropies), rel=1e-9)
+    assert untrained.entropy_after_nats["sd"] == pytest.approx(statistics.stdev(entropies), rel=1e-6)
+    cosines = [model.metrics.loc["cosine", "value"] for model in alone]
+    assert untrained.metrics.loc["cosine", "mean"] == pytest.approx(statistics.fmean(cosines), rel=1e-9)
+    assert list(untrained.metrics.index) == list(METRICS)
     assert list(found.picture[0].cells) == ["start", "one", "two"]
     assert run(pad).models["start"].untrained is None
 
 
-def test_a_figure_that_a_seed_leaves_undefined_is_undefined():
-    assert MeanAndSd.of([1.0, 3.0]) == MeanAndSd(2.0, math.sqrt(2))
-    assert math.isnan(MeanAndSd.of([1.0, math.nan]).mean)
-    assert math.isnan(MeanAndSd.of([1.0, math.nan]).sd)
+def test_a_number_that_a_seed_leaves_undefined_is_undefined():
+    assert mean_and_sd([1.0, 3.0]) == {"mean": 2.0, "sd": math.sqrt(2)}
+    assert math.isnan(mean_and_sd([1.0, math.nan])["mean"])
+    assert math.isnan(mean_and_sd([1.0, math.nan])["sd"])
 
 
 def test_models_of_other_towers_are_analysed_beside_ours(golden_world: Path, pad: Path, tmp_path: Path):
@@ -113,19 +116,19 @@ def test_models_of_other_towers_are_analysed_beside_ours(golden_world: Path, pad
     assert hf.counts == own.counts
     assert hf.entropy_after.entropy_nats == pytest.approx(own.entropy_after.entropy_nats, rel=1e-5)
     for name in ("align_px", "average_precision_px", "cosine", "contrast"):
-        assert hf.figures[name].value == pytest.approx(own.figures[name].value, rel=1e-4)
+        assert hf.metrics.loc[name, "value"] == pytest.approx(own.metrics.loc[name, "value"], rel=1e-4)
     assert told == [(4, 8), (8, 8)]
     assert list(found.picture[0].cells) == ["hf", "own"]
 
 
-def test_the_result_is_strict_json_with_the_rule_of_every_figure(golden_world: Path, pad: Path):
+def test_the_result_is_strict_json_with_the_rule_of_every_metric(golden_world: Path, pad: Path):
     found = run(pad, seeds=(0, 1), threshold_rule="otsu", picture_rows=1)
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
     model = document["models"]["start"]
-    assert model["figures"].keys() == document["rules"].keys() == FIGURES.keys()
+    assert model["figures"].keys() == document["rules"].keys() == METRICS.keys()
     assert "otsu" in document["rules"]["align_px"]
     assert document["settings"]["resampling"] == {"resamples": 200, "seed": 3, "confidence": 0.95}
-    assert model["figures"]["cosine"]["value"] == found.models["start"].figures["cosine"].value
+    assert model["figures"]["cosine"]["value"] == found.models["start"].metrics.loc["cosine", "value"]
     assert model["by_label"]["cup"]["cosine"]["value"] is None  # covers no token
     assert model["entropy_after"]["spectrum"][0] == found.models["start"].entropy_after.spectrum[0]
     assert model["untrained"]["seeds"] == [0, 1]
@@ -134,9 +137,28 @@ def test_the_result_is_strict_json_with_the_rule_of_every_figure(golden_world: P
     assert document["images_per_second"] > 0
 
 
+def test_a_region_of_the_picture_outside_a_models_image_is_null_in_the_json(
+    golden_world: Path, write_pad: Callable, rectangle: Callable
+):
+    pad = write_pad([rectangle(0, 0, 12, 56, "tree"), rectangle(14, 0, 40, 20, "dog")])  # the crop cuts the tree away
+    document = run(pad, START).to_json()
+    assert document["picture"] == [{"image_id": "0.png", "label": "tree", "iou_px": {"start": None}}]
+
+
+def test_the_data_frame_has_a_row_a_region_and_model(golden_world: Path, pad: Path):
+    found = run(pad, START, "a=random:1", seeds=(0,))
+    regions = found.regions
+    assert dict(regions.groupby("model").size()) == dict.fromkeys(["start", "a", "start, untrained, seed 0"], 7)
+    means = regions.groupby("model")[list(SCORES)].mean()
+    for name in ("start", "a"):
+        assert means.loc[name, "cosine"] == pytest.approx(found.models[name].metrics.loc["cosine", "value"], rel=1e-12)
+    trees = regions[(regions["model"] == "start") & (regions["label"] == "tree")]
+    assert (trees["area_px"].tolist(), trees["size"].tolist(), trees["image"].tolist()) == ([672], ["small"], [2])
+
+
 def test_a_random_subset_follows_its_seed(golden_world: Path, pad: Path):
     def images(seed: int) -> int:
-        return run(pad, START, limit=3, subset="random", seed=seed).models["start"].counts.regions
+        return run(pad, START, limit=3, subset="random", seed=seed).models["start"].counts["regions"]
 
     assert {images(seed) for seed in range(8)} != {images(0)}
     assert images(1) == images(1)

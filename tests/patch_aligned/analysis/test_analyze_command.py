@@ -74,7 +74,7 @@ def test_without_pictures_none_is_written_and_an_earlier_reports_are_removed(
 def test_an_output_that_cannot_be_written_or_a_word_list_that_is_missing_shows_before_the_images_are_read(
     golden_world: Path, pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("patch_aligned.analysis.jobs.load_models", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("patch_aligned.models.load.load_models", lambda *_: pytest.fail("too late"))
     assert_refused(invoke(pad, pad), f"found a file at {pad}; expected a folder", tmp_path)
     assert_refused(invoke(pad, pad / "out"), f"found a file at {pad}; expected a folder", tmp_path)
     with monkeypatch.context() as patch:

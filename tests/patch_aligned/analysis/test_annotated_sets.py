@@ -158,14 +158,14 @@ def test_a_random_subset_hangs_on_ids_and_seed_alone(tmp_path: Path):
     backward.write_text("\n".join(map(json.dumps, reversed(images))))
 
     def subset(path: Path, seed: int) -> list[str]:
-        return [image.image_id for image in open_annotated_set(path, tmp_path).random_subset(10, seed)]
+        return [image.image_id for image in open_annotated_set(path, tmp_path).choose(10, "random", seed)]
 
     assert len(subset(forward, 0)) == 10
     assert subset(forward, 0) == subset(backward, 0)[::-1]
     assert set(subset(forward, 0)) != set(subset(forward, 1))
     assert subset(forward, 0) != [f"{index}.jpg" for index in range(10)]
     assert subset(forward, 0)[:3] == ["2.jpg", "8.jpg", "9.jpg"]  # pinned: a published subset can be had again
-    assert len(list(open_annotated_set(forward, tmp_path).random_subset(80, 0))) == 50
+    assert len(open_annotated_set(forward, tmp_path).choose(80, "random")) == 50
 
 
 @pytest.mark.parametrize(

@@ -73,35 +73,35 @@ def test_measures_equal_a_reference_from_files_to_numbers(golden_world: Path, pa
     assert found.entropy_before.entropy_nats == pytest.approx(entropy(before), rel=1e-5)
     assert found.entropy_after.entropy_nats == pytest.approx(entropy(after), rel=1e-5)
     assert found.entropy_drop_nats == found.entropy_before.entropy_nats - found.entropy_after.entropy_nats
-    assert found.figures["align_px"].value == pytest.approx(np.mean(ious), rel=1e-5)
-    assert found.figures["cosine"].value == pytest.approx(np.mean(cosines), rel=1e-5)
-    assert (found.figures["align_px"].regions, found.figures["cosine"].regions) == (6, 5)
-    counts = found.counts
-    assert (counts.images_with_regions, counts.regions) == (3, 7)
-    assert (counts.regions_outside, counts.regions_without_token) == (1, 1)
+    assert found.metrics.loc["align_px", "value"] == pytest.approx(np.mean(ious), rel=1e-5)
+    assert found.metrics.loc["cosine", "value"] == pytest.approx(np.mean(cosines), rel=1e-5)
+    assert found.metrics.loc[["align_px", "cosine"], "regions"].tolist() == [6, 5]
+    assert (found.counts["images_with_regions"], found.counts["regions"]) == (3, 7)
+    assert (found.counts["regions_outside"], found.counts["regions_without_token"]) == (1, 1)
 
 
 def test_padding_keeps_the_region_that_the_crop_cuts_away(golden_world: Path, pad: Path):
-    assert run(pad, image_aspect_ratio="pad").models["start"].counts.regions_outside == 0
+    assert run(pad, image_aspect_ratio="pad").models["start"].counts["regions_outside"] == 0
 
 
 def test_no_number_depends_on_the_batch_size_or_on_other_projectors(golden_world: Path, pad: Path):
     together, alone = run(pad, batch_size=3), run(pad, "start=train_init/mm_projector.bin", batch_size=1)
     first, second = together.models["start"], alone.models["start"]
     assert first.entropy_after.entropy_nats == pytest.approx(second.entropy_after.entropy_nats, rel=1e-6)
-    assert first.figures["align_px"].value == pytest.approx(second.figures["align_px"].value, rel=1e-6)
-    assert first.figures["shuffled_cosine"].value == pytest.approx(second.figures["shuffled_cosine"].value, rel=1e-5)
+    for name, tolerance in (("align_px", 1e-6), ("shuffled_cosine", 1e-5)):
+        values = [model.metrics.loc[name, "value"] for model in (first, second)]
+        assert values[0] == pytest.approx(values[1], rel=tolerance)
 
 
 def test_only_the_chosen_images_and_regions_count(golden_world: Path, pad: Path):
     limited = run(pad, limit=2)
-    assert (limited.images, limited.models["start"].counts.regions) == (2, 2)
+    assert (limited.images, limited.models["start"].counts["regions"]) == (2, 2)
     objects = run(pad, region_kind="object")
-    assert (objects.images, objects.models["start"].counts.regions) == (4, 2)
+    assert (objects.images, objects.models["start"].counts["regions"]) == (4, 2)
 
 
 def test_the_control_follows_its_seed(golden_world: Path, pad: Path):
-    cosines = {run(pad, seed=seed).models["start"].figures["shuffled_cosine"].value for seed in (0, 0, 1, 2, 3)}
+    cosines = {run(pad, seed=seed).models["start"].metrics.loc["shuffled_cosine", "value"] for seed in (0, 0, 1, 2, 3)}
     assert 1 < len(cosines) < 5
 
 

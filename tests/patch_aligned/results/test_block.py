@@ -111,7 +111,7 @@ def test_the_page_draws_the_table() -> None:
     page = as_html([BLOCK])
     match = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
     assert match is not None
-    script = Path(__file__).parents[3] / "patch_aligned" / "results" / "page.js"
+    script = Path(__file__).parents[3] / "patch_aligned" / "results" / "tables.js"
     command = [str(shutil.which("node")), "-e", DOCUMENT, match[1], str(script)]
     drawn = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert drawn["rows"] == [

@@ -1,0 +1,45 @@
+"""Pages of one file: what they may load and run, and that text stays text."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from patch_aligned.web import render
+
+PAGES = [
+    ("patch_aligned.dataset", "view.html.j2"),
+    ("patch_aligned.analysis", "token_map.html.j2"),
+    ("patch_aligned.results", "tables.html.j2"),
+]
+
+
+@pytest.mark.parametrize(("package", "template"), PAGES)
+def test_each_page_holds_its_data_once_and_text_stays_text(package: str, template: str):
+    document = {"text": "</script>{{ script }}{% raw %}<!--", "b": 1, "a": None}
+    page = render(package, template, title="a <b> & {{ data }}", data=document)
+    (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, flags=re.DOTALL)
+    assert json.loads(data) == document
+    assert list(json.loads(data)) == list(document)
+    assert not set("<>&'") & set(data)
+    assert "<title>a &lt;b&gt; &amp; {{ data }}</title>" in page
+    assert page.startswith("<!doctype html>") and page.endswith("</body>\n</html>\n")
+    assert page.count("<body>") == page.count("<noscript>") == 1
+    policy = re.findall(r'content="(default-src [^"]*)"', page)
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"]
+    assert "--ink: #1f2328" in page  # the palette that all pages share
+
+
+def test_a_page_without_a_script_may_run_none(tmp_path: Path):
+    page = render("patch_aligned.web", "page.html.j2", title="a page")
+    policy = re.findall(r'content="(default-src [^"]*)"', page)
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'none'"]
+    assert "<script" not in page
+
+
+def test_data_that_json_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="JSON compliant"):
+        render("patch_aligned.results", "tables.html.j2", title="", data=[float("nan")])
