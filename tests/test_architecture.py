@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "patch_aligned.analysis.cli": ("llava.command",),
     "patch_aligned.analysis.localisation": ("llava.mm_utils",),
-    "patch_aligned.analysis.run": ("llava.mm_utils",),
+    "patch_aligned.analysis.sets": ("llava.mm_utils",),
     "patch_aligned.analysis.words": ("llava.mm_utils",),
     "patch_aligned.annotate.cli": ("llava.command",),
     "patch_aligned.cli": ("llava.command",),
@@ -75,10 +75,10 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
 # Lines of *.py that a folder may hold.
 BUDGETS = {
     "llava": 9299,
-    "patch_aligned": 13754,
-    "patch_aligned/analysis": 3539,
+    "patch_aligned": 13748,
+    "patch_aligned/analysis": 3530,
     "patch_aligned/annotate": 4137,
-    "patch_aligned/dataset": 1568,
+    "patch_aligned/dataset": 1571,
     "patch_aligned/results": 1437,
     "eval": 3892,
 }
@@ -86,7 +86,6 @@ LONGEST_FILE = 500
 # Files that are longer, with the length they must not exceed; each gets shorter or is split.
 LONGER_FILES = {
     "llava/train/llava_trainer.py": 578,
-    "patch_aligned/analysis/run.py": 580,
     "patch_aligned/annotate/folder.py": 624,
     "patch_aligned/annotate/ram/model.py": 549,
     "patch_aligned/annotate/run.py": 660,

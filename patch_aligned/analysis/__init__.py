@@ -1,7 +1,7 @@
 """What projectors do: entropy, Align(V, W), cosine, and the words on their patches.
 
-The five functions that a notebook calls, and their settings, are found here: `load_models`, `analyse`, `localise`,
-`token_maps`, `write_report`. Each is imported when it is first asked for, so that this package itself costs nothing.
+The functions that a notebook calls, and their settings: `load_models`, `analyse`, `localise`,
+`save_localisation_figure`, `token_maps`, `write_report`. Each is imported lazily, so this package itself costs nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patch_aligned.analysis.localisation import localise
+    from patch_aligned.analysis.localisation import localise, save_localisation_figure
     from patch_aligned.analysis.report import write_report
     from patch_aligned.analysis.run import AnalysisSettings, MeasureSettings, analyse
     from patch_aligned.analysis.words import token_maps
@@ -22,6 +22,7 @@ __all__ = [
     "analyse",
     "load_models",
     "localise",
+    "save_localisation_figure",
     "token_maps",
     "write_report",
 ]
@@ -32,6 +33,7 @@ _MODULES = {
     "analyse": "patch_aligned.analysis.run",
     "load_models": "patch_aligned.models.load",
     "localise": "patch_aligned.analysis.localisation",
+    "save_localisation_figure": "patch_aligned.analysis.localisation",
     "token_maps": "patch_aligned.analysis.words",
     "write_report": "patch_aligned.analysis.report",
 }

@@ -224,7 +224,7 @@ def token_map(
     from transformers.utils import logging as transformers_logging
 
     from patch_aligned.analysis.localisation import require_matplotlib
-    from patch_aligned.analysis.token_map_page import save_token_map_figures, write_token_map_page
+    from patch_aligned.analysis.token_map import save_token_map_figures, write_token_map_page
     from patch_aligned.analysis.words import PursuitSettings, token_maps
     from patch_aligned.models.load import load_models
 

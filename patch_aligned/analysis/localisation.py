@@ -239,7 +239,8 @@ def _draw_truth(axes: Axes, row: PictureRow) -> None:
 def _draw_heat(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
     bare(axes)
     cosine = cell.cosine.numpy()
-    axes.set_facecolor("#e9ecef")  # parts of the image that no token sees
+    height, width = row.truth.shape
+    axes.fill_between((0, width), 0, height, color="#e9ecef", linewidth=0)  # parts of the image that no token sees
     axes.pcolormesh(cell.grid.x_edges, cell.grid.y_edges, cosine, cmap=HEAT_MAP)
     _outline(axes, row.truth, "black", width=0.6)
     _show_whole_image(axes, row)

@@ -22,7 +22,7 @@ from patch_aligned.analysis.localisation import (
 )
 from patch_aligned.analysis.regions import HEADLINES, METRICS
 from patch_aligned.analysis.run import Analysis, Entropy, Untrained, plain_json
-from patch_aligned.analysis.token_map_page import map_panels, save_token_map_figures, write_token_map_page
+from patch_aligned.analysis.token_map import map_panels, save_token_map_figures, write_token_map_page
 from patch_aligned.analysis.words import TokenMaps
 from patch_aligned.files import checkpoint_hash, written_whole
 from patch_aligned.models.base import VisionLanguageModel

@@ -10,18 +10,18 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis.matching_pursuit import Pursuit, WordDictionary, matching_pursuit
+from patch_aligned.cells import TokenGrid
 from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings
 from patch_aligned.models.load import sources_of
 
@@ -42,11 +42,13 @@ class TokenText:
         starts_word: whether a space comes before it; False for what goes on inside a word, and for tokenizers that
             do not mark it.
         special: whether it is a special token such as `</s>`, or another that was added to the vocabulary.
+        english: whether it is an English word; None if no word list is installed.
     """
 
     text: str
     starts_word: bool
     special: bool
+    english: bool | None = None
 
 
 class VocabularyText:
@@ -201,49 +203,39 @@ class PursuitSettings:
 
 
 @dataclass(frozen=True)
-class MappedToken:
-    """A word of a map: its text, and whether it is English (None where no list is installed)."""
-
-    token: TokenText
-    english: bool | None
-
-
-@dataclass(frozen=True)
 class TokenMap:
-    """What one projector makes of one image.
+    """What one model makes of one image.
 
     Attributes:
-        grid: rows and columns of visual tokens.
-        pursuit: the words of each visual token, `[S, K]`, on the CPU.
+        grid: the cells of its visual tokens.
+        pursuit: the words of each cell, row by row, `[S, K]`, on the CPU.
         words: the text of each id that occurs.
     """
 
-    grid: tuple[int, int]
+    grid: TokenGrid
     pursuit: Pursuit
-    words: dict[int, MappedToken]
+    words: dict[int, TokenText]
 
-    def mean_cosine(self, round_index: int) -> float:
-        """Mean over the tokens of the chosen word's cosine in one round."""
-        return float(self.pursuit.cosines[:, round_index].mean())
-
-    def english_share(self, round_index: int) -> float | None:
-        """Share of the tokens whose word is English in one round; None where no list is installed."""
-        flags = [self.words[word].english for word in self.pursuit.ids[:, round_index].tolist()]
-        return None if None in flags else sum(map(bool, flags)) / len(flags)
+    def caption(self, round_index: int) -> str:
+        """The round, its mean cosine, and the share of English words if there is a word list."""
+        cosine = f"{float(self.pursuit.cosines[:, round_index].mean()):.2f}".replace("-", "−")
+        english = [self.words[word].english for word in self.pursuit.ids[:, round_index].tolist()]
+        share = "" if None in english else f" · {sum(map(bool, english)) / len(english):.0%} English"
+        return f"word {round_index + 1} · mean cosine {cosine}{share}"
 
 
 @dataclass(frozen=True)
 class MappedImage:
-    """An image with the maps of every projector.
+    """An image with the maps of every model.
 
     Attributes:
         image_id: what it is called.
-        pictures: by the projector's name, the image as its tower sees it, `[3, side, side]`, 0..1.
-        maps: by the projector's name.
+        image: uint8 `[height, width, 3]`, the image file.
+        maps: by the model's name.
     """
 
     image_id: str
-    pictures: dict[str, Tensor]
+    image: np.ndarray
     maps: dict[str, TokenMap]
 
     @property
@@ -297,12 +289,12 @@ class TokenMapper:
             unit_length=self.settings.unit_length,
             excluded=[] if words.placeholder is None else [words.placeholder],
         )
-        self._words: dict[int, MappedToken] = {}
+        self._words: dict[int, TokenText] = {}
 
-    def map(self, visual_tokens: Tensor, grid: tuple[int, int]) -> TokenMap:
-        """Token map of one image's visual tokens `[S, D]`, row by row over the grid."""
+    def map(self, visual_tokens: Tensor, grid: TokenGrid) -> TokenMap:
+        """Decompose one image's visual tokens `[T, D]`, of which the grid names one a cell."""
         found = matching_pursuit(
-            visual_tokens,
+            visual_tokens[torch.from_numpy(grid.tokens).flatten()],  # [T, D] -> [S, D]
             self.dictionary,
             self.settings.rounds,
             absolute=self.settings.absolute,
@@ -313,11 +305,11 @@ class TokenMapper:
         )
         return TokenMap(grid, pursuit, {word: self._word(word) for word in pursuit.ids.unique().tolist()})
 
-    def _word(self, token_id: int) -> MappedToken:
+    def _word(self, token_id: int) -> TokenText:
         if token_id not in self._words:
             token = self.texts[token_id]
             english = None if self.english is None else not token.special and token.text in self.english
-            self._words[token_id] = MappedToken(token, english)
+            self._words[token_id] = replace(token, english=english)
         return self._words[token_id]
 
 
@@ -354,31 +346,14 @@ def token_maps(
         image = load_rgb_image(path)
         # [1, S, d] each
         features = {key: encoder.features(encoder.inputs([image])) for key, encoder in encoders.items()}
-        pictures, maps = {}, {}
+        maps = {}
         for model in models:
             tokens = model.visual_tokens(features[id(model.encoder)])  # [1, T, D]
-            maps[model.name] = mappers[model.words.source].map(tokens[0], model.shape)
             [grid] = model.layouts([image.size])[0].grids
-            pictures[model.name] = _part(image, grid.box_xyxy_px)
-        mapped.append(MappedImage(image_id, pictures, maps))
+            maps[model.name] = mappers[model.words.source].map(tokens[0], grid)
+        mapped.append(MappedImage(image_id, np.asarray(image), maps))
         on_images(len(mapped), len(images))
     return TokenMaps(mapped, sources_of(models), settings, word_list)
-
-
-def _part(image: Image.Image, box_xyxy_px: Sequence[float]) -> Tensor:
-    """The part of the image under the cells, squeezed to a square, values 0..1: `[3, side, side]`."""
-    left, top, right, bottom = (round(edge) for edge in box_xyxy_px)
-    side = max(right - left, bottom - top)
-    part = image.crop((left, top, right, bottom)).resize((side, side))
-    return torch.from_numpy(np.asarray(part) / 255).permute(2, 0, 1)
-
-
-def map_caption(token_map: TokenMap, round_index: int) -> str:
-    """What stands above a map: the round, its mean cosine, and the share of English words where it is known."""
-    share = token_map.english_share(round_index)
-    english = "" if share is None else f" · {share:.0%} English"
-    cosine = f"{token_map.mean_cosine(round_index):.2f}".replace("-", "−")
-    return f"word {round_index + 1} · mean cosine {cosine}{english}"
 
 
 def colours_of_words(image: MappedImage) -> dict[str, str]:
@@ -390,10 +365,10 @@ def colours_of_words(image: MappedImage) -> dict[str, str]:
     for token_map in image.maps.values():
         for word in token_map.pursuit.ids.flatten().tolist():
             if token_map.words[word].english:
-                counts[token_map.words[word].token.text.lower()] += 1
+                counts[token_map.words[word].text.lower()] += 1
     colours = {}
-    for place, word in enumerate(sorted(counts, key=lambda word: (-counts[word], word))):
-        colours[word] = _dark_colour((_FIRST_HUE + place * _GOLDEN_ANGLE) % 1)
+    for rank, word in enumerate(sorted(counts, key=lambda word: (-counts[word], word))):
+        colours[word] = _dark_colour((_FIRST_HUE + rank * _GOLDEN_ANGLE) % 1)
     return colours
 
 

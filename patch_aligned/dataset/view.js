@@ -1,5 +1,3 @@
-"use strict";
-
 /* Run lengths of COCO's compressed RLE: five bits a character, from the fourth on the difference to the run before the last. */
 function runLengths(text) {
   const runs = [];
@@ -56,7 +54,7 @@ function start(data) {
   const element = (id) => document.getElementById(id);
   const canvas = element("canvas"), context = canvas.getContext("2d");
   const layers = { masks: true, boxes: true, labels: true, tokens: false };
-  let shown = data.records, place = 0, chosen = null, pointed = null, picture = null, masks = [], tinted = new Map();
+  let shown = data.records, place = 0, chosen = null, pointed = null, svg = null, masks = [], tinted = new Map();
 
   const added = (parent, kind, text, className) => {
     const child = document.createElement(kind);
@@ -75,7 +73,8 @@ function start(data) {
     element("previous").disabled = place <= 0;
     element("next").disabled = place >= shown.length - 1;
     element("strip").childNodes.forEach((child, i) => child.setAttribute("aria-current", i === place));
-    picture = null;
+    svg?.remove();
+    svg = null;
     masks = [];
     tinted.clear();
     if (!record) return draw();
@@ -93,12 +92,10 @@ function start(data) {
     canvas.height = Math.max(1, Math.round(record.size[1] * scale));
     masks = record.regions.map((region) => rasterise(runLengths(region.rle_mask), ...record.size, canvas.width, canvas.height));
     canvas.setAttribute("aria-label", `${record.image_id}: ${record.regions.map((region) => region.tag).join(", ")}`);
+    svg = drawImage(record.size, record.picture);
+    svg.setAttribute("aria-hidden", true);
+    canvas.before(svg);
     draw();
-    if (record.picture) {
-      const image = new Image();
-      image.onload = () => { if (shown[place] === record) { picture = image; draw(); } };
-      image.src = record.picture;
-    }
   }
 
   function listRegion(region, index) {
@@ -123,13 +120,12 @@ function start(data) {
     context.clearRect(0, 0, width, height);
     if (!record) return;
     const alone = pointed ?? chosen;
-    if (layers.tokens || alone !== null) context.filter = "grayscale(0.85)"; // the tokens' colours stand out
-    if (picture) context.drawImage(picture, 0, 0, width, height);
-    context.filter = "none";
+    svg.classList.toggle("grey", layers.tokens || alone !== null); // the tokens' colours stand out
     element("regions").querySelectorAll("button").forEach((row, i) => row.setAttribute("aria-pressed", i === alone));
     const scale = width / record.size[0], scaleY = height / record.size[1];
     const visible = record.regions.map((_, i) => i).filter((i) => alone === null || i === alone);
-    if (layers.tokens || alone !== null) drawTokens(record, visible, scale, scaleY);
+    for (const old of svg.querySelectorAll(".cells, .unseen")) old.remove();
+    if (layers.tokens || alone !== null) drawTokens(record, visible);
     if (layers.masks) for (const i of visible) context.drawImage(tint(i, layers.tokens || alone !== null), 0, 0);
     const longest = Math.max(width, height), line = Math.max(2, longest / 400), size = Math.max(15, Math.round(longest / 50));
     context.lineWidth = line;
@@ -180,31 +176,14 @@ function start(data) {
     return layer;
   }
 
-  function drawTokens(record, visible, scale, scaleY) {
-    const [left, top, right, bottom] = record.seen.map((edge, i) => edge * (i % 2 ? scaleY : scale));
-    const [rows, cols] = data.grid, { width, height } = canvas;
-    const cellWidth = (right - left) / cols, cellHeight = (bottom - top) / rows;
-    context.save();
-    context.fillStyle = "rgb(0 0 0 / .55)";
-    context.beginPath();
-    context.rect(0, 0, width, height);
-    context.rect(left, top, right - left, bottom - top);
-    context.fill("evenodd");
-    context.beginPath();
-    context.rect(left, top, right - left, bottom - top);
-    context.clip();
-    for (const i of visible) {
-      context.fillStyle = colourOf(i, 0.55);
-      for (const token of tokensOf(record.regions[i].tokens))
-        context.fillRect(left + (token % cols) * cellWidth, top + Math.floor(token / cols) * cellHeight, cellWidth, cellHeight);
-    }
-    context.strokeStyle = "rgb(255 255 255 / .45)";
-    context.lineWidth = 1;
-    context.beginPath();
-    for (let col = 0; col <= cols; col++) { context.moveTo(left + col * cellWidth, top); context.lineTo(left + col * cellWidth, bottom); }
-    for (let row = 0; row <= rows; row++) { context.moveTo(left, top + row * cellHeight); context.lineTo(right, top + row * cellHeight); }
-    context.stroke();
-    context.restore();
+  /* The cells that the visible regions cover; the part of the image that no token sees is darkened. */
+  function drawTokens(record, visible) {
+    const { grid, size: [width, height] } = record;
+    const [left, right] = [grid.x_edges[0], grid.x_edges.at(-1)], [top, bottom] = [grid.y_edges[0], grid.y_edges.at(-1)];
+    const unseen = `M0 0H${width}V${height}H0ZM${left} ${top}H${right}V${bottom}H${left}Z`;
+    svg.append(svgElement("path", { d: unseen, class: "unseen", "fill-rule": "evenodd" }));
+    const fills = visible.flatMap((i) => tokensOf(record.regions[i].tokens).map((cell) => [cell, { fill: colourOf(i, 0.55) }]));
+    svg.append(drawCells(grid, fills));
   }
 
   function toggle(name) {
@@ -246,7 +225,7 @@ function start(data) {
   const tags = new Set(data.records.flatMap((record) => record.regions.map((region) => region.tag)));
   [...tags].sort().slice(0, 2000).forEach((tag) => { added(element("tags"), "option").value = tag; });
   element("legend").textContent = `Arrow keys turn; m, b, l, t switch layers; point at a region, or choose it, to see its tokens. ` +
-    `Grid ${data.grid.join(" × ")}, ${data.image_aspect_ratio}, a token belongs to a region that covers at least ${100 * data.min_coverage} % of its cell.`;
+    `Grid ${data.grid_shape.join(" × ")}, ${data.image_aspect_ratio}, a token belongs to a region that covers at least ${100 * data.min_coverage} % of its cell.`;
   element("previous").onclick = () => open(place - 1);
   element("next").onclick = () => open(place + 1);
   element("search").oninput = (event) => find(event.target.value);

@@ -159,7 +159,7 @@ def _entry(
         picture = _picture(image, image_folder, thumbnail_side)
     except ImageFileError as error:
         problem = str(error)
-    seen = tokens.cells(image.size_wh).box_xyxy_px
+    grid = tokens.cells(image.size_wh)
     covered = tokens.covered(image)  # [R, tokens]
     encoded = image.coco_masks()
     areas = coco_mask.area(encoded) if encoded else []
@@ -183,7 +183,10 @@ def _entry(
         "status": image.extra.get("status"),
         "picture": picture,
         "problem": problem,
-        "seen": [round(edge, 3) for edge in seen],
+        "grid": {
+            "x_edges": [round(edge, 3) for edge in grid.x_edges],
+            "y_edges": [round(edge, 3) for edge in grid.y_edges],
+        },
         "regions": regions,
     }
 
@@ -229,7 +232,7 @@ def _picture(image: AnnotatedImage, image_folder: Path, side: int) -> str:
 
 def _page(entries: list[dict[str, Any]], pad: Path, tokens: TokenSettings, pages: list[Path], number: int) -> str:
     document = {
-        "grid": [tokens.grid, tokens.grid],
+        "grid_shape": [tokens.grid, tokens.grid],
         "image_aspect_ratio": tokens.image_aspect_ratio,
         "min_coverage": tokens.min_coverage,
         "pages": [page.name for page in pages],

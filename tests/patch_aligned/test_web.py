@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,19 @@ def test_a_page_without_a_script_may_run_none(tmp_path: Path):
 def test_data_that_json_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="JSON compliant"):
         render("patch_aligned.results", "tables.html.j2", title="", data=[float("nan")])
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
+def test_cells_are_found_by_a_point_of_the_image():
+    script = str(resources.files("patch_aligned.web").joinpath("grid.js"))
+    grid = {"x_edges": [-5, 10, 30], "y_edges": [0, 4, 8, 12]}  # 3 rows, 2 columns; cells reach beyond the left edge
+    code = f"""const page = require({json.dumps(script)}), grid = {json.dumps(grid)};
+    console.log(JSON.stringify({{
+      boxes: [0, 1, 2, 3, 4, 5].map((cell) => page.cellBox(grid, cell)),
+      found: [[-5, 0], [9.9, 3.9], [10, 4], [29, 11], [30, 4], [0, 12], [-6, 1]].map((at) => page.cellAt(grid, at)),
+      around: page.boxAround([25, 20], grid),
+    }}))"""
+    found = json.loads(subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True).stdout)
+    assert found["found"] == [0, 0, 3, 5, None, None, None]
+    assert found["boxes"][3] == {"x": 10, "y": 4, "width": 20, "height": 4}
+    assert found["around"] == {"x": -5, "y": 0, "width": 35, "height": 20}

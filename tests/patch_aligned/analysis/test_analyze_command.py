@@ -191,6 +191,8 @@ def test_help_and_the_package_import_no_torch(code: str):
 
 def test_the_package_offers_what_it_lists():
     import patch_aligned.analysis as package
+    import patch_aligned.analysis.localisation
+    import patch_aligned.analysis.run  # noqa: F401  # a module of a function's name would hide it once it is imported
 
     assert all(callable(getattr(package, name)) for name in package.__all__)
     with pytest.raises(AttributeError, match="no attribute 'measure_everything'"):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -21,8 +21,7 @@ from llava.convert.to_hf import to_hf
 from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis import words as word_list
 from patch_aligned.analysis.cli import token_map as token_map_command
-from patch_aligned.analysis.token_map_page import (
-    distinct_pictures,
+from patch_aligned.analysis.token_map import (
     save_token_map_figure,
     token_map_document,
     write_token_map_page,
@@ -30,7 +29,6 @@ from patch_aligned.analysis.token_map_page import (
 from patch_aligned.analysis.words import (
     WORD_LISTS,
     MappedImage,
-    MappedToken,
     PursuitSettings,
     TokenMapper,
     TokenMaps,
@@ -41,11 +39,13 @@ from patch_aligned.analysis.words import (
     english_words,
     token_maps,
 )
+from patch_aligned.cells import TokenGrid, grid_over_box
 from patch_aligned.cli import app
 from patch_aligned.models.base import WordEmbeddings
 from patch_aligned.models.llava import load_words
 from patch_aligned.models.load import load_models
 
+IMAGE = np.random.default_rng(0).integers(0, 255, (28, 28, 3), dtype=np.uint8)
 ENGLISH = WordList("a test's list", frozenset({"the", "red", "he", "t"}))
 
 
@@ -55,6 +55,16 @@ def id_of(tokenizer, raw: str) -> int:
     return token_id
 
 
+def grid_of(rows: int, cols: int) -> TokenGrid:
+    return grid_over_box((28, 28), (0, 0, 28, 28), (rows, cols))
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    text = re.search(r'<script id="data" type="application/json">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert text is not None
+    return json.loads(text.group(1))
+
+
 @pytest.fixture
 def mapped(golden_world: Path) -> MappedImage:
     """Tokens that are words of the tiny LLM: `▁the` in three of four patches, and `ing`."""
@@ -62,7 +72,7 @@ def mapped(golden_world: Path) -> MappedImage:
     mapper = TokenMapper(words, PursuitSettings(rounds=2), ENGLISH)
     the, ing = (id_of(AutoTokenizer.from_pretrained("tiny-vicuna"), raw) for raw in ("▁the", "ing"))
     tokens = 3 * words.table[[the, ing, the, the]].float()
-    return MappedImage("street.jpg", {"ours": torch.rand(3, 28, 28)}, {"ours": mapper.map(tokens, (2, 2))})
+    return MappedImage("street.jpg", IMAGE, {"ours": mapper.map(tokens, grid_of(2, 2))})
 
 
 def maps_of(mapped: MappedImage) -> TokenMaps:
@@ -134,19 +144,18 @@ def test_the_installed_list_knows_inflected_words():
 
 def test_a_map_holds_the_nearest_words_and_how_near_they_are(mapped: MappedImage):
     token_map = mapped.maps["ours"]
-    first = [token_map.words[word].token.text for word in token_map.pursuit.ids[:, 0].tolist()]
+    first = [token_map.words[word].text for word in token_map.pursuit.ids[:, 0].tolist()]
     assert first == ["the", "ing", "the", "the"]
-    assert token_map.mean_cosine(0) == pytest.approx(1, rel=1e-5)
-    assert token_map.english_share(0) == 0.75
+    assert token_map.caption(0) == "word 1 · mean cosine 1.00 · 75% English"
     assert mapped.top_cosine == pytest.approx(1, rel=1e-5)
 
 
 def test_without_a_list_no_word_is_called_english(golden_world: Path):
     words = load_words("tiny-vicuna")
-    token_map = TokenMapper(words).map(words.table[[300]].float(), (1, 1))
+    token_map = TokenMapper(words).map(words.table[[300]].float(), grid_of(1, 1))
     assert token_map.pursuit.ids.shape == (1, 5)
-    assert token_map.english_share(0) is None
-    assert colours_of_words(MappedImage("x", {"a": torch.zeros(3, 4, 4)}, {"a": token_map})) == {}
+    assert token_map.caption(0) == "word 1 · mean cosine 1.00"
+    assert colours_of_words(MappedImage("x", IMAGE, {"a": token_map})) == {}
 
 
 def test_rows_beyond_the_tokenizer_are_never_chosen(golden_world: Path):
@@ -155,7 +164,7 @@ def test_rows_beyond_the_tokenizer_are_never_chosen(golden_world: Path):
     padded = WordEmbeddings(
         AutoTokenizer.from_pretrained("tiny-vicuna"), torch.cat([words.table.float(), extra]), "tiny-vicuna"
     )
-    assert int(TokenMapper(padded).map(extra, (1, 1)).pursuit.ids.max()) < 1000
+    assert int(TokenMapper(padded).map(extra, grid_of(1, 1)).pursuit.ids.max()) < 1000
 
 
 def test_the_place_of_an_image_is_no_word(golden_world: Path, tmp_path: Path):
@@ -165,7 +174,7 @@ def test_the_place_of_an_image_is_no_word(golden_world: Path, tmp_path: Path):
     words = hf.words
     assert words.tokenizer.convert_ids_to_tokens(words.placeholder) == "<image>"
     tokens = torch.cat([words.table[[words.placeholder]].float(), own.words.table[[7, 300]].float()])
-    found, expected = (TokenMapper(model.words).map(tokens, (1, 3)).pursuit for model in (hf, own))
+    found, expected = (TokenMapper(model.words).map(tokens, grid_of(1, 3)).pursuit for model in (hf, own))
     assert torch.equal(found.ids, expected.ids)
 
 
@@ -179,7 +188,9 @@ def test_a_word_has_one_dark_colour_everywhere_and_fragments_have_none(mapped: M
         assert (0.64 + 0.05) / (luminance + 0.05) > 4  # contrast on the darkest background of a map
 
 
-def test_each_map_lies_over_the_picture_that_its_own_tower_sees(golden_world: Path, pad: Path, tmp_path: Path):
+def test_maps_lie_over_the_whole_image_each_under_the_cells_of_its_own_model(
+    golden_world: Path, pad: Path, tmp_path: Path
+):
     config = json.loads(Path("tiny-llava/config.json").read_text())
     Path("tiny-llava/config.json").write_text(json.dumps(config | {"image_aspect_ratio": "pad"}))
     to_hf("tiny-llava", tmp_path / "hf", dtype="float32")
@@ -189,23 +200,28 @@ def test_each_map_lies_over_the_picture_that_its_own_tower_sees(golden_world: Pa
     path = pad.parent / "pictures" / "0.png"
     maps = token_maps(models, [("0.png", path)], PursuitSettings(rounds=1), "none")
     (image,) = maps.images
-    original = torch.from_numpy(np.asarray(load_rgb_image(path)) / 255).permute(2, 0, 1)  # [3, 56, 80]
-    for name in ("cut", "too"):
-        torch.testing.assert_close(image.pictures[name], original[:, :, 12:68])
-    torch.testing.assert_close(image.pictures["padded"][:, 12:68], original)
-    assert not image.pictures["padded"][:, :12].any()  # padding lies beyond the image
-    pictures, picture_of = distinct_pictures(image)
-    assert (len(set(pictures)), picture_of) == (2, {"cut": 0, "padded": 1, "too": 0})
-    assert all(picture in write_token_map_page(maps, tmp_path / "out")[0].read_text() for picture in pictures)
+    np.testing.assert_array_equal(image.image, np.asarray(load_rgb_image(path)))
+    boxes = {name: token_map.grid.box_xyxy_px for name, token_map in image.maps.items()}
+    assert boxes == {"cut": (12, 0, 68, 56), "padded": (0, -12, 80, 68), "too": (12, 0, 68, 56)}
+    (shown,) = data_of(write_token_map_page(maps, tmp_path / "out")[0])["images"]
+    assert (shown["size"], shown["picture"][:23]) == ([80, 56], "data:image/jpeg;base64,")
+    assert [of_map["grid"]["x_edges"][0] for of_map in shown["maps"]] == [12, 0, 12]
+    assert [of_map["grid"]["y_edges"][-1] for of_map in shown["maps"]] == [56, 68, 56]
 
-    alone = replace(image, pictures={"cut": image.pictures["cut"]}, maps={"cut": image.maps["cut"]})
-    swapped = replace(alone, pictures={"cut": image.pictures["padded"]})
     drawn = []
-    for number, shown in enumerate((alone, swapped)):
-        save_token_map_figure(shown, tmp_path / f"{number}.png", "words", has_word_list=False)
-        with Image.open(tmp_path / f"{number}.png") as picture:
+    for name in ("cut", "padded"):
+        moved = replace(image.maps["cut"], grid=image.maps[name].grid)
+        save_token_map_figure(replace(image, maps={"cut": moved}), tmp_path / f"{name}.png", "words", False)
+        with Image.open(tmp_path / f"{name}.png") as picture:
             drawn.append(picture.crop((0, 250, picture.width, picture.height)).tobytes())  # below the thumbnail
     assert drawn[0] != drawn[1]
+
+
+def test_tokens_of_a_grid_in_another_order_land_in_their_cells(golden_world: Path):
+    words = load_words("tiny-vicuna")
+    grid = replace(grid_of(1, 3), tokens=np.array([[2, 0, 1]]))
+    found = TokenMapper(words).map(words.table[[300, 301, 302]].float(), grid)
+    assert found.pursuit.ids[:, 0].tolist() == [302, 300, 301]
 
 
 # --- page and picture -----------------------------------------------------------------------------------------------
@@ -215,21 +231,19 @@ def test_the_page_holds_everything_and_no_text_can_leave_its_data(mapped: Mapped
     hostile = "</script><img src=x onerror=alert(1)>"
     token_map = mapped.maps["ours"]
     first = int(token_map.pursuit.ids[0, 0])
-    token_map.words[first] = MappedToken(TokenText(hostile, True, False), False)
-    named = MappedImage(hostile, mapped.pictures, mapped.maps)
+    token_map.words[first] = TokenText(hostile, True, False, False)
+    named = replace(mapped, image_id=hostile)
     page, numbers = write_token_map_page(maps_of(named), tmp_path / "out")
     text = page.read_text()
     assert hostile not in text
     assert text.count("</script>") == 2
     assert not re.search(r"""(?:src|href)\s*=\s*["']?http|@import|url\(""", text)
-    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)
-    assert data is not None
-    shown = json.loads(data.group(1))
-    (image,) = shown["images"]
+    (image,) = data_of(page)["images"]
     assert image["image_id"] == hostile
-    assert image["pictures"][image["picture_of"]["ours"]].startswith("data:image/jpeg;base64,")
+    assert image["picture"].startswith("data:image/jpeg;base64,")
     assert image["maps"][0]["words"][str(first)]["text"] == hostile
-    assert json.loads(numbers.read_text())["images"][0]["maps"] == image["maps"]
+    (recorded,) = json.loads(numbers.read_text())["images"][0]["maps"]
+    assert recorded | {"grid": image["maps"][0]["grid"]} == image["maps"][0]
 
 
 def test_the_numbers_are_those_of_the_pursuit(mapped: MappedImage):
@@ -248,7 +262,7 @@ def test_the_picture_is_drawn_even_where_a_font_lacks_a_sign(
 ):
     token_map = mapped.maps["ours"]
     first = int(token_map.pursuit.ids[0, 0])
-    token_map.words[first] = MappedToken(TokenText("$x_1$\U000e0100的", True, False), False)
+    token_map.words[first] = TokenText("$x_1$\U000e0100的", True, False, False)
     path = tmp_path / "map.png"
     save_token_map_figure(mapped, path, "words found by a test", has_word_list=True)
     with Image.open(path) as picture:
