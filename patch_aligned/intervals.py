@@ -1,10 +1,10 @@
 """Confidence intervals by the bootstrap over groups of rows: over images, for scores of regions or of questions.
 
-Rows of one image are alike, so images are drawn, not rows: as many as there are, with replacement, and the mean is
-taken anew over all rows of the images drawn. Scores of several models that are resampled together see the same draws,
-which makes the interval of their difference a paired one.
+Rows of one image are alike, so images are resampled, not rows: as many as there are, with replacement, and the mean is
+taken over all rows of the images drawn. Models that are resampled together see the same draws, so the interval of their
+difference is paired.
 
-Letters: I images, F figures, N resamples.
+Letters: I images, F metrics, N resamples.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _ELEMENTS_AT_ONCE = 1 << 22  # of a chunk of draws: 32 MB
 
 
 def resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Means of figures over resampled images.
+    """Return means of metrics over resampled images.
 
     Args:
-        sums: `[I, F]`, sum of each figure over an image's rows.
+        sums: `[I, F]`, sum of each metric over an image's rows.
         counts: `[I, F]`, number of rows in that sum.
         resamples: N.
-        seed: decides the draws, which are the same for all figures.
+        seed: decides the draws, which are the same for all metrics.
 
     Returns:
         `[N, F]`; NaN where no row was drawn.

@@ -11,7 +11,6 @@ import io
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# What the pictures share: labels and names are drawn as they are written, and panels have no ticks and no frame.
-#
-# Draw such text with `parse_math=False`, or matplotlib reads what stands between two dollar signs as a formula.
+# Shared by the pictures. Draw labels and names with `parse_math=False`, or matplotlib reads what is between two dollar
+# signs as a formula.
 
 MISSING = "▯"
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans", "Arial Unicode MS")
@@ -73,7 +71,7 @@ def drawable(text: str, longest: int | None = None) -> str:
 
 
 def bare(axes: Axes) -> None:
-    """Takes ticks and frame away."""
+    """Remove ticks and frame."""
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -90,7 +88,7 @@ _CHARACTER_INCHES = 0.066  # of the caption, on average and rather too wide
 
 @dataclass(frozen=True)
 class PictureCell:
-    """What one model made of one label.
+    """Where one model finds one label.
 
     Attributes:
         grid: the cells of its visual tokens.
@@ -124,7 +122,7 @@ class PictureRow:
 
 
 def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) -> None:
-    """Draws the rows and saves them as an image of the kind that the suffix names.
+    """Draw the rows and save them as an image of the kind that the suffix names.
 
     Args:
         rows: what to show; all rows hold the same projectors.
@@ -195,14 +193,25 @@ def panel_jpegs(row: PictureRow) -> dict[str | tuple[str, str], bytes]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    found: dict[str | tuple[str, str], bytes] = {"truth": panel_jpeg(partial(_draw_truth, row=row))}
+    height, width = row.truth.shape
+    size_inches = (PANEL_INCHES * width / max(width, height), PANEL_INCHES * height / max(width, height))
+
+    def jpeg(draw: Callable[..., None], **what: Any) -> bytes:
+        def draw_image_alone(axes: Axes) -> None:
+            draw(axes, row=row, **what)
+            axes.set_xlim(0, width)
+            axes.set_ylim(height, 0)
+
+        return panel_jpeg(draw_image_alone, size_inches)
+
+    found: dict[str | tuple[str, str], bytes] = {"truth": jpeg(_draw_truth)}
     for name, cell in row.cells.items():
-        found[name, "cosine"] = panel_jpeg(partial(_draw_heat, row=row, cell=cell))
-        found[name, "prediction"] = panel_jpeg(partial(_draw_prediction, row=row, cell=cell))
+        found[name, "cosine"] = jpeg(_draw_heat, cell=cell)
+        found[name, "prediction"] = jpeg(_draw_prediction, cell=cell)
     return found
 
 
-def panel_jpeg(draw: Callable[[Axes], None], size_inches: tuple[float, float] = (PANEL_INCHES, PANEL_INCHES)) -> bytes:
+def panel_jpeg(draw: Callable[[Axes], None], size_inches: tuple[float, float]) -> bytes:
     """A JPEG filled with what `draw` draws; titles fall outside."""
     from matplotlib.figure import Figure
 
@@ -214,7 +223,7 @@ def panel_jpeg(draw: Callable[[Axes], None], size_inches: tuple[float, float] = 
 
 
 def _head_columns(figure: Any, truth_axes: Axes, first: str, pairs: dict[str, tuple[Axes, Axes]], head: float) -> None:
-    """Names the columns above the first row: the projector over its pair, the kind of panel over each."""
+    """Write headings above the first row: the projector over its pair, the kind of panel over each."""
     top = truth_axes.get_position().y1
     for axes, kind in [(truth_axes, first)] + [
         (axes, kind) for pair in pairs.values() for axes, kind in zip(pair, ("cosine", "prediction"), strict=True)
@@ -344,7 +353,7 @@ def localise(
 
 
 def picture_cell(grid: TokenGrid, direction: Tensor, visual_tokens: Tensor, coverage: Tensor, rule: str) -> PictureCell:
-    """What one model makes of one label.
+    """Compare one label with the visual tokens of one model.
 
     Args:
         grid: the cells of its visual tokens.

@@ -130,15 +130,15 @@ def matching_pursuit(
     absolute: bool = False,
     orthogonal: bool = False,
 ) -> Pursuit:
-    """Decomposes visual tokens into words (Algorithm 1), in float32, or in float64 where the tokens are float64.
+    """Decompose visual tokens into words (Algorithm 1), in float32, or in float64 where the tokens are float64.
 
     Args:
         visual_tokens: `[S, D]`; the pursuit runs on their device.
         dictionary: the words, or a table `[M, D]` of which all rows are words, scaled to unit length.
         rounds: K, words a token.
         absolute: choose by the magnitude of the inner product, not by the signed value.
-        orthogonal: after each round fit all chosen words anew by least squares (orthogonal matching pursuit): what is
-            left is at right angles to all of them. `coefficients` are then those of the last fit.
+        orthogonal: after each round refit all chosen words by least squares (orthogonal matching pursuit): the residual
+            is orthogonal to all of them. `coefficients` are then those of the last fit.
 
     Raises:
         ValueError: shapes do not fit, a token is not finite, or `rounds` is below 1.

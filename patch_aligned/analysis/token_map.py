@@ -163,11 +163,13 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
 
     names = list(image.maps)
     rounds = image.maps[names[0]].pursuit.ids.shape[1]
-    most_across = max(max(_box_around(of_model)[2:]) / _cell_wh(of_model)[0] for of_model in image.maps.values())
-    panel = min(max(4.2, 0.4 * most_across), 12.0)  # inches
+    boxes_wh = {name: _box_around(token_map)[2:] for name, token_map in image.maps.items()}
+    most_across = max(boxes_wh[name][0] / _cell_wh(token_map)[0] for name, token_map in image.maps.items())
+    panel = min(max(4.2, 0.4 * most_across), 12.0)  # width, inches
+    panel_height = panel * max(height / width for width, height in boxes_wh.values())
     gap, title, head, margin = 0.15, 0.3, 2.0, 0.2
     width = max(len(names) * (panel + gap) - gap + 2 * margin, 7.0)
-    height = head + rounds * (panel + title) + margin
+    height = head + rounds * (panel_height + title) + margin
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     writer = _WordWriter(image)
 
@@ -204,10 +206,10 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
             family=font_families(),
             parse_math=False,
         )
-        points = 72 * panel / max(_box_around(token_map)[2:])
+        points = 72 * panel / boxes_wh[name][0]
         for turn in range(rounds):
-            bottom = height - head - title - (turn + 1) * panel - turn * title
-            axes = figure.add_axes((left / width, bottom / height, panel / width, panel / height))
+            bottom = height - head - title - (turn + 1) * panel_height - turn * title
+            axes = figure.add_axes((left / width, bottom / height, panel / width, panel_height / height))
             _draw_map(axes, image.image, token_map, turn, points, writer)
     figure.savefig(path)
 

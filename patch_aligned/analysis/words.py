@@ -39,9 +39,9 @@ class TokenText:
     Attributes:
         text: without the space in front of a word. White space and control characters are written as visible signs,
             bytes that are only part of a character as `<0xE2>`.
-        starts_word: whether a space comes before it; False for what goes on inside a word, and for tokenizers that
-            do not mark it.
-        special: whether it is a special token such as `</s>`, or another that was added to the vocabulary.
+        starts_word: whether a space comes before it; False for word-internal tokens, and for tokenizers that do not
+            mark it.
+        special: whether it is a special token such as `</s>`, or was added to the vocabulary.
         english: whether it is an English word; None if no word list is installed.
     """
 
@@ -262,7 +262,7 @@ class TokenMaps:
 
 
 class TokenMapper:
-    """Finds the words of visual tokens in one table of word embeddings; projectors of one LLM share it.
+    """Decompose visual tokens into the words of one table of embeddings; models of one LLM share it.
 
     Args:
         words: the LLM's word embeddings.
