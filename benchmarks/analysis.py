@@ -1,4 +1,4 @@
-"""Images a second and peak memory of an analysis: memory may not grow with the number of images.
+"""Images a second and peak memory of an analysis: only records, under a kilobyte a region, may add to it.
 
     python benchmarks/analysis.py
 

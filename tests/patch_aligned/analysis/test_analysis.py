@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from patch_aligned.analysis.alignment import THRESHOLD_RULES
 from patch_aligned.analysis.regions import METRICS, SCORES, Resampling, mean_and_sd
 from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettings, analyse
 from patch_aligned.models.load import load_models
+from patch_aligned.pad import AnnotatedImage, read_annotations
 
 START = "start=train_init/mm_projector.bin"
 
@@ -154,6 +155,18 @@ def test_the_data_frame_has_a_row_a_region_and_model(golden_world: Path, pad: Pa
         assert means.loc[name, "cosine"] == pytest.approx(found.models[name].metrics.loc["cosine", "value"], rel=1e-12)
     trees = regions[(regions["model"] == "start") & (regions["label"] == "tree")]
     assert (trees["area_px"].tolist(), trees["size"].tolist(), trees["image"].tolist()) == ([672], ["small"], [2])
+
+
+def test_the_data_file_is_read_once_whatever_is_chosen(golden_world: Path, pad: Path, monkeypatch: pytest.MonkeyPatch):
+    read = []
+
+    def counted(path: Path) -> Iterator[AnnotatedImage]:
+        read.append(path)
+        return read_annotations(path)
+
+    monkeypatch.setattr("patch_aligned.analysis.sets.read_annotations", counted)
+    run(pad, START, limit=3, subset="random", on_error="skip", seeds=(0,))
+    assert read == [pad]
 
 
 def test_a_random_subset_follows_its_seed(golden_world: Path, pad: Path):
