@@ -112,8 +112,8 @@ def test_stage_2(goldens: Path, run_training: Any, recorded_steps: dict[str, Any
         assert shapes == golden["model.safetensors"]
         with safe_open(goldens / "ckpt_stage2" / "model.safetensors", "pt") as theirs:
             for name in shapes:
-                # AdamW's early steps divide by tiny gradients, which magnifies rounding.
-                torch.testing.assert_close(ours.get_tensor(name), theirs.get_tensor(name), rtol=1e-4, atol=2e-5)
+                # AdamW divides by gradients near zero, which magnifies rounding; atol is a fifth of a step of 2e-4.
+                torch.testing.assert_close(ours.get_tensor(name), theirs.get_tensor(name), rtol=1e-4, atol=4e-5)
 
 
 def test_lora(goldens: Path, run_training: Any, recorded_steps: dict[str, Any]) -> None:
