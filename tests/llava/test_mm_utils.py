@@ -44,6 +44,7 @@ def image_facts(goldens: Path) -> dict:
 
 
 @pytest.mark.golden
+@pytest.mark.usefixtures("pillow_of_the_recordings")
 @pytest.mark.parametrize("aspect_ratio", [None, "square", "pad", "anyres"])
 def test_pixels_equal_upstream(goldens: Path, processor, images, image_facts, aspect_ratio) -> None:
     config = SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=image_facts["pinpoints"])
@@ -71,6 +72,7 @@ def test_batches_are_stacked_where_shapes_agree(processor, images, image_facts) 
 
 
 @pytest.mark.golden
+@pytest.mark.usefixtures("pillow_of_the_recordings")
 def test_canvases_and_resolutions_equal_upstream(goldens: Path, images, image_facts) -> None:
     for position in (1, 2):
         recorded = np.load(goldens / f"g_expand_{position}.npz")

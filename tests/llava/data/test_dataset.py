@@ -60,6 +60,7 @@ class Recording(TrainingPlugin):
 
 
 @pytest.mark.golden
+@pytest.mark.usefixtures("pillow_of_the_recordings")
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
 def test_samples_equal_upstreams_recordings(
     aspect_ratio: str, make_dataset: Callable[..., Any], data_args: SimpleNamespace, goldens: Path

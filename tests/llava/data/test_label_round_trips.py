@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -118,6 +118,7 @@ def test_byte_level_labels_decode_to_the_answers_exactly(
 
 @pytest.mark.parametrize(("template", "vocabulary"), SENTENCE_PIECE)
 @given(question=ANSWER, answers=st.lists(ANSWER, min_size=1, max_size=3))
+@example(question="What is it?", answers=["a▁b", "▁"])
 @settings(max_examples=25)
 def test_sentence_piece_labels_decode_to_the_answers_exactly(
     vocabularies: dict[str, Any], template: str, vocabulary: str, question: str, answers: list[str]
@@ -126,8 +127,9 @@ def test_sentence_piece_labels_decode_to_the_answers_exactly(
     closing = {"v0": "\n###"}.get(template, " </s>" if "v1" not in template else "</s>")
     runs = supervised_runs(template, tokenizer, question, answers)
     # Decoding loses spaces at the start; that the first one is labelled is tested in test_tokenization.py.
+    # SentencePiece writes spaces as ▁, so one of the text comes back as a space.
     decoded = [tokenizer.decode(run, clean_up_tokenization_spaces=False).lstrip(" ") for run in runs]
-    assert decoded == [f"{answer}{closing}".lstrip(" ") for answer in answers]
+    assert decoded == [f"{answer}{closing}".replace("▁", " ").lstrip(" ") for answer in answers]
 
 
 def test_llama_3_starts_once_and_learns_its_end_mark(vocabularies: dict[str, Any]) -> None:
