@@ -1,4 +1,4 @@
-"""Where visual tokens lie in the original image: grids of cells, and the layout of all tokens of one image.
+"""Map visual tokens to cells of the original image.
 
 Coordinates are continuous pixels of the image file: pixel `i` spans `[i, i + 1)`, so 0 and the width are outer edges.
 """
@@ -18,23 +18,23 @@ Treatment = Literal["crop", "pad", "squeeze"]
 
 @dataclass(frozen=True, eq=False)
 class TokenGrid:
-    """Rows and columns of visual tokens over an image, or over a part of it. All tiles of one canvas are one grid.
+    """Grid of visual tokens over an image or a part of it. All tiles of one canvas form one grid.
 
     Attributes:
         image_wh: width and height of the image, pixels.
-        x_edges: `[cols + 1]` edges of the columns, pixels of the original image. A cell may reach beyond the image.
-        y_edges: `[rows + 1]` edges of the rows.
-        tokens: `[rows, cols]` position of each cell's token among the image's visual tokens; row-major if not given.
+        x_edges: `[cols + 1]` column edges in pixels of the original image. A cell may extend beyond the image.
+        y_edges: `[rows + 1]` row edges.
+        tokens: `[rows, cols]` index of each cell's token in the image's visual tokens. Default: row-major.
         kind: `whole` image, `tiles` of it, or a `crop`.
 
     Raises:
-        ValueError: edges do not rise, or `tokens` has another shape.
+        ValueError: edges are not increasing, or `tokens` has the wrong shape.
     """
 
     image_wh: tuple[int, int]
     x_edges: tuple[float, ...]
     y_edges: tuple[float, ...]
-    tokens: np.ndarray = None  # type: ignore[assignment]  # set below where it is not given
+    tokens: np.ndarray = None  # type: ignore[assignment]  # default set in __post_init__
     kind: Literal["whole", "tiles", "crop"] = "whole"
 
     def __post_init__(self) -> None:
@@ -65,17 +65,17 @@ class TokenGrid:
 
     @property
     def box_xyxy_px(self) -> tuple[float, float, float, float]:
-        """The part of the original image (or more) that all cells together cover."""
+        """Bounding box of all cells. It may extend beyond the image."""
         return self.x_edges[0], self.y_edges[0], self.x_edges[-1], self.y_edges[-1]
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """All visual tokens of one image, in the order in which the LLM reads them.
+    """Layout of all visual tokens of one image, in the order in which the LLM reads them.
 
     Attributes:
-        grids: one for LLaVA; several for models that cut an image into tiles.
-        length: number of visual tokens, with those that have no place (row separators).
+        grids: one for LLaVA; several for models that split an image into tiles.
+        length: number of visual tokens, including those without a cell (row separators).
     """
 
     grids: tuple[TokenGrid, ...]
@@ -88,7 +88,7 @@ class Layout:
 
 
 def grid_over_box(image_wh: tuple[int, int], box_xyxy_px: Sequence[float], shape: tuple[int, int]) -> TokenGrid:
-    """A grid of equal cells over a box in original pixels; `shape` is (rows, cols), tokens are row-major."""
+    """Divide a box in original pixels into equal cells. `shape` is (rows, cols); tokens are row-major."""
     left, top, right, bottom = box_xyxy_px
     rows, cols = shape
     x_edges = tuple(left + (right - left) * col / cols for col in range(cols + 1))
@@ -99,18 +99,18 @@ def grid_over_box(image_wh: tuple[int, int], box_xyxy_px: Sequence[float], shape
 def seen_box_xyxy_px(
     image_wh: tuple[int, int], treatment: Treatment, shortest_edge: int, processed_side: int, seen_side: int
 ) -> tuple[float, float, float, float]:
-    """The box of the original image that a tower sees, of an image made square in one of LLaVA's three ways.
+    """Return the box of the original image that the vision tower sees after one of LLaVA's three treatments.
 
-    On each axis `model = (original + pad) * resized / canvas - cut`, all in whole pixels; solved for the edges 0 and
-    `seen_side` of the model image.
+    On each axis `model = (original + pad) * resized / canvas - cut`, all in whole pixels. The box is the solution for
+    the edges 0 and `seen_side` of the model image.
 
     Args:
         image_wh: width and height of the image, pixels.
-        treatment: `crop` (the shortest edge is resized, the centre cut out), `pad` (centred on a square canvas, then
-            resized) or `squeeze` (both edges resized).
+        treatment: `crop` (resize the shortest edge, then crop the centre), `pad` (centre on a square canvas, then
+            resize) or `squeeze` (resize both edges).
         shortest_edge: length to which edges are resized.
-        processed_side: side of the centre that is cut out of it.
-        seen_side: side of the upper left part of that which patches cover.
+        processed_side: side of the centre crop.
+        seen_side: side of the upper left part of that crop which is covered by patches.
     """
     canvas_wh, resized_wh, pad_xy = image_wh, (shortest_edge, shortest_edge), (0, 0)
     if treatment == "pad":
@@ -129,9 +129,8 @@ def seen_box_xyxy_px(
     return first[0], first[1], last[0], last[1]
 
 
-@lru_cache(
-    maxsize=256
-)  # images of a data set share few sizes, and grids are told apart by identity where they are used
+# Images of a dataset share few sizes. Callers compare grids by identity, so equal arguments return the same grid.
+@lru_cache(maxsize=256)
 def square_grid(
     image_wh: tuple[int, int],
     treatment: Treatment,
@@ -140,29 +139,29 @@ def square_grid(
     processed_side: int | None = None,
     seen_side: int | None = None,
 ) -> TokenGrid:
-    """The grid of an image made square; see `seen_box_xyxy_px`. Sides that are not given equal the one before."""
+    """Return the grid of an image made square; see `seen_box_xyxy_px`. Each side defaults to the one before it."""
     processed_side = processed_side or shortest_edge
     box = seen_box_xyxy_px(image_wh, treatment, shortest_edge, processed_side, seen_side or processed_side)
     return grid_over_box(image_wh, box, shape)
 
 
 def square_padding_xy(image_wh: tuple[int, int]) -> tuple[int, int]:
-    """Pixels to the left of and above an image on its square canvas; an odd remainder goes right or below."""
+    """Return the padding left of and above an image on its square canvas; an odd remainder goes right or below."""
     width, height = image_wh
     side = max(width, height)
     return (side - width) // 2, (side - height) // 2
 
 
 def boxes_xyxy_to_square01(boxes_xyxy_px: Any, image_wh: tuple[int, int]) -> np.ndarray:
-    """Boxes `[..., 4]` in original pixels -> 0..1 of the padded square, the frame in which LLaVA-1.5 speaks boxes."""
+    """Convert boxes `[..., 4]` from original pixels to 0..1 of the padded square, the frame of LLaVA-1.5's boxes."""
     return (np.asarray(boxes_xyxy_px, dtype=np.float64) + np.tile(square_padding_xy(image_wh), 2)) / max(image_wh)
 
 
 def boxes_xyxy_from_square01(boxes_xyxy_square01: Any, image_wh: tuple[int, int]) -> np.ndarray:
-    """Boxes `[..., 4]` in 0..1 of the padded square -> original pixels; nothing is clipped."""
+    """Convert boxes `[..., 4]` from 0..1 of the padded square to original pixels, without clipping."""
     return np.asarray(boxes_xyxy_square01, dtype=np.float64) * max(image_wh) - np.tile(square_padding_xy(image_wh), 2)
 
 
 def boxes_xyxy_from_image01(boxes_xyxy_image01: Any, image_wh: tuple[int, int]) -> np.ndarray:
-    """Boxes `[..., 4]` in 0..1 of the image's own width and height -> original pixels; nothing is clipped."""
+    """Convert boxes `[..., 4]` from 0..1 of the image's width and height to original pixels, without clipping."""
     return np.asarray(boxes_xyxy_image01, dtype=np.float64) * np.tile(image_wh, 2)

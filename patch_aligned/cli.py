@@ -1,4 +1,4 @@
-"""The command `patch-aligned`. Each command imports what it needs when it runs, so that `--help` answers at once."""
+"""The command `patch-aligned`. Commands import what they need when they run, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from patch_aligned.annotate.cli import app as reselect_app
 from patch_aligned.dataset.cli import app as dataset_app
 from patch_aligned.results.cli import app as results_app
 
-app = typer_app_with_debug("Patch-aligned training: its data and its analysis.")
+app = typer_app_with_debug("Data and analysis of patch-aligned training.")
 
-# In the order of the work, which --help keeps: regions are made, looked after, used, and results compared.
+# Commands in the order of the workflow, which --help keeps.
 app.add_typer(annotate_app)
 app.add_typer(reselect_app)
 app.add_typer(dataset_app)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the hash that names what is in one."""
+"""Atomic file writes and SHA-256 helpers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BLOCK_BYTES = 1 << 22
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -25,16 +25,16 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends, and is removed when it fails.
+    """Write a file atomically: yields a temporary path, which replaces `path` on success and is removed on failure.
 
-    It is on the disk before it takes the place, so that a machine that loses power leaves no half file under the name.
+    The file is synced to disk before the rename, so that a power failure leaves no partial file at `path`.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors leaves its files to their owner alone, whatever the umask
+        temporary.chmod(mode)  # safetensors ignores the umask and writes files that only their owner can read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -44,7 +44,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Brings the folder's list of names to the disk; not every system and network drive can be asked to."""
+    """Sync a folder's entries to disk, where the system and the drive support it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -53,21 +53,21 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-# Which weights a number belongs to: SHA-256 of a checkpoint's weight files and configs. Needs no torch.
+# Hash of a checkpoint, which identifies the weights that a result belongs to. Needs no torch.
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _CONFIGS = ("config.json", "adapter_config.json")
-_NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # of a training run, beside its weights
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # written by training runs beside the weights
 
 
 @dataclass(frozen=True)
 class CheckpointHash:
-    """What a checkpoint holds, by content: neither its place nor the order of its files matters.
+    """Hash of a checkpoint's content, independent of its path and of the order of its files.
 
     Attributes:
-        sha256: of all files together: of the lines `<sha256>  <name>`, sorted by name, as `sha256sum` prints them.
+        sha256: hash of all files: of the lines `<sha256>  <name>`, sorted by name, as `sha256sum` prints them.
         files: SHA-256 of each file, by name.
-        size_bytes: of all files.
+        size_bytes: total size of all files.
     """
 
     sha256: str
@@ -76,16 +76,16 @@ class CheckpointHash:
 
 
 def checkpoint_hash(path: Path | str, progress: Callable[[int, int], None] | None = None) -> CheckpointHash:
-    """Hashes a checkpoint: weights (safetensors or bin, the projector, an adapter) and configs, without subfolders.
+    """Hash the weights (safetensors or bin, projector, adapter) and configs of a checkpoint, without subfolders.
 
-    Tokenizer, optimizer and logs are left out: they may differ where the model is the same.
+    Tokenizer, optimizer and logs are excluded, since they may differ for the same model.
 
     Args:
-        path: folder of a checkpoint, or one file of weights.
-        progress: told bytes done and bytes in all, after each block of 4 MB.
+        path: folder of a checkpoint, or one weight file.
+        progress: called with (bytes done, total bytes) after each block of 4 MB.
 
     Raises:
-        FileNotFoundError: nothing is there, or the folder has no weights.
+        FileNotFoundError: the path does not exist, or the folder has no weights.
     """
     path = Path(path)
     files = _files_of(path)
@@ -110,8 +110,8 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path}: found nothing; expected a checkpoint's folder or a file of weights. A model of the hub is "
-            f"downloaded first: hf download {path} --local-dir FOLDER"
+            f"{path}: found nothing; expected a checkpoint folder or a weight file. Download a model from the hub "
+            f"first: hf download {path} --local-dir FOLDER"
         )
     weights = [
         file
@@ -120,8 +120,8 @@ def _files_of(path: Path) -> list[Path]:
     ]
     if not weights:
         raise FileNotFoundError(
-            f"{path}: found no weights; expected files *{' or *'.join(_WEIGHT_SUFFIXES)}. Does the checkpoint lie in "
-            "a subfolder?"
+            f"{path}: found no weights; expected files *{' or *'.join(_WEIGHT_SUFFIXES)}. Is the checkpoint in a "
+            "subfolder?"
         )
     configs = [path / name for name in _CONFIGS if (path / name).is_file()]
     return sorted(weights + configs, key=lambda file: file.name)

@@ -1,7 +1,7 @@
-"""Read images as LLaVA's training reads them, so that masks fit the pixels that the model sees.
+"""Read images as LLaVA's training does, so that masks match the pixels that the model sees.
 
-Images are decoded by PIL and converted to RGB whatever the mode; of an animation the first frame; EXIF rotation is not
-applied. `size` and boxes are those of this picture. An image that cannot be read whole is an error, never a blank one.
+PIL decodes images and converts them to RGB. Animations give their first frame. EXIF rotation is not applied. Sizes and
+boxes refer to the image read this way. An image that cannot be read completely raises an error.
 """
 
 from __future__ import annotations
@@ -16,31 +16,32 @@ BROKEN_IMAGE_ERRORS = (
     OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, RuntimeError, LookupError, TypeError,
     ArithmeticError, struct.error,
 )  # fmt: skip
-"""What PIL's decoders raise for broken files: AVIF's a RuntimeError, others what their parsing runs into."""
+"""What PIL's decoders raise for broken files: AVIF's a RuntimeError, others whatever their parser runs into."""
 
-# All of PIL's formats. Where threads open the first pictures at once, each has PIL add formats while it looks through
-# them, and one that was added at the wrong moment is never tried: a sound picture would be no image.
+# Register all of PIL's formats now. PIL registers them lazily and is not thread-safe while doing so: threads that open
+# their first images at the same time may skip a format and reject a valid image.
 Image.init()
 
 
 ERRORS_OF_A_PATH = (errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
-"""What the system says of a path that will never be readable. All else it says is an outage."""
+"""Errors of a path that will never be readable. All other system errors may be temporary."""
 
 
 NO_SUCH_FILE = "no such file"
-"""The reason of a picture that isn't there."""
+"""The reason given for a missing image."""
 
 
 class UnreadableImageError(ValueError):
-    """An image that isn't there, is no image, is cut off, or is too large to be decoded safely."""
+    """Raised for an image file that is missing, not an image, truncated, or too large to decode safely."""
 
 
 def decode_image(path: Path) -> Image.Image:
-    """The whole picture as RGB.
+    """Decode an image file completely, as RGB.
 
     Raises:
-        UnreadableImageError: says why; the message doesn't name the folder, so that it is the same on each machine.
-        OSError: the picture may be sound, but cannot be had now.
+        UnreadableImageError: the file can never be read. The message does not name the folder, so it is the same on
+            every machine.
+        OSError: the file cannot be read now, but may be valid.
     """
     try:
         with Image.open(path) as image:
@@ -59,7 +60,7 @@ def decode_image(path: Path) -> Image.Image:
 
 
 class ImageFileError(ValueError):
-    """An image that is missing, broken, or outside the image folder; `found` and `expected` say so."""
+    """Raised for an image that is missing, broken, or outside the image folder; see `found` and `expected`."""
 
     def __init__(self, found: str, expected: str) -> None:
         super().__init__(f"found {found}; expected {expected}")
@@ -67,10 +68,10 @@ class ImageFileError(ValueError):
 
 
 def image_path(image_folder: Path, image_id: str) -> Path:
-    """Path of an image, which its id must not lead out of the image folder.
+    """Return the path of an image below the image folder.
 
     Raises:
-        ImageFileError: for an absolute id, or one with `..`. Symbolic links inside the folder may lead elsewhere.
+        ImageFileError: for an absolute id, or one with `..`. Symbolic links inside the folder may point elsewhere.
     """
     relative = Path(image_id)
     if relative.is_absolute() or ".." in relative.parts:
@@ -79,10 +80,10 @@ def image_path(image_folder: Path, image_id: str) -> Path:
 
 
 def stored_size_wh(image_folder: Path, image_id: str) -> tuple[int, int]:
-    """Width and height as the file's header has them; EXIF rotation is not applied, as in training.
+    """Read width and height from the file's header. EXIF rotation is not applied, as in training.
 
     Raises:
-        ImageFileError: if there is no such file, or it is no image.
+        ImageFileError: if the file is missing or not an image.
     """
     path = image_path(image_folder, image_id)
     try:
@@ -91,4 +92,4 @@ def stored_size_wh(image_folder: Path, image_id: str) -> tuple[int, int]:
     except FileNotFoundError:
         raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
     except BROKEN_IMAGE_ERRORS as error:
-        raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; fetch the file anew") from error
+        raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; download the file again") from error

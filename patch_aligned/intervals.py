@@ -1,8 +1,8 @@
-"""Confidence intervals by the bootstrap over groups of rows: over images, for scores of regions or of questions.
+"""Bootstrap confidence intervals that resample images, for scores of regions or questions.
 
-Rows of one image are alike, so images are resampled, not rows: as many as there are, with replacement, and the mean is
-taken over all rows of the images drawn. Models that are resampled together see the same draws, so the interval of their
-difference is paired.
+Rows of one image are correlated, so images are resampled with replacement, not rows. Each draw takes the mean over all
+rows of the drawn images. Models that are resampled together share the same draws, so the interval of their difference
+is a paired one.
 
 Letters: I images, F metrics, N resamples.
 """
@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import numpy as np
 
-_ELEMENTS_AT_ONCE = 1 << 22  # of a chunk of draws: 32 MB
+_ELEMENTS_AT_ONCE = 1 << 22  # per chunk of draws: 32 MB
 
 
 def resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Return means of metrics over resampled images.
+    """Compute the means of metrics over resampled images.
 
     Args:
         sums: `[I, F]`, sum of each metric over an image's rows.
         counts: `[I, F]`, number of rows in that sum.
         resamples: N.
-        seed: decides the draws, which are the same for all metrics.
+        seed: seed of the draws, which all metrics share.
 
     Returns:
         `[N, F]`; NaN where no row was drawn.
@@ -41,7 +41,7 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: 
 
 
 def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Lower and upper end of the middle `confidence` of some draws `[N]`; NaN is left out, and given for no draw."""
+    """Return the ends of the middle `confidence` of draws `[N]`, ignoring NaN; (NaN, NaN) if there are no draws."""
     defined = draws[~np.isnan(draws)]
     if not len(defined):
         return float("nan"), float("nan")

@@ -1,4 +1,4 @@
-"""Labels as the LLM reads them: token ids inside a sentence, and the mean of their word embeddings (Eq. 2).
+"""Tokenise labels as inside a sentence, and average their word embeddings (Eq. 2).
 
 Letters: R regions of the batch, K tokens of the longest label, D width of the LLM.
 """
@@ -16,10 +16,10 @@ _CACHED_LABELS = 1 << 16
 
 
 class LabelTokenizer:
-    """Token ids of a label as it stands inside a sentence, without BOS or EOS.
+    """Tokenises a label as inside a sentence, without BOS or EOS.
 
-    SentencePiece tokenizers put their own mark in front of a word and want it plain; byte-level BPE tells a word inside
-    a sentence by its leading space. Which of the two a tokenizer is shows in how it splits a short sentence.
+    SentencePiece tokenizers mark word starts themselves and take the plain word. Byte-level BPE marks a word inside a
+    sentence by its leading space. The kind is detected by splitting a short sentence.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -28,7 +28,7 @@ class LabelTokenizer:
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def __call__(self, label: str) -> tuple[int, ...]:
-        """Ids of one label.
+        """Return the ids of one label.
 
         Raises:
             ValueError: if the label has no token.
@@ -46,12 +46,12 @@ class LabelTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that the ids stand for."""
+        """Decode ids to text."""
         return self._tokenizer.decode(list(ids)).strip()
 
 
 def pad_label_ids(labels: Sequence[Sequence[int] | Tensor]) -> tuple[Tensor, Tensor]:
-    """Ids of each label -> ids `[R, K]`, padded with 0, and how many each label has, `[R]`."""
+    """Pad the ids of each label with 0: returns ids `[R, K]` and their lengths `[R]`."""
     lengths = torch.tensor([len(ids) for ids in labels], dtype=torch.int64)
     padded = torch.zeros(len(labels), int(lengths.max()) if len(labels) else 0, dtype=torch.int64)
     for row, ids in enumerate(labels):
@@ -61,13 +61,13 @@ def pad_label_ids(labels: Sequence[Sequence[int] | Tensor]) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def label_embeddings(ids: Tensor, lengths: Tensor, embed_words: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of the word embeddings of each label's tokens (Eq. 2). No gradient reaches the table.
+    """Average the word embeddings of each label's tokens (Eq. 2). No gradient reaches the table.
 
-    Calls `embed_words` once, on at least one id even where R is 0: under ZeRO-3 all ranks gather the table together.
+    Calls `embed_words` exactly once, even if R is 0: under ZeRO-3 all ranks gather the table together.
 
     Args:
         ids: `[R, K]`, padded with any valid id.
-        lengths: `[R]`, tokens of each label, at least 1.
+        lengths: `[R]`, number of tokens of each label, at least 1.
         embed_words: ids `[...]` -> `[..., D]`.
 
     Returns:
@@ -84,7 +84,7 @@ def label_embeddings(ids: Tensor, lengths: Tensor, embed_words: Callable[[Tensor
 
 
 def _leading_text(tokenizer: Any) -> str:
-    """What has to stand before a word so that it is split as inside a sentence: nothing or a space."""
+    """Return the prefix with which a word alone is tokenised as inside a sentence: "" or a space."""
     for leading in ("", " "):
         if all(_splits_as_in_sentence(tokenizer, leading, word) for word in _PROBE_WORDS):
             return leading

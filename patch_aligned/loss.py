@@ -1,7 +1,7 @@
 """The patch loss (Eq. 5): pulls the mean visual token of each region towards the embedding of its label.
 
-Pure functions of tensors. Everything is computed in float32 (float64 for float64 inputs), also under autocast, with a
-fixed order of summation, without a Python loop over regions and without waiting for the device.
+Pure functions of tensors. They compute in float32 (float64 for float64 inputs), also under autocast. The order of
+summation is fixed. There is no Python loop over regions and no device synchronisation.
 
 Letters: N images, S visual tokens of an image, D width of the LLM, R regions of all images together.
 """
@@ -14,18 +14,18 @@ from torch import Tensor
 
 
 def region_embeddings(visual_tokens: Tensor, region_image: Tensor, region_tokens: Tensor) -> Tensor:
-    """Mean of the visual tokens that each region covers.
+    """Average the visual tokens that each region covers.
 
     Args:
         visual_tokens: `[N, S, D]`.
-        region_image: `[R]`, image that each region belongs to, 0..N-1; N for a region that belongs to none.
-        region_tokens: `[R, S]` bool, the tokens it covers.
+        region_image: `[R]`, index of each region's image, 0..N-1; N for a region without image.
+        region_tokens: `[R, S]` bool, the tokens that each region covers.
 
     Returns:
-        `[R, D]` in float32 (or float64); zero where a region covers no token or belongs to no image.
+        `[R, D]` in float32 (or float64); zero for a region without tokens or without image.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not match.
     """
     images, tokens, _ = visual_tokens.shape
     if region_tokens.shape != (region_image.shape[0], tokens):
@@ -37,7 +37,8 @@ def region_embeddings(visual_tokens: Tensor, region_image: Tensor, region_tokens
         dtype = torch.promote_types(visual_tokens.dtype, torch.float32)
         is_own_image = region_image[:, None] == torch.arange(images, device=region_image.device)  # [R, N]
         is_covered = is_own_image[:, :, None] & region_tokens[:, None, :]  # [R, N, S]
-        # One product with 0/1 weights: [R, N * S] is small beside [R, S, D], and autograd keeps no float32 copy of V.
+        # A matrix product with 0/1 weights: [R, N * S] is small compared to [R, S, D], and autograd saves no float32
+        # copy of the visual tokens.
         sums = is_covered.flatten(1).to(dtype) @ visual_tokens.flatten(0, 1).to(dtype)  # -> [R, D]
         return sums / region_tokens.sum(dim=1, keepdim=True).clamp(min=1)
 
@@ -45,28 +46,28 @@ def region_embeddings(visual_tokens: Tensor, region_image: Tensor, region_tokens
 def region_cosines(
     visual_tokens: Tensor, region_image: Tensor, region_tokens: Tensor, label_embeddings: Tensor
 ) -> Tensor:
-    """Cosine of each region's embedding with its label's, `[R]`; the mean over regions is the paper's Table 3.
+    """Return the cosine of each region's embedding with its label's, `[R]`. Table 3 reports the mean over regions.
 
     Args:
         visual_tokens: `[N, S, D]`.
-        region_image: `[R]`, image that each region belongs to.
+        region_image: `[R]`, index of each region's image.
         region_tokens: `[R, S]` bool.
-        label_embeddings: `[R, D]`; no gradient is passed on to them.
+        label_embeddings: `[R, D]`; detached.
     """
     means = region_embeddings(visual_tokens, region_image, region_tokens)
     return F.cosine_similarity(means, label_embeddings.detach().to(means.dtype), dim=-1)  # [R, D] -> [R]
 
 
 def patch_loss(cosines: Tensor, region_image: Tensor, images: int) -> Tensor:
-    """One minus the mean cosine of each image's regions, averaged over the images that have any.
+    """Return one minus the mean cosine of each image's regions, averaged over images with regions.
 
     Args:
         cosines: `[R]` from `region_cosines`, of regions that cover at least one token.
-        region_image: `[R]`, image that each region belongs to.
+        region_image: `[R]`, index of each region's image.
         images: N.
 
     Returns:
-        A scalar; exactly 0 and still connected to the graph where no image has a region.
+        A scalar. If no image has a region, it is exactly 0 and still connected to the graph.
     """
     is_own_image = region_image[:, None] == torch.arange(images, device=region_image.device)  # [R, N]
     regions = is_own_image.sum(dim=0)  # [N]

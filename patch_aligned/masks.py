@@ -1,7 +1,7 @@
-"""Which visual tokens a region covers: from its run-length encoded mask to the token grid, by exact area.
+"""Compute which visual tokens a region covers, from its COCO RLE mask, by exact area.
 
-A mask of COCO's RLE is a list of vertical runs, and the area of a run within a token's cell is known from where it
-begins and ends. So coverage is summed over run ends, and no mask is ever decoded: this is faster than decoding alone.
+A COCO RLE mask is a list of vertical runs. The start and end of a run determine its area within each token's cell, so
+coverage is a sum over run ends. Masks are never decoded: this is faster than decoding alone.
 
 Letters: R regions of an image, E run ends of a region.
 """
@@ -16,30 +16,28 @@ import numpy as np
 
 from patch_aligned.cells import TokenGrid
 
-# Run lengths of COCO's compressed RLE strings, without decoding any mask.
-#
-# A compressed string spells the run lengths of a mask in column-major order, five bits a character, and from the fourth
-# run on as the difference to the run before the last. A whole batch of strings is taken apart with a few array
-# operations, which makes checking millions of masks a matter of a minute or two. Format: `maskApi.c` of pycocotools.
+# Parsing of COCO's compressed RLE. A string encodes run lengths in column-major order, five bits per character; from
+# the fourth run on each is stored as the difference to the run two before it. A batch of strings is parsed with a few
+# array operations, so checking millions of masks takes a minute or two. Format: `maskApi.c` of pycocotools.
 
-_CHARACTERS = re.compile("[0-o]+")  # 64 codes from "0" on
+_CHARACTERS = re.compile("[0-o]+")  # 64 codes starting at "0"
 _FIRST_CHARACTER = ord("0")
 _CONTINUES = 0x20
 _NEGATIVE = 0x10
 _VALUE = 0x1F
 _BITS = 5
-_MAX_CHARACTERS_PER_RUN = 8  # 40 bits: far more than any image has pixels
+_MAX_CHARACTERS_PER_RUN = 8  # 40 bits, far more than the pixels of any image
 
 
 def rle_problems(rle_masks: Sequence[str], pixels: Sequence[int]) -> list[str | None]:
-    """What is wrong with each mask, or None: strange characters, a broken end, negative runs, a wrong total.
+    """Validate masks: characters, completeness, run lengths and their total.
 
     Args:
         rle_masks: COCO compressed RLE strings.
-        pixels: width x height that the runs of each mask have to sum to.
+        pixels: width x height of each mask, which its runs must sum to.
 
     Returns:
-        One entry a mask, in words that fit behind "found".
+        One entry per mask: None if it is valid, else a phrase to put after "found" in a message.
     """
     return checked_run_lengths(rle_masks, pixels)[0]
 
@@ -47,7 +45,7 @@ def rle_problems(rle_masks: Sequence[str], pixels: Sequence[int]) -> list[str | 
 def checked_run_lengths(
     rle_masks: Sequence[str], pixels: Sequence[int]
 ) -> tuple[list[str | None], np.ndarray, np.ndarray]:
-    """`rle_problems`, and the `run_lengths` of the well-spelled masks, from taking the strings apart once."""
+    """Return `rle_problems`, and `run_lengths` of the parseable masks. Strings are parsed once."""
     problems = [_problem_of_spelling(text) for text in rle_masks]
     well_spelled = [position for position, problem in enumerate(problems) if problem is None]
     if not well_spelled:
@@ -59,7 +57,7 @@ def checked_run_lengths(
     for position, total, least, most in per_mask:
         if least < 0:
             problems[position] = f"a run of {least} pixels"
-        elif most > pixels[position]:  # asked before the total, which many long runs could overflow
+        elif most > pixels[position]:  # checked before the total, which many long runs could overflow
             problems[position] = f"a run of {most} pixels"
         elif total != pixels[position]:
             problems[position] = f"runs that sum to {total} pixels"
@@ -77,12 +75,12 @@ def _problem_of_spelling(text: str) -> str | None:
 
 
 def run_lengths(rle_masks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Run lengths of well-spelled masks (see `rle_problems`), at least one, in one array.
+    """Parse one or more parseable masks (see `rle_problems`) into one array of run lengths.
 
     Returns:
-        runs: int64, all masks one behind the other; the first run of a mask is empty pixels, the second filled ones,
-            and so on, in column-major order.
-        mask_starts: int64 `[masks]`, where each mask's runs begin.
+        runs: int64, concatenated over masks. The first run of a mask is empty pixels, the second filled ones, and so
+            on, in column-major order.
+        mask_starts: int64 `[masks]`, index of each mask's first run.
     """
     codes = np.frombuffer("".join(rle_masks).encode("ascii"), dtype=np.uint8) - np.uint8(_FIRST_CHARACTER)
     last_character = np.flatnonzero(codes < _CONTINUES)
@@ -90,23 +88,23 @@ def run_lengths(rle_masks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     lengths = last_character - first_character + 1
 
     numbers = (codes[first_character] & _VALUE).astype(np.int64)
-    for place in range(1, min(int(lengths.max()), _MAX_CHARACTERS_PER_RUN)):
-        longer = np.flatnonzero(lengths > place)
-        digits = (codes[first_character[longer] + place] & _VALUE).astype(np.int64)
-        numbers[longer] += digits << (_BITS * place)
+    for index in range(1, min(int(lengths.max()), _MAX_CHARACTERS_PER_RUN)):
+        longer = np.flatnonzero(lengths > index)
+        digits = (codes[first_character[longer] + index] & _VALUE).astype(np.int64)
+        numbers[longer] += digits << (_BITS * index)
     negative = np.flatnonzero(codes[last_character] & _NEGATIVE)
     numbers[negative] -= np.int64(1) << (_BITS * np.minimum(lengths[negative], _MAX_CHARACTERS_PER_RUN))
-    numbers[lengths > _MAX_CHARACTERS_PER_RUN] = -1  # no such run: reported as a negative one
+    numbers[lengths > _MAX_CHARACTERS_PER_RUN] = -1  # impossible length, reported as a negative run
 
     text_starts = np.cumsum([0, *(len(text) for text in rle_masks[:-1])])
     mask_starts = np.searchsorted(first_character, text_starts)
     runs_of_mask = np.diff(mask_starts, append=numbers.size)
 
-    # Runs 0, 1 and 2 stand as they are, run i > 2 adds to run i - 2: within a mask the runs of odd place are running
-    # sums, and so are those of even place from 2 on.
+    # Runs 0, 1 and 2 are stored as they are; run i > 2 is added to run i - 2. So within a mask the odd runs are a
+    # cumulative sum, and so are the even runs from 2 on.
     is_odd = ((np.arange(numbers.size) - np.repeat(mask_starts, runs_of_mask)) & 1).astype(bool)
     first_runs = numbers[mask_starts]
-    numbers[mask_starts] = 0  # so that a running sum at a mask's start is the sum before it
+    numbers[mask_starts] = 0  # so that the cumulative sum at a mask's start is the sum before it
     runs = np.empty_like(numbers)
     for chain in (is_odd, ~is_odd):
         running = np.cumsum(np.where(chain, numbers, 0))
@@ -116,11 +114,11 @@ def run_lengths(rle_masks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 _COVERAGE_SLACK = 1e-9
-"""Coverage is summed in floating point: a cell that is covered by exactly half may come out 1e-14 below it."""
+"""Tolerance for rounding: a cell that is covered by exactly half may come out 1e-14 below it."""
 
 
 class PatchMaskError(ValueError):
-    """A region's mask that does not fit its image; the message names record, region, found and expected."""
+    """Raised for a mask that does not fit its image. The message names record, region, found and expected."""
 
 
 def covered_tokens_of_regions(
@@ -130,17 +128,18 @@ def covered_tokens_of_regions(
     min_coverage: float = 0.5,
     record: str = "record",
 ) -> np.ndarray:
-    """Tokens whose cells the regions of one image cover for at least `min_coverage` of the cell's area.
+    """Return the tokens that each region of an image covers.
 
     Args:
-        rle_masks: COCO compressed RLE strings, one a region.
-        size_wh: width and height that the annotation states, pixels.
-        grid: the cells.
-        min_coverage: share of the cell's area, inclusive with a slack of 1e-9 for rounding, above 0.
-        record: names the annotation in errors.
+        rle_masks: COCO compressed RLE strings, one per region.
+        size_wh: width and height stated by the annotation, pixels.
+        grid: the token grid of the image.
+        min_coverage: fraction of a cell's area, in (0, 1], that a region must cover. Inclusive, with a tolerance of
+            1e-9 for rounding.
+        record: name of the annotation in error messages.
 
     Returns:
-        bool `[R, rows * cols]`, row-major over the cells. A row may be all False: such a region covers no token.
+        bool `[R, rows * cols]`, row-major over the cells. A row is all False if the region covers no token.
 
     Raises:
         PatchMaskError: see `token_coverage_of_regions`.
@@ -156,9 +155,9 @@ def covered_tokens_of_regions(
 def token_coverage_of_regions(
     rle_masks: Sequence[str], size_wh: Sequence[int], grid: TokenGrid, record: str = "record"
 ) -> np.ndarray:
-    """Share of each token's cell that each region of an image covers: float64 `[R, rows, cols]`, 0..1.
+    """Return the fraction of each cell's area that each region covers: float64 `[R, rows, cols]`, 0..1.
 
-    Parts of a cell beyond the image count as not covered.
+    The part of a cell beyond the image counts as not covered.
 
     Raises:
         PatchMaskError: if the stated size is not the image's (for instance swapped), or a mask is malformed or does not
@@ -176,14 +175,14 @@ def token_coverage_of_regions(
 
 
 def _run_edges(runs: np.ndarray, mask_starts: np.ndarray, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Start, end, start, end ... of the filled runs of all masks `[E]`, and where each mask's edges begin `[R + 1]`.
+    """Return start, end, start, end ... of the filled runs `[E]`, and the offset of each mask's edges `[R + 1]`.
 
-    An edge counts the pixels of its own mask that lie before it, in column-major order.
+    An edge is the number of pixels before it in its own mask, in column-major order.
     """
     runs_of_mask = np.diff(mask_starts, append=runs.size)  # [R]
     filled_of_mask = runs_of_mask // 2  # the first run of a mask is empty, the second filled, and so on
-    place = np.arange(runs.size) - np.repeat(mask_starts, runs_of_mask)
-    filled = np.flatnonzero(place & 1)
+    run_index = np.arange(runs.size) - np.repeat(mask_starts, runs_of_mask)
+    filled = np.flatnonzero(run_index & 1)
     ends = np.cumsum(runs)[filled] - pixels * np.repeat(np.arange(len(mask_starts)), filled_of_mask)
     edges = np.stack((ends - runs[filled], ends), axis=1).ravel()
     return edges, 2 * np.concatenate(([0], np.cumsum(filled_of_mask)))
@@ -192,10 +191,10 @@ def _run_edges(runs: np.ndarray, mask_starts: np.ndarray, pixels: int) -> tuple[
 def _shares_between(
     edges: np.ndarray, first_edge: np.ndarray, rows_before: np.ndarray, cols_before: np.ndarray
 ) -> np.ndarray:
-    """Share of each cell's area between the starts and ends of each region's runs: `[R, rows, cols]`.
+    """Return the fraction of each cell's area inside each region's runs: `[R, rows, cols]`.
 
-    Before pixel y of column x lie the columns to its left, in full height, and the pixels above it in its own column.
-    What lies before a run's start is taken from what lies before its end.
+    The area before pixel y of column x consists of all columns to its left and the pixels above it in its own column.
+    The area of a run is the area before its end minus the area before its start.
     """
     regions, height, width = len(first_edge) - 1, len(rows_before) - 1, len(cols_before) - 1
     x, y = np.divmod(edges, height)
@@ -216,9 +215,9 @@ def _shares_between(
     return shares
 
 
-@lru_cache(maxsize=64)  # grids are cached by the size of their image; an entry of 448 x 336 pixels takes 0.15 MB
+@lru_cache(maxsize=64)  # grids are cached by image size; an entry for 448 x 336 pixels takes 0.15 MB
 def _share_tables(grid: TokenGrid) -> tuple[np.ndarray, np.ndarray]:
-    """Share of each row's height and of each column's width before each pixel: `[height + 1, rows]`, `[.., cols]`."""
+    """Return the fraction of each row and column before each pixel: `[height + 1, rows]`, `[width + 1, cols]`."""
     width, height = grid.image_wh
     tables = []
     for edges, length in ((grid.y_edges, height), (grid.x_edges, width)):
@@ -231,17 +230,13 @@ def _share_tables(grid: TokenGrid) -> tuple[np.ndarray, np.ndarray]:
 
 
 def require_size(size_wh: Sequence[int], image_wh: tuple[int, int], record: str) -> None:
-    """Checks that an annotation is of the image.
-
-    Raises:
-        PatchMaskError: if the stated width and height are not the image's.
-    """
+    """Raise `PatchMaskError` if the annotation's width and height are not the image's."""
     stated, actual = tuple(size_wh), image_wh
     if stated != actual:
         hint = "width and height are swapped" if stated == actual[::-1] else "the mask belongs to another file or copy"
         raise PatchMaskError(
             f"{record}, size: found {list(stated)}, expected {list(actual)} as the image file has it ({hint}); "
-            "annotate this image anew, or point to the images that were annotated"
+            "annotate this image again, or point to the images that were annotated"
         )
 
 
@@ -251,5 +246,5 @@ def _raise_first(problems: Sequence[str | None], image_wh: tuple[int, int], reco
         if problem is not None:
             raise PatchMaskError(
                 f"{record}, region {region}, rle_mask: found {problem}, expected runs that sum to {width} x {height} = "
-                f"{width * height} pixels; encode the mask anew with pycocotools.mask.encode, at the image's size"
+                f"{width * height} pixels; encode the mask again with pycocotools.mask.encode, at the image's size"
             )

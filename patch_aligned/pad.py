@@ -1,13 +1,13 @@
-"""The Patch-Aligned Dataset (PAD): one record an image, with its regions. Read, checked and written here.
+"""Read, validate and write the Patch-Aligned Dataset (PAD): one record per image, with its regions.
 
 A record, as in the paper's Table 9:
 
     {"image_id": "00000/00000030.jpg", "size": [448, 336], "caption": "a canyon wall ...",
      "labels": [{"tag": "water", "bbox": [x1, y1, x2, y2], "rle_mask": "k5d4L5..."}]}
 
-`size` is width and height in pixels; `bbox` is in pixels and may leave the image slightly; `rle_mask` is COCO's
-compressed RLE of a mask of the image's size. Files are JSON (one array), JSON lines, either of them gzipped, or
-Parquet. Keys beyond these are kept and written again.
+`size` is width and height in pixels. `bbox` is in pixels and may extend slightly beyond the image. `rle_mask` is
+COCO's compressed RLE of a mask of the image's size. Files are a JSON array, JSON lines, either of them gzipped, or
+Parquet. Additional keys are preserved.
 """
 
 from __future__ import annotations
@@ -37,13 +37,11 @@ from filelock import FileLock
 from patch_aligned.files import written_whole
 from patch_aligned.masks import rle_problems
 
-# Files of records (JSON objects): JSON array, JSON lines, gzip of either, Parquet. Streamed, so of any size.
-#
-# In Parquet a PAD record's own keys are columns; all further keys of a record or label travel as JSON text in a column
-# `extra_json`, since their types may differ from record to record.
+# Record files, streamed. In Parquet a PAD record's own keys are columns. All other keys of a record or label are stored
+# as JSON text in a column `extra_json`, since their types may differ between records.
 
 EXTRA_KEY = "extra_json"
-"""Column of Parquet files that holds all further keys of a record or label, as JSON text of an object."""
+"""Column of Parquet files with all other keys of a record or label, as the JSON text of an object."""
 
 _LABEL_TYPE = pa.struct(
     [
@@ -68,24 +66,24 @@ _COLUMNS_OF_A_RECORD = frozenset(PAD_SCHEMA.names)
 _COLUMNS_OF_A_LABEL = frozenset(field.name for field in _LABEL_TYPE)
 _SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 SKIPPED_SUFFIX = ".skipped.jsonl"
-"""Added to the name of a merged file: images without a record, with the reason."""
+"""Suffix of the file that lists the images without a record, with reasons, beside a merged file."""
 SETTINGS_SUFFIX = ".settings.json"
-"""Added to the name of a merged file: what decided its records."""
+"""Suffix of the file with the settings that produced a merged file."""
 _RECORDS_PER_BATCH = 512
-_BLANKS = " \t\r\n"  # of JSON; Python knows more
+_BLANKS = " \t\r\n"  # JSON's whitespace; Python's is a larger set
 _CHUNK_CHARACTERS = 1 << 22
 _LONGEST_RECORD_CHARACTERS = 1 << 26
 
 
 class RecordFileError(ValueError):
-    """A file that is missing, of an unknown kind, or broken as JSON or Parquet."""
+    """Raised for a file that is missing, of an unknown kind, or invalid as JSON or Parquet."""
 
 
 def iter_records(path: Path) -> Iterator[Any]:
-    """The records of a file in order, one at a time.
+    """Yield the records of a file in order.
 
     Raises:
-        RecordFileError: names the file, and the place of a syntax error.
+        RecordFileError: names the file and the position of a syntax error.
     """
     kind = _kind_of(path)
     if not path.is_file():
@@ -101,12 +99,12 @@ def iter_records(path: Path) -> Iterator[Any]:
                 count += 1
         except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
             raise RecordFileError(
-                f"{path}: after {count} records: not a sound {kind} file: {error}. Write or copy it again."
+                f"{path}: after {count} records: not a valid {kind} file: {error}. Write or copy it again."
             ) from error
 
 
 def write_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
-    """Writes all records, whole or not at all (a temporary file beside it is renamed); returns their number.
+    """Write records atomically; returns their number.
 
     Raises:
         RecordFileError: for an unknown suffix.
@@ -118,7 +116,7 @@ def write_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
 
 
 def records_to_batch(records: Iterable[Mapping[str, Any]]) -> pa.RecordBatch:
-    """PAD records as one Arrow batch of `PAD_SCHEMA`."""
+    """Convert PAD records to one Arrow batch of `PAD_SCHEMA`."""
     rows = []
     for record in records:
         labels = [_fold_extra(label, _COLUMNS_OF_A_LABEL) for label in record["labels"]]
@@ -127,7 +125,7 @@ def records_to_batch(records: Iterable[Mapping[str, Any]]) -> pa.RecordBatch:
 
 
 def batch_to_records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The records of an Arrow batch, with their further keys back in place."""
+    """Convert an Arrow batch to records, with their additional keys restored."""
     records = batch.to_pylist()
     for record in records:
         _unfold_extra(record)
@@ -156,12 +154,12 @@ def _iter_parquet(path: Path) -> Iterator[Any]:
             for batch in file.iter_batches(_RECORDS_PER_BATCH):
                 try:
                     yield from batch_to_records(batch)
-                except (ValueError, OverflowError):  # text that is no UTF-8, a time out of range, a key twice
+                except (ValueError, OverflowError):  # invalid UTF-8, a time out of range, a duplicate key
                     raise RecordFileError(f"{path}: {_unreadable_value(batch, count)}") from None
                 count += len(batch)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise RecordFileError(
-            f"{path}: after {count} records: not a sound Parquet file: {error}. Write or copy it again."
+            f"{path}: after {count} records: not a valid Parquet file: {error}. Write or copy it again."
         ) from error
 
 
@@ -185,12 +183,12 @@ def _iter_json_lines(file: IO[bytes], path: Path) -> Iterator[Any]:
             raise RecordFileError(
                 f"{path}: line {number}, column {error.colno}: {error.msg}; expected one JSON object a line"
             ) from error
-        except (ValueError, RecursionError) as error:  # no UTF-8, a number too long, or nested too deeply
+        except (ValueError, RecursionError) as error:  # invalid UTF-8, a number too long, or nested too deeply
             raise RecordFileError(f"{path}: line {number}: {error}; expected one JSON object a line") from error
 
 
 def _iter_json_array(binary: IO[bytes], path: Path) -> Iterator[Any]:
-    """Elements of a JSON array; only a few megabytes of text are held at a time."""
+    """Yield the elements of a JSON array, holding only a few megabytes of text at a time."""
     file = io.TextIOWrapper(binary, encoding="utf-8-sig")
     text = file.read(_CHUNK_CHARACTERS).lstrip(_BLANKS)
     if not text.startswith("["):
@@ -202,14 +200,14 @@ def _iter_json_array(binary: IO[bytes], path: Path) -> Iterator[Any]:
         position = _skip_blanks(text, position)
         if text[position : position + 1] == "]":
             if rest := (text[position + 1 :] + file.read(100)).strip(_BLANKS):
-                raise RecordFileError(f"{path}: found {rest[:20]!r} behind the array's end; expected nothing")
+                raise RecordFileError(f"{path}: found {rest[:20]!r} after the end of the array; expected nothing")
             return
         try:
             if count and text[position : position + 1] != ",":
                 raise json.JSONDecodeError("expected ',' or ']'", text, position)
             record, end = decode(text, _skip_blanks(text, position + (1 if count else 0)))
         except json.JSONDecodeError as error:
-            # Most likely the record goes on behind the text read so far.
+            # Most likely the record continues beyond the text read so far.
             more = file.read(_CHUNK_CHARACTERS) if len(text) - position < _LONGEST_RECORD_CHARACTERS else ""
             if not more:
                 raise RecordFileError(
@@ -239,7 +237,7 @@ def _write(records: Iterable[Mapping[str, Any]], file: IO[bytes], kind: str) -> 
                 writer.write_batch(records_to_batch(chunk))
                 count += len(chunk)
         return count
-    # A fixed time stamp and no name: the same records give the same bytes.
+    # No timestamp and no file name, so that equal records give equal bytes.
     stream: Any = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) if kind.endswith(".gz") else file
     text = io.TextIOWrapper(stream, encoding="utf-8")
     opening, between, closing = ("", "\n", "\n") if ".jsonl" in kind else ("[\n", ",\n", "\n]\n")
@@ -265,7 +263,7 @@ def _fold_extra(mapping: Mapping[str, Any], keys: frozenset[str]) -> dict[str, A
 
 
 def _unfold_extra(mapping: dict[str, Any]) -> None:
-    """What is no JSON text of further keys stays under its own, where the check of the record finds it."""
+    """Restore additional keys. An invalid `extra_json` is kept, so that validation reports it."""
     text = mapping.pop(EXTRA_KEY, None)
     if text is None:
         return
@@ -283,17 +281,17 @@ _RECORD_KEYS = ("image_id", "size", "caption", "labels")
 _LABEL_KEYS = ("tag", "bbox", "rle_mask")
 _RECORDS_PER_CHECK = 64
 _LONGEST_QUOTE = 80
-_LARGEST_SIDE = 1 << 20  # pixels; more than any format of images has, and squared still far from overflowing
+_LARGEST_SIDE = 1 << 20  # pixels; beyond any image format, and its square is far from overflowing
 _LARGEST_NUMBER = sys.float_info.max
 
 
 class AnnotationError(ValueError):
-    """A record that breaks the format.
+    """Raised for a record that breaks the format.
 
     Attributes:
-        record_index: zero-based position in the file, -1 where the record came from elsewhere.
-        image_id: as far as it could be read.
-        field, found, expected: the parts of the message, empty where it has no such parts.
+        record_index: zero-based index in the file; -1 for a record that is not from a file.
+        image_id: the record's id, as far as it could be read.
+        field, found, expected: parts of the message; empty if it has no such parts.
     """
 
     def __init__(
@@ -311,9 +309,9 @@ class Region:
 
     Attributes:
         tag: the label, in words.
-        bbox_xyxy_px: corners in pixels of the original image; may leave it slightly.
-        rle_mask: COCO compressed RLE string of the image's size.
-        extra: keys beyond the format, kept as they are.
+        bbox_xyxy_px: corners in pixels of the original image; may extend slightly beyond it.
+        rle_mask: COCO compressed RLE string of a mask of the image's size.
+        extra: additional keys, unchanged.
     """
 
     tag: str
@@ -324,7 +322,7 @@ class Region:
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """One record: an image, its caption and its regions (perhaps none)."""
+    """One record: an image, its caption and its regions, if any."""
 
     image_id: str
     size_wh: tuple[int, int]
@@ -333,12 +331,12 @@ class AnnotatedImage:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def coco_masks(self) -> list[dict[str, Any]]:
-        """The regions' masks as pycocotools takes them."""
+        """Return the regions' masks in pycocotools' format."""
         size_hw = list(self.size_wh[::-1])
         return [{"size": size_hw, "counts": region.rle_mask.encode()} for region in self.regions]
 
     def to_record(self) -> dict[str, Any]:
-        """The record as it stands in a file."""
+        """Convert to a record as stored in a file."""
         labels = [
             {"tag": region.tag, "bbox": list(region.bbox_xyxy_px), "rle_mask": region.rle_mask, **region.extra}
             for region in self.regions
@@ -350,16 +348,16 @@ class AnnotatedImage:
 def read_annotations(
     path: str | Path, on_error: Callable[[AnnotationError], None] | None = None
 ) -> Iterator[AnnotatedImage]:
-    """All records of a file in order, checked; only their ids are held in memory.
+    """Yield the records of a file in order, validated. Only their ids are held in memory.
 
     Args:
         path: a `.json`, `.jsonl`, `.json.gz`, `.jsonl.gz` or `.parquet` file.
-        on_error: called with each broken record, which is then left out; None raises at the first. A second record of
+        on_error: called with each broken record, which is then skipped; None raises at the first. A second record of
             an image counts as broken, also under another spelling of its path.
 
     Raises:
         AnnotationError: for a record that breaks the format; names file, record, field, found and expected.
-        RecordFileError: if the file as such cannot be read.
+        RecordFileError: if the file itself cannot be read.
     """
     path = Path(path)
     index_of_id: dict[str, int] = {}
@@ -377,7 +375,7 @@ def read_annotations(
 
 
 def parse_annotation(record: Mapping[str, Any], source: str | Path = "record") -> AnnotatedImage:
-    """One record from elsewhere than a file, checked as `read_annotations` checks it.
+    """Validate one record that is not from a file, as `read_annotations` does.
 
     Raises:
         AnnotationError: if it breaks the format.
@@ -389,7 +387,7 @@ def parse_annotation(record: Mapping[str, Any], source: str | Path = "record") -
 
 
 def write_annotations(images: Iterable[AnnotatedImage], path: str | Path) -> int:
-    """Writes a file of the kind that its suffix names, whole or not at all; returns the number of records.
+    """Write a file atomically, in the format given by its suffix; returns the number of records.
 
     Raises:
         RecordFileError: for an unknown suffix.
@@ -398,13 +396,13 @@ def write_annotations(images: Iterable[AnnotatedImage], path: str | Path) -> int
 
 
 def normal_path(image_id: str) -> str:
-    """The path as annotation writes it into `image_id`: `./a.jpg` and `a//b.jpg` are `a.jpg` and `a/b.jpg`."""
+    """Normalise a path as annotation does for `image_id`: `./a.jpg` becomes `a.jpg`, `a//b.jpg` becomes `a/b.jpg`."""
     return str(PurePosixPath(image_id))
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a value stands, for error messages."""
+    """The record that a value belongs to, for error messages."""
 
     source: str | Path
     index: int
@@ -434,7 +432,7 @@ class _Place:
 def _checked(
     records: Iterable[Any], source: str | Path, first_index: int = 0
 ) -> Iterator[tuple[int, AnnotatedImage | AnnotationError]]:
-    """Each record's index with the image it describes, or with what is wrong with it."""
+    """Yield each record's index with the parsed image, or with its error."""
     numbered = enumerate(records, start=first_index)
     while chunk := list(islice(numbered, _RECORDS_PER_CHECK)):
         outcomes: dict[int, AnnotatedImage | AnnotationError] = {}
@@ -449,7 +447,7 @@ def _checked(
 
 
 def _parse(record: Any, source: str | Path, index: int) -> AnnotatedImage:
-    """All checks except those of the masks' content, which are done for many records at once."""
+    """Run all checks except those of the masks' content, which are batched over records."""
     image_id = record.get("image_id", "?") if isinstance(record, Mapping) else "?"
     place = _Place(source, index, image_id if _is_text(image_id) else _quoted(image_id))
     place.require(_RECORD_KEYS, record, "record")
@@ -487,7 +485,7 @@ def _parse_region(label: Any, position: int, place: _Place) -> Region:
 
 
 def _first_broken_masks(images: list[tuple[int, AnnotatedImage]], source: str | Path) -> dict[int, AnnotationError]:
-    """First broken mask of each record, by the record's index."""
+    """Return the error of each record's first broken mask, by record index."""
     regions = [(index, image, position) for index, image in images for position in range(len(image.regions))]
     problems = rle_problems(
         [image.regions[position].rle_mask for _, image, position in regions],
@@ -504,7 +502,7 @@ def _first_broken_masks(images: list[tuple[int, AnnotatedImage]], source: str | 
 
 
 def _extra(mapping: Mapping[str, Any], known: tuple[str, ...], prefix: str, place: _Place) -> dict[str, Any]:
-    """Keys beyond the format, which have to survive writing."""
+    """Return the additional keys, which must be expressible in JSON."""
     if len(mapping) == len(known):
         return {}
     extra = {key: value for key, value in mapping.items() if key not in known}
@@ -527,7 +525,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """A string of characters; JSON can spell halves of characters too, which no file can hold."""
+    """Whether a value is a string without lone surrogates, which JSON can express but UTF-8 files cannot hold."""
     return isinstance(value, str) and (value.isascii() or _printable(value) == value)
 
 
@@ -540,7 +538,7 @@ def _is_side(number: Any) -> bool:
 
 
 def is_finite_number(number: Any) -> bool:
-    """Whether a value of JSON is a number to reckon with: no NaN, no truth value, no integer beyond floats."""
+    """Whether a JSON value is a finite number: not NaN, not a boolean, and within the range of floats."""
     is_number = isinstance(number, int | float) and not isinstance(number, bool)
     return is_number and -_LARGEST_NUMBER <= number <= _LARGEST_NUMBER
 
@@ -556,27 +554,26 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."
 
 
-# Look-up of annotated images by path, off the Python heap: memory-mapped Arrow records and a sorted table of hashes.
-#
-# The source file is converted once, checked record by record on the way, and kept in a cache folder named after the
-# file's identity. Every process maps the same pages, so 558K images cost a worker next to nothing.
+# Lookup of annotated images by path, outside the Python heap: memory-mapped Arrow records and a sorted hash table. The
+# source file is validated and converted once, into a cache folder named after the file's identity. All processes map
+# the same pages, so 558K images cost a worker almost no memory.
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "4"  # part of the cache key; raise it when the layout of the folder or a check changes
-_ROWS_PER_BATCH = 256  # rows that stand together on disk
+_FORMAT = "4"  # part of the cache key; increase it when the layout of the folder or a check changes
+_ROWS_PER_BATCH = 256  # rows stored together on disk
 _RECORDS, _REJECTED = "records.arrow", "rejected.jsonl"
 _HASHES, _ROWS, _COUNTS = "hashes.npy", "rows.npy", "region_counts.npy"
 _REJECTED_SHOWN = 5
 
 
 class AnnotationIndex:
-    """Annotated images of one file, found by `image_id`. Read-only, picklable, cheap to fork.
+    """Index of the annotated images of one file, by `image_id`. Read-only, picklable and cheap to fork.
 
     Attributes:
         source: the file that was converted.
         folder: the conversion.
-        rejected: number of records that broke the format and were left out; listed in `folder / "rejected.jsonl"`.
+        rejected: number of broken records, which are skipped and listed in `folder / "rejected.jsonl"`.
     """
 
     def __init__(self, source: Path, folder: Path) -> None:
@@ -602,12 +599,12 @@ class AnnotationIndex:
 
     @property
     def regions(self) -> int:
-        """Number of regions of all images."""
+        """Total number of regions."""
         return int(self._region_counts.sum(dtype=np.int64))
 
     def find(self, image_id: str) -> int | None:
-        """Row of an image, or None if the file has no record of it; `./a.jpg` finds `a.jpg`."""
-        wanted = np.uint64(_hash(image_id))  # of the table's type, or searchsorted converts the whole table
+        """Return the row of an image, or None if there is no record of it. `./a.jpg` finds `a.jpg`."""
+        wanted = np.uint64(_hash(image_id))  # of the table's dtype, or searchsorted would convert the table
         position = int(np.searchsorted(self._hashes, wanted))
         while position < len(self) and self._hashes[position] == wanted:
             row = int(self._rows[position])
@@ -618,7 +615,7 @@ class AnnotationIndex:
         return None
 
     def count_images_with_regions(self, image_ids: Iterable[str]) -> tuple[int, int]:
-        """How many images are asked for, and how many of them have at least one region."""
+        """Return the number of `image_ids`, and how many of these images have at least one region."""
         ids = iter(image_ids)
         asked = with_regions = 0
         while chunk := list(islice(ids, 1 << 16)):
@@ -630,7 +627,7 @@ class AnnotationIndex:
         return asked, with_regions
 
     def coverage_of(self, training_file: Path) -> tuple[int, int]:
-        """Images of a training file (PAD or LLaVA's JSON), and how many have a region here; remembered on disk."""
+        """Count a training file's images (PAD or LLaVA's JSON) and those with a region here. Cached on disk."""
         known = self.folder / f"coverage-{_identity(training_file)}.json"
         if known.is_file():
             asked, with_regions = json.loads(known.read_text())
@@ -642,28 +639,28 @@ class AnnotationIndex:
         return counts
 
     def rejection_message(self) -> str:
-        """How many records were left out, where they are listed, and what is wrong with the first."""
+        """Describe the rejected records: their number, the file that lists them, and the first errors."""
         first = "\n  ".join(self.rejections())
         return f"{self.source}: {self.rejected} broken records, all listed in {self.folder / _REJECTED}:\n  {first}"
 
     def rejections(self, limit: int = _REJECTED_SHOWN) -> list[str]:
-        """Messages of the first rejected records."""
+        """Return the errors of the first rejected records."""
         with (self.folder / _REJECTED).open(encoding="utf-8") as file:
             return [json.loads(line)["error"] for line in islice(file, limit)]
 
 
 def open_annotation_index(source: str | Path, cache_dir: str | Path | None = None) -> AnnotationIndex:
-    """Opens the index of a PAD file, converting the file first if it is new or has changed.
+    """Open the index of a PAD file, and convert the file first if it is new or has changed.
 
-    Several processes may call this at once: one converts, the others wait for it. Broken records are left out of the
-    index and listed in it (`rejected`, `rejections`); what to do about them is the caller's decision.
+    Several processes may call this at the same time: one converts, the others wait. Broken records are not in the
+    index; see `rejected` and `rejections`. The caller decides how to handle them.
 
     Args:
         source: JSON, JSON lines (also gzipped) or Parquet.
-        cache_dir: where conversions are kept; None means `$PATCH_ALIGNED_CACHE`, else `~/.cache/patch_aligned`.
+        cache_dir: folder of conversions. Default: `$PATCH_ALIGNED_CACHE`, else `~/.cache/patch_aligned`.
 
     Raises:
-        RecordFileError: if the file is missing or broken as a whole.
+        RecordFileError: if the file is missing or cannot be read.
     """
     source = Path(source).resolve()
     if not source.is_file():
@@ -679,8 +676,8 @@ def open_annotation_index(source: str | Path, cache_dir: str | Path | None = Non
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Writes the conversion beside `folder` and renames it, so that a folder of this name is always whole."""
-    logger.info("Converting %s, once, to %s", source, folder)
+    """Convert atomically: write to a temporary folder, then rename it to `folder`."""
+    logger.info("Converting %s to %s (done once)", source, folder)
     started = time.monotonic()
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     temporary.mkdir()
@@ -688,11 +685,11 @@ def _convert(source: Path, folder: Path) -> None:
         with (temporary / _REJECTED).open("w", encoding="utf-8") as rejected:
             images = _write_conversion(source, temporary, rejected)
         if folder.name != f"{source.name}-{_identity(source)}":
-            raise RecordFileError(f"{source}: changed while it was read; start again when it is written completely")
+            raise RecordFileError(f"{source}: changed while it was read; start again once it is completely written")
         try:
             temporary.rename(folder)
         except OSError:
-            if not folder.is_dir():  # not the other converter that a file lock on a network drive let through
+            if not folder.is_dir():  # else another process converted it: locks may not work on network drives
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -728,7 +725,7 @@ def _image_ids_of(training_file: Path) -> Iterator[str]:
 
 
 def image_id_of(record: Any) -> str | None:
-    """Path by which a training record names its (first) image: `image_id` in PAD, `image` in LLaVA's JSON."""
+    """Return the path of a training record's (first) image: `image_id` in PAD, `image` in LLaVA's JSON."""
     image_id = record.get("image_id", record.get("image"))
     if isinstance(image_id, list | tuple):
         image_id = image_id[0] if image_id else None
@@ -736,7 +733,7 @@ def image_id_of(record: Any) -> str | None:
 
 
 def _image_of(record: dict[str, Any]) -> AnnotatedImage:
-    """A record that was checked when it was converted."""
+    """Build an image from a record that was validated during conversion."""
     record, labels = dict(record), record["labels"]
     regions = tuple(
         Region(label.pop("tag"), tuple(label.pop("bbox")), label.pop("rle_mask"), label) for label in labels

@@ -1,6 +1,6 @@
-"""Stage 1 with the patch loss: LLaVA's training, flash attention where the machine has it, and the plugin.
+"""Train stage 1 with the patch loss, and with flash attention where it is available.
 
-python -m patch_aligned.train_mem --data_path ... --patch_data_path ...      (or this file behind `deepspeed`)
+Run `python -m patch_aligned.train_mem --data_path ... --patch_data_path ...`, or pass this file to `deepspeed`.
 """
 
 from llava.train.train import train

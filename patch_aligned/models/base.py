@@ -1,7 +1,7 @@
-"""What an analysis needs of a model: features before the projector, visual tokens after it, and word embeddings.
+"""Interface between models and the analysis: encoder features, visual tokens and word embeddings.
 
-The layers of the LLM are not needed: of the LLM only the table of word embeddings is read, so a 7B model costs its
-tower and its table. Models that share an encoder share its features, which are computed once an image.
+Only the word-embedding table of the LLM is read, not its layers, so a 7B model needs memory for its tower and table
+only. Models that share an encoder share its features, which are computed once per image.
 
 Letters: B images, S patches of the tower, d width of the tower, T visual tokens of an image (T = S unless the projector
 resamples), D width of the LLM, M vocabulary, R labels, K tokens of a label.
@@ -25,25 +25,25 @@ from patch_aligned.labels import LabelTokenizer
 
 
 class WordEmbeddings:
-    """The LLM's input-embedding table with its tokenizer.
+    """Input-embedding table of an LLM, with its tokenizer.
 
     Args:
         tokenizer: the LLM's tokenizer.
-        table: `[M, D]`, kept in the dtype it is stored in.
+        table: `[M, D]`, in the dtype it is stored in.
         source: folder or hub name, for messages.
-        placeholder: id of the token that visual tokens replace before the LLM reads it; None where there is none.
+        placeholder: id of the token that visual tokens replace before the LLM reads it, if there is one.
 
     Raises:
-        ValueError: the tokenizer knows tokens that have no row.
+        ValueError: the tokenizer has tokens without a row in the table.
     """
 
     def __init__(self, tokenizer: Any, table: Tensor, source: str, placeholder: int | None = None):
         largest = max(tokenizer.get_vocab().values(), default=-1)
         if largest >= len(table):
             raise ValueError(
-                f"{source}: its tokenizer knows ids up to {largest}, but its table of word embeddings has "
-                f"{len(table)} rows: they do not belong together. Take both from one folder: copy the tokenizer that "
-                "these weights were trained with beside them."
+                f"{source}: its tokenizer has ids up to {largest}, but its table of word embeddings has {len(table)} "
+                "rows: they do not belong together. Copy the tokenizer that these weights were trained with into "
+                "their folder."
             )
         self.tokenizer, self.table, self.source, self.placeholder = tokenizer, table, source, placeholder
         self.token_ids = LabelTokenizer(tokenizer)
@@ -54,7 +54,7 @@ class WordEmbeddings:
         return self.table.shape[1]
 
     def of_labels(self, labels: Sequence[str]) -> Tensor:
-        """Label embeddings `[R, D]`, float32: the mean over each label's tokens of their rows (equation 2).
+        """Return label embeddings `[R, D]`, float32: the mean of the rows of each label's tokens (equation 2).
 
         Raises:
             ValueError: a label has no token.
@@ -65,47 +65,47 @@ class WordEmbeddings:
         return torch.stack([self.table[of_label].float().mean(dim=0) for of_label in ids])  # [K, D] -> [R, D]
 
     def directions_of_labels(self, labels: Sequence[str]) -> Tensor:
-        """`of_labels`, scaled to length 1: all that a cosine needs of them."""
+        """Return `of_labels`, normalised to length 1."""
         return F.normalize(self.of_labels(labels), dim=-1)
 
 
 class Encoder(Protocol):
-    """A model up to its projector: images -> features, and where their patches lie."""
+    """A model up to its projector: turns images into features, and locates their patches."""
 
     name: str
     device: str
 
     @property
     def image_aspect_ratio(self) -> str:
-        """How images are made square, for the report: `square` (crop), `pad` or `squeeze`."""
+        """How images are made square, as shown in the report: `square` (crop), `pad` or `squeeze`."""
 
     @property
     def width(self) -> int:
         """d, the width of the features."""
 
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB images as the tower takes them: `[B, 3, side, side]`."""
+        """Preprocess RGB images for the tower: `[B, 3, side, side]`."""
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
+        """Compute features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
 
     def layout(self, image_wh: tuple[int, int], shape: tuple[int, int]) -> Layout:
-        """The layout of an image of this size under `shape` (rows, cols) of visual tokens."""
+        """Return the layout of `shape` (rows, cols) visual tokens over an image of this size."""
 
 
 @dataclass(frozen=True, eq=False)
 class VisionLanguageModel:
-    """A projector under a name, between the encoder that feeds it and the words that its tokens are compared with.
+    """A named projector, with its encoder and the word embeddings that its tokens are compared with.
 
     Attributes:
-        name: as it appears in tables.
-        source: where the projector's weights come from, in words.
+        name: name in tables.
+        source: origin of the projector's weights, in words.
         encoder: images -> features.
         projector: features `[B, S, d]` -> visual tokens `[B, T, D]`.
-        words: the base LLM's, or for a full checkpoint its own, since fine-tuning moves the table.
-        build: makes an untrained projector of the same shape, from torch's global random stream.
-        projector_modules: names of the projector's modules in the whole model.
-        pictured: whether its maps belong into a picture.
+        words: word embeddings of the base LLM; of a full checkpoint its own, since fine-tuning changes the table.
+        build: builds an untrained projector of the same shape, using torch's global random state.
+        projector_modules: names of the projector's modules in the full model.
+        pictured: whether pictures show its maps.
     """
 
     name: str
@@ -118,16 +118,16 @@ class VisionLanguageModel:
     pictured: bool = True
 
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB images as the tower takes them."""
+        """Preprocess RGB images for the tower."""
         return self.encoder.inputs(images)
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Features before the projector, `[B, S, d]`."""
+        """Compute features before the projector, `[B, S, d]`."""
         return self.encoder.features(inputs)
 
     @torch.no_grad()
     def visual_tokens(self, features: Tensor) -> Tensor:
-        """Features `[B, S, d]` -> visual tokens `[B, T, D]`, in the order of the layout."""
+        """Project features `[B, S, d]` to visual tokens `[B, T, D]`, in the order of the layout."""
         return self.projector(features)
 
     @cached_property
@@ -135,26 +135,26 @@ class VisionLanguageModel:
         """Rows and columns of the visual tokens of an image.
 
         Raises:
-            ValueError: their number is no square.
+            ValueError: their number is not a square.
         """
-        # Asked of the projector itself: a resampling one, such as the C-Abstractor, sets the number of tokens.
+        # Run the projector: a resampling one, such as the C-Abstractor, sets the number of tokens.
         blank = self.encoder.inputs([Image.new("RGB", (64, 64))])
         tokens = self.visual_tokens(self.encoder.features(blank)).shape[1]
         side = math.isqrt(tokens)
         if side * side != tokens:
-            raise ValueError(f"Projector {self.name!r} gives {tokens} tokens, which fill no square grid.")
+            raise ValueError(f"Projector {self.name!r} gives {tokens} tokens, which do not fill a square grid.")
         return side, side
 
     def layouts(self, sizes_wh: Sequence[tuple[int, int]]) -> list[Layout]:
-        """Where the visual tokens of images of these sizes (width, height in pixels) lie."""
+        """Return the layouts of images of these sizes (width, height in pixels)."""
         return [self.encoder.layout(size_wh, self.shape) for size_wh in sizes_wh]
 
     def word_embeddings(self, ids: Tensor) -> Tensor:
-        """Rows of the LLM's table of word embeddings: `[...]` -> `[..., D]`, float32."""
+        """Look up word embeddings of the LLM: ids `[...]` -> `[..., D]`, float32."""
         return self.words.table[ids].float()
 
     def untrained(self, seed: int) -> VisionLanguageModel:
-        """A model with a random projector of the same shape; the global random stream is left alone."""
+        """Return a copy with a random projector of the same shape. The global random state is unchanged."""
         device = next(self.projector.parameters(), self.words.table).device
         projector = seeded(self.build, seed).to(device, torch.float32).eval()
         name, source = f"{self.name}, untrained, seed {seed}", f"random weights, seed {seed}"
@@ -162,7 +162,7 @@ class VisionLanguageModel:
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """What `build` makes when torch's random stream starts at `seed`; the stream itself is left alone."""
+    """Call `build` with torch's random state seeded, and restore the state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()

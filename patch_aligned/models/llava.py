@@ -1,4 +1,4 @@
-"""LLaVA behind the contract of `models.base`: checkpoints, folders of stage 1, LoRA folders and bare projectors."""
+"""`models.base` for LLaVA: full checkpoints, stage-1 folders, LoRA folders and projector files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings, seede
 
 PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
 DEFAULT_CONFIG = {"mm_projector_type": "mlp2x_gelu"}
-"""LLaVA-1.5's projector: what random weights are arranged as when no trained projector is measured beside them."""
+"""Config of random projectors if no trained projector is measured with them: LLaVA-1.5's."""
 WORD_TABLE_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
-@lru_cache(maxsize=256)  # images of a data set share few sizes
+@lru_cache(maxsize=256)  # images of a dataset share few sizes
 def layout_of(view: ImageView) -> Layout:
-    """The layout of an image that `process_images` made square: one grid over the part that patches cover."""
+    """Return the layout of an image that `process_images` made square: one grid over the area that patches cover."""
     grid = square_grid(
         view.original_wh, view.treatment, view.grid, view.shortest_edge, view.processed_side, view.seen_side
     )
@@ -40,15 +40,15 @@ def layout_of(view: ImageView) -> Layout:
 
 
 def load_words(base: str, placeholder: int | None = None) -> WordEmbeddings:
-    """Reads tokenizer and table, and nothing else, of an LLM's folder or hub name (a LLaVA checkpoint will do).
+    """Load only the tokenizer and word-embedding table of an LLM or a LLaVA checkpoint.
 
     Args:
-        base: the folder or name.
+        base: folder or hub name.
         placeholder: see `WordEmbeddings`.
 
     Raises:
         FileNotFoundError: there is no such folder and no such model on the hub.
-        ValueError: the weights hold no table of word embeddings.
+        ValueError: the weights contain no table of word embeddings.
     """
     from transformers import AutoTokenizer
 
@@ -64,29 +64,29 @@ def load_words(base: str, placeholder: int | None = None) -> WordEmbeddings:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What a checkpoint's config.json says.
+    """Read a checkpoint's config.json.
 
     Raises:
-        ValueError: it is broken.
+        ValueError: the file is not a JSON object.
     """
     try:
         config = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file}: found no JSON ({error}); expected a checkpoint's config. Copy it anew.") from error
+        raise ValueError(f"{file}: found no JSON ({error}); expected a checkpoint's config. Copy it again.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file}: found a {type(config).__name__}; expected a checkpoint's config. Copy it anew.")
+        raise ValueError(f"{file}: found a {type(config).__name__}; expected a checkpoint's config. Copy it again.")
     return config
 
 
 class LlavaEncoder:
-    """LLaVA's vision tower, which all measured projectors read, with the image preprocessing that belongs to it.
+    """LLaVA's vision tower with its image preprocessing. All measured projectors share it.
 
     Args:
         name: folder or hub name of the encoder.
-        image_aspect_ratio: LLaVA's value, `square` or `pad`.
+        image_aspect_ratio: LLaVA's setting, `square` or `pad`.
         select_layer: hidden layer whose features are used.
-        select_feature: only `patch`, where every visual token stands for a cell of the image.
-        device: where the tower runs, in float32.
+        select_feature: must be `patch`, so that each visual token corresponds to a cell of the image.
+        device: device of the tower, which runs in float32.
 
     Raises:
         ValueError: the tower cannot be found or is of an unknown kind, or a setting is not one of those above.
@@ -102,8 +102,8 @@ class LlavaEncoder:
     ):
         if select_feature != "patch":
             raise ValueError(
-                f"mm_vision_select_feature is {select_feature!r}; places can be measured only with 'patch', where "
-                "every visual token stands for a cell of the image."
+                f"mm_vision_select_feature is {select_feature!r}; alignment can be measured only with 'patch', where "
+                "each visual token corresponds to a cell of the image."
             )
         if image_aspect_ratio not in ("square", "pad"):
             raise ValueError(
@@ -127,32 +127,32 @@ class LlavaEncoder:
         return self.tower.hidden_size
 
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB images as the tower takes them: `[B, 3, side, side]`."""
+        """Preprocess RGB images for the tower: `[B, 3, side, side]`."""
         config = SimpleNamespace(image_aspect_ratio=self.image_aspect_ratio)
         pixels = process_images(images, self.tower.image_processor, config)
-        assert isinstance(pixels, Tensor)  # a list only for tiles, which no measured image has
+        assert isinstance(pixels, Tensor)  # a list only with tiles, which measured images do not have
         return pixels
 
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
-        """Features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
+        """Compute features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
         return self.tower(inputs.to(self.device, torch.float32))
 
     def layout(self, image_wh: tuple[int, int], shape: tuple[int, int]) -> Layout:
-        """The layout of an image of this size under `shape` (rows, cols) of visual tokens."""
+        """Return the layout of `shape` (rows, cols) visual tokens over an image of this size."""
         processor, seen_side = self.tower.image_processor, self.tower.seen_side
         return layout_of(image_view_of(image_wh, processor, self.image_aspect_ratio, shape, seen_side))
 
 
 @dataclass(frozen=True)
 class ProjectorSource:
-    """Where a projector comes from, resolved before anything large is read.
+    """Origin of a projector, resolved before any weights are read.
 
     Attributes:
-        name: as it appears in tables.
+        name: name in tables.
         path: file with the projector's weights, or folder of a full checkpoint; None for random weights.
         seed: seed of random weights.
-        config: the run's config.json beside the weights; empty where there is none.
+        config: config.json beside the weights; empty if there is none.
     """
 
     name: str
@@ -162,15 +162,14 @@ class ProjectorSource:
 
     @classmethod
     def parse(cls, specification: str) -> ProjectorSource:
-        """Understands `NAME=PATH` and `NAME=random[:SEED]`.
+        """Parse `NAME=PATH` or `NAME=random[:SEED]`.
 
-        PATH is a folder of stage 1 (`mm_projector.bin` and `config.json`), the file itself, a LoRA folder
-        (`non_lora_trainables.bin`) or the folder of a full checkpoint.
+        PATH is the output folder of stage 1 (`mm_projector.bin` and `config.json`), the projector file itself, a LoRA
+        folder (`non_lora_trainables.bin`) or the folder of a full checkpoint.
 
         Raises:
-            ValueError: the specification cannot be understood, the checkpoint holds no projector, or it trained its
-                vision tower.
-            FileNotFoundError: there is no such path, or the folder holds no weights.
+            ValueError: the specification is malformed, or the checkpoint has no projector or a trained vision tower.
+            FileNotFoundError: the path does not exist, or the folder has no weights.
         """
         where = f"--projector {specification}"
         name, value = name_and_place(specification)
@@ -180,7 +179,7 @@ class ProjectorSource:
         if not path.exists():
             raise FileNotFoundError(
                 f"{where}: there is no {path}. Pass an --output_dir of stage 1, with mm_projector.bin and config.json, "
-                "or a whole model's folder; one on the hub comes by: hf download NAME --local-dir FOLDER."
+                "or the folder of a full model. To get one from the hub: hf download NAME --local-dir FOLDER."
             )
         config_file = (path if path.is_dir() else path.parent) / "config.json"
         config = read_config(config_file) if config_file.is_file() else {}
@@ -188,7 +187,7 @@ class ProjectorSource:
             config["mm_vision_tower"] = tower_place(tower, str(config_file.parent))
         if path.is_file():
             return cls(name, path, 0, config)
-        # Weights of a whole model come first: published ones keep the projector of stage 1 beside those of stage 2.
+        # Full weights take precedence: published models keep the projector of stage 1 beside the weights of stage 2.
         if not any((path / file).is_file() for file in WEIGHT_FILES):
             for candidate in PROJECTOR_FILES:
                 if (path / candidate).is_file():
@@ -197,37 +196,37 @@ class ProjectorSource:
                 f"{where}: {path} holds neither {', '.join(PROJECTOR_FILES)} nor the weights of a full checkpoint. "
                 "Pass the --output_dir of a finished training run."
             )
-        # Before the tower is sought, which a language model's config does not name.
+        # Checked before looking for a tower, which the config of a language model does not name.
         if not any(MARK in tensor for tensor in CheckpointTensors(value)):
             raise ValueError(
-                f"{where}: {path} holds no projector: none of its tensors is named *{MARK}*. A language model "
-                "alone belongs to --base, an encoder to --vision-tower; as --projector pass an --output_dir of stage 1 "
-                "or a whole LLaVA checkpoint."
+                f"{where}: {path} holds no projector: none of its tensors is named *{MARK}*. Pass a language model as "
+                "--base, an encoder as --vision-tower, and as --projector an --output_dir of stage 1 or a full LLaVA "
+                "checkpoint."
             )
         if config.get("unfreeze_mm_vision_tower"):
             raise ValueError(
-                f"{where}: this checkpoint trained its vision tower, so it cannot share one with other projectors. "
-                "Only projectors of a frozen tower can be measured side by side."
+                f"{where}: this checkpoint has a trained vision tower, which other projectors cannot share. Only "
+                "projectors of a frozen tower can be measured together."
             )
         return cls(name, path, 0, config)
 
     @property
     def is_full_checkpoint(self) -> bool:
-        """Whether the path holds a whole model, with word embeddings of its own."""
+        """Whether the path is a full model, with its own word embeddings."""
         return self.path is not None and self.path.is_dir()
 
     def build(
         self, encoder: LlavaEncoder, base_words: WordEmbeddings, default_config: Mapping[str, Any]
     ) -> VisionLanguageModel:
-        """Builds the projector between the encoder and the LLM and loads its weights.
+        """Build the projector between the encoder and the LLM, and load its weights.
 
         Args:
-            encoder: gives the input width.
-            base_words: give the output width, unless the checkpoint has its own.
-            default_config: decides the architecture of random weights.
+            encoder: sets the input width.
+            base_words: set the output width, unless the checkpoint has its own words.
+            default_config: sets the architecture of random weights.
 
         Raises:
-            ValueError: the weights are of another width or kind; both shapes are named.
+            ValueError: the weights have another width or architecture; the message names both shapes.
         """
         words = load_words(str(self.path)) if self.is_full_checkpoint else base_words
         state: dict[str, Tensor] = {}
@@ -248,27 +247,27 @@ class ProjectorSource:
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Config of a projector without config.json, from the names of its tensors: `linear` or `mlpNx_gelu`.
+    """Infer the config of a projector from its tensor names: `linear` or `mlpNx_gelu`.
 
     Raises:
-        ValueError: the names are those of neither.
+        ValueError: the names match neither.
     """
     names = set(projector_state(state))
     if names == {"weight", "bias"}:
         return {"mm_projector_type": "linear"}
     if not all(re.fullmatch(r"\d+\.(weight|bias)", name) for name in names):
         raise ValueError(
-            f"The projector holds {sorted(names)[:4]}: neither a linear one nor an MLP. Put the config.json of its "
-            "training run beside it, so that its architecture is known."
+            f"The projector holds {sorted(names)[:4]}: neither a linear layer nor an MLP. Put the config.json of its "
+            "training run beside it, which names its architecture."
         )
     return {"mm_projector_type": f"mlp{len(names) // 2}x_gelu"}
 
 
 def parse_projectors(specifications: Sequence[str]) -> list[ProjectorSource]:
-    """Parses all `--projector` options.
+    """Parse all `--projector` options.
 
     Raises:
-        ValueError: there is none, or two share a name.
+        ValueError: there are none, or two share a name.
     """
     sources = [ProjectorSource.parse(specification) for specification in specifications]
     if not sources:
@@ -278,45 +277,45 @@ def parse_projectors(specifications: Sequence[str]) -> list[ProjectorSource]:
 
 
 def default_config_of(sources: Sequence[ProjectorSource]) -> Mapping[str, Any]:
-    """The first trained projector's config: random weights beside it are arranged the same way."""
+    """Return the config of the first trained projector, which random projectors copy."""
     return next((source.config for source in sources if source.config), DEFAULT_CONFIG)
 
 
 def load_encoder(
     sources: Sequence[ProjectorSource], vision_tower: str | None, image_aspect_ratio: str | None, device: str
 ) -> LlavaEncoder:
-    """The tower that all projectors were trained on, with the settings of their configs.
+    """Load the tower that all projectors were trained on, with the settings of their configs.
 
     Args:
         sources: the projectors.
-        vision_tower: folder or hub name; None takes it from the configs.
-        image_aspect_ratio: `square` or `pad`; None takes it from the configs, `square` where none says it.
-        device: where the tower runs.
+        vision_tower: folder or hub name. Default: from the configs.
+        image_aspect_ratio: `square` or `pad`. Default: from the configs, else `square`.
+        device: device of the tower.
 
     Raises:
-        ValueError: no tower is named, or the projectors were trained on different features and no argument decides.
+        ValueError: no tower is given, or the projectors were trained on different features and no argument decides.
     """
     configs = {source.name: source.config for source in sources if source.config}
-    name = vision_tower or _agreed(configs, "mm_vision_tower", None, "If all read the same one, pass --vision-tower.")
+    name = vision_tower or _agreed(configs, "mm_vision_tower", None, "If they are the same, pass --vision-tower.")
     if name is None:
-        raise ValueError("No vision tower is named by any projector's config.json: pass --vision-tower PATH.")
+        raise ValueError("No projector's config.json names a vision tower: pass --vision-tower PATH.")
     ratio = image_aspect_ratio or _agreed(
         configs, "image_aspect_ratio", None, "Pass --image-aspect-ratio to measure all on the same images."
     )
     return LlavaEncoder(
         name,
         ratio or "square",
-        _agreed(configs, "mm_vision_select_layer", -2, "Measure them apart."),
-        _agreed(configs, "mm_vision_select_feature", "patch", "Measure them apart."),
+        _agreed(configs, "mm_vision_select_layer", -2, "Measure them separately."),
+        _agreed(configs, "mm_vision_select_feature", "patch", "Measure them separately."),
         device,
     )
 
 
 def _agreed(configs: Mapping[str, Mapping[str, Any]], key: str, default: Any, remedy: str) -> Any:
-    """What all configs say of a key; those that are silent mean `default`, or with None leave it to the others.
+    """Return the value of a key that all configs share. A config without it counts as `default`, unless that is None.
 
     Raises:
-        ValueError: they disagree; `remedy` says what to do.
+        ValueError: the configs disagree; `remedy` says what to do.
     """
     values = {projector: config.get(key, default) for projector, config in configs.items()}
     said = {projector: value for projector, value in values.items() if value is not None}
@@ -326,10 +325,10 @@ def _agreed(configs: Mapping[str, Mapping[str, Any]], key: str, default: Any, re
 
 
 def name_and_place(specification: str) -> tuple[str, str]:
-    """The two sides of `NAME=PATH`.
+    """Split `NAME=PATH`.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: either side is missing.
     """
     name, _, place = specification.partition("=")
     if not name or not place:
@@ -341,10 +340,6 @@ def name_and_place(specification: str) -> tuple[str, str]:
 
 
 def require_distinct(names: Sequence[str]) -> None:
-    """Checks the names of projectors.
-
-    Raises:
-        ValueError: two are the same.
-    """
+    """Raise `ValueError` if two projectors have the same name."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--projector: the name {twice[0]!r} is given twice; every projector needs a name of its own.")
+        raise ValueError(f"--projector: the name {twice[0]!r} is given twice; each projector needs its own name.")

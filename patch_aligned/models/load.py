@@ -1,4 +1,4 @@
-"""Load the models that a command names: `NAME=PATH` for each."""
+"""Load the models given on the command line as `NAME=PATH`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def load_models(
     image_aspect_ratio: str | None = None,
     device: str = "cpu",
 ) -> list[VisionLanguageModel]:
-    """Loads what `--projector` names, in order.
+    """Load the models given by `--projector`, in order.
 
     Args:
-        specifications: `NAME=PATH` or `NAME=random[:SEED]`, where PATH is LLaVA's (see `ProjectorSource`) or a folder
-            of one of `transformers.FAMILIES`.
-        base: the LLM whose words LLaVA's projectors are compared with; whole models have their own.
-        vision_tower, image_aspect_ratio: of LLaVA's projectors, where their configs are not to decide.
-        device: where towers and projectors run.
+        specifications: `NAME=PATH` or `NAME=random[:SEED]`. PATH is LLaVA's (see `ProjectorSource`) or the folder of a
+            model in `transformers.FAMILIES`.
+        base: the LLM whose word embeddings LLaVA's projectors are compared with; full models have their own.
+        vision_tower, image_aspect_ratio: override the configs of LLaVA's projectors.
+        device: device of towers and projectors.
 
     Raises:
-        ValueError: an input does not fit, or there is no such device; the message says which and what to do.
-        FileNotFoundError: there is no such path.
+        ValueError: an input or the device is invalid; the message says which, and what to do.
+        FileNotFoundError: a path does not exist.
     """
     _require_device(device)
     places = [name_and_place(specification) for specification in specifications]
@@ -58,7 +58,7 @@ def load_models(
 
 
 def sources_of(models: Sequence[VisionLanguageModel]) -> dict[str, str]:
-    """Where each model's projector and words come from, by name, for captions."""
+    """Describe the origin of each model's projector and words, by name, for captions."""
     return {model.name: f"{model.source}, words of {model.words.source}" for model in models}
 
 
@@ -66,6 +66,6 @@ def _require_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ValueError(f"--device {device}: torch knows no such device. Pass cpu, cuda or cuda:1.") from error
+        raise ValueError(f"--device {device}: unknown device. Pass cpu, cuda or cuda:1.") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no CUDA device here. Pass --device cpu.")

@@ -1,6 +1,7 @@
-"""Models of transformers behind the contract of `models.base`: a family is an entry of `FAMILIES`.
+"""`models.base` for models of transformers. Each family is an entry of the registry `FAMILIES`.
 
-Measured is the whole image, squeezed, cropped or padded to one square; models that also cut it into tiles see that too.
+The measured input is the full image as one square: squeezed, cropped or padded. Tiles of the image, which some models
+add, are not measured.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _last_layer(model: Any, pixels: Tensor) -> Tensor:
 
 
 def _chosen_layers(model: Any, pixels: Tensor) -> Tensor:
-    """One hidden layer or several side by side, without CLS where the config drops it: `[B, S, d]`."""
+    """Concatenate the chosen hidden layers, without CLS if the config drops it: `[B, S, d]`."""
     layers = model.config.vision_feature_layer
     hidden = model.vision_tower(pixels, output_hidden_states=True).hidden_states
     first = 1 if model.config.vision_feature_select_strategy == "default" else 0
@@ -39,13 +40,13 @@ def _chosen_layers(model: Any, pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """What tells the models of one `model_type` apart.
+    """What is specific to the models of one `model_type`.
 
     Attributes:
         projector: name of the projector's module in the model.
-        features: model and pixels `[B, 3, side, side]` -> what the projector reads, `[B, S, d]`.
-        squeezes: whether an image is squeezed to the square; else the image processor says how it is cropped or padded.
-        processor_options: for the image processor, such as to leave an image whole.
+        features: computes the projector's input `[B, S, d]` from the model and pixels `[B, 3, side, side]`.
+        squeezes: whether images are squeezed to a square; otherwise the image processor's settings decide.
+        processor_options: options of the image processor, such as not to split an image into tiles.
     """
 
     projector: str
@@ -57,47 +58,47 @@ class Family:
 _WHOLE_IMAGE = {"do_image_splitting": False, "do_pad": False}
 FAMILIES: dict[str, Family] = {
     "llava": Family("multi_modal_projector", _chosen_layers, squeezes=False),
-    "llava_next": Family("multi_modal_projector", _chosen_layers),  # of its tiles the first is the base
-    # PaliGemma multiplies words by the root of its width, which changes neither cosines nor entropies.
+    "llava_next": Family("multi_modal_projector", _chosen_layers),  # the first of its tiles is the base tile
+    # PaliGemma scales word embeddings by the square root of its width, which changes neither cosines nor entropies.
     "paligemma": Family("multi_modal_projector", _last_layer),
-    # The connector joins blocks of patches, so that a token covers several patches each way.
+    # The connector merges blocks of patches, so a token covers several patches in each direction.
     "idefics3": Family("connector", _last_layer, processor_options=_WHOLE_IMAGE),
     "smolvlm": Family("connector", _last_layer, processor_options=_WHOLE_IMAGE),
 }
-"""By `model_type` of the config."""
+"""Registry of supported families, by `model_type` of the config."""
 
 
 def family_of(path: Path) -> Family | None:
-    """The family of a checkpoint's folder; None if it is no folder of transformers, such as LLaVA's own.
+    """Return the family of a checkpoint folder, or None if it is not a model of transformers (such as LLaVA's own).
 
     Raises:
-        ValueError: it is a model of transformers, but of no known family, or its config.json is broken.
+        ValueError: it is a model of transformers of an unknown family, or its config.json is broken.
     """
     file = path / "config.json"
     if not file.is_file():
         return None
     config = read_config(file)
-    if "text_config" not in config:  # LLaVA's own configs may call themselves `llava` too, but have no parts
+    if "text_config" not in config:  # LLaVA's own configs may have model_type `llava` too, but no nested configs
         return None
     model_type = config.get("model_type", "")
     if model_type not in FAMILIES:
         raise ValueError(
             f"{path}: config.json says model_type {model_type!r}; expected one of {', '.join(FAMILIES)}. "
-            "Another family is one entry of FAMILIES in patch_aligned/models/transformers.py."
+            "To add a family, extend FAMILIES in patch_aligned/models/transformers.py."
         )
     return FAMILIES[model_type]
 
 
 def load_family(name: str, path: Path, device: str = "cpu") -> VisionLanguageModel:
-    """A model up to its projector, with its word embeddings; the layers of its LLM are neither built nor read.
+    """Load a model up to its projector, and its word embeddings. The layers of its LLM are not loaded.
 
     Args:
-        name: of the projector in tables.
-        path: the checkpoint's folder, of one of `FAMILIES`.
-        device: where tower and projector run, in float32.
+        name: name of the projector in tables.
+        path: folder of a checkpoint of one of `FAMILIES`.
+        device: device of tower and projector, which run in float32.
 
     Raises:
-        ValueError: the family is unknown, or the checkpoint lacks a part.
+        ValueError: the family is unknown, or weights are missing.
     """
     family = family_of(path)
     if family is None:
@@ -117,9 +118,9 @@ class TransformersEncoder:
     """A model of transformers up to its projector.
 
     Args:
-        path: the checkpoint's folder.
+        path: folder of the checkpoint.
         family: its family.
-        device: where the model runs, in float32.
+        device: device of the model, which runs in float32.
 
     Raises:
         ValueError: weights of the tower or the projector are missing.
@@ -130,26 +131,26 @@ class TransformersEncoder:
         config = AutoConfig.from_pretrained(path)
         self.config = copy.deepcopy(config)
         self.model: Any = _without_language_layers(path, config).to(device)
-        self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")  # as LLaVA's own
-        # Not the config's image_size, which is the tower's at its own training: DINOv2 takes any.
+        self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")  # as in LLaVA
+        # Not the config's image_size, which is that of the tower's pretraining: DINOv2 accepts any size.
         self._side = self.inputs([Image.new("RGB", (64, 64))]).shape[-1]
 
     @property
     def width(self) -> int:
-        """d, the width of the features, of all chosen layers together."""
+        """d, the width of the features, summed over the chosen layers."""
         layers = getattr(self.config, "vision_feature_layer", 0)
         return self.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
     @property
     def image_aspect_ratio(self) -> str:
-        """How images are made square, in LLaVA's words where it has one: `square` (crop), `pad` or `squeeze`."""
+        """How images are made square: LLaVA's `square` (crop) or `pad`, or `squeeze`."""
         if self._family.squeezes:
             return "squeeze"
         treatment = self._view((self._side, self._side), (1, 1)).treatment
         return "square" if treatment == "crop" else treatment
 
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB images as the tower takes them: `[B, 3, side, side]`; of several tiles the first."""
+        """Preprocess RGB images for the tower: `[B, 3, side, side]`. Of several tiles, the first is used."""
         stacked = []
         for image in images:
             values = self.image_processor(image, return_tensors="pt", **self._family.processor_options)["pixel_values"]
@@ -158,24 +159,24 @@ class TransformersEncoder:
 
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
-        """Features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
+        """Compute features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
         return self._family.features(self.model, inputs.to(self.device, torch.float32))
 
     def layout(self, image_wh: tuple[int, int], shape: tuple[int, int]) -> Layout:
-        """The layout of an image of this size under `shape` (rows, cols) of visual tokens."""
+        """Return the layout of `shape` (rows, cols) visual tokens over an image of this size."""
         if not self._family.squeezes:
             return layout_of(self._view(image_wh, shape))
         grid = square_grid(image_wh, "squeeze", shape, self._side, self._side, self._seen_side)
         return Layout((grid,), grid.rows * grid.cols)
 
     def _view(self, image_wh: tuple[int, int], shape: tuple[int, int]) -> ImageView:
-        """As the image processor says: padded to a square, cut out of the middle, or squeezed."""
+        """Describe the image processor's treatment: padding, centre crop or squeezing."""
         ratio = "pad" if getattr(self.image_processor, "do_pad", False) else "square"
         return image_view_of(image_wh, self.image_processor, ratio, shape, self._seen_side)
 
     @property
     def _seen_side(self) -> int:
-        """Side of what patches cover, pixels; the rest of the processor's output is not seen."""
+        """Side of the area that patches cover, in pixels. The rest of the processor's output is not seen."""
         patch = self.config.vision_config.patch_size
         return self._side // patch * patch
 
@@ -186,14 +187,14 @@ def _without_language_layers(path: Path, config: Any) -> nn.Module:
     if getattr(text_config, "layer_types", None):
         text_config.layer_types = []
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # or it lists all layers that are left out on purpose
+    transformers_logging.set_verbosity_error()  # else it lists all layers that are skipped on purpose
     try:
         model, report = AutoModel.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     finally:
         transformers_logging.set_verbosity(verbosity)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{path}: the checkpoint lacks {len(missing)} weights that a {config.model_type} has, such as "
-            f"{missing[0]!r}, so tower or projector are not whole. Pass the folder of a complete model."
+            f"{path}: the checkpoint lacks {len(missing)} weights of a {config.model_type}, such as {missing[0]!r}, so "
+            "the tower or projector is incomplete. Pass the folder of a complete model."
         )
     return model.eval()

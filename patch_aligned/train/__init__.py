@@ -1,1 +1,1 @@
-"""Patch-aligned training: the plugin of stage 1, its flags, and the picture of its first batch."""
+"""Patch-aligned training: the plugin for stage 1, its flags, and the picture of the first batch."""

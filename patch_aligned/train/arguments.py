@@ -1,4 +1,4 @@
-"""Command line flags of patch-aligned training, parsed beside LLaVA's own."""
+"""Command-line flags of patch-aligned training, parsed together with LLaVA's."""
 
 from __future__ import annotations
 
@@ -15,35 +15,37 @@ class PatchArguments:
         default=None,
         metadata={
             "help": "PAD file (.json, .jsonl, either gzipped, or .parquet) with the regions of the training images, "
-            "joined with --data_path by the image's path. Not needed where --data_path is a PAD file itself."
+            "joined with --data_path by the image's path. Not needed if --data_path is a PAD file itself."
         },
     )
     patch_min_coverage: float = field(
         default=0.5,
-        metadata={"help": "A region covers a visual token if its mask covers at least this share of the token's cell."},
+        metadata={
+            "help": "A region covers a visual token if its mask covers at least this fraction of the token's cell."
+        },
     )
     patch_beta_start: float = field(default=0.0, metadata={"help": "Weight of the patch loss at the first step."})
     patch_beta_end: float = field(
-        default=5.0, metadata={"help": "Weight of the patch loss at the last step; linear in between."}
+        default=5.0, metadata={"help": "Weight of the patch loss at the last step; it changes linearly in between."}
     )
     patch_on_error: Literal["fail", "skip"] = field(
         default="fail",
         metadata={
-            "help": "Records of the PAD file that break the format, or whose size is not the image's: 'fail' stops, "
-            "'skip' trains these images on their captions only, lists the records and counts them."
+            "help": "What to do with PAD records that break the format, or whose size is not the image's: 'fail' stops "
+            "the run; 'skip' trains these images on their captions only, and lists and counts the records."
         },
     )
     patch_cache_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Where the converted PAD file is kept (default: $PATCH_ALIGNED_CACHE, else ~/.cache/patch_aligned)."
+            "help": "Cache folder of converted PAD files (default: $PATCH_ALIGNED_CACHE, else ~/.cache/patch_aligned)."
         },
     )
 
     def __post_init__(self) -> None:
         if not 0 < self.patch_min_coverage <= 1:
             raise ValueError(
-                f"--patch_min_coverage: found {self.patch_min_coverage}; expected a share above 0 and up to 1"
+                f"--patch_min_coverage: found {self.patch_min_coverage}; expected a fraction above 0 and up to 1"
             )
         for name in ("patch_beta_start", "patch_beta_end"):
             beta = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Patch-aligned training as a plugin of LLaVA's: regions of the PAD file become a loss on the visual tokens.
+"""Training plugin that adds the patch loss to LLaVA's stage 1, from the regions of a PAD file.
 
 Letters: B rows of the batch, N images, S visual tokens of an image, D width of the LLM, R regions of the batch,
 K tokens of the longest label.
@@ -40,12 +40,12 @@ _NO_RECORD = -1
 
 
 class PatchAlignedPlugin(TrainingPlugin):
-    """Adds `patch` to the losses of a run; see `PatchArguments` for its flags.
+    """Adds the loss `patch` to a run. `PatchArguments` has its flags.
 
-    In the batch (all whole numbers or bools, since engines may cast floats):
-        region_row `[R]`, region_tokens `[R, S]`, label_ids `[R, K]`, label_lengths `[R]`: what the loss reads;
-        image_row, record_row `[N]`, region_position `[R]`: where it came from, for the picture;
-        counts `[3]`: images without a record, regions that cover no token, records left out for their size.
+    Tensors in the batch (integers or bools, since engines may cast floats):
+        region_row `[R]`, region_tokens `[R, S]`, label_ids `[R, K]`, label_lengths `[R]`: inputs of the loss.
+        image_row, record_row `[N]`, region_position `[R]`: their origin, for the picture.
+        counts `[3]`: images without a record, regions that cover no token, records skipped for their size.
     """
 
     arguments_class = PatchArguments
@@ -64,10 +64,10 @@ class PatchAlignedPlugin(TrainingPlugin):
         image_folder: str | None = None,
         output_dir: Path | None = None,
     ) -> None:
-        """Opens the PAD file and counts how many training images have regions.
+        """Open the PAD file and count the training images that have regions.
 
         Raises:
-            ValueError: if no PAD file is named, or no image of the training file has a region.
+            ValueError: if no PAD file is given, or no image of the training file has a region.
             AnnotationError: if the PAD file has broken records and `--patch_on_error` is `fail`.
         """
         self.arguments = arguments
@@ -80,7 +80,7 @@ class PatchAlignedPlugin(TrainingPlugin):
             self._report_share(Path(data_path))
 
     def transform_sample(self, record: Mapping[str, Any], view: ImageView) -> dict[str, Tensor]:
-        """Tokens that each region of the image covers, and the ids of its label. anyres: tokens of the base tile.
+        """Return the tokens that each region of the image covers, and the ids of its label. anyres: base tile only.
 
         Raises:
             PatchMaskError: if the record's size is not the image's and `--patch_on_error` is `fail`.
@@ -92,8 +92,8 @@ class PatchAlignedPlugin(TrainingPlugin):
         if row is None or found is None:
             row, found = _NO_RECORD, ([], np.zeros((0, view.grid[0] * view.grid[1]), dtype=bool))
         tags, covered = found  # covered [regions, S]
-        position = np.flatnonzero(covered.any(axis=1))  # [R] regions that stay
-        labels = [self.labels(tags[place]) for place in position.tolist()]
+        position = np.flatnonzero(covered.any(axis=1))  # [R] regions that cover a token
+        labels = [self.labels(tags[index]) for index in position.tolist()]
         return {
             "region_tokens": torch.from_numpy(covered[position]),
             "region_position": torch.from_numpy(position),
@@ -104,7 +104,7 @@ class PatchAlignedPlugin(TrainingPlugin):
         }
 
     def collate(self, extras: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Joins the regions of all rows; rows without image have none."""
+        """Concatenate the regions of all rows; rows without image have none."""
         rows = torch.tensor([row for row, extra in enumerate(extras) if extra], dtype=torch.int64)  # [rows with image]
         given = [extra for extra in extras if extra]
         regions = torch.tensor([len(extra["label_lengths"]) for extra in given], dtype=torch.int64)
@@ -122,14 +122,14 @@ class PatchAlignedPlugin(TrainingPlugin):
         }
 
     def auxiliary_losses(self, context: AlignmentContext, batch: Mapping[str, Tensor]) -> AuxiliaryOutput:
-        """`patch`, the loss of Eq. 5, with the counts and the mean cosine of this micro-batch."""
+        """Return `patch`, the loss of Eq. 5, with the counts and the mean cosine of this micro-batch."""
         tokens = context.visual_tokens
-        # Every rank calls the embedding once in each micro-step, with or without regions: ZeRO-3 waits for all of them.
+        # Each rank calls the embedding once per micro-step, even without regions: under ZeRO-3 it is a collective call.
         embeddings = label_embeddings(batch["label_ids"], batch["label_lengths"], context.embed_words)  # [R, D]
         regions = embeddings.shape[0]
         region_tokens = batch["region_tokens"] if regions else batch["region_tokens"].new_zeros(0, tokens.shape[1])
-        # Images stand in the order of their rows; the regions of a row with several images belong to its first one, and
-        # those of a row whose image is not there to none.
+        # Images are in the order of their rows. The regions of a row with several images belong to the first; those of
+        # a row without its image belong to none.
         region_image = torch.searchsorted(context.sample_of_image, batch["region_row"])  # [R]
         is_there = (batch["region_row"][:, None] == context.sample_of_image).any(dim=1)
         region_image = region_image.where(is_there, tokens.shape[0])
@@ -137,7 +137,7 @@ class PatchAlignedPlugin(TrainingPlugin):
         unlabelled, dropped, wrong_size = batch["counts"].float()
         metrics = {
             "patch/regions": cosines.new_full((), regions),
-            "patch/cosine": cosines.detach().mean(),  # NaN, so not reported, where there is no region
+            "patch/cosine": cosines.detach().mean(),  # NaN, hence not logged, if there is no region
             "patch/dropped_regions": dropped,
             "patch/images_without_record": unlabelled,
             "patch/skipped_images": wrong_size,
@@ -145,12 +145,12 @@ class PatchAlignedPlugin(TrainingPlugin):
         return AuxiliaryOutput({"patch": patch_loss(cosines, region_image, tokens.shape[0])}, metrics)
 
     def loss_weights(self, progress: float) -> dict[str, float]:
-        """Beta: from start to end along the run, exact at both."""
+        """Return beta, interpolated linearly from start to end of the run, exact at both."""
         start, end = self.arguments.patch_beta_start, self.arguments.patch_beta_end
         return {"patch": start * (1 - progress) + end * progress}
 
     def describe_first_batch(self, images: Tensor, grid: tuple[int, int], batch: Mapping[str, Any], path: Path) -> None:
-        """Saves images, masks, covered tokens and labels of the first batch as `path`.png."""
+        """Save images, masks, covered tokens and labels of the first batch as `path`.png."""
         batch = {key: value.cpu() for key, value in batch.items()}
         if len(images) != len(batch["image_row"]):
             logger.info("No picture of the first batch: %d images in %d rows", len(images), len(batch["image_row"]))
@@ -158,7 +158,7 @@ class PatchAlignedPlugin(TrainingPlugin):
         save_picture([self._pictured(image, index, batch) for index, image in enumerate(images)], grid, path)
 
     def _pictured(self, model_image: Tensor, index: int, batch: Mapping[str, Tensor]) -> PicturedImage:
-        """What the loss reads of an image of the batch, drawn from the batch itself."""
+        """Collect what the loss reads for one image, from the batch itself."""
         row = int(batch["record_row"][index])
         annotated = self.index[row] if row != _NO_RECORD else None
         is_own = batch["region_row"] == batch["image_row"][index]  # [R]
@@ -178,18 +178,18 @@ class PatchAlignedPlugin(TrainingPlugin):
         return PicturedImage(self._original(annotated), model_image, title, regions)
 
     def _original(self, annotated: AnnotatedImage | None) -> Image.Image | None:
-        """The image file of a record, or None where it cannot be had: a picture must not end a run."""
+        """Read a record's image file. Returns None if it cannot be read: the picture must not stop a run."""
         if annotated is None or self.image_folder is None:
             return None
         try:
             image = decode_image(image_path(self.image_folder, annotated.image_id))
         except (ImageFileError, UnreadableImageError, OSError) as error:
-            logger.warning("Left out of the picture of the first batch: %s", error)
+            logger.warning("Not in the picture of the first batch: %s", error)
             return None
         return image if image.size == annotated.size_wh else None
 
     def _tags_and_tokens(self, row: int, image_id: str, view: ImageView) -> tuple[Sequence[str], np.ndarray] | None:
-        """Tags and bool `[regions, S]`, or None where the record does not fit the image and such are to be skipped."""
+        """Return tags and bool `[regions, S]`, or None if the record does not fit the image and is to be skipped."""
         try:
             image = self.index[row]
             masks = [region.rle_mask for region in image.regions]
@@ -201,7 +201,7 @@ class PatchAlignedPlugin(TrainingPlugin):
         except PatchMaskError as error:
             if self.arguments.patch_on_error == "fail":
                 raise
-            logger.warning("Left out: %s", error)
+            logger.warning("Skipped: %s", error)
             return None
 
     def _judge_rejections(self, output_dir: Path | None) -> None:
@@ -209,9 +209,9 @@ class PatchAlignedPlugin(TrainingPlugin):
             return
         message = self.index.rejection_message()
         if self.arguments.patch_on_error == "fail":
-            advice = "Correct them, or leave them out with --patch_on_error skip."
+            advice = "Correct them, or pass --patch_on_error skip."
             raise AnnotationError(f"{message}\n{advice}", -1, "")
-        logger.warning("Left out, %s", message)
+        logger.warning("Skipped, %s", message)
         if output_dir is not None:
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "patch_skipped.jsonl").write_bytes((self.index.folder / "rejected.jsonl").read_bytes())
@@ -236,8 +236,8 @@ def _annotated_training_file(data_path: str | None) -> str:
         if isinstance(record, Mapping) and {"image_id", "size", "labels"} <= record.keys():
             return str(data_path)
     raise ValueError(
-        f"--data_path {data_path}: found no regions in its records; expected PAD records there, or a PAD file beside "
-        "it. Name the file: --patch_data_path PAD.json"
+        f"--data_path {data_path}: found no regions in its records; expected PAD records, or a separate PAD file: "
+        "--patch_data_path PAD.json"
     )
 
 

@@ -115,7 +115,7 @@ def test_a_limit_chooses_by_seed_unless_the_first_are_asked_for(golden_world: Pa
         ({"image_folder": "missing"}, "--image-folder missing: there is no such folder"),
         ({"region_kind": "object", "limit": "1", "subset": "first"}, "no regions of kind 'object'"),
         ({"device": "cuda:9"}, "--device cuda:9: torch sees no CUDA device here"),
-        ({"device": "gpu"}, "--device gpu: torch knows no such device"),
+        ({"device": "gpu"}, "--device gpu: unknown device"),
     ],
 )
 def test_wrong_input_ends_with_a_sentence_and_code_2(

@@ -110,7 +110,7 @@ def test_a_table_too_short_for_the_tokenizer_is_refused(golden_world: Path):
 
 
 def test_a_checkpoint_without_projector_is_named(golden_world: Path):
-    with pytest.raises(ValueError, match=r"tiny-vicuna holds no projector.*belongs to --base"):
+    with pytest.raises(ValueError, match=r"tiny-vicuna holds no projector.*as --base"):
         ProjectorSource.parse("llm=tiny-vicuna")
 
 
@@ -132,7 +132,7 @@ def test_a_whole_models_projector_is_not_that_of_an_earlier_stage_beside_it(gold
 @pytest.mark.parametrize(
     ("changed", "message", "arguments"),
     [
-        ({"mm_vision_select_layer": -1}, r"mm_vision_select_layer is \{'a': -2, 'b': -1\}.*Measure them apart", None),
+        ({"mm_vision_select_layer": -1}, r"mm_vision_select_layer is \{'a': -2, 'b': -1\}.*Measure them", None),
         ({"mm_vision_tower": "tiny-siglip"}, r"mm_vision_tower is .*pass --vision-tower", ("tiny-clip", None)),
         ({"image_aspect_ratio": "pad"}, r"image_aspect_ratio is .*Pass --image-aspect-ratio", (None, "pad")),
     ],
@@ -155,7 +155,7 @@ def test_projectors_of_different_features_are_measured_together_only_where_one_i
 def test_a_trained_tower_cannot_be_shared(golden_world: Path):
     config = json.loads(Path("tiny-llava/config.json").read_text())
     Path("tiny-llava/config.json").write_text(json.dumps(config | {"unfreeze_mm_vision_tower": True}))
-    with pytest.raises(ValueError, match="trained its vision tower"):
+    with pytest.raises(ValueError, match="trained vision tower"):
         ProjectorSource.parse("full=tiny-llava")
 
 
