@@ -1,7 +1,7 @@
-"""A picture of a batch: each image file with the masks of its regions, and what the tower sees with the covered tokens.
+"""Draw a batch: each image file with its masks, beside the tower's input with the covered tokens.
 
-Misplaced regions show at once: masks beside their objects on the left, or tokens beside the objects on the right. The
-right picture is made of the very pixels that the tower was given, so a layout that does not fit them shows too.
+Wrong masks show on the left, wrong tokens on the right. The right picture is made from the pixels that the tower was
+given, so it also reveals a wrong layout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GOLDEN_ANGLE = 0.381966  # of the colour circle: any number of hues, neighbours
 
 @dataclass(frozen=True)
 class PicturedRegion:
-    """A region: its label as the LLM reads it, its mask, and the tokens it covers (None: none, so it is not used)."""
+    """A region: its label as the LLM reads it, its mask, and the tokens it covers (None if it is not in the loss)."""
 
     label: str
     rle_mask: str
@@ -38,7 +38,7 @@ class PicturedRegion:
 
 @dataclass(frozen=True)
 class PicturedImage:
-    """One image with its regions: the file, if there is one, and what patches cover, `[3, side, side]` in 0..1."""
+    """One image with its regions: the file, if readable, and the tower's input `[3, side, side]` in 0..1."""
 
     original: Image.Image | None
     model_image: Tensor
@@ -47,11 +47,7 @@ class PicturedImage:
 
 
 def save_picture(images: Sequence[PicturedImage], grid: tuple[int, int], path: Path) -> Path:
-    """Draws the first images of a batch, and saves them as `path` with the suffix `.png`.
-
-    Returns:
-        The file's path.
-    """
+    """Draw the first images of a batch and save them as `path`.png; returns the file's path."""
     font = ImageFont.load_default(_TEXT)
     blocks = [_draw_block(image, grid, font) for image in images[:_MOST_IMAGES]]
     columns = 2 if len(blocks) > 1 else 1
@@ -84,7 +80,7 @@ def _caption(images: int, grid: tuple[int, int]) -> str:
 def _draw_block(
     image: PicturedImage, grid: tuple[int, int], font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> Image.Image:
-    """Title, the two pictures side by side, and the legend."""
+    """Draw the title, the two pictures side by side, and the legend."""
     entries = min(len(image.regions), _MOST_LABELS + 1)
     legend_lines = -(-entries // _LEGEND_COLUMNS)
     width = 2 * _PANEL + _GAP
@@ -97,18 +93,18 @@ def _draw_block(
     seen = (image.model_image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)  # -> [side, side, 3]
     block.paste(_draw_tokens(Image.fromarray(seen), image.regions, grid), (_GAP + _PANEL + _GAP, _LINE))
 
-    for place, region in enumerate(image.regions[: _MOST_LABELS + 1]):
-        left = _GAP + (place % _LEGEND_COLUMNS) * (_PANEL + _GAP)
-        top = _LINE + _PANEL + _GAP // 2 + (place // _LEGEND_COLUMNS) * _LINE
-        if place == _MOST_LABELS:
+    for index, region in enumerate(image.regions[: _MOST_LABELS + 1]):
+        left = _GAP + (index % _LEGEND_COLUMNS) * (_PANEL + _GAP)
+        top = _LINE + _PANEL + _GAP // 2 + (index // _LEGEND_COLUMNS) * _LINE
+        if index == _MOST_LABELS:
             draw.text((left, top), f"and {len(image.regions) - _MOST_LABELS} more", font=font, fill=_FADED)
             continue
         is_used = region.tokens is not None
         draw.rounded_rectangle(
             (left, top + 3, left + 26, top + 19),
             4,
-            fill=_colour(place) if is_used else None,
-            outline=_colour(place),
+            fill=_colour(index) if is_used else None,
+            outline=_colour(index),
             width=2,
         )
         covers = _counted(int(region.tokens.sum())) if region.tokens is not None else "covers no token, not in the loss"
@@ -118,7 +114,7 @@ def _draw_block(
 
 
 def _draw_masks(original: Image.Image, regions: Sequence[PicturedRegion]) -> Image.Image:
-    """The image, scaled to the panel, each region tinted and outlined."""
+    """Scale the image to the panel, and tint and outline each region."""
     scale = _PANEL / max(original.size)
     width, height = (max(1, round(length * scale)) for length in original.size)
     size = (width, height)
@@ -134,7 +130,7 @@ def _draw_masks(original: Image.Image, regions: Sequence[PicturedRegion]) -> Ima
 
 
 def _draw_tokens(seen: Image.Image, regions: Sequence[PicturedRegion], grid: tuple[int, int]) -> Image.Image:
-    """The faded image under the token grid; a cell that several regions cover shows their colours as stripes."""
+    """Draw the token grid over the faded image. A cell covered by several regions has their colours as stripes."""
     faded = seen.convert("L").convert("RGB").resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
     picture = Image.blend(faded, Image.new("RGB", faded.size, _PAPER), 0.55)
     rows, cols = grid
@@ -142,14 +138,14 @@ def _draw_tokens(seen: Image.Image, regions: Sequence[PicturedRegion], grid: tup
     y_edges = np.linspace(0, _PANEL, rows + 1).round().astype(int)
     overlay = picture.copy()
     draw = ImageDraw.Draw(overlay)
-    shown = [(place, region.tokens) for place, region in enumerate(regions[:_MOST_LABELS])]
+    shown = [(index, region.tokens) for index, region in enumerate(regions[:_MOST_LABELS])]
     for token in range(rows * cols):
-        covering = [place for place, tokens in shown if tokens is not None and tokens[token]]
+        covering = [index for index, tokens in shown if tokens is not None and tokens[token]]
         left, right = x_edges[token % cols], x_edges[token % cols + 1]
         top, bottom = y_edges[token // cols], y_edges[token // cols + 1]
         stripes = np.linspace(left, right, len(covering) + 1).round().astype(int)
-        for place, start, end in zip(covering, stripes[:-1], stripes[1:], strict=True):
-            draw.rectangle((start, top, end - 1, bottom - 1), fill=_colour(place))
+        for index, start, end in zip(covering, stripes[:-1], stripes[1:], strict=True):
+            draw.rectangle((start, top, end - 1, bottom - 1), fill=_colour(index))
     picture = Image.blend(picture, overlay, 0.8)
     lines = ImageDraw.Draw(picture)
     for edge in x_edges[:-1].tolist():
@@ -164,7 +160,7 @@ def _counted(tokens: int) -> str:
 
 
 def _outline(inside: np.ndarray) -> np.ndarray:
-    """Pixels of the mask within two pixels of its border."""
+    """Return the mask's pixels within two pixels of its border."""
     core = inside.copy()
     for _ in range(2):
         padded = np.pad(core, 1)
@@ -172,8 +168,8 @@ def _outline(inside: np.ndarray) -> np.ndarray:
     return inside & ~core
 
 
-def _colour(place: int) -> tuple[int, int, int]:
-    red, green, blue = colorsys.hls_to_rgb((0.58 + place * _GOLDEN_ANGLE) % 1, 0.48, 0.75)
+def _colour(index: int) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hls_to_rgb((0.58 + index * _GOLDEN_ANGLE) % 1, 0.48, 0.75)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
