@@ -1,4 +1,4 @@
-"""Images and prompts on their way into the model: pixel tensors, token ids, stopping words. Names are upstream's."""
+"""Preprocess images and prompts: pixel tensors, token ids, stopping criteria. Names are upstream's."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ _TREATMENTS: dict[str | None, Literal["crop", "pad", "squeeze"]] = {
 
 
 class UnreadableImageError(OSError):
-    """An image file that exists but cannot be decoded; the message names it and says what to do."""
+    """Raised for an image file that exists but cannot be decoded. The message names it and says what to do."""
 
 
 def load_rgb_image(path: str | Path) -> Image.Image:
-    """Reads a picture completely, as RGB. Animations give their first frame; EXIF rotation is not applied.
+    """Read an image completely, as RGB. Animations give their first frame. EXIF rotation is not applied.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        UnreadableImageError: if it is no image, is cut off, or is too large to be decoded safely.
+        FileNotFoundError: if the file does not exist.
+        UnreadableImageError: if the file is not an image, is truncated, or is too large to decode safely.
     """
     try:
         with Image.open(path) as image:
@@ -66,13 +66,13 @@ def load_rgb_image(path: str | Path) -> Image.Image:
         raise FileNotFoundError(f"{path}: no such image file; check the image folder and the data's paths") from None
     except UnidentifiedImageError:
         found = _begins_with(path)
-        raise UnreadableImageError(f"{path}: found {found}, expected an image; fetch the file anew") from None
+        raise UnreadableImageError(f"{path}: found {found}, expected an image; download the file again") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(
-            f"{path}: {error}. Shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if the file is to be trusted"
+            f"{path}: {error}. Shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
         ) from None
     except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # what PIL's decoders raise for broken files
-        raise UnreadableImageError(f"{path}: cannot be decoded ({error}); fetch the file anew") from error
+        raise UnreadableImageError(f"{path}: cannot be decoded ({error}); download the file again") from error
 
 
 def _begins_with(path: str | Path) -> str:
@@ -82,10 +82,10 @@ def _begins_with(path: str | Path) -> str:
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """The picture in a base64 text.
+    """Decode an image from base64 text.
 
     Raises:
-        UnreadableImageError: if the text is not base64, or its bytes are no image.
+        UnreadableImageError: if the text is not base64, or its bytes are not an image.
     """
     try:
         return Image.open(io.BytesIO(base64.b64decode(image)))
@@ -94,7 +94,7 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
 
 
 def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
-    """Centres an image on a square canvas of `background_color`; a square image is returned as it is."""
+    """Centre an image on a square canvas of `background_color`. A square image is returned unchanged."""
     if pil_img.width == pil_img.height:
         return pil_img
     side = max(pil_img.size)
@@ -104,7 +104,9 @@ def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
 
 
 def letterboxed_wh(original_wh: tuple[int, int], target_wh: tuple[int, int]) -> tuple[int, int]:
-    """Largest size of the image's shape inside `target_wh`; the shorter side is rounded up (upstream's rule)."""
+    """Return the largest size with the image's aspect ratio inside `target_wh`; the shorter side is rounded up, as
+    upstream does.
+    """
     width, height = original_wh
     target_width, target_height = target_wh
     scale_x, scale_y = target_width / width, target_height / height
@@ -114,9 +116,9 @@ def letterboxed_wh(original_wh: tuple[int, int], target_wh: tuple[int, int]) -> 
 
 
 def select_best_resolution(original_size: tuple[int, int], possible_resolutions: Sequence[Any]) -> Any:
-    """Resolution (width, height) that keeps most of the image's pixels; of equals, the one with least empty area.
+    """Return the resolution (width, height) that keeps most of the image's pixels, then the least empty area.
 
-    Of several that are equal in both the first wins (upstream's rule).
+    Remaining ties go to the first, as upstream does.
     """
     if not possible_resolutions:
         raise ValueError("possible_resolutions: found none, expected at least one (width, height)")
@@ -132,7 +134,7 @@ def select_best_resolution(original_size: tuple[int, int], possible_resolutions:
 
 
 def parse_grid_pinpoints(grid_pinpoints: Any) -> list[Any]:
-    """The configuration's `image_grid_pinpoints`: a list of (width, height), or such a list written as text."""
+    """Parse the config's `image_grid_pinpoints`: a list of (width, height), or its text form."""
     pinpoints = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
     if not isinstance(pinpoints, list | tuple) or any(len(p) != 2 for p in pinpoints):
         raise ValueError(f"image_grid_pinpoints: found {grid_pinpoints!r}, expected a list of [width, height]")
@@ -140,13 +142,13 @@ def parse_grid_pinpoints(grid_pinpoints: Any) -> list[Any]:
 
 
 def get_anyres_image_grid_shape(image_size: tuple[int, int], grid_pinpoints: Any, patch_size: int) -> tuple[int, int]:
-    """Tiles across and down for an image of `image_size` (width, height); `patch_size` is a tile's side in pixels."""
+    """Return the number of tiles across and down for `image_size` (width, height); `patch_size` is a tile's side."""
     width, height = select_best_resolution(image_size, parse_grid_pinpoints(grid_pinpoints))
     return width // patch_size, height // patch_size
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int]) -> Image.Image:
-    """Fits an image into `target_resolution` (width, height), centred on black."""
+    """Fit an image into `target_resolution` (width, height), centred on black."""
     target_width, target_height = target_resolution
     width, height = letterboxed_wh(image.size, target_resolution)
     canvas = Image.new("RGB", (target_width, target_height), (0, 0, 0))
@@ -155,7 +157,7 @@ def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int])
 
 
 def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
-    """Cuts an image into square tiles of `patch_size` pixels, row by row."""
+    """Split an image into square tiles of `patch_size` pixels, row by row."""
     return [
         image.crop((left, top, left + patch_size, top + patch_size))
         for top in range(0, image.height, patch_size)
@@ -164,12 +166,12 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
 
 
 def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Any) -> Tensor:
-    """Tensor `[1 + tiles, 3, side, side]`: the whole image squeezed to a square, then tiles of its letterboxed copy.
+    """Return `[1 + tiles, 3, side, side]`: the image squeezed to a square, then the tiles of its letterboxed copy.
 
     Args:
         image: RGB.
         processor: image processor of the vision tower.
-        grid_pinpoints: possible resolutions (width, height), as a list or as a list written as text.
+        grid_pinpoints: possible resolutions (width, height), as a list or its text form.
     """
     resolution = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints))
     side = processed_side(processor)
@@ -179,12 +181,12 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Any
 
 
 def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
-    """Pixel tensors as the configuration's `image_aspect_ratio` asks: None, "square" or "original", "pad", "anyres".
+    """Preprocess images according to the config's `image_aspect_ratio`: None, "square", "original", "pad" or "anyres".
 
-    "original" is what lmms-eval's tasks write into a config that names none: the processor alone, as for "square".
+    lmms-eval's tasks write "original" into configs without a value. It means the processor alone, like "square".
 
     Returns:
-        `[images, 3, side, side]` (anyres: `[images, 1 + tiles, 3, side, side]`), or a list where shapes differ.
+        `[images, 3, side, side]` (anyres: `[images, 1 + tiles, 3, side, side]`), or a list if shapes differ.
 
     Raises:
         ValueError: for another `image_aspect_ratio`.
@@ -213,16 +215,16 @@ def image_view_of(
     grid: tuple[int, int],
     seen_side: int | None = None,
 ) -> ImageView:
-    """What `process_images` does to an image of `image_size` (width, height), for this very processor.
+    """Describe what `process_images` does to an image of `image_size` (width, height) with this processor.
 
-    A processor that squeezes images to a square instead of cropping (SigLIP's) is described as such.
+    A processor that squeezes images to a square instead of cropping (SigLIP's) gives the treatment `squeeze`.
 
     Args:
         image_size: width and height of the image file, pixels.
-        image_processor: of the vision tower.
+        image_processor: image processor of the vision tower.
         image_aspect_ratio: None or "square", "pad", "anyres" (the base tile).
         grid: rows and columns of visual tokens.
-        seen_side: the tower's `seen_side`; None where its patches fill the processor's output.
+        seen_side: the tower's `seen_side`; None if its patches cover the processor's output.
 
     Raises:
         ValueError: for another `image_aspect_ratio`.
@@ -243,16 +245,16 @@ def _pixel_values(processor: Any, image: Image.Image) -> Tensor:
 
 
 def _shortest_edge(processor: Any) -> int | None:
-    """Length to which the processor resizes the shortest edge; None if it squeezes both edges instead."""
+    """Return the length to which the processor resizes the shortest edge, or None if it squeezes both edges."""
     size = processor.size
     return size if isinstance(size, int) else dict(size).get("shortest_edge")
 
 
 def processed_side(processor: Any) -> int:
-    """Side of the processor's square output, pixels.
+    """Return the side of the processor's square output, in pixels.
 
     Raises:
-        ValueError: the output is no square.
+        ValueError: the output is not a square.
     """
     crop = getattr(processor, "crop_size", None)
     size = crop if crop and getattr(processor, "do_center_crop", True) else processor.size
@@ -266,10 +268,10 @@ def processed_side(processor: Any) -> int:
 
 
 def require_image_tokens(prompt: str, images: int, where: str) -> None:
-    """Checks that a prompt has one `<image>` for each image.
+    """Check that a prompt has one `<image>` for each image.
 
     Raises:
-        ValueError: naming `where`, what was found and what was expected.
+        ValueError: the numbers differ; the message names `where`, found and expected.
     """
     found = prompt.count(DEFAULT_IMAGE_TOKEN)
     if found != images:
@@ -280,10 +282,10 @@ def require_image_tokens(prompt: str, images: int, where: str) -> None:
 
 
 def with_space_prefix(text: str, tokenizer: Any) -> str:
-    """`text` such that tokenizers of SentencePiece models give the ids that SentencePiece itself gives.
+    """Adjust `text` so that the `tokenizers` library gives the same ids as SentencePiece itself.
 
-    SentencePiece puts a space before every text. The `tokenizers` library leaves it out where a text begins with a
-    space already, so that " and" and "and" become the same ids.
+    SentencePiece puts a space before every text. The `tokenizers` library omits it if the text already begins with a
+    space, so that " and" and "and" get the same ids.
     """
     # upstream parity: a space after `<image>` was two pieces when the published checkpoints were trained.
     # Byte-level tokenizers tell "and" from " and", and SentencePiece itself tells " and" from "  and".
@@ -295,14 +297,14 @@ def with_space_prefix(text: str, tokenizer: Any) -> str:
 def tokenizer_image_token(
     prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
 ) -> list[int] | Tensor:
-    """Token ids of a prompt, with `image_token_index` in place of each `<image>`.
+    """Tokenise a prompt, with `image_token_index` in place of each `<image>`.
 
-    The pieces between images are tokenised each on its own, after one BOS if the tokenizer adds any.
+    The pieces between images are tokenised separately, after one BOS if the tokenizer adds one.
 
     Args:
         prompt: text with any number of `<image>`.
         tokenizer: tokenizer of the LLM.
-        image_token_index: id that stands for an image.
+        image_token_index: id that represents an image.
         return_tensors: "pt" for an int64 tensor `[length]`, None for a list.
 
     Raises:
@@ -310,7 +312,7 @@ def tokenizer_image_token(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"Unsupported tensor type: {return_tensors}")
-    # Asked of the empty text: a prompt may spell out the BOS token itself (chatml, where it is `<|im_start|>`).
+    # Use the empty text: a prompt may itself begin with the BOS token (chatml, where it is `<|im_start|>`).
     bos = tokenizer("").input_ids[:1]
     ids: list[int] = bos if bos == [tokenizer.bos_token_id] else []
     for position, piece in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
@@ -322,7 +324,7 @@ def tokenizer_image_token(
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """Last part of a path; for a training checkpoint `<parent>_checkpoint-N`."""
+    """Return the last part of a path; for a training checkpoint `<parent>_checkpoint-N`."""
     *parents, name = model_path.strip("/").split("/")
     return f"{parents[-1]}_{name}" if parents and name.startswith("checkpoint-") else name
 
@@ -330,8 +332,8 @@ def get_model_name_from_path(model_path: str) -> str:
 class KeywordsStoppingCriteria(StoppingCriteria):
     """Stops a row once its answer ends with a keyword's ids, or its last few tokens decode to text with a keyword.
 
-    Rows of a batch stop one by one. Works whether `generate` hands over the prompt with the answer or, as it does when
-    it was given embeddings, the answer alone.
+    Rows of a batch stop independently. `generate` may pass prompt and answer, or the answer alone, as it does when
+    called with embeddings.
 
     Args:
         keywords: texts that end an answer.
@@ -353,7 +355,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         self.start_len = input_ids.shape[1]
 
     def __call__(self, input_ids: Tensor, scores: Any = None, **kwargs: Any) -> Tensor:
-        """Bool tensor `[rows]`: which answers are complete."""
+        """Return which answers are complete, bool `[rows]`."""
         answers = input_ids[:, self.start_len :] if self._has_prompt(input_ids) else input_ids
         finished = [self._is_finished(answer) for answer in answers]
         return torch.tensor(finished, dtype=torch.bool, device=input_ids.device)

@@ -1,10 +1,9 @@
-"""The one hook of `llava`: all that code outside the package sees of a training run.
+"""Training plugin interface: the only hook that code outside `llava` has into a training run.
 
-A plugin adds tensors to each sample, and losses that read the visual tokens of the same forward pass. It is handed to
-`llava.train.train.train(plugin=...)` by whoever starts the run; there is no registry. Without a plugin, training is
-plain LLaVA, bit for bit.
+A plugin adds tensors to each sample, and losses that read the visual tokens of the same forward pass. Pass it to
+`llava.train.train.train(plugin=...)`; there is no registry. Without a plugin, training is plain LLaVA, bit for bit.
 
-Not goals: several plugins at once, plugins with parameters of their own, hooks at generation.
+Non-goals: several plugins at once, plugins with trainable parameters, hooks in generation.
 
 Letters: N images of the micro-batch, S visual tokens of an image, D width of the LLM.
 """
@@ -23,18 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageView:
-    """What `process_images` did to one image on its way into the vision tower; all lengths are pixels.
+    """Geometry of the preprocessing that `process_images` applied to one image. All lengths are in pixels.
 
     Attributes:
         original_wh: width and height of the image file.
-        treatment: `crop` (the shortest edge resized, the centre cut out), `pad` (centred on a square canvas, then
-            resized) or `squeeze` (the whole image resized to the square: the base tile of anyres, or what SigLIP's
-            processor does).
+        treatment: `crop` (resize the shortest edge, then crop the centre), `pad` (centre on a square canvas, then
+            resize) or `squeeze` (resize the full image to the square: the base tile of anyres, and SigLIP's processor).
         shortest_edge: length to which edges are resized.
         processed_side: side of the image processor's output, the centre of the resized image.
         seen_side: side of the upper left part of that output which patches cover. 27 patches of 14 pixels leave 6 of
             SigLIP's 384 pixels unseen.
-        grid: rows and columns of visual tokens over what is seen.
+        grid: rows and columns of visual tokens over the seen part.
     """
 
     original_wh: tuple[int, int]
@@ -47,14 +45,14 @@ class ImageView:
 
 @dataclass(frozen=True)
 class AlignmentContext:
-    """What a plugin's losses may read inside `forward`.
+    """Inputs of a plugin's losses inside `forward`.
 
     Attributes:
-        visual_tokens: `[N, S, D]`, projector output, one row an image (the base tile for anyres), before merging.
-        sample_of_image: `[N]`, row of the batch that each image belongs to. Dummy images are left out.
+        visual_tokens: `[N, S, D]`, projector output before merging, one row per image (anyres: the base tile).
+        sample_of_image: `[N]`, row of the batch that each image belongs to. Dummy images are excluded.
         grid: rows and columns of the token grid; `S = rows * cols`, row-major.
-        embed_words: ids `[...]` -> `[..., D]` through the LLM's own embedding module. Under ZeRO-3 a call gathers the
-            table on all ranks, so every rank must call it equally often in each micro-step.
+        embed_words: ids `[...]` -> `[..., D]` through the LLM's embedding module. Under ZeRO-3 each call gathers the
+            table on all ranks, so every rank must make the same number of calls per micro-step.
     """
 
     visual_tokens: Tensor
@@ -65,12 +63,12 @@ class AlignmentContext:
 
 @dataclass(frozen=True)
 class AuxiliaryOutput:
-    """What a plugin returns from a forward pass.
+    """Losses and metrics that a plugin returns from a forward pass.
 
     Attributes:
         losses: named scalars, unweighted and mean-reduced, connected to the graph; logged as `loss/<name>`.
-        metrics: named scalars that are only logged, under the name given. They are averaged over the micro-batches and
-            ranks of a logging window; NaN means "nothing to report here" and is left out of the mean.
+        metrics: named scalars that are only logged, under the given name. They are averaged over the micro-batches and
+            ranks of a logging window. NaN means "nothing to report" and is excluded from the mean.
     """
 
     losses: dict[str, Tensor]
@@ -78,10 +76,10 @@ class AuxiliaryOutput:
 
 
 class TrainingPlugin:
-    """Base class of a plugin; every method has a neutral default, so a subclass states only what it adds."""
+    """Base class of plugins. Every method has a neutral default; subclasses override what they need."""
 
     arguments_class: type | None = None
-    """Dataclass parsed from the command line beside LLaVA's own; its fields should share a prefix."""
+    """Dataclass parsed from the command line together with LLaVA's. Its fields should share a prefix."""
 
     def setup(
         self,
@@ -92,38 +90,38 @@ class TrainingPlugin:
         image_folder: str | None = None,
         output_dir: Path | None = None,
     ) -> None:
-        """Called once, after arguments are parsed and the tokenizer is loaded, before any data is read."""
+        """Set up the plugin. Called once, after parsing arguments and loading the tokenizer, before reading data."""
 
     def transform_sample(self, record: Mapping[str, Any], view: ImageView) -> dict[str, Tensor]:
-        """Tensors to add to one sample with an image. Runs in data workers.
+        """Return tensors to add to a sample with an image. Runs in data workers.
 
         Args:
-            record: the sample as it stands in the training JSON.
-            view: what happened to the sample's image, with the token grid.
+            record: the sample's record in the training JSON.
+            view: geometry of the image's preprocessing, with the token grid.
         """
         return {}
 
     def collate(self, extras: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Joins the extras of a batch, one entry a row (`{}` for rows without image). Runs in data workers."""
+        """Collate the extras of a batch, one entry per row (`{}` for rows without image). Runs in data workers."""
         return {}
 
     def auxiliary_losses(self, context: AlignmentContext, batch: Mapping[str, Tensor]) -> AuxiliaryOutput:
-        """Losses of one micro-batch; `batch` is what `collate` returned. Runs inside the model's `forward`."""
+        """Compute the losses of one micro-batch from the output of `collate`. Runs inside the model's `forward`."""
         return AuxiliaryOutput({})
 
     def loss_weights(self, progress: float) -> dict[str, float]:
-        """Weight of each named loss; `progress` runs from 0 at the first optimizer step to 1 at the last.
+        """Return the weight of each named loss. `progress` is 0 at the first optimizer step and 1 at the last.
 
         Logged as `<name>/beta`.
         """
         return {}
 
     def describe_first_batch(self, images: Tensor, grid: tuple[int, int], batch: Mapping[str, Any], path: Path) -> None:
-        """Saves a picture of what the plugin made of the first batch, so that misplaced regions are seen at once.
+        """Save a picture of the first batch, so that misplaced regions are noticed early.
 
         Args:
-            images: `[N, 3, side, side]` in 0..1: what patches cover of the tower's input, without normalisation.
+            images: `[N, 3, side, side]` in 0..1: the part of the tower's input that patches cover, unnormalised.
             grid: rows and columns of visual tokens over it.
-            batch: what `collate` returned.
-            path: where the picture goes, without suffix.
+            batch: output of `collate`.
+            path: output path of the picture, without suffix.
         """

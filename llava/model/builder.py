@@ -1,4 +1,4 @@
-"""Loads a checkpoint of any of the forms that LLaVA training leaves behind."""
+"""Load any kind of checkpoint that LLaVA training writes."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from llava.model.weights import (
 logger = logging.getLogger(__name__)
 
 NOT_QUANTISED = ["model.mm_projector", "model.vision_tower", "lm_head"]
-"""Modules that 4-bit and 8-bit loading leave whole; transformers compares the beginnings of full names."""
+"""Modules that 4-bit and 8-bit loading do not quantise; transformers matches prefixes of full names."""
 
 
 class LoadedModel(NamedTuple):
-    """What `load_pretrained_model` returns; unpacks as upstream's tuple."""
+    """Result of `load_pretrained_model`; unpacks like upstream's tuple."""
 
     tokenizer: Any
     model: Any
@@ -64,35 +64,35 @@ def load_pretrained_model(
     overwrite_config: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> LoadedModel:
-    """Loads tokenizer, model and image processor.
+    """Load tokenizer, model and image processor.
 
-    What is loaded is decided by the files in `model_path` and its config, not by its name:
+    The files in `model_path` and its config determine the kind of checkpoint, not its name:
 
-    - a whole LLaVA (stage 2): `config.json` names a vision tower, weights lie beside it. Of a tower's weights among
-      them, those are used that were trained (`unfreeze_mm_vision_tower` in the config);
-    - a projector alone (stage 1): `mm_projector.bin` and `config.json`; the LLM comes from `model_base`;
-    - a LoRA adapter: `adapter_config.json`, the adapter's weights and `non_lora_trainables.bin`; the LLM, or the LLaVA
-      that training went on from, comes from `model_base`. The adapter is merged, but for quantised weights;
-    - a plain LLM: no vision tower in the config; the image processor is then None.
+    - a full LLaVA (stage 2): `config.json` names a vision tower, and the weights are beside it. The tower's weights
+      among them are used only if they were trained (`unfreeze_mm_vision_tower` in the config).
+    - a projector (stage 1): `mm_projector.bin` and `config.json`. The LLM comes from `model_base`.
+    - a LoRA adapter: `adapter_config.json`, the adapter's weights and `non_lora_trainables.bin`. The LLM, or the LLaVA
+      that training started from, comes from `model_base`. The adapter is merged unless the weights are quantised.
+    - a plain LLM: no vision tower in the config. The image processor is None.
 
     Args:
         model_path: folder or hub name of the checkpoint.
-        model_base: folder or hub name of what a projector or an adapter belongs to; None for a whole model.
-        model_name: kept for upstream's callers; not needed.
+        model_base: folder or hub name of the base of a projector or adapter; None for a full model.
+        model_name: unused; accepted for upstream's callers.
         load_8bit: quantise the LLM to 8 bits (needs bitsandbytes).
         load_4bit: quantise the LLM to 4 bits, nf4 (needs bitsandbytes).
-        device_map: as in transformers; used where `device` is "cuda".
-        device: "cuda", "cpu", ...; without a CUDA device, "cuda" means wherever `device_map` says.
-        use_flash_attn: ask for flash_attention_2.
-        multimodal: kept for lmms-eval, which passes it; the config decides.
-        customized_config: read in place of the checkpoint's config: a JSON file, a folder or a config object.
+        device_map: as in transformers; used if `device` is "cuda".
+        device: "cuda", "cpu", ...; without a CUDA device, "cuda" means that `device_map` decides.
+        use_flash_attn: use flash_attention_2.
+        multimodal: unused; accepted for lmms-eval. The config decides.
+        customized_config: replaces the checkpoint's config: a JSON file, a folder or a config object.
         overwrite_config: values to set in the config.
-        **kwargs: passed to `from_pretrained`. `dtype` (or `torch_dtype`) wins over the default, float16 on CUDA and
+        **kwargs: passed to `from_pretrained`. `dtype` (or `torch_dtype`) overrides the default, float16 on CUDA and
             float32 elsewhere.
 
     Raises:
         FileNotFoundError: there is nothing at `model_path`, or a file is missing.
-        ValueError: `model_base` is missing, weights do not fit (the message names them), or there is no such device.
+        ValueError: `model_base` is missing, weights do not match (the message names them), or the device is unknown.
     """
     require_device(device)
     form = checkpoint_form(model_path)
@@ -113,7 +113,7 @@ def load_pretrained_model(
 
     vocabulary = config.vocab_size
     if form is not Form.WHOLE_MODEL:
-        config.vocab_size = read_config(weights_path).vocab_size  # the base's tables come in their own size
+        config.vocab_size = read_config(weights_path).vocab_size  # load the base's tables in their own size
     model, to_come = from_pretrained_strictly(
         llava_model_class(config),
         weights_path,
@@ -135,7 +135,7 @@ def load_pretrained_model(
 
 
 def require_device(device: str) -> None:
-    """Raises `ValueError` where torch knows no such device, or the machine has fewer CUDA devices."""
+    """Raise `ValueError` if torch does not know the device, or the machine has fewer CUDA devices."""
     try:
         named = torch.device(device)
     except RuntimeError:
@@ -148,7 +148,7 @@ def require_device(device: str) -> None:
 def model_kwargs(
     load_8bit: bool, load_4bit: bool, device_map: Any, device: str, use_flash_attn: bool, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that follow from those of `load_pretrained_model`."""
+    """Convert arguments of `load_pretrained_model` to those of `from_pretrained`."""
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
@@ -172,10 +172,10 @@ def model_kwargs(
 
 
 def whose_weights(form: Form, model_path: str, model_base: str | None) -> str:
-    """Where the LLM's weights lie: in the checkpoint itself, or in its base.
+    """Return the path of the LLM's weights: the checkpoint itself, or its base.
 
     Raises:
-        ValueError: a base is needed and missing, or holds no whole model.
+        ValueError: a required base is missing, or is not a full model.
     """
     if form is Form.WHOLE_MODEL:
         if model_base is not None:
@@ -183,7 +183,7 @@ def whose_weights(form: Form, model_path: str, model_base: str | None) -> str:
         return model_path
     if model_base is None:
         raise ValueError(
-            f"{model_path} holds {form.value}. Name what it was trained on: --model-base FOLDER_OR_HUB_NAME"
+            f"{model_path} holds {form.value}. Pass the model it was trained on: --model-base FOLDER_OR_HUB_NAME"
             f"{recorded_base(model_path)}."
         )
     base_form = checkpoint_form(model_base)
@@ -193,14 +193,14 @@ def whose_weights(form: Form, model_path: str, model_base: str | None) -> str:
 
 
 def may_come_later(name: str) -> bool:
-    """Whether a weight may be missing from a base, as the checkpoint that names the base brings it."""
+    """Whether a weight may be missing from a base because the checkpoint on top of it has it."""
     return name.startswith(PROJECTOR) or name == IMAGE_NEWLINE
 
 
 def add_image_tokens(tokenizer: Any, model: Any) -> None:
-    """Adds the tokens that the checkpoint's config says it was trained with."""
+    """Add the image tokens that the checkpoint was trained with, according to its config."""
     added = []
-    if getattr(model.config, "mm_use_im_patch_token", True):  # upstream parity: true where the key is missing
+    if getattr(model.config, "mm_use_im_patch_token", True):  # upstream parity: true if the key is missing
         added.append(DEFAULT_IMAGE_PATCH_TOKEN)
     if getattr(model.config, "mm_use_im_start_end", False):
         added += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
@@ -210,12 +210,12 @@ def add_image_tokens(tokenizer: Any, model: Any) -> None:
 
 
 def fit_vocabulary(model: Any, vocabulary: int, tokens: int) -> None:
-    """Gives the base's tables the number of rows that training had.
+    """Resize the base's tables to the number of rows in training.
 
     Args:
         model: its tables have as many rows as the base, or as the tokenizer.
-        vocabulary: rows in training, from the checkpoint's config.
-        tokens: how many tokens the tokenizer has.
+        vocabulary: number of rows in training, from the checkpoint's config.
+        tokens: size of the tokenizer.
 
     Raises:
         ValueError: there would be tokens without a row.
@@ -230,15 +230,15 @@ def fit_vocabulary(model: Any, vocabulary: int, tokens: int) -> None:
 
 
 def load_tower(model: Any, trained: dict[str, Tensor], weights_path: str) -> None:
-    """Reads the vision tower's weights, from its own folder; those that were trained, from the checkpoint.
+    """Load the vision tower from its own folder, or from the checkpoint if it was trained.
 
     Args:
         model: its tower has no weights yet.
-        trained: weights trained beside a base; those of a tower among them are used.
-        weights_path: whole model, whose tower is used if its config says `unfreeze_mm_vision_tower`.
+        trained: weights trained on top of a base; a tower among them is used.
+        weights_path: full model, whose tower is used if its config says `unfreeze_mm_vision_tower`.
 
     Raises:
-        ValueError: weights of a trained tower are missing, superfluous, or of another shape.
+        ValueError: weights of a trained tower are missing, unexpected, or have the wrong shape.
     """
     tower = model.get_vision_tower()
     tower.load_model(device_map=None)
@@ -250,12 +250,12 @@ def load_tower(model: Any, trained: dict[str, Tensor], weights_path: str) -> Non
 
 
 def fill_tower(tower: Any, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copies a trained tower's weights out of a checkpoint's `tensors` into `tower`.
+    """Copy a trained tower's weights from a checkpoint's `tensors` into `tower`.
 
     Raises:
-        ValueError: weights are missing, superfluous, or of another shape; the message names `source`.
+        ValueError: weights are missing, unexpected, or have the wrong shape; the message names `source`.
     """
-    # Older versions of transformers saved the numbers of the positions too.
+    # Older versions of transformers also saved `position_ids`.
     own = {name: tensors[name] for name in tensors if name.startswith(TOWER) and not name.endswith("position_ids")}
     parameters = {tower.checkpoint_name(TOWER + name): p for name, p in tower.named_parameters()}
     hint = "Its config.json says `unfreeze_mm_vision_tower`: a tower that was trained is read from the checkpoint."

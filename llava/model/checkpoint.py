@@ -1,4 +1,4 @@
-"""The files of a checkpoint: its weights, one by one and without code in them, and the small files beside them."""
+"""Read, write and combine checkpoints: lazy tensors, small files, adapters and configs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llava.model.weights import (
 )
 
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
-"""Tensors with a row for each token."""
+"""Tensors with one row per token of the vocabulary."""
 
 SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -37,13 +37,13 @@ SMALL_FILES = (
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by name, each read from disk when it is asked for.
+    """Lazy mapping of a checkpoint's tensors by name. Each tensor is read on access.
 
     Args:
-        checkpoint: folder or hub name; safetensors or `pytorch_model.bin`, whole or in shards.
+        checkpoint: folder or hub name; safetensors or `pytorch_model.bin`, one file or shards.
 
     Raises:
-        FileNotFoundError: no weights, or a shard that the index names is missing.
+        FileNotFoundError: there are no weights, or a shard named in the index is missing.
     """
 
     def __init__(self, checkpoint: str):
@@ -53,14 +53,14 @@ class CheckpointTensors(Mapping[str, Tensor]):
         for name in UNSHARDED_FILES:
             if index := find_file(checkpoint, f"{name}.index.json"):
                 shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-                # A name and no path, so that no index leads out of the folder.
+                # Only the file name, so that an index cannot point outside the folder.
                 self._file_of = {name: Path(shard).name for name, shard in shard_of.items()}
                 return
             if find_file(checkpoint, name):
                 self._file_of = dict.fromkeys(self._opened(name).keys(), name)
                 return
         raise FileNotFoundError(
-            f"No weights at {checkpoint}: expected {' or '.join(UNSHARDED_FILES)}, or the index of their shards."
+            f"No weights at {checkpoint}: expected {' or '.join(UNSHARDED_FILES)}, or an index of shards."
         )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -91,15 +91,15 @@ def _open_weights(path: str) -> Any:
 
 
 def require_new_folder(destination: Path) -> None:
-    """Raises `FileExistsError` where the folder holds anything: half of an old checkpoint would mix with the new."""
+    """Raise `FileExistsError` if the folder is not empty, since files of an old checkpoint would remain."""
     if destination.is_file():
         raise FileExistsError(f"{destination} is a file: name a new folder.")
     if destination.is_dir() and any(destination.iterdir()):
-        raise FileExistsError(f"{destination} is not empty: name a new folder, or remove what is in it.")
+        raise FileExistsError(f"{destination} is not empty: name a new folder, or remove its files.")
 
 
 def save_weights(weights: Mapping[str, Tensor], folder: Path, max_shard_size: str = "5GB") -> None:
-    """Writes `model.safetensors`, or shards of at most `max_shard_size` and their index."""
+    """Write `model.safetensors`, or shards of at most `max_shard_size` and their index."""
     from huggingface_hub import save_torch_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,14 +107,14 @@ def save_weights(weights: Mapping[str, Tensor], folder: Path, max_shard_size: st
 
 
 def copy_file(checkpoint: str, folder: Path, name: str) -> None:
-    """Copies a file of a checkpoint (folder or hub name), as it is; does nothing where there is none."""
+    """Copy a file of a checkpoint (folder or hub name), if it exists."""
     if source := find_file(checkpoint, name):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / name)
 
 
 def save_checkpoint(weights: Mapping[str, Tensor], folder: Path, source: str, dtype: torch.dtype) -> None:
-    """Writes weights, and beside them config and tokenizer of `source` as they are, but for the config's `dtype`."""
+    """Write weights, and copy config and tokenizer of `source`, with the config's `dtype` updated."""
     save_weights(weights, folder)
     for name in SMALL_FILES:
         copy_file(source, folder, name)
@@ -124,19 +124,19 @@ def save_checkpoint(weights: Mapping[str, Tensor], folder: Path, source: str, dt
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-# Files that complete an LLM: a projector, a LoRA adapter, and what else was trained beside it.
+# Weights trained on top of an LLM: a projector, a LoRA adapter, and other tensors.
 
 logger = logging.getLogger(__name__)
 
 WRAPPER = "base_model.model."
-"""What peft puts before the names of a model that it wraps."""
+"""Prefix that peft adds to the names of a wrapped model."""
 PROJECTOR = "model.mm_projector."
 IMAGE_NEWLINE = "model.image_newline"
 TOWER = "model.vision_tower."
 
 
 def read_trained_tensors(path: str) -> dict[str, Tensor]:
-    """The tensors of an `mm_projector.bin` or `non_lora_trainables.bin`, under the model's own names.
+    """Read an `mm_projector.bin` or `non_lora_trainables.bin`, with names as in the model.
 
     Raises:
         ValueError: the file cannot be read.
@@ -147,59 +147,59 @@ def read_trained_tensors(path: str) -> dict[str, Tensor]:
 
 
 def own_name(name: str) -> str:
-    """A weight's name in the model, from its name in peft's wrapper."""
+    """Convert a weight's name in peft's wrapper to its name in the model."""
     return name.removeprefix(WRAPPER).replace(".base_layer.", ".")
 
 
 def fill_trained(model: Any, trained: dict[str, Tensor], to_come: Iterable[str], source: str) -> None:
-    """Copies what was trained beside a frozen LLM into `model`, but for a tower's weights.
+    """Load tensors that were trained on top of a frozen LLM into `model`, except those of a vision tower.
 
     Args:
-        model: the LLM, with a projector yet to be filled.
-        trained: what `read_trained_tensors` gave.
-        to_come: names of weights that the LLM's own files did not bring.
-        source: the file that `trained` comes from, for messages.
+        model: the LLM, with an uninitialised projector.
+        trained: output of `read_trained_tensors`.
+        to_come: names of weights that the LLM's files lack.
+        source: origin of `trained`, for messages.
 
     Raises:
-        ValueError: a weight is missing, the model has no place for one, or a shape differs; the message names it.
+        ValueError: a weight is missing or unexpected, or a shape differs; the message names it.
     """
     parameters = dict(model.named_parameters())
     tensors = {name: tensor for name, tensor in trained.items() if not name.startswith(TOWER)}
     wanted = set(to_come) | (tensors.keys() & parameters.keys())
-    if any(name.startswith(PROJECTOR) for name in tensors):  # a base may be a LLaVA: half of its projector is no good
+    if any(name.startswith(PROJECTOR) for name in tensors):  # a base may be a LLaVA: replace its projector completely
         wanted |= {name for name in parameters if name.startswith(PROJECTOR)}
     hint = "It was trained with another LLM (--model-base), another vision tower or another --mm_projector_type."
     fill_strictly({name: parameters[name] for name in wanted}, tensors, source, hint)
     if getattr(model.config, "mm_use_im_start_end", False) and not tensors.keys() & set(VOCABULARY_TABLES):
         logger.warning(
-            "%s: holds no word embeddings of the marks around an image (mm_use_im_start_end), which its training lost: "
-            "answers may be worse than in training.",
+            "%s: has no word embeddings of the tokens around an image (mm_use_im_start_end), which its training did "
+            "not save. Answers may be worse than in training.",
             source,
         )
 
 
 def is_of_llm(name: str) -> bool:
-    """Whether an adapter's tensor belongs to the LLM; an adapter with all biases may hold those of vision modules."""
+    """Whether an adapter's tensor belongs to the LLM. Adapters with all biases may include those of vision modules."""
     return not name.startswith((WRAPPER + PROJECTOR, WRAPPER + TOWER))
 
 
 def apply_adapter(model: Any, adapter_path: str, *, merge: bool) -> Any:
-    """Adds a LoRA adapter to `model`, strictly.
+    """Add a LoRA adapter to `model`, strictly.
 
     Args:
-        model: the model that the adapter was trained on, without its vision tower's weights yet: an adapter names its
-            layers by their last part, and a tower has some of the same names.
+        model: the model that the adapter was trained on, before its vision tower is loaded: adapters name layers by
+            their last part, and a tower has some of the same names.
         adapter_path: folder or hub name with `adapter_config.json` and the adapter's weights.
-        merge: add the adapter to the weights. Otherwise it stays beside them, as it must where they are quantised:
-            the sum would be rounded again, and small adapters lost.
+        merge: merge the adapter into the weights. Do not merge into quantised weights: the sum would be rounded
+            again, and small adapters would be lost.
 
     Returns:
-        the model in its own class, without peft's wrapper.
+        the model without peft's wrapper.
 
     Raises:
         FileNotFoundError: the adapter has no weights.
         ImportError: peft is not installed.
-        ValueError: it is no LoRA adapter, or its weights do not fit.
+        ValueError: it is not a LoRA adapter, or its weights do not match.
     """
     if find_spec("peft") is None:
         raise ImportError("A LoRA adapter needs the package peft. Install it with: pip install -e '.[train]'")
@@ -227,16 +227,16 @@ def apply_adapter(model: Any, adapter_path: str, *, merge: bool) -> Any:
     return wrapped.merge_and_unload() if merge else wrapped.get_base_model()
 
 
-# The config of a checkpoint, of whatever age and form.
+# Configs of checkpoints of all ages and kinds.
 
 DEFAULT_CONTEXT_LENGTH = 2048
 
 
 def choose_config(model_path: str, weights_path: str, customized: Any, overwrites: dict[str, Any]) -> Any:
-    """The config to build the model from; a LLaVA's, where it names a vision tower."""
+    """Return the config to build the model from. If it names a vision tower, it is a LLaVA config."""
     if customized is not None:
         config = read_config(customized) if isinstance(customized, str) else customized
-    else:  # adapters that peft alone has written have no config of the model
+    else:  # adapters written by peft alone have no model config
         config = read_config(model_path if find_file(model_path, "config.json") is not None else weights_path)
     for name, value in overwrites.items():
         setattr(config, name, value)
@@ -244,17 +244,17 @@ def choose_config(model_path: str, weights_path: str, customized: Any, overwrite
 
 
 def read_config(model_path: str, **kwargs: Any) -> Any:
-    """The config of a checkpoint, or in a JSON file.
+    """Read the config of a checkpoint, or a JSON file.
 
-    LLaVA checkpoints of before 2024 call themselves `llava`, a name that transformers has since given to its own model.
+    LLaVA checkpoints from before 2024 have model type `llava`, which transformers has since used for its own model.
 
     Args:
         model_path: folder, hub name or JSON file.
-        **kwargs: of transformers' `from_pretrained`, such as `cache_dir`.
+        **kwargs: arguments of transformers' `from_pretrained`, such as `cache_dir`.
 
     Raises:
-        FileNotFoundError: there is no config there, and no such name on the hub.
-        ValueError: it is of a kind that cannot be read, such as transformers' own LLaVA.
+        FileNotFoundError: there is no config, and no such name on the hub.
+        ValueError: the model type is not supported, such as transformers' own LLaVA.
     """
     try:
         values, _ = PreTrainedConfig.get_config_dict(model_path, **kwargs)
@@ -263,8 +263,8 @@ def read_config(model_path: str, **kwargs: Any) -> Any:
     model_type = values.get("model_type")
     if model_type == "llava" and "text_config" in values:
         raise ValueError(
-            f"{model_path} is a LLaVA of transformers (LlavaForConditionalGeneration), whose weights are named "
-            "otherwise. Convert it with llava-convert, or load it with transformers."
+            f"{model_path} is a LLaVA of transformers (LlavaForConditionalGeneration), whose weights have other names. "
+            "Convert it with llava-convert, or load it with transformers."
         )
     try:
         if model_type == "llava":
@@ -282,12 +282,11 @@ def read_config(model_path: str, **kwargs: Any) -> Any:
 
 
 def tower_place(tower: str, model_path: str) -> str:
-    """Where the tower that a config names is to be read from: a folder inside the checkpoint, wherever that lies, or
-    what `tower` says."""
+    """Return the path of the tower named in a config: a folder inside the checkpoint, else `tower` itself."""
     own = Path(model_path, tower)
     return str(own) if own.is_dir() else tower
 
 
 def context_length(config: Any) -> int:
-    """`max_sequence_length` of the config, else 2048, upstream's rule."""
+    """Return the config's `max_sequence_length`, else 2048 (upstream's rule)."""
     return getattr(config, "max_sequence_length", None) or DEFAULT_CONTEXT_LENGTH

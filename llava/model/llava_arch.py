@@ -1,4 +1,4 @@
-"""Who owns the vision tower and the projector, and how images enter an LLM.
+"""Mixins that add a vision tower and a projector to an LLM.
 
 Letters: N images, t tiles of an image (1 without anyres), S visual tokens of a tile, D width of the LLM.
 """
@@ -36,8 +36,8 @@ class EncodedImages:
     """Projector outputs of a batch's images.
 
     Attributes:
-        tokens: for each image its visual tokens as the LLM reads them, `[*, D]`.
-        base_tiles: `[N, S, D]`, each image's base tile (the whole image).
+        tokens: visual tokens of each image as the LLM reads them, `[*, D]`.
+        base_tiles: `[N, S, D]`, each image's base tile (the full image).
     """
 
     tokens: list[Tensor]
@@ -45,10 +45,10 @@ class EncodedImages:
 
 
 class LlavaMetaModel:
-    """Adds a vision tower and a projector to an LLM's decoder; mixed in before the decoder's class.
+    """Mixin that adds a vision tower and a projector to an LLM's decoder. It comes before the decoder's class.
 
-    The constructor builds them from a config that names a tower, so that a checkpoint's projector finds its place. The
-    tower's weights are read later, by `get_vision_tower().load_model()`: they live in a folder of their own.
+    If the config names a tower, the constructor builds both, so that a checkpoint's projector can be loaded. The
+    tower's weights are loaded later, by `get_vision_tower().load_model()`, from their own folder.
     """
 
     config: Any
@@ -64,19 +64,19 @@ class LlavaMetaModel:
                 self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
 
     def get_vision_tower(self) -> VisionTower | None:
-        """The vision tower, or None for a model without vision."""
+        """Return the vision tower, or None for a model without vision."""
         return getattr(self, "vision_tower", None)
 
     def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
-        """Gives a plain LLM its tower and projector at the start of training, and records them in the config.
+        """Build tower and projector at the start of training, and record them in the config.
 
         Args:
             model_args: `vision_tower`, `mm_projector_type` (and a C-Abstractor's settings), `mm_vision_select_layer`,
                 `mm_vision_select_feature`, `mm_patch_merge_type` and `pretrain_mm_mlp_adapter` (an `mm_projector.bin`
                 to start from, or None).
-            fsdp: accepted for upstream's callers.
+            fsdp: unused; accepted for upstream's callers.
         """
-        # Built anew where the LLM is a LLaVA: the flags may name the tower by another place.
+        # Also rebuild the tower of a LLaVA: the flags may give another path.
         self.vision_tower = build_vision_tower(model_args)
 
         config = self.config
@@ -91,7 +91,7 @@ class LlavaMetaModel:
             self.mm_projector = build_vision_projector(config)
         if "unpad" in config.mm_patch_merge_type and not hasattr(self, "image_newline"):
             self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
-        # Under LoRA everything was frozen before; the projector is always trained in full.
+        # LoRA has frozen all weights before; the projector is always fully trained.
         self.mm_projector.requires_grad_(True)
 
         if source := getattr(model_args, "pretrain_mm_mlp_adapter", None):
@@ -104,28 +104,28 @@ class LlavaMetaModel:
 
 
 class LlavaMetaForCausalLM(ABC):
-    """What a multimodal LLM can do beyond its text-only class; mixed in before that class."""
+    """Mixin with the multimodal methods of an LLM. It comes before the text-only class."""
 
     config: Any
     plugin: TrainingPlugin | None = None
 
     @abstractmethod
     def get_model(self) -> Any:
-        """The decoder that owns the tower and the projector."""
+        """Return the decoder, which owns the tower and the projector."""
 
     def get_vision_tower(self) -> VisionTower | None:
-        """The vision tower, or None for a model without vision."""
+        """Return the vision tower, or None for a model without vision."""
         return self.get_model().get_vision_tower()
 
     @property
     def visual_grid(self) -> tuple[int, int]:
-        """Rows and columns of the grid that an image's visual tokens form."""
+        """Rows and columns of the grid of an image's visual tokens."""
         projector_grid = getattr(self.get_model().mm_projector, "grid", None)
         side = self.get_model().vision_tower.num_patches_per_side
         return projector_grid or (side, side)
 
     def visual_tokens_of(self, image_size: tuple[int, int]) -> int:
-        """How many visual tokens an image of `image_size` (width, height) becomes, tiles included."""
+        """Return the number of visual tokens of an image of `image_size` (width, height), including tiles."""
         rows, cols = self.visual_grid
         tiles = 1
         if getattr(self.config, "image_aspect_ratio", None) == "anyres":
@@ -134,22 +134,22 @@ class LlavaMetaForCausalLM(ABC):
         return len(self.arrange_tiles(shape, image_size))
 
     def attach_plugin(self, plugin: TrainingPlugin | None) -> None:
-        """Lets `plugin` compute its losses inside `forward`."""
+        """Attach a plugin, which computes its losses inside `forward`."""
         self.plugin = plugin
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Projector output `[N, S, D]` of images `[N, 3, H, W]`."""
+        """Encode and project images: `[N, 3, H, W]` -> `[N, S, D]`."""
         features = self.get_model().vision_tower.encode(images)  # [N, S, C]
         projector = self.get_model().mm_projector
         weight = next(projector.parameters(), None)
         return projector(features if weight is None else features.to(weight.dtype))  # [N, S, D]
 
     def encode_image_batch(self, images: Images, image_sizes: list[tuple[int, int]] | None = None) -> EncodedImages:
-        """Encodes a batch in one pass of the tower.
+        """Encode a batch in one pass of the tower.
 
         Args:
             images: `[N, 3, H, W]`; or, with tiles, `[N, t, 3, H, W]` or a list of `[t, 3, H, W]` or `[3, H, W]`.
-            image_sizes: width and height of each original image; needed for tiles in a spatial arrangement.
+            image_sizes: width and height of each original image; required for spatially arranged tiles.
         """
         may_be_tiled = isinstance(images, list) or images.dim() == 5
         tiled = [image if image.dim() == 4 else image[None] for image in images]  # each [t, 3, H, W]
@@ -165,9 +165,9 @@ class LlavaMetaForCausalLM(ABC):
         )
 
     def arrange_tiles(self, tiles: Tensor, original_size: tuple[int, int] | None) -> Tensor:
-        """One image's tokens `[*, D]` in the order that the config's `mm_patch_merge_type` asks for."""
+        """Arrange one image's tokens according to the config's `mm_patch_merge_type`, `[*, D]`."""
         newline = getattr(self.get_model(), "image_newline", None)
-        if newline is not None:  # tokens that are only counted gather nothing: ranks without images would hang
+        if newline is not None:  # counting tokens (meta device) must not gather, or ranks without images would hang
             newline = tiles[0, 0] if tiles.is_meta else gathered_in_forward(newline, self).to(tiles.device)  # [D]
         return arrange_tiles(
             tiles,
@@ -178,11 +178,11 @@ class LlavaMetaForCausalLM(ABC):
         )
 
     def tile_grid(self, original_size: tuple[int, int] | None) -> tuple[int, int]:
-        """Tiles across and down that an image is cut into.
+        """Return the number of tiles across and down of an image.
 
         Raises:
-            NotImplementedError: the config's `image_aspect_ratio` cuts no tiles.
-            ValueError: the image's size is not known.
+            NotImplementedError: the config's `image_aspect_ratio` has no tiles.
+            ValueError: the image's size is unknown.
         """
         if self.config.image_aspect_ratio != "anyres":
             merge_type = self.config.mm_patch_merge_type
@@ -191,7 +191,7 @@ class LlavaMetaForCausalLM(ABC):
                 f"says `{self.config.image_aspect_ratio}`. Set mm_patch_merge_type to `flat`."
             )
         if original_size is None:
-            raise ValueError("image_aspect_ratio `anyres` needs image_sizes, one (width, height) an image.")
+            raise ValueError("image_aspect_ratio `anyres` needs image_sizes, one (width, height) per image.")
         side = self.get_model().vision_tower.image_side
         return get_anyres_image_grid_shape(original_size, self.config.image_grid_pinpoints, side)
 
@@ -205,13 +205,13 @@ class LlavaMetaForCausalLM(ABC):
         images: Images | None,
         image_sizes: list[tuple[int, int]] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
-        """Upstream's entry point to the merge, with its conventions.
+        """Merge text and images under upstream's name and conventions.
 
         Returns:
             `(input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels)`. Without a tower or
-            images, or at a decoding step, the arguments come back as they are. Otherwise `input_ids` is None, the
-            merged batch is padded on `config.tokenizer_padding_side` and cut to `config.tokenizer_model_max_length`,
-            and positions, mask and labels come back only where they were given.
+            images, or at a decoding step, the arguments are returned unchanged. Otherwise `input_ids` is None, and the
+            merged batch is padded on `config.tokenizer_padding_side` and truncated to
+            `config.tokenizer_model_max_length`. Positions, mask and labels are returned only if they were given.
         """
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
@@ -234,10 +234,10 @@ class LlavaMetaForCausalLM(ABC):
         )
 
     def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
-        """Adds the tokens that `mm_use_im_patch_token` and `mm_use_im_start_end` ask for, and rows for them.
+        """Add the tokens of `mm_use_im_patch_token` and `mm_use_im_start_end`, and their rows.
 
-        New rows start as the mean of the old ones. In stage 1 the word embeddings are trained along if start and end
-        tokens are new, as their rows would otherwise stay what they are.
+        New rows are initialised to the mean of the old ones. With start and end tokens, stage 1 also trains the word
+        embeddings, since the new rows would otherwise keep this value.
         """
         if model_args.mm_use_im_patch_token:
             tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
@@ -259,9 +259,9 @@ class LlavaMetaForCausalLM(ABC):
 
 
 def gathered_in_forward(parameter: nn.Parameter, module: Any) -> nn.Parameter:
-    """A parameter that `module` reads without being its owner: ZeRO-3 would leave it in pieces. Does nothing elsewhere.
+    """Gather a parameter that `module` reads but does not own, which ZeRO-3 would not do. A no-op without ZeRO-3.
 
-    From the second forward pass on, ZeRO-3 gathers it with the module's own.
+    From the second forward pass on, ZeRO-3 gathers it together with the module's own parameters.
     """
     if hasattr(parameter, "ds_id") and not parameter.numel():
         import deepspeed
@@ -272,7 +272,7 @@ def gathered_in_forward(parameter: nn.Parameter, module: Any) -> nn.Parameter:
 
 
 def start_at_mean(tables: list[nn.Parameter], added: int) -> None:
-    """Sets the last `added` rows of each table `[M, D]` to the mean of the rows before; does nothing for 0."""
+    """Set the last `added` rows of each table `[M, D]` to the mean of the other rows."""
     if not added:
         return
     with gathered(tables), torch.no_grad():

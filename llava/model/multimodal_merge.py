@@ -1,7 +1,7 @@
-"""Text and visual tokens become one padded batch of embeddings. Pure functions; nothing here knows a model.
+"""Merge text and visual tokens into one padded batch of embeddings. Pure functions, independent of any model.
 
-Letters: B rows, T length of the ids as they come in, L length of the merged batch, D width of the LLM, N images,
-S visual tokens of one tile.
+Letters: B rows, T length of the input ids, L length of the merged batch, D width of the LLM, N images, S visual tokens
+of one tile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 class TruncatedImageError(ValueError):
-    """`max_length` cuts visual tokens off; `rows` are the rows of the batch where that happens."""
+    """Raised if `max_length` truncates visual tokens. `rows` are the affected rows of the batch."""
 
     def __init__(self, rows: list[int], max_length: int, sample_ids: list[str] | None = None):
         self.rows = rows
@@ -30,15 +30,15 @@ class TruncatedImageError(ValueError):
 
 @dataclass(frozen=True)
 class MergedBatch:
-    """What the LLM reads.
+    """Input batch of the LLM.
 
     Attributes:
         inputs_embeds: `[B, L, D]`.
-        attention_mask: `[B, L]` bool, true where there is a token.
+        attention_mask: `[B, L]` bool, true at tokens.
         position_ids: `[B, L]`, counted from 0 in each row; 0 at padding.
         labels: `[B, L]`; IGNORE_INDEX at visual tokens and padding.
-        image_of_row: for each row, the indices of its images. Dummy images appear in no row.
-        truncated_rows: rows in which `max_length` cut visual tokens off.
+        image_of_row: indices of each row's images. Dummy images belong to no row.
+        truncated_rows: rows in which `max_length` truncated visual tokens.
     """
 
     inputs_embeds: Tensor
@@ -50,17 +50,17 @@ class MergedBatch:
 
 
 def assign_images(images_per_row: list[int], image_count: int) -> list[list[int]]:
-    """Which images belong to which row, in order.
+    """Assign images to rows, in order.
+
+    The images must match the `<image>` ids one to one, or include a dummy image for each row without one, as in
+    upstream's batches. Dummy images are not assigned.
 
     Args:
         images_per_row: number of `<image>` ids in each row.
-        image_count: number of images that came with the batch.
-
-    Two ways of counting are understood: one image for each `<image>` id, and upstream's, where each row without one
-    comes with a dummy image, which is left out here.
+        image_count: number of images in the batch.
 
     Raises:
-        ValueError: neither way fits.
+        ValueError: the number of images matches neither convention.
     """
     wanted = sum(images_per_row)
     rows_without = images_per_row.count(0)
@@ -87,16 +87,16 @@ def merge(
     padding_side: str = "right",
     max_length: int | None = None,
 ) -> MergedBatch:
-    """Puts each image's visual tokens in the place of its `<image>` id.
+    """Replace each `<image>` id by the image's visual tokens.
 
     Args:
         input_ids: `[B, T]` with IMAGE_TOKEN_INDEX for each image.
-        image_tokens: for each image its visual tokens `[*, D]`.
+        image_tokens: visual tokens of each image, `[*, D]`.
         embed_words: ids `[n]` -> `[n, D]`; called once.
-        attention_mask: `[B, T]`, true (or 1) at tokens; the side of the padding is free.
-        labels: `[B, T]`, or None where nothing is supervised.
-        padding_side: where the merged batch is padded.
-        max_length: rows are cut to this length, keeping their beginning.
+        attention_mask: `[B, T]`, true (or 1) at tokens. Padding may be on either side.
+        labels: `[B, T]`, or None if nothing is supervised.
+        padding_side: padding side of the merged batch.
+        max_length: truncate rows to their first `max_length` positions.
 
     Raises:
         ValueError: the numbers of `<image>` ids and of images differ.
@@ -109,12 +109,12 @@ def merge(
     image_of_row = assign_images([int(marks.sum()) for marks in is_image], len(image_tokens))
 
     texts = [ids[~marks] for (ids, _), marks in zip(rows, is_image, strict=True)]
-    # One call for the whole batch: under ZeRO-3 each call gathers the table on all ranks.
+    # One call for the batch: under ZeRO-3 each call gathers the table on all ranks.
     text_embeds = embed_words(torch.cat(texts)).split([len(text) for text in texts])
 
     merged_embeds, merged_labels, truncated_rows = [], [], []
     for row, ((_, row_labels), marks) in enumerate(zip(rows, is_image, strict=True)):
-        # Spread over several GPUs, the projector may sit on another than the word embeddings.
+        # With a model spread over several GPUs, projector and word embeddings may be on different devices.
         images = [image_tokens[i].to(text_embeds[row]) for i in image_of_row[row]]
         embeds, row_labels, images_end = merge_row(text_embeds[row], row_labels, marks, images)
         if max_length is not None:
@@ -139,7 +139,7 @@ def merge(
 def merge_row(
     text_embeds: Tensor, labels: Tensor, is_image: Tensor, images: list[Tensor]
 ) -> tuple[Tensor, Tensor, int]:
-    """One row without padding: embeddings `[n, D]`, labels `[n]` and where its last image ends (0 without images).
+    """Merge one row without padding. Returns embeddings `[n, D]`, labels `[n]` and the end of its last image, or 0.
 
     Args:
         text_embeds: `[t, D]`, embeddings of the row's text ids.
@@ -147,22 +147,22 @@ def merge_row(
         is_image: `[t + i]`, true at `<image>` ids.
         images: visual tokens of the row's i images.
     """
-    places = is_image.nonzero().flatten().tolist()
+    positions = is_image.nonzero().flatten().tolist()
     embeds: list[Tensor] = []
     row_labels: list[Tensor] = []
     text_start = label_start = images_end = 0
-    for image, place in zip(images, places, strict=True):
-        words = place - label_start
+    for image, position in zip(images, positions, strict=True):
+        words = position - label_start
         embeds += [text_embeds[text_start : text_start + words], image]
-        row_labels += [labels[label_start:place], labels.new_full((len(image),), IGNORE_INDEX)]
-        text_start, label_start, images_end = text_start + words, place + 1, images_end + words + len(image)
+        row_labels += [labels[label_start:position], labels.new_full((len(image),), IGNORE_INDEX)]
+        text_start, label_start, images_end = text_start + words, position + 1, images_end + words + len(image)
     embeds.append(text_embeds[text_start:])
     row_labels.append(labels[label_start:])
     return torch.cat(embeds), torch.cat(row_labels), images_end
 
 
 def pad_rows(rows: list[Tensor], length: int, offsets: list[int], value: float) -> Tensor:
-    """Rows `[n_i, ...]` laid at their offsets into one tensor `[B, length, ...]` filled with `value`."""
+    """Pad rows `[n_i, ...]` to `[B, length, ...]` with `value`, each row starting at its offset."""
     padded = []
     for row, offset in zip(rows, offsets, strict=True):
         margins = (0, 0) * (row.dim() - 1) + (offset, length - offset - len(row))
@@ -171,7 +171,7 @@ def pad_rows(rows: list[Tensor], length: int, offsets: list[int], value: float) 
 
 
 def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:
-    """Cuts the letterbox off a feature map.
+    """Crop the letterbox from a feature map.
 
     Args:
         tensor: `[D, rows, cols]`, features of the letterboxed image.
@@ -194,18 +194,18 @@ def arrange_tiles(
     original_size: tuple[int, int] | None,
     newline: Tensor | None,
 ) -> Tensor:
-    """One image's visual tokens in the order in which the LLM reads them, `[*, D]`.
+    """Arrange one image's visual tokens in the order in which the LLM reads them, `[*, D]`.
 
     Args:
-        tiles: `[t, S, D]`; the base tile (the whole image) first.
+        tiles: `[t, S, D]`; the base tile (the full image) first.
         merge_type: `flat` (tile after tile), `spatial` (the tiles as one large grid, row by row) or `spatial_unpad`
-            (the same without the letterbox, each row of the grid closed by `newline`).
-        tile_grid: columns and rows of tiles; asked only where there is more than one tile.
+            (the same without the letterbox, and with `newline` after each row of the grid).
+        tile_grid: returns columns and rows of tiles; called only if there is more than one tile.
         original_size: width and height of the original image, for `spatial_unpad`.
-        newline: `[D]`, the learned closing vector of `spatial_unpad`.
+        newline: `[D]`, the learned row separator of `spatial_unpad`.
 
     Raises:
-        ValueError: the merge type is not known.
+        ValueError: the merge type is unknown.
     """
     if merge_type == "flat":
         return tiles.flatten(0, 1)
@@ -220,5 +220,5 @@ def arrange_tiles(
     grid = grid.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # [D, rows * side, columns * side]
     if merge_type == "spatial_unpad" and original_size is not None and newline is not None:
         grid = unpad_image(grid, original_size)
-        grid = torch.cat([grid, newline[:, None, None].expand(-1, grid.shape[1], 1)], dim=2)  # a column more
+        grid = torch.cat([grid, newline[:, None, None].expand(-1, grid.shape[1], 1)], dim=2)  # one more column
     return torch.cat([base, grid.flatten(1).T])

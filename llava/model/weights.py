@@ -1,4 +1,4 @@
-"""Finding and reading the files of a checkpoint, in a local folder or on the hub. No pickle is run: tensors alone."""
+"""Find and read weight files of a checkpoint, local or on the hub. Only tensors are unpickled, never code."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"
 UNSHARDED_FILES = ("model.safetensors", "pytorch_model.bin")
-"""A whole model's weights in one file, in the order of preference; `<name>.index.json` lists shards."""
+"""Weights of a full model in one file, in order of preference; `<name>.index.json` lists shards."""
 WEIGHT_FILES = (*UNSHARDED_FILES, *(f"{name}.index.json" for name in UNSHARDED_FILES))
-"""Any of these is a sign of a whole model's weights."""
+"""A checkpoint with any of these files has the weights of a full model."""
 
 
 class Form(Enum):
-    """What a checkpoint holds."""
+    """Kind of a checkpoint."""
 
     WHOLE_MODEL = "a whole model"
     PROJECTOR = "a projector alone (mm_projector.bin), as stage 1 writes it"
@@ -35,23 +35,23 @@ class Form(Enum):
 
 
 def checkpoint_form(model_path: str) -> Form:
-    """Tells by its files what a checkpoint holds.
+    """Detect the kind of a checkpoint from its files.
 
     Raises:
-        FileNotFoundError: there is no such folder, and no such name on the hub, or it cannot be reached.
+        FileNotFoundError: there is no such folder, and no such name on the hub, or the hub cannot be reached.
     """
     if not Path(model_path).is_dir():
         from huggingface_hub.errors import RemoteEntryNotFoundError
         from transformers.utils import cached_file
 
-        try:  # asked once, with errors: `find_file` takes each failure for a missing file, after some patience
+        try:  # `find_file` treats every failure as a missing file, after retries, so check for errors once here
             cached_file(model_path, "config.json")
         except OSError as error:
-            if not isinstance(error.__cause__, RemoteEntryNotFoundError):  # an adapter may be there without a config
+            if not isinstance(error.__cause__, RemoteEntryNotFoundError):  # adapters may have no config.json
                 raise no_checkpoint(model_path, error) from error
     if find_file(model_path, ADAPTER_CONFIG_FILE) is not None:
         return Form.ADAPTER
-    # Published checkpoints keep the projector of stage 1 beside the weights of stage 2.
+    # Published checkpoints have the projector of stage 1 beside the weights of stage 2.
     has_weights = any(find_file(model_path, name) is not None for name in WEIGHT_FILES)
     if not has_weights and find_file(model_path, PROJECTOR_FILE) is not None:
         return Form.PROJECTOR
@@ -59,7 +59,7 @@ def checkpoint_form(model_path: str) -> Form:
 
 
 def no_checkpoint(model_path: str, error: OSError) -> FileNotFoundError:
-    """The error to raise where there is nothing to load."""
+    """Build the error to raise if there is nothing to load."""
     return FileNotFoundError(
         f"No checkpoint at {model_path}: expected a folder with config.json, or a name on the hub. "
         f"{str(error).splitlines()[0]}"
@@ -67,19 +67,19 @@ def no_checkpoint(model_path: str, error: OSError) -> FileNotFoundError:
 
 
 def recorded_base(model_path: str) -> str:
-    """What an adapter's config says of its base, to be added to a message; empty where there is nothing to say."""
+    """Return a remark on the base named in an adapter's config, for messages; empty if there is none."""
     path = find_file(model_path, ADAPTER_CONFIG_FILE)
     name = path and json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
     return f" (in training it was {name})" if name else ""
 
 
 def find_file(model_path: str, name: str) -> str | None:
-    """Path of a file of a checkpoint, in a local folder or fetched from the hub; None where there is none."""
+    """Return the path of a checkpoint's file, local or downloaded from the hub, or None if there is none."""
     if Path(model_path).is_dir():
         path = Path(model_path) / name
         return str(path) if path.is_file() else None
     if model_path.startswith(("/", ".", "~")) or model_path.count("/") > 1:
-        return None  # a folder that is not there: no name on the hub looks like this
+        return None  # a missing folder: names on the hub do not look like this
     from transformers.utils import cached_file
 
     return cached_file(
@@ -92,10 +92,10 @@ def find_file(model_path: str, name: str) -> str | None:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors or torch file, as stored, on the CPU.
+    """Read the tensors of a safetensors or torch file, in their stored dtype, on the CPU.
 
     Raises:
-        ValueError: the file cannot be read, or holds more than tensors.
+        ValueError: the file cannot be read, or contains other objects than tensors.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -105,46 +105,48 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file ({error}). Copy or download it again.") from error
+            raise ValueError(
+                f"{path} is not a complete safetensors file ({error}). Copy or download it again."
+            ) from error
     try:
-        # Files of before torch 1.6 are no zip archives and cannot be mapped.
+        # Files written before torch 1.6 are not zip archives and cannot be memory-mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (FileNotFoundError, PermissionError):
         raise
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:  # OSError: sought beyond a cut off end
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:  # OSError: seek past a truncated end
         raise ValueError(unreadable(path, error)) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}; expected a dict of tensors, as torch.save writes it.")
     others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(f"{path} holds more than tensors: {others[:5]}. Save the state dict alone.")
+        raise ValueError(f"{path} holds more than tensors: {others[:5]}. Save only the state dict.")
     return state
 
 
 def unreadable(path: str | Path, error: Exception) -> str:
-    """What to say of a torch file that cannot be read safely."""
+    """Build the message for a torch file that cannot be read safely."""
     return (
         f"{path} cannot be read as a file of tensors. It is cut off, or its pickle holds other objects, which are "
-        "never run here. Download it again, or ask those who made it for the state dict alone, best as safetensors. "
+        "never loaded. Download it again, or ask its authors for the state dict alone, preferably as safetensors. "
         f"({(str(error) or 'nothing in it').splitlines()[0]})"
     )
 
 
-# Filling parameters from files strictly: every name must be there, on both sides, in the same shape.
+# Strict loading: names and shapes must match exactly.
 
 SHOWN = 10
-"""How many differing names an error spells out."""
+"""Maximum number of differing names in an error message."""
 
 
 def fill_strictly(
     parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: object, hint: str
 ) -> None:
-    """Copies `tensors` into the parameters of the same names; under ZeRO-3 on gathered parameters.
+    """Copy `tensors` into the parameters of the same names. Under ZeRO-3 the parameters are gathered.
 
     Args:
-        parameters: all that are to be filled.
+        parameters: all parameters to fill.
         tensors: of any dtype.
-        source: where the tensors come from, for messages.
+        source: origin of the tensors, for messages.
         hint: the likely reason and the next step, for messages.
 
     Raises:
@@ -162,7 +164,7 @@ def fill_strictly(
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Names whose shapes differ or that are missing on one side, in words."""
+    """Describe the names whose shapes differ or that are missing on one side."""
     names = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     nothing = "has no such tensor"
     shown = [f"{name}: model {expected.get(name, nothing)}, file {found.get(name, nothing)}" for name in names[:SHOWN]]
@@ -170,7 +172,7 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def gathered(parameters: list[nn.Parameter]) -> Any:
-    """Context in which ZeRO-3 partitions of `parameters` are whole and writable; does nothing elsewhere."""
+    """Context manager that gathers ZeRO-3 partitions of `parameters` for writing; a no-op without ZeRO-3."""
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         import deepspeed
 
@@ -181,17 +183,17 @@ def gathered(parameters: list[nn.Parameter]) -> Any:
 def from_pretrained_strictly(
     model_class: Any, weights_path: str, may_come_later: Callable[[str], bool] | None = None, **kwargs: Any
 ) -> tuple[Any, list[str]]:
-    """`model_class.from_pretrained`, where a missing, superfluous or misshapen weight is an error, not a warning.
+    """Call `model_class.from_pretrained`, and raise for missing, unexpected or misshapen weights.
 
     Args:
-        may_come_later: tells by its name whether a weight may be missing, as another file brings it. None: none may.
-        **kwargs: of `from_pretrained`.
+        may_come_later: whether a weight of a given name may be missing because another file has it. None: none may.
+        **kwargs: arguments of `from_pretrained`.
 
     Returns:
-        the model, and the names of the weights that are still to come.
+        the model, and the names of the weights that are still missing.
 
     Raises:
-        ValueError: the weights do not fit the config; the message names them.
+        ValueError: the weights do not match the config; the message names them.
     """
     try:
         with without_load_report():
@@ -208,7 +210,7 @@ def from_pretrained_strictly(
         shapes = differences({n: s[0] for n, s in misshapen.items()}, {n: s[1] for n, s in misshapen.items()})
         raise ValueError(
             f"The weights in {weights_path} do not fit their config. Missing: {missing[:SHOWN]} ({len(missing)}). "
-            f"Unexpected: {unexpected[:SHOWN]} ({len(unexpected)}). Of another shape: {shapes or 'none'}. "
+            f"Unexpected: {unexpected[:SHOWN]} ({len(unexpected)}). Different shape: {shapes or 'none'}. "
             "Check that config.json belongs to these weights."
         )
     return model, to_come
@@ -216,7 +218,7 @@ def from_pretrained_strictly(
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Holds back transformers' table of missing weights: it alarms where they are to come, and errors say more."""
+    """Suppress transformers' report of missing weights: errors say more, and some weights are loaded later."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_no_report(record: logging.LogRecord) -> bool:
@@ -229,7 +231,7 @@ def without_load_report() -> Iterator[None]:
         logger.removeFilter(is_no_report)
 
 
-# Reading projector weights from the files that LLaVA-family training writes.
+# Projector weights, as written by training of the LLaVA family.
 
 __all__ = ["gathered", "load_projector", "projector_state", "read_projector_file"]
 
@@ -238,7 +240,7 @@ HONEYBEE_MARK = "abstractor."
 
 
 def read_projector_file(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of an `mm_projector.bin` or safetensors file, as stored, on the CPU.
+    """Read an `mm_projector.bin` or safetensors file, in its stored dtype, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -257,10 +259,10 @@ def read_projector_file(path: str | Path) -> dict[str, Tensor]:
 
 
 def projector_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The projector's own entries under local names, e.g. `model.mm_projector.0.weight` -> `0.weight`.
+    """Select the projector's entries under local names, e.g. `model.mm_projector.0.weight` -> `0.weight`.
 
-    Any key that contains `mm_projector.` counts, so prefixes added by wrappers (`base_model.model.`) do no harm. So
-    does `abstractor.`, as Honeybee calls its own; the place for CLS in old ones' position table is left out.
+    Keys may have any prefix before `mm_projector.`, such as a wrapper's `base_model.model.`. Honeybee's name
+    `abstractor.` is accepted too; the CLS row in the position table of its old checkpoints is dropped.
     """
     local = {name.split(MARK, 1)[1]: tensor for name, tensor in state.items() if MARK in name}
     if not local:
@@ -272,7 +274,7 @@ def projector_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_projector(projector: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copies the projector's entries of `state` into `projector`, strictly; under ZeRO-3 on gathered parameters.
+    """Load the projector's entries of `state` into `projector`, strictly. Under ZeRO-3 parameters are gathered.
 
     Raises:
         ValueError: keys are missing or unexpected, or a shape differs; names both sides and the likely reason.

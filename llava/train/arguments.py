@@ -1,4 +1,4 @@
-"""Command line of a training run: LLaVA's flags under LLaVA's names and defaults, on top of the Trainer's."""
+"""Command-line arguments of training: LLaVA's flags, with LLaVA's names and defaults, in addition to the Trainer's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RENAMED = {
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "no_cuda": "use_cpu",
 }
-"""Retired name -> present name, where the value means the same."""
+"""Old name -> new name of flags whose value has the same meaning."""
 
 
 def _flag(default: Any = None) -> Any:
@@ -31,7 +31,7 @@ def _flag(default: Any = None) -> Any:
 
 @dataclass
 class RetiredFlags:
-    """Flags that transformers 4.37 took and 5 does not, kept for launch scripts written for LLaVA and its forks."""
+    """Flags of transformers 4.37 that 5 has removed, kept for launch scripts of LLaVA and its forks."""
 
     evaluation_strategy: str | None = _flag()
     warmup_ratio: float | None = _flag()
@@ -44,12 +44,12 @@ class RetiredFlags:
 
 
 def map_retired_flags(arguments: Any) -> None:
-    """Carries the retired flags of `arguments` over to their present names, in place.
+    """Map the retired flags of `arguments` to their new names, in place.
 
-    To be called before `transformers.TrainingArguments.__post_init__`.
+    Call it before `transformers.TrainingArguments.__post_init__`.
 
     Raises:
-        ValueError: `--warmup_ratio` is not a share.
+        ValueError: `--warmup_ratio` is not between 0 and 1.
     """
     for old, new in RENAMED.items():
         value = getattr(arguments, old)
@@ -59,15 +59,15 @@ def map_retired_flags(arguments: Any) -> None:
     ratio = arguments.warmup_ratio
     if ratio is not None:
         if not 0 <= ratio <= 1:
-            raise ValueError(f"--warmup_ratio {ratio}: expected a share of all steps, between 0 and 1.")
+            raise ValueError(f"--warmup_ratio {ratio}: expected a fraction of all steps, between 0 and 1.")
         if not arguments.warmup_steps:
-            # transformers 5 reads a fraction here as the share of all steps; 1.0 would be read as one step.
+            # transformers 5 interprets a value below 1 as a fraction of all steps, but 1.0 as one step.
             arguments.warmup_steps = min(ratio, 1 - 1e-12)
         arguments.warmup_ratio = None
     if arguments.adafactor:
         arguments.optim = "adafactor"
     if arguments.overwrite_output_dir:
-        # upstream parity: the flag never emptied the folder, and a run with checkpoints in it resumed all the same.
+        # upstream parity: the flag never emptied the folder, and a run with checkpoints in it resumed anyway.
         logger.info("--overwrite_output_dir has no effect: a run resumes if its output_dir holds checkpoint-* folders.")
     if arguments.logging_dir is not None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = arguments.logging_dir
@@ -77,23 +77,25 @@ ATTENTION_CHOICES = ("auto", "flash_attention_2", "sdpa", "eager")
 ASPECT_RATIOS = ("square", "pad", "anyres")
 
 PASSED_OVER: dict[str, tuple[tuple[Any, ...], str]] = {
-    "label_smoothing_factor": ((0.0,), "the loss is cross entropy without smoothing; leave it out"),
-    "neftune_noise_alpha": ((None,), "word embeddings take no noise here; leave it out"),
+    "label_smoothing_factor": ((0.0,), "the loss is cross entropy without smoothing; drop the flag"),
+    "neftune_noise_alpha": ((None,), "noise on word embeddings is not supported; drop the flag"),
     "train_sampling_strategy": (("random", "sequential"), "batches are grouped by --group_by_modality_length True"),
     "use_liger_kernel": (
         (False,),
-        "Liger has no kernels for LLaVA's models. Most of what its loss saves is saved, as only supervised positions "
-        "get logits; leave it out",
+        "Liger has no kernels for LLaVA's models. Computing logits at supervised positions only already saves most of "
+        "the memory that its loss would save; drop the flag",
     ),
 }
-"""The Trainer's flags that would have no effect (or fail in the first step): the values that pass, and why no other."""
+"""The Trainer's flags that would have no effect or fail in the first step: accepted values, and the reason."""
 
 
 @dataclass
 class ModelArguments:
-    """Which parts the model is made of, and which of them are trained."""
+    """Parts of the model, and which of them are trained."""
 
-    model_name_or_path: str | None = field(default="facebook/opt-125m", metadata={"help": "Language model."})
+    model_name_or_path: str | None = field(
+        default="facebook/opt-125m", metadata={"help": "Folder or hub name of the language model."}
+    )
     version: str | None = field(
         default=None,
         metadata={
@@ -102,86 +104,93 @@ class ModelArguments:
         },
     )
     freeze_backbone: bool = False
-    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Stage 1: train the projector alone."})
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Stage 1: train only the projector."})
     vision_tower: str | None = None
-    mm_vision_select_layer: int = field(default=-1, metadata={"help": "Hidden layer of the tower; LLaVA-1.5 takes -2."})
-    pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "mm_projector.bin to start from."})
+    mm_vision_select_layer: int = field(default=-1, metadata={"help": "Hidden layer of the tower; LLaVA-1.5 uses -2."})
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None, metadata={"help": "mm_projector.bin to initialise the projector from."}
+    )
     mm_projector_type: str | None = field(
         default="linear", metadata={"help": "`linear`, `mlpNx_gelu`, `cabstractor` or `identity`."}
     )
     mm_projector_num_queries: int = field(
-        default=256, metadata={"help": "Visual tokens that a C-Abstractor makes of an image; a square number."}
+        default=256, metadata={"help": "Number of visual tokens per image of a C-Abstractor; a square number."}
     )
     mm_projector_depth: int = field(
-        default=3, metadata={"help": "Blocks of a C-Abstractor before its pooling, and again after it."}
+        default=3, metadata={"help": "Number of blocks of a C-Abstractor before its pooling, and again after it."}
     )
     mm_projector_hidden_size: int = field(default=1024, metadata={"help": "Width of a C-Abstractor's convolutions."})
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = True
     mm_patch_merge_type: str | None = "flat"
     mm_vision_select_feature: str | None = "patch"
-    unfreeze_mm_vision_tower: bool = field(default=False, metadata={"help": "Stage 2: train the vision tower too."})
+    unfreeze_mm_vision_tower: bool = field(default=False, metadata={"help": "Stage 2: also train the vision tower."})
     attn_implementation: str = field(
-        default="auto", metadata={"help": "Attention of the language model.", "choices": list(ATTENTION_CHOICES)}
+        default="auto",
+        metadata={"help": "Attention implementation of the language model.", "choices": list(ATTENTION_CHOICES)},
     )
 
 
 @dataclass
 class DataArguments:
-    """What is trained on."""
+    """Training data."""
 
     data_path: str | None = field(default=None, metadata={"help": "Training JSON."})
-    lazy_preprocess: bool = field(default=False, metadata={"help": "Accepted; samples are always prepared lazily."})
+    lazy_preprocess: bool = field(default=False, metadata={"help": "No effect: samples are always prepared lazily."})
     is_multimodal: bool = False
-    image_folder: str | None = field(default=None, metadata={"help": "Root that image paths are relative to."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     image_aspect_ratio: str = field(
         default="square",
-        metadata={"help": "`square` crops the centre, `pad` keeps the whole image, `anyres` adds tiles of it."},
+        metadata={"help": "`square` crops the centre, `pad` pads the image to a square, `anyres` adds tiles."},
     )
     image_grid_pinpoints: str | None = field(
-        default=None, metadata={"help": "With anyres: sizes to tile, such as '[[336, 672], [672, 336], [672, 672]]'."}
+        default=None,
+        metadata={"help": "With anyres: possible sizes, such as '[[336, 672], [672, 336], [672, 672]]'."},
     )
     on_error: str = field(
         default="fail",
-        metadata={"help": "A sample that cannot be read: `fail` stops, `skip` lists it.", "choices": ["fail", "skip"]},
+        metadata={
+            "help": "What to do with a sample that cannot be read: `fail` stops, `skip` lists it.",
+            "choices": ["fail", "skip"],
+        },
     )
     mm_use_im_start_end: bool = field(default=False, init=False)
-    """Follows the model's flag of that name; read where `<image>` is put into the text."""
+    """Copy of the model's flag of that name, used when `<image>` is inserted into the text."""
 
 
 @dataclass
 class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
-    """The Trainer's arguments, with LLaVA's additions and defaults, and the retired flags that launch scripts give.
+    """The Trainer's arguments with LLaVA's additions and defaults, and retired flags of launch scripts.
 
     Raises:
-        ValueError: a value that cannot be honoured; the message names the flag and the way out.
+        ValueError: a value is not supported; the message names the flag and says what to do.
     """
 
-    output_dir: str = field(default="", metadata={"help": "Where checkpoints and the trained weights go."})
+    output_dir: str = field(default="", metadata={"help": "Output folder of checkpoints and trained weights."})
     cache_dir: str | None = None
     optim: str = "adamw_torch"
     remove_unused_columns: bool = False
     freeze_mm_mlp_adapter: bool = False
     mpt_attn_impl: str | None = "triton"
     model_max_length: int = field(
-        default=512, metadata={"help": "Longest sequence in tokens, visual tokens included. Longer ones are cut."}
+        default=512, metadata={"help": "Maximum sequence length, including visual tokens. Longer ones are truncated."}
     )
-    double_quant: bool = field(default=True, metadata={"help": "With --bits 4: quantise the scales too."})
+    double_quant: bool = field(default=True, metadata={"help": "With --bits 4: also quantise the scales."})
     quant_type: str = field(
         default="nf4", metadata={"help": "With --bits 4: the number format.", "choices": ["fp4", "nf4"]}
     )
     bits: int = field(
-        default=16, metadata={"help": "4 or 8: the LLM is quantised and frozen, as in QLoRA.", "choices": [4, 8, 16]}
+        default=16, metadata={"help": "4 or 8: quantise and freeze the LLM, as in QLoRA.", "choices": [4, 8, 16]}
     )
     lora_enable: bool = field(
-        default=False, metadata={"help": "Train adapters on the LLM's linear layers, not the LLM."}
+        default=False, metadata={"help": "Train LoRA adapters on the LLM's linear layers instead of the LLM."}
     )
     lora_r: int = 64
     lora_alpha: int = 16
     lora_dropout: float = 0.05
     lora_weight_path: str = field(default="", metadata={"help": "Output folder of a LoRA run to start from."})
     lora_bias: Literal["none", "all", "lora_only"] = field(
-        default="none", metadata={"help": "Biases of the LLM to train along."}
+        default="none", metadata={"help": "Biases of the LLM to train in addition."}
     )
     mm_projector_lr: float | None = None
     group_by_modality_length: bool = False
@@ -191,8 +200,8 @@ class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
             raise ValueError("--output_dir is missing: give the folder for checkpoints and trained weights.")
         map_retired_flags(self)
         if self.tf32 and (self.use_cpu or not is_torch_tf32_available()):
-            # The official scripts ask for it; it changes speed, so its absence need not stop a run.
-            logger.warning("--tf32 True is dropped: there is no GPU with TF32 here (Ampere or newer).")
+            # The official scripts set it. It affects speed only, so a run can continue without it.
+            logger.warning("--tf32 True is ignored: there is no GPU with TF32 here (Ampere or newer).")
             self.tf32 = None
         for name, (accepted, reason) in PASSED_OVER.items():
             if getattr(self, name, accepted[0]) not in accepted:
@@ -203,10 +212,10 @@ class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
         super().__post_init__()
 
     def _choose_gradient_checkpointing(self) -> None:
-        """Takes re-entrant checkpoints out: they lose the gradient where a layer's input needs none, as in stage 1."""
+        """Disable re-entrant checkpointing, which loses gradients if a layer's input needs none, as in stage 1."""
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        if hasattr(self, "activation_checkpointing"):  # the newer name, from transformers 5.23 or so on
+        if hasattr(self, "activation_checkpointing"):  # the new name, since about transformers 5.23
             for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
                 new = old.replace("gradient", "activation")
                 if getattr(self, new) is None:
@@ -216,13 +225,13 @@ class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
 def parse_arguments(
     argv: Sequence[str] | None = None, plugin_arguments_class: type | None = None
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments, Any]:
-    """Reads the command line (or `argv`).
+    """Parse the command line (or `argv`).
 
     Returns:
         model, data and training arguments, and an instance of `plugin_arguments_class` (`None` without one).
 
     Raises:
-        ValueError: an unknown flag or a combination that cannot be trained.
+        ValueError: an unknown flag or an invalid combination.
     """
     classes: list[Any] = [ModelArguments, DataArguments, TrainingArguments]
     if plugin_arguments_class is not None:
@@ -235,7 +244,7 @@ def parse_arguments(
 
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Refuses, before anything is loaded, what would fail or go silently wrong later.
+    """Reject combinations that would fail, or silently go wrong, after loading.
 
     Raises:
         ValueError: names the flag, what was found and what was expected.
@@ -244,21 +253,21 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
     if model_args.version is None:
         raise ValueError(
             "--version is missing: it names the conversation template. "
-            f"Give `--version plain` for stage 1 or `--version v1` for stage 2 of LLaVA-1.5 (known: {templates})."
+            f"Pass `--version plain` for stage 1 or `--version v1` for stage 2 of LLaVA-1.5 (known: {templates})."
         )
     if model_args.version not in conv_templates:
         raise ValueError(f"--version {model_args.version}: unknown conversation template; known are {templates}.")
     if data_args.data_path is None:
-        raise ValueError("--data_path is missing: give the training JSON.")
+        raise ValueError("--data_path is missing: pass the training JSON.")
     if model_args.vision_tower is not None and data_args.image_folder is None:
-        raise ValueError("--image_folder is missing: give the folder that the image paths of --data_path start from.")
+        raise ValueError("--image_folder is missing: pass the folder that image paths in --data_path are relative to.")
     if data_args.image_aspect_ratio not in ASPECT_RATIOS:
         raise ValueError(
-            f"--image_aspect_ratio {data_args.image_aspect_ratio}: training knows {', '.join(ASPECT_RATIOS)}."
+            f"--image_aspect_ratio {data_args.image_aspect_ratio}: training supports {', '.join(ASPECT_RATIOS)}."
         )
     if data_args.image_aspect_ratio == "anyres" and not data_args.image_grid_pinpoints:
         raise ValueError(
-            "--image_grid_pinpoints is missing: anyres needs the sizes that images are tiled at, multiples of the "
+            "--image_grid_pinpoints is missing: anyres needs the possible sizes of tiled images, multiples of the "
             "tower's side, such as '[[336, 672], [672, 336], [672, 672]]'."
         )
     if training_args.fsdp:
@@ -271,7 +280,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         raise ValueError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train.")
     if model_args.tune_mm_mlp_adapter and model_args.unfreeze_mm_vision_tower:
         raise ValueError(
-            "--tune_mm_mlp_adapter saves the projector alone, so a tower trained beside it would be lost: "
+            "--tune_mm_mlp_adapter saves only the projector, so a trained tower would be lost: "
             "drop --unfreeze_mm_vision_tower, or --tune_mm_mlp_adapter."
         )
     check_projector_rate(training_args)
@@ -279,41 +288,40 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
 
 
 def check_projector_rate(training_args: TrainingArguments) -> None:
-    """Refuses a rate of the projector's own that an engine's optimizer, with one rate for all weights, would pass over.
+    """Reject `--mm_projector_lr` with a DeepSpeed optimizer, which has one learning rate and would ignore it.
 
     Raises:
-        ValueError: names the flags and the way out.
+        ValueError: names the flags and says what to do.
     """
     engine = getattr(training_args, "hf_deepspeed_config", None)
     if training_args.mm_projector_lr is not None and engine is not None and "optimizer" in engine.config:
         raise ValueError(
             f"--mm_projector_lr {training_args.mm_projector_lr}: {training_args.deepspeed} sets an `optimizer`, which "
-            "has one rate for all weights. Take that part out, as in scripts/zero3_offload.json."
+            "has one learning rate for all weights. Remove that section, as in scripts/zero3_offload.json."
         )
 
 
 def check_adapter_arguments(model_args: ModelArguments, training_args: TrainingArguments) -> None:
-    """Refuses combinations of LoRA and quantised weights that would train nothing, or not what was asked for.
+    """Reject combinations of LoRA and quantised weights that would train nothing, or the wrong weights.
 
     Raises:
-        ValueError: names the flags and the way out.
+        ValueError: names the flags and says what to do.
     """
     bits = f"--bits {training_args.bits}"
     if training_args.lora_enable and model_args.tune_mm_mlp_adapter:
         raise ValueError(
-            "--tune_mm_mlp_adapter trains and saves the projector alone, --lora_enable adapts the LLM: drop one."
+            "--tune_mm_mlp_adapter trains and saves only the projector, --lora_enable adapts the LLM: drop one."
         )
     if training_args.lora_weight_path and not training_args.lora_enable:
-        raise ValueError("--lora_weight_path is where adapters start from: add --lora_enable True, or drop it.")
+        raise ValueError("--lora_weight_path initialises LoRA adapters: add --lora_enable True, or drop it.")
     if training_args.bits == 16:
         return
     if not (training_args.lora_enable or model_args.tune_mm_mlp_adapter):
         raise ValueError(
-            f"{bits}: quantised weights cannot be trained. Add --lora_enable True (scripts/v1_5/finetune_qlora.sh), or "
-            "train the projector alone with --tune_mm_mlp_adapter True, or drop it."
+            f"{bits}: quantised weights cannot be trained. Add --lora_enable True (scripts/v1_5/finetune_qlora.sh), "
+            "train only the projector with --tune_mm_mlp_adapter True, or drop it."
         )
     if is_deepspeed_zero3_enabled():
         raise ValueError(
-            f"{bits}: ZeRO-3 cannot split quantised weights. Each GPU has room for all of them: take "
-            "--deepspeed scripts/zero2.json."
+            f"{bits}: ZeRO-3 cannot shard quantised weights. They fit on each GPU: pass --deepspeed scripts/zero2.json."
         )

@@ -1,4 +1,4 @@
-"""The Trainer with LLaVA's parameter groups and data order, a plugin's losses, and checkpoints in every stage."""
+"""LLaVA's Trainer: parameter groups, data order, plugin losses, and checkpoints in every stage."""
 
 from __future__ import annotations
 
@@ -38,16 +38,14 @@ from llava.train.checkpointing import (
 )
 from llava.train.lora import is_adapted, load_adapter, save_adapter
 
-# The Trainer's side of checkpoints: written atomically, in every stage, without the weights that are not trained.
-
 logger = logging.getLogger(__name__)
 
 
 class CheckpointingTrainer(Trainer):
-    """A Trainer whose `checkpoint-N` folders are always complete, and small in stage 1 and with LoRA.
+    """Trainer that writes `checkpoint-N` folders atomically, without frozen weights in stage 1 and with LoRA.
 
-    In stage 1 (`config.tune_mm_mlp_adapter`) a checkpoint holds `mm_projector.bin` and `config.json`, as upstream's,
-    and besides them the optimizer, the schedule, random states and the position in the data.
+    In stage 1 (`config.tune_mm_mlp_adapter`) a checkpoint contains `mm_projector.bin` and `config.json`, like
+    upstream's, and in addition the optimizer, the schedule, random states and the position in the data.
     """
 
     model: Any
@@ -61,25 +59,25 @@ class CheckpointingTrainer(Trainer):
 
     @property
     def saves_projector_only(self) -> bool:
-        """Whether this is stage 1, whose checkpoints hold the projector and not the frozen rest."""
+        """Whether this is stage 1, whose checkpoints omit the frozen weights."""
         return bool(getattr(self.model.config, "tune_mm_mlp_adapter", False))
 
     @property
     def rank_suffix(self) -> str:
-        """Tells the files of ranks apart; empty on the first."""
+        """Suffix of per-rank files; empty on the first rank."""
         return f"_rank{self.args.process_index}" if self.args.process_index else ""
 
     def log_state(self) -> dict[str, Any]:
-        """What was logged in part only, so that a resumed run logs what an uninterrupted one does."""
+        """Return the state of the current logging window, so that a resumed run logs the same values."""
         return {"loss_sum": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
 
     def load_log_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `log_state` returned in the interrupted run."""
+        """Restore the output of `log_state`."""
         self._tr_loss += state["loss_sum"]
         self._globalstep_last_logged = state["last_logged_step"]
 
     def restore_log_state(self) -> None:
-        """Reads the log state of the checkpoint that the run resumes from, if there is one."""
+        """Load the log state of the checkpoint that the run resumes from, if there is one."""
         if self._resumed_from is not None and self._log_state_file(self._resumed_from).exists():
             self.load_log_state(json.loads(self._log_state_file(self._resumed_from).read_text()))
 
@@ -90,7 +88,7 @@ class CheckpointingTrainer(Trainer):
         return str(self._run_dir) if self._run_dir is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes beside the finished checkpoints, and renames when all ranks are done."""
+        """Write to a staging folder, and rename it when all ranks are done."""
         output_dir = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._run_dir = output_dir / STAGING_FOLDER
@@ -108,7 +106,7 @@ class CheckpointingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Stage 1: `mm_projector.bin` and `config.json`. LoRA: see `llava.train.lora`. Otherwise the whole model."""
+        """Save the projector and config (stage 1), the adapter (LoRA, see `llava.train.lora`) or the full model."""
         folder = Path(output_dir or self.args.output_dir)
         if self.saves_projector_only:
             save_projector(self.model, folder / PROJECTOR_FILE, is_writer=self.args.should_save)
@@ -134,9 +132,9 @@ class CheckpointingTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        from accelerate.utils import DeepSpeedSchedulerWrapper  # there only where deepspeed is installed
+        from accelerate.utils import DeepSpeedSchedulerWrapper  # exists only if deepspeed is installed
 
-        # Frozen weights come from their own checkpoints; they would make each save of stage 1 as large as the LLM.
+        # Frozen weights are in their own checkpoints. With them, each save of stage 1 would be as large as the LLM.
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
@@ -146,28 +144,27 @@ class CheckpointingTrainer(Trainer):
         if not (self.is_deepspeed_enabled and resume_from_checkpoint):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        # Not strict, as the frozen weights are not in it.
+        # Not strict: the checkpoint has no frozen weights.
         deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self._load_scaler(resume_from_checkpoint)
         return prepared
 
 
-# A picture of a plugin run's first batch, so that a wrong geometry is seen before hours are spent on it.
-
 FIRST_BATCH = "first_batch"
 
 
 def undo_normalisation(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Images `[N, 3, H, W]` as the tower takes them, back in 0..1."""
+    """Convert the tower's input `[N, 3, H, W]` back to 0..1."""
     shift, scale = (torch.tensor(channel, dtype=torch.float32).view(1, 3, 1, 1) for channel in (mean, std))
     return (images.detach().float().cpu() * scale + shift).clamp(0, 1)
 
 
 def save_first_batch(trainer: LLaVATrainer, inputs: dict[str, Any]) -> None:
-    """Hands the first micro-batch of the first rank to the plugin's `describe_first_batch`.
+    """Pass the first micro-batch of the first rank to the plugin's `describe_first_batch`.
 
-    Of tiled images (anyres) the base tile is shown. Nothing is drawn for a batch without images.
+    The picture reveals a wrong geometry before hours are spent on it. anyres: base tiles only. Batches without images
+    have no picture.
     """
     images = inputs.get("images")
     if trainer.plugin is None or not trainer.args.should_save or images is None:
@@ -181,22 +178,20 @@ def save_first_batch(trainer: LLaVATrainer, inputs: dict[str, Any]) -> None:
     logger.info("The first batch as the plugin sees it: %s.*", path)
 
 
-# Named scalars of a logging window, averaged over micro-batches and ranks.
-
 Sums = dict[str, tuple[float, float]]
 
 
 class MetricWindow:
-    """Running means; NaN means "nothing to report" and leaves the mean alone.
+    """Running means of named scalars over a logging window. NaN means "nothing to report" and is skipped.
 
-    Values stay on their device until the window is read, so that adding costs no synchronisation.
+    Values stay on their device until the window is read, so that adding them does not synchronise.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # each [2]: sum and count
 
     def add(self, values: dict[str, Tensor | float]) -> None:
-        """Takes one value of each name."""
+        """Add one value per name."""
         for name, value in values.items():
             value = torch.as_tensor(value).detach().double().reshape(())
             present = ~value.isnan()
@@ -205,18 +200,18 @@ class MetricWindow:
             self._sums[name] = entry if before is None else before.to(entry.device) + entry
 
     def sums(self) -> Sums:
-        """Sum and count of each name on this rank."""
+        """Return sum and count of each name on this rank."""
         return {name: (entry[0].item(), entry[1].item()) for name, entry in self._sums.items()}
 
     def restore(self, sums: Sums) -> None:
-        """Takes over the sums of an interrupted run."""
+        """Restore the output of `sums`."""
         self._sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in sums.items()}
 
     def drain(self, gather: Callable[[Sums], list[Sums]]) -> dict[str, float]:
-        """Empties the window: means over all ranks, in the order of first appearance, without names that have none.
+        """Empty the window and return means over all ranks, in order of first appearance, without empty names.
 
         Args:
-            gather: collects this rank's sums with those of the others (a collective call).
+            gather: gathers the sums of all ranks (a collective call).
         """
         totals: Sums = {}
         for sums in gather(self.sums()):
@@ -227,34 +222,32 @@ class MetricWindow:
         return {name: total / count for name, (total, count) in totals.items() if count}
 
 
-# Counts samples that teach nothing, and stops a run that has too many of them.
-
 GRACE_SAMPLES = 10
-"""Up to here unsupervised samples are listed only: a share means nothing among the first few."""
+"""Up to this number, unsupervised samples are only listed: a share of the first few is meaningless."""
 LARGEST_SHARE = 0.01
 
 
 def supervised_tokens(input_ids: Tensor, labels: Tensor, visual_tokens: Tensor, max_length: int | None) -> Tensor:
-    """How many tokens of each row carry a label after images are put in and the row is cut, `[B]`.
+    """Count the labelled tokens of each row after images are inserted and the row is truncated, `[B]`.
 
     Args:
         input_ids: `[B, T]`, right-padded, IMAGE_TOKEN_INDEX for an image.
         labels: `[B, T]`.
-        visual_tokens: how many take the place of each image, `[N]`, in the order of the rows.
-        max_length: where the model cuts a row; None where it does not.
+        visual_tokens: `[N]`, number of visual tokens of each image, in the order of the rows.
+        max_length: length to which the model truncates rows, if it does.
     """
     supervised = labels != IGNORE_INDEX  # [B, T]
     if max_length is not None:
-        place = (input_ids != IMAGE_TOKEN_INDEX).long()
-        place[input_ids == IMAGE_TOKEN_INDEX] = visual_tokens
-        supervised = supervised & (place.cumsum(1) <= max_length)
-    return supervised[:, 1:].sum(1)  # [B]; nothing predicts the first position
+        lengths = (input_ids != IMAGE_TOKEN_INDEX).long()
+        lengths[input_ids == IMAGE_TOKEN_INDEX] = visual_tokens
+        supervised = supervised & (lengths.cumsum(1) <= max_length)
+    return supervised[:, 1:].sum(1)  # [B]; the first position is not predicted
 
 
 class UnsupervisedSamples:
-    """Book of the samples in which no token carries a label.
+    """Tracks samples with no supervised tokens, and stops a run that has too many of them.
 
-    Such a sample adds nothing to the loss. It is listed in `path`, one JSON line each, and counted.
+    Such samples contribute nothing to the loss. They are counted, and listed in `path` as JSON lines.
 
     Args:
         path: the list of this rank; created with the first entry.
@@ -270,7 +263,7 @@ class UnsupervisedSamples:
         self._step_ids: list[str] = []
 
     def add(self, sample_ids: list[str], supervised_tokens: list[int], step: int) -> None:
-        """Takes down one micro-batch: its samples and how many tokens of each carry a label."""
+        """Record one micro-batch: its samples and the number of labelled tokens of each."""
         empty = [name for name, count in zip(sample_ids, supervised_tokens, strict=True) if count == 0]
         self._step_rows += len(sample_ids)
         self._step_ids += empty
@@ -281,10 +274,10 @@ class UnsupervisedSamples:
                 file.writelines(json.dumps({"step": step, "id": name}) + "\n" for name in empty)
 
     def close_step(self, step: int) -> None:
-        """Judges the global batch after its last micro-batch; all ranks call it.
+        """Check the global batch after its last micro-batch. All ranks must call it.
 
         Raises:
-            ValueError: the whole global batch has no supervised token, or too large a share of all samples has none.
+            ValueError: the global batch has no supervised token, or the share of samples without one is too large.
         """
         rows, empty = self.sum_over_ranks([self._step_rows, len(self._step_ids)])
         ids, self._step_rows, self._step_ids = self._step_ids, 0, []
@@ -303,24 +296,21 @@ class UnsupervisedSamples:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts to carry over a restart."""
+        """Return the counts, to be saved in a checkpoint."""
         return {"seen": self.seen, "unsupervised": self.unsupervised}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over the counts of an interrupted run."""
+        """Restore the counts of a checkpoint."""
         self.seen, self.unsupervised = state["seen"], state["unsupervised"]
 
 
-# The order of samples: a function of seed and epoch alone, the same on all ranks and after a restart.
-
-
 class EpochSampler(Sampler[int]):
-    """Yields the order of the epoch set by `set_epoch`.
+    """Samples in an order that depends on seed and epoch only, so it is equal on all ranks and after a restart.
 
     Args:
-        draw_order: draws one order from torch's global generator, which is seeded for it and put back afterwards.
+        draw_order: draws an order from torch's global generator, which is seeded before and restored afterwards.
         length: number of samples.
-        seed: of the run's data order.
+        seed: seed of the data order.
     """
 
     def __init__(self, draw_order: Callable[[], list[int]], length: int, seed: int):
@@ -331,19 +321,19 @@ class EpochSampler(Sampler[int]):
         self._drawn: tuple[int, list[int]] | None = None  # of one epoch: drawing half a million takes seconds
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration is for."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def order(self, epoch: int) -> list[int]:
-        """Indices of the samples in the order of that epoch."""
+        """Return the sample indices of an epoch, in order."""
         if self._drawn is None or self._drawn[0] != epoch:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.seed + epoch)  # torch.manual_seed would seed the GPUs as well
+                torch.default_generator.manual_seed(self.seed + epoch)  # torch.manual_seed would also seed the GPUs
                 self._drawn = (epoch, self.draw_order())
         return self._drawn[1]
 
     def fingerprint(self, epoch: int) -> str:
-        """Short hash of an epoch's order; equal hashes mean equal data order."""
+        """Return a short hash of an epoch's order."""
         return hashlib.sha256(" ".join(map(str, self.order(epoch))).encode()).hexdigest()[:12]
 
     def __len__(self) -> int:
@@ -364,25 +354,25 @@ __all__ = [
 
 
 def run_progress(step: int, max_steps: int) -> float:
-    """How far a run is at the zero-based optimizer step `step`: 0 at the first, 1 at the last (and in a run of one)."""
+    """Return the progress at zero-based optimizer step `step`: 0 at the first, 1 at the last (and in a 1-step run)."""
     return step / (max_steps - 1) if max_steps > 1 else 1.0
 
 
 class RunBookkeeping(TrainerCallback):
-    """Sets the epoch of the data order, and carries logging windows over a restart."""
+    """Callback that sets the sampler's epoch and restores logging windows on resume."""
 
     def __init__(self, trainer: LLaVATrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Clears what a killed run left half written, and takes over the windows of the checkpoint."""
+        """Remove unfinished checkpoints of a killed run, and restore the checkpoint's logging windows."""
         if args.should_save:
             shutil.rmtree(Path(args.output_dir) / STAGING_FOLDER, ignore_errors=True)
         self.trainer.accelerator.wait_for_everyone()
         self.trainer.restore_log_state()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tells the sampler its epoch: accelerate does not reach it on several ranks after a restart."""
+        """Set the sampler's epoch: accelerate does not set it on several ranks after a restart."""
         sampler, epoch = self.trainer.epoch_sampler, int(state.epoch or 0)
         if sampler is not None:
             sampler.set_epoch(epoch)
@@ -390,7 +380,7 @@ class RunBookkeeping(TrainerCallback):
 
 
 class LLaVATrainer(CheckpointingTrainer):
-    """Trains LLaVA in both stages.
+    """Trainer for both stages of LLaVA.
 
     Args:
         *args: as for `transformers.Trainer`.
@@ -399,10 +389,10 @@ class LLaVATrainer(CheckpointingTrainer):
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
-        ValueError: one process sees several GPUs (each needs a process of its own).
+        ValueError: one process sees several GPUs (each needs its own process).
     """
 
-    loss_is_scaled_for_ga = False  # losses are means of a micro-batch; the Trainer divides by their number
+    loss_is_scaled_for_ga = False  # losses are means over a micro-batch; the Trainer divides by their number
 
     def __init__(self, *args: Any, plugin: TrainingPlugin | None = None, tokenizer: Any = None, **kwargs: Any):
         if tokenizer is not None:
@@ -411,8 +401,8 @@ class LLaVATrainer(CheckpointingTrainer):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"One process sees {self.args.n_gpu} GPUs. Start one process a GPU with `deepspeed` or `torchrun "
-                "--nproc_per_node`, or choose one GPU with CUDA_VISIBLE_DEVICES=0."
+                f"One process sees {self.args.n_gpu} GPUs. Start one process per GPU with `deepspeed` or `torchrun "
+                "--nproc_per_node`, or select one GPU with CUDA_VISIBLE_DEVICES=0."
             )
         self.plugin = plugin
         if plugin is not None:
@@ -434,7 +424,7 @@ class LLaVATrainer(CheckpointingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Weights, sums and takes down the losses of one micro-batch: the only place where that happens.
+        """Return the weighted sum of a micro-batch's losses, and record each of them for logging.
 
         Raises:
             ValueError: a loss is not finite, an image does not fit into `model_max_length`, or too many samples have no
@@ -452,7 +442,7 @@ class LLaVATrainer(CheckpointingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _weighted_sum(self, outputs: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Total loss, and the named terms and weights to log."""
+        """Return the total loss, and its named terms and weights for logging."""
         total = outputs.loss
         logs: dict[str, Tensor | float] = {"loss/caption": outputs.loss}
         auxiliary = outputs.auxiliary_losses or {}
@@ -463,12 +453,12 @@ class LLaVATrainer(CheckpointingTrainer):
             if name not in weights:
                 raise ValueError(f"{type(self.plugin).__name__}.loss_weights() gives no weight for its loss {name!r}.")
             logs |= {f"loss/{name}": value, f"{name}/beta": weights[name]}
-            if weights[name]:  # at 0 nothing is added, so that the step is plain LLaVA's to the last bit
+            if weights[name]:  # weight 0 adds nothing, so that the step equals plain LLaVA's bit for bit
                 total = total + weights[name] * value
         return total, logs
 
     def _check_samples(self, inputs: dict[str, Any], ids: list[str], loss: Tensor, logs: dict[str, Any]) -> None:
-        """Stops on a loss that is not finite, and keeps the book of samples without supervised tokens."""
+        """Raise if the loss is not finite, and track samples with no supervised tokens."""
         config = self.model.config
         has_tower = self.model.get_vision_tower() is not None
         sizes = [self.model.visual_tokens_of(size) for size in inputs.get("image_sizes", [])] if has_tower else []
@@ -476,21 +466,21 @@ class LLaVATrainer(CheckpointingTrainer):
         max_length = getattr(config, "tokenizer_model_max_length", None) if has_tower else None
         counts = supervised_tokens(inputs["input_ids"], inputs["labels"], visual_tokens, max_length)
         is_finite = loss.detach().isfinite().long().reshape(1)
-        finite, *tokens = torch.cat([is_finite, counts]).tolist()  # the one wait for the GPU
+        finite, *tokens = torch.cat([is_finite, counts]).tolist()  # the only GPU synchronisation
         step = self.state.global_step
         if not finite:
             terms = ", ".join(f"{name} {torch.as_tensor(value).item():g}" for name, value in logs.items())
             raise ValueError(
-                f"Step {step}: the loss is {loss.item()} ({terms}). Samples: {', '.join(ids)}. Look at these samples; "
-                "else lower --learning_rate, or train with --bf16 True in place of --fp16."
+                f"Step {step}: the loss is {loss.item()} ({terms}). Samples: {', '.join(ids)}. Check these samples, "
+                "lower --learning_rate, or train with --bf16 True instead of --fp16."
             )
-        if inputs["input_ids"].shape[1] > 1:  # one token alone stands for samples that were skipped
+        if inputs["input_ids"].shape[1] > 1:  # a single token is the placeholder of skipped samples
             self.unsupervised.add(ids, tokens, step)
         if self.accelerator.sync_gradients:
             self.unsupervised.close_step(step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the window's means, over micro-batches and ranks, to what the Trainer logs."""
+        """Add the window's means over micro-batches and ranks to the Trainer's logs."""
         if "loss" in logs:
             logs |= self.window.drain(lambda sums: gather_object([sums]) if self.args.world_size > 1 else [sums])
         super().log(logs, start_time)
@@ -516,7 +506,7 @@ class LLaVATrainer(CheckpointingTrainer):
         return self.epoch_sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As the Trainer does; with `mm_projector_lr` the projector's weights and biases are groups of their own."""
+        """Create the optimizer; with `mm_projector_lr`, the projector gets its own parameter groups."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         rate = self.args.mm_projector_lr
@@ -533,10 +523,10 @@ class LLaVATrainer(CheckpointingTrainer):
         return optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """As the Trainer does, but buffers stay as exact as they were.
+        """Prepare as the Trainer does, but keep the dtype of buffers.
 
-        DeepSpeed before 0.19.2 rounds them to half precision with the weights. With the rotary embedding's frequencies
-        in bfloat16, position 600 would be turned by up to 0.7 rad too far, in training alone.
+        DeepSpeed before 0.19.2 casts buffers to half precision together with the weights. With the rotary embedding's
+        frequencies in bfloat16, position 600 would be rotated by up to 0.7 rad too far, in training only.
         """
         exact = {name: buffer.clone() for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -545,10 +535,10 @@ class LLaVATrainer(CheckpointingTrainer):
                 buffer.data = exact[name].to(buffer.device)
         return prepared
 
-    # State that outlives a restart
+    # State saved in checkpoints
 
     def log_state(self) -> dict[str, Any]:
-        """See `CheckpointingTrainer`; with the window of the losses, unsupervised samples and the order of the data."""
+        """Extend `CheckpointingTrainer`'s with the metric window, unsupervised samples and the data order."""
         return super().log_state() | {
             "window": self.window.sums(),
             "unsupervised": self.unsupervised.state_dict(),
@@ -556,21 +546,21 @@ class LLaVATrainer(CheckpointingTrainer):
         }
 
     def load_log_state(self, state: dict[str, Any]) -> None:
-        """See `CheckpointingTrainer`; says so where the data are not what the checkpoint was trained on."""
+        """Restore `log_state`, and warn if the data differ from what the checkpoint was trained on."""
         super().load_log_state(state)
         self.window.restore(state["window"])
         self.unsupervised.load_state_dict(state["unsupervised"])
         before, now = state.get("data"), self.data_order()
         if before not in (None, now) and self.is_world_process_zero():
             logger.warning(
-                "The checkpoint was trained with %s, this run has %s: some samples will come twice, others not at all. "
-                "To go on as begun, give the --data_path, --seed and global batch of before.",
+                "The checkpoint was trained with %s, this run has %s: some samples will be repeated, others skipped. "
+                "To continue the same run, pass the same --data_path, --seed and global batch size.",
                 before,
                 now,
             )
 
     def data_order(self) -> dict[str, Any]:
-        """What the place in the data means: samples of an optimizer step, and a hash of the epoch's order."""
+        """Return what identifies the position in the data: samples per optimizer step, and a hash of the order."""
         args, sampler = self.args, self.epoch_sampler
         return {
             "samples_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,

@@ -1,6 +1,6 @@
-"""One `forward` and one `generate` for all LLMs. The files beside this one only name a family.
+"""Shared `forward` and `generate` of all multimodal LLMs. The other files in this folder only declare a family.
 
-Letters: B rows, T length of the ids as they come in, L length of the merged batch, D width, M vocabulary.
+Letters: B rows, T length of the input ids, L length of the merged batch, D width, M vocabulary.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from llava.plugin import AlignmentContext, AuxiliaryOutput
 
 @dataclass
 class LlavaOutput(CausalLMOutputWithPast):
-    """`loss` is the caption loss alone. A plugin's losses stand beside it, unweighted; the trainer sums them."""
+    """Model output. `loss` is the caption loss only; a plugin's losses are separate and unweighted."""
 
     auxiliary_losses: dict[str, Tensor] | None = None
     auxiliary_metrics: dict[str, Tensor] | None = None
 
 
 class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
-    """Comes before a text-only `...ForCausalLM` among the bases, and puts `decoder_class` in its decoder's place."""
+    """Mixin before a text-only `...ForCausalLM`, whose decoder it replaces by `decoder_class`."""
 
     decoder_class: type
-    # transformers stops dividing by gradient accumulation for models that say they do it themselves.
+    # Otherwise transformers would not divide the loss by the gradient accumulation steps.
     accepts_loss_kwargs = False
-    # The tower is read from its own folder; checkpoints of stage 2 hold a copy that is not needed.
+    # The tower is loaded from its own folder; its copy in checkpoints of stage 2 is not needed.
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\."]  # noqa: RUF012
 
     def __init__(self, config: Any):
-        # The text-only class would first build its own decoder, billions of weights to be thrown away.
+        # The text-only class would first build its own decoder, with billions of unused weights.
         PreTrainedModel.__init__(self, config)
         self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
@@ -46,7 +46,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_model(self) -> Any:
-        """The decoder that owns the tower and the projector."""
+        """Return the decoder, which owns the tower and the projector."""
         return self.model
 
     def forward(
@@ -68,26 +68,26 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         plugin_batch: dict[str, Tensor] | None = None,
         sample_ids: list[str] | None = None,
     ) -> LlavaOutput | tuple[Any, ...]:
-        """Runs the LLM over text and images.
+        """Run the LLM on text and images.
 
         Args:
-            input_ids: `[B, T]` with IMAGE_TOKEN_INDEX (-200) where an image belongs.
+            input_ids: `[B, T]` with IMAGE_TOKEN_INDEX (-200) for each image.
             attention_mask: `[B, T]`, true at tokens.
-            labels: `[B, T]`, IGNORE_INDEX (-100) where nothing is to be learned.
+            labels: `[B, T]`, IGNORE_INDEX (-100) at unsupervised positions.
             images: one entry for each `<image>`; see `encode_image_batch`.
-            image_sizes: width and height of each original image; needed for anyres.
-            logits_to_keep: as in transformers: how many last positions (or which) get logits; 0 is all.
-            plugin_batch: what the plugin's `collate` returned.
-            sample_ids: what to call the rows in errors.
-            cache_position: accepted for callers written against older versions of transformers; not needed.
+            image_sizes: width and height of each original image; required for anyres.
+            logits_to_keep: as in transformers: the number of last positions (or the positions) with logits; 0 is all.
+            plugin_batch: output of the plugin's `collate`.
+            sample_ids: names of the rows in error messages.
+            cache_position: unused; accepted for callers written for older versions of transformers.
 
         Returns:
-            `LlavaOutput`. In training mode with labels, `logits` is None: only supervised positions pass the `lm_head`,
+            `LlavaOutput`. In training mode with labels, `logits` is None: `lm_head` runs on supervised positions only,
             which for LLaVA's data saves most of its cost and memory. Loss and gradients are the same.
 
         Raises:
             ValueError: the numbers of `<image>` tokens and of images differ.
-            TruncatedImageError: in training, `tokenizer_model_max_length` would cut visual tokens off.
+            TruncatedImageError: in training, `tokenizer_model_max_length` would truncate visual tokens.
         """
         auxiliary = AuxiliaryOutput({})
         if inputs_embeds is None and self.needs_merge(input_ids, images):
@@ -108,7 +108,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 auxiliary = self.plugin.auxiliary_losses(self.alignment_context(encoded, merged), plugin_batch)
             input_ids, inputs_embeds = None, merged.inputs_embeds
             if self.training and not encoded.tokens:
-                inputs_embeds = inputs_embeds + encoded.base_tiles.sum()  # adds 0, and a path to the projector
+                inputs_embeds = inputs_embeds + encoded.base_tiles.sum()  # adds 0, but connects the projector
             attention_mask, position_ids = merged.attention_mask, merged.position_ids
             labels = None if labels is None else merged.labels
 
@@ -145,17 +145,17 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def needs_merge(self, input_ids: Tensor | None, images: Images | None) -> bool:
-        """Whether embeddings have to be put together here: there are images, or a training batch that might have."""
+        """Whether text and images must be merged: there are images, or it is a training batch."""
         if self.get_vision_tower() is None or input_ids is None:
             return False
         if images is not None:
-            return input_ids.shape[1] > 1  # upstream parity: a single id is a decoding step, its image is in the cache
+            return input_ids.shape[1] > 1  # upstream parity: a single id is a decoding step with the image in the cache
         return self.training or bool((input_ids == IMAGE_TOKEN_INDEX).any())
 
     def encode_dummy(self) -> EncodedImages:
-        """Stands in for images where a batch has none.
+        """Return the encoding of a batch without images.
 
-        In training, one dummy passes tower and projector: a rank that skipped them would hang the others.
+        In training, a dummy image runs through tower and projector: a rank that skips them would block the others.
         """
         if not self.training:
             return EncodedImages([], torch.empty(0, device=self.device))
@@ -165,20 +165,20 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         return EncodedImages([], tokens[None][:0])  # [0, S, D], still connected to the projector
 
     def alignment_context(self, encoded: EncodedImages, merged: MergedBatch) -> AlignmentContext:
-        """What the plugin sees: the images that belong to a row, in the order of the rows."""
+        """Build the plugin's context: the images that belong to a row, in the order of the rows."""
         rows, cols = self.visual_grid
         used = [(image, row) for row, images in enumerate(merged.image_of_row) for image in images]
         device = encoded.base_tiles.device
         images = torch.tensor([image for image, _ in used], dtype=torch.long, device=device)
         return AlignmentContext(
-            visual_tokens=encoded.base_tiles[images, -rows * cols :],  # [N, S, D]; `cls_patch` has CLS in front
+            visual_tokens=encoded.base_tiles[images, -rows * cols :],  # [N, S, D]; drops the CLS of `cls_patch`
             sample_of_image=torch.tensor([row for _, row in used], dtype=torch.long, device=device),
             grid=(rows, cols),
             embed_words=self.get_input_embeddings(),
         )
 
     def supervised_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy over supervised positions; logits are computed at these alone.
+        """Compute the mean cross entropy over supervised positions, with logits at these positions only.
 
         Args:
             hidden: `[B, L, D]`.
@@ -196,17 +196,17 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         image_sizes: list[tuple[int, int]] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Answers prompts about images; a batch gives the same answers as its rows one by one.
+        """Generate answers to prompts about images. Answers do not depend on the batch.
 
         Args:
-            inputs: `[B, T]` prompt ids (also accepted as `input_ids`) with -200 where an image belongs.
-            images: one entry for each `<image>`, in any float dtype; None for text alone.
-            image_sizes: width and height of each original image; needed for anyres.
-            **kwargs: `attention_mask` `[B, T]` for padded prompts (padding may be on either side), and everything that
-                transformers' `generate` takes.
+            inputs: `[B, T]` prompt ids (also accepted as `input_ids`) with -200 for each image.
+            images: one entry for each `<image>`, in any float dtype; None for text only.
+            image_sizes: width and height of each original image; required for anyres.
+            **kwargs: `attention_mask` `[B, T]` for padded prompts (on either side), and all arguments of transformers'
+                `generate`.
 
         Returns:
-            The new tokens alone, without the prompt.
+            The new tokens, without the prompt.
 
         Raises:
             NotImplementedError: `inputs_embeds` is given.
@@ -225,7 +225,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             self.encode_image_batch(images, image_sizes).tokens if has_images and images is not None else [],
             self.get_input_embeddings(),
             attention_mask=kwargs.pop("attention_mask", None),
-            padding_side="left",  # new tokens follow the prompt in every row, whatever side training pads
+            padding_side="left",  # new tokens must follow the prompt in every row
         )
         return super().generate(  # type: ignore[misc]
             inputs_embeds=merged.inputs_embeds,
@@ -241,10 +241,10 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """transformers' `save_pretrained`, with the tower under the names that upstream's checkpoints use.
+        """Save as transformers does, with the tower's weights under the names of upstream's checkpoints.
 
-        Settings of sampling are left out of a generation config that does not sample, as Vicuna's: they have no effect,
-        and transformers 5 refuses to write them.
+        Sampling settings are removed from a generation config that does not sample, such as Vicuna's: they have no
+        effect, and transformers 5 refuses to write them.
         """
         if not self.generation_config.do_sample:
             self.generation_config.temperature = self.generation_config.top_p = self.generation_config.top_k = None
@@ -255,7 +255,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in float32 over targets that are not IGNORE_INDEX; 0, with a graph, where there are none.
+    """Compute the mean cross entropy in float32 over targets that are not IGNORE_INDEX; 0, with a graph, if none are.
 
     Args:
         logits: `[n, M]`.
@@ -265,23 +265,20 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
-# What config.json says for readers of other versions.
-
-
 class ReadableByTransformers4:
-    """Mixed in before an LLM's config class: what transformers 5 has renamed is written under its old name too.
+    """Mixin before an LLM's config class that also writes settings under the names of transformers 4.
 
-    Upstream runs on transformers 4.37, which passes over names it does not know and takes its defaults: a checkpoint of
-    another RoPE base or scaling would be read without an error, and answer nonsense.
+    Upstream runs on transformers 4.37, which ignores unknown names and uses defaults: a checkpoint with another RoPE
+    base or scaling would load without an error, and give nonsense.
     """
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The values for config.json."""
+        """Return the values for config.json."""
         written: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
         rope = {key: value for key, value in (written.get("rope_parameters") or {}).items() if key != "type"}
         if "rope_theta" in rope:
             written["rope_theta"] = rope.pop("rope_theta")
-        if rope.get("rope_type") in ("linear", "dynamic"):  # those that 4.37 knows, in the form that it insists on
+        if rope.get("rope_type") in ("linear", "dynamic"):  # the types that 4.37 supports, in its format
             written["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]}
         elif rope.get("rope_type", "default") != "default":
             written["rope_scaling"] = rope

@@ -74,12 +74,12 @@ def test_data_in_another_order_are_noticed(run_stage_1: Any, caplog: pytest.LogC
     saving = "--per_device_train_batch_size 1 --save_strategy steps --save_steps 1 --save_total_limit 1"
     run_stage_1("run", f"{saving} --max_steps 1")
     run_stage_1("run", f"{saving} --max_steps 2")
-    assert "samples will come twice" not in caplog.text
+    assert "samples will be repeated" not in caplog.text
     run_stage_1("run", f"{saving} --max_steps 3 --gradient_accumulation_steps 2")
     assert "'samples_per_step': 1" in caplog.text and "'samples_per_step': 2" in caplog.text
     caplog.clear()
     run_stage_1("run", f"{saving} --max_steps 4 --gradient_accumulation_steps 2 --data_seed 7")
-    assert "samples will come twice" in caplog.text
+    assert "samples will be repeated" in caplog.text
 
 
 def test_old_checkpoints_are_removed(run_stage_1: Any) -> None:

@@ -101,7 +101,7 @@ def test_a_run_that_lost_the_rows_of_the_marks_is_said_to_have(run_lora: Any, ca
     assert len(kept) == len(state) - 2
     torch.save(kept, "run/non_lora_trainables.bin")
     load_pretrained_model("run", "tiny-vicuna", "llava-lora", device="cpu")
-    assert "holds no word embeddings of the marks around an image" in caplog.text
+    assert "has no word embeddings of the tokens around an image" in caplog.text
 
 
 def test_adapters_start_from_another_runs(run_lora: Any) -> None:
