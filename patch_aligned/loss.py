@@ -37,8 +37,7 @@ def region_embeddings(visual_tokens: Tensor, region_image: Tensor, region_tokens
         dtype = torch.promote_types(visual_tokens.dtype, torch.float32)
         is_own_image = region_image[:, None] == torch.arange(images, device=region_image.device)  # [R, N]
         is_covered = is_own_image[:, :, None] & region_tokens[:, None, :]  # [R, N, S]
-        # A matrix product with 0/1 weights: [R, N * S] is small compared to [R, S, D], and autograd saves no float32
-        # copy of the visual tokens.
+        # Product with 0/1 weights: [R, N * S] is smaller than [R, S, D], and no float32 copy of the tokens is saved.
         sums = is_covered.flatten(1).to(dtype) @ visual_tokens.flatten(0, 1).to(dtype)  # -> [R, D]
         return sums / region_tokens.sum(dim=1, keepdim=True).clamp(min=1)
 

@@ -1,1 +1,1 @@
-"""Training data: records on disk, tokenisation with labels, samples, batches and their order."""
+"""Training data: records, tokenisation with labels, samples, batches and samplers."""

@@ -1,4 +1,4 @@
-"""From samples to a batch, and the check that a sequence has room for its image.
+"""Collate samples into a batch, and check that sequences have room for their images.
 
 Letters: B rows, T positions of the longest row, N images of the batch.
 """
@@ -19,36 +19,37 @@ if TYPE_CHECKING:
     from llava.plugin import TrainingPlugin
 
 SMALLEST_TEXT_BUDGET = 16
-"""Tokens that must be left beside the images of a sequence: with fewer, no template fits, let alone an answer."""
+"""Minimum number of text tokens in a sequence beside its images: with fewer, not even the template fits."""
 
 
 @dataclass
 class DataCollatorForSupervisedDataset:
-    """Joins samples of `LazySupervisedDataset`.
+    """Collates samples of `LazySupervisedDataset`.
 
-    Rows are cut at `tokenizer.model_max_length` (before images are put in; the model cuts once more) and padded on the
-    right. The batch holds `input_ids`, `labels` and `attention_mask`, `[B, T]`; `sample_ids`; if a row has an image,
-    `images`, `[N, 3, H, W]` (anyres: `[N, tiles, 3, H, W]`) or a list where shapes differ, in the order of their
-    `<image>`, and `image_sizes`; with a plugin, `plugin_batch`.
+    Rows are truncated to `tokenizer.model_max_length` (before images are inserted; the model truncates again) and
+    padded on the right. The batch has `input_ids`, `labels` and `attention_mask`, `[B, T]`, and `sample_ids`. If a row
+    has an image, it also has `images`, `[N, 3, H, W]` (anyres: `[N, tiles, 3, H, W]`) or a list if shapes differ, in
+    the order of their `<image>`, and `image_sizes`. With a plugin it also has `plugin_batch`.
 
-    Unlike upstream's, the mask follows from the rows' lengths: a real token that happens to be the padding token stays.
+    Unlike upstream's, the mask is computed from the rows' lengths, so that real tokens equal to the padding token are
+    not masked.
 
-    Samples that could not be read (see `on_error`) are left out. A batch of nothing else is one padding token without
+    Samples that could not be read (see `on_error`) are skipped. If none is left, the batch is one padding token without
     label, so that all ranks stay in step.
 
     Args:
-        tokenizer: read for `pad_token_id` and `model_max_length`.
-        plugin: joins what it added to the samples.
+        tokenizer: its `pad_token_id` and `model_max_length` are used.
+        plugin: collates the tensors that it added to the samples.
     """
 
     tokenizer: Any
     plugin: TrainingPlugin | None = None
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Joins samples.
+        """Collate samples.
 
         Raises:
-            ValueError: if a cut removes the place of an image, or there is no token to pad with.
+            ValueError: if truncation removes an `<image>`, or there is no padding token.
         """
         samples = [sample for sample in instances if "skipped" not in sample] or [self._placeholder(instances[0])]
         names = [str(sample.get("sample_id", f"row {row}")) for row, sample in enumerate(samples)]
@@ -68,7 +69,7 @@ class DataCollatorForSupervisedDataset:
             if found != len(own):
                 raise ValueError(
                     f"sample {name}: found {found} {DEFAULT_IMAGE_TOKEN} among its first {cut} tokens, "
-                    f"expected {len(own)}, one an image; raise --model_max_length, or shorten the text before "
+                    f"expected {len(own)}, one per image; raise --model_max_length, or shorten the text before "
                     f"{DEFAULT_IMAGE_TOKEN}"
                 )
         if any(images):
@@ -92,12 +93,12 @@ class DataCollatorForSupervisedDataset:
 
 
 def check_sequence_budget(model_max_length: int, visual_tokens: int, images: int = 1) -> None:
-    """Refuses a run whose sequences have no room for an image and some text; to be called before training.
+    """Check before training that sequences have room for images and some text.
 
     Args:
-        model_max_length: longest sequence, image included.
-        visual_tokens: tokens of one image.
-        images: most images of a sample.
+        model_max_length: maximum sequence length, including images.
+        visual_tokens: number of tokens of one image.
+        images: maximum number of images per sample.
 
     Raises:
         ValueError: if fewer than `SMALLEST_TEXT_BUDGET` tokens are left for text.
@@ -105,8 +106,8 @@ def check_sequence_budget(model_max_length: int, visual_tokens: int, images: int
     needed = visual_tokens * images + SMALLEST_TEXT_BUDGET
     if model_max_length < needed:
         raise ValueError(
-            f"--model_max_length: found {model_max_length}, expected at least {needed}, as images take "
-            f"{visual_tokens * images} tokens and text some; LLaVA trains with 2048"
+            f"--model_max_length: found {model_max_length}, expected at least {needed}, since images take "
+            f"{visual_tokens * images} tokens and text needs some; LLaVA trains with 2048"
         )
 
 

@@ -1,4 +1,4 @@
-"""Training samples: a record's dialogue as ids and labels, its image as pixels, and what a plugin adds."""
+"""Dataset of training samples: token ids and labels, pixels, and a plugin's tensors."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WORDS_FOR_AN_IMAGE = 128
-"""What an image adds to a sample's length in words where samples are grouped by length; upstream's number."""
+"""Length of an image in words, for grouping samples by length; upstream's number."""
 
 
 class SkippedSamples:
-    """Samples left out under `--on_error skip`, one JSON line each, in a file of this rank.
+    """Lists samples skipped under `--on_error skip` as JSON lines, in one file per rank.
 
-    Workers of a rank append to the same file; a sample left out in two epochs stands there twice.
+    Workers of a rank append to the same file. A sample that is skipped in two epochs is listed twice.
 
     Args:
-        output_dir: folder of the run; None means that samples are left out with a line in the log only.
+        output_dir: folder of the run; None only logs the samples.
     """
 
     def __init__(self, output_dir: str | Path | None) -> None:
@@ -45,7 +45,7 @@ class SkippedSamples:
             self.path = Path(output_dir) / (f"skipped_samples_rank{rank}.jsonl" if rank else "skipped_samples.jsonl")
 
     def add(self, sample_id: str, reason: str) -> None:
-        """Takes down one sample."""
+        """Log and list one sample."""
         logger.warning("Skipped: %s", reason)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,30 +54,30 @@ class SkippedSamples:
 
 
 class LazySupervisedDataset(Dataset):
-    """Samples of a data file, prepared when they are asked for.
+    """Samples of a data file, prepared on access.
 
-    A sample is a dict: `input_ids` and `labels`, int64 `[L]`, and `sample_id`. With an image also `image`, `[3, H, W]`
-    (anyres: `[tiles, 3, H, W]`, the base tile first), and `image_size`, (width, height) in pixels; with several, lists
-    of these. With a plugin also `plugin_extras`, a dict, empty for text. A sample that cannot be read under
-    `on_error="skip"` holds `sample_id` and `skipped`, the reason; the collator leaves it out.
+    A sample is a dict with `input_ids` and `labels`, int64 `[L]`, and `sample_id`. With an image it also has `image`,
+    `[3, H, W]` (anyres: `[tiles, 3, H, W]`, the base tile first), and `image_size`, (width, height) in pixels; with
+    several images, lists of these. With a plugin it also has `plugin_extras`, a dict, empty for text. With
+    `on_error="skip"`, a sample that cannot be read has `sample_id` and `skipped`, the reason; the collator skips it.
 
     Args:
-        data_path: the data file, see `llava.data.records`.
+        data_path: the data file; see `llava.data.records`.
         tokenizer: the LLM's tokenizer.
-        data_args: read for `image_folder`, `image_aspect_ratio`, `image_grid_pinpoints` (anyres), `is_multimodal`,
-            `mm_use_im_start_end`, and, where the keywords below are not given, `image_processor` and `on_error`.
+        data_args: its `image_folder`, `image_aspect_ratio`, `image_grid_pinpoints` (anyres), `is_multimodal` and
+            `mm_use_im_start_end` are used; also `image_processor` and `on_error` unless they are given below.
         plugin: adds tensors to samples with an image.
-        conversation: the template; None means `llava.conversation.default_conversation` as it is now.
-        grid: rows and columns of visual tokens; a plugin needs it.
-        seen_side: pixels of the model image that patches cover; None for all.
-        image_processor: makes pixels of images.
-        on_error: "fail", or "skip" to leave out samples that cannot be read and list them in `output_dir`.
+        conversation: the template. Default: the current `llava.conversation.default_conversation`.
+        grid: rows and columns of visual tokens; required for a plugin.
+        seen_side: side of the model image that patches cover, in pixels; None for all.
+        image_processor: converts images to pixel tensors.
+        on_error: "fail", or "skip" to skip samples that cannot be read and list them in `output_dir`.
         output_dir: folder of the run.
 
     Raises:
-        FileNotFoundError: if there is no such data file.
-        RecordError: if records cannot be trained on and `on_error` is "fail"; the message names the first few.
-        ValueError: for arguments that do not go together.
+        FileNotFoundError: if the data file does not exist.
+        RecordError: if there are invalid records and `on_error` is "fail"; the message names the first few.
+        ValueError: for inconsistent arguments.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class LazySupervisedDataset(Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Lengths in words, 128 more with an image: int32 `[samples]`."""
+        """Lengths in words, plus 128 with an image: int32 `[samples]`."""
         return (self.records.words() + _WORDS_FOR_AN_IMAGE * self.records.has_image())[self.rows]
 
     @property
     def modality_lengths(self) -> np.ndarray:
         """Lengths in words, at least 1, negative for text: int32 `[samples]`."""
-        words = np.maximum(self.records.words(), 1)  # the sampler tells modalities by sign
+        words = np.maximum(self.records.words(), 1)  # the sampler distinguishes modalities by sign
         return np.where(self.records.has_image(), words, -words)[self.rows]
 
     def __len__(self) -> int:
@@ -159,7 +159,7 @@ class LazySupervisedDataset(Dataset):
 
     def _load_image(self, name: str, row: int) -> tuple[Tensor, tuple[int, int]]:
         path = Path(name)
-        # Links inside the folder may lead elsewhere: whoever set up the folder made them. A data file may not.
+        # Symbolic links inside the folder may point elsewhere, since the user made them. A data file may not.
         if path.anchor or ".." in path.parts:
             raise RecordError(
                 f"{self.records.where(row)}, field image: found {name!r}, expected a path inside --image_folder "
@@ -170,7 +170,7 @@ class LazySupervisedDataset(Dataset):
             pixels = process_images([image], self.image_processor, self.data_args)[0]  # [3, H, W] or [tiles, 3, H, W]
         except (OSError, ValueError) as error:
             raise RecordError(
-                f"{self.records.where(row)}, field image: {error}. Records like it are left out with --on_error skip"
+                f"{self.records.where(row)}, field image: {error}. Pass --on_error skip to skip such records"
             ) from error
         return pixels, image.size
 
@@ -179,7 +179,7 @@ class LazySupervisedDataset(Dataset):
             return {}
         if len(sizes) > 1:
             raise RecordError(
-                f"{self.records.where(row)}, field image: found {len(sizes)} images, expected one, as a plugin is used"
+                f"{self.records.where(row)}, field image: found {len(sizes)} images, expected one with a plugin"
             )
         assert self.plugin is not None and self.grid is not None
         aspect_ratio = self.data_args.image_aspect_ratio
@@ -196,17 +196,17 @@ class LazySupervisedDataset(Dataset):
         if aspect_ratio not in (None, "square", "pad", "anyres"):
             raise ValueError(f"--image_aspect_ratio: found {aspect_ratio!r}, expected 'square', 'pad' or 'anyres'")
         if self.plugin is not None and self.grid is None:
-            raise ValueError("a plugin is given without `grid`; pass the model's visual_grid")
+            raise ValueError("a plugin needs `grid`; pass the model's visual_grid")
 
     def _usable_rows(self) -> np.ndarray:
-        """Rows that can be trained on, checked all at once, so that no run dies of a record at its ninth hour."""
+        """Return the valid rows. All are checked now, so that no run fails on a record after hours."""
         problems = self.records.problems()
         rows = np.arange(len(self.records))
         multimodal = getattr(self.data_args, "is_multimodal", False) and self.image_processor is not None
         with_image = np.flatnonzero(self.records.has_image())
         if len(with_image) and not multimodal:
             raise ValueError(
-                f"{self.records.where(int(with_image[0]))} has an image, but the run has no vision tower; give "
+                f"{self.records.where(int(with_image[0]))} has an image, but the run has no vision tower; pass "
                 "--vision_tower, or data without images"
             )
         if not problems:
@@ -216,7 +216,7 @@ class LazySupervisedDataset(Dataset):
             listing = "\n  ".join(described[:5])
             raise RecordError(
                 f"{len(problems)} of {len(rows)} records cannot be trained on, the first being\n  {listing}\n"
-                "Correct them, or leave them out with --on_error skip"
+                "Correct them, or pass --on_error skip"
             )
         for row, reason in zip(problems, described, strict=True):
             self.skipped.add(self.records.sample_id(row), reason)
@@ -229,19 +229,19 @@ class LazySupervisedDataset(Dataset):
 def make_supervised_data_module(
     tokenizer: Any, data_args: Any, *, plugin: TrainingPlugin | None = None, **dataset_arguments: Any
 ) -> dict[str, Any]:
-    """Arguments of the trainer that concern data: `train_dataset`, `eval_dataset` (None) and `data_collator`.
+    """Build the trainer's data arguments: `train_dataset`, `eval_dataset` (None) and `data_collator`.
 
     Args:
         tokenizer: the LLM's tokenizer.
         data_args: as for `LazySupervisedDataset`; its `data_path` is the data file.
-        plugin: adds tensors to samples and joins them to batches.
-        **dataset_arguments: keywords of `LazySupervisedDataset`.
+        plugin: adds tensors to samples and collates them.
+        **dataset_arguments: keyword arguments of `LazySupervisedDataset`.
 
     Raises:
         ValueError: without `data_path`.
     """
     if not data_args.data_path:
-        raise ValueError("--data_path is missing; give the training JSON")
+        raise ValueError("--data_path is missing; pass the training JSON")
     dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, plugin=plugin, **dataset_arguments)
     collator = DataCollatorForSupervisedDataset(tokenizer, plugin)
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}

@@ -1,17 +1,17 @@
-"""Training records on disk: read once, kept as memory-mapped Arrow, checked before training starts.
+"""Training records, cached as memory-mapped Arrow and checked before training starts.
 
-A data file is a JSON array, JSON lines (either also gzipped) or Parquet. Two kinds of record are understood:
+A data file is a JSON array, JSON lines (both optionally gzipped) or Parquet. Two kinds of records are supported:
 
 - LLaVA's: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value": text}, ...], ...}`. `image` is a path
   in the image folder, a list of paths, or absent.
-- annotated images, which stand alone in stage 1: `{"image_id", "caption", ...}` without `conversations`. They read as
-  an image and its caption.
+- annotated images, for stage 1: `{"image_id", "caption", ...}` without `conversations`. They are read as an image and
+  its caption.
 
-Other keys are kept, whatever is in them: a plugin finds them in the record that it is handed.
+Other keys are preserved, and available to plugins.
 
-On the first use a file is turned into an Arrow table beside Hugging Face's caches. The table is found again by the
-file's path, size and time of change. Its rows hold each record's JSON as text, so nothing of it lives on the Python
-heap, workers share its pages, and half a million records open in no time.
+A file is converted once to an Arrow table in Hugging Face's cache folder. The cache key is the file's path, size and
+modification time. Rows store each record's JSON as text. So records use no Python heap, workers share the table's
+pages, and half a million records open almost instantly.
 """
 
 from __future__ import annotations
@@ -35,21 +35,19 @@ from huggingface_hub.constants import HF_HOME
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
-# Large JSON files, one record at a time: arrays and lines alike, without holding the file in memory.
-
 _CHARACTERS_AT_ONCE = 1 << 22
 _SPACE = re.compile(r"\s*")
 
 
 class RecordError(ValueError):
-    """A record that cannot be used; the message names file, record, field, what was found and what was expected."""
+    """Raised for a record that cannot be used. The message names file, record, field, found and expected."""
 
 
 def read_json_values(source: Path) -> Iterator[tuple[str, Any]]:
-    """Values of a JSON array or of JSON lines, each as its own text and parsed; `.gz` is unpacked.
+    """Stream the values of a JSON array or JSON lines, optionally gzipped, as (text, parsed value).
 
     Raises:
-        RecordError: at the first value that does not parse, and at the end of an array that is not closed.
+        RecordError: for a value that does not parse, and for an unclosed array.
     """
     with _open_text(source) as file:
         text = _Text(file)
@@ -58,20 +56,22 @@ def read_json_values(source: Path) -> Iterator[tuple[str, Any]]:
         while not (in_array and text.skip("]")):
             if text.at_end():
                 if in_array:
-                    raise RecordError(f"{source}: found the end after {number} records, expected ']'; fetch it anew")
+                    raise RecordError(
+                        f"{source}: found the end after {number} records, expected ']'; download it again"
+                    )
                 return
             try:
                 value = text.decode()
             except json.JSONDecodeError as error:
                 raise RecordError(
                     f"{source}, record {number}: found invalid JSON ({error}), expected an object; correct the file or "
-                    "fetch it anew"
+                    "download it again"
                 ) from None
             yield value
             if in_array and not text.skip(",") and not text.follows("]"):
                 raise RecordError(
                     f"{source}, after record {number}: found {text.ahead()!r}, expected ',' or ']'; correct it or "
-                    "fetch it anew"
+                    "download it again"
                 )
             number += 1
         if not text.at_end():
@@ -85,7 +85,7 @@ def _open_text(source: Path) -> IO[str]:
 
 
 class _Text:
-    """A text file read piece by piece; whitespace between JSON values is skipped."""
+    """Buffered reader of a text file that skips whitespace between JSON values."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file = file
@@ -101,13 +101,13 @@ class _Text:
         return self.ahead().startswith(mark)
 
     def skip(self, mark: str) -> bool:
-        """Passes over `mark` if it comes next, and says whether it did."""
+        """Consume `mark` if it comes next. Returns whether it did."""
         if found := self.follows(mark):
             self.position += len(mark)
         return found
 
     def ahead(self) -> str:
-        """The next few characters that are not whitespace; empty at the end of the file."""
+        """Peek at the next few characters after whitespace; empty at the end of the file."""
         while True:
             self.position = _SPACE.match(self.buffer, self.position).end()  # type: ignore[union-attr]
             if self.position < len(self.buffer) or self.exhausted:
@@ -115,7 +115,7 @@ class _Text:
             self._read()
 
     def decode(self) -> tuple[str, Any]:
-        """The next value, as text and parsed."""
+        """Consume the next value. Returns its text and the parsed value."""
         while True:
             start = self.position
             try:
@@ -131,7 +131,7 @@ class _Text:
 
     def _read(self) -> None:
         kept = self.buffer[self.position :]
-        # A long record is met with ever larger pieces, so that it is not decoded in vain too often.
+        # Read ever larger pieces for a long record, so that it is not decoded too often.
         piece = self.file.read(max(_CHARACTERS_AT_ONCE, len(kept)))
         self.exhausted = not piece
         self.buffer, self.position = kept + piece, 0
@@ -140,7 +140,7 @@ class _Text:
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-"""Part of the tables' names: to be raised whenever what they hold changes."""
+"""Part of the cache key; increase it when the content of the tables changes."""
 
 _SCHEMA = pa.schema(
     [
@@ -155,7 +155,7 @@ _ROWS_AT_ONCE = 4096
 
 
 def as_conversation(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record in LLaVA's form; all its keys stay. An annotated image becomes `<image>` and its caption."""
+    """Convert a record to LLaVA's form, preserving its keys. An annotated image becomes `<image>` and its caption."""
     if "conversations" in record or "image_id" not in record or "caption" not in record:
         return dict(record)
     turns = [{"from": "human", "value": DEFAULT_IMAGE_TOKEN}, {"from": "gpt", "value": record["caption"]}]
@@ -163,7 +163,7 @@ def as_conversation(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_names(record: Mapping[str, Any]) -> list[str]:
-    """Paths of a record's images inside the image folder; empty for a text record."""
+    """Return the paths of a record's images inside the image folder; empty for a text record."""
     images = record.get("image")
     if images is None:
         return []
@@ -171,10 +171,10 @@ def image_names(record: Mapping[str, Any]) -> list[str]:
 
 
 def find_problem(record: Any) -> str | None:
-    """Why a record cannot be trained on in any template, or None.
+    """Return why a record cannot be trained on in any template, or None.
 
-    A text record may speak of `<image>` (a web page's source does). Only where the first question begins or ends with
-    it, as LLaVA marks the place of an image, is the image missed.
+    A text record may contain `<image>` (a web page's source does). It lacks an image only if the first question begins
+    or ends with `<image>`, as LLaVA's do.
     """
     if not isinstance(record, Mapping):
         return f"found {type(record).__name__}, expected an object"
@@ -200,9 +200,9 @@ def find_problem(record: Any) -> str | None:
 
 
 class RecordTable:
-    """Records of one data file, memory-mapped; a sequence of dicts in LLaVA's form.
+    """Memory-mapped sequence of a data file's records, as dicts in LLaVA's form.
 
-    Cheap to pickle: a worker opens the table for itself.
+    Cheap to pickle: each worker opens the table itself.
 
     Attributes:
         source: the data file.
@@ -216,7 +216,7 @@ class RecordTable:
 
     @property
     def table(self) -> pa.Table:
-        """The Arrow table; its buffers are the file's pages."""
+        """The memory-mapped Arrow table."""
         if self._table is None:
             self._table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
         return self._table
@@ -234,41 +234,41 @@ class RecordTable:
         return (self[row] for row in range(len(self)))
 
     def sample_id(self, row: int) -> str:
-        """The record's `id`, or for lack of one its image or its number."""
+        """Return the record's `id`, else its image, else its number."""
         return self.table["sample_id"][row].as_py()
 
     def where(self, row: int) -> str:
-        """File, number and id of a record, as errors name it. Records are counted from 0."""
+        """Describe a record by file, zero-based number and id, for error messages."""
         return f"{self.source}, record {row} (id {self.sample_id(row)!r})"
 
     def problems(self) -> dict[int, str]:
-        """What `find_problem` says, of the rows where it says something."""
+        """Return the problems found by `find_problem`, by row."""
         column = self.table["problem"]
         rows = np.flatnonzero(np.asarray(column.is_valid()))
         return {int(row): column[int(row)].as_py() for row in rows}
 
     def words(self) -> np.ndarray:
-        """Words of all turns of each record: int32 `[rows]`."""
+        """Return the number of words of each record: int32 `[rows]`."""
         return self.table["words"].to_numpy()
 
     def has_image(self) -> np.ndarray:
-        """Which records have an image: bool `[rows]`."""
+        """Return which records have an image: bool `[rows]`."""
         return self.table["has_image"].to_numpy()
 
 
 def open_records(data_path: str | Path, cache_dir: str | Path | None = None) -> RecordTable:
-    """Opens a data file, converting it first if no table of it is at hand.
+    """Open a data file, and convert it first if its table is not cached.
 
-    Ranks and jobs that start together wait for the one that converts.
+    If several ranks or jobs start at the same time, one converts and the others wait.
 
     Args:
-        data_path: JSON, JSON lines, either with `.gz`, or Parquet.
-        cache_dir: where tables are kept; None means `llava_records` in `HF_HOME`.
+        data_path: JSON or JSON lines, optionally gzipped, or Parquet.
+        cache_dir: cache folder. Default: `llava_records` in `HF_HOME`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        RecordError: if it cannot be parsed, or holds no records. Records that parse but cannot be trained on are
-            reported by `RecordTable.problems`.
+        FileNotFoundError: if the file does not exist.
+        RecordError: if it cannot be parsed, or has no records. `RecordTable.problems` lists records that parse but
+            cannot be trained on.
     """
     source = Path(data_path)
     if not source.is_file():
@@ -288,7 +288,7 @@ def open_records(data_path: str | Path, cache_dir: str | Path | None = None) -> 
 
 
 def _convert(source: Path, path: Path) -> None:
-    logger.info("%s: converting to %s, once", source, path)
+    logger.info("%s: converting to %s (done once)", source, path)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     rows = 0
     try:
@@ -302,7 +302,7 @@ def _convert(source: Path, path: Path) -> None:
             raise RecordError(f"{source}: found no records, expected at least one; check --data_path")
         unfinished.replace(path)
     except (pa.ArrowInvalid, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise RecordError(f"{source}, after record {rows}: cannot be read ({error}); fetch the file anew") from error
+        raise RecordError(f"{source}, after record {rows}: cannot be read ({error}); download it again") from error
     finally:
         unfinished.unlink(missing_ok=True)
     logger.info("%s: %d records", source, rows)

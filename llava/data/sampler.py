@@ -1,8 +1,7 @@
-"""Orders of samples that put like lengths together, and images apart from text.
+"""Sample orders grouped by length, and optionally by modality.
 
-A batch of images and text wastes little padding, and a micro-batch of text alone leaves the vision tower idle on every
-rank alike, if all samples of a global batch are of one kind and of about one length. Orders are upstream's, index for
-index, from the same state of the random generators.
+If all samples of a global batch have about the same length and the same modality, batches need little padding, and the
+vision tower is either used or idle on all ranks. Given the same random state, orders equal upstream's index by index.
 """
 
 from __future__ import annotations
@@ -15,16 +14,15 @@ from torch.utils.data import Sampler
 
 
 def split_to_even_chunks(indices: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
-    """Deals indices out to chunks of equal count and about equal total length.
+    """Split indices into chunks of equal count and about equal total length.
 
-    Each index goes to the chunk that is shortest so far and not full; where counts cannot be equal, they are dealt in
-    turn.
+    Each index goes to the shortest chunk that is not full. If counts cannot be equal, indices are dealt in turn.
     """
     if len(indices) % num_chunks:
         return [list(indices[chunk::num_chunks]) for chunk in range(num_chunks)]
     capacity = len(indices) // num_chunks
     chunks: list[list[int]] = [[] for _ in range(num_chunks)]
-    totals = [(0, chunk) for chunk in range(num_chunks)]  # a heap: the shortest first, of equals the first
+    totals = [(0, chunk) for chunk in range(num_chunks)]  # a heap, shortest first; ties go to the first chunk
     for index in indices:
         total, chunk = heapq.heappop(totals)
         chunks[chunk].append(index)
@@ -40,14 +38,14 @@ def get_length_grouped_indices(
     generator: torch.Generator | None = None,
     merge: bool = True,
 ) -> list[int]:
-    """A random order in which each global batch is sorted, longest first, and dealt to ranks of about equal load.
+    """Draw a random order in which each global batch is sorted, longest first, and split evenly between ranks.
 
     Args:
-        lengths: of all samples.
-        batch_size: samples of a micro-batch.
+        lengths: lengths of all samples.
+        batch_size: size of a micro-batch.
         world_size: micro-batches of a global batch: ranks times accumulation steps.
-        generator: draws the order; None means torch's global one.
-        merge: accepted for upstream's sake; the order is always one flat list.
+        generator: random generator. Default: torch's global one.
+        merge: unused; accepted for upstream's callers. The order is always one flat list.
     """
     order = torch.randperm(len(lengths), generator=generator).tolist()
     grouped: list[int] = []
@@ -61,18 +59,18 @@ def get_length_grouped_indices(
 def get_modality_length_grouped_indices(
     lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
 ) -> list[int]:
-    """A random order of global batches that are all images or all text, each grouped by length.
+    """Draw a random order of global batches that are all images or all text, each grouped by length.
 
-    What is left over of either kind comes last, together, in the order of the data.
+    The remainders of both modalities come last, together, in the order of the data.
 
     Args:
-        lengths: of all samples, negative for text.
-        batch_size: samples of a micro-batch.
+        lengths: lengths of all samples, negative for text.
+        batch_size: size of a micro-batch.
         world_size: micro-batches of a global batch: ranks times accumulation steps.
-        generator: draws the order of the global batches; None means torch's global one.
+        generator: random generator of the order of global batches. Default: torch's global one.
 
     Raises:
-        ValueError: if a length is 0, which says neither image nor text.
+        ValueError: if a length is 0, which is neither image nor text.
     """
     with_image = [index for index, length in enumerate(lengths) if length > 0]
     text = [index for index, length in enumerate(lengths) if length < 0]
@@ -86,27 +84,27 @@ def get_modality_length_grouped_indices(
     rest: list[int] = []
     for members in (with_image, text):
         sizes = [abs(int(lengths[index])) for index in members]
-        # upstream parity: inside the kinds the global generator draws, whatever generator is given.
+        # upstream parity: orders within a modality use the global generator, even if another one is given.
         order = get_length_grouped_indices(sizes, batch_size, world_size, generator=None)
         *batches, last = _batches([members[position] for position in order], batch_size * world_size)
         whole.extend(batches)
-        rest.extend(last)  # upstream parity: also where it is whole
+        rest.extend(last)  # upstream parity: also if the last batch is full
     shuffled = torch.randperm(len(whole), generator=generator).tolist()
     return [index for number in shuffled for index in whole[number]] + sorted(rest)
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Draws a new order with each pass; with the same state of torch's generators, the same order.
+    """Sampler that draws a new length-grouped order in each pass. The order depends only on torch's random state.
 
     Args:
-        batch_size: samples of a micro-batch.
+        batch_size: size of a micro-batch.
         world_size: micro-batches of a global batch: ranks times accumulation steps.
-        lengths: of all samples; negative for text if `group_by_modality`.
+        lengths: lengths of all samples; negative for text if `group_by_modality`.
         generator: as for the functions of this module.
-        group_by_modality: keep images and text apart.
+        group_by_modality: separate images and text.
 
     Raises:
-        ValueError: without lengths.
+        ValueError: if `lengths` is None.
     """
 
     def __init__(
@@ -118,7 +116,7 @@ class LengthGroupedSampler(Sampler[int]):
         group_by_modality: bool = False,
     ) -> None:
         if lengths is None:
-            raise ValueError("lengths: found None, expected one length a sample")
+            raise ValueError("lengths: found None, expected one length per sample")
         self.batch_size = batch_size
         self.world_size = world_size
         self.lengths = lengths

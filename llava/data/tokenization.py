@@ -1,16 +1,16 @@
-"""From a dialogue to token ids and labels.
+"""Convert dialogues to token ids and labels.
 
-One mechanism serves every template. The template renders the dialogue as segments, of which the answers are marked
-(`Conversation.segments`); the joined text is tokenised once, and a token is labelled if it touches an answer's
-characters. Nothing is tokenised twice and no lengths are counted, so the labels are right for any tokenizer and any
-text, also where an answer repeats the template's own separators.
+All templates share one mechanism. The template renders the dialogue as segments with answers marked
+(`Conversation.segments`). The joined text is tokenised once, and a token is labelled if it overlaps an answer's
+characters. Nothing is tokenised twice and no lengths are counted. So labels are correct for any tokenizer and text,
+even if an answer contains the template's separators.
 
-`preprocess` and its siblings keep upstream's names and results. Where results differ, upstream's were defects:
+`preprocess` and its variants keep upstream's names and results, except for upstream's defects:
 
-- It dropped all labels of a sample on a miscount: answers that contain "ASSISTANT: ", an empty answer, and every
-  dialogue in the `mpt` and ChatML templates. Here these are labelled like any other.
-- In the `v0` templates its labels drifted by a token or more a turn, over roles and questions.
-- Several `<image>` in one message became one. Here each keeps its place.
+- On a miscount it dropped all labels of a sample: for answers that contain "ASSISTANT: ", for an empty answer, and for
+  every dialogue in the `mpt` and ChatML templates. Here these are labelled like any other.
+- In the `v0` templates its labels drifted by one or more tokens per turn, over roles and questions.
+- Several `<image>` in one message became one. Here each keeps its position.
 - An empty caption in a `plain` template was learnt as a line break. Here an empty answer is not learnt.
 
 Letters: B dialogues, L tokens of the longest.
@@ -45,20 +45,20 @@ def preprocess(
     has_image: bool = False,
     conversation: Conversation | None = None,
 ) -> dict[str, Tensor]:
-    """Token ids and labels of dialogues.
+    """Tokenise dialogues and label their answers.
 
     Args:
-        sources: dialogues as they stand in training records.
+        sources: dialogues as in training records.
         tokenizer: a fast tokenizer.
-        has_image: whether `<image>` stands for an image; otherwise it is text like any other, and ids are cut at
-            `tokenizer.model_max_length` (upstream parity: with images the collator cuts).
-        conversation: the template; None means `llava.conversation.default_conversation` as it is now.
+        has_image: whether `<image>` represents an image. Otherwise it is plain text, and ids are truncated to
+            `tokenizer.model_max_length` (upstream parity: with images the collator truncates).
+        conversation: the template. Default: the current `llava.conversation.default_conversation`.
 
     Returns:
         `input_ids` and `labels`, int64 `[B, L]`, padded on the right.
 
     Raises:
-        ValueError: for a dialogue whose turns do not fit the template, or a tokenizer without offsets.
+        ValueError: for a dialogue whose turns do not match the template, or a tokenizer without offsets.
     """
     template = templates.default_conversation if conversation is None else conversation
     rows = [tokenize_segments(training_segments(turns, template), tokenizer, has_image) for turns in sources]
@@ -73,10 +73,10 @@ def preprocess(
 def preprocess_multimodal(
     sources: Sequence[Sequence[Turn]], data_args: Any, conversation: Conversation | None = None
 ) -> list[list[dict[str, str]]]:
-    """Dialogues with `<image>` where the model expects it; the dialogues given are left as they are.
+    """Return copies of dialogues with `<image>` in the position that the model expects.
 
-    A single `<image>` of a message moves to its front, on a line of its own; several keep their places. Templates with
-    "mmtag" in their version and `data_args.mm_use_im_start_end` put marks around each.
+    A single `<image>` of a message moves to its beginning, on its own line; several keep their positions. Templates
+    with "mmtag" in their version and `data_args.mm_use_im_start_end` add tokens around each.
     """
     template = templates.default_conversation if conversation is None else conversation
     if not getattr(data_args, "is_multimodal", False):
@@ -118,33 +118,33 @@ def preprocess_plain(
 
 
 def training_segments(turns: Sequence[Turn], template: Conversation) -> Iterator[Segment]:
-    """A training dialogue in the template, answers marked.
+    """Render a training dialogue in the template, with answers marked.
 
     Raises:
-        ValueError: if the turns do not fit the template.
+        ValueError: if the turns do not match the template.
     """
     if template.sep_style is SeparatorStyle.PLAIN:
         return _plain_segments(turns, template)
     if template.sep_style is SeparatorStyle.SINGLE:
         return _single_segments(turns, template)
     dialogue = template.copy()
-    # upstream parity: what the assistant says before the first question is dropped, and examples that belong to the
-    # template are not trained on.
+    # upstream parity: a message of the assistant before the first question is dropped, and the template's own examples
+    # are not trained on.
     asked = list(turns)[1:] if turns and turns[0]["from"] != "human" else list(turns)
     dialogue.messages = [[template.roles[speaker], turn["value"]] for speaker, turn in _alternating(asked)]
     return dialogue.segments()
 
 
 def tokenize_segments(segments: Iterable[Segment], tokenizer: Any, has_image: bool) -> tuple[list[int], list[int]]:
-    """Ids of the joined text, `IMAGE_TOKEN_INDEX` for each `<image>` if `has_image`, and labels of the same length.
+    """Tokenise the joined text, with `IMAGE_TOKEN_INDEX` for each `<image>` if `has_image`. Returns ids and labels.
 
-    Ids are those of `llava.mm_utils.tokenizer_image_token`: pieces between images are tokenised each on its own, after
-    one BOS if the tokenizer adds any.
+    Ids equal those of `llava.mm_utils.tokenizer_image_token`: the pieces between images are tokenised separately, after
+    one BOS if the tokenizer adds one.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"tokenizer {type(tokenizer).__name__}: it gives no offsets, expected a fast one, from which labels are "
-            "taken; load it with AutoTokenizer.from_pretrained(...), or convert it to tokenizer.json first"
+            f"tokenizer {type(tokenizer).__name__}: it gives no offsets, which labels need; expected a fast tokenizer; "
+            "load it with AutoTokenizer.from_pretrained(...), or convert it to tokenizer.json first"
         )
     text, in_answer = _join(segments)
     bos = tokenizer("").input_ids[:1]
@@ -161,7 +161,7 @@ def tokenize_segments(segments: Iterable[Segment], tokenizer: Any, has_image: bo
             added = len(prefixed) - len(piece)
             encoded = tokenizer(prefixed, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             for token, (first, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
-                # A token without characters of its own (a space that the tokenizer puts first) goes with the next one.
+                # A token without characters of its own (a space that the tokenizer prepends) belongs to the next one.
                 first = start + max(first - added, 0)
                 end = max(start + end - added, first + 1)
                 ids.append(token)
@@ -171,7 +171,7 @@ def tokenize_segments(segments: Iterable[Segment], tokenizer: Any, has_image: bo
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int | None) -> Tensor:
-    """Rows of different lengths as one int64 tensor `[B, L]`, `value` on the right.
+    """Pad rows with `value` on the right to one int64 tensor `[B, L]`.
 
     Raises:
         ValueError: if rows need padding and `value` is None.
@@ -186,7 +186,7 @@ def _of_style(conversation: Conversation | None, style: SeparatorStyle) -> Conve
     template = templates.default_conversation if conversation is None else conversation
     if template.sep_style is not style:
         raise ValueError(
-            f"template of style {template.sep_style.name}, expected {style.name}; call `preprocess`, which takes any"
+            f"template of style {template.sep_style.name}, expected {style.name}; call `preprocess`, which accepts any"
         )
     return template
 
@@ -198,7 +198,7 @@ def _place_images(text: str, mark: str) -> str:
 
 
 def _speaker(turn: Turn) -> int:
-    """0 for the asker, 1 for the assistant."""
+    """Return 0 for the user, 1 for the assistant."""
     if turn["from"] not in ("human", "gpt"):
         raise ValueError(f"field from: found {turn['from']!r}, expected 'human' or 'gpt'")
     return int(turn["from"] == "gpt")
@@ -208,17 +208,17 @@ def _alternating(turns: Sequence[Turn]) -> list[tuple[int, Turn]]:
     spoken = [(_speaker(turn), turn) for turn in turns]
     if not spoken or any(speaker != position % 2 for position, (speaker, _) in enumerate(spoken)):
         raise ValueError(
-            f"field conversations: found turns {[turn['from'] for turn in turns]}, expected 'human' and 'gpt' by turns"
+            f"field conversations: found turns {[turn['from'] for turn in turns]}, expected 'human' and 'gpt' in turn"
         )
     return spoken
 
 
 def _plain_segments(turns: Sequence[Turn], template: Conversation) -> Iterator[Segment]:
-    """Images and caption alone: the question is not shown to the model."""
+    """Yield images and caption only: the model does not see the question."""
     if len(turns) != 2 or DEFAULT_IMAGE_TOKEN not in turns[0]["value"]:
         raise ValueError(
-            f"field conversations: found {len(turns)} turns, expected for a plain template two, the first with "
-            f"{DEFAULT_IMAGE_TOKEN}; dialogues are trained with --version v1"
+            f"field conversations: found {len(turns)} turns, expected two for a plain template, the first with "
+            f"{DEFAULT_IMAGE_TOKEN}; train dialogues with --version v1"
         )
     question, caption = turns[0]["value"], turns[1]["value"]
     yield Segment(DEFAULT_IMAGE_TOKEN * question.count(DEFAULT_IMAGE_TOKEN))
@@ -226,7 +226,7 @@ def _plain_segments(turns: Sequence[Turn], template: Conversation) -> Iterator[S
 
 
 def _single_segments(turns: Sequence[Turn], template: Conversation) -> Iterator[Segment]:
-    """The `v0` family trains on a layout with more line breaks than `get_prompt` has (upstream parity)."""
+    """Yield the `v0` family's training format, with more line breaks than `get_prompt` has (upstream parity)."""
     yield Segment(f"{template.system}\n\n{template.sep} ")
     for turn in turns:
         speaker = _speaker(turn)
@@ -236,7 +236,7 @@ def _single_segments(turns: Sequence[Turn], template: Conversation) -> Iterator[
 
 
 def _join(segments: Iterable[Segment]) -> tuple[str, bytearray]:
-    """The whole text, and for each of its characters whether it belongs to an answer (1) or not (0)."""
+    """Return the joined text, and for each character whether it belongs to an answer (1) or not (0)."""
     text, in_answer = "", bytearray()
     for segment in segments:
         text += segment.text

@@ -146,7 +146,7 @@ def test_several_images_of_a_record(make_dataset: Callable[..., Any], write_data
     assert sample["input_ids"].tolist().count(IMAGE_TOKEN_INDEX) == 2
     assert [image.shape for image in sample["image"]] == [(3, 56, 56)] * 2
     assert sample["image_size"] == [(80, 40), (37, 91)]
-    with pytest.raises(RecordError, match="found 2 images, expected one, as a plugin is used"):
+    with pytest.raises(RecordError, match="found 2 images, expected one with a plugin"):
         make_dataset(write_data([several]), plugin=Recording(), grid=GRID)[0]
 
 

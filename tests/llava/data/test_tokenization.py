@@ -111,7 +111,7 @@ def test_ids_and_labels_are_upstreams_or_differ_by_name(
         dialogues = [dialogue for dialogue in conversations if "image" in dialogue]
     for dialogue, expected in zip(dialogues, recorded[key], strict=True):
         if "error" in expected:
-            with pytest.raises(ValueError, match="expected for a plain template two"):
+            with pytest.raises(ValueError, match="expected two for a plain template"):
                 encode(dialogue, template, tokenizer)
             continue
         found = encode(dialogue, template, tokenizer, bool(start_end))
@@ -267,8 +267,8 @@ def test_the_first_word_after_an_image_is_learnt_with_its_space(tokenizer: Any) 
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ([("human", "a"), ("human", "b")], "expected 'human' and 'gpt' by turns"),
-        ([("gpt", "a")], "expected 'human' and 'gpt' by turns"),
+        ([("human", "a"), ("human", "b")], "expected 'human' and 'gpt' in turn"),
+        ([("gpt", "a")], "expected 'human' and 'gpt' in turn"),
         ([("human", "a"), ("bot", "b")], "field from: found 'bot'"),
     ],
 )

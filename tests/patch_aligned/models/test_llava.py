@@ -132,7 +132,7 @@ def test_a_whole_models_projector_is_not_that_of_an_earlier_stage_beside_it(gold
 @pytest.mark.parametrize(
     ("changed", "message", "arguments"),
     [
-        ({"mm_vision_select_layer": -1}, r"mm_vision_select_layer is \{'a': -2, 'b': -1\}.*Measure them", None),
+        ({"mm_vision_select_layer": -1}, r"mm_vision_select_layer is \{'a': -2, 'b': -1\}.*separately", None),
         ({"mm_vision_tower": "tiny-siglip"}, r"mm_vision_tower is .*pass --vision-tower", ("tiny-clip", None)),
         ({"image_aspect_ratio": "pad"}, r"image_aspect_ratio is .*Pass --image-aspect-ratio", (None, "pad")),
     ],

@@ -202,7 +202,7 @@ def test_a_checkpoint_without_projector_is_named(saved: Callable):
     file = path / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(file).items() if "multi_modal_projector" not in name}
     save_file(kept, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 4 weights that a llava has, such as 'multi_modal_projector"):
+    with pytest.raises(ValueError, match=r"lacks 4 weights of a llava, such as 'multi_modal_projector"):
         load_family("tiny", path)
 
 
