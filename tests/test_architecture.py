@@ -74,8 +74,8 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Lines of *.py that a folder may hold.
 BUDGETS = {
-    "llava": 9299,
-    "patch_aligned": 13759,
+    "llava": 9294,
+    "patch_aligned": 13745,
     "patch_aligned/analysis": 3541,
     "patch_aligned/annotate": 4137,
     "patch_aligned/dataset": 1571,
@@ -85,11 +85,11 @@ BUDGETS = {
 LONGEST_FILE = 500
 # Files that are longer, with the length they must not exceed; each gets shorter or is split.
 LONGER_FILES = {
-    "llava/train/llava_trainer.py": 578,
+    "llava/train/llava_trainer.py": 568,
     "patch_aligned/annotate/folder.py": 624,
     "patch_aligned/annotate/ram/model.py": 549,
     "patch_aligned/annotate/run.py": 660,
-    "patch_aligned/pad.py": 763,
+    "patch_aligned/pad.py": 760,
 }
 # Distributions that come with an extra. No module needs them to be imported.
 OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "tensorboard", "wandb", "flash_attn", "lmms_eval",
