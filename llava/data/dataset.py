@@ -196,7 +196,7 @@ class LazySupervisedDataset(Dataset):
         if aspect_ratio not in (None, "square", "pad", "anyres"):
             raise ValueError(f"--image_aspect_ratio: found {aspect_ratio!r}, expected 'square', 'pad' or 'anyres'")
         if self.plugin is not None and self.grid is None:
-            raise ValueError("a plugin needs `grid`; pass the model's visual_grid")
+            raise ValueError("a plugin is given without `grid`; pass the model's visual_grid")
 
     def _usable_rows(self) -> np.ndarray:
         """Return the valid rows. All are checked now, so that no run fails on a record after hours."""
