@@ -149,7 +149,7 @@ def test_a_table_smaller_than_its_tokenizer_is_refused(golden_world: Path, pad: 
     weights = load_file("tiny-vicuna/model.safetensors")
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:900].clone()
     save_file(weights, "tiny-vicuna/model.safetensors", metadata={"format": "pt"})
-    assert_refused(invoke(pad, tmp_path / "out"), "knows ids up to 999, but its table", tmp_path)
+    assert_refused(invoke(pad, tmp_path / "out"), "ids up to 999, but its table", tmp_path)
 
 
 def assert_refused(result, message: str, tmp_path: Path) -> None:
