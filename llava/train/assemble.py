@@ -15,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 from llava.conversation import conv_templates
 from llava.data.collate import check_sequence_budget
 from llava.data.dataset import make_supervised_data_module
+from llava.data.records import open_records
 from llava.mm_utils import parse_grid_pinpoints
 from llava.model.builder import fill_tower, may_come_later, read_config
 from llava.model.checkpoint import CheckpointTensors
@@ -270,6 +271,12 @@ def log_trained_parts(model: Any) -> None:
         total, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
         state = "trained" if trained and trained == total else "frozen" if not trained else f"{trained:,} trained"
         logger.info("%-16s %s, %s weights", name, state, f"{total:,}")
+
+
+def count_samples(data_args: DataArguments) -> int:
+    """Samples of an epoch, before anything is loaded."""
+    records = open_records(str(data_args.data_path))
+    return len(records) - (len(records.problems()) if data_args.on_error == "skip" else 0)
 
 
 def make_data(

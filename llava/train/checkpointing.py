@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -138,6 +139,24 @@ def checkpoint_to_resume(named: str | None, output_dir: str | Path) -> Path | No
             "leave the flag out: a run goes on from the last complete checkpoint of its --output_dir."
         )
     return Path(named)
+
+
+def steps_of_run(args: Any, samples: int) -> int:
+    """Optimizer steps of a whole run over `samples`, as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    rows = args.train_batch_size * args.world_size
+    batches = samples // rows if args.dataloader_drop_last else math.ceil(samples / rows)
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def finished_step(output_dir: str | Path) -> int:
+    """The step after which a run saved its weights in `output_dir` and ended; 0 if it has not."""
+    state = Path(output_dir) / "trainer_state.json"
+    saved = (PROJECTOR_FILE, "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+    if not (state.is_file() and any((state.parent / name).exists() for name in saved)):
+        return 0
+    return json.loads(state.read_text())["global_step"]
 
 
 def publish_checkpoint(staged: Path, final: Path) -> None:

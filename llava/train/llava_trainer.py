@@ -128,6 +128,11 @@ class CheckpointingTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *others: Any) -> tuple[int, int]:
+        """As the Trainer does, but no epoch is left once all steps are done: it would train the last epoch's rest."""
+        reached = super()._init_training_state(max_steps, steps_per_epoch, epochs, *others)
+        return (epochs, 0) if self.state.global_step >= max_steps else reached
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -355,7 +360,7 @@ __all__ = [
 
 def run_progress(step: int, max_steps: int) -> float:
     """Return the progress at zero-based optimizer step `step`: 0 at the first, 1 at the last (and in a 1-step run)."""
-    return step / (max_steps - 1) if max_steps > 1 else 1.0
+    return min(step / (max_steps - 1), 1.0) if max_steps > 1 else 1.0
 
 
 class RunBookkeeping(TrainerCallback):

@@ -7,6 +7,7 @@ are re-exported.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from transformers import set_seed
@@ -31,6 +32,7 @@ from llava.train.arguments import (
 from llava.train.assemble import (
     add_vision,
     choose_attention,
+    count_samples,
     give_padding_token,
     load_language_model,
     load_tokenizer,
@@ -43,9 +45,11 @@ from llava.train.assemble import (
 )
 from llava.train.checkpointing import (
     checkpoint_to_resume,
+    finished_step,
     get_mm_adapter_state_maybe_zero_3,
     maybe_zero_3,
     safe_save_model_for_hf_trainer,
+    steps_of_run,
 )
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import (
@@ -56,6 +60,8 @@ from llava.train.lora import (
     load_adapter,
 )
 from llava.utils import rank0_print
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "DataArguments",
@@ -83,10 +89,10 @@ __all__ = [
 ]
 
 
-def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None = None) -> LLaVATrainer:
+def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None = None) -> LLaVATrainer | None:
     """Runs one stage of training as the command line says.
 
-    A run whose `--output_dir` holds checkpoints goes on from the last complete one.
+    A run whose `--output_dir` holds checkpoints goes on from the last complete one; a finished one is left as it is.
 
     Args:
         attn_implementation: attention that the entry point would like; `--attn_implementation` outranks it, and flash
@@ -94,7 +100,7 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
         plugin: adds losses and the flags of its `arguments_class`; None is plain LLaVA.
 
     Returns:
-        the trainer, after saving.
+        the trainer, after saving; None where the run had finished before.
 
     Raises:
         ValueError: arguments, data or a step of training are at fault; the message says which and what to do.
@@ -104,6 +110,13 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
         plugin_arguments_class=None if plugin is None else plugin.arguments_class
     )
     checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, training_args.output_dir)
+    if checkpoint is not None:
+        done = finished_step(training_args.output_dir)
+        steps = steps_of_run(training_args, count_samples(data_args))
+        if done >= steps:
+            logger.info("%s: finished, %d of %d steps; nothing to do.", training_args.output_dir, done, steps)
+            return None
+        logger.info("Resuming from %s.", checkpoint)
     start_engine(training_args)
     set_seed(training_args.seed)  # the Trainer seeds too, but only after the projector got its random weights
 
@@ -134,9 +147,9 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    trainer.save_state()
     model.config.use_cache = True
     safe_save_model_for_hf_trainer(trainer=trainer, output_dir=training_args.output_dir)
+    trainer.save_state()  # last: says that the weights beside it are those of its step
     return trainer
 
 

@@ -87,12 +87,32 @@ def test_old_checkpoints_are_removed(run_stage_1: Any) -> None:
     assert {path.name for path in Path("run").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
 
 
-def test_a_finished_run_started_again_trains_no_further(run_stage_1: Any, logged: Any) -> None:
-    flags = "--save_strategy steps --save_steps 2"
+def contents(folder: str) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("length", ["--num_train_epochs 3", "--max_steps 3", "--num_train_epochs 0.7"])
+def test_a_finished_run_is_left_as_it_is(run_stage_1: Any, length: str, caplog: pytest.LogCaptureFixture) -> None:
+    flags = f"--save_strategy steps --save_steps 2 --save_total_limit 1 --per_device_train_batch_size 1 {length}"
+    trainer = run_stage_1("run", flags)
+    steps = trainer.state.global_step
+    before = contents("run")
+    caplog.set_level("INFO", "llava")
+    assert run_stage_1("run", flags) is None
+    assert contents("run") == before
+    assert f"{steps} of {steps} steps" in caplog.text
+
+
+def test_a_run_killed_while_it_saved_its_weights_saves_them(run_stage_1: Any, logged: Any) -> None:
+    flags = "--save_strategy steps --save_steps 2 --per_device_train_batch_size 1 --max_steps 3"
     first = run_stage_1("run", flags)
+    weights = Path("run/mm_projector.bin")
+    before = torch.load(weights)
+    Path("run/trainer_state.json").unlink()
+    weights.unlink()
     again = run_stage_1("run", flags)
-    assert logged(again) == logged(first)
-    assert again.state.global_step == 5
+    assert logged(again) == logged(first) and again.state.global_step == 3
+    assert all(torch.equal(before[name], tensor) for name, tensor in torch.load(weights).items())
 
 
 def test_a_trained_tower_is_saved_and_goes_on(golden_world: Path, run_stage_1: Any, logged: Any) -> None:
@@ -105,6 +125,7 @@ def test_a_trained_tower_is_saved_and_goes_on(golden_world: Path, run_stage_1: A
     prefix, name = "model.vision_tower.vision_tower.", "vision_model.encoder.layers.0.mlp.fc1.weight"
     assert not torch.equal(at_end[prefix + name], load_file("tiny-clip/model.safetensors")[name])
     shutil.rmtree(f"run/checkpoint-{whole.state.global_step}")
+    Path("run/trainer_state.json").unlink()  # as after a kill
     assert Path("run/checkpoint-2").is_dir() and whole.state.global_step > 2
     resumed = run_stage_1("run", flags)
     assert logged(resumed) == logged(whole)

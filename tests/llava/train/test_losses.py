@@ -104,6 +104,7 @@ def test_an_engine_that_rounds_the_model_leaves_its_rotary_frequencies_exact(
 def test_progress_runs_from_zero_to_one() -> None:
     assert [run_progress(step, 3) for step in range(3)] == [0.0, 0.5, 1.0]
     assert run_progress(0, 1) == 1.0
+    assert run_progress(7, 3) == 1.0
 
 
 def test_a_loss_without_weight_is_refused(run_stage_1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
