@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from llava.train.checkpointing import (
     save_projector,
 )
 from llava.train.lora import is_adapted, load_adapter, save_adapter
+from llava.train.stopping import start_worker, stop_request
 
 logger = logging.getLogger(__name__)
 
@@ -376,6 +378,13 @@ class RunBookkeeping(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         self.trainer.restore_log_state()
 
+        stop_request.can_save = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saves and ends the run after a signal, at the step on which the ranks agreed."""
+        if self.trainer.is_told_to_stop and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.trainer.was_stopped = True
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the sampler's epoch: accelerate does not set it on several ranks after a restart."""
         sampler, epoch = self.trainer.epoch_sampler, int(state.epoch or 0)
@@ -412,6 +421,7 @@ class LLaVATrainer(CheckpointingTrainer):
         self.plugin = plugin
         if plugin is not None:
             self.model.attach_plugin(plugin)
+        self.is_told_to_stop = self.was_stopped = False
         self.window = MetricWindow()
         self.unsupervised = UnsupervisedSamples(
             Path(self.args.output_dir) / f"unsupervised_samples{self.rank_suffix}.jsonl", self._sum_over_ranks
@@ -420,9 +430,11 @@ class LLaVATrainer(CheckpointingTrainer):
         self.add_callback(RunBookkeeping(self))
 
     def _sum_over_ranks(self, counts: list[int]) -> list[int]:
-        if self.args.world_size == 1:
-            return counts
-        return self.accelerator.reduce(torch.tensor(counts, device=self.args.device), "sum").tolist()
+        counts = [*counts, int(stop_request.signum is not None)]
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), "sum").tolist()
+        self.is_told_to_stop = counts.pop() > 0
+        return counts
 
     # Losses
 
@@ -491,6 +503,12 @@ class LLaVATrainer(CheckpointingTrainer):
         super().log(logs, start_time)
 
     # Data order and optimizer
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer does; a signal to all processes leaves the workers alone."""
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -8,6 +8,8 @@ are re-exported.
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 from pathlib import Path
 
 from transformers import set_seed
@@ -59,6 +61,7 @@ from llava.train.lora import (
     get_peft_state_non_lora_maybe_zero_3,
     load_adapter,
 )
+from llava.train.stopping import stop_request
 from llava.utils import rank0_print
 
 logger = logging.getLogger(__name__)
@@ -89,6 +92,7 @@ __all__ = [
 ]
 
 
+@stop_request
 def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None = None) -> LLaVATrainer | None:
     """Runs one stage of training as the command line says.
 
@@ -103,6 +107,7 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
         the trainer, after saving; None where the run had finished before.
 
     Raises:
+        SystemExit: a signal stopped the run, which was saved; status 143, or 130 after Ctrl-C.
         ValueError: arguments, data or a step of training are at fault; the message says which and what to do.
     """
     show_log_of_first_rank()
@@ -146,6 +151,17 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, plugin=plugin, **data)
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    if trainer.was_stopped:
+        saved = Path(training_args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        logger.info(
+            "Stopped after step %d of %d, saved as %s. The same command goes on from there: %s",
+            trainer.state.global_step,
+            trainer.state.max_steps,
+            saved,
+            shlex.join(sys.orig_argv),
+        )
+        raise SystemExit(stop_request.exit_status)
 
     model.config.use_cache = True
     safe_save_model_for_hf_trainer(trainer=trainer, output_dir=training_args.output_dir)
