@@ -191,6 +191,10 @@ def check_continued(config: Any, model_args: ModelArguments) -> None:
     if model_args.vision_tower is None:
         raise ValueError(f"{checkpoint} is a LLaVA: add --vision_tower {config.mm_vision_tower}.")
     keys = ["mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"]
+    if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
+        keys.append(
+            "mm_patch_merge_type"
+        )  # the weights hold a mark between rows, and the config says whether it is read
     if model_args.mm_projector_type == "cabstractor":
         keys += C_ABSTRACTOR_SETTINGS
     for key in keys:

@@ -68,6 +68,11 @@ def test_weights_that_do_not_fit_the_config_stop_training_before_it_begins(train
     train_on({}, f"{STAGE_2} {given} mm_projector.bin")  # brings what the checkpoint lacks
 
 
+def test_a_checkpoint_of_tiles_is_not_saved_as_a_flat_one(train_on: Any) -> None:
+    with pytest.raises(ValueError, match="--mm_patch_merge_type spatial_unpad"):
+        train_on({"mm_patch_merge_type": "spatial_unpad"}, STAGE_2)
+
+
 @pytest.mark.parametrize(
     "flag", ["--mm_projector_type linear", "--mm_vision_select_layer -1", "--mm_vision_select_feature cls_patch"]
 )
