@@ -194,6 +194,9 @@ class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
     )
     mm_projector_lr: float | None = None
     group_by_modality_length: bool = False
+    trust_checkpoint: bool = field(
+        default=False, metadata={"help": "Resume from DeepSpeed's files without looking for code in them."}
+    )
 
     def __post_init__(self) -> None:
         if not self.output_dir:

@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import math
+import pickle
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.model.weights import PROJECTOR_FILE, fill_strictly, read_tensors
@@ -30,6 +32,14 @@ RESUMING_HINT = "Give the flags that its run was started with; to start anew, gi
 EMBEDDING_KEYS = ("embed_tokens", "embed_in")
 STATE_FILES = (("optimizer.pt", "latest"), ("trainer_state.json",))
 """A checkpoint to resume from holds one file of each group; `latest` is DeepSpeed's."""
+
+DEEPSPEED_OBJECTS = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+"""What DeepSpeed pickles beside tensors and plain values."""
 
 
 def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:
@@ -122,6 +132,51 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
             return folder
         logger.warning("%s is passed over: it cannot be resumed from, as it lacks %s.", folder, ", ".join(missing))
     return None
+
+
+class _StandIn:
+    """Takes the place of what DeepSpeed writes beside tensors while its files are looked through."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+
+def check_state_files(folder: Path) -> None:
+    """Looks for code in the pickles that a run resumes from, as DeepSpeed reads its own without a look.
+
+    Raises:
+        ValueError: a file holds other objects than the Trainer and DeepSpeed write, or cannot be read, or `latest`
+            leads out of the folder.
+    """
+    files = [file for pattern in ("*.pt", "*.pth") for file in folder.glob(pattern)]
+    if (folder / "latest").exists():
+        tag = (folder / "latest").read_text().strip()
+        if Path(tag).name != tag or tag == "..":
+            raise ValueError(f"{folder / 'latest'}: found {tag!r}, expected the name of a folder beside it.")
+        files += [file for file in (folder / tag).rglob("*") if file.is_file()]
+    stand_ins: list[Any] = [(_StandIn, name) for name in DEEPSPEED_OBJECTS]
+    for file in files:
+        try:
+            with safe_globals(), torch.serialization.safe_globals(stand_ins):  # the Trainer's are numpy's
+                torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            fault = f"holds {found.group(1)}, which may run code" if found else "cannot be read"
+            raise ValueError(
+                f"{file} {fault}. Give another checkpoint as --resume_from_checkpoint, or --trust_checkpoint True for "
+                "a file of DeepSpeed that you trust."
+            ) from None
+
+
+def set_aside_from(output_dir: str | Path, step: int) -> str:
+    """Renames the checkpoint of a state that spoiled a run, so that it goes on from the one before; says which."""
+    spoiled = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    aside, kept = spoiled.with_name(f"spoiled-{spoiled.name}"), ""
+    if spoiled.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        spoiled.rename(aside)
+        kept = f" {spoiled} is now {aside}; were it good, --resume_from_checkpoint would name it."
+    return f"Last good checkpoint: {last_complete_checkpoint(output_dir) or 'none'}.{kept}"
 
 
 def checkpoint_to_resume(named: str | None, output_dir: str | Path) -> Path | None:

@@ -36,6 +36,7 @@ from llava.train.checkpointing import (
     publish_checkpoint,
     save_config,
     save_projector,
+    set_aside_from,
 )
 from llava.train.lora import is_adapted, load_adapter, save_adapter
 from llava.train.stopping import start_worker, stop_request
@@ -54,6 +55,7 @@ class CheckpointingTrainer(Trainer):
     model_wrapped: Any
     args: Any
     lr_scheduler: Any
+    optimizer: Any
     train_dataset: Any
 
     _run_dir: Path | None = None
@@ -109,6 +111,7 @@ class CheckpointingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the projector and config (stage 1), the adapter (LoRA, see `llava.train.lora`) or the full model."""
+        self.check_state_is_finite()
         folder = Path(output_dir or self.args.output_dir)
         if self.saves_projector_only:
             save_projector(self.model, folder / PROJECTOR_FILE, is_writer=self.args.should_save)
@@ -121,6 +124,22 @@ class CheckpointingTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             copy_tokenizer_model(self.processing_class, folder)
+
+    def check_state_is_finite(self) -> None:
+        """Stops before weights or moments that are not finite are saved, or trained on.
+
+        Raises:
+            ValueError: some are not; the message names the last good checkpoint.
+        """
+        state = [getattr(param, "ds_tensor", param) for param in self.model.parameters() if param.requires_grad]
+        for moments in (getattr(self.optimizer, "state", None) or {}).values():
+            state += [value for value in moments.values() if isinstance(value, Tensor)]
+        if not all(tensor.isfinite().all() for tensor in state):
+            step = self.state.global_step
+            raise ValueError(
+                f"Step {step}: weights or the optimizer's moments are not finite, so they are not saved. Lower "
+                f"--learning_rate. {set_aside_from(self.args.output_dir, step)}"
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.saves_projector_only:
@@ -145,6 +164,19 @@ class CheckpointingTrainer(Trainer):
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer does, but a rate that has changed since counts: the checkpoint's would, without a word."""
+        rates = list(getattr(self.lr_scheduler, "base_lrs", []))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        before = list(getattr(self.lr_scheduler, "base_lrs", []))
+        if before == rates:
+            return
+        logger.warning("The learning rate is %s now, it was %s in %s.", rates, before, checkpoint)
+        self.lr_scheduler.base_lrs = rates
+        for group, rate, old in zip(self.optimizer.param_groups, rates, before, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * (group["lr"] / old if old else 1.0)
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -377,6 +409,7 @@ class RunBookkeeping(TrainerCallback):
             shutil.rmtree(Path(args.output_dir) / STAGING_FOLDER, ignore_errors=True)
         self.trainer.accelerator.wait_for_everyone()
         self.trainer.restore_log_state()
+        self.trainer.check_state_is_finite()
 
         stop_request.can_save = True
 
@@ -489,7 +522,8 @@ class LLaVATrainer(CheckpointingTrainer):
             terms = ", ".join(f"{name} {torch.as_tensor(value).item():g}" for name, value in logs.items())
             raise ValueError(
                 f"Step {step}: the loss is {loss.item()} ({terms}). Samples: {', '.join(ids)}. Check these samples, "
-                "lower --learning_rate, or train with --bf16 True instead of --fp16."
+                "lower --learning_rate, or train with --bf16 True instead of --fp16. "
+                f"{set_aside_from(self.args.output_dir, step)}"
             )
         if inputs["input_ids"].shape[1] > 1:  # a single token is the placeholder of skipped samples
             self.unsupervised.add(ids, tokens, step)

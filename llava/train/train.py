@@ -46,6 +46,7 @@ from llava.train.assemble import (
     stop_at_end_mark,
 )
 from llava.train.checkpointing import (
+    check_state_files,
     checkpoint_to_resume,
     finished_step,
     get_mm_adapter_state_maybe_zero_3,
@@ -122,6 +123,8 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
             logger.info("%s: finished, %d of %d steps; nothing to do.", training_args.output_dir, done, steps)
             return None
         logger.info("Resuming from %s.", checkpoint)
+        if not training_args.trust_checkpoint:
+            check_state_files(checkpoint)
     start_engine(training_args)
     set_seed(training_args.seed)  # the Trainer seeds too, but only after the projector got its random weights
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llava.train.checkpointing import (
+    check_state_files,
     checkpoint_to_resume,
     last_complete_checkpoint,
     load_projector_weights,
@@ -225,3 +226,50 @@ def test_saving_into_a_checkpoint_folder_keeps_upstreams_place(tmp_path: Path) -
     trainer = SimpleNamespace(saves_projector_only=True, model=TinyModel(3), args=SimpleNamespace(should_save=True))
     safe_save_model_for_hf_trainer(trainer, str(tmp_path / "checkpoint-7"))
     assert (tmp_path / "mm_projector" / "checkpoint-7.bin").exists()
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "global_step1/mp_rank_00_model_states.pt"])
+def test_code_in_a_checkpoint_is_not_run(run_stage_1: Any, name: str) -> None:
+    (complete(Path("run/checkpoint-1")) / "global_step1").mkdir()
+    Path("run/checkpoint-1/latest").write_text("global_step1")
+    Path("run/checkpoint-1/optimizer.pt").unlink()
+    torch.save({"state": Payload()}, Path("run/checkpoint-1", name))
+    with pytest.raises(ValueError, match=Path(name).name):
+        run_stage_1("run", "--save_strategy steps")
+    assert not Path("ran").exists()
+
+
+def test_deepspeeds_files_stay_in_the_checkpoint(tmp_path: Path) -> None:
+    folder = complete(tmp_path / "checkpoint-1")
+    (folder / "optimizer.pt").unlink()
+    for tag in ("..", "../elsewhere", "/elsewhere"):
+        (folder / "latest").write_text(tag)
+        with pytest.raises(ValueError, match=r"latest: found"):
+            check_state_files(folder)
+
+
+def test_a_spoiled_run_goes_on_from_the_last_good_checkpoint(run_stage_1: Any) -> None:
+    flags = (
+        "--save_strategy steps --save_steps 1 --per_device_train_batch_size 1 --max_steps 4 "
+        "--lr_scheduler_type constant_with_warmup --warmup_steps 2"
+    )
+    with pytest.raises(ValueError, match=r"Step 2: .*run/checkpoint-1\b"):
+        run_stage_1("run", f"{flags} --learning_rate 1e38")
+    assert {path.name for path in Path("run").glob("*checkpoint-*")} == {"checkpoint-1", "spoiled-checkpoint-2"}
+    again = run_stage_1("run", f"{flags} --learning_rate 1e-3")
+    assert again.state.global_step == 4
+    rates = [entry["learning_rate"] for entry in again.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([0.0, 5e-4, 1e-3, 1e-3])
+
+
+def test_weights_that_are_not_finite_are_not_saved(run_stage_1: Any) -> None:
+    trainer = run_stage_1("run", "--max_steps 1")
+    next(param for param in trainer.model.parameters() if param.requires_grad).data[0] = torch.inf
+    with pytest.raises(ValueError, match="Step 1"):
+        trainer.save_model("spoiled")
+    assert not Path("spoiled").exists()
