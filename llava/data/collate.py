@@ -34,8 +34,8 @@ class DataCollatorForSupervisedDataset:
     Unlike upstream's, the mask is computed from the rows' lengths, so that real tokens equal to the padding token are
     not masked.
 
-    Samples that could not be read (see `on_error`) are skipped. If none is left, the batch is one padding token without
-    label, so that all ranks stay in step.
+    Samples that could not be read (see `on_error`) are skipped; `skipped` is their number. If none is left, the batch is
+    one padding token without label, so that all ranks stay in step.
 
     Args:
         tokenizer: its `pad_token_id` and `model_max_length` are used.
@@ -51,7 +51,8 @@ class DataCollatorForSupervisedDataset:
         Raises:
             ValueError: if truncation removes an `<image>`, or there is no padding token.
         """
-        samples = [sample for sample in instances if "skipped" not in sample] or [self._placeholder(instances[0])]
+        readable = [sample for sample in instances if "skipped" not in sample]
+        samples = readable or [self._placeholder(instances[0])]
         names = [str(sample.get("sample_id", f"row {row}")) for row, sample in enumerate(samples)]
         cut = self.tokenizer.model_max_length
         ids = [sample["input_ids"][:cut].tolist() for sample in samples]
@@ -63,6 +64,8 @@ class DataCollatorForSupervisedDataset:
             "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],  # [B, T]
             "sample_ids": names,
         }
+        if len(readable) < len(instances):
+            batch["skipped"] = len(instances) - len(readable)
         images = [_as_list(sample.get("image")) for sample in samples]
         for name, row, own in zip(names, ids, images, strict=True):
             found = row.count(IMAGE_TOKEN_INDEX)

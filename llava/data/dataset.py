@@ -28,6 +28,15 @@ logger = logging.getLogger(__name__)
 _WORDS_FOR_AN_IMAGE = 128
 """Length of an image in words, for grouping samples by length; upstream's number."""
 
+GRACE_SAMPLES = 10
+"""Up to here lost samples are listed only: a share means nothing among the first few."""
+LARGEST_SHARE = 0.01
+
+
+def too_many_are_lost(lost: int, samples: int) -> bool:
+    """Whether so many of the samples teach nothing that a run must stop, for whatever reason they do."""
+    return lost > max(GRACE_SAMPLES, LARGEST_SHARE * samples)
+
 
 class SkippedSamples:
     """Lists samples skipped under `--on_error skip` as JSON lines, in one file per rank.
@@ -209,14 +218,20 @@ class LazySupervisedDataset(Dataset):
                 f"{self.records.where(int(with_image[0]))} has an image, but the run has no vision tower; pass "
                 "--vision_tower, or data without images"
             )
+        if multimodal and not len(with_image) and not problems:
+            raise ValueError(
+                f"{self.records.source}: none of its {len(rows)} records names an image, which stands under the key "
+                f"`image` or `images` of a record (found here: {', '.join(self.records[0])}); correct the file, or "
+                "leave --vision_tower out"
+            )
         if not problems:
             return rows
         described = [f"{self.records.where(row)}, {problem}" for row, problem in problems.items()]
-        if self.on_error == "fail":
+        if self.on_error == "fail" or too_many_are_lost(len(problems), len(rows)):
             listing = "\n  ".join(described[:5])
             raise RecordError(
                 f"{len(problems)} of {len(rows)} records cannot be trained on, the first being\n  {listing}\n"
-                "Correct them, or pass --on_error skip"
+                f"Correct them; --on_error skip leaves out up to {LARGEST_SHARE:.0%} (or {GRACE_SAMPLES})"
             )
         for row, reason in zip(problems, described, strict=True):
             self.skipped.add(self.records.sample_id(row), reason)

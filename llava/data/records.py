@@ -3,7 +3,7 @@
 A data file is a JSON array, JSON lines (both optionally gzipped) or Parquet. Two kinds of records are supported:
 
 - LLaVA's: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value": text}, ...], ...}`. `image` is a path
-  in the image folder, a list of paths, or absent.
+  in the image folder, a list of paths, or absent. The key `images` of other trainers is read likewise.
 - annotated images, for stage 1: `{"image_id", "caption", ...}` without `conversations`. They are read as an image and
   its caption.
 
@@ -139,7 +139,7 @@ class _Text:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of the cache key; increase it when the content of the tables changes."""
 
 _SCHEMA = pa.schema(
@@ -155,7 +155,13 @@ _ROWS_AT_ONCE = 4096
 
 
 def as_conversation(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a record to LLaVA's form, preserving its keys. An annotated image becomes `<image>` and its caption."""
+    """Convert a record to LLaVA's form, preserving its keys. An annotated image becomes `<image>` and its caption.
+
+    The list `images` of other trainers is read as `image`.
+    """
+    images = record.get("images")
+    if images and "image" not in record:
+        record = {**record, "image": images[0] if isinstance(images, list) and len(images) == 1 else images}
     if "conversations" in record or "image_id" not in record or "caption" not in record:
         return dict(record)
     turns = [{"from": "human", "value": DEFAULT_IMAGE_TOKEN}, {"from": "gpt", "value": record["caption"]}]
@@ -195,7 +201,9 @@ def find_problem(record: Any) -> str | None:
     if not expected and not (first.startswith(DEFAULT_IMAGE_TOKEN) or first.endswith(DEFAULT_IMAGE_TOKEN)):
         return None
     if found != expected:
-        return f"field conversations: found {found} {DEFAULT_IMAGE_TOKEN}, expected {expected}, as field image names"
+        key = "images" if "images" in record else "image"
+        wanted = f"{expected}, as field {key} names images"
+        return f"field conversations: found {found} {DEFAULT_IMAGE_TOKEN}, expected {wanted}"
     return None
 
 

@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.dataset import LARGEST_SHARE, too_many_are_lost
 from llava.data.sampler import (
     LengthGroupedSampler,
     get_length_grouped_indices,
@@ -261,9 +262,7 @@ class MetricWindow:
         return {name: total / count for name, (total, count) in totals.items() if count}
 
 
-GRACE_SAMPLES = 10
-"""Up to this number, unsupervised samples are only listed: a share of the first few is meaningless."""
-LARGEST_SHARE = 0.01
+# Counts samples that contribute nothing to the loss, and stops a run that has too many of them.
 
 
 def supervised_tokens(input_ids: Tensor, labels: Tensor, visual_tokens: Tensor, max_length: int | None) -> Tensor:
@@ -284,9 +283,10 @@ def supervised_tokens(input_ids: Tensor, labels: Tensor, visual_tokens: Tensor, 
 
 
 class UnsupervisedSamples:
-    """Tracks samples with no supervised tokens, and stops a run that has too many of them.
+    """Tracks samples that contribute nothing to the loss, and stops a run that has too many of them.
 
-    Such samples contribute nothing to the loss. They are counted, and listed in `path` as JSON lines.
+    A sample is lost if none of its tokens has a label, or if `--on_error skip` skipped it. Those without labels are
+    listed in `path` as JSON lines (the dataset lists the others), and both are counted.
 
     Args:
         path: the list of this rank; created with the first entry.
@@ -298,14 +298,13 @@ class UnsupervisedSamples:
         self.sum_over_ranks = sum_over_ranks
         self.seen = 0
         self.unsupervised = 0
-        self._step_rows = 0
-        self._step_ids: list[str] = []
+        self._step = [0, 0]  # samples, and lost ones
 
-    def add(self, sample_ids: list[str], supervised_tokens: list[int], step: int) -> None:
-        """Record one micro-batch: its samples and the number of labelled tokens of each."""
+    def add(self, sample_ids: list[str], supervised_tokens: list[int], step: int, skipped: int = 0) -> None:
+        """Record one micro-batch: its samples, the number of labelled tokens of each, and how many were skipped."""
         empty = [name for name, count in zip(sample_ids, supervised_tokens, strict=True) if count == 0]
-        self._step_rows += len(sample_ids)
-        self._step_ids += empty
+        self._step[0] += len(sample_ids) + skipped
+        self._step[1] += len(empty) + skipped
         if empty:
             logger.warning("No supervised token in %s; listed in %s.", ", ".join(empty), self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -313,26 +312,38 @@ class UnsupervisedSamples:
                 file.writelines(json.dumps({"step": step, "id": name}) + "\n" for name in empty)
 
     def close_step(self, step: int) -> None:
-        """Check the global batch after its last micro-batch. All ranks must call it.
+        """Check all samples so far, after the last micro-batch of a step. All ranks must call it.
 
         Raises:
-            ValueError: the global batch has no supervised token, or the share of samples without one is too large.
+            ValueError: too large a share of them contributes nothing.
         """
-        rows, empty = self.sum_over_ranks([self._step_rows, len(self._step_ids)])
-        ids, self._step_rows, self._step_ids = self._step_ids, 0, []
-        self.seen += rows
-        self.unsupervised += empty
-        advice = (
-            f"Samples of this rank: {', '.join(ids) or 'none'}; all are listed in {self.path}. Check that --version "
-            "fits the language model, that answers are not empty, and that --model_max_length leaves room for them."
+        seen, lost = self.sum_over_ranks(self._step)
+        self._step = [0, 0]
+        self.seen += seen
+        self.unsupervised += lost
+        if too_many_are_lost(self.unsupervised, self.seen):
+            raise ValueError(f"Step {step}: {self.summary()}, more than {LARGEST_SHARE:.0%}. {self._advice()}")
+
+    def close_run(self) -> None:
+        """Log how many samples a run has lost.
+
+        Raises:
+            ValueError: all of them.
+        """
+        if self.seen and self.unsupervised == self.seen:
+            raise ValueError(f"{self.summary()}, so nothing was trained and nothing is saved. {self._advice()}")
+        if self.unsupervised:
+            logger.warning("%s. They are listed in %s.", self.summary(), self.path.parent)
+
+    def summary(self) -> str:
+        """Describe the counts in one sentence."""
+        return f"{self.unsupervised} of {self.seen} samples were skipped or have no supervised token"
+
+    def _advice(self) -> str:
+        return (
+            f"They are listed in {self.path.parent}. Check --image_folder, that --version fits the LLM, that "
+            "answers are not empty and --model_max_length leaves room for them; or take them out of --data_path."
         )
-        if rows and empty == rows:
-            raise ValueError(f"Step {step}: none of the {rows} samples of the batch has a supervised token. {advice}")
-        if self.unsupervised > max(GRACE_SAMPLES, LARGEST_SHARE * self.seen):
-            raise ValueError(
-                f"Step {step}: {self.unsupervised} of {self.seen} samples so far have no supervised token, more than "
-                f"{LARGEST_SHARE:.0%}. {advice}"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, to be saved in a checkpoint."""
@@ -484,10 +495,11 @@ class LLaVATrainer(CheckpointingTrainer):
         if self._first_batch_pending and self.state.global_step == 0:
             self._first_batch_pending = False
             save_first_batch(self, inputs)
+        skipped = inputs.pop("skipped", 0)
         outputs = model(**inputs)
         loss, logs = self._weighted_sum(outputs)
         if model.training:
-            self._check_samples(inputs, ids, loss, logs)
+            self._check_samples(inputs, ids, loss, logs, skipped)
             self.window.add({**logs, **(outputs.auxiliary_metrics or {})})
         return (loss, outputs) if return_outputs else loss
 
@@ -507,8 +519,10 @@ class LLaVATrainer(CheckpointingTrainer):
                 total = total + weights[name] * value
         return total, logs
 
-    def _check_samples(self, inputs: dict[str, Any], ids: list[str], loss: Tensor, logs: dict[str, Any]) -> None:
-        """Raise if the loss is not finite, and track samples with no supervised tokens."""
+    def _check_samples(
+        self, inputs: dict[str, Any], ids: list[str], loss: Tensor, logs: dict[str, Any], skipped: int
+    ) -> None:
+        """Raise if the loss is not finite, and track samples that contribute nothing."""
         config = self.model.config
         has_tower = self.model.get_vision_tower() is not None
         sizes = [self.model.visual_tokens_of(size) for size in inputs.get("image_sizes", [])] if has_tower else []
@@ -525,8 +539,8 @@ class LLaVATrainer(CheckpointingTrainer):
                 "lower --learning_rate, or train with --bf16 True instead of --fp16. "
                 f"{set_aside_from(self.args.output_dir, step)}"
             )
-        if inputs["input_ids"].shape[1] > 1:  # a single token is the placeholder of skipped samples
-            self.unsupervised.add(ids, tokens, step)
+        is_placeholder = skipped and inputs["input_ids"].shape[1] == 1  # a single token, for a batch that was skipped
+        self.unsupervised.add(*([], []) if is_placeholder else (ids, tokens), step=step, skipped=skipped)
         if self.accelerator.sync_gradients:
             self.unsupervised.close_step(step)
 

@@ -166,6 +166,7 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
         )
         raise SystemExit(stop_request.exit_status)
 
+    trainer.unsupervised.close_run()
     model.config.use_cache = True
     safe_save_model_for_hf_trainer(trainer=trainer, output_dir=training_args.output_dir)
     trainer.save_state()  # last: says that the weights beside it are those of its step

@@ -274,3 +274,35 @@ def test_an_unknown_aspect_ratio_is_refused(make_dataset: Callable[..., Any], da
 def test_a_missing_data_path_names_the_flag(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="--data_path is missing"):
         make_supervised_data_module(tokenizer, SimpleNamespace(data_path=None))
+
+
+def test_images_under_the_key_of_other_trainers_are_read(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
+) -> None:
+    ours, theirs = record("a"), record("b")
+    theirs["images"] = [theirs.pop("image")]
+    first, second = make_dataset(write_data([ours, theirs]))
+    assert first["image"].equal(second["image"]) and first["input_ids"].equal(second["input_ids"])
+
+
+@pytest.mark.parametrize("place", ["image_path", "the turn", "images"])
+def test_a_file_whose_images_are_not_seen_is_refused(
+    place: str, make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
+) -> None:
+    blind = record("blind", text="What is there?")
+    path = blind.pop("image")
+    (blind["conversations"][0] if place == "the turn" else blind)[place.replace("the turn", "image")] = (
+        [path] if place == "images" else path
+    )
+    with pytest.raises(ValueError, match="image"):
+        make_dataset(write_data([blind]))
+    assert len(make_dataset(write_data([blind, record("seen")]), on_error="skip")) == (1 if place == "images" else 2)
+
+
+def test_broken_records_stop_a_run_above_the_limit(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
+) -> None:
+    bad = [record(f"bad-{number}", text="no mark") for number in range(11)]
+    assert len(make_dataset(write_data([record("good"), *bad[:10]]), on_error="skip")) == 1
+    with pytest.raises(RecordError, match="11 of 12"):
+        make_dataset(write_data([record("good"), *bad]), on_error="skip")
