@@ -29,3 +29,32 @@ count_gpus() {
     fi
     if [ -n "$listed" ]; then wc -l <<<"$listed"; else echo 8; fi
 }
+
+# supervise WORDS...: runs a launcher to its end and exits as it does. SIGTERM, SIGUSR1 and SIGINT go to the training
+# processes, which save first: launchers end them after seconds, or leave them behind. The exit code is then 143, or 130.
+supervise() {
+    local status=0 code=
+    [ "$1" != python ] || exec "$@"
+    set -m # a process group of its own: Ctrl-C reaches the script alone
+    "$@" &
+    launcher_pid=$!
+    set +m
+    trap 'code=143; signal_ranks TERM' TERM
+    trap 'code=143; signal_ranks USR1' USR1
+    trap 'code=130; signal_ranks INT' INT
+    until wait "$launcher_pid" && status=0 || status=$?; ! kill -0 "$launcher_pid" 2>/dev/null; do :; done
+    if ((status)); then exit "${code:-$status}"; fi
+    exit 0
+}
+
+# signal_ranks NAME: signals the processes below the launcher that it gave a rank; the launcher while there are none.
+signal_ranks() {
+    local pid ranks=()
+    for pid in $(ps -eo pid=,ppid= | awk -v top="$launcher_pid" '
+        { parent[$1] = $2 }
+        END { for (pid in parent) { up = pid; while (up != top && up in parent) up = parent[up]; if (up == top) print pid } }')
+    do
+        if tr '\0' '\n' 2>/dev/null <"/proc/$pid/environ" | grep -q '^LOCAL_RANK='; then ranks+=("$pid"); fi
+    done
+    kill -s "$1" "${ranks[@]:-$launcher_pid}" 2>/dev/null || true
+}

@@ -65,7 +65,7 @@ from llava.train.lora import (
 from llava.train.stopping import stop_request
 from llava.utils import rank0_print
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("llava.train")  # also where this file is the program
 
 __all__ = [
     "DataArguments",

@@ -137,7 +137,7 @@ launch() {
         launcher=(deepspeed --num_gpus "$NUM_GPUS" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
     fi
     if [ -z "${DRY_RUN:-}" ]; then
-        exec "${launcher[@]}" "$@"
+        supervise "${launcher[@]}" "$@"
     fi
     printf '%q ' "${launcher[@]}"
     printf '%q' "$1"

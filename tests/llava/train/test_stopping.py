@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from llava.train.checkpointing import missing_from_checkpoint
+
+LAUNCHING = Path(__file__).parents[3] / "scripts" / "launching.sh"
 RUN = "--per_device_train_batch_size 1 --num_train_epochs 3 --save_strategy no --logging_steps 2"
 # Sends itself a signal in the forward pass of a step, as from outside; twice, if told so.
 SCRIPT = """
@@ -64,3 +69,21 @@ def test_a_second_signal_ends_it_at_once(golden_world: Path, stage_1_flags: Any)
     ended = run(f"4,{int(signal.SIGTERM)},{int(signal.SIGTERM)}", stage_1_flags("run", RUN))
     assert ended.returncode == 143 and "Traceback" not in ended.stderr
     assert not list(Path("run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_scripts_pass_signals_on_to_all_ranks(golden_world: Path, stage_1_flags: Any, number: int, status: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        launcher = f"torchrun --nproc_per_node 2 --master_port {probe.getsockname()[1]}"
+    flags = stage_1_flags("run", "--per_device_train_batch_size 1 --num_train_epochs 5000")
+    script = f"set -euo pipefail; source {LAUNCHING}; supervise {launcher} -m llava.train.train {' '.join(flags)}"
+    with Path("log").open("w") as log:
+        process = subprocess.Popen(["bash", "-c", script], stdout=log, stderr=subprocess.STDOUT)
+        while "'loss'" not in Path("log").read_text() and process.poll() is None:
+            time.sleep(0.2)
+        process.send_signal(number)
+        assert process.wait(120) == status, Path("log").read_text()
+    [saved] = Path("run").glob("checkpoint-*")
+    assert missing_from_checkpoint(saved) == [] and (saved / "rng_state_1.pth").exists()
+    assert str(saved) in Path("log").read_text()
