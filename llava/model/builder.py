@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.conversation import conv_templates
 from llava.model.checkpoint import (
     IMAGE_NEWLINE,
     PROJECTOR,
@@ -130,8 +131,23 @@ def load_pretrained_model(
         fill_trained(model, trained, to_come, source or f"{model_path}, which has no {NON_LORA_FILE},")
     if form is Form.ADAPTER:
         model = apply_adapter(model, model_path, merge=not is_quantised)
+        if (version := getattr(config, "conversation_version", None)) in conv_templates:
+            stop_at_end_mark(tokenizer, model, version)  # generation's ends came with the base
     load_tower(model, trained, weights_path)
     return LoadedModel(tokenizer, model.eval(), model.get_vision_tower().image_processor, context_length(config))
+
+
+def stop_at_end_mark(tokenizer: Any, model: Any, version: str) -> None:
+    """Lets generation stop at what closes the template's answers, beside the ends that the LLM came with.
+
+    A base LLM knows its end of text alone, and whoever generates from the checkpoint need not know the template. Marks
+    of several tokens (`###`) are left to the caller's stopping criteria.
+    """
+    mark = tokenizer.get_added_vocab().get(conv_templates[version].stop_string)
+    known = model.generation_config.eos_token_id
+    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if mark is not None and mark not in ends:
+        model.generation_config.eos_token_id = [*ends, mark]
 
 
 def require_device(device: str) -> None:

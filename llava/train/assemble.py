@@ -140,19 +140,6 @@ def give_padding_token(tokenizer: Any, model: PreTrainedModel, version: str | No
         tokenizer.pad_token = LLAMA_3_PADDING if LLAMA_3_PADDING in vocabulary else tokenizer.eos_token
 
 
-def stop_at_end_mark(tokenizer: Any, model: PreTrainedModel, version: str) -> None:
-    """Lets generation stop at what closes the template's answers, beside the ends that the LLM came with.
-
-    A base LLM knows its end of text alone, and whoever generates from the checkpoint need not know the template. Marks
-    of several tokens (`###`) are left to the caller's stopping criteria.
-    """
-    mark = tokenizer.get_added_vocab().get(conv_templates[version].stop_string)
-    known = model.generation_config.eos_token_id
-    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
-    if mark is not None and mark not in ends:
-        model.generation_config.eos_token_id = [*ends, mark]
-
-
 def load_language_model(model_args: ModelArguments, training_args: TrainingArguments, attention: str) -> Any:
     """The language model with LLaVA's forward pass; without vision modules yet, unless it is a LLaVA already.
 

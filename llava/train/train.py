@@ -24,6 +24,7 @@ from llava.data.tokenization import (
     preprocess_plain,
     preprocess_v1,
 )
+from llava.model.builder import stop_at_end_mark
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import (
     DataArguments,
@@ -43,7 +44,6 @@ from llava.train.assemble import (
     show_log_of_first_rank,
     smart_tokenizer_and_embedding_resize,
     start_engine,
-    stop_at_end_mark,
 )
 from llava.train.checkpointing import (
     check_state_files,

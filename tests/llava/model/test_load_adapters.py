@@ -109,6 +109,12 @@ def test_an_adapter_without_a_config_takes_its_bases() -> None:
     assert torch.equal(logits(load(base="tiny-llava")), expected)
 
 
+def test_generation_stops_at_the_end_mark_of_the_adapters_template() -> None:
+    Path("tiny-vicuna/generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    edit_config("lora", conversation_version="v1")
+    assert load().generation_config.eos_token_id == [1, 2]
+
+
 def test_an_adapter_of_a_plain_llm_is_merged() -> None:
     config = json.loads(Path("tiny-vicuna/config.json").read_text())
     Path("lora/config.json").write_text(json.dumps(config))

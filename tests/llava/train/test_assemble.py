@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from llava.train.assemble import give_padding_token, stop_at_end_mark, weights_dtype
+from llava.model.builder import stop_at_end_mark
+from llava.train.assemble import give_padding_token, weights_dtype
 from llava.train.lora import find_all_linear_names
 
 LLAMA_3 = ("<|finetune_right_pad_id|>", "<|eot_id|>")
