@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -621,8 +621,8 @@ class LLaVATrainer(CheckpointingTrainer):
         super().load_log_state(state)
         self.window.restore(state["window"])
         self.unsupervised.load_state_dict(state["unsupervised"])
-        before, now = state.get("data"), self.data_order()
-        if before not in (None, now) and self.is_world_process_zero():
+        before, now = state.get("data") or {}, self.data_order()
+        if before != {key: now[key] for key in before} and self.is_world_process_zero():
             logger.warning(
                 "The checkpoint was trained with %s, this run has %s: some samples will be repeated, others skipped. "
                 "To continue the same run, pass the same --data_path, --seed and global batch size.",
@@ -630,10 +630,20 @@ class LLaVATrainer(CheckpointingTrainer):
                 now,
             )
 
+    @cached_property
+    def data_hash(self) -> str:
+        """Short hash of the content of the data file, whatever its path."""
+        digest = hashlib.sha256()
+        with self.train_dataset.records.source.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()[:12]
+
     def data_order(self) -> dict[str, Any]:
-        """Return what identifies the position in the data: samples per optimizer step, and a hash of the order."""
+        """Return what identifies the position in the data: samples per step, hashes of the order and of the data file."""
         args, sampler = self.args, self.epoch_sampler
         return {
             "samples_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
             "order": None if sampler is None else sampler.fingerprint(int(self.state.epoch or 0)),
+            "data": self.data_hash,
         }

@@ -79,7 +79,11 @@ def test_data_in_another_order_are_noticed(run_stage_1: Any, caplog: pytest.LogC
     run_stage_1("run", f"{saving} --max_steps 3 --gradient_accumulation_steps 2")
     assert "'samples_per_step': 1" in caplog.text and "'samples_per_step': 2" in caplog.text
     caplog.clear()
-    run_stage_1("run", f"{saving} --max_steps 4 --gradient_accumulation_steps 2 --data_seed 7")
+    Path("other.json").write_text(json.dumps(json.loads(Path("data_plain.json").read_text())[::-1]))
+    run_stage_1("run", f"{saving} --max_steps 4 --gradient_accumulation_steps 2 --data_path other.json")
+    assert "samples will be repeated" in caplog.text
+    caplog.clear()
+    run_stage_1("run", f"{saving} --max_steps 5 --gradient_accumulation_steps 2 --data_path other.json --data_seed 7")
     assert "samples will be repeated" in caplog.text
 
 
