@@ -3,13 +3,15 @@
     python -m llava.eval.eval_pope --annotation-dir pope/coco --question-file llava_pope_test.jsonl \\
         --result-file answers.jsonl
 
-Answers are joined to questions by their id. A question's label is the one at its place among the questions of its
-category, in `coco_pope_CATEGORY.json`; where both name image and text, these must agree.
+Answers are joined to questions by their id; where ids repeat, as POPE's own do across categories, answers must be in
+the order of the questions. A question's label is the one at its place among the questions of its category, in
+`coco_pope_CATEGORY.json`; where both name image and text, these must agree.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,13 +147,23 @@ def score_files(annotation_dir: str, question_file: str, result_file: str) -> di
     answers = read_answers(result_file)
     ids = [question["question_id"] for question in questions]
     require_all_answered(ids, [answer["question_id"] for answer in answers], result_file, question_file)
-    text_of = {answer["question_id"]: answer["text"] for answer in answers}
+    asked_as = [(answer["question_id"], answer.get("prompt")) for answer in answers]
+    repeated = [name for name, times in Counter(ids).items() if times > 1]
+    if repeated and asked_as != [(question["question_id"], question.get("text")) for question in questions]:
+        raise ValueError(
+            f"{question_file}: question_id {repeated[0]!r} comes several times, and {result_file} is not in the order "
+            "of the questions, so its answers cannot be told apart; answer them again, or give each its own id"
+        )
+    texts_of: dict[Any, list[str]] = {}
+    for answer in answers:
+        texts_of.setdefault(answer["question_id"], []).append(answer["text"])
+    answered = [(question, texts_of[question["question_id"]].pop(0)) for question in questions]
     scores = {}
     for path in label_files:
         category = path.stem.removeprefix("coco_pope_")
-        asked = [question for question in questions if question["category"] == category]
-        labels = read_labels(path, asked, question_file)
-        scores[category] = PopeScores.of([says_yes(text_of[question["question_id"]]) for question in asked], labels)
+        asked = [(question, text) for question, text in answered if question["category"] == category]
+        labels = read_labels(path, [question for question, _ in asked], question_file)
+        scores[category] = PopeScores.of([says_yes(text) for _, text in asked], labels)
     if strange := {question["category"] for question in questions} - scores.keys():
         raise FileNotFoundError(f"--annotation-dir {annotation_dir}: no labels for category {', '.join(strange)}")
     return scores

@@ -145,9 +145,10 @@ def _read_coco(document: Any, path: Path) -> tuple[list[_Image], dict[str, int]]
             f"{path}: found {found[:80] or 'nothing'}; expected a file of COCO instances with the lists "
             f"{', '.join(tables)}, such as instances_val2017.json."
         )
-    categories = {_required(category, "id", f"{path}: a category"): category for category in document["categories"]}
+    categories = _by_unique(document["categories"], "id", f"{path}: a category")
     names = {key: _required(category, "name", f"{path}: category {key}") for key, category in categories.items()}
-    images = {_required(image, "id", f"{path}: an image"): image for image in document["images"]}
+    images = _by_unique(document["images"], "id", f"{path}: an image")
+    _by_unique(document["images"], "file_name", f"{path}: an image")
     annotations_of: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     skipped: Counter[str] = Counter()
     for annotation in document["annotations"]:
@@ -252,7 +253,7 @@ def _flickr_images(document: Mapping[str, Any], path: Path) -> list[_Image]:
         if not annotation.get("ignore"):
             annotations_of[annotation.get("image_id")].append(annotation)
     images = []
-    for image in document["images"]:
+    for image in _by_unique(document["images"], "id", f"{path}: an image").values():
         place = f"{path}: image {image.get('id')}"
         key, name, width, height = (_required(image, field, place) for field in ("id", *_IMAGE_FIELDS))
         caption = image.get("caption", "")
@@ -322,6 +323,16 @@ def _required(record: Mapping[str, Any], key: str, place: str) -> Any:
     if record.get(key) is None:
         raise ValueError(f"{place}, field '{key}': found none, expected one as in COCO's files; correct the record.")
     return record[key]
+
+
+def _by_unique(entries: Sequence[Mapping[str, Any]], key: str, place: str) -> dict[Any, Any]:
+    """Index entries by a field. Raises ValueError if two share it: one would silently take the other's annotations."""
+    found: dict[Any, Any] = {}
+    for entry in entries:
+        value = _required(entry, key, place)
+        if found.setdefault(value, entry) is not entry:
+            raise ValueError(f"{place}, field '{key}': found {value!r} a second time, expected each once.")
+    return found
 
 
 def _short(value: Any) -> str:

@@ -69,6 +69,24 @@ def test_pope_is_joined_by_id_and_printed_as_upstream_does(tmp_path: Path, capsy
     assert written["random"]["f1"] == pytest.approx(0.8)
 
 
+def test_ids_that_repeat_across_categories_are_joined_by_order_or_refused(tmp_path: Path) -> None:
+    flags = pope_files(tmp_path)
+    questions, answers = (
+        sorted(map(json.loads, (tmp_path / name).read_text().splitlines()), key=lambda line: line["question_id"])
+        for name in ("q.jsonl", "a.jsonl")
+    )
+    for question, line in zip(questions, answers, strict=True):
+        line["prompt"] = question["text"]
+        line["question_id"] = question["question_id"] = question["question_id"] % 4 + 1  # as in POPE's own files
+    write_jsonl(tmp_path / "q.jsonl", questions)
+    write_jsonl(tmp_path / "a.jsonl", answers)
+    scores = eval_pope.score_files(flags[1], flags[3], f"{tmp_path}/a.jsonl")
+    assert {category: score.accuracy for category, score in scores.items()} == {"popular": 1, "random": 0.75}
+    write_jsonl(tmp_path / "a.jsonl", answers[::-1])
+    with pytest.raises(ValueError, match="question_id 1 comes several times"):
+        eval_pope.score_files(flags[1], flags[3], f"{tmp_path}/a.jsonl")
+
+
 def test_a_pope_model_that_never_says_yes_has_precision_0() -> None:
     scores = PopeScores.of([False, False], [True, False])
     assert (scores.precision, scores.recall, scores.f1, scores.accuracy) == (0, 0, 0, 0.5)

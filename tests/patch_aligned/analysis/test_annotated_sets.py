@@ -177,6 +177,9 @@ def test_a_random_subset_hangs_on_ids_and_seed_alone(tmp_path: Path):
         (coco(categories=[{"id": 18}]), r"set\.json: category 18, field 'name': found none"),
         (coco(images=[{"id": 7, "file_name": "a.jpg"}], annotations=[]), r"image 7, field 'width': found none"),
         (coco(images=[{"file_name": "a.jpg"}]), r"an image, field 'id': found none"),
+        (coco(images=coco()["images"] * 2), r"an image, field 'id': found 7 a second time"),
+        (coco(images=[coco()["images"][0], coco()["images"][0] | {"id": 9}]), r"'file_name': found '0+7\.jpg' a second"),
+        (coco(categories=[*coco()["categories"], {"id": 18, "name": "wolf"}]), r"category, field 'id': found 18 a sec"),
         (coco_annotation([[1, 2, 3]]), r"annotation 5 of 000000000007.jpg.*found \[1, 2, 3\].*polygon"),
         (coco_annotation("k5d4"), r"found 'k5d4', expected polygons or an RLE"),
         (coco_annotation({"size": [WIDTH, HEIGHT], "counts": [240]}), r"mask of size \[20, 12\].*\[12, 20\]"),
@@ -206,6 +209,9 @@ def test_what_is_wrong_with_a_grandf_file_is_named(read: Opener, tmp_path: Path)
                 "annotations": [{"image_id": 1, "sam_mask": None}],
             }
         )
+    image = {"id": 1, "file_name": "x.jpg", "width": 4, "height": 4}
+    with pytest.raises(ValueError, match=r"field 'id': found 1 a second time"):
+        read({"images": [image, image | {"file_name": "y.jpg"}], "annotations": [{"image_id": 1, "sam_mask": None}]})
     escaping = {"1": {"img_file_name": "../x.jpg", "caption": "", "refs": []}}
     with pytest.raises(ValueError, match="leads out of"):
         read([escaping])
