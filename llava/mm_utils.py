@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import StoppingCriteria
 
@@ -36,6 +36,7 @@ __all__ = [
     "resize_and_pad_image",
     "select_best_resolution",
     "tokenizer_image_token",
+    "upright_rgb",
     "with_space_prefix",
 ]
 
@@ -53,7 +54,7 @@ class UnreadableImageError(OSError):
 
 
 def load_rgb_image(path: str | Path) -> Image.Image:
-    """Read an image completely, as RGB. Animations give their first frame. EXIF rotation is not applied.
+    """Read an image completely, as RGB, rotated as its EXIF says. Animations give their first frame.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -61,7 +62,7 @@ def load_rgb_image(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return upright_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image file; check the image folder and the data's paths") from None
     except UnidentifiedImageError:
@@ -73,6 +74,20 @@ def load_rgb_image(path: str | Path) -> Image.Image:
         ) from None
     except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # what PIL's decoders raise for broken files
         raise UnreadableImageError(f"{path}: cannot be decoded ({error}); download the file again") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB, rotated as its EXIF says. 16-bit greyscale is divided by 256.
+
+    Raises:
+        ValueError: greys of 32 bits, which have no known range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"greys of mode {image.mode}, whose range is unknown; save them with 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # PIL's own conversion cuts at 255
+        image = image.convert("I").point(lambda value: value / 256)
+    return image.convert("RGB")
 
 
 def _begins_with(path: str | Path) -> str:
@@ -196,7 +211,7 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
         raise ValueError(f"image_aspect_ratio: found {aspect_ratio!r}, expected 'square', 'pad' or 'anyres'")
     tensors = []
     for image in images:
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        rgb = image if image.mode == "RGB" else upright_rgb(image)
         if aspect_ratio == "anyres":
             tensors.append(process_anyres_image(rgb, image_processor, model_cfg.image_grid_pinpoints))
             continue

@@ -1,7 +1,7 @@
 """Read images as LLaVA's training does, so that masks match the pixels that the model sees.
 
-PIL decodes images and converts them to RGB. Animations give their first frame. EXIF rotation is not applied. Sizes and
-boxes refer to the image read this way. An image that cannot be read completely raises an error.
+PIL decodes images, which are rotated as their EXIF says and converted to RGB. Animations give their first frame. Sizes
+and boxes refer to the image read this way. An image that cannot be read completely raises an error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import struct
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 BROKEN_IMAGE_ERRORS = (
     OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, RuntimeError, LookupError, TypeError,
@@ -45,7 +45,7 @@ def decode_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return upright_rgb(image)
     except FileNotFoundError:
         raise UnreadableImageError(NO_SUCH_FILE) from None
     except UnidentifiedImageError:
@@ -57,6 +57,26 @@ def decode_image(path: Path) -> Image.Image:
         if isinstance(error, OSError) and error.errno is not None and error.errno not in ERRORS_OF_A_PATH:
             raise OSError(f"{path}: {error.strerror}. Once it can be read again, run the same command") from error
         raise UnreadableImageError(f"cannot be decoded: {error}".replace(str(path), path.name)) from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB, rotated as its EXIF says. 16-bit greyscale is divided by 256.
+
+    Raises:
+        ValueError: greys of 32 bits, which have no known range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"greys of mode {image.mode}, whose range is unknown; save them with 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # PIL's own conversion cuts at 255
+        image = image.convert("I").point(lambda value: value / 256)
+    return image.convert("RGB")
+
+
+def upright_size_wh(image: Image.Image) -> tuple[int, int]:
+    """Return width and height of an opened file, rotated as its EXIF says. PIL has done so for TIFF."""
+    turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 class ImageFileError(ValueError):
@@ -80,7 +100,7 @@ def image_path(image_folder: Path, image_id: str) -> Path:
 
 
 def stored_size_wh(image_folder: Path, image_id: str) -> tuple[int, int]:
-    """Read width and height from the file's header. EXIF rotation is not applied, as in training.
+    """Read width and height from the file's header, rotated as its EXIF says, as in training.
 
     Raises:
         ImageFileError: if the file is missing or not an image.
@@ -88,7 +108,7 @@ def stored_size_wh(image_folder: Path, image_id: str) -> tuple[int, int]:
     path = image_path(image_folder, image_id)
     try:
         with Image.open(path) as image:
-            return image.size
+            return upright_size_wh(image)
     except FileNotFoundError:
         raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
     except BROKEN_IMAGE_ERRORS as error:

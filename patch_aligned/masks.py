@@ -233,7 +233,8 @@ def require_size(size_wh: Sequence[int], image_wh: tuple[int, int], record: str)
     """Raise `PatchMaskError` if the annotation's width and height are not the image's."""
     stated, actual = tuple(size_wh), image_wh
     if stated != actual:
-        hint = "width and height are swapped" if stated == actual[::-1] else "the mask belongs to another file or copy"
+        swapped = "width and height are swapped, or are those before the image's EXIF rotation"
+        hint = swapped if stated == actual[::-1] else "the mask belongs to another file or copy"
         raise PatchMaskError(
             f"{record}, size: found {list(stated)}, expected {list(actual)} as the image file has it ({hint}); "
             "annotate this image again, or point to the images that were annotated"

@@ -75,7 +75,7 @@ def image_path(image: str, data_root: Path) -> Path:
 
 
 def load_image(row: Row, data_root: Path) -> Image.Image:
-    """A row's picture as RGB, without rotation by EXIF, as in training.
+    """A row's picture as RGB, turned as its EXIF says, as in training.
 
     Raises:
         ValueError: the path leaves the data root, or the picture has another size than the row's box was drawn on.

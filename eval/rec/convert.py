@@ -20,6 +20,7 @@ from PIL import Image
 
 from eval.benchmarks import BENCHMARKS
 from eval.rec.boxes import Row, check_row, image_path, write_rows
+from patch_aligned.images import upright_size_wh
 
 # Reads the published form of RefCOCO: `refs(unc).p` or `refs(umd).p` beside `instances.json`.
 #
@@ -194,9 +195,10 @@ def _find_image(item: ReferredObject, images: Path) -> str | None:
 
 def _check_size(path: Path, size_wh: tuple[int, int]) -> None:
     with Image.open(path) as image:  # reads the header only
-        if image.size != size_wh:
+        width, height = upright_size_wh(image)
+        if (width, height) != size_wh:
             raise ValueError(
-                f"{path}: found {image.width} x {image.height} pixels, expected {size_wh[0]} x {size_wh[1]}; boxes "
+                f"{path}: found {width} x {height} pixels, expected {size_wh[0]} x {size_wh[1]}; boxes "
                 "count in pixels of the original picture"
             )
 

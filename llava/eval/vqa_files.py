@@ -22,7 +22,7 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle
-from llava.mm_utils import UnreadableImageError, load_rgb_image, require_image_tokens
+from llava.mm_utils import UnreadableImageError, load_rgb_image, require_image_tokens, upright_rgb
 
 # Questions about images, their answers, and the prompts that a template makes of them.
 
@@ -129,12 +129,11 @@ def open_image(source: ImageSource, where: str = "an image") -> Image.Image:
         return load_rgb_image(source)
     try:
         if isinstance(source, bytes):
-            return Image.open(io.BytesIO(source)).convert("RGB")
+            return upright_rgb(Image.open(io.BytesIO(source)))
         with _READING:
-            source.load()
+            return upright_rgb(source)
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"{where}: its image cannot be decoded ({error})") from error
-    return source if source.mode == "RGB" else source.convert("RGB")
 
 
 logger = logging.getLogger(__name__)

@@ -225,7 +225,8 @@ def _file_problems(image: AnnotatedImage, record: int, image_folder: Path) -> It
         yield Problem("error", "image file", record, image.image_id, "image_id", error.found, error.expected)
         return
     if stored != image.size_wh:
-        hint = "width and height are swapped" if stored == image.size_wh[::-1] else "another file or copy"
+        swapped = "width and height are swapped, or are those before its EXIF rotation"
+        hint = swapped if stored == image.size_wh[::-1] else "another file or copy"
         found, expected = str(list(image.size_wh)), f"{list(stored)}, as the image file has it ({hint})"
         yield Problem("error", "image size", record, image.image_id, "size", found, expected)
 

@@ -20,7 +20,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from patch_aligned.dataset.stats import TokenSettings
-from patch_aligned.images import BROKEN_IMAGE_ERRORS, ImageFileError, image_path
+from patch_aligned.images import BROKEN_IMAGE_ERRORS, ImageFileError, image_path, upright_rgb, upright_size_wh
 from patch_aligned.pad import AnnotatedImage, Region, is_finite_number, read_annotations
 from patch_aligned.web import render
 
@@ -214,10 +214,10 @@ def _picture(image: AnnotatedImage, image_folder: Path, side: int) -> str:
     path = image_path(image_folder, image.image_id)
     try:
         with Image.open(path) as opened:
-            if opened.size != image.size_wh:
-                raise ImageFileError(f"{path} of {opened.size}", f"the record's size {image.size_wh}")
+            if (size_wh := upright_size_wh(opened)) != image.size_wh:
+                raise ImageFileError(f"{path} of {size_wh}", f"the record's size {image.size_wh}")
             opened.draft("RGB", (side, side))  # JPEG files decode at a smaller size at once
-            smaller = opened.convert("RGB")
+            smaller = upright_rgb(opened)
     except FileNotFoundError:
         raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
     except ImageFileError:

@@ -38,6 +38,8 @@ def test_a_region_gives_the_maps_of_the_analysis(models: list[VisionLanguageMode
             torch.testing.assert_close(found.cells[name].cosine, cell.cosine, rtol=1e-5, atol=1e-6)
             assert torch.equal(found.cells[name].predicted, cell.predicted)
             assert found.cells[name].iou_px == pytest.approx(cell.iou_px, rel=1e-9)
+        of_255 = localise(models, pad.parent / "pictures" / row.image_id, row.label, 255 * largest.astype(np.uint8))
+        assert of_255.cells["start"].iou_px == found.cells["start"].iou_px
 
 
 def test_towers_that_cut_images_differently_show_the_same_region_each_under_its_own_cells(

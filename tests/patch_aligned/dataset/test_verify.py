@@ -84,18 +84,23 @@ def test_records_behind_broken_ones_keep_their_place(write_pad: Make, record: Ma
 
 
 def test_images_are_compared_with_their_files(write_pad: Make, record: Make, tmp_path: Path):
-    pad = write_pad(*(record(name) for name in ("same.png", "swapped.png", "gone.png", "broken.png")))
+    pad = write_pad(*(record(name) for name in ("same.png", "swapped.png", "gone.png", "broken.png", "turned.png")))
     images = tmp_path / "images"
     Image.new("RGB", (64, 96)).save(images / "swapped.png")
     (images / "gone.png").unlink()
     (images / "broken.png").write_bytes(b"no image")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn: the record is of the image as it is stored
+    Image.new("RGB", (96, 64)).save(images / "turned.png", exif=exif)
     problems = problems_of(pad, image_folder=images)[1]
     checks = [(problem.check, problem.image_id) for problem in problems]
     assert checks == [
         ("image size", "swapped.png"),
         ("image file", "gone.png"),
         ("image file", "broken.png"),
+        ("image size", "turned.png"),
     ]
+    assert "[64, 96]" in problems[3].expected and "EXIF" in problems[3].expected
     assert "[64, 96]" in problems[0].expected and "swapped" in problems[0].expected
     assert problems_of(pad)[1] == []
 

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from llava.mm_utils import UnreadableImageError as UnreadableInTraining
+from llava.eval.vqa_files import open_image
 from llava.mm_utils import load_rgb_image
 from patch_aligned.annotate.folder import list_images
 from patch_aligned.annotate.pipeline import StageClock, Workload, annotate_images
 from patch_aligned.annotate.run import ModelRecipe
-from patch_aligned.images import UnreadableImageError, decode_image
+from patch_aligned.images import UnreadableImageError, decode_image, stored_size_wh
 from patch_aligned.pad import parse_annotation
 
 SIZE_WH = (60, 40)
@@ -33,8 +34,8 @@ def picture(size_wh: tuple[int, int] = SIZE_WH) -> Image.Image:
 
 def rotated_by_exif(path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: a quarter turn
-    picture().save(path, "JPEG", exif=exif)
+    exif[0x0112] = 6  # orientation: shown after a quarter turn clockwise
+    picture().transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
 
 
 def animated(path: Path) -> None:
@@ -58,6 +59,8 @@ READABLE: dict[str, Save] = {
     "palette.png": transparent_palette,
     "sixteen_bits.png": sixteen_bits,
     "rotated.jpg": rotated_by_exif,
+    "rotated.png": rotated_by_exif,
+    "rotated.tif": rotated_by_exif,
     "animated.gif": animated,
     "jpeg_named.png": lambda path: picture().save(path, "JPEG"),
 }
@@ -90,7 +93,29 @@ def test_pictures_are_read_as_training_reads_them(tmp_path: Path, name: str) -> 
     READABLE[name](path)
     found, expected = decode_image(path), load_rgb_image(path)
     assert (found.mode, found.size) == ("RGB", SIZE_WH)
+    assert stored_size_wh(tmp_path, name) == found.size
     assert np.array_equal(np.asarray(found), np.asarray(expected))
+    assert np.array_equal(np.asarray(open_image(path.read_bytes())), np.asarray(expected))
+    assert np.array_equal(np.asarray(open_image(Image.open(path))), np.asarray(expected))
+    if name.startswith("rotated") and not name.endswith("jpg"):
+        assert np.array_equal(np.asarray(found), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("name", ["ramp.png", "little.tif", "big.tif"])
+def test_sixteen_bit_greys_keep_their_ramp(tmp_path: Path, name: str) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(">u2" if name == "big.tif" else np.uint16)[None]  # [1, 256]
+    Image.fromarray(ramp).save(tmp_path / name)
+    for read in (decode_image, load_rgb_image):
+        assert np.array_equal(np.asarray(read(tmp_path / name))[0, :, 0], np.arange(256))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_greys_of_32_bits_are_refused_by_name(tmp_path: Path, dtype: type) -> None:
+    Image.fromarray(np.ones((2, 2), dtype)).save(tmp_path / "depth.tif")
+    with pytest.raises(UnreadableInTraining, match=r"depth\.tif.*mode [IF]"):
+        load_rgb_image(tmp_path / "depth.tif")
+    with pytest.raises(UnreadableImageError, match="mode [IF]"):
+        decode_image(tmp_path / "depth.tif")
 
 
 @pytest.mark.parametrize("name", BROKEN)
