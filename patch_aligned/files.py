@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     The file is synced to disk before the rename, so that a power failure leaves no partial file at `path`.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex}.tmp")  # a name has at most 255 bytes
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -41,6 +41,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
+    """Raises `ValueError` where a file to be written is one of those that it is made of: it would be lost."""
+    if output.resolve() in {path.resolve() for path in inputs}:
+        raise ValueError(f"{output}: is read by this command too, and would be overwritten. Name another output")
 
 
 def _sync_folder(folder: Path) -> None:

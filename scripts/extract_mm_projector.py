@@ -48,6 +48,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Writes what `args` name."""
+    if Path(args.output).resolve() in [path.resolve() for path in Path(args.model_path).glob("*")]:
+        raise FileExistsError(f"--output {args.output}: is a file of --model-path {args.model_path}. Name another.")
     tensors = projector_tensors(args.model_path)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, args.output)

@@ -11,6 +11,7 @@ from pathlib import Path
 from llava.command import run_command
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model, read_config, whose_weights
+from llava.model.checkpoint import require_new_folder
 from llava.model.weights import Form, checkpoint_form
 from llava.train.checkpointing import copy_tokenizer_model
 
@@ -24,7 +25,7 @@ def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
         save_model_path: folder to write.
 
     Raises:
-        FileExistsError: `save_model_path` is one of the other two: the merged model would take the place of its source.
+        FileExistsError: `save_model_path` holds files.
         FileNotFoundError: there is nothing at one of the paths.
         ImportError: peft is not installed.
         ValueError: `model_path` holds no adapter, or one that does not fit `model_base`.
@@ -32,9 +33,7 @@ def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
     form = checkpoint_form(model_path)
     if form is not Form.ADAPTER:
         raise ValueError(f"--model-path {model_path} holds {form.value}; expected {Form.ADAPTER.value}.")
-    for flag, source in (("--model-path", model_path), ("--model-base", model_base)):
-        if Path(save_model_path).resolve() == Path(source).resolve():
-            raise FileExistsError(f"--save-model-path {save_model_path}: is {flag} too. Name another folder.")
+    require_new_folder(Path(save_model_path))  # an adapter left in it would be read instead of the merged model
     name = get_model_name_from_path(model_path)
     dtype = read_config(whose_weights(form, model_path, model_base)).dtype
     tokenizer, model, _, _ = load_pretrained_model(

@@ -20,6 +20,7 @@ from eval.captions.run import (
     read_answers,
 )
 from llava.command import clear_errors, typer_app
+from patch_aligned.files import refuse_inputs
 
 app = typer_app()
 
@@ -49,6 +50,8 @@ def main(
 
     `python -m eval.captions.score --answers captions.json --references captions_val2014.json`
     """
+    if output is not None:
+        refuse_inputs(output, (answers, references))
     require_metrics()
     spice = find_spice(spice_jars, spice_java)
     images = read_references(references, split).images

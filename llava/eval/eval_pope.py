@@ -176,7 +176,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"Category: {category}, # samples: {score.tp + score.fp + score.tn + score.fn}")
         print(score.text())
         print("====================================")
-    write_result(args.output_result, {category: score.as_dict() for category, score in scores.items()})
+    result = {category: score.as_dict() for category, score in scores.items()}
+    write_result(args.output_result, result, args.result_file, args.question_file)
 
 
 if __name__ == "__main__":

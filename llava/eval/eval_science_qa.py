@@ -128,8 +128,8 @@ def main(args: argparse.Namespace) -> None:
         f"Total: {result['count']}, Correct: {result['correct']}, Accuracy: {result['acc']:.2f}%, "
         f"IMG-Accuracy: {image_accuracy:.2f}%"
     )
-    write_result(args.output_file, sides)
-    write_result(args.output_result, result)
+    write_result(args.output_file, sides, args.result_file)
+    write_result(args.output_result, result, args.result_file)
 
 
 if __name__ == "__main__":

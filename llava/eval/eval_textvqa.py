@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
                 print(f"Skipping {path.name}")
                 continue
             accuracies[str(path)] = eval_single(args.annotation_file, str(path))
-    write_result(args.output_result, {"accuracy": accuracies})
+    write_result(args.output_result, {"accuracy": accuracies}, *accuracies, args.annotation_file)
 
 
 if __name__ == "__main__":

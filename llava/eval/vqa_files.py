@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
 import os
+import shutil
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -309,10 +311,12 @@ def require_all_answered(asked: Iterable[Any], answered: Iterable[Any], path: st
         )
 
 
-def write_result(path: str | None, result: Mapping[str, Any]) -> None:
-    """Writes a result as JSON where a path is given."""
+def write_result(path: str | None, result: Mapping[str, Any], *inputs: str) -> None:
+    """Writes a result as JSON where a path is given, but not over the inputs that it is made of."""
     if path:
         place = Path(path).expanduser()
+        if place.resolve() in {Path(name).expanduser().resolve() for name in inputs}:
+            raise FileExistsError(f"{path}: this command reads it too, it would be overwritten. Name another output.")
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -322,9 +326,9 @@ def write_result(path: str | None, result: Mapping[str, Any]) -> None:
 # Answers are written in the order of the questions, one JSON object a line, each at once. Beside them lies
 # `ANSWERS.run.json`, which describes the run: questions, checkpoint, template and settings. A run of the same
 # description goes on where the file ends; any other starts it anew, as upstream always does, and sets what it held
-# aside as `ANSWERS.old`. So answers of two runs never mix, and those of a checkpoint that has since been trained on
-# are not taken for new ones. `ANSWERS.lock`, which is left behind, keeps a second process out: two would write their
-# lines among each other's.
+# aside as `ANSWERS.old`, `ANSWERS.old1` and so on. So answers of two runs never mix, and those of a checkpoint that
+# has since been trained on are not taken for new ones. `ANSWERS.lock`, which is left behind, keeps a second process
+# out: two would write their lines among each other's.
 
 
 @contextmanager
@@ -370,7 +374,8 @@ class AnswersFile:
     def __init__(self, path: Path, questions: Sequence[Question], model_id: str, run: Mapping[str, Any]):
         self.path = path
         self.run_path = self.path.with_name(f"{self.path.name}.run.json")
-        self.old_path = self.path.with_name(f"{self.path.name}.old")
+        places = (self.path.with_name(f"{self.path.name}.old{number or ''}") for number in itertools.count())
+        self.old_path = next(place for place in places if not place.exists())
         self.model_id = model_id
         description = {**run, "questions": hash_of_questions(questions), "number of questions": len(questions)}
         self.description = json.loads(json.dumps(description))
@@ -404,11 +409,12 @@ class AnswersFile:
     @contextmanager
     def writer(self) -> Iterator[Callable[[Answer], None]]:
         """A function that appends an answer, as long as it is open. What is not kept is set aside or cut off first."""
+        kept_bytes = sum(len(line) for line in self.kept_lines)
+        if self.path.is_file() and b"\n" in self.path.read_bytes()[kept_bytes:]:  # more than a killed run's last line
+            shutil.copyfile(self.path, self.old_path)
         if self.kept:
-            os.truncate(self.path, sum(len(line) for line in self.kept_lines))
+            os.truncate(self.path, kept_bytes)
         else:
-            if self.path.is_file() and b"\n" in self.path.read_bytes():  # more than a killed run's first line
-                self.path.replace(self.old_path)
             self.path.write_bytes(b"")  # before the description: no old answers are ever beside a new one
             temporary = self.run_path.with_name(f"{self.run_path.name}.tmp")
             temporary.write_text(json.dumps(self.description, indent=1) + "\n", encoding="utf-8")

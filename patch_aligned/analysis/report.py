@@ -79,9 +79,16 @@ def write_report(
     require_matplotlib()
     provenance = provenance or {}
     folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        **analysis.to_json(),
+        **plain_json({"provenance": provenance, "paper_table_3_at_7b_scale": PAPER_TABLE_3}),
+    }
+    _write_text(folder / "analysis.json", json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+    _write_text(folder / "report.md", report_markdown(analysis))
     spectra = folder / "spectra.svg"
     save_spectra_figure(analysis, spectra)
-    pictures = [spectra]
+    _write_text(folder / "report.html", report_page(analysis, provenance, spectra.read_text(encoding="utf-8"), maps))
+    pictures = [spectra]  # the numbers are written first, so that a failing picture costs no analysis
     if analysis.picture:
         pictures.append(folder / "localisation.png")
         save_localisation_figure(analysis.picture, pictures[-1], analysis.settings.measure.threshold_rule)
@@ -90,19 +97,12 @@ def write_report(
     patterns = ("localisation.png", "token_map.html", "token_map.json", "token_map_[0-9][0-9][0-9]_*.png")
     for earlier in {path for pattern in patterns for path in folder.glob(pattern)} - set(pictures):
         earlier.unlink()  # or it would pass for this analysis's
-    document = {
-        **analysis.to_json(),
-        **plain_json({"provenance": provenance, "paper_table_3_at_7b_scale": PAPER_TABLE_3}),
-    }
-    texts = {
-        "report.html": report_page(analysis, provenance, spectra.read_text(encoding="utf-8"), maps),
-        "report.md": report_markdown(analysis),
-        "analysis.json": json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False),
-    }
-    for name, text in texts.items():
-        with written_whole(folder / name) as file:
-            file.write_text(text.rstrip() + "\n", encoding="utf-8")
-    return [*(folder / name for name in texts), *pictures]
+    return [*(folder / name for name in ("report.html", "report.md", "analysis.json")), *pictures]
+
+
+def _write_text(path: Path, text: str) -> None:
+    with written_whole(path) as file:
+        file.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def provenance_of(models: Sequence[VisionLanguageModel]) -> dict[str, Any]:

@@ -139,7 +139,8 @@ def save_token_map_figures(
     """Save each image as a PNG, `<prefix>001_<image>.png` and so on, and return the paths."""
     written = []
     for number, image in enumerate(maps.images, start=1):
-        path = folder / f"{prefix}{number:03}_{re.sub(r'[^A-Za-z0-9._-]', '_', Path(image.image_id).stem)}.png"
+        stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(image.image_id).stem)[:100]  # file names have at most 255 bytes
+        path = folder / f"{prefix}{number:03}_{stem}.png"
         save_token_map_figure(image, path, f"words found by {maps.settings.described()}", maps.word_list is not None)
         written.append(path)
         on_images(number, len(maps.images))

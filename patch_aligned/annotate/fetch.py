@@ -107,7 +107,7 @@ class HubCheckpoint:
 
 
 def fetch_models(output: Path, pinned: Sequence[PinnedFile], checkpoints: Sequence[HubCheckpoint]) -> None:
-    """Brings all files into `output`; those that are there and right stay.
+    """Brings all files into `output`; those that are there stay, and wrong ones are named.
 
     Args:
         output: folder, made if need be.
@@ -122,12 +122,11 @@ def fetch_models(output: Path, pinned: Sequence[PinnedFile], checkpoints: Sequen
     problems: list[str] = []
     for file in pinned:
         path = output / file.name
-        if path.is_file() and sha256_of(path) == file.sha256:
-            _logger.info("%s is there", path)
-            continue
+        is_there = path.is_file()
         try:
-            _download(file, path)
-            _check(file, path)
+            if not is_there:
+                _download(file, path)
+            _check(file, path, is_there)
         except _UNREACHABLE as error:
             problems.append(f"{file.name}: {_first_line(error)}")
             missing.append(f"{file.url}\n      -> {path}   (sha256 {file.sha256})")
@@ -195,7 +194,10 @@ def _fetch_checkpoint(checkpoint: HubCheckpoint, folder: Path) -> None:
     wanted = {"repository": checkpoint.repository, "revision": checkpoint.revision}
     if (folder / _FETCHED).is_file():
         fetched = json.loads((folder / _FETCHED).read_text(encoding="utf-8"))
-        if fetched.items() >= wanted.items() and fetched["files_sha256"] == file_hashes(folder):
+        now, then = file_hashes(folder), fetched["files_sha256"]
+        if changed := [name for name in now if now[name] != then.get(name)]:
+            raise ValueError(f"{folder}: found {', '.join(changed)} not as fetched; move the folder away")
+        if fetched.items() >= wanted.items() and now == then:
             _logger.info("%s is there", folder)
             return
     elif _is_whole(folder):
@@ -223,10 +225,12 @@ def _download(file: PinnedFile, path: Path) -> None:
         temporary.write_bytes(answer.read())
 
 
-def _check(file: PinnedFile, path: Path) -> None:
+def _check(file: PinnedFile, path: Path, was_there: bool) -> None:
     if (found := sha256_of(path)) != file.sha256:
-        path.unlink()
-        raise ValueError(f"found sha256 {found}, expected {file.sha256}; the file was removed again")
+        if not was_there:
+            path.unlink()
+        outcome = "it stays; move it away to have another fetched" if was_there else "the file was removed again"
+        raise ValueError(f"found sha256 {found}, expected {file.sha256}; {outcome}")
 
 
 def _first_line(error: BaseException) -> str:

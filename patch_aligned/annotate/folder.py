@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from patch_aligned.files import written_whole
+from patch_aligned.files import refuse_inputs, written_whole
 from patch_aligned.pad import SETTINGS_SUFFIX, SKIPPED_SUFFIX, iter_records, write_records
 
 # The manifest of a run: which images are annotated, in which order, and what is known of them before.
@@ -424,6 +424,11 @@ class RunFolder:
         """Its file, which is there if it is done."""
         return shard_path(self.path, shard)
 
+    def files(self) -> list[Path]:
+        """What the run consists of, there or not."""
+        shards = map(self.shard_path, range(self.num_shards))
+        return [_settings_path(self.path), _manifest_path(self.path), *shards]
+
     def read_shard(self, shard: int) -> tuple[ShardHeader, list[Record]]:
         """A finished shard: its header and one record for each of its images, in order.
 
@@ -562,9 +567,10 @@ def merge(
         watch: passes the records on, one by one; it may show the progress.
 
     Raises:
-        ValueError: shards are missing or damaged.
+        ValueError: shards are missing or damaged, or `output` is a file of the run.
         RecordFileError: for an unknown suffix of `output`.
     """
+    refuse_inputs(output, run.files())
     if missing := run.missing_shards():
         raise _incomplete(run, missing, [], "are not there")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from patch_aligned.annotate.regions import (
     mask_of_label,
     select,
 )
-from patch_aligned.files import written_whole
+from patch_aligned.files import refuse_inputs, written_whole
 from patch_aligned.pad import SETTINGS_SUFFIX, read_annotations, write_records
 
 _RESELECTABLE = ("ok", "no_boxes", "no_masks")
@@ -71,11 +71,12 @@ def reselect(
 
     Raises:
         ValueError: for thresholds below those of the candidates; or records without candidates, or boxes without a
-            mask. Nothing is written then.
+            mask; or an output that is the source. Nothing is written then.
         AnnotationError: for a record of a PAD file that breaks the format.
     """
     if not source.exists():
         raise ValueError(f"{source}: found no such file or folder, expected a run's folder or a PAD file")
+    refuse_inputs(output, [source])
     run = RunFolder(source) if source.is_dir() else None
     settings = dict(run.settings) if run else _settings_beside(source)
     if "detector" not in settings:

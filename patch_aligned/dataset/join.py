@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from patch_aligned.files import refuse_inputs
 from patch_aligned.pad import AnnotatedImage, iter_records, normal_path, read_annotations, write_annotations
 
 UNMATCHED_SUFFIX = ".unmatched.jsonl"
@@ -59,9 +60,11 @@ def join(
         watch: passes the PAD records on, one by one; it may show the progress.
 
     Raises:
-        ValueError: no image is in both files, no sample has an image, or one has no answer.
+        ValueError: the output is one of the inputs, no image is in both files, no sample has an image, or one has no
+            answer.
         AnnotationError, RecordFileError: a broken PAD record, a missing or broken file.
     """
+    refuse_inputs(output, (pad, samples))
     caption_of, further, without = _captions(samples)
     if not caption_of:
         raise ValueError(

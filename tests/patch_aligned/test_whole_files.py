@@ -45,6 +45,13 @@ def test_a_drive_that_syncs_no_folder_will_do(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "file").read_text() == "whole"
 
 
+def test_a_name_may_be_as_long_as_names_are(tmp_path: Path) -> None:
+    for name in ("x" * 255, "é" * 127):
+        with written_whole(tmp_path / name) as temporary:
+            temporary.touch()
+        assert (tmp_path / name).is_file()
+
+
 def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

@@ -23,6 +23,13 @@ def extract(model_path: str, output: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def test_a_file_of_the_checkpoint_is_not_overwritten(golden_world: Path) -> None:
+    before = Path("tiny-llava/model.safetensors").read_bytes()
+    result = extract("tiny-llava", "tiny-llava/model.safetensors")
+    assert result.returncode == 1 and "tiny-llava/model.safetensors" in result.stderr
+    assert Path("tiny-llava/model.safetensors").read_bytes() == before
+
+
 def test_the_file_is_what_stage_2_starts_from(golden_world: Path) -> None:
     result = extract("tiny-llava", "out/mm_projector.bin")
     assert result.returncode == 0, result.stderr

@@ -117,6 +117,17 @@ def test_answers_of_another_run_are_set_aside(flags: dict[str, Any], change: str
     assert path.with_name("a.jsonl.old").read_bytes() == marked
 
 
+def test_no_answers_are_ever_overwritten(flags: dict[str, Any]) -> None:
+    path, kept = Path(flags["answers_file"]), []
+    for mode in ("v0", "v1", "v0", "v1"):
+        model_vqa_loader.eval_model(SimpleNamespace(**{**flags, "conv_mode": mode}))
+        kept.append(path.read_bytes())
+    path.write_bytes(b"\n" + kept[-1])  # by an editor: no line of it can be continued
+    model_vqa_loader.eval_model(SimpleNamespace(**{**flags, "conv_mode": "v1"}))
+    old = [path.with_name(f"a.jsonl.old{number}").read_bytes() for number in ("", 1, 2, 3)]
+    assert old == [*kept[:3], b"\n" + kept[3]]
+
+
 def test_a_run_that_cannot_start_leaves_old_answers_alone(flags: dict[str, Any]) -> None:
     model_vqa_loader.eval_model(SimpleNamespace(**flags))
     whole = Path(flags["answers_file"]).read_bytes()

@@ -87,6 +87,20 @@ def test_ids_that_repeat_across_categories_are_joined_by_order_or_refused(tmp_pa
         eval_pope.score_files(flags[1], flags[3], f"{tmp_path}/a.jsonl")
 
 
+def test_scores_do_not_take_the_place_of_answers(tmp_path: Path) -> None:
+    before = (pope_files(tmp_path), (tmp_path / "a.jsonl").read_bytes())[1]
+    flags = [
+        *pope_files(tmp_path),
+        "--result-file",
+        f"{tmp_path}/a.jsonl",
+        "--output-result",
+        f"{tmp_path}/x/../a.jsonl",
+    ]
+    with pytest.raises(FileExistsError, match=r"a\.jsonl"):
+        eval_pope.main(eval_pope.argument_parser().parse_args(flags))
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
 def test_a_pope_model_that_never_says_yes_has_precision_0() -> None:
     scores = PopeScores.of([False, False], [True, False])
     assert (scores.precision, scores.recall, scores.f1, scores.accuracy) == (0, 0, 0, 0.5)

@@ -178,7 +178,7 @@ def test_a_random_subset_hangs_on_ids_and_seed_alone(tmp_path: Path):
         (coco(images=[{"id": 7, "file_name": "a.jpg"}], annotations=[]), r"image 7, field 'width': found none"),
         (coco(images=[{"file_name": "a.jpg"}]), r"an image, field 'id': found none"),
         (coco(images=coco()["images"] * 2), r"an image, field 'id': found 7 a second time"),
-        (coco(images=[coco()["images"][0], coco()["images"][0] | {"id": 9}]), r"'file_name': found '0+7\.jpg' a second"),
+        (coco(images=[coco()["images"][0], coco()["images"][0] | {"id": 9}]), r"'file_name': found '0+7\.jpg' a sec"),
         (coco(categories=[*coco()["categories"], {"id": 18, "name": "wolf"}]), r"category, field 'id': found 18 a sec"),
         (coco_annotation([[1, 2, 3]]), r"annotation 5 of 000000000007.jpg.*found \[1, 2, 3\].*polygon"),
         (coco_annotation("k5d4"), r"found 'k5d4', expected polygons or an RLE"),

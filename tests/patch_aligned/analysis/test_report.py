@@ -220,3 +220,4 @@ def test_a_report_without_matplotlib_says_what_to_install(
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'patch-aligned-llava\[analysis\]'"):
         write_report(analysis, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text())["images"] == analysis.images  # is not lost

@@ -47,6 +47,14 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
+def test_a_run_is_not_overwritten_by_its_merged_file(run: RunFolder):
+    before = {path: path.read_bytes() for path in run.files()}
+    for path in before:
+        with pytest.raises(ValueError, match=path.name):
+            merge(run, path.parent / ".." / path.parent.name / path.name)
+    assert before == {path: path.read_bytes() for path in run.files()}
+
+
 @pytest.mark.parametrize("suffix", [".json", ".jsonl.gz", ".parquet"])
 def test_ok_images_are_merged_and_the_others_listed(run: RunFolder, tmp_path: Path, suffix: str):
     output = tmp_path / "new" / f"pad{suffix}"

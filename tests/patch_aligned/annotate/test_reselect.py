@@ -143,6 +143,8 @@ def test_what_is_not_changed_stays_as_in_the_run(tmp_path: Path) -> None:
 def test_a_merged_file_with_candidates_can_be_reselected(run: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first.parquet", tmp_path / "second.jsonl"
     reselect(run, first, {}, keep_candidates=True)
+    with pytest.raises(ValueError, match=r"first\.parquet"):
+        reselect(first, first, {"box_threshold": 0.35})
     reselect(first, second, {"box_threshold": 0.35})
     assert labels_of(second) == {"a.jpg": [("tennis racket", 0.9), ("dog", 0.4)], "b.jpg": []}
     with pytest.raises(ValueError, match=r"second.jsonl: image_id 'a.jpg', field 'candidates': found none"):

@@ -55,6 +55,16 @@ def test_captions_and_ids_come_from_the_first_sample(write_pad: Make, record: Ma
     assert unmatched == [{"only_in": str(pad), "image": "b.png"}, {"only_in": str(samples), "image": "other.png"}]
 
 
+@pytest.mark.parametrize("place", ["pad", "samples"])
+def test_an_input_is_never_the_output(write_pad: Make, record: Make, samples: Path, place: str):
+    pad = write_pad(record("a.png"))
+    output = {"pad": pad, "samples": samples}[place]
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match=output.name):
+        join(pad, samples, output.parent / ".." / output.parent.name / output.name)
+    assert output.read_bytes() == before
+
+
 def test_records_without_a_sample_may_be_left_out(write_pad: Make, record: Make, samples: Path):
     pad = write_pad(record("a.png"), record("b.png"))
     output = pad.with_name("joined.jsonl")

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.mm_utils import UnreadableImageError as UnreadableInTraining
 from llava.eval.vqa_files import open_image
+from llava.mm_utils import UnreadableImageError as UnreadableInTraining
 from llava.mm_utils import load_rgb_image
 from patch_aligned.annotate.folder import list_images
 from patch_aligned.annotate.pipeline import StageClock, Workload, annotate_images
@@ -114,7 +114,7 @@ def test_greys_of_32_bits_are_refused_by_name(tmp_path: Path, dtype: type) -> No
     Image.fromarray(np.ones((2, 2), dtype)).save(tmp_path / "depth.tif")
     with pytest.raises(UnreadableInTraining, match=r"depth\.tif.*mode [IF]"):
         load_rgb_image(tmp_path / "depth.tif")
-    with pytest.raises(UnreadableImageError, match="mode [IF]"):
+    with pytest.raises(UnreadableImageError, match=r"mode [IF]"):
         decode_image(tmp_path / "depth.tif")
 
 

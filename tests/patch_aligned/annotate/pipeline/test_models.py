@@ -98,14 +98,17 @@ def test_settings_name_the_commit_so_that_another_one_is_another_run(hub: Hub, t
     assert commit_of(from_cache, is_from_hub=True) == COMMIT
 
 
-def test_files_that_were_changed_are_fetched_again(hub: Hub, tmp_path: Path) -> None:
+def test_files_of_ones_own_are_named_and_stay(hub: Hub, tmp_path: Path) -> None:
     fetch_models(tmp_path, [pinned()], [DETECTOR])
-    (tmp_path / "ram.pth").write_bytes(b"weigh")
-    (tmp_path / "detector" / "model.safetensors").write_bytes(b"half")
-    fetch_models(tmp_path, [pinned()], [DETECTOR])
-    assert (tmp_path / "ram.pth").read_bytes() == b"weights"
-    assert (tmp_path / "detector" / "model.safetensors").read_text() == "model.safetensors"
-    fetch_models(tmp_path, [pinned()], [HubCheckpoint("someone/detector", "v2")])
+    own = {tmp_path / "ram.pth": b"weigh", tmp_path / "detector" / "model.safetensors": b"trained on"}
+    for path, content in own.items():
+        path.write_bytes(content)
+    for revision in ("v1", "v2"):
+        with pytest.raises(ValueError, match=r"ram.pth: found sha256 (.|\n)*found model.safetensors not as fetched"):
+            fetch_models(tmp_path, [pinned()], [HubCheckpoint("someone/detector", revision)])
+        assert own == {path: path.read_bytes() for path in own}
+    (tmp_path / "detector" / "model.safetensors").unlink()
+    fetch_models(tmp_path, [], [HubCheckpoint("someone/detector", "v2")])
     assert ("someone/detector", "v2") in hub.calls
 
 
