@@ -201,8 +201,9 @@ def score_answer(text: str, box_xyxy_px: Sequence[float], width: int, height: in
         height: of the image file, pixels.
 
     Returns:
-        A number for each name of `METRICS`. An answer is right from an IoU of 0.5 on. One without a box is wrong, with
-        an IoU of 0, in both readings, and counts as 1 in "not parsed". Boxes are not clipped to the image.
+        A number for each name of `METRICS`. An answer is right from an IoU of 0.5 on, but for rounding. One without a
+        box is wrong, with an IoU of 0, in both readings, and counts as 1 in "not parsed". Boxes are not clipped to the
+        image.
     """
     spoken = parse_box(text)
     if spoken is None:
@@ -212,7 +213,7 @@ def score_answer(text: str, box_xyxy_px: Sequence[float], width: int, height: in
         "image": box_iou(boxes_xyxy_from_image01(spoken, (width, height)).tolist(), box_xyxy_px),
     }
     return {
-        **{ACCURACY[frame]: float(iou[frame] >= MIN_IOU) for frame in ACCURACY},
+        **{ACCURACY[frame]: float(iou[frame] >= MIN_IOU - 1e-9) for frame in ACCURACY},
         **{MEAN_IOU[frame]: iou[frame] for frame in MEAN_IOU},
         NOT_PARSED: 0.0,
     }

@@ -101,6 +101,10 @@ def merge(
     Raises:
         ValueError: the numbers of `<image>` ids and of images differ.
     """
+    if input_ids.dim() != 2:
+        raise ValueError(
+            f"Found ids of shape {list(input_ids.shape)}, expected [B, T]; one prompt is ids[None]."
+        )
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if labels is None:
         labels = torch.full_like(input_ids, IGNORE_INDEX)
@@ -134,6 +138,12 @@ def merge(
         image_of_row=image_of_row,
         truncated_rows=truncated_rows,
     )
+
+
+def mask_of_padding(input_ids: Tensor, padding: int) -> Tensor:
+    """`[B, T]`, true but at a run of the padding id at either end of a row."""
+    is_text = (input_ids != padding).long()
+    return (is_text.cumsum(1) > 0) & (is_text.flip(1).cumsum(1).flip(1) > 0)
 
 
 def merge_row(

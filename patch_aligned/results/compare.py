@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -160,9 +162,28 @@ def _compare_runs(
     ]
     row = Row(name, (Cell(chosen), Cell(matched, mark=mark), *map(Cell, numbers)))
     notes = [f"{name}: {LIMIT_MARK} a run has --limit: a trial, no result."] if mark else []
+    if differing := [_data_of(run) for run in (first, second) if _data_of(first) != _data_of(second)]:
+        notes.append(f"{name}: the data differ: {' against '.join(differing)}.")
+    steps = [_trained_steps(run) for run in (first, second)]
+    if None not in steps and steps[0] != steps[1]:
+        notes.append(f"{name}: the models were trained for {steps[0]:,} against {steps[1]:,} steps.")
     if settings[0].prompt != settings[1].prompt:
         notes.append(f"{name}: the prompts differ.")
     one, two = (conditions_of(Filled("", "", run.result, frame_of(run.result, box_frame))) for run in (first, second))
     if differing := [f"{one[kind]} against {two[kind]}" for kind in _DECIDING if one[kind] != two[kind]]:
         notes.append(f"{name}: the runs differ in more than the model: {'; '.join(differing)}.")
     return row, notes
+
+
+def _data_of(run: Run) -> str:
+    data = run.result.data
+    return f"{data.source}@{data.revision or 'no revision'}, split {data.split}"
+
+
+def _trained_steps(run: Run) -> int | None:
+    """Steps of the training that left the model's folder, where it is on this machine."""
+    try:
+        state = json.loads((Path(run.result.model.path) / "trainer_state.json").read_text(encoding="utf-8"))
+        return int(state["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -373,6 +373,11 @@ def _result_of(content: bytes, place: Path) -> RunResult:
         if result.headline is not None and result.headline not in {*result.scores, *result.not_available}:
             known = ", ".join(map(repr, result.scores)) or "none"
             raise ValueError(f"field 'headline': found {result.headline!r}, expected one of the scores: {known}")
+        for name, score in result.scores.items():
+            if score.unit == "share" and not 0 <= score.value <= 1 and "cider" not in name.lower():  # no share
+                raise ValueError(f"field 'scores.{name}.value': found {score.value}, expected a share from 0 to 1")
+            if score.stderr is not None and score.stderr < 0:
+                raise ValueError(f"field 'scores.{name}.stderr': found {score.stderr}, expected 0 or more")
         if both := sorted(result.scores.keys() & result.not_available.keys()):
             raise ValueError(f"field 'not_available': found {both[0]!r}, which has a score too")
     except ValueError as error:

@@ -5,6 +5,7 @@ Letters: B rows, T length of the input ids, L length of the merged batch, D widt
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.llava_arch import EncodedImages, Images, LlavaMetaForCausalLM
-from llava.model.multimodal_merge import MergedBatch, TruncatedImageError, merge
+from llava.model.multimodal_merge import MergedBatch, TruncatedImageError, mask_of_padding, merge
 from llava.plugin import AlignmentContext, AuxiliaryOutput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -203,14 +206,14 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             images: one entry for each `<image>`, in any float dtype; None for text only.
             image_sizes: width and height of each original image; required for anyres.
             **kwargs: `attention_mask` `[B, T]` for padded prompts (on either side), and all arguments of transformers'
-                `generate`.
+                `generate`. Without a mask, padding ids at the ends of a batch's rows count as padding.
 
         Returns:
             The new tokens, without the prompt.
 
         Raises:
             NotImplementedError: `inputs_embeds` is given.
-            ValueError: the numbers of `<image>` tokens and of images differ.
+            ValueError: the ids are no batch, or the numbers of `<image>` tokens and of images differ.
         """
         if kwargs.pop("inputs_embeds", None) is not None:
             raise NotImplementedError("`inputs_embeds` is not supported: pass ids and images.")
@@ -218,13 +221,16 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         if input_ids is None:
             raise ValueError("generate() needs prompt ids: pass `inputs`.")
         kwargs.pop("position_ids", None)  # they follow from the mask
+        attention_mask = kwargs.pop("attention_mask", None)
+        if attention_mask is None and input_ids.dim() == 2 and len(input_ids) > 1:
+            attention_mask = self._mask_of_unmasked_batch(input_ids, kwargs.get("pad_token_id"))
         tower = self.get_vision_tower()
         has_images = images is not None and tower is not None
         merged = merge(
             input_ids,
             self.encode_image_batch(images, image_sizes).tokens if has_images and images is not None else [],
             self.get_input_embeddings(),
-            attention_mask=kwargs.pop("attention_mask", None),
+            attention_mask=attention_mask,
             padding_side="left",  # new tokens must follow the prompt in every row
         )
         return super().generate(  # type: ignore[misc]
@@ -233,6 +239,16 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             position_ids=merged.position_ids,
             **kwargs,
         )
+
+    def _mask_of_unmasked_batch(self, input_ids: Tensor, padding: int | None) -> Tensor | None:
+        """The mask that padding at the ends of rows implies; None, with a warning, where no id stands for it alone."""
+        of_config = [getattr(config, "pad_token_id", None) for config in (self.generation_config, self.config)]
+        padding = next((token for token in (padding, *of_config) if token is not None), None)
+        marks = [self.config.bos_token_id, *torch.tensor([self.config.eos_token_id or []]).flatten().tolist()]
+        if padding is None or padding in marks:
+            logger.warning("generate(): a batch without `attention_mask`; rows that are padded need one.")
+            return None
+        return mask_of_padding(input_ids, padding)
 
     def save_pretrained(  # type: ignore[override]
         self,

@@ -72,6 +72,11 @@ def test_an_iou_of_exactly_half_is_right() -> None:
     half, less = "[0, 0, 0.5, 1]", "[0, 0, 0.499, 1]"
     assert score_answer(half, [0, 0, 10, 10], 10, 10)[ACCURACY["image"]] == 1
     assert score_answer(less, [0, 0, 10, 10], 10, 10)[ACCURACY["image"]] == 0
+    # 0.3 * 10 - 0.1 * 10 is 2 but for the last digit
+    assert score_answer("[0.1, 0, 0.3, 1]", [1, 0, 5, 10], 10, 10)[ACCURACY["image"]] == 1
+    for x in range(1, 50):  # half of [0, 2x], at every place that two decimals can say
+        scores = score_answer(f"[{x / 100}, 0, {2 * x / 100}, 1]", [0, 0, 2 * x * 6.4, 480], 640, 480)
+        assert scores[ACCURACY["image"]] == 1, x
 
 
 def test_empty_boxes_overlap_with_nothing() -> None:

@@ -65,6 +65,30 @@ def test_the_side_of_the_prompt_padding_is_free(model: LlavaLlamaForCausalLM) ->
     assert right.tolist() == left.tolist()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_at_an_end_needs_no_mask(model: LlavaLlamaForCausalLM, side: str) -> None:
+    ids, mask = prompts([3, 9], [1, 1])
+    ids[~mask.bool()] = padding = 3
+    ids[mask.bool() & (ids == padding)] = 4
+    if side == "left":
+        ids, mask = ids.flip(1), mask.flip(1)
+    options: dict[str, Any] = {"images": pixels(2), "do_sample": False, "max_new_tokens": 6, "pad_token_id": padding}
+    expected = model.generate(ids, attention_mask=mask, **options)
+    assert model.generate(ids, **options).tolist() == expected.tolist()
+
+
+def test_padding_that_may_be_text_is_warned_of(model: LlavaLlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+    ids, _ = prompts([3, 3], [0, 0])
+    model.generate(ids, max_new_tokens=1, pad_token_id=model.config.eos_token_id)
+    assert "attention_mask" in caplog.text
+
+
+def test_ids_that_are_no_batch_are_refused(model: LlavaLlamaForCausalLM) -> None:
+    ids, _ = prompts([6], [1])
+    with pytest.raises(ValueError, match=r"\[B, T\]"):
+        model.generate(ids[0], images=pixels(1), max_new_tokens=1)
+
+
 def test_generate_returns_only_new_tokens_and_casts_images(model: LlavaLlamaForCausalLM) -> None:
     ids, _ = prompts([6], [1])
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from patch_aligned.results.compare import compare, paired_difference
-from patch_aligned.results.run import RunFileError, RunSettings, Sample, Score, write_run
+from patch_aligned.results.run import RunFileError, RunResult, RunSettings, Sample, Score, rows_sha256, write_run
 from patch_aligned.results.tables import entrants_of
 
 Make = Callable[..., Path]
@@ -123,6 +123,22 @@ def test_how_many_rows_matched_is_said(make_run: Make, result_of: Any, tmp_path:
         "gqa: the runs differ in more than the model: template vicuna_v1 against template plain; "
         "float16, batch size 8 against float16, batch size 1." in block.notes
     )
+
+
+def test_other_steps_and_other_data_are_said(make_run: Make, result_of: Any, tmp_path: Path) -> None:
+    result: RunResult = result_of([], {})
+    for name, steps, revision in (("a", 10, "1111"), ("b", 20, "2222")):
+        folder = tmp_path / f"model_{name}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": steps}))
+        data = replace(result.data, revision=revision, rows=1, rows_sha256=rows_sha256([("0", [0.1, 0])]))
+        model = replace(result.model, path=str(folder))
+        make_run(f"{name}/gqa", {"exact_match": [1]}, benchmark="gqa", model=model, data=data)
+    (notes,) = [compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"])).notes]
+    assert any("10 against 20 steps" in note for note in notes)
+    assert any("1111" in note and "2222" in note for note in notes)
+    alike = compare(*entrants_of([tmp_path / "a", tmp_path / "a"], ["A", "B"])).notes
+    assert not any("steps" in note or "data differ" in note for note in alike)
 
 
 def test_a_mistyped_metric_ends_with_the_near_ones(make_run: Make, tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def set_field(document: dict[str, Any], path: str, value: Any) -> None:
         ("settings.box_frame", "padded", "field 'settings.box_frame': found \"padded\", expected 'square' or 'image'"),
         ("scores.acc.value", "0.5", "field 'scores.acc.value': found \"0.5\", expected a finite number"),
         ("scores.acc.value", float("nan"), "found NaN, expected a finite number"),
+        ("scores.acc.value", 43.33, "field 'scores.acc.value': found 43.33, expected a share from 0 to 1"),
+        ("scores.acc.stderr", -1.0, "field 'scores.acc.stderr': found -1.0, expected 0 or more"),
         ("scores", [], "field 'scores': found [], expected an object"),
         ("headline", "iou", "field 'headline': found 'iou', expected one of the scores: 'acc'"),
         ("not_available", {"acc": "no"}, "field 'not_available': found 'acc', which has a score too"),
