@@ -5,6 +5,36 @@ die() {
     exit 1
 }
 
+# Where no environment is active, the one that quickstart.sh made.
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -e .venv/bin/activate ]; then
+    source .venv/bin/activate
+fi
+
+# need_own_packages: refuses to start where python would import another package under the name of one of ours.
+need_own_packages() {
+    [ -z "${DRY_RUN:-}" ] || return 0
+    python - <<'PYTHON' || exit 1
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+here = sys.path.pop(0)  # the folder that we are in, which is on the path of `python -m` alone
+for name in ("llava", "patch_aligned", "eval"):
+    spec = find_spec(name)
+    file = spec and Path(spec.origin or [*spec.submodule_search_locations][0])
+    if file and Path(name).resolve() not in (file.resolve(), file.resolve().parent):
+        sys.exit(f"{name}: {file} would be imported, expected {Path(name).resolve()}; "
+                 f"uninstall the other package, or install this checkout: pip install -e .")
+PYTHON
+}
+
+# need_gpu: refuses to start where there is none.
+need_gpu() {
+    [ -n "${DRY_RUN:-}" ] || nvidia-smi --list-gpus >/dev/null 2>&1 ||
+        python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+        die "found no GPU, and this trains on GPUs alone; PRESET=mini runs on the CPU, DRY_RUN=1 prints the command"
+}
+
 # need FILE COMMAND: refuses to start without FILE and says which command makes it.
 need() {
     [ -n "${DRY_RUN:-}" ] || [ -e "$1" ] || die "no file $1; next: $2"

@@ -59,3 +59,9 @@ say "Done"
 echo "report                $RUN/report.html"
 echo "picture               $RUN/localisation.png"
 echo "first training batch  $RUN/patch_aligned/first_batch.png"
+echo
+echo "next, in this folder:"
+if [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ]; then echo "  source .venv/bin/activate"; fi
+echo "  PRESET=mini bash scripts/v1_5/analyze.sh"
+echo "  PRESET=mini bash scripts/v1_5/pretrain_patchaligned.sh && PRESET=mini bash scripts/v1_5/finetune.sh"
+echo "  python -m llava.serve.cli --model-path checkpoints/llava-mini-patchaligned --image-file $HELDOUT/images/00000/simple_heldout_0_000001.jpg"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from enum import Enum
@@ -71,7 +72,10 @@ def to_hf_command(
     """
     from llava.convert.to_hf import to_hf
 
-    to_hf(source, destination, base, dtype.value, conv_mode, max_shard_size)
+    try:
+        to_hf(source, destination, base, dtype.value, conv_mode, max_shard_size)
+    except (ValueError, FileNotFoundError) as error:  # other commands call it --model-base
+        raise type(error)(str(error).replace("--model-base", "--base")) from error
     _report(destination, "load or serve it as its README.md says; before you publish it, fill in the licence there.")
 
 
@@ -115,7 +119,12 @@ def from_hf_command(
 
     ratio = image_aspect_ratio.value if image_aspect_ratio else None
     from_hf(source, destination, vision_tower, ratio, conv_mode, max_shard_size)
-    _report(destination, f"python -m llava.serve.cli --model-path {destination} --image-file IMAGE")
+    flags = f"--model-path {destination} --image-file IMAGE"
+    if json.loads((destination / "config.json").read_text(encoding="utf-8")).get("conversation_version") == "plain":
+        caption = f"python -m llava.eval.run_llava {flags} --query ''"
+        _report(destination, f"{caption}   (it went through stage 1 alone: it captions, and answers no question)")
+    else:
+        _report(destination, f"python -m llava.serve.cli {flags}")
 
 
 def _report(folder: Path, next_step: str) -> None:

@@ -260,6 +260,8 @@ def read_config(model_path: str, **kwargs: Any) -> Any:
         values, _ = PreTrainedConfig.get_config_dict(model_path, **kwargs)
     except OSError as error:
         raise no_checkpoint(model_path, error) from error
+    if not values and (below := sorted(map(str, Path(model_path).glob("*/config.json")))):
+        raise FileNotFoundError(f"{model_path} holds no config.json. Did you mean a folder in it? {', '.join(below)}")
     model_type = values.get("model_type")
     if model_type == "llava" and "text_config" in values:
         raise ValueError(

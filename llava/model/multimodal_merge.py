@@ -102,9 +102,7 @@ def merge(
         ValueError: the numbers of `<image>` ids and of images differ.
     """
     if input_ids.dim() != 2:
-        raise ValueError(
-            f"Found ids of shape {list(input_ids.shape)}, expected [B, T]; one prompt is ids[None]."
-        )
+        raise ValueError(f"Found ids of shape {list(input_ids.shape)}, expected [B, T]; one prompt is ids[None].")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if labels is None:
         labels = torch.full_like(input_ids, IGNORE_INDEX)

@@ -123,6 +123,8 @@ share_out_batch() {
 # launch PROGRAM FLAGS...: starts one process per device, or prints the command.
 launch() {
     local launcher word
+    need_own_packages
+    if [ "$PRESET" = full ]; then need_gpu; fi
     if ((NNODES > 1)); then
         launcher=(torchrun --nnodes "$NNODES" --node_rank "${NODE_RANK:?set it to the rank of this machine, from 0}"
             --master_addr "${MASTER_ADDR:?set it to the address of the machine of rank 0}"
@@ -153,12 +155,13 @@ launch() {
 # Which stage 1 a finetuning starts from: the row of the table.
 choose_stage1() {
     case ${STAGE1:-patchaligned} in
-        patchaligned) run=-patchaligned$run;  made_by=pretrain_patchaligned.sh ;;
-        captions)     made_by=pretrain.sh ;;
+        patchaligned) run=-patchaligned$run;  made_by="bash scripts/v1_5/pretrain_patchaligned.sh" ;;
+        captions)     made_by="bash scripts/v1_5/pretrain.sh" ;;
         *)            die "unknown STAGE1=$STAGE1; choose patchaligned or captions" ;;
     esac
     : "${PRETRAIN_MM_MLP_ADAPTER:=./checkpoints/$family$projector_suffix${run%-*lora}-pretrain/mm_projector.bin}"
-    need "$PRETRAIN_MM_MLP_ADAPTER" "bash scripts/v1_5/$made_by, or set PRETRAIN_MM_MLP_ADAPTER"
+    if [ "$PRESET" = mini ]; then made_by="PRESET=mini $made_by"; fi
+    need "$PRETRAIN_MM_MLP_ADAPTER" "$made_by, or set PRETRAIN_MM_MLP_ADAPTER"
 }
 
 choose_projector

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llava.train.arguments import parse_arguments
 from patch_aligned.train.arguments import PatchArguments
@@ -224,6 +225,34 @@ def test_missing_input_stops_before_anything_is_loaded(recipe: str, file: str, c
     assert result.returncode == 1
     assert file in result.stderr
     assert command in result.stderr
+
+
+def test_the_next_step_of_the_miniature_is_the_miniatures() -> None:
+    result = run_script("finetune", DRY_RUN="", PRESET="mini", STAGE1="captions", DATA="nowhere")
+    assert "PRESET=mini bash scripts/v1_5/pretrain.sh" in result.stderr
+
+
+def test_another_package_of_our_name_is_named(mini_data: dict[str, str], tmp_path: Path) -> None:
+    other = tmp_path / "llava" / "__init__.py"
+    other.parent.mkdir()
+    other.touch()
+    result = run_script("pretrain", DRY_RUN="", PRESET="mini", PYTHONPATH=str(tmp_path), **mini_data)
+    assert result.returncode == 1
+    assert str(other) in result.stderr and str(ROOT / "llava") in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would train")
+def test_the_full_preset_without_a_gpu_ends_at_once(mini_data: dict[str, str]) -> None:
+    result = run_script("pretrain", DRY_RUN="", PYTHONPATH=str(ROOT), **mini_data)
+    assert result.returncode == 1
+    assert "PRESET=mini" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def mini_data(tmp_path: Path) -> dict[str, str]:
+    for name in ("data.json", "images"):
+        (tmp_path / name).mkdir()
+    return {"DATA_PATH": str(tmp_path / "data.json"), "IMAGE_FOLDER": str(tmp_path / "images")}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/**/*.sh")), ids=lambda path: path.name)

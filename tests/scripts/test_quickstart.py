@@ -29,7 +29,7 @@ if words[1].endswith("train_mem.py"):
 
 
 def run_quickstart(folder: Path) -> list[list[str]]:
-    """Runs the script with everything heavy replaced; returns the commands that it gave, but for the check at first."""
+    """Runs the script with everything heavy replaced; returns the commands that it gave, but for its checks."""
     bin_folder, log = folder / "bin", folder / "log.jsonl"
     bin_folder.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
@@ -52,7 +52,7 @@ def run_quickstart(folder: Path) -> list[list[str]]:
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     words = [json.loads(line) for line in log.read_text().splitlines()]
-    return [line for line in words if "-I" not in line]
+    return [line for line in words if "-I" not in line and line[1:] != ["-"]]
 
 
 def trainings(calls: list[list[str]]) -> list[list[str]]:

@@ -29,6 +29,7 @@ esac
 # launch MODULE CHECKPOINT FLAGS...: starts a module in one process a GPU.
 launch() {
     local module=$1 checkpoint=$2 launcher=(python)
+    need_own_packages
     if [ "$PRESET" = mini ]; then
         launcher=(env CUDA_VISIBLE_DEVICES= python)
     elif ((NUM_GPUS > 1)); then
