@@ -34,8 +34,8 @@ class DataCollatorForSupervisedDataset:
     Unlike upstream's, the mask is computed from the rows' lengths, so that real tokens equal to the padding token are
     not masked.
 
-    Samples that could not be read (see `on_error`) are skipped; `skipped` is their number. If none is left, the batch is
-    one padding token without label, so that all ranks stay in step.
+    Samples that could not be read (see `on_error`) are skipped; `skipped` is their number. If none is left, the batch
+    is one padding token without label, so that all ranks stay in step.
 
     Args:
         tokenizer: its `pad_token_id` and `model_max_length` are used.

@@ -640,7 +640,7 @@ class LLaVATrainer(CheckpointingTrainer):
         return digest.hexdigest()[:12]
 
     def data_order(self) -> dict[str, Any]:
-        """Return what identifies the position in the data: samples per step, hashes of the order and of the data file."""
+        """Return what identifies the position in the data: samples per step, hashes of the order and the data."""
         args, sampler = self.args, self.epoch_sampler
         return {
             "samples_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
