@@ -26,7 +26,7 @@ def record(product: Product) -> Facts:
     folder = product.tree / "scripts/v1_5"
     facts: Facts = {}
     for path in sorted([*folder.glob("*.sh"), *folder.glob("eval/*.sh")]):
-        if path.name == "common.sh":
+        if path.name in ("common.sh", "preflight.sh"):  # neither prints a command
             continue
         script = str(path.relative_to(folder))
         variables = [{"PRESET": preset, "NUM_GPUS": gpus} for preset in PRESETS for gpus in ("1", "8")]
