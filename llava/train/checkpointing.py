@@ -211,7 +211,7 @@ def finished_step(output_dir: str | Path) -> int:
     saved = (PROJECTOR_FILE, "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
     if not (state.is_file() and any((state.parent / name).exists() for name in saved)):
         return 0
-    return json.loads(state.read_text())["global_step"]
+    return json.loads(state.read_text()).get("global_step", 0)
 
 
 def publish_checkpoint(staged: Path, final: Path) -> None:

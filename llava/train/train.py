@@ -119,7 +119,7 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     if checkpoint is not None:
         done = finished_step(training_args.output_dir)
         steps = steps_of_run(training_args, count_samples(data_args))
-        if done >= steps:
+        if done >= steps and not training_args.resume_from_checkpoint:
             logger.info("%s: finished, %d of %d steps; nothing to do.", training_args.output_dir, done, steps)
             return None
         logger.info("Resuming from %s.", checkpoint)
