@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from llava import conversation as templates
 from llava.conversation import Conversation
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _WORDS_FOR_AN_IMAGE = 128
 """Length of an image in words, for grouping samples by length; upstream's number."""
+_MOST_WORKERS = 256
 
 GRACE_SAMPLES = 10
 """Up to here lost samples are listed only: a share means nothing among the first few."""
@@ -115,6 +117,7 @@ class LazySupervisedDataset(Dataset):
         self._check_arguments()
         self.records = open_records(data_path)
         self.rows = self._usable_rows()
+        self._row_of_worker = torch.full((_MOST_WORKERS,), -1).share_memory_()
 
     @property
     def list_data_dict(self) -> RecordTable:
@@ -137,6 +140,8 @@ class LazySupervisedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = int(self.rows[index])
+        if (worker := get_worker_info()) is not None:
+            self._row_of_worker[worker.id % _MOST_WORKERS] = row
         try:
             return self._sample(row)
         except RecordError as error:
@@ -144,6 +149,11 @@ class LazySupervisedDataset(Dataset):
                 raise
             self.skipped.add(self.records.sample_id(row), str(error))
             return {"sample_id": self.records.sample_id(row), "skipped": str(error)}
+
+    def being_read(self) -> dict[int, str]:
+        """The record, and its images, that each worker of a data loader took last."""
+        rows = [(worker, row) for worker, row in enumerate(self._row_of_worker.tolist()) if row >= 0]
+        return {worker: f"{self.records.where(row)}, {image_names(self.records[row])}" for worker, row in rows}
 
     def _sample(self, row: int) -> dict[str, Any]:
         record = self.records[row]

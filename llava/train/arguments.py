@@ -194,6 +194,7 @@ class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
     )
     mm_projector_lr: float | None = None
     group_by_modality_length: bool = False
+    dataloader_timeout: int = field(default=1800, metadata={"help": "Seconds to wait for a batch of a worker."})
     trust_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from DeepSpeed's files without looking for code in them."}
     )

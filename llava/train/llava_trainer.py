@@ -556,7 +556,22 @@ class LLaVATrainer(CheckpointingTrainer):
         """As the Trainer does; a signal to all processes leaves the workers alone."""
         loader = super().get_train_dataloader()
         loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+        loader.timeout = self.args.dataloader_timeout if self.args.dataloader_num_workers else 0
         return loader
+
+    def get_batch_samples(self, *arguments: Any) -> Any:
+        """As the Trainer does; says what the workers of the data loader were reading where one is lost or stopped.
+
+        Raises:
+            RuntimeError: a worker died, or brought nothing within `--dataloader_timeout` seconds.
+        """
+        try:
+            return super().get_batch_samples(*arguments)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            reading = [f"worker {number}: {name}" for number, name in self.train_dataset.being_read().items()]
+            raise RuntimeError(f"{error}. Last read, {'; '.join(reading)}") from None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

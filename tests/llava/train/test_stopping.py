@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava.data.dataset import LazySupervisedDataset
 from llava.train.checkpointing import missing_from_checkpoint
 
 LAUNCHING = Path(__file__).parents[3] / "scripts" / "launching.sh"
@@ -87,3 +90,16 @@ def test_scripts_pass_signals_on_to_all_ranks(golden_world: Path, stage_1_flags:
     [saved] = Path("run").glob("checkpoint-*")
     assert missing_from_checkpoint(saved) == [] and (saved / "rng_state_1.pth").exists()
     assert str(saved) in Path("log").read_text()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_lost_worker_of_the_data_loader_is_named_with_its_file(
+    run_stage_1: Any, monkeypatch: pytest.MonkeyPatch, sent: int
+) -> None:
+    def lose(self: LazySupervisedDataset, name: str, row: int) -> Any:
+        os.kill(os.getpid(), sent)
+
+    monkeypatch.setattr(LazySupervisedDataset, "_load_image", lose)
+    with pytest.raises(RuntimeError, match=r"worker 0: data_plain.json, record \d.*\.png"):
+        run_stage_1("run", "--dataloader_num_workers 1 --dataloader_timeout 3")
+    assert not multiprocessing.active_children()
