@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaFor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_named
-from llava.convert.to_hf import HAS_CLS, ORIGINAL_CONFIG, OUR_TOWER, image_settings, name_of_module_tensor
+from llava.convert.to_hf import ADDS_BOS, HAS_CLS, ORIGINAL_CONFIG, OUR_TOWER, image_settings, name_of_module_tensor
 from llava.model.checkpoint import VOCABULARY_TABLES, copy_file, require_new_folder, save_weights
 from llava.model.language_model.families import FAMILIES, llava_config
 from llava.model.multimodal_encoder.builder import build_vision_tower
@@ -65,7 +65,10 @@ def from_hf(
 
     original = find_file(source, ORIGINAL_CONFIG)
     if original is not None:
-        own: Any = AutoConfig.for_model(**json.loads(Path(original).read_text(encoding="utf-8")))
+        recorded = json.loads(Path(original).read_text(encoding="utf-8"))
+        if recorded.pop(ADDS_BOS, False):
+            tokenizer.add_bos_token = True
+        own: Any = AutoConfig.for_model(**recorded)
     else:
         own = llava_config_of(config, tokenizer, getattr(image_processor, "do_pad", False))
         own.vocab_size = vocabulary_rows(tokenizer, config.image_token_index)

@@ -133,6 +133,9 @@ logger = logging.getLogger(__name__)
 ORIGINAL_CONFIG = "llava_config.json"
 """The checkpoint's own config, kept beside Hugging Face's for the way back."""
 
+ADDS_BOS = "tokenizer_adds_bos"
+"""Key in it: whether the checkpoint's tokenizer adds the BOS token, which here the chat template does."""
+
 ROWS_MULTIPLE_OF = 64
 """New rows of the word embeddings are rounded up to this, as in the published `llava-hf` folders."""
 
@@ -204,7 +207,10 @@ def to_hf(
         dtype=kept,
     )
     hf_config.save_pretrained(destination)
-    own = {**model.config.to_dict(), "conversation_version": mode}
+    adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    if adds_bos:
+        tokenizer.add_bos_token = False  # the chat template writes it: who renders and then tokenises would have two
+    own = {**model.config.to_dict(), "conversation_version": mode, ADDS_BOS: adds_bos}
     own.pop("_name_or_path", None)
     (destination / ORIGINAL_CONFIG).write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -65,6 +65,7 @@ def a_published_folder(goldens_folder: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained("published")
     tokenizer.add_tokens([AddedToken("<pad>", special=True, normalized=False)])
     tokenizer.pad_token = "<pad>"
+    tokenizer.add_bos_token = True
     tokenizer.save_pretrained("published")
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = Path("published") / name

@@ -80,6 +80,16 @@ def test_prompts_in_a_batch_are_answered_as_one_by_one(convert: Callable[..., An
         assert together[row].tolist() == alone[0].tolist()
 
 
+def test_rendering_and_tokenising_in_two_steps_gives_one_bos(convert: Callable[..., Any]) -> None:
+    pair = convert()
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    text = pair.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    ids = pair.processor(text=text, images=[picture(0)]).input_ids[0]
+    bos = pair.tokenizer.bos_token_id
+    assert (ids[0], list(ids).count(bos)) == (bos, 1)
+    assert ids == pair.their_inputs(picture(0), "What is this?").input_ids[0].tolist()
+
+
 def test_the_vocabulary_is_padded_with_rows_that_never_win(convert: Callable[..., Any]) -> None:
     pair = convert()
     _, logits = pair.logits(picture(0), "What is this?")
