@@ -57,7 +57,7 @@ def from_hf(
     config: Any = AutoConfig.from_pretrained(source)
     require_llava(config)
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
     image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
     model: Any = LlavaForConditionalGeneration.from_pretrained(source, dtype="auto")
     weights = {name_of_module_tensor(name): tensor for name, tensor in model.state_dict().items()}
