@@ -38,7 +38,7 @@ RUN = Path("out/captions_toy")
 def lengths(references: Mapping[str, Sequence[str]], answers: Mapping[str, str], spice: Any) -> CaptionScores:
     """Gives each image the length of its answer, under all names."""
     assert references.keys() == answers.keys()
-    of_image = {image: float(len(answer)) for image, answer in answers.items()}
+    of_image = {image: len(answer) / 100 for image, answer in answers.items()}
     value = sum(of_image.values()) / len(of_image)
     metrics = {name: MetricScore(value, None if name in BLEU else 0.5, of_image) for name in TAKEN}
     empty = tuple(image for image, answer in answers.items() if not answer)
@@ -68,7 +68,7 @@ def test_a_run_leaves_scores_rows_and_what_they_depend_on(world: Path) -> None:
     result, samples = read_run(RUN), read_samples(RUN)
     assert [sample.id for sample in samples] == IMAGES
     assert samples[2].target == ["Picture of im2.png", "A picture"]
-    assert samples[2].scores == dict.fromkeys((*TAKEN, METEOR_MEAN), float(len(samples[2].answer)))
+    assert samples[2].scores == dict.fromkeys((*TAKEN, METEOR_MEAN), len(samples[2].answer) / 100)
     assert {name: score.unit for name, score in result.scores.items() if score.unit != "share"} == {"CIDEr": "sum"}
     assert result.not_available.keys() == {SPICE}
     assert (result.benchmark, result.tables, result.data.rows) == ("captions_toy", (4,), 5)
@@ -238,12 +238,12 @@ def test_captions_of_another_source_are_scored(world: Path) -> None:
     flags = ["--answers", "answers.json", "--references", "captions.jsonl"]
     done = CliRunner().invoke(score.app, [*flags, "--output", "scores.json"])
     assert done.exit_code == 0, done.output
-    assert done.output.splitlines()[:3] == ["METEOR   2.0000 ± 0.5000", "ROUGE_L  2.0000 ± 0.5000",
+    assert done.output.splitlines()[:3] == ["METEOR   0.0200 ± 0.5000", "ROUGE_L  0.0200 ± 0.5000",
                                             f"SPICE    not available: {command.find_spice(None, None)}"]  # fmt: skip
     assert done.output.splitlines()[-1] == "5 images, 1 with an empty answer"
     written = json.loads(Path("scores.json").read_text())
-    assert written["scores"]["METEOR"] == {"value": 2.0, "stderr": 0.5}
-    assert written["of_image"]["im3.png"]["ROUGE_L"] == 3.0
+    assert written["scores"]["METEOR"] == {"value": 0.02, "stderr": 0.5}
+    assert written["of_image"]["im3.png"]["ROUGE_L"] == 0.03
     assert written["empty"] == ["im0.png"]
 
     assert CliRunner().invoke(score.app, [*flags, "--limit", "2"]).output.splitlines()[-1].startswith("2 images")
