@@ -555,8 +555,9 @@ class LLaVATrainer(CheckpointingTrainer):
     def get_train_dataloader(self) -> Any:
         """As the Trainer does; a signal to all processes leaves the workers alone."""
         loader = super().get_train_dataloader()
-        loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
-        loader.timeout = self.args.dataloader_timeout if self.args.dataloader_num_workers else 0
+        base = getattr(loader, "base_dataloader", loader)  # accelerate iterates over the loader that it wraps
+        base.worker_init_fn = partial(start_worker, base.worker_init_fn)
+        base.timeout = self.args.dataloader_timeout if self.args.dataloader_num_workers else 0
         return loader
 
     def get_batch_samples(self, *arguments: Any) -> Any:
