@@ -641,7 +641,7 @@ class LLaVATrainer(CheckpointingTrainer):
         if before != {key: now[key] for key in before} and self.is_world_process_zero():
             logger.warning(
                 "The checkpoint was trained with %s, this run has %s: some samples will be repeated, others skipped. "
-                "To continue the same run, pass the same --data_path, --seed and global batch size.",
+                "To continue the same run, pass --data_path, --seed and the global batch size as before.",
                 before,
                 now,
             )

@@ -76,7 +76,6 @@ def write_report(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    require_matplotlib()
     provenance = provenance or {}
     folder.mkdir(parents=True, exist_ok=True)
     document = {
@@ -85,6 +84,7 @@ def write_report(
     }
     _write_text(folder / "analysis.json", json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
     _write_text(folder / "report.md", report_markdown(analysis))
+    require_matplotlib()
     spectra = folder / "spectra.svg"
     save_spectra_figure(analysis, spectra)
     _write_text(folder / "report.html", report_page(analysis, provenance, spectra.read_text(encoding="utf-8"), maps))
