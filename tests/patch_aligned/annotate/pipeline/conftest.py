@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from patch_aligned.annotate.folder import list_images
 from patch_aligned.annotate.pipeline import Workload
@@ -57,9 +58,15 @@ def finished_run(recipe: ModelRecipe, scenes: Path, tmp_path_factory: pytest.Tem
     """The output folder of one process that was never interrupted: five shards of four images."""
     entries, folder = list_images(scenes / "train.json", scenes)
     job = AnnotationJob(entries, folder, tmp_path_factory.mktemp("run"), recipe, Workload(decode_workers=2), 4)
-    worker = ShardWorker(job, "cpu")
-    for shard in range(worker.folder.num_shards):
-        worker.process(shard)
+    # One thread, as the processes that are compared with it have: on some CPUs sums of two round otherwise.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        worker = ShardWorker(job, "cpu")
+        for shard in range(worker.folder.num_shards):
+            worker.process(shard)
+    finally:
+        torch.set_num_threads(threads)
     return job.output
 
 
