@@ -26,7 +26,7 @@ class PreflightError(ValueError):
     """Everything that is in the way of a run, a line each."""
 
 
-# Answers kept as they come, so that a run that was stopped goes on where it was.
+# Answers, appended as they come, so that a stopped run can resume.
 #
 # lmms-eval's own cache keeps a task's answers only once all of them are there, and knows a model by its address in
 # memory.

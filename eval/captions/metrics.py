@@ -59,9 +59,9 @@ def require_metrics() -> None:
 
 # METEOR by pycocoevalcap, and its standard error.
 #
-# METEOR of many images is no mean over images: matches, lengths and chunks are summed, and one score is taken from
-# the sums. So its standard error is the jackknife's, which takes the score anew without each image in turn: by the
-# formula of METEOR 1.5, written down here, since its program would have to be run as often as there are images.
+# METEOR of many images is not a mean over images: matches, lengths and chunks are summed, and the score is computed
+# from the sums. So its standard error is a jackknife, which recomputes the score without each image in turn. The
+# formula of METEOR 1.5 is repeated here, because its program would have to run once for each image.
 #
 # Letters: I images.
 

@@ -49,7 +49,7 @@ from patch_aligned.results.run import (
     write_run,
 )
 
-# Captions that a model wrote: kept as they come, so that a run that was stopped goes on where it was.
+# Captions that a model wrote, appended as they come, so that a stopped run can resume.
 
 _IMAGE_KEYS = ("image_id", "image")
 _CAPTION_KEYS = ("caption", "answer", "text")

@@ -129,7 +129,7 @@ def check_row(row: Row, where: str) -> None:
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Writes the rows as Parquet, whole or not at all.
+    """Write the rows as Parquet, atomically.
 
     Raises:
         ValueError: two rows have the same id.

@@ -31,12 +31,12 @@ _WORDS_FOR_AN_IMAGE = 128
 _MOST_WORKERS = 256
 
 GRACE_SAMPLES = 10
-"""Up to here lost samples are listed only: a share means nothing among the first few."""
+"""Up to this number, lost samples are only listed: a share of the first few is meaningless."""
 LARGEST_SHARE = 0.01
 
 
 def too_many_are_lost(lost: int, samples: int) -> bool:
-    """Whether so many of the samples teach nothing that a run must stop, for whatever reason they do."""
+    """Whether too many samples are lost, skipped or without a label, for the run to continue."""
     return lost > max(GRACE_SAMPLES, LARGEST_SHARE * samples)
 
 
@@ -151,7 +151,7 @@ class LazySupervisedDataset(Dataset):
             return {"sample_id": self.records.sample_id(row), "skipped": str(error)}
 
     def being_read(self) -> dict[int, str]:
-        """The record, and its images, that each worker of a data loader took last."""
+        """Return the last record that each data loader worker took, with its images."""
         rows = [(worker, row) for worker, row in enumerate(self._row_of_worker.tolist()) if row >= 0]
         return {worker: f"{self.records.where(row)}, {image_names(self.records[row])}" for worker, row in rows}
 

@@ -17,7 +17,7 @@ ONE_SIGNAL_SECONDS = 1.0
 
 
 class StopRequest(ContextDecorator):
-    """Takes down the first signal while a run can save; another one, or one before that, ends the process at once."""
+    """Records the first signal while a run can save. A second one, or one before that, ends the process at once."""
 
     signum: int | None = None
     can_save = False
@@ -58,7 +58,7 @@ stop_request = StopRequest()
 
 
 def start_worker(seed_worker: Callable[[int], None] | None, worker: int) -> None:
-    """Begins a worker of the data loader, which goes on when all processes are told to stop: a step needs its batch."""
+    """Initialise a data loader worker to ignore SIGTERM: the last step before a run stops needs its batch."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if seed_worker is not None:
         seed_worker(worker)
