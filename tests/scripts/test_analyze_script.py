@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -68,12 +69,13 @@ def test_missing_projectors_are_named_with_the_command_that_makes_them(tmp_path:
 
 @pytest.mark.parametrize(("cosine", "status"), [(0.6, 0), (0.05, 1), (None, 1)])
 def test_the_order_is_told_and_a_broken_one_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], cosine: float | None, status: int
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    load_script: Callable[[str], ModuleType],
+    cosine: float | None,
+    status: int,
 ) -> None:
-    spec = importlib.util.spec_from_file_location("check_order", ROOT / "scripts" / "check_order.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("check_order")
     values = {"a": (0.1, 0.0), "b": (0.2, 0.1), "c": (0.3, cosine)}
     models = {
         name: {"figures": {"align_px": {"value": align}, "cosine": {"value": near}}}

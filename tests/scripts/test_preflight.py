@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -23,14 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def preflight() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("preflight", ROOT / "scripts" / "preflight.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def preflight(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("preflight")
 
 
 @pytest.fixture

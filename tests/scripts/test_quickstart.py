@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -97,13 +97,8 @@ def test_the_room_that_packages_need_and_have_is_said(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def readme_writer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("show_in_readme", ROOT / "scripts" / "show_in_readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def readme_writer(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("show_in_readme")
 
 
 def test_the_first_table_takes_the_place_between_the_markers(readme_writer: ModuleType) -> None:
