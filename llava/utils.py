@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -14,6 +15,15 @@ def rank0_print(*args: Any) -> None:
     """Logs its arguments, separated by spaces, on the first process of each machine."""
     if int(os.environ.get("LOCAL_RANK", "0")) <= 0:
         logging.getLogger("llava").info("%s", " ".join(str(argument) for argument in args))
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def disable_torch_init() -> None:

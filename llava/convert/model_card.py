@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from llava.model.weights import Form, checkpoint_form, find_file
+from llava.utils import sha256
 
 _CARD = """\
 ---
@@ -118,12 +118,3 @@ def patch_aligned(source: str, config: Any) -> str:
         if any("loss/patch" in entry for entry in history):
             return "yes (its training log has a patch loss)"
     return "not recorded in the checkpoint"
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -41,6 +41,7 @@ from llava.train.checkpointing import (
 )
 from llava.train.lora import is_adapted, load_adapter, save_adapter
 from llava.train.stopping import start_worker, stop_request
+from llava.utils import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -649,11 +650,7 @@ class LLaVATrainer(CheckpointingTrainer):
     @cached_property
     def data_hash(self) -> str:
         """Short hash of the content of the data file, whatever its path."""
-        digest = hashlib.sha256()
-        with self.train_dataset.records.source.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()[:12]
+        return sha256(self.train_dataset.records.source)[:12]
 
     def data_order(self) -> dict[str, Any]:
         """Return what identifies the position in the data: samples per step, hashes of the order and the data."""
