@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import StoppingCriteria
 
@@ -82,7 +82,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: greys of 32 bits, which have no known range.
     """
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies every image
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"greys of mode {image.mode}, whose range is unknown; save them with 8 or 16 bits")
     if image.mode.startswith("I;16"):  # PIL's own conversion cuts at 255

@@ -26,7 +26,6 @@ Image.init()
 ERRORS_OF_A_PATH = (errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
 """Errors of a path that will never be readable. All other system errors may be temporary."""
 
-
 NO_SUCH_FILE = "no such file"
 """The reason given for a missing image."""
 
@@ -65,7 +64,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: greys of 32 bits, which have no known range.
     """
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies every image
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"greys of mode {image.mode}, whose range is unknown; save them with 8 or 16 bits")
     if image.mode.startswith("I;16"):  # PIL's own conversion cuts at 255
