@@ -74,7 +74,7 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Lines of *.py that a folder may hold.
 BUDGETS = {
-    "llava": 9693,
+    "llava": 9697,
     "patch_aligned": 13825,
     "patch_aligned/analysis": 3553,
     "patch_aligned/annotate": 4148,
@@ -85,7 +85,7 @@ BUDGETS = {
 LONGEST_FILE = 500
 # Files that are longer, with the length they must not exceed; each gets shorter or is split.
 LONGER_FILES = {
-    "llava/train/llava_trainer.py": 665,
+    "llava/train/llava_trainer.py": 662,
     "patch_aligned/annotate/folder.py": 630,
     "patch_aligned/annotate/ram/model.py": 549,
     "patch_aligned/annotate/run.py": 660,

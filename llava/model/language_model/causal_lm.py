@@ -22,6 +22,9 @@ from llava.plugin import AlignmentContext, AuxiliaryOutput
 
 logger = logging.getLogger(__name__)
 
+# transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 @dataclass
 class LlavaOutput(CausalLMOutputWithPast):
@@ -70,6 +73,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         plugin_batch: dict[str, Tensor] | None = None,
         sample_ids: list[str] | None = None,
+        cache: Any = None,
     ) -> LlavaOutput | tuple[Any, ...]:
         """Run the LLM on text and images.
 
@@ -82,6 +86,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             logits_to_keep: as in transformers: the number of last positions (or the positions) with logits; 0 is all.
             plugin_batch: output of the plugin's `collate`.
             sample_ids: names of the rows in error messages.
+            cache: the name of `past_key_values` since transformers 5.24.
             cache_position: unused; accepted for callers written for older versions of transformers.
 
         Returns:
@@ -119,11 +124,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **{CACHE: past_key_values if cache is None else cache},
         )
         hidden = decoded.last_hidden_state  # [B, L, D]
 
@@ -139,11 +144,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         output = LlavaOutput(
             loss=loss,
             logits=logits,
-            past_key_values=decoded.past_key_values,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
             auxiliary_losses=auxiliary.losses or None,
             auxiliary_metrics=auxiliary.metrics or None,
+            **{CACHE: decoded.get(CACHE)},
         )
         return output.to_tuple() if return_dict is False else output
 
