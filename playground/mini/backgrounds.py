@@ -1,4 +1,4 @@
-"""Backgrounds of scenes: settings such as a meadow or a room, made of labelled bands, or one unlabelled texture."""
+"""Backgrounds of scenes, made of labelled bands: settings such as a meadow or a room, or a single surface."""
 
 from __future__ import annotations
 
@@ -63,13 +63,39 @@ SETTINGS = (
     Setting("hall", "in a hall", (_BRICK_WALL, Band("carpet", materials.carpet, (0.4, 0.5)))),
 )
 
-BACKGROUND_LABELS = tuple(sorted({band.label for setting in SETTINGS for band in setting.bands}))
-_COUNTABLE = frozenset({"carpet", "floor", "forest", "road", "wall"})
+
+def _surface(label: str, place: str, material: Material) -> Setting:
+    return Setting(label, place, (Band(label, material, (1.0, 1.0)),))
+
+
+SURFACES = (
+    _surface("grass field", "on a grass field", materials.grass),
+    _surface("sand", "on sand", materials.sand),
+    _surface("snow", "in the snow", materials.snow),
+    _surface("water", "on water", materials.water),
+    _surface("forest", "in front of a forest", materials.forest),
+    _surface("brick wall", "in front of a brick wall", materials.brick_wall),
+    _surface("painted wall", "in front of a painted wall", materials.plaster_wall),
+    _surface("wooden floor", "on a wooden floor", materials.planks),
+    _surface("tiled floor", "on a tiled floor", materials.tiles),
+    _surface("carpet", "on a carpet", materials.carpet),
+)
+"""Backgrounds of the simple style: one surface all over the picture, with a label of one to three tokens."""
+
+_UNCOUNTABLE = frozenset({"grass", "mountains", "sand", "sky", "snow", "water"})
+
+
+def labels_of(settings: tuple[Setting, ...]) -> tuple[str, ...]:
+    """All labels that such backgrounds have, sorted."""
+    return tuple(sorted({band.label for setting in settings for band in setting.bands}))
+
+
+BACKGROUND_LABELS = labels_of(SETTINGS + SURFACES)
 
 
 def label_phrase(label: str) -> str:
     """A background label as a sentence introduces it: "a road", but "water"."""
-    return f"a {label}" if label in _COUNTABLE else label
+    return label if label in _UNCOUNTABLE else f"a {label}"
 
 
 @dataclass(frozen=True)
@@ -78,26 +104,23 @@ class Background:
 
     Attributes:
         picture: uint8 `[height, width, 3]`.
-        setting: None for an unlabelled texture.
-        masks: bool `[height, width]` by label, from top to bottom; they share no pixel. Empty for a texture.
-        ground_top: height at which the ground begins, pixels (mean over the width); 0 for a texture.
+        setting: what it shows.
+        masks: bool `[height, width]` by label, from top to bottom; they share no pixel.
+        ground_top: height at which the ground begins, pixels (mean over the width).
     """
 
     picture: np.ndarray
-    setting: Setting | None
+    setting: Setting
     masks: dict[str, np.ndarray]
     ground_top: int
 
 
-def paint_texture(rng: np.random.Generator, shape_hw: tuple[int, int]) -> Background:
-    """A background without labels."""
-    return Background(_finish(rng, materials.texture(rng, shape_hw)), None, {}, 0)
-
-
-def paint_setting(rng: np.random.Generator, shape_hw: tuple[int, int]) -> Background:
-    """A background with labelled bands, of a setting drawn at random."""
+def paint_setting(
+    rng: np.random.Generator, shape_hw: tuple[int, int], settings: tuple[Setting, ...] = SETTINGS
+) -> Background:
+    """A background with labelled bands, of one of `settings`."""
     height, width = shape_hw
-    setting = SETTINGS[int(rng.integers(len(SETTINGS)))]
+    setting = settings[int(rng.integers(len(settings)))]
     bands = [band for band in setting.bands if rng.random() < band.chance]
     shares = np.array([rng.uniform(*band.share) for band in bands])
     tops = np.concatenate([[0.0], np.cumsum(shares / shares.sum())[:-1]]) * height  # [bands]

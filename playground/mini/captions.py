@@ -1,8 +1,12 @@
-"""Captions of scenes, in several styles, and the prompts they answer. A caption names only what is in the picture."""
+"""Captions of scenes, in several styles, and the prompts they answer.
+
+A caption mentions the largest objects of a scene and neglects the others, as captions of real pictures do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,16 +43,21 @@ def caption_prompt(rng: np.random.Generator) -> str:
 
 
 def write_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption of the scene: plain in the simple style, one of several manners in the full one."""
-    if scene.setting is None:
-        return _plain(scene, rng)
-    return choose(rng, FULL_STYLES)(scene, rng)
+    """A caption of `scene.captioned`: plain in the simple style, one of several manners in the full one.
+
+    Where no object may be mentioned, it names the background.
+    """
+    seen = replace(scene, objects=scene.captioned)
+    if not seen.objects or scene.style == "simple":
+        return _plain(seen, rng)
+    return choose(rng, FULL_STYLES)(seen, rng)
 
 
 def _plain(scene: Scene, rng: np.random.Generator) -> str:
-    """Names everything, nothing more."""
-    things = listed([counted(group) for group in shuffled(rng, list(groups_by_name(scene.objects).values()))])
-    frame = choose(rng, ("{}", "a picture of {}", "an image with {}", "there is {} in the picture"))
+    """ "A picture of a dog and two cats." """
+    objects = [counted(group) for group in groups_by_name(scene.told).values()]
+    things = listed(shuffled(rng, objects or [label_phrase(region.label) for region in scene.background]))
+    frame = choose(rng, ("{}", "a picture of {}", "an image with {}", "the picture shows {}"))
     return capitalised(frame.format(things)) + "."
 
 
@@ -63,17 +72,17 @@ def _coloured(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _things_with(scene: Scene, rng: np.random.Generator, *, colours: bool) -> str:
-    groups = shuffled(rng, list(groups_by_name(scene.objects).values()))
+    groups = shuffled(rng, list(groups_by_name(scene.told).values()))
     things = listed([counted(group, colours=colours) for group in groups])
     frame = choose(rng, ("{} {}", "a photo of {} {}", "{} can be seen {}"))
-    return capitalised(frame.format(things, _place(scene))) + "."
+    return capitalised(frame.format(things, scene.setting.place)) + "."
 
 
 def _with_places(scene: Scene, rng: np.random.Generator) -> str:
     """ "On the left there is a dog, in the middle a car and on the right two trees." """
     parts: list[str] = []
     for third in ("left", "middle", "right"):
-        objects = [item for item in scene.objects if third_of_width(scene, item) == third]
+        objects = [item for item in scene.told if third_of_width(scene, item) == third]
         if objects:
             things = listed([counted(group, colours=rng.random() < 0.3) for group in groups_by_name(objects).values()])
             verb = " there is" if not parts and len(objects) == 1 else " there are" if not parts else ""
@@ -83,7 +92,7 @@ def _with_places(scene: Scene, rng: np.random.Generator) -> str:
 
 def _with_background(scene: Scene, rng: np.random.Generator) -> str:
     """ "A dog and a car. Behind them are sky and mountains, below is grass." """
-    things = listed([counted(group) for group in groups_by_name(scene.objects).values()])
+    things = listed([counted(group) for group in groups_by_name(scene.told).values()])
     labels = [label_phrase(region.label) for region in scene.background]
     if not labels:
         return _short(scene, rng)
@@ -93,7 +102,7 @@ def _with_background(scene: Scene, rng: np.random.Generator) -> str:
 
 def _with_relation(scene: Scene, rng: np.random.Generator) -> str:
     """ "A dog to the left of a car, in a meadow." """
-    groups = groups_by_name(scene.objects)
+    groups = groups_by_name(scene.told)
     single = [group[0] for group in groups.values() if len(group) == 1]
     pairs = [(a, b) for a in single for b in single if a is not b and is_clearly_left_of(scene, a, b)]
     if not pairs:
@@ -105,14 +114,13 @@ def _with_relation(scene: Scene, rng: np.random.Generator) -> str:
         sentence = f"{right.sprite.with_article} to the right of {left.sprite.with_article}"
     others = [counted(group) for group in groups.values() if group[0] is not left and group[0] is not right]
     ending = f", with {listed(others)} nearby" if others else ""
-    return f"{capitalised(sentence)} {_place(scene)}{ending}."
+    return f"{capitalised(sentence)} {scene.setting.place}{ending}."
 
 
 def describe_at_length(scene: Scene, rng: np.random.Generator) -> str:
     """Several sentences: the place, every thing with its colour and where it is, and the background."""
-    place = _place(scene)
-    sentences = [f"The picture was taken {place}." if scene.setting else "The picture shows a few things on a pattern."]
-    groups = groups_by_name(scene.objects)
+    sentences = [f"The picture was taken {scene.setting.place}."]
+    groups = groups_by_name(scene.told)
     for group in groups.values():
         if len(group) == 1:
             sentences.append(f"There is {counted(group, colours=True)} {place_phrase(scene, group[0])}.")
@@ -124,10 +132,6 @@ def describe_at_length(scene: Scene, rng: np.random.Generator) -> str:
     if scene.background:
         sentences.append(f"The background shows {listed([label_phrase(region.label) for region in scene.background])}.")
     return " ".join(sentences)
-
-
-def _place(scene: Scene) -> str:
-    return scene.setting.place if scene.setting else "on a pattern"
 
 
 FULL_STYLES: tuple[CaptionStyle, ...] = (

@@ -22,15 +22,15 @@ from typing import Any
 
 from PIL import Image
 
-from playground.mini.scene_records import JPEG_QUALITY, DatasetSettings, scene_records
-from playground.mini.scenes import STYLES, compose_scene
+from playground.mini.scene_records import JPEG_QUALITY, DatasetSettings, compose, scene_records
+from playground.mini.scenes import STYLES
 
 logger = logging.getLogger(__name__)
 
 OUT = Path(__file__).parents[1] / "data" / "mini" / "eval"
 """Where the tasks under `eval/lmms_tasks/mini` look."""
 SUMMARY = "dataset.json"
-VERSION = 1
+VERSION = 2
 SPLIT = "heldout"
 REFERRING = "rec"
 # Square, 4:3, 3:4 and 16:9: on the last three, a box read in the wrong frame is another box.
@@ -60,10 +60,9 @@ class Selection:
 
 SELECTIONS = (
     Selection("existence", "existence", "simple", rows=80, per_answer=40),
-    Selection("colour", "colour", "simple", rows=60, per_answer=8),
+    Selection("colour", "colour", "simple", rows=64, per_answer=8),
     Selection("position", "position", "simple", rows=60, per_answer=20),
-    # Scenes of the simple style hold nothing twice: the answer would always be 1.
-    Selection("counting", "count", "full", rows=48, per_answer=12),
+    Selection("counting", "count", "simple", rows=48, per_answer=12),
 )
 REFERRING_ROWS = 80
 
@@ -165,7 +164,7 @@ def _scene(
 ) -> tuple[dict[str, list[dict[str, Any]]], Row]:
     """All records of a held-out scene, and the columns that its rows share."""
     settings = DatasetSettings(count=index + 1, seed=seed, split=SPLIT, style=style, size_wh=size_wh)
-    scene, rng = compose_scene(seed, SPLIT, style, index, size_wh)
+    scene, rng = compose(settings, index)
     jpeg = io.BytesIO()
     Image.fromarray(scene.picture).save(jpeg, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
     records = scene_records(settings, scene, rng, path="")

@@ -23,7 +23,7 @@ from playground.mini.scenes import SPLITS, STYLES
 
 logger = logging.getLogger(__name__)
 
-JSON_FILES = {"train": "train.json", "pad": "pad.json", "instruct": "instruct.json", "referring": "referring.json"}
+JSON_FILES = {key: f"{key}.json" for key in ("train", "pad", "instruct", "referring", "choices", "choices_instruct")}
 JSONL_FILES = {"questions": "questions.jsonl", "answers": "answers.jsonl"}
 SUMMARY = "dataset.json"
 PARTS = ".parts"
@@ -43,8 +43,11 @@ def make_dataset(settings: DatasetSettings, out: Path, *, workers: int = 1, prog
     Raises:
         DatasetError: `out` holds a data set of other settings, or other files in its place.
     """
-    if settings.count < 1 or settings.seed < 0:
-        raise DatasetError(f"count {settings.count}, seed {settings.seed}: expected a count from 1 and a seed from 0.")
+    if settings.count < 1 or settings.seed < 0 or (settings.held_out_seed or 0) < 0:
+        raise DatasetError(
+            f"count {settings.count}, seed {settings.seed}, held-out seed {settings.held_out_seed}: expected a count "
+            "from 1 and seeds from 0."
+        )
     finished = _finished_summary(settings, out)
     if finished is not None:
         return finished
@@ -188,12 +191,15 @@ files written to OUT:
   train.json       stage 1: LLaVA's format, one caption a scene
   pad.json         Patch-Aligned Dataset: the caption and every region with label, box and mask
   instruct.json    stage 2: conversations about scenes, and a few without a picture
+  choices.json     questions with a few given answers, to score by likelihood; choices_instruct.json has them as
+                   conversations of one round
   questions.jsonl  questions to a trained model; answers.jsonl holds the truth
   referring.json   referring expressions with their boxes
   dataset.json     the settings and counts
 
 Scene i depends on seed, split and style alone: --count 100 is the beginning of --count 1000. The splits train and
-heldout draw from different streams, so they share no scene even with the same seed.
+heldout draw from different streams, so they share no scene even with the same seed. Ten names stand in labels and, with
+--split heldout, in choices.json, but in no other text; --held-out-seed draws another ten.
 
 examples:
   python -m playground.mini.make_scenes --count 400 --out playground/data/mini/train
@@ -216,10 +222,16 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=SPLITS, default="train", help="which stream to draw from (default: train)")
     parser.add_argument(
         "--style", choices=STYLES, default="simple",
-        help="simple: up to four things out of 83 on a texture, none hidden; full: more things out of all names, "
-        "partly hidden, in places with labelled backgrounds (default: simple)",
+        help="simple: two to four things of the smaller set on one surface, none hidden; full: more things out of all "
+        "names, partly hidden, on several surfaces (default: simple)",
     )  # fmt: skip
     parser.add_argument("--size", type=_size_wh, metavar="WxH", help="size of all pictures (default: the style's own)")
+    parser.add_argument(
+        "--held-out-seed",
+        type=int,
+        metavar="N",
+        help="hold ten more names out of texts (default: only the fixed ten)",
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     return parser.parse_args(argv)
 
@@ -234,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         split=arguments.split,
         style=arguments.style,
         size_wh=arguments.size,
+        held_out_seed=arguments.held_out_seed,
     )
     try:
         summary = make_dataset(settings, arguments.out, workers=max(1, arguments.workers))

@@ -207,24 +207,3 @@ def carpet(rng: np.random.Generator, shape_hw: tuple[int, int]) -> np.ndarray:
     weave = np.sin(np.arange(shape_hw[0]) * 1.9)[:, None] * np.sin(np.arange(shape_hw[1]) * 1.9)[None]
     tone = 1 + 0.10 * weave + 0.18 * (value_noise(rng, shape_hw, 35, octaves=2) - 0.5)
     return base * tone.astype(np.float32)[..., None] + _grain(rng, shape_hw, 26)
-
-
-def texture(rng: np.random.Generator, shape_hw: tuple[int, int]) -> np.ndarray:
-    """A surface that is nothing in particular: two colours mixed by noise, waves or a gradient."""
-    first, second = rng.uniform(60, 235, (2, 3))
-    kind = int(rng.integers(4))
-    if kind == 0:
-        share = _contrast(value_noise(rng, shape_hw, rng.uniform(20, 70), octaves=4), 1.8)
-    elif kind == 1:
-        share = _contrast(value_noise(rng, shape_hw, rng.uniform(5, 14), octaves=2, stretch=rng.uniform(0.3, 4)), 1.6)
-    elif kind == 2:
-        angle, period = rng.uniform(0, np.pi), rng.uniform(14, 40)
-        y, x = np.mgrid[: shape_hw[0], : shape_hw[1]].astype(np.float32)
-        phase = (x * np.cos(angle) + y * np.sin(angle)) / period + 2 * value_noise(rng, shape_hw, 60, octaves=2)
-        share = 0.5 + 0.35 * np.sin(2 * np.pi * phase)
-    else:
-        angle = rng.uniform(0, 2 * np.pi)
-        y, x = np.mgrid[-1 : 1 : shape_hw[0] * 1j, -1 : 1 : shape_hw[1] * 1j]
-        share = np.clip(0.5 + 0.4 * (x * np.cos(angle) + y * np.sin(angle)), 0, 1)
-    picture = _mix(tuple(first), tuple(second), np.asarray(share, dtype=np.float32))
-    return picture + _grain(rng, shape_hw, rng.uniform(4, 24))

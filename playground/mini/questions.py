@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from patch_aligned.cells import boxes_xyxy_to_square01
-from playground.mini.backgrounds import BACKGROUND_LABELS, label_phrase
+from playground.mini.backgrounds import SETTINGS, SURFACES, label_phrase, labels_of
 from playground.mini.captions import describe_at_length, write_caption
 from playground.mini.scenes import Scene, SceneObject
 from playground.mini.sprites import load_sprites
@@ -64,20 +64,14 @@ def box_text(box_xyxy_px: tuple[int, int, int, int], size_wh: tuple[int, int]) -
 
 def ask_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """One question of each category that the scene allows: existence (a yes and a no), count, colour, place, ..."""
-    groups = groups_by_name(scene.objects)
-    questions = [*_existence(scene, groups, rng), _count(groups, rng)]
+    groups = groups_by_name(scene.told)
+    questions = [*_existence(scene, groups, rng), _count(groups, rng)] if groups else []
     single = [group[0] for group in groups.values() if len(group) == 1]
-    coloured = [item for item in single if item.sprite.colour not in (None, item.sprite.name)]
+    coloured = [item for item in single if item.colour]
     if coloured:
-        sprite = choose(rng, coloured).sprite
-        questions.append(
-            Question(
-                "colour",
-                f"What colour is the {sprite.name}?",
-                str(sprite.colour),
-                f"The {sprite.name} is {sprite.colour}.",
-            )
-        )
+        item = choose(rng, coloured)
+        name, colour = item.sprite.name, str(item.colour)
+        questions.append(Question("colour", f"What colour is the {name}?", colour, f"The {name} is {colour}."))
     placed = [item for item in single if is_clearly_in_its_third(scene, item)]
     if placed:
         item = choose(rng, placed)
@@ -102,8 +96,8 @@ def ask_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
                 f"{truth}, the {first.sprite.name} is to the {side} of the {second.sprite.name}.",
             )
         )
-    if len(scene.objects) == 1:
-        sprite = scene.objects[0].sprite
+    if len(scene.objects) == len(single) == 1:
+        sprite = single[0].sprite
         questions.append(Question("name", "What is in the picture?", sprite.name, f"It is {sprite.with_article}."))
     if scene.background:
         questions.append(_background(scene, rng))
@@ -114,7 +108,8 @@ def _existence(scene: Scene, groups: dict[str, list[SceneObject]], rng: np.rando
     group = choose(rng, list(groups.values()))
     present, verb = group[0].sprite, "is" if len(group) == 1 else "are"
     # Asked about in the simple style is only what its scenes can show.
-    absent = choose(rng, [s for s in load_sprites(simple_only=scene.setting is None) if s.name not in groups])
+    sprites = load_sprites(simple_only=scene.style == "simple")
+    absent = choose(rng, [s for s in sprites if s.name not in groups and s.name not in scene.held_out])
     return [
         Question("existence", f"Is there {sprite.with_article} in the picture?", answer, sentence)
         for sprite, answer, sentence in (
@@ -139,17 +134,18 @@ def _background(scene: Scene, rng: np.random.Generator) -> Question:
         phrase = label_phrase(choose(rng, labels))
         return Question("background", f"Can {phrase} be seen in the picture?", "Yes", f"Yes, one can see {phrase}.")
     # A band too small to be annotated may still be seen, so only labels foreign to the setting are surely absent.
-    own = {band.label for band in scene.setting.bands} if scene.setting else set()
-    phrase = label_phrase(choose(rng, [label for label in BACKGROUND_LABELS if label not in own]))
+    own = {band.label for band in scene.setting.bands}
+    possible = labels_of(SURFACES if scene.style == "simple" else SETTINGS)
+    phrase = label_phrase(choose(rng, [label for label in possible if label not in own]))
     return Question("background", f"Can {phrase} be seen in the picture?", "No", f"No, one cannot see {phrase}.")
 
 
 def refer_to_objects(scene: Scene, rng: np.random.Generator) -> list[Expression]:
     """At most one expression for each object, left out where no words single it out."""
-    groups = groups_by_name(scene.objects)
+    groups = groups_by_name(scene.told)
     expressions = []
     for index, item in enumerate(scene.objects):
-        options = _expressions_for(scene, item, groups)
+        options = _expressions_for(scene, item, groups) if item.sprite.name in groups else []
         if options:
             expressions.append(Expression(choose(rng, options), index))
     return expressions
@@ -164,11 +160,11 @@ def _expressions_for(scene: Scene, item: SceneObject, groups: dict[str, list[Sce
         if all(is_clearly_left_of(scene, other, item) for other in others):
             return [f"the rightmost {name}", f"the {name} furthest to the right"]
         return []
-    options = [f"the {name}", f"the {coloured_name(item.sprite)}", f"the {name} {place_phrase(scene, item)}"]
+    options = [f"the {name}", f"the {coloured_name(item)}", f"the {name} {place_phrase(scene, item)}"]
     noun = _CATEGORY_NOUNS.get(item.sprite.category)
     if noun and sum(other.sprite.category == item.sprite.category for other in scene.objects) == 1:
         options.append(f"the only {noun} in the picture")
-    for other in scene.objects:
+    for other in scene.told:
         if other is not item and len(groups[other.sprite.name]) == 1:
             if is_clearly_left_of(scene, item, other):
                 options.append(f"the {name} to the left of the {other.sprite.name}")
@@ -188,8 +184,9 @@ def converse(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
     rounds.append((choose(rng, ("Describe the picture in detail.", "What do you see? Please be thorough.")),
                    describe_at_length(scene, rng)))  # fmt: skip
     rounds.append(("Give the picture a caption.", write_caption(scene, rng)))
-    things = [counted(group) for group in groups_by_name(scene.objects).values()]
-    rounds.append(("Name all the things in the picture.", f"{capitalised(listed(things))}."))
+    if len(scene.told) == len(scene.objects):
+        things = [counted(group) for group in groups_by_name(scene.told).values()]
+        rounds.append(("Name all the things in the picture.", f"{capitalised(listed(things))}."))
 
     chosen = shuffled(rng, rounds)[: int(rng.integers(2, 6))]
     conversation = []
@@ -205,15 +202,14 @@ def _as_round(question: Question, rng: np.random.Generator) -> tuple[str, str]:
     return question.text, question.sentence
 
 
-def converse_without_image(rng: np.random.Generator) -> list[dict[str, str]]:
+def converse_without_image(rng: np.random.Generator, held_out: frozenset[str]) -> list[dict[str, str]]:
     """A short conversation about words only: LLaVA's stage 2 mixes such samples with those about images."""
-    sprites = load_sprites()
-    first, second, other = (sprites[int(i)] for i in rng.choice(len(sprites), 3, replace=False))
-    coloured = choose(rng, [sprite for sprite in sprites if sprite.colour not in (None, sprite.name)])
+    sprites = [sprite for sprite in load_sprites() if sprite.name not in held_out]
+    first, second, third, fourth = (sprites[int(i)] for i in rng.choice(len(sprites), 4, replace=False))
     rounds: list[tuple[str, str]] = [
         (f"What is the plural of {first.name!r}?", f"The plural is {first.plural!r}."),
-        (f"Write {second.with_article} and {other.with_article} in a list.", f"1. {second.name}\n2. {other.name}"),
-        (f"Is the word {coloured.name!r} longer than four letters?", "Yes." if len(coloured.name) > 4 else "No."),
+        (f"Write {second.with_article} and {third.with_article} in a list.", f"1. {second.name}\n2. {third.name}"),
+        (f"Is the word {fourth.name!r} longer than four letters?", "Yes." if len(fourth.name) > 4 else "No."),
     ]
     conversation: list[dict[str, Any]] = []
     for question, answer in shuffled(rng, rounds)[: int(rng.integers(1, 4))]:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from playground.mini.captions import write_caption
 from playground.mini.make_scenes import JSON_FILES, SUMMARY
-from playground.mini.scenes import SPLITS, STYLES, Scene, compose_scene
+from playground.mini.scene_records import DatasetSettings, compose
+from playground.mini.scenes import SPLITS, STYLES, Scene
 
 ROOT = Path(__file__).parents[2]
 HELDOUT = ROOT / "playground/data/mini/heldout"
@@ -50,12 +51,12 @@ def caption_dataset(folder: Path, progress: bool = True) -> Path:
     summary, pad = folder / SUMMARY, folder / JSON_FILES["pad"]
     if not summary.is_file() or not pad.is_file():
         raise FileNotFoundError(f"{folder}: found no {summary.name} and {pad.name}; next: bash scripts/prepare_mini.sh")
-    settings = json.loads(summary.read_text(encoding="utf-8"))["settings"]
+    settings = DatasetSettings(**json.loads(summary.read_text(encoding="utf-8"))["settings"])
     records: list[dict[str, Any]] = []
     for index, record in enumerate(tqdm(json.loads(pad.read_text(encoding="utf-8")), disable=not progress)):
-        seed, split, style = settings["seed"], settings["split"], settings["style"]
-        scene, _ = compose_scene(seed, split, style, index, settings["size_wh"])
-        rng = np.random.default_rng([seed, SPLITS.index(split), STYLES.index(style), index, _STREAM])
+        scene, _ = compose(settings, index)
+        stream = [SPLITS.index(settings.split), STYLES.index(settings.style), index, _STREAM]
+        rng = np.random.default_rng([settings.seed, *stream])
         records.append({"image": record["image_id"], "captions": reference_captions(scene, record["caption"], rng)})
     path = folder / FILE
     temporary = path.with_name(f".{FILE}.tmp")

@@ -65,7 +65,7 @@ def render_sheet(font_path: Path) -> None:
                 "plural": row["plural"],
                 "category": row["category"],
                 "habitat": row["habitat"],
-                "colour": row["colour"] or None,
+                "tokens": int(row["tokens"]),
                 "simple": row["simple"] == "1",
                 "codepoint": f"U+{row['codepoint']}",
                 "box_xyxy_px": [left, top, left + sprite.width, top + sprite.height],

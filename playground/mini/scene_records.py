@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 from patch_aligned.cells import boxes_xyxy_to_square01
 from playground.mini.captions import caption_prompt, write_caption
+from playground.mini.choices import choice_questions
 from playground.mini.questions import (
     BOX_FORMAT,
     SHORT_ANSWER,
@@ -21,7 +22,8 @@ from playground.mini.questions import (
     converse_without_image,
     refer_to_objects,
 )
-from playground.mini.scenes import Scene, compose_scene
+from playground.mini.scenes import BackgroundRegion, Scene, SceneObject, compose_scene
+from playground.mini.sprites import held_out_names
 
 JPEG_QUALITY = 95
 SCENES_PER_FOLDER = 1000
@@ -38,6 +40,8 @@ class DatasetSettings:
         split: `train` or `heldout`: streams that never share a scene, even with the same seed.
         style: `simple` or `full`.
         size_wh: fixed picture size, None for the style's own.
+        held_out_seed: draws ten names that no text mentions beside `HELD_OUT`; None for those alone. The pictures do
+            not depend on it.
         generator: version of the generator.
     """
 
@@ -46,7 +50,8 @@ class DatasetSettings:
     split: str = "train"
     style: str = "simple"
     size_wh: tuple[int, int] | None = None
-    generator: int = 1
+    held_out_seed: int | None = None
+    generator: int = 2
 
     def to_json(self) -> dict[str, Any]:
         """The settings as they are written to files."""
@@ -61,12 +66,18 @@ def image_path(settings: DatasetSettings, index: int) -> str:
     return f"images/{index // SCENES_PER_FOLDER:05d}/{name}"
 
 
+def compose(settings: DatasetSettings, index: int) -> tuple[Scene, np.random.Generator]:
+    """Scene `index` of a data set, and the generator of its texts."""
+    held_out = held_out_names(settings.held_out_seed)
+    return compose_scene(settings.seed, settings.split, settings.style, index, settings.size_wh, held_out)
+
+
 def write_scene(settings: DatasetSettings, index: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Composes scene `index`, saves its picture below `folder`, and returns its records by data file.
 
-    Keys: `train`, `pad`, `instruct`, `questions`, `answers`, `referring`.
+    Keys: `train`, `pad`, `instruct`, `questions`, `answers`, `referring`, `choices`, `choices_instruct`.
     """
-    scene, rng = compose_scene(settings.seed, settings.split, settings.style, index, settings.size_wh)
+    scene, rng = compose(settings, index)
     path = image_path(settings, index)
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(scene.picture).save(folder / path, quality=JPEG_QUALITY, subsampling=0)
@@ -87,37 +98,57 @@ def scene_records(
     }
     instruct: list[dict[str, Any]] = [{"id": scene_id, "image": path, "conversations": converse(scene, rng)}]
     if scene.index % TEXT_ONLY_EVERY == TEXT_ONLY_EVERY - 1:
-        instruct.append({"id": f"{scene_id}-text", "conversations": converse_without_image(rng)})
+        instruct.append({"id": f"{scene_id}-text", "conversations": converse_without_image(rng, scene.held_out)})
     questions, answers = _question_records(scene, rng, scene_id, path)
+    referring = _referring_records(scene, rng, scene_id, path)
+    asked = choice_questions(scene, rng, caption, with_held_out=settings.split != "train")
     return {
         "train": [train],
         "pad": [pad_record(scene, path, caption, settings.split)],
         "instruct": instruct,
         "questions": questions,
         "answers": answers,
-        "referring": _referring_records(scene, rng, scene_id, path),
+        "referring": referring,
+        "choices": [{"id": f"{scene_id}-{number}", "image": path, **asdict(q)} for number, q in enumerate(asked)],
+        "choices_instruct": [
+            {"id": f"{scene_id}-{number}", "image": path, "conversations": question.as_conversation()}
+            for number, question in enumerate(asked)
+        ],
     }
 
 
 def pad_record(scene: Scene, path: str, caption: str, split: str) -> dict[str, Any]:
-    """The scene as a record of the Patch-Aligned Dataset. Each label has the extra key `kind`: object or background."""
-    named = [(item.sprite.name, "object", item) for item in scene.objects]
-    named += [(region.label, "background", region) for region in scene.background]  # type: ignore[misc]
-    masks = np.stack([region.mask for _, _, region in named], axis=-1)  # [height, width, regions]
+    """The scene as a record of the Patch-Aligned Dataset.
+
+    Each label has the extra key `kind`: object or background. Objects also have `area_px`, `rank` (1: the largest of
+    the picture), `colour` (None where not tinted), `in_caption` and `held_out`.
+    """
+    captioned = {item.sprite.name for item in scene.captioned}
+    tags: list[dict[str, Any]] = [
+        {
+            "tag": item.sprite.name,
+            "kind": "object",
+            "area_px": item.area_px,
+            "rank": 1 + sum(other.area_px > item.area_px for other in scene.objects),
+            "colour": item.colour,
+            "in_caption": item.sprite.name in captioned,
+            "held_out": item.sprite.name in scene.held_out,
+        }
+        for item in scene.objects
+    ]
+    tags += [{"tag": region.label, "kind": "background"} for region in scene.background]
+    regions: list[SceneObject | BackgroundRegion] = [*scene.objects, *scene.background]
+    masks = np.stack([region.mask for region in regions], axis=-1)  # [height, width, regions]
     encoded = coco_mask.encode(np.asfortranarray(masks.astype(np.uint8)))
+    places = [
+        {"bbox": [float(edge) for edge in region.box_xyxy_px], "rle_mask": rle["counts"].decode("ascii")}
+        for region, rle in zip(regions, encoded, strict=True)
+    ]
     return {
         "image_id": path,
         "size": list(scene.size_wh),
         "caption": caption,
-        "labels": [
-            {
-                "tag": tag,
-                "bbox": [float(edge) for edge in region.box_xyxy_px],
-                "rle_mask": rle["counts"].decode("ascii"),
-                "kind": kind,
-            }
-            for (tag, kind, region), rle in zip(named, encoded, strict=True)
-        ],
+        "labels": [tag | place for tag, place in zip(tags, places, strict=True)],
         "split": split,
     }
 

@@ -1,8 +1,8 @@
 """Composes one scene: sprites on a background, with exact visible masks, from (seed, split, style, index) alone.
 
-Two styles:
-- `simple`: one to four different things of the smaller set on an unlabelled texture, apart from each other.
-- `full`: one to seven things of all names, in many sizes and partly hidden, some several times, in a labelled setting.
+Two styles, in which things may occur several times and half of the names are tinted at random:
+- `simple`: two to four things of the smaller set on one surface, apart from each other.
+- `full`: one to seven things of all names, in many sizes and partly hidden, in a setting of several surfaces.
 
 A pixel belongs to the topmost sprite whose alpha is at least one half there, else to the background. A sprite of which
 others or the picture's edge would hide more than `MOST_HIDDEN` is left out before anything is drawn, so whatever is in
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
-from playground.mini.backgrounds import Background, Setting, paint_setting, paint_texture
-from playground.mini.sprites import Sprite, load_sprites, sprite_picture
+from playground.mini.backgrounds import SURFACES, Background, Setting, paint_setting
+from playground.mini.sprites import TINTS, Sprite, load_sprites, sprite_picture
 
 STYLES = ("simple", "full")
 SPLITS = ("train", "heldout")
@@ -26,8 +26,12 @@ FULL_SIZES_WH = ((224, 224), (256, 192), (288, 192), (192, 256), (320, 224), (24
 MOST_HIDDEN = 0.55
 LEAST_BACKGROUND = 0.02
 """Bands of which less than this part of the picture can be seen are not annotated (they stay in the picture)."""
+MOST_MENTIONS = 2
+"""Captions mention one name or two."""
 
 _OPAQUE = 128
+_REPEATED = 0.3
+_TINTED = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,19 @@ class SceneObject:
         mask: bool `[height, width]`, the pixels where it can be seen.
         box_xyxy_px: tight box of the mask, pixel edges.
         hidden: part of the sprite's own area that cannot be seen, 0..`MOST_HIDDEN`.
+        colour: its tint, None for the sprite's own colours. All objects of a name have the same.
     """
 
     sprite: Sprite
     mask: np.ndarray
     box_xyxy_px: tuple[int, int, int, int]
     hidden: float
+    colour: str | None
+
+    @property
+    def area_px(self) -> int:
+        """Number of visible pixels."""
+        return int(self.mask.sum())
 
     @property
     def centre_xy_px(self) -> tuple[float, float]:
@@ -68,17 +79,23 @@ class Scene:
 
     Attributes:
         index: position in its split.
+        style: `simple` or `full`.
         picture: uint8 `[height, width, 3]`.
         objects: from left to right.
-        background: labelled parts, from top to bottom; empty in the simple style.
-        setting: None in the simple style.
+        background: labelled parts, from top to bottom.
+        setting: what the background shows.
+        mentions: number of names that its captions mention.
+        held_out: names that no text mentions.
     """
 
     index: int
+    style: str
     picture: np.ndarray
     objects: tuple[SceneObject, ...]
     background: tuple[BackgroundRegion, ...]
-    setting: Setting | None
+    setting: Setting
+    mentions: int
+    held_out: frozenset[str]
 
     @property
     def size_wh(self) -> tuple[int, int]:
@@ -86,15 +103,28 @@ class Scene:
         height, width = self.picture.shape[:2]
         return width, height
 
+    @property
+    def told(self) -> tuple[SceneObject, ...]:
+        """The objects that texts may mention."""
+        return tuple(item for item in self.objects if item.sprite.name not in self.held_out)
+
+    @property
+    def captioned(self) -> tuple[SceneObject, ...]:
+        """The objects that captions mention: those of the largest names among `told`."""
+        by_area = sorted(self.told, key=lambda item: -item.area_px)
+        names = list(dict.fromkeys(item.sprite.name for item in by_area))[: self.mentions]
+        return tuple(item for item in self.told if item.sprite.name in names)
+
 
 @dataclass(frozen=True)
 class Placement:
-    """A sprite at its place: RGBA picture and its top left corner, which may lie outside the scene."""
+    """A sprite at its place: RGBA picture, its top left corner, which may lie outside the scene, and its tint."""
 
     sprite: Sprite
     picture: Image.Image
     left: int
     top: int
+    colour: str | None = None
 
     @property
     def bottom(self) -> int:
@@ -118,7 +148,12 @@ def scene_rng(seed: int, split: str, style: str, index: int) -> np.random.Genera
 
 
 def compose_scene(
-    seed: int, split: str, style: str, index: int, size_wh: tuple[int, int] | None = None
+    seed: int,
+    split: str,
+    style: str,
+    index: int,
+    size_wh: tuple[int, int] | None = None,
+    held_out: frozenset[str] = frozenset(),
 ) -> tuple[Scene, np.random.Generator]:
     """Scene `index` of a split, and its generator, from which the texts about the scene are drawn next.
 
@@ -128,45 +163,61 @@ def compose_scene(
         style: `simple` or `full`.
         index: zero-based.
         size_wh: width and height in pixels; by default 224 x 224 (simple) or one of several shapes (full).
+        held_out: names that no text mentions. The picture does not depend on them.
     """
     rng = scene_rng(seed, split, style, index)
     if style == "simple":
         width, height = size_wh or SIMPLE_SIZE_WH
-        background = paint_texture(rng, (height, width))
+        background = paint_setting(rng, (height, width), SURFACES)
         placements = _place_apart(rng, (height, width))
     else:
         width, height = size_wh or FULL_SIZES_WH[int(rng.integers(len(FULL_SIZES_WH)))]
         background = paint_setting(rng, (height, width))
         placements = _place_in_depth(rng, (height, width), background)
-    return assemble(index, background, placements, shadows=style == "full"), rng
+    picture, objects, regions = assemble(background, placements, shadows=style == "full")
+    mentions = int(rng.integers(1, MOST_MENTIONS + 1))
+    return Scene(index, style, picture, objects, regions, background.setting, mentions, held_out), rng
 
 
-def _scaled(sprite: Sprite, longest_px: float) -> Image.Image:
-    picture = sprite_picture(sprite)
+def _draw_names(rng: np.random.Generator, sprites: tuple[Sprite, ...], count: int) -> list[tuple[Sprite, str | None]]:
+    """Sprites with their tints, some several times. Names, tints and numbers are independent of each other."""
+    chosen: list[tuple[Sprite, str | None]] = []
+    for i in rng.choice(len(sprites), count, replace=False):
+        repeats = int(rng.integers(2, 5)) if rng.random() < _REPEATED else 1
+        tint = list(TINTS)[int(rng.integers(len(TINTS)))] if rng.random() < _TINTED else None
+        chosen += [(sprites[i], tint)] * min(repeats, count - len(chosen))
+    return chosen
+
+
+def _scaled(sprite: Sprite, colour: str | None, longest_px: float) -> Image.Image:
+    picture = sprite_picture(sprite, colour)
     scale = longest_px / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def _place_apart(rng: np.random.Generator, shape_hw: tuple[int, int]) -> list[Placement]:
-    """One to four different sprites whose boxes do not touch; sizes are 0.29 to 0.5 of the shorter side."""
-    sprites = load_sprites(simple_only=True)
-    count = int(rng.integers(1, 5))
-    chosen = [sprites[i] for i in rng.choice(len(sprites), count, replace=False)]
+    """Two to four sprites whose boxes do not touch; sizes are 0.29 to 0.5 of the shorter side."""
     height, width = shape_hw
     placements: list[Placement] = []
-    for sprite in chosen:
+    for sprite, colour in _draw_names(rng, load_sprites(simple_only=True), int(rng.integers(2, 5))):
         longest = rng.uniform(0.29, 0.5) * min(shape_hw)
         for attempt in range(200):
-            # Crowded pictures leave no room for a large sprite: it shrinks a little with each ten failures.
-            picture = _scaled(sprite, longest * 0.93 ** (attempt // 10))
-            left = int(rng.integers(0, max(1, width - picture.width + 1)))
-            top = int(rng.integers(0, max(1, height - picture.height + 1)))
-            candidate = Placement(sprite, picture, left, top)
+            if attempt % 10 == 0:  # crowded pictures leave no room for a large sprite: it shrinks a little
+                picture = _scaled(sprite, colour, longest * 0.93 ** (attempt // 10))
+            left, top = _draw_start(rng, width, picture.width), _draw_start(rng, height, picture.height)
+            candidate = Placement(sprite, picture, left, top, colour)
             if not any(_boxes_touch(candidate, other) for other in placements):
                 placements.append(candidate)
                 break
     return placements
+
+
+def _draw_start(rng: np.random.Generator, length: int, extent: int) -> int:
+    """First pixel of a sprite. The middles of those that find room lie in each third about equally often."""
+    third = (0, 1, 1, 2)[int(rng.integers(4))]  # in the middle sprites are more often in each other's way
+    middle = rng.uniform(max(extent / 2, third * length / 3), min(length - extent / 2, (third + 1) * length / 3))
+    return round(middle - extent / 2)
 
 
 def _boxes_touch(first: Placement, second: Placement) -> bool:
@@ -180,21 +231,18 @@ def _boxes_touch(first: Placement, second: Placement) -> bool:
 
 def _place_in_depth(rng: np.random.Generator, shape_hw: tuple[int, int], background: Background) -> list[Placement]:
     """One to seven sprites on the ground, in the water or in the air; nearer ones are larger, lower and in front."""
-    count = int(rng.integers(1, 8))
-    sprites = load_sprites()
-    chosen: list[Sprite] = []
-    while len(chosen) < count:
-        sprite = sprites[int(rng.integers(len(sprites)))]
-        if sprite not in chosen:
-            repeats = int(rng.integers(2, 5)) if rng.random() < 0.25 else 1
-            chosen += [sprite] * min(repeats, count - len(chosen))
-    placements = [_place_in_setting(rng, sprite, shape_hw, background) for sprite in chosen]
+    chosen = _draw_names(rng, load_sprites(), int(rng.integers(1, 8)))
+    placements = [_place_in_setting(rng, sprite, colour, shape_hw, background) for sprite, colour in chosen]
     placements.sort(key=lambda placement: placement.bottom)
     return _without_hidden(placements, shape_hw)
 
 
 def _place_in_setting(
-    rng: np.random.Generator, sprite: Sprite, shape_hw: tuple[int, int], background: Background
+    rng: np.random.Generator,
+    sprite: Sprite,
+    colour: str | None,
+    shape_hw: tuple[int, int],
+    background: Background,
 ) -> Placement:
     height, width = shape_hw
     water = background.masks.get("water")
@@ -209,10 +257,10 @@ def _place_in_setting(
         nearness = rng.uniform(0.0, 1.0)
         bottom = background.ground_top + (0.12 + 0.86 * nearness) * (height - background.ground_top)
     longest = (0.2 + 0.3 * nearness) * rng.uniform(0.85, 1.2) * min(shape_hw)
-    picture = _varied(rng, _scaled(sprite, longest))
+    picture = _varied(rng, _scaled(sprite, colour, longest))
     left = round(rng.uniform(-0.12 * picture.width, width - 0.88 * picture.width))
     top = max(round(bottom) - picture.height, -picture.height // 8)
-    return Placement(sprite, picture, left, top)
+    return Placement(sprite, picture, left, top, colour)
 
 
 def _varied(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
@@ -241,7 +289,9 @@ def _without_hidden(placements: list[Placement], shape_hw: tuple[int, int]) -> l
     return kept[::-1]
 
 
-def assemble(index: int, background: Background, placements: list[Placement], *, shadows: bool) -> Scene:
+def assemble(
+    background: Background, placements: list[Placement], *, shadows: bool
+) -> tuple[np.ndarray, tuple[SceneObject, ...], tuple[BackgroundRegion, ...]]:
     """Draws the sprites from back to front and reads the visible masks off from front to back."""
     shape_hw = background.picture.shape[:2]
     canvas = Image.fromarray(background.picture)
@@ -256,7 +306,7 @@ def assemble(index: int, background: Background, placements: list[Placement], *,
         mask = placement.solid_mask(shape_hw) & ~taken
         taken |= mask
         hidden = 1 - mask.sum() / placement.solid_area()
-        objects.append(SceneObject(placement.sprite, mask, tight_box(mask), float(hidden)))
+        objects.append(SceneObject(placement.sprite, mask, tight_box(mask), float(hidden), placement.colour))
     objects.sort(key=lambda item: item.centre_xy_px)
 
     regions = []
@@ -264,7 +314,7 @@ def assemble(index: int, background: Background, placements: list[Placement], *,
         mask = band & ~taken
         if mask.mean() >= LEAST_BACKGROUND:
             regions.append(BackgroundRegion(label, mask, tight_box(mask)))
-    return Scene(index, np.asarray(canvas), tuple(objects), tuple(regions), background.setting)
+    return np.asarray(canvas), tuple(objects), tuple(regions)
 
 
 def _draw_shadow(canvas: Image.Image, placement: Placement) -> None:

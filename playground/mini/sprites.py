@@ -1,17 +1,33 @@
-"""The sprites: pictures of everyday things with their names, cut from the sheet in `assets`."""
+"""The sprites: pictures of everyday things with their names, cut from the sheet in `assets`; tints; held-out names."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 ASSETS = Path(__file__).parent / "assets"
 SHEET = ASSETS / "sprites.png"
 SHEET_INDEX = ASSETS / "sprites.json"
+
+TINTS = {
+    "red": "#d8232a",
+    "yellow": "#f0d020",
+    "green": "#2f9e3a",
+    "blue": "#2a5bd7",
+    "purple": "#7d35b5",
+    "pink": "#f285b5",
+    "brown": "#7a4a24",
+    "grey": "#8c8c8c",
+}
+HELD_OUT = frozenset(("owl", "frog", "zebra", "fox", "snail", "pear", "lemon", "carrot", "pizza", "cake"))
+"""Names of the simple set that no text of any data set mentions, whatever its seed."""
+_HELD_OUT_A_KIND = 5
 
 
 @dataclass(frozen=True)
@@ -24,7 +40,7 @@ class Sprite:
         plural: "pine trees".
         category: animal, food, vehicle, ...
         habitat: where it is put in a scene that has such a place: "air", "water" or "ground".
-        colour: the one colour a person would name, None where there is no such colour.
+        tokens: number of tokens of the name in a sentence, by SmolLM2's tokenizer.
         simple: belongs to the smaller set of well distinguishable things.
         codepoint: the emoji, as "U+1F415".
         box_xyxy_px: its place on the sheet.
@@ -35,7 +51,7 @@ class Sprite:
     plural: str
     category: str
     habitat: str
-    colour: str | None
+    tokens: int
     simple: bool
     codepoint: str
     box_xyxy_px: tuple[int, int, int, int]
@@ -54,6 +70,26 @@ def load_sprites(*, simple_only: bool = False) -> tuple[Sprite, ...]:
     return tuple(sprite for sprite in sprites if sprite.simple) if simple_only else sprites
 
 
+def names_by_kind(names: frozenset[str]) -> dict[tuple[str, int], list[str]]:
+    """Those names of the simple set, in the order of the sheet, by category and number of tokens."""
+    kinds: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for sprite in load_sprites(simple_only=True):
+        if sprite.name in names:
+            kinds[sprite.category, sprite.tokens].append(sprite.name)
+    return dict(kinds)
+
+
+def held_out_names(seed: int | None = None) -> frozenset[str]:
+    """`HELD_OUT`, and with a seed ten more: five of each of two kinds that keep two names at least."""
+    if seed is None:
+        return HELD_OUT
+    rng = np.random.default_rng(seed)
+    rest = names_by_kind(frozenset(sprite.name for sprite in load_sprites(simple_only=True)) - HELD_OUT)
+    large = [names for names in rest.values() if len(names) >= _HELD_OUT_A_KIND + 2]
+    kinds = [large[i] for i in rng.choice(len(large), 2, replace=False)]
+    return HELD_OUT | {str(name) for names in kinds for name in rng.choice(names, _HELD_OUT_A_KIND, replace=False)}
+
+
 @cache
 def _sheet() -> Image.Image:
     with Image.open(SHEET) as sheet:
@@ -61,6 +97,13 @@ def _sheet() -> Image.Image:
 
 
 @cache
-def sprite_picture(sprite: Sprite) -> Image.Image:
-    """The sprite's picture (RGBA), cut to its visible part. Do not change it: it is shared."""
-    return _sheet().crop(sprite.box_xyxy_px)
+def sprite_picture(sprite: Sprite, tint: str | None = None) -> Image.Image:
+    """The sprite's picture (RGBA), cut to its visible part, in shades of `tint`. Do not change it: it is shared."""
+    picture = _sheet().crop(sprite.box_xyxy_px)
+    if tint is None:
+        return picture
+    alpha = picture.getchannel("A")
+    shades = ImageOps.autocontrast(picture.convert("L"), mask=alpha.point(lambda value: 255 if value >= 128 else 0))
+    tinted = ImageOps.colorize(shades, black="#181818", mid=TINTS[tint], white="#f4f4f4", midpoint=140)
+    tinted.putalpha(alpha)
+    return tinted

@@ -8,10 +8,10 @@ from typing import TypeVar
 import numpy as np
 
 from playground.mini.scenes import Scene, SceneObject
-from playground.mini.sprites import Sprite
 
 Item = TypeVar("Item")
 
+THIRDS = ("left", "middle", "right")
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -35,9 +35,9 @@ def article(phrase: str) -> str:
     return "an" if phrase[0] in "aeiou" else "a"
 
 
-def listed(items: Sequence[str]) -> str:
+def listed(items: Sequence[str], conjunction: str = "and") -> str:
     """ "a", "a and b", "a, b and c"."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {conjunction} {items[-1]}"
 
 
 def capitalised(sentence: str) -> str:
@@ -53,29 +53,35 @@ def groups_by_name(objects: Sequence[SceneObject]) -> dict[str, list[SceneObject
     return groups
 
 
-def coloured_name(sprite: Sprite) -> str:
-    """ "red car"; only "car" where it has no one colour or is named after it."""
-    return sprite.name if sprite.colour in (None, sprite.name) else f"{sprite.colour} {sprite.name}"
+def coloured_name(item: SceneObject) -> str:
+    """ "red car"; only "car" where it is not tinted."""
+    return f"{item.colour} {item.sprite.name}" if item.colour else item.sprite.name
 
 
 def counted(group: Sequence[SceneObject], *, colours: bool = False) -> str:
     """ "a dog", "two dogs", with `colours` "a red car", "two red cars"."""
     sprite = group[0].sprite
-    colour = f"{sprite.colour} " if colours and sprite.colour not in (None, sprite.name) else ""
+    colour = f"{group[0].colour} " if colours and group[0].colour else ""
     if len(group) > 1:
         return f"{number_word(len(group))} {colour}{sprite.plural}"
     return f"{article(colour)} {colour}{sprite.name}" if colour else sprite.with_article
 
 
+def cell_of_nine(scene: Scene, item: SceneObject) -> tuple[int, int]:
+    """Column and row, 0 to 2 each, of the middle of the object's box."""
+    column, row = (min(2, int(3 * at / length)) for at, length in zip(item.centre_xy_px, scene.size_wh, strict=True))
+    return column, row
+
+
+def is_clearly_in_its_third(scene: Scene, item: SceneObject, axis: int = 0) -> bool:
+    """Whether the middle of the object's box keeps away from the lines between the thirds of the width (axis 0)."""
+    at, length = item.centre_xy_px[axis], scene.size_wh[axis]
+    return all(abs(at - line * length / 3) >= 0.05 * length for line in (1, 2))
+
+
 def third_of_width(scene: Scene, item: SceneObject) -> str:
     """ "left", "middle" or "right" by the middle of the object's box."""
-    return ("left", "middle", "right")[min(2, int(3 * item.centre_xy_px[0] / scene.size_wh[0]))]
-
-
-def is_clearly_in_its_third(scene: Scene, item: SceneObject) -> bool:
-    """Whether the middle of the object's box keeps away from the lines between the thirds of the width."""
-    width = scene.size_wh[0]
-    return all(abs(item.centre_xy_px[0] - line * width / 3) >= 0.05 * width for line in (1, 2))
+    return THIRDS[cell_of_nine(scene, item)[0]]
 
 
 def place_phrase(scene: Scene, item: SceneObject) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,17 @@ from patch_aligned.pad import read_annotations
 from playground.mini import make_scenes
 from playground.mini.make_scenes import DatasetError, main, make_dataset
 from playground.mini.scene_records import DatasetSettings
+from playground.mini.scenes import compose_scene
 from playground.mini.show_scenes import contact_sheet
+from playground.mini.sprites import HELD_OUT, TINTS, held_out_names, load_sprites
 
 FILES = (
     "train.json",
     "pad.json",
     "instruct.json",
     "referring.json",
+    "choices.json",
+    "choices_instruct.json",
     "questions.jsonl",
     "answers.jsonl",
     "dataset.json",
@@ -60,9 +66,45 @@ def test_pad_is_valid_and_decodes_to_masks_of_the_picture(dataset: Path) -> None
         assert image.extra["split"] == "train"
 
 
-def test_only_the_full_style_labels_its_backgrounds(dataset: Path) -> None:
-    kinds = {label["kind"] for record in read(dataset / "pad.json") for label in record["labels"]}
-    assert kinds == ({"object"} if dataset.parent.name.startswith("simple") else {"object", "background"})
+def test_labels_say_what_later_measures_need(dataset: Path) -> None:
+    for record in read(dataset / "pad.json"):
+        objects = [label for label in record["labels"] if label["kind"] == "object"]
+        assert {label["kind"] for label in record["labels"]} == {"object", "background"}
+        areas = [
+            int(coco_mask.area({"size": record["size"][::-1], "counts": label["rle_mask"].encode()}))
+            for label in objects
+        ]
+        assert [label["area_px"] for label in objects] == areas
+        assert [label["rank"] for label in objects] == [1 + sum(other > area for other in areas) for area in areas]
+        for label in objects:
+            word = next(sprite for sprite in load_sprites() if sprite.name == label["tag"])
+            said = re.search(rf"\b({word.name}|{word.plural})\b", record["caption"].lower())
+            assert label["in_caption"] == bool(said)
+            assert label["held_out"] == (label["tag"] in HELD_OUT)
+            assert label["colour"] in (None, *TINTS)
+
+
+def test_the_held_out_seed_changes_texts_and_no_picture(tmp_path: Path) -> None:
+    for seed in (None, 1):
+        make_dataset(DatasetSettings(60, held_out_seed=seed), tmp_path / str(seed), progress=False)
+    pictures = [{path.read_bytes() for path in (tmp_path / str(seed)).rglob("*.jpg")} for seed in (None, 1)]
+    assert pictures[0] == pictures[1]
+    captions = [[record["caption"] for record in read(tmp_path / str(seed) / "pad.json")] for seed in (None, 1)]
+    texts = [" ".join(captions[0]).lower(), " ".join(captions[1]).lower()]
+    held_out = held_out_names(1) - HELD_OUT
+    assert any(re.search(rf"\b{name}\b", texts[0]) for name in held_out)
+    assert not any(re.search(rf"\b{name}\b", texts[1]) for name in held_out)
+
+
+def test_scenes_are_the_same_on_every_machine(tmp_path: Path) -> None:
+    """Texts, boxes and masks by their hash; colours within rounding, since the sine of float32 differs between CPUs."""
+    make_dataset(DatasetSettings(20, seed=5), tmp_path / "set", progress=False)
+    digest = hashlib.sha256()
+    for name in FILES:
+        digest.update((tmp_path / "set" / name).read_bytes())
+    assert digest.hexdigest() == "6178ccee599eec3ffd551007bd57a5c91c5e519122737e298d60ed455580c95e"
+    means = [compose_scene(5, "train", "simple", index)[0].picture.mean() for index in range(4)]
+    np.testing.assert_allclose(means, [146.887, 99.281, 89.607, 106.457], atol=0.05)
 
 
 def test_training_file_and_pad_join_by_image_path_with_the_same_caption(dataset: Path) -> None:

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from patch_aligned.labels import LabelTokenizer
 from playground.mini import prepare_models as module
+from playground.mini.backgrounds import SURFACES, labels_of
 from playground.mini.checkpoint_cache import PrepareError, build_atomically, sha256_of, why_unusable
 from playground.mini.prepare_models import CARRIERS, LANGUAGE_MODEL, VISION_TOWER, main, prepare_models
+from playground.mini.sprites import load_sprites
 
 ORIGIN = {"source": "test"}
 
@@ -187,6 +190,9 @@ def test_the_real_language_model_speaks_and_its_tokenizer_round_trips(prepared: 
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.convert_ids_to_tokens(tokenizer(" red 42").input_ids) == ["Ġred", "Ġ", "4", "2"]
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    label_ids = LabelTokenizer(tokenizer)
+    assert all(len(label_ids(sprite.name)) == sprite.tokens for sprite in load_sprites())
+    assert {len(label_ids(label)) for label in labels_of(SURFACES)} == {1, 2, 3}
 
     model: Any = AutoModelForCausalLM.from_pretrained(prepared[LANGUAGE_MODEL])
     assert model.dtype == torch.float32 and model.config.tie_word_embeddings

@@ -9,30 +9,34 @@ import pytest
 
 from playground.mini.backgrounds import BACKGROUND_LABELS
 from playground.mini.captions import FULL_STYLES, describe_at_length, write_caption
-from playground.mini.questions import Question, ask_questions, box_text, converse, refer_to_objects
+from playground.mini.choices import choice_questions
+from playground.mini.questions import (
+    Question,
+    ask_questions,
+    box_text,
+    converse,
+    converse_without_image,
+    refer_to_objects,
+)
 from playground.mini.scenes import Scene, compose_scene
-from playground.mini.sprites import load_sprites
+from playground.mini.sprites import HELD_OUT, load_sprites
 from playground.mini.wording import listed
 
 SCENES = [(style, index) for style in ("simple", "full") for index in range(60)]
 _NAMES = {word: sprite for sprite in load_sprites() for word in (sprite.name, sprite.plural)}
 _MENTION = re.compile(r"\b(" + "|".join(sorted(_NAMES, key=len, reverse=True)) + r")\b")
+_LABEL = re.compile(r"\b(" + "|".join(sorted(BACKGROUND_LABELS, key=len, reverse=True)) + r")\b")
 _NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7}
 
 
 def _mentioned(text: str) -> set[str]:
-    """Names of the sprites that a text mentions; "orange" as the colour of something is not the fruit."""
-    names = set()
-    for match in _MENTION.finditer(text.lower()):
-        following = _MENTION.match(text.lower(), match.end() + 1)
-        if not (match[0] == "orange" and following and _NAMES[following[0]].colour == "orange"):
-            names.add(_NAMES[match[0]].name)
-    return names
+    """Names of the sprites that a text mentions."""
+    return {_NAMES[match[0]].name for match in _MENTION.finditer(text.lower())}
 
 
 @pytest.fixture(scope="module")
 def scenes() -> list[tuple[Scene, np.random.Generator]]:
-    return [compose_scene(11, "train", style, index) for style, index in SCENES]
+    return [compose_scene(11, "train", style, index, held_out=HELD_OUT) for style, index in SCENES]
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +44,50 @@ def questions(scenes: list[tuple[Scene, np.random.Generator]]) -> list[tuple[Sce
     return [(scene, question) for scene, rng in scenes for question in ask_questions(scene, rng)]
 
 
-@pytest.mark.parametrize("style", [write_caption, *FULL_STYLES])
-def test_captions_mention_exactly_what_is_there(style, scenes: list[tuple[Scene, np.random.Generator]]) -> None:
+def test_captions_mention_the_largest_names_alone(scenes: list[tuple[Scene, np.random.Generator]]) -> None:
+    """And where no name may be mentioned, the background."""
+    neglected = 0
     for scene, rng in scenes:
-        present = {item.sprite.name for item in scene.objects}
-        assert _mentioned(style(scene, rng)) == present
+        largest: dict[str, int] = {}
+        for item in scene.objects:
+            if item.sprite.name not in HELD_OUT:
+                largest[item.sprite.name] = max(largest.get(item.sprite.name, 0), int(item.mask.sum()))
+        expected = sorted(largest, key=lambda name: -largest[name])[: scene.mentions]
+        caption = write_caption(scene, rng)
+        assert _mentioned(caption) == set(expected)
+        assert expected or {*_LABEL.findall(caption)} == {region.label for region in scene.background}
+        neglected += len({item.sprite.name for item in scene.objects}) - len(expected)
+    assert {scene.mentions for scene, _ in scenes} == {1, 2}
+    assert neglected > len(SCENES) / 2
+
+
+@pytest.mark.parametrize("style", FULL_STYLES)
+def test_styles_mention_all_that_they_are_given(style, scenes: list[tuple[Scene, np.random.Generator]]) -> None:
+    for scene, rng in scenes:
+        if scene.told:
+            assert _mentioned(style(scene, rng)) == {item.sprite.name for item in scene.told}
+
+
+def test_held_out_names_stand_in_no_text(scenes: list[tuple[Scene, np.random.Generator]]) -> None:
+    for scene, rng in scenes:
+        turns = [turn for _ in range(3) for turn in converse(scene, rng) + converse_without_image(rng, HELD_OUT)]
+        texts = [turn["value"] for turn in turns] + [expression.text for expression in refer_to_objects(scene, rng)]
+        texts += [text for question in ask_questions(scene, rng) for text in (question.text, question.sentence)]
+        for choice in choice_questions(scene, rng, "", with_held_out=False):
+            texts += [choice.question, *choice.options]
+        assert not set().union(*map(_mentioned, texts)) & HELD_OUT
+    assert sum(item.sprite.name in HELD_OUT for scene, _ in scenes for item in scene.objects) > 10
 
 
 def test_captions_give_the_right_numbers(scenes: list[tuple[Scene, np.random.Generator]]) -> None:
     checked = 0
     for scene, rng in scenes:
         caption = describe_at_length(scene, rng).lower()
-        for sprite in {item.sprite for item in scene.objects}:
+        for sprite, colour in {(item.sprite, item.colour) for item in scene.told}:
             count = sum(item.sprite is sprite for item in scene.objects)
             word = sprite.name if count == 1 else sprite.plural
-            numbers = re.findall(rf"\b({'|'.join(_NUMBERS)}) (?:{sprite.colour} )?{word}(?= on| in|\.)", caption)
+            phrase = f"{colour} {word}" if colour else word
+            numbers = re.findall(rf"\b({'|'.join(_NUMBERS)}) {phrase}(?= on| in|\.)", caption)
             assert [_NUMBERS[number] for number in numbers] == [count], caption
             checked += count > 1
     assert checked > 5
@@ -64,8 +97,7 @@ def test_background_words_in_captions_are_visible_labels(scenes: list[tuple[Scen
     for scene, rng in scenes:
         sentence = re.search(r"The background shows (.*)\.", describe_at_length(scene, rng))
         visible = {region.label for region in scene.background}
-        named = {label for label in BACKGROUND_LABELS if sentence and re.search(rf"\b{label}\b", sentence[1])}
-        assert named == visible
+        assert {*_LABEL.findall(sentence[1] if sentence else "")} == visible
 
 
 def test_counting_answers_equal_the_number_of_objects(questions: list[tuple[Scene, Question]]) -> None:
@@ -85,7 +117,7 @@ def test_existence_has_one_yes_and_one_no_a_scene_and_both_are_true(questions: l
             present = any(item.sprite.name == name for item in scene.objects)
             assert question.answer == ("Yes" if present else "No")
             answers.append(question.answer)
-    assert answers.count("Yes") == answers.count("No") == len(SCENES)
+    assert answers.count("Yes") == answers.count("No") > 0.9 * len(SCENES)
 
 
 def test_colours_places_and_relations_agree_with_the_scene(questions: list[tuple[Scene, Question]]) -> None:
@@ -94,7 +126,7 @@ def test_colours_places_and_relations_agree_with_the_scene(questions: list[tuple
         centre_x = {item.sprite.name: sum(item.box_xyxy_px[::2]) / 2 / scene.size_wh[0] for item in scene.objects}
         names = [_NAMES[match[0]].name for match in _MENTION.finditer(question.text)]
         if question.category == "colour":
-            assert question.answer == _NAMES[names[0]].colour
+            assert [question.answer] == [item.colour for item in scene.objects if item.sprite.name == names[0]]
         elif question.category == "position":
             third = next(
                 word for word, end in (("left", 1 / 3), ("middle", 2 / 3), ("right", 1)) if centre_x[names[0]] < end
@@ -103,7 +135,7 @@ def test_colours_places_and_relations_agree_with_the_scene(questions: list[tuple
         elif question.category == "relation":
             assert question.answer == ("Yes" if centre_x[names[0]] < centre_x[names[1]] else "No")
         elif question.category == "background":
-            label = next(label for label in BACKGROUND_LABELS if re.search(rf"\b{label}\b", question.text))
+            [label] = _LABEL.findall(question.text)
             assert question.answer == ("Yes" if label in {region.label for region in scene.background} else "No")
         seen.add(question.category)
     assert seen == {"existence", "count", "colour", "position", "relation", "background", "name"}
