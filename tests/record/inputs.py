@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from product import Product
+from product import BENCHMARKS, Product
 
 MASKS_PER_IMAGE = 40
 SIZES_WH = ((448, 336), (336, 448), (336, 336), (640, 427), (333, 500), (97, 61), (1024, 128), (120, 900), (17, 23),
@@ -67,6 +67,7 @@ def main() -> int:
         )
         product.run("python", "-m", "playground.mini.evaluation_set")
         product.run(*command)
+    shutil.copytree(tree / BENCHMARKS, inputs / "mini/eval")
     kill_a_training(product)
     kill_an_annotation(product)
     kill_an_evaluation(product)

@@ -20,6 +20,8 @@ from typing import Any
 
 Facts = dict[str, Any]
 
+BENCHMARKS = Path("playground/data/mini/eval")
+"""Where a checkout's tasks look for the miniature's benchmarks."""
 TENSOR_FILES = ("*.safetensors", "mm_projector*.bin", "non_lora_trainables.bin", "optimizer.pt", "scheduler.pt")
 JSON_FILES = ("*.json", "*.jsonl")
 UNSTABLE_KEYS = frozenset(
