@@ -84,13 +84,14 @@ THRESHOLD_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """
 
 
-def predicted_tokens(maps: Tensor, rule: str, truth_cells: Tensor | None = None) -> Tensor:
+def predicted_tokens(maps: Tensor, rule: str, truth_cells: Tensor | None = None, positive: bool = False) -> Tensor:
     """Tokens whose cosine lies strictly above the rule's threshold (equation 3).
 
     Args:
         maps: `[R, S]`, cosine maps.
         rule: name of a rule in `THRESHOLD_RULES`.
         truth_cells: `[R]`, the regions' areas in cells; only `top_area` needs them.
+        positive: whether a threshold below 0 is raised to 0, as equation 3 has it (c > 0).
 
     Returns:
         `[R, S]`, bool. A constant map says nothing about the place, so it predicts no token, whatever the rule.
@@ -105,7 +106,8 @@ def predicted_tokens(maps: Tensor, rule: str, truth_cells: Tensor | None = None)
             raise ValueError("The rule 'top_area' needs the regions' areas in cells (truth_cells).")
         truth_cells = maps.new_zeros(len(maps))
     informative = (maps.amax(dim=1) > maps.amin(dim=1)).unsqueeze(1)  # [R, 1]
-    return (maps > THRESHOLD_RULES[rule](maps, truth_cells).unsqueeze(1)) & informative
+    thresholds = THRESHOLD_RULES[rule](maps, truth_cells).unsqueeze(1)  # [R, 1]
+    return (maps > (thresholds.clamp(min=0) if positive else thresholds)) & informative
 
 
 def iou_by_area(predicted: Tensor, coverage: Tensor) -> Tensor:
@@ -182,11 +184,13 @@ def compare_with_labels(regions: Tensor, label_directions: Tensor, own: Tensor) 
     return (cosines.sum(dim=1) - mine.squeeze(1)) / others, top1, top5
 
 
-SCORES_BY_AREA = ("iou_px", *(f"iou_px_{rule}" for rule in THRESHOLD_RULES), "average_precision_px")
-"""Scores of regions that reach into the model's image: IoU under the chosen rule and under each, average precision."""
+SCORES_BY_AREA = ("iou_px", *(f"iou_px_{rule}" for rule in THRESHOLD_RULES), "average_precision_px", "shuffled_iou_px")
+"""Scores of regions that reach into the model's image: IoU under the chosen rule and under each, average precision, and
+IoU of another region's label."""
 
 SCORES_BY_TOKEN = (
-    "iou_tokens", "pointing", "cosine", "shuffled_cosine", "other_cosine", "contrast", "top1", "top5"
+    "iou_tokens", "pointing", "cosine", "shuffled_cosine", "other_cosine", "contrast", "top1", "top5",
+    "best_word_cosine",
 )  # fmt: skip
 """Scores of regions that cover a token.
 
@@ -194,6 +198,7 @@ SCORES_BY_TOKEN = (
 - `pointing`: see `pointing_hits`.
 - `cosine`: of the mean of the covered tokens with the label; `shuffled_cosine` with another region's label.
 - `other_cosine`, `top1`, `top5`: see `compare_with_labels`; `contrast` is `cosine` less `other_cosine`.
+- `best_word_cosine`: of the mean of the covered tokens with the nearest word of the LLM's table.
 """
 
 
@@ -211,6 +216,8 @@ def score_regions(
     rule: str = "mid_range",
     min_coverage: float = 0.5,
     shuffled: Tensor | None = None,
+    positive_threshold: bool = False,
+    best_word_cosine: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Score all regions of one image.
 
@@ -222,6 +229,8 @@ def score_regions(
         rule: name of the threshold rule.
         min_coverage: from this share on, inclusive, a token counts as covered.
         shuffled: `[R]`, index of another region's label, as a control; -1 where there is none.
+        positive_threshold: see `predicted_tokens`.
+        best_word_cosine: `[R, D]` -> `[R]`, cosine of each vector with the nearest word; None leaves it undefined.
 
     Returns:
         By the names of `SCORES_BY_AREA` and `SCORES_BY_TOKEN`, `[R]` each, float64; NaN where a score is undefined.
@@ -235,23 +244,26 @@ def score_regions(
             f"Visual tokens {list(visual_tokens.shape)}, labels {list(label_directions.shape)} of {len(own)} regions "
             f"and coverage {list(coverage.shape)} do not fit: expected [S, D], [L, D] and [R, S]."
         )
+    if shuffled is None:
+        shuffled = torch.full_like(own, -1)
     truth_cells = coverage.sum(dim=1)  # [R]
-    maps = cosine_maps(label_directions[own], visual_tokens)  # [R, S]
-    predicted = predicted_tokens(maps, rule, truth_cells)  # [R, S]
-    iou_of_rules = {
-        f"iou_px_{name}": iou_by_area(predicted_tokens(maps, name, truth_cells), coverage) for name in THRESHOLD_RULES
-    }
+
+    def predict(of_labels: Tensor, rule: str) -> Tensor:
+        return predicted_tokens(of_labels, rule, truth_cells, positive_threshold)
+
+    maps, other_maps = (cosine_maps(label_directions[label], visual_tokens) for label in (own, shuffled))  # [R, S]
+    predicted = predict(maps, rule)  # [R, S]
+    iou_of_rules = {f"iou_px_{name}": iou_by_area(predict(maps, name), coverage) for name in THRESHOLD_RULES}
     by_area = {
         "iou_px": iou_of_rules[f"iou_px_{rule}"],
         **iou_of_rules,
         "average_precision_px": average_precision(maps, coverage),
+        "shuffled_iou_px": iou_by_area(predict(other_maps, rule), coverage).where(shuffled >= 0, torch.nan),
     }
 
     covered = coverage >= min_coverage - COVERAGE_SLACK  # [R, S]
     regions = covered.double() @ visual_tokens.double() / covered.sum(dim=1, keepdim=True)  # [R, D]
     cosine = F.cosine_similarity(regions, label_directions[own].double(), dim=-1)
-    if shuffled is None:
-        shuffled = torch.full_like(own, -1)
     shuffled_cosine = F.cosine_similarity(regions, label_directions[shuffled].double(), dim=-1)
     other_cosine, top1, top5 = compare_with_labels(regions, label_directions, own)
     by_token = {
@@ -263,6 +275,7 @@ def score_regions(
         "contrast": cosine - other_cosine,
         "top1": top1,
         "top5": top5,
+        "best_word_cosine": best_word_cosine(regions.nan_to_num()) if best_word_cosine else cosine * torch.nan,
     }
     covers_token = covered.any(dim=1)  # [R]
     return by_area | {name: scores.where(covers_token, torch.nan) for name, scores in by_token.items()}

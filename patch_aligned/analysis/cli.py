@@ -87,6 +87,31 @@ def analyze(
         str | None,
         typer.Option(metavar="KIND", help="Only regions whose extra key `kind` has this value, such as `object`."),
     ] = None,
+    region_unit: Annotated[
+        Literal["instance", "label"],
+        typer.Option(help="A region is one annotated instance, or all instances of a label in an image together."),
+    ] = "instance",
+    positive_threshold: Annotated[
+        bool,
+        typer.Option("--positive-threshold", help="Raise thresholds below 0 to 0, as the paper's equation 3 has it."),
+    ] = False,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|auto",
+            help="Run the LLMs too: how much they read of the names of what is shown. `auto`: the labels of --data; "
+            "FILE: one name a line, further forms after commas (`mouse, mice`).",
+        ),
+    ] = None,
+    name_stem: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Beginning of the answer that names follow; repeat for several, of which scores are the mean. "
+            "Default: `A picture of a` and `A picture with the`.",
+            show_default=False,
+        ),
+    ] = None,
     on_error: Annotated[
         Literal["fail", "skip"],
         typer.Option(
@@ -110,7 +135,7 @@ def analyze(
     wrong labels)? With intervals, by size and label, and as differences; with pictures of where labels are found and
     which words are on the patches.
 
-    Projectors of one tower see the same features, in float32. The language model itself is never run.
+    Projectors of one tower see the same features, in float32. The language model itself is run for `--names` alone.
 
     Example:
 
@@ -121,8 +146,15 @@ def analyze(
     from transformers.utils import logging as transformers_logging
 
     from patch_aligned.analysis.localisation import require_matplotlib
+    from patch_aligned.analysis.names import STEMS, NameSettings, read_name_file
     from patch_aligned.analysis.regions import Resampling
-    from patch_aligned.analysis.report import headline_table, provenance_of, write_report
+    from patch_aligned.analysis.report import (
+        headline_table,
+        health_table,
+        names_table,
+        provenance_of,
+        write_report,
+    )
     from patch_aligned.analysis.run import AnalysisSettings, MeasureSettings, analyse
     from patch_aligned.analysis.words import PursuitSettings, english_words
     from patch_aligned.analysis.words import token_maps as find_words
@@ -133,9 +165,11 @@ def analyze(
         data=data,
         image_folder=image_folder,
         threshold_rule=threshold_rule,
+        positive_threshold=positive_threshold,
         min_coverage=min_coverage,
         limit=limit,
         region_kind=region_kind,
+        region_unit=region_unit,
         seed=seed,
         batch_size=batch_size,
         picture_rows=picture_rows,
@@ -148,6 +182,12 @@ def analyze(
     if not image_folder.is_dir():
         raise FileNotFoundError(f"--image-folder {image_folder}: there is no such folder.")
     _require_output_folder(output)
+    asked = None
+    if names is not None:
+        known = None if names == "auto" else read_name_file(_require_file("--names", Path(names)))
+        asked = NameSettings(known, tuple(name_stem or STEMS))
+    elif name_stem:
+        raise ValueError("--name-stem: found it without --names; pass --names auto or --names FILE too.")
     if english != "auto":
         english_words(english)
     require_matplotlib()
@@ -158,7 +198,7 @@ def analyze(
     with console.status("Hashing the weights"):
         provenance = provenance_of(models)
     with _progress(f"Analysing {len(models)} projectors", console) as on_images:
-        settings = AnalysisSettings(measure, Resampling(resamples, seed), tuple(range(random_init)))
+        settings = AnalysisSettings(measure, Resampling(resamples, seed), tuple(range(random_init)), asked)
         analysis = analyse(models, settings, on_images)
     shown = [(row.image_id, image_path(image_folder, row.image_id)) for row in analysis.picture[:token_maps]]
     maps = None
@@ -167,7 +207,8 @@ def analyze(
             maps = find_words(models, shown, PursuitSettings(rounds), english, on_images)
     with console.status("Writing the report"):
         written = write_report(analysis, output, maps, provenance)
-    console.print(headline_table(analysis).text())
+    for table in filter(None, (headline_table(analysis), health_table(analysis), names_table(analysis))):
+        console.print(table.text())
     if analysis.broken_images:
         console.print(
             f"Left out: {len(analysis.broken_images):,} images that cannot be measured; report.html says why."
@@ -275,9 +316,10 @@ def _chosen_images(
     return chosen
 
 
-def _require_file(option: str, path: Path) -> None:
+def _require_file(option: str, path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{option} {path}: there is no such file.")
+    return path
 
 
 def _require_output_folder(output: Path) -> None:

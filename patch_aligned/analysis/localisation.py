@@ -352,7 +352,9 @@ def localise(
     return PictureRow(Path(image).name, label, np.asarray(opened), truth, cells)
 
 
-def picture_cell(grid: TokenGrid, direction: Tensor, visual_tokens: Tensor, coverage: Tensor, rule: str) -> PictureCell:
+def picture_cell(
+    grid: TokenGrid, direction: Tensor, visual_tokens: Tensor, coverage: Tensor, rule: str, positive: bool = False
+) -> PictureCell:
     """Compare one label with the visual tokens of one model.
 
     Args:
@@ -360,11 +362,11 @@ def picture_cell(grid: TokenGrid, direction: Tensor, visual_tokens: Tensor, cove
         direction: `[D]`, of the label.
         visual_tokens: `[S, D]`.
         coverage: `[rows, cols]`, share of each cell that the region covers.
-        rule: name of the threshold rule.
+        rule, positive: see `predicted_tokens`.
     """
     maps = cosine_maps(direction[None], visual_tokens)  # [1, S]
     areas = coverage.double().reshape(1, -1)  # [rows, cols] -> [1, S]
-    predicted = predicted_tokens(maps, rule, areas.sum(dim=1))  # [1, S]
+    predicted = predicted_tokens(maps, rule, areas.sum(dim=1), positive)  # [1, S]
     return PictureCell(
         grid=grid,
         cosine=maps.reshape(coverage.shape).cpu(),

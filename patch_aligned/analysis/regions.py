@@ -6,6 +6,7 @@ The frame has a row for each region and model:
 - `image`: position of the image in the set, categorical over all images, since some have no region.
 - `label`: categorical over all labels of the set.
 - `size`: `small`, `medium` or `large`, categorical; `area_px`: area in pixels of the original image.
+- `in_caption`: whether the caption names the region, where the file says so; else None.
 - one column for each of `SCORES`, NaN where a score is undefined.
 """
 
@@ -23,7 +24,11 @@ import pandas as pd
 from patch_aligned.analysis.alignment import SCORES_BY_AREA, SCORES_BY_TOKEN, THRESHOLD_RULES
 from patch_aligned.intervals import percentile_interval, resampled_means
 
-SCORES = (*SCORES_BY_AREA, *SCORES_BY_TOKEN)
+SCORES_BY_NAME = ("name_bound", "name_information", "name_auc")
+"""Scores of names, see `names`: at the largest region of a name in a picture, and NaN where no LLM was run."""
+
+MEASURED_SCORES = (*SCORES_BY_AREA, *SCORES_BY_TOKEN)
+SCORES = (*MEASURED_SCORES, *SCORES_BY_NAME)
 
 SIZE_LIMITS_PX = (32**2, 96**2)
 """COCO's bounds between small, medium and large regions, pixels of the original image."""
@@ -43,7 +48,10 @@ METRICS: dict[str, Metric] = {
     "align_px": Metric(
         "iou_px", False, "mean over regions of the IoU by area of the tokens above the threshold {threshold_rule}"
     ),
-    "align_px_per_image": Metric("iou_px", True, "as align_px, mean over images of each image's mean"),
+    "align_px_per_image": Metric("iou_px", True, "as align_px, mean over images of each image's mean (equation 4)"),
+    "shuffled_align_px": Metric(
+        "shuffled_iou_px", False, "as align_px, with another region's label: labels permuted over the set, seed {seed}"
+    ),
     **{
         f"align_px_{rule}": Metric(
             f"iou_px_{rule}", False, f"as align_px, with the threshold {rule} whatever is chosen"
@@ -90,11 +98,34 @@ METRICS: dict[str, Metric] = {
         "labels tie, the chance that it is",
     ),
     "retrieval_top5": Metric("top5", False, "as retrieval_top1, among the five nearest"),
+    "best_word_cosine": Metric(
+        "best_word_cosine", False, "as cosine, with the nearest word of the LLM's whole table instead of the label"
+    ),
+    "name_bound": Metric(
+        "name_bound",
+        False,
+        "mean over names and pictures that show them of log p(name after the picture) less the log of its mean over "
+        "all pictures; nats, 0 is blind",
+    ),
+    "name_information": Metric(
+        "name_information",
+        False,
+        "as name_bound, log of the number of names less the NLL of the name among them; nats, 0 is an even guess",
+    ),
+    "name_auc": Metric(
+        "name_auc",
+        False,
+        "chance that a name which a picture shows has a higher log p than an absent one, each less its mean over "
+        "pictures; 0.5 is blind",
+    ),
 }
 """All metrics by name. `rules_of` fills the settings of a run into their rules."""
 
-HEADLINES = ("align_px", "average_precision_px", "pointing", "cosine", "contrast", "retrieval_top1", "retrieval_top5")
-"""The metrics of breakdowns by size and label."""
+HEADLINES = (
+    "align_px", "average_precision_px", "pointing", "cosine", "contrast", "retrieval_top1", "retrieval_top5",
+    "name_bound", "name_auc",
+)  # fmt: skip
+"""The metrics of breakdowns by size, label and caption."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +149,14 @@ def rules_of(threshold_rule: str, min_coverage: float, seed: int, label_count: i
 
 
 def region_frame(
-    image: np.ndarray, images: int, label: Sequence[int], labels: Sequence[str], area_px: np.ndarray
+    image: np.ndarray,
+    images: int,
+    label: Sequence[int],
+    labels: Sequence[str],
+    area_px: np.ndarray,
+    in_caption: Sequence[bool | None] | None = None,
 ) -> pd.DataFrame:
-    """The columns that all models share: position of each region's image, index of its label, and its area."""
+    """The columns that all models share, from the position of each region's image and the index of its label."""
     size = np.searchsorted(SIZE_LIMITS_PX, area_px, side="right")  # at a bound: the larger
     return pd.DataFrame(
         {
@@ -128,6 +164,8 @@ def region_frame(
             "label": pd.Categorical.from_codes(label, categories=labels),
             "size": pd.Categorical.from_codes(size, categories=SIZES, ordered=True),
             "area_px": area_px.astype(np.float64),
+            "in_caption": pd.Series(in_caption or [None] * len(image), dtype="boolean"),
+            **dict.fromkeys(SCORES_BY_NAME, np.nan),
         }
     )
 
@@ -144,20 +182,19 @@ def metrics_of(regions: pd.DataFrame, resampling: Resampling, names: Sequence[st
         A row for each metric: `value` (NaN over nothing), `low` and `high` (NaN where there are fewer than two images),
         and how many `regions` and `images` count.
     """
-    sums, counts = _per_image(regions, names)  # [I, F] each
+    found = ratios_of(*_per_image(regions, names), resampling, names)
+    found.insert(3, "regions", [int(regions[METRICS[name].score].notna().sum()) for name in names])
+    return found
+
+
+def ratios_of(sums: np.ndarray, counts: np.ndarray, resampling: Resampling, names: Sequence[str]) -> pd.DataFrame:
+    """Ratios of sums and counts over all images, `[I, F]` each: a row for each of the F names, as in `metrics_of`."""
     draws = _draws(sums, counts, resampling)  # [N, F]
     rows = []
-    for column, name in enumerate(names):
+    for column in range(len(names)):
         low, high = percentile_interval(draws[:, column], resampling.confidence)
-        rows.append(
-            {
-                "value": _mean(sums[:, column], counts[:, column]),
-                "low": low,
-                "high": high,
-                "regions": int(regions[METRICS[name].score].notna().sum()),
-                "images": int((counts[:, column] > 0).sum()),
-            }
-        )
+        value = _mean(sums[:, column], counts[:, column])
+        rows.append({"value": value, "low": low, "high": high, "images": int((counts[:, column] > 0).sum())})
     return pd.DataFrame(rows, index=pd.Index(names, name="metric"))
 
 
@@ -167,6 +204,14 @@ def metrics_by_size(
     """Metrics of the small, medium and large regions."""
     parts = {size: regions[regions["size"] == size] for size in SIZES}
     return {size: metrics_of(_own_images(part), resampling, names) for size, part in parts.items()}
+
+
+def metrics_by_caption(
+    regions: pd.DataFrame, resampling: Resampling, names: Sequence[str] = HEADLINES
+) -> dict[str, pd.DataFrame]:
+    """Metrics of the regions that captions name and of the others; nothing where the file does not tell them apart."""
+    parts = {"in the caption" if named else "not named": part for named, part in regions.groupby("in_caption")}
+    return {name: metrics_of(_own_images(part), resampling, names) for name, part in parts.items()}
 
 
 def metrics_by_label(

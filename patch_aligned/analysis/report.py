@@ -20,7 +20,7 @@ from patch_aligned.analysis.localisation import (
     require_matplotlib,
     save_localisation_figure,
 )
-from patch_aligned.analysis.regions import HEADLINES, METRICS
+from patch_aligned.analysis.regions import HEADLINES, METRICS, SCORES_BY_NAME
 from patch_aligned.analysis.run import Analysis, Entropy, Untrained, plain_json
 from patch_aligned.analysis.token_map import map_panels, save_token_map_figures, write_token_map_page
 from patch_aligned.analysis.words import TokenMaps
@@ -51,10 +51,8 @@ MOST_LABELS = 20
 MOST_BROKEN_IMAGES = 20
 """What the page lists of labels and of images left out; the JSON has all."""
 
-ON_PAGE = tuple(
-    name for name, metric in METRICS.items() if not metric.per_image and not metric.score.startswith("iou_px_")
-)
-"""Metrics that the page shows; the JSON also has those over images and under each threshold rule."""
+ON_PAGE = tuple(name for name, metric in METRICS.items() if not metric.score.startswith("iou_px_"))
+"""Metrics that the page shows; the JSON also has those under each threshold rule."""
 
 
 def write_report(
@@ -122,6 +120,37 @@ def provenance_of(models: Sequence[VisionLanguageModel]) -> dict[str, Any]:
     }
 
 
+_HEALTH_DIGITS = {"shuffled_align_px": 3, "contrast": 2, "retrieval_top1": 2, "best_word_cosine": 2}
+
+
+def health_table(analysis: Analysis) -> Table:
+    """What tells alignment from collapse, beside Align and cosine; the floor is the cosine of a constant vector."""
+    rows = []
+    for name, model in analysis.models.items():
+        metrics = [_interval(model.metrics.loc[metric], digits) for metric, digits in _HEALTH_DIGITS.items()]
+        rows.append([Cell(name), *metrics, Cell(number(model.cosine_floor, 2))])
+    for name, _, untrained in _untrained(analysis):
+        metrics = [_spread(untrained.metrics.loc[metric], digits) for metric, digits in _HEALTH_DIGITS.items()]
+        rows.append([Cell(name), *metrics, Cell("")])
+    columns = ("Align, other label", "contrast", "retrieval@1", "best word", "floor")
+    return Table("Own label against others", ("Projector", *columns), rows)
+
+
+def names_table(analysis: Analysis) -> Table | None:
+    """Name scores, and names in captions; None if no LLM was run."""
+    rows = [
+        [
+            Cell(name),
+            *(_interval(model.metrics.loc[score], 2) for score in SCORES_BY_NAME),
+            *(_interval(model.names.captions.loc[metric], 2) for metric in ("precision", "recall", "f1")),
+        ]
+        for name, model in analysis.models.items()
+        if model.names
+    ]
+    columns = ("bound", "information", "AUC", "captions: precision", "recall", "F1")
+    return Table("Names that the LLM reads, nats", ("Projector", *columns), rows) if rows else None
+
+
 def headline_table(analysis: Analysis) -> Table:
     """Table 3 of the paper, with the cosine with wrong labels as a control."""
     rows = []
@@ -178,26 +207,34 @@ def metrics_table(analysis: Analysis) -> Table:
             *(_interval(model.metrics.loc[name]) for model in analysis.models.values()),
             *(_spread(found.metrics.loc[name]) for _, _, found in untrained),
         ]
-        for name in ON_PAGE
+        for name in measured_of(analysis, ON_PAGE)
     ]
     return Table("Every metric", ("Metric", *analysis.models, *(name for name, _, _ in untrained)), rows)
 
 
 def differences_table(analysis: Analysis) -> Table:
     """The headline metrics of each pair of projectors, the later less the earlier."""
+    shown = measured_of(analysis, HEADLINES)
     rows = [
-        [Cell(f"{pair.first} − {pair.second}"), *(_interval(pair.metrics.loc[name]) for name in HEADLINES)]
+        [Cell(f"{pair.first} − {pair.second}"), *(_interval(pair.metrics.loc[name]) for name in shown)]
         for pair in analysis.comparisons
     ]
-    return Table("Differences", ("Difference", *HEADLINES), rows)
+    return Table("Differences", ("Difference", *shown), rows)
+
+
+def measured_of(analysis: Analysis, names: Sequence[str]) -> list[str]:
+    """Those of the metrics that some model has: name scores are undefined where no LLM was run."""
+    return [n for n in names if any(not math.isnan(m.metrics.loc[n, "value"]) for m in analysis.models.values())]
 
 
 def breakdown_table(title: str, part: str, models: Mapping[str, Mapping[str, pd.DataFrame]]) -> Table:
-    """Align and cosine by size or label; `models` has the metrics of each part, by model and part.
+    """Align, cosine and the name scores by size, label or caption; `models` has the metrics, by model and part.
 
     Parts are those of the first model, in its order.
     """
-    shown = ("align_px", "cosine")
+    shown = ["align_px", "cosine"]
+    if any(metrics.loc["name_bound", "regions"] for parts in models.values() for metrics in parts.values()):
+        shown += ["name_bound", "name_auc"]
     first = next(iter(models.values()))
     rows = [
         [
@@ -277,17 +314,20 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         "data": f"{measure.data}, format {analysis.data_format}",
         "images": f"{measure.image_folder}, {subset}",
         "regions": measure.region_kind or "all",
-        "threshold rule": measure.threshold_rule,
+        "a region is": f"an annotated {measure.region_unit}" if measure.region_unit == "instance" else "all of a label",
+        "threshold rule": measure.threshold_rule + (", never below 0" if measure.positive_threshold else ""),
         "a token is covered from": f"{measure.min_coverage} of its cell",
         "seed": f"{measure.seed}: shuffled labels, random subset, bootstrap",
-        "intervals": f"{resampling.confidence:.0%}, {resampling.resamples:,} resamples of images",
+        "intervals": f"{resampling.confidence:.0%}, {resampling.resamples:,} resamples of images; one training run",
         "untrained projectors": f"seeds {', '.join(map(str, analysis.settings.untrained_seeds)) or 'none'}",
         **{key: str(value) for key, value in provenance.items() if key not in ("sha256", "versions")},
         "versions": versions,
         "speed": f"{analysis.images_per_second:.1f} images a second, all projectors together",
     }
-    by_size = {name: model.by_size for name, model in analysis.models.items()}
-    by_label = {name: model.by_label for name, model in analysis.models.items()}
+    by_size, by_label, by_caption = (
+        {name: getattr(model, part) for name, model in analysis.models.items()}
+        for part in ("by_size", "by_label", "by_caption")
+    )
     return render(
         __package__,
         "report.html.j2",
@@ -297,6 +337,9 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         confidence=f"{resampling.confidence:.0%}",
         regions=max(model.counts["regions"] for model in analysis.models.values()),
         headline=headline_table(analysis),
+        health=health_table(analysis),
+        names=names_table(analysis),
+        asked=analysis.settings.names,
         paper=paper_table(),
         paper_conditions=PAPER_CONDITIONS,
         entropy=entropy_table(analysis),
@@ -304,6 +347,7 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         metrics=metrics_table(analysis),
         differences=differences_table(analysis),
         sizes=breakdown_table("Sizes", "Size", by_size),
+        captions=breakdown_table("Captions", "Region", by_caption) if all(by_caption.values()) else None,
         labels=breakdown_table("Labels", "Label", by_label),
         most_labels=MOST_LABELS,
         picture=[(row, {key: _data_uri(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture],
@@ -335,6 +379,7 @@ def report_markdown(analysis: Analysis) -> str:
         if analysis.broken_images
         else ""
     )
+    names = names_table(analysis)
     differing = f" (of {first}; the page has the counts of all)" if analysis.counts_differ else ""
     lines = [
         "# Analysis of projectors",
@@ -346,7 +391,14 @@ def report_markdown(analysis: Analysis) -> str:
         "Entropies H in nats; ΔH is before minus after. Align is the mean over regions of the IoU by area, with the "
         f"threshold rule `{measure.threshold_rule}`. The last column is a control: the same cosine with another "
         f"region's label (seed {measure.seed}). In brackets {analysis.settings.resampling.confidence:.0%} intervals, "
-        "by the bootstrap over images.",
+        "by the bootstrap over images: they hold for this training run, not for another seed of training.",
+        "",
+        health_table(analysis).markdown(),
+        "",
+        "Align, other label: the same control for Align. Contrast: the cosine less the mean over all other labels. "
+        f"Retrieval@1: own label nearest of all {analysis.labels}. Best word: cosine with the nearest word of the LLM. "
+        "Floor: the cosine that the best constant vector has with the labels.",
+        *(["", names.markdown(), "", f"Names: {analysis.rules['name_bound']}."] if names else []),
         "",
         "## The paper's Table 3, at 7B scale",
         "",

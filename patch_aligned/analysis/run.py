@@ -27,20 +27,24 @@ from torch import Tensor
 from patch_aligned.analysis.alignment import score_regions
 from patch_aligned.analysis.entropy import EntropyAccumulator
 from patch_aligned.analysis.localisation import PictureCell, PictureRow, picture_cell
+from patch_aligned.analysis.matching_pursuit import WordDictionary, matching_pursuit
+from patch_aligned.analysis.names import NameAnalysis, NameSettings, analyse_names, require_languages
 from patch_aligned.analysis.regions import (
+    MEASURED_SCORES,
     METRICS,
-    SCORES,
     SIZE_LIMITS_PX,
     Resampling,
     count_regions,
     differences,
     mean_and_sd,
+    metrics_by_caption,
     metrics_by_label,
     metrics_by_size,
     metrics_of,
     rules_of,
 )
 from patch_aligned.analysis.sets import MeasuredSet, MeasureSettings, open_image, read_set
+from patch_aligned.analysis.words import dictionary_of
 from patch_aligned.cells import TokenGrid
 from patch_aligned.masks import token_coverage_of_regions
 from patch_aligned.models.base import Encoder, VisionLanguageModel
@@ -55,11 +59,13 @@ class AnalysisSettings:
         measure: data, threshold rule, coverage, subset.
         resampling: of the intervals.
         untrained_seeds: of the random projectors that each model is compared with; empty for none.
+        names: what the LLMs are asked to name; None runs no LLM.
     """
 
     measure: MeasureSettings
     resampling: Resampling = field(default_factory=Resampling)
     untrained_seeds: tuple[int, ...] = ()
+    names: NameSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,13 @@ class ModelAnalysis:
         grid: rows and columns of visual tokens.
         entropy_before, entropy_after: of the features and of the visual tokens.
         entropy_drop_nats: before less after.
+        cosine_floor: cosine that the best constant vector has with the labels of the set, each label counting alike.
         metrics: see `regions.metrics_of`.
-        by_size, by_label: headline metrics of the small, medium and large regions, and of each label.
+        by_size, by_label, by_caption: headline metrics of the small, medium and large regions, of each label, and of
+            the regions that captions name and do not.
         counts: see `regions.count_regions`.
         untrained: random projectors of the same shape; None if none were asked for.
+        names: captions; None if no LLM was run.
     """
 
     source: str
@@ -126,11 +135,14 @@ class ModelAnalysis:
     entropy_before: Entropy
     entropy_after: Entropy
     entropy_drop_nats: float
+    cosine_floor: float
     metrics: pd.DataFrame
     by_size: dict[str, pd.DataFrame]
     by_label: dict[str, pd.DataFrame]
+    by_caption: dict[str, pd.DataFrame]
     counts: dict[str, int]
     untrained: Untrained | None
+    names: NameAnalysis | None
 
 
 @dataclass(frozen=True)
@@ -225,8 +237,11 @@ def analyse(
             record's.
     """
     measure = settings.measure
+    if settings.names is not None:
+        require_languages(models)
     measured = read_set(measure)
     encoders = {id(model.encoder): model.encoder for model in models}
+    passes = len(encoders) + (len(models) if settings.names else 0)
     untrained = _untrained_by_shape(models, settings.untrained_seeds)
     runs: dict[str, ModelRun] = {}
     before: dict[int, Entropy] = {}
@@ -235,7 +250,7 @@ def analyse(
     for number, (key, encoder) in enumerate(encoders.items()):
         behind = [model for model in models if model.encoder is encoder]
         twins = [twin for shape, twins in untrained.items() if shape[0] == key for twin in twins]
-        tell = partial(_tell, on_images, number * images, len(encoders) * images)
+        tell = partial(_tell, on_images, number * images, passes * images)
         seen, runs_of_encoder = pass_over_images(encoder, [*behind, *twins], measured, measure, tell)
         before[key] = Entropy.of(seen)
         runs |= {run.model.name: run for run in runs_of_encoder}
@@ -258,6 +273,13 @@ def analyse(
         for shape, twins in untrained.items()
     }
     resampling = settings.resampling
+    spoken: dict[str, NameAnalysis] = {}
+    if settings.names:
+        tell = partial(_tell, on_images, len(encoders) * images, passes * images)
+        for name, scores, of_captions in analyse_names(models, measured, measure, settings.names, resampling, tell):
+            seen = regions_of[name]["iou_px"].notna()
+            regions_of[name].update(scores[seen.loc[scores.index]])
+            spoken[name] = of_captions
     found_models = {}
     for model in models:
         of_model, entropy_after = regions_of[model.name], Entropy.of(runs[model.name].entropy)
@@ -270,11 +292,14 @@ def analyse(
             entropy_before=entropy_before,
             entropy_after=entropy_after,
             entropy_drop_nats=entropy_before.entropy_nats - entropy_after.entropy_nats,
+            cosine_floor=float(model.words.directions_of_labels(measured.labels).double().mean(dim=0).norm()),
             metrics=metrics_of(of_model, resampling),
             by_size=metrics_by_size(of_model, resampling),
             by_label=metrics_by_label(of_model, resampling),
+            by_caption=metrics_by_caption(of_model, resampling),
             counts=count_regions(of_model),
             untrained=untrained_found.get(_shape_of(model)),
+            names=spoken.get(model.name),
         )
     comparisons = [
         Comparison(later.name, earlier.name, differences(regions_of[later.name], regions_of[earlier.name], resampling))
@@ -357,7 +382,7 @@ class ModelRun:
     Attributes:
         model: which.
         entropy: of the visual tokens.
-        scores: an array `[R, scores]` for each image.
+        scores: an array `[R, scores]` for each image, of those that need no LLM.
         cells: of the picture, by the position of their image.
     """
 
@@ -368,8 +393,8 @@ class ModelRun:
         self.cells: dict[int, PictureCell] = {}
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The scores of all regions, by the names of `SCORES`."""
-        return dict(zip(SCORES, np.concatenate(self.scores).T, strict=True))
+        """The scores of all regions, by the names of `MEASURED_SCORES`."""
+        return dict(zip(MEASURED_SCORES, np.concatenate(self.scores).T, strict=True))
 
 
 def pass_over_images(
@@ -384,6 +409,9 @@ def pass_over_images(
     words = {id(model.words): model.words for model in models}
     directions = {  # models of one LLM share its labels' [L, D]
         key: of_llm.directions_of_labels(measured.labels).to(encoder.device) for key, of_llm in words.items()
+    }
+    best_word = {
+        key: partial(_best_word_cosine, dictionary_of(of_llm, encoder.device)) for key, of_llm in words.items()
     }
     runs = [ModelRun(model) for model in models]
     own = torch.tensor(measured.regions["label"].cat.codes.to_numpy(), dtype=torch.int64)
@@ -414,14 +442,15 @@ def pass_over_images(
                     rule=settings.threshold_rule,
                     min_coverage=settings.min_coverage,
                     shuffled=measured.shuffled[of_image].to(encoder.device),
+                    positive_threshold=settings.positive_threshold,
+                    best_word_cosine=best_word[id(run.model.words)],
                 )
-                run.scores.append(torch.stack([scores[name] for name in SCORES], dim=1).cpu().numpy())
+                run.scores.append(torch.stack([scores[name] for name in MEASURED_SCORES], dim=1).cpu().numpy())
                 if position in measured.pictured and run.model.pictured:
                     region = measured.pictured[position]
                     direction = label_directions[own_of_image[region]]  # [D]
-                    run.cells[position] = picture_cell(
-                        grid, direction, visual_tokens, coverage[region], settings.threshold_rule
-                    )
+                    threshold = settings.threshold_rule, settings.positive_threshold
+                    run.cells[position] = picture_cell(grid, direction, visual_tokens, coverage[region], *threshold)
         on_images(start + len(batch))
     if all(np.isnan(run.columns()["iou_px"]).all() for run in runs):
         raise ValueError(
@@ -430,6 +459,11 @@ def pass_over_images(
             "model of transformers has it from its image processor."
         )
     return before, runs
+
+
+def _best_word_cosine(dictionary: WordDictionary, vectors: Tensor) -> Tensor:
+    """Cosine of each vector `[R, D]` with the nearest word: `[R]`, float64. The first round of matching pursuit."""
+    return matching_pursuit(vectors.float(), dictionary, rounds=1).cosines[:, 0].double()
 
 
 def _coverage(image: AnnotatedImage, grid: TokenGrid, settings: MeasureSettings) -> Tensor:

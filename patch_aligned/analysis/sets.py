@@ -28,7 +28,7 @@ from llava.mm_utils import UnreadableImageError, load_rgb_image
 from patch_aligned.analysis.regions import permute_labels, region_frame
 from patch_aligned.images import image_path, stored_size_wh
 from patch_aligned.masks import rle_problems
-from patch_aligned.pad import AnnotatedImage, RecordFileError, iter_records, parse_annotation, read_annotations
+from patch_aligned.pad import AnnotatedImage, RecordFileError, Region, iter_records, parse_annotation, read_annotations
 
 FORMATS = ("auto", "pad", "coco", "grandf")
 _BEGINNING = 4096  # characters
@@ -348,9 +348,11 @@ class MeasureSettings:
         data: file of annotated images, in any of `sets.FORMATS`.
         image_folder: folder that its image ids are relative to.
         threshold_rule: name of a rule of `alignment.THRESHOLD_RULES`.
+        positive_threshold: whether thresholds below 0 are raised to 0.
         min_coverage: share of a token's cell from which on it counts as covered.
         limit: only so many images; None for all.
         region_kind: only regions whose extra key `kind` has this value; None for all.
+        region_unit: an annotated `instance` is a region, or all instances of a `label` in an image together.
         seed: of the shuffled labels, and of a random subset.
         batch_size: images in a forward pass; no number depends on it.
         picture_rows: images kept for the picture.
@@ -363,9 +365,11 @@ class MeasureSettings:
     data: Path
     image_folder: Path
     threshold_rule: str = "mid_range"
+    positive_threshold: bool = False
     min_coverage: float = 0.5
     limit: int | None = None
     region_kind: str | None = None
+    region_unit: Literal["instance", "label"] = "instance"
     seed: int = 0
     batch_size: int = 8
     picture_rows: int = 4
@@ -433,10 +437,13 @@ def read_set(settings: MeasureSettings) -> MeasuredSet:
             f"{settings.data}: no regions{chosen} in {len(images)} images, so nothing can be aligned. Pass --data a "
             "PAD file whose records have labels."
         )
+    if settings.region_unit == "label":
+        images = [replace(image, regions=_by_label(image)) for image in images]
     index_of_label: dict[str, int] = {}
     own = [index_of_label.setdefault(r.tag, len(index_of_label)) for image in images for r in image.regions]
     labels = list(index_of_label)
     sources = permute_labels(own, settings.seed)
+    in_caption = [region.extra.get("in_caption") for image in images for region in image.regions]
     areas_px = [coco_mask.area(image.coco_masks()) if image.regions else [] for image in images]
     positions = np.repeat(np.arange(len(images)), [len(image.regions) for image in images])
     with_regions = [position for position, image in enumerate(images) if image.regions]
@@ -448,11 +455,24 @@ def read_set(settings: MeasureSettings) -> MeasuredSet:
         skipped=annotated.skipped,
         broken=broken,
         labels=labels,
-        regions=region_frame(positions, len(images), own, labels, np.concatenate(areas_px)),
+        regions=region_frame(positions, len(images), own, labels, np.concatenate(areas_px), in_caption),
         shuffled=torch.tensor([-1 if source is None else own[source] for source in sources]),
         # The largest region in the original image: no score decides what is shown, nor does a tower's crop.
         pictured={position: int(np.argmax(areas_px[position])) for position in spread},
     )
+
+
+def _by_label(image: AnnotatedImage) -> tuple[Region, ...]:
+    """All masks of a label as one region, whose other keys are the first one's."""
+    of_label: dict[str, list[tuple[Region, Any]]] = defaultdict(list)
+    for region, mask in zip(image.regions, image.coco_masks(), strict=True):
+        of_label[region.tag].append((region, mask))
+    united = []
+    for (first, *_), masks in (zip(*pairs, strict=True) for pairs in of_label.values()):
+        rle_mask = coco_mask.merge(masks)["counts"].decode()
+        left, top, right, bottom = _box_xyxy_px(rle_mask, image.size_wh)
+        united.append(replace(first, bbox_xyxy_px=(left, top, right, bottom), rle_mask=rle_mask))
+    return tuple(united)
 
 
 def _broken_images(images: Sequence[AnnotatedImage], image_folder: Path) -> dict[str, str]:

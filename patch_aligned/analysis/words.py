@@ -261,6 +261,12 @@ class TokenMaps:
     word_list: WordList | None
 
 
+def dictionary_of(words: WordEmbeddings, device: str, unit_length: bool = True) -> WordDictionary:
+    """The words that an LLM can read, on a device: what its tokenizer knows, but for the token that images replace."""
+    excluded = [] if words.placeholder is None else [words.placeholder]
+    return WordDictionary(words.table.to(device), size=len(words.tokenizer), unit_length=unit_length, excluded=excluded)
+
+
 class TokenMapper:
     """Decompose visual tokens into the words of one table of embeddings; models of one LLM share it.
 
@@ -283,12 +289,7 @@ class TokenMapper:
     ):
         self.settings, self.english = settings or PursuitSettings(), english
         self.texts = VocabularyText(words.tokenizer)
-        self.dictionary = WordDictionary(
-            words.table.to(device),
-            size=len(self.texts),
-            unit_length=self.settings.unit_length,
-            excluded=[] if words.placeholder is None else [words.placeholder],
-        )
+        self.dictionary = dictionary_of(words, device, self.settings.unit_length)
         self._words: dict[int, TokenText] = {}
 
     def map(self, visual_tokens: Tensor, grid: TokenGrid) -> TokenMap:

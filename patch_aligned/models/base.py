@@ -1,7 +1,7 @@
 """Interface between models and the analysis: encoder features, visual tokens and word embeddings.
 
-Only the word-embedding table of the LLM is read, not its layers, so a 7B model needs memory for its tower and table
-only. Models that share an encoder share its features, which are computed once per image.
+Only the word-embedding table of the LLM is read, so a 7B model needs memory for its tower and table only; name scores
+alone load its layers. Models that share an encoder share its features, which are computed once per image.
 
 Letters: B images, S patches of the tower, d width of the tower, T visual tokens of an image (T = S unless the projector
 resamples), D width of the LLM, M vocabulary, R labels, K tokens of a label.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from patch_aligned.cells import Layout
 from patch_aligned.labels import LabelTokenizer
+from patch_aligned.models.language import LanguageModel
 
 
 class WordEmbeddings:
@@ -93,6 +94,13 @@ class Encoder(Protocol):
         """Return the layout of `shape` (rows, cols) visual tokens over an image of this size."""
 
 
+class LanguageSource(Protocol):
+    """Where an LLM is loaded from; equal sources load the same LLM."""
+
+    def load(self) -> LanguageModel:
+        """Load the LLM with its prompts."""
+
+
 @dataclass(frozen=True, eq=False)
 class VisionLanguageModel:
     """A named projector, with its encoder and the word embeddings that its tokens are compared with.
@@ -106,6 +114,7 @@ class VisionLanguageModel:
         build: builds an untrained projector of the same shape, using torch's global random state.
         projector_modules: names of the projector's modules in the full model.
         pictured: whether pictures show its maps.
+        language: the whole LLM, which only name scores need; None where its family's is not supported.
     """
 
     name: str
@@ -116,6 +125,7 @@ class VisionLanguageModel:
     build: Callable[[], nn.Module]
     projector_modules: tuple[str, ...]
     pictured: bool = True
+    language: LanguageSource | None = None
 
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
         """Preprocess RGB images for the tower."""

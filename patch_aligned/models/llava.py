@@ -15,18 +15,37 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava.mm_utils import image_view_of, process_images
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle, conv_templates, conversation_mode
+from llava.eval.vqa_files import Question, prompt_of
+from llava.mm_utils import (
+    KeywordsStoppingCriteria,
+    get_model_name_from_path,
+    image_view_of,
+    process_images,
+    tokenizer_image_token,
+)
+from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointTensors, tower_place
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.weights import MARK, WEIGHT_FILES, load_projector, projector_state, read_projector_file
+from llava.model.weights import (
+    ADAPTER_CONFIG_FILE,
+    MARK,
+    WEIGHT_FILES,
+    load_projector,
+    projector_state,
+    read_projector_file,
+)
 from llava.plugin import ImageView
 from patch_aligned.cells import Layout, square_grid
 from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings, seeded
+from patch_aligned.models.language import LanguageModel
 
 PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
 DEFAULT_CONFIG = {"mm_projector_type": "mlp2x_gelu"}
 """Config of random projectors if no trained projector is measured with them: LLaVA-1.5's."""
+CAPTION_REQUEST = "Describe the image in one sentence."
 WORD_TABLE_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
@@ -243,7 +262,52 @@ class ProjectorSource:
             load_projector(projector, state, self.path)
         source = str(self.path or f"random weights, seed {self.seed}, {config.get('mm_projector_type', 'linear')}")
         projector = projector.to(encoder.device, torch.float32).eval()
-        return VisionLanguageModel(self.name, source, encoder, projector, words, build, ("model.mm_projector",))
+        language = self._language(base_words.source, encoder.device)
+        modules = ("model.mm_projector",)
+        return VisionLanguageModel(self.name, source, encoder, projector, words, build, modules, language=language)
+
+    def _language(self, base: str, device: str) -> LlavaLanguage:
+        if self.is_full_checkpoint:
+            return LlavaLanguage(str(self.path), None, device)
+        if self.path is not None and (self.path.parent / ADAPTER_CONFIG_FILE).is_file():
+            return LlavaLanguage(str(self.path.parent), base, device)
+        return LlavaLanguage(base, None, device)
+
+
+@dataclass(frozen=True)
+class LlavaLanguage:
+    """The LLM of a LLaVA checkpoint, or a base LLM, which reads images as in stage 1.
+
+    Attributes:
+        path, base: as `load_pretrained_model` takes them.
+        device: of the LLM; its weights are float16 on CUDA and float32 elsewhere.
+    """
+
+    path: str
+    base: str | None
+    device: str
+
+    def load(self) -> LanguageModel:
+        """Load the LLM. The prompt is that of the checkpoint's template: in stage 1 the image alone."""
+        name = get_model_name_from_path(self.path)
+        tokenizer, model, processor, _ = load_pretrained_model(
+            self.path, self.base, name, device=self.device, device_map={"": self.device}
+        )
+        conversation = conv_templates["plain" if processor is None else conversation_mode(name, model.config)]
+        is_plain = conversation.sep_style is SeparatorStyle.PLAIN
+        question = Question("", "" if is_plain else CAPTION_REQUEST, ("",))
+        prompt = prompt_of(question, conversation, bool(getattr(model.config, "mm_use_im_start_end", False)))
+        space = "" if is_plain or prompt[-1].isspace() else " "
+
+        def prompt_ids(stem: str) -> tuple[list[int], list[int]]:
+            ids = tokenizer_image_token(prompt + space + stem if stem else prompt, tokenizer)
+            assert isinstance(ids, list)  # a tensor only where asked for
+            image = ids.index(IMAGE_TOKEN_INDEX)
+            return ids[:image], ids[image + 1 :]
+
+        no_prompt = torch.empty(1, 0, dtype=torch.long)  # `generate` hands over new tokens alone
+        stopping = KeywordsStoppingCriteria([conversation.stop_string], tokenizer, no_prompt)
+        return LanguageModel(model, tokenizer, prompt_ids, conversation.stop_string, stopping)
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -247,6 +247,23 @@ def test_the_only_label_has_nothing_to_stand_out_from():
     assert top1.item() == 1
 
 
+def test_the_control_of_align_is_another_labels_map_on_the_regions_own_mask():
+    tokens, coverage = torch.eye(3), maps([1, 0.5, 0], [0, 0, 1], [0, 1, 0])
+    shuffled = torch.tensor([1, 0, -1])
+    scores = score_regions(tokens, torch.eye(3), of_own(3), coverage, shuffled=shuffled)
+    swapped = score_regions(tokens, torch.eye(3), shuffled.clamp(min=0), coverage)["iou_px"]
+    assert scores["shuffled_iou_px"].tolist()[:2] == swapped.tolist()[:2] == [0.5 / 2, 0]
+    assert math.isnan(scores["shuffled_iou_px"][2])
+
+
+def test_a_negative_threshold_can_be_raised_to_zero():
+    [predicted] = predicted_tokens(maps([-3, -1, 0, 0.5]), "mid_range").tolist()
+    [positive] = predicted_tokens(maps([-3, -1, 0, 0.5]), "mid_range", positive=True).tolist()
+    assert (predicted, positive) == ([False, True, True, True], [False, False, False, True])
+    above = maps([0, 1, 2, 4])
+    assert torch.equal(predicted_tokens(above, "mid_range", positive=True), predicted_tokens(above, "mid_range"))
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 

@@ -102,6 +102,18 @@ def test_a_limit_chooses_by_seed_unless_the_first_are_asked_for(golden_world: Pa
     assert len({tuple(shown(seed=str(seed))) for seed in range(6)}) > 1
 
 
+def test_names_of_a_file_are_asked_of_the_llm(golden_world: Path, pad: Path, tmp_path: Path):
+    (tmp_path / "names.txt").write_text("dog, hounds\n\nred car\nzebra\n")
+    options = {"names": "names.txt", "name_stem": "A picture of a", "token_maps": "0", "random_init": "0"}
+    result = invoke(pad, tmp_path / "out", **options)
+    assert result.exit_code == 0, result.output
+    assert "bound" in result.output
+    document = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert document["settings"]["names"]["names"] == {"dog": ["hounds"], "red car": [], "zebra": []}
+    assert document["models"]["start"]["figures"]["name_bound"]["regions"] == 3
+    assert len(document["models"]["start"]["names"]["caption_of"]) == 4
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -114,6 +126,9 @@ def test_a_limit_chooses_by_seed_unless_the_first_are_asked_for(golden_world: Pa
         ({"data": "missing.json"}, "--data missing.json: there is no such file"),
         ({"image_folder": "missing"}, "--image-folder missing: there is no such folder"),
         ({"region_kind": "object", "limit": "1", "subset": "first"}, "no regions of kind 'object'"),
+        ({"names": "missing.txt"}, "--names missing.txt: there is no such file"),
+        ({"names": "images/empty.txt"}, "--names images/empty.txt: found no name"),
+        ({"name_stem": "A"}, "--name-stem: found it without --names"),
         ({"device": "cuda:9"}, "--device cuda:9: torch sees no CUDA device here"),
         ({"device": "gpu"}, "--device gpu: unknown device"),
     ],
@@ -122,6 +137,7 @@ def test_wrong_input_ends_with_a_sentence_and_code_2(
     golden_world: Path, pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict, message: str
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    Path("images/empty.txt").touch()
     assert_refused(invoke(pad, tmp_path / "out", **changed), message, tmp_path)
 
 

@@ -53,7 +53,7 @@ def test_measures_equal_a_reference_from_files_to_numbers(golden_world: Path, pa
     table = load_file("tiny-vicuna/model.safetensors")["model.embed_tokens.weight"].double().numpy()
     tokenizer = AutoTokenizer.from_pretrained("tiny-vicuna")
 
-    ious, cosines = [], []
+    ious, cosines, best = [], [], []
     for record, tokens in zip(records, after, strict=True):
         for region in record["labels"]:
             label = table[tokenizer(region["tag"], add_special_tokens=False).input_ids].mean(axis=0)
@@ -66,6 +66,7 @@ def test_measures_equal_a_reference_from_files_to_numbers(golden_world: Path, pa
             covered = mask.reshape(4, 14, 4, 14).mean(axis=(1, 3)).reshape(-1) >= 0.5
             if covered.any():
                 cosines.append(unit(tokens[covered].mean(axis=0)) @ unit(label))
+                best.append((unit(table[:1000]) @ unit(tokens[covered].mean(axis=0))).max())
 
     analysis = run(pad)
     found = analysis.models["start"]
@@ -75,6 +76,10 @@ def test_measures_equal_a_reference_from_files_to_numbers(golden_world: Path, pa
     assert found.entropy_drop_nats == found.entropy_before.entropy_nats - found.entropy_after.entropy_nats
     assert found.metrics.loc["align_px", "value"] == pytest.approx(np.mean(ious), rel=1e-5)
     assert found.metrics.loc["cosine", "value"] == pytest.approx(np.mean(cosines), rel=1e-5)
+    assert found.metrics.loc["best_word_cosine", "value"] == pytest.approx(np.mean(best), rel=1e-5)
+    tags = dict.fromkeys(region["tag"] for record in records for region in record["labels"])
+    labels = np.stack([unit(table[tokenizer(tag, add_special_tokens=False).input_ids].mean(axis=0)) for tag in tags])
+    assert found.cosine_floor == pytest.approx(np.linalg.norm(labels.mean(axis=0)), rel=1e-6)
     assert found.metrics.loc[["align_px", "cosine"], "regions"].tolist() == [6, 5]
     assert (found.counts["images_with_regions"], found.counts["regions"]) == (3, 7)
     assert (found.counts["regions_outside"], found.counts["regions_without_token"]) == (1, 1)
@@ -98,6 +103,26 @@ def test_only_the_chosen_images_and_regions_count(golden_world: Path, pad: Path)
     assert (limited.images, limited.models["start"].counts["regions"]) == (2, 2)
     objects = run(pad, region_kind="object")
     assert (objects.images, objects.models["start"].counts["regions"]) == (4, 2)
+
+
+def test_instances_of_a_label_can_be_one_region(golden_world: Path, write_pad: Callable, rectangle: Callable):
+    """A map of a label cannot fit one of two instances, but both together."""
+    halves, cup = [rectangle(12, 0, 40, 28, "dog"), rectangle(40, 0, 68, 28, "dog")], rectangle(12, 28, 68, 56, "cup")
+    apart = run(write_pad([*halves, cup]), "start=train_init/mm_projector.bin")
+    together = run(write_pad([*halves, cup]), "start=train_init/mm_projector.bin", region_unit="label")
+    drawn = run(write_pad([rectangle(12, 0, 68, 28, "dog"), cup]), "start=train_init/mm_projector.bin")
+    assert [len(found.regions) for found in (apart, together)] == [3, 2]
+    assert together.models["start"].metrics.equals(drawn.models["start"].metrics)
+
+
+def test_thresholds_can_be_kept_above_zero(golden_world: Path, pad: Path):
+    found = [run(pad, positive_threshold=positive, picture_rows=3) for positive in (False, True)]
+    free, positive = (np.stack([row.cells["start"].predicted for row in analysis.picture]) for analysis in found)
+    cosines = np.stack([row.cells["start"].cosine for row in found[0].picture])
+    assert np.array_equal(positive, free & (cosines > 0))
+    assert not np.array_equal(positive, free)
+    aligns = [analysis.models["start"].metrics.loc["align_px", "value"] for analysis in found]
+    assert aligns[0] != aligns[1]
 
 
 def test_the_control_follows_its_seed(golden_world: Path, pad: Path):

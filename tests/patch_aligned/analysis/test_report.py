@@ -12,14 +12,18 @@ from xml.etree import ElementTree
 import pytest
 
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models, token_maps, write_report
-from patch_aligned.analysis.regions import METRICS, Resampling
+from patch_aligned.analysis.alignment import THRESHOLD_RULES
+from patch_aligned.analysis.names import NameSettings
+from patch_aligned.analysis.regions import METRICS, SCORES_BY_NAME, Resampling
 from patch_aligned.analysis.report import (
     MOST_BROKEN_IMAGES,
     ON_PAGE,
     differences_table,
     entropy_table,
     headline_table,
+    health_table,
     metrics_table,
+    names_table,
     provenance_of,
     report_markdown,
 )
@@ -76,9 +80,36 @@ def test_every_metric_on_the_page_stands_beside_its_rule(golden_world: Path, pad
     analysis = run(pad, threshold_rule="otsu")
     shown = {row[0].text: row[0].aside for row in metrics_table(analysis).rows}
     assert "otsu" in shown["align_px"]
-    assert shown == {name: analysis.rules[name] for name in ON_PAGE}
-    left_out = METRICS.keys() - shown.keys()  # the JSON has them
-    assert left_out == {name for name in METRICS if name.startswith("align_px_") or name.endswith("_per_image")}
+    assert shown == {name: analysis.rules[name] for name in ON_PAGE if name not in SCORES_BY_NAME}  # no LLM was run
+    left_out = METRICS.keys() - set(ON_PAGE)  # the JSON has them
+    assert left_out == {f"align_px_{rule}" for rule in THRESHOLD_RULES}
+
+
+def test_names_that_the_llm_reads_have_a_table_of_their_own(golden_world: Path, pad: Path, tmp_path: Path):
+    assert names_table(run(pad, seeds=())) is None
+    models = load_models(SPECIFICATIONS, "tiny-vicuna", "tiny-clip")
+    measure = MeasureSettings(pad, pad.parent / "pictures", picture_rows=1)
+    asked = NameSettings(stems=("A <picture> of a",), max_new_tokens=2)
+    analysis = analyse(models, AnalysisSettings(measure, Resampling(30), (), asked))
+    table = names_table(analysis)
+    assert table is not None
+    start = analysis.models["start"]
+    assert table.rows[1][1].text == number(start.metrics.loc["name_bound", "value"], 2)
+    assert start.names is not None
+    assert table.rows[1][5].text == number(start.names.captions.loc["recall", "value"], 2)
+    shown = page(analysis, pad, tmp_path / "out").replace("<wbr>", "")
+    assert "A &lt;picture&gt; of a" in shown.replace("\\u003c", "&lt;").replace("\\u003e", "&gt;")
+    assert table.markdown() in report_markdown(analysis)
+
+
+def test_the_floor_and_the_controls_stand_beside_the_headline(golden_world: Path, pad: Path):
+    analysis = run(pad)
+    start = analysis.models["start"]
+    row = dict(zip(health_table(analysis).columns, health_table(analysis).rows[1], strict=True))
+    assert row["contrast"].text == number(start.metrics.loc["contrast", "value"], 2)
+    assert row["Align, other label"].text == number(start.metrics.loc["shuffled_align_px", "value"])
+    assert row["floor"].text == number(start.cosine_floor, 2)
+    assert health_table(analysis).markdown() in report_markdown(analysis)
 
 
 def test_the_markdown_has_the_papers_table_below(golden_world: Path, write_pad: Callable, rectangle: Callable):
@@ -125,7 +156,7 @@ def test_every_picture_says_what_it_shows_and_every_table_scrolls(golden_world: 
     assert len(words) == 2 * 2  # projectors, rounds
     assert len(pictures) - len(words) == 2 * (1 + 2 * 2)  # truth, and a pair for each projector
     assert all(re.search(r'alt="[^"]+"', picture) for picture in pictures)
-    assert text.count("<table>") == len(re.findall(r'<div class="scroll[^>]*><table>', text)) == 9
+    assert text.count("<table>") == len(re.findall(r'<div class="scroll[^>]*><table>', text)) == 10
 
 
 @pytest.mark.parametrize("variant", ["orthogonal", "absolute"])
@@ -141,7 +172,7 @@ def test_only_the_papers_pursuit_is_called_the_papers(golden_world: Path, pad: P
 def test_every_rule_and_hash_is_on_the_page(golden_world: Path, pad: Path, tmp_path: Path):
     analysis = run(pad, picture_rows=1)
     text = page(analysis, pad, tmp_path / "out").replace("<wbr>", "").replace("&#39;", "'")
-    for name in ON_PAGE:
+    for name in set(ON_PAGE) - set(SCORES_BY_NAME):  # no LLM was run
         assert analysis.rules[name] in text
     provenance = provenance_of(load_models(SPECIFICATIONS, "tiny-vicuna", "tiny-clip"))
     assert len(provenance["sha256"]) == 3

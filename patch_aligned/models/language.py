@@ -1,0 +1,110 @@
+"""An LLM that reads visual tokens: how likely it finds words after an image, and how it captions it.
+
+Letters: B images, T visual tokens of an image, D width, P tokens of a prompt, image included, N continuations, C tokens
+of several continuations, M vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
+
+_NAMES_AT_ONCE = 64
+"""Continuations of several tokens that are read together: logits are `[B, C, M]`, the largest tensor here."""
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal LLM, and how its prompts are written.
+
+    Attributes:
+        model: of transformers, with sdpa or eager attention.
+        tokenizer: the LLM's.
+        prompt_ids: from the beginning of an answer to the prompt's ids before and after the image.
+        stop, stopping: text that closes an answer, and what ends generation there.
+    """
+
+    model: Any
+    tokenizer: Any
+    prompt_ids: Callable[[str], tuple[list[int], list[int]]]
+    stop: str
+    stopping: StoppingCriteria
+
+    @torch.inference_mode()
+    def log_probabilities(self, visual_tokens: Tensor, stem: str, continuations: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probability of each continuation after image and stem: the sum over its tokens, teacher forced.
+
+        The image and the stem are read once, whatever the number of continuations.
+
+        Args:
+            visual_tokens: `[B, T, D]`.
+            stem: beginning of the answer.
+            continuations: token ids of each, at least one.
+
+        Returns:
+            `[B, N]`, float64.
+        """
+        prompt = self._prompt(visual_tokens, stem)  # [B, P, D]
+        batch, length = prompt.shape[:2]
+        read = self.model(inputs_embeds=prompt, use_cache=True, logits_to_keep=1)
+        first = _precise(read.logits[:, -1]).log_softmax(dim=-1)  # [B, M]
+        found = first[:, [ids[0] for ids in continuations]]  # [B, N]
+        longer = [number for number, ids in enumerate(continuations) if len(ids) > 1]
+        for numbers in (longer[i : i + _NAMES_AT_ONCE] for i in range(0, len(longer), _NAMES_AT_ONCE)):
+            known = [torch.tensor(continuations[number]) for number in numbers]
+            of = torch.cat([torch.full((len(ids) - 1,), number) for ids, number in zip(known, numbers, strict=True)])
+            step = torch.cat([torch.arange(len(ids) - 1) for ids in known])  # [C]
+            given, target = (torch.cat([ids[part] for ids in known]) for part in (slice(-1), slice(1, None)))  # [C]
+            # Continuations lie side by side behind one prompt: each token sees the prompt and its own continuation.
+            sees = (of[:, None] == of) & (step[:, None] >= step)  # [C, C]
+            sees = torch.cat([sees.new_ones(len(of), length), sees], dim=1)  # [C, P + C]
+            mask = torch.zeros(sees.shape, dtype=prompt.dtype).masked_fill_(~sees, torch.finfo(prompt.dtype).min)
+            of, step, given, target, mask = (tensor.to(prompt.device) for tensor in (of, step, given, target, mask))
+            logits = self.model(
+                inputs_embeds=self._words(given).expand(batch, -1, -1),  # [B, C, D]
+                attention_mask=mask.expand(batch, 1, -1, -1),
+                position_ids=(length + step).expand(batch, -1),
+                past_key_values=read.past_key_values,
+                use_cache=True,
+            ).logits  # [B, C, M]
+            read.past_key_values.crop(-len(of))
+            logits = _precise(logits)
+            chosen = logits.gather(2, target.expand(batch, -1).unsqueeze(2)).squeeze(2) - logits.logsumexp(dim=2)
+            found.index_add_(1, of, chosen)  # [B, C] -> [B, N]
+        return found.double()
+
+    @torch.inference_mode()
+    def captions(self, visual_tokens: Tensor, max_new_tokens: int = 64) -> list[str]:
+        """Greedy answers to the prompt without a stem, one an image."""
+        prompt = self._prompt(visual_tokens, "")  # [B, P, D]
+        ids = GenerationMixin.generate(  # a LLaVA's own `generate` takes ids and pixels
+            self.model,
+            inputs_embeds=prompt,
+            attention_mask=torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.tokenizer.eos_token_id,
+            stopping_criteria=StoppingCriteriaList([self.stopping]),
+        )
+        return [text.split(self.stop)[0].strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _prompt(self, visual_tokens: Tensor, stem: str) -> Tensor:
+        """`[B, P, D]`, in the LLM's dtype and on its device."""
+        batch = len(visual_tokens)
+        before, after = (self._words(torch.tensor(ids, dtype=torch.long)) for ids in self.prompt_ids(stem))
+        parts = (before.expand(batch, -1, -1), visual_tokens.to(before), after.expand(batch, -1, -1))
+        return torch.cat(parts, dim=1)
+
+    def _words(self, ids: Tensor) -> Tensor:
+        table = self.model.get_input_embeddings()
+        return table(ids.to(table.weight.device))
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

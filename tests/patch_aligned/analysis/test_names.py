@@ -1,0 +1,216 @@
+"""Name scores: formulas against literal loops, the LLM's part against a forward pass of each name by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.mm_utils import tokenizer_image_token
+from patch_aligned.analysis.names import (
+    NameSettings,
+    caption_metrics,
+    name_auc,
+    name_bounds,
+    name_finder,
+    name_information,
+    read_names,
+)
+from patch_aligned.analysis.regions import SCORES_BY_NAME, Resampling
+from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettings, analyse
+from patch_aligned.models import language as language_module
+from patch_aligned.models.base import VisionLanguageModel
+from patch_aligned.models.load import load_models
+
+START, STEM = "start=train_init/mm_projector.bin", "A picture of a"
+PICTURES, NAMES = 5, 4
+
+
+@pytest.fixture
+def log_p() -> np.ndarray:
+    return np.log(np.random.default_rng(0).dirichlet(np.ones(NAMES + 1), PICTURES)[:, :NAMES])  # part of the mass
+
+
+def test_scores_equal_the_literal_formulas(log_p: np.ndarray):
+    p, present = np.exp(log_p), np.random.default_rng(1).random(log_p.shape) < 0.4
+    bounds, information, auc = name_bounds(log_p), name_information(log_p), name_auc(log_p, present)
+    absent = [(i, n) for i in range(PICTURES) for n in range(NAMES) if not present[i, n]]
+    for i in range(PICTURES):
+        for n in range(NAMES):
+            assert bounds[i, n] == pytest.approx(math.log(p[i, n] / np.mean(p[:, n])), rel=1e-12)
+            assert information[i, n] == pytest.approx(math.log(NAMES * p[i, n] / p[i].sum()), rel=1e-12)
+            own = log_p[i, n] - log_p[:, n].mean()
+            wins = [np.sign(own - log_p[j, m] + log_p[:, m].mean()) for j, m in absent if (j, m) != (i, n)]
+            if present[i, n]:
+                assert auc[i, n] == pytest.approx((1 + np.mean(wins)) / 2, rel=1e-12)
+
+
+def test_a_blind_model_scores_nothing_and_a_perfect_one_the_most():
+    present = np.eye(6, dtype=bool)
+    blind = np.tile(np.arange(-6.0, 0), (6, 1))  # the same whatever the picture
+    assert name_bounds(blind) == pytest.approx(0, abs=1e-12)
+    assert name_auc(blind, present)[present] == pytest.approx(0.5)
+    assert name_information(np.full((6, 6), -3.0)) == pytest.approx(0, abs=1e-12)
+    perfect = np.where(present, 0.0, -60.0)
+    assert name_bounds(perfect)[present] == pytest.approx(math.log(6))
+    assert name_information(perfect)[present] == pytest.approx(math.log(6))
+    assert name_auc(perfect, present)[present] == pytest.approx(1)
+    assert np.isnan(name_auc(blind, np.ones((6, 6), dtype=bool))).all()  # nothing is absent
+
+
+def test_a_prior_of_names_moves_neither_bound_nor_auc(log_p: np.ndarray):
+    present, prior = np.random.default_rng(2).random(log_p.shape) < 0.5, np.array([-3.0, 0.0, -1.0, -7.0])
+    np.testing.assert_allclose(name_bounds(log_p + prior), name_bounds(log_p), atol=1e-12)
+    np.testing.assert_allclose(name_auc(log_p + prior, present), name_auc(log_p, present))
+
+
+def test_names_in_captions_are_whole_words_the_longest_first():
+    regular: dict[str, tuple[str, ...]] = dict.fromkeys(["panda", "red panda", "ant", "butterfly", "knife", "bus"], ())
+    find = name_finder(regular | {"mouse": ("mice",)})
+    assert find("A red panda by an elephant.") == {"red panda"}
+    assert find("A red panda, a Panda") == {"red panda", "panda"}
+    assert find("two mice, three butterflies and knives near buses") == {"mouse", "butterfly", "knife", "bus"}
+    assert find("a giant pandas' ants, red\n pandas") == {"panda", "ant", "red panda"}
+    assert find("") == set()
+
+
+def test_caption_metrics_are_shares_over_all_pictures():
+    mentioned = np.array([[1, 1, 0], [0, 0, 0], [0, 1, 1]], dtype=bool)
+    present = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0]], dtype=bool)
+    found = caption_metrics(mentioned, present, Resampling(200))
+    assert found["value"].to_dict() == pytest.approx({"precision": 2 / 4, "recall": 2 / 4, "f1": 4 / 8})
+    assert (found["low"] <= found["value"]).all()
+    assert found["images"].to_dict() == {"precision": 2, "recall": 3, "f1": 3}
+
+
+# --- the LLM --------------------------------------------------------------------------------------------------------
+
+
+def pictures(world: Path) -> list[Image.Image]:
+    return [Image.open(world / "images" / f"im{index}.png").convert("RGB") for index in range(3)]
+
+
+@pytest.mark.parametrize("specification", [START, "full=tiny-llava"])
+def test_log_probabilities_equal_a_forward_pass_for_each_name(
+    golden_world: Path, monkeypatch: pytest.MonkeyPatch, specification: str
+):
+    """In float64, in several groups of names, after a bare image and inside a dialogue."""
+    monkeypatch.setattr(language_module, "_NAMES_AT_ONCE", 2)
+    [model] = load_models([specification], "tiny-vicuna", "tiny-clip", image_aspect_ratio="square")
+    assert model.language is not None
+    language = model.language.load()
+    llm = language.model.double()
+    names = ["dog", "red car", "the", "a very odd dog-house", "traffic light", "é"]
+    ids = [model.words.token_ids(name) for name in names]
+    assert {len(of_name) for of_name in ids} >= {1, 12}
+    shown = pictures(golden_world)
+    [log_p, _], captions = read_names(model, language, [shown[:2], shown[2:]], names, NameSettings())
+
+    before, after = language.prompt_ids(STEM)
+    words = llm.get_input_embeddings()
+    expected = np.empty((3, len(names)))
+    for row, picture in enumerate(shown):
+        tokens = model.visual_tokens(model.features(model.inputs([picture])))[0].double()
+        for column, of_name in enumerate(ids):
+            start, end = (words(torch.tensor(part, dtype=torch.long)) for part in (before, [*after, *of_name]))
+            with torch.no_grad():
+                log_shares = llm(inputs_embeds=torch.cat([start, tokens, end])[None]).logits[0].log_softmax(dim=-1)
+            places = range(-len(of_name) - 1, -1)
+            expected[row, column] = sum(float(log_shares[p, i]) for p, i in zip(places, of_name, strict=True))
+    assert len(captions) == 3
+    np.testing.assert_allclose(log_p, expected, rtol=1e-9)
+
+
+def test_the_prompt_is_that_of_training(golden_world: Path):
+    bare, full = load_models([START, "full=tiny-llava"], "tiny-vicuna", "tiny-clip", "square")
+    assert bare.language != full.language
+    for model, prompt in ((bare, "<image>"), (full, None)):
+        assert model.language is not None
+        language = model.language.load()
+        before, after = language.prompt_ids("")
+        text = language.tokenizer.decode(before) + "<image>" + language.tokenizer.decode(after)
+        if prompt:
+            assert tokenizer_image_token(prompt, language.tokenizer) == [*before, IMAGE_TOKEN_INDEX, *after]
+        else:
+            assert text.count("<image>") == 1
+            assert "Describe the image" in text
+        *_, last = language.prompt_ids(STEM)
+        assert language.tokenizer.decode(last).endswith(STEM)
+
+
+def test_captions_are_those_of_the_whole_model(golden_world: Path):
+    """Greedy tokens of `LlavaLlamaForCausalLM.generate` on ids and pixels."""
+    [model] = load_models(["full=tiny-llava"], None, None, image_aspect_ratio="square")
+    assert model.language is not None
+    language = model.language.load()
+    images = pictures(golden_world)
+    tokens = model.visual_tokens(model.features(model.inputs(images)))
+    before, after = language.prompt_ids("")
+    ids = torch.tensor([[*before, IMAGE_TOKEN_INDEX, *after]]).expand(3, -1)
+    new = language.model.generate(ids, images=model.inputs(images), do_sample=False, max_new_tokens=9)
+    texts = language.tokenizer.batch_decode(new, skip_special_tokens=True)
+    expected = [text.split(language.stop)[0].strip() for text in texts]
+    assert language.captions(tokens, 9) == expected
+    assert language.captions(tokens[1:], 9) == expected[1:]
+
+
+# --- in an analysis -------------------------------------------------------------------------------------------------
+
+
+def run(pad: Path, names: NameSettings | None = None) -> Analysis:
+    models = load_models([START], "tiny-vicuna", "tiny-clip", "square")
+    measure = MeasureSettings(pad, pad.parent / "pictures", batch_size=3)
+    return analyse(models, AnalysisSettings(measure, Resampling(50), (0,), names))
+
+
+def test_an_analysis_has_name_scores_of_the_regions_it_sees(golden_world: Path, pad: Path):
+    told = []
+    models = load_models([START, "full=tiny-llava"], "tiny-vicuna", "tiny-clip", "square")
+    measure = MeasureSettings(pad, pad.parent / "pictures", batch_size=3)
+    settings = AnalysisSettings(measure, Resampling(50), (0,), NameSettings(stems=(STEM,), max_new_tokens=4))
+    found = analyse(models, settings, lambda done, total: told.append((done, total)))
+    start = found.models["start"]
+    regions = found.regions[found.regions["model"] == "start"]
+    assert regions.loc[regions["label"] == "tree", list(SCORES_BY_NAME)].isna().all(axis=None)  # cut away by the crop
+    assert regions["name_bound"].notna().sum() == start.metrics.loc["name_bound", "regions"] == 6
+    assert regions["name_bound"].mean() == pytest.approx(start.metrics.loc["name_bound", "value"], rel=1e-12)
+    assert start.metrics.loc["name_bound", "value"] < math.log(found.images)
+    assert start.untrained is not None
+    assert math.isnan(start.untrained.metrics.loc["name_auc", "mean"])
+    assert told[-1] == (12, 12)  # 4 images: once for the regions, once for each LLM
+    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert list(document["models"]["full"]["names"]["caption_of"]) == ["0.png", "1.png", "2.png", "3.png"]
+    assert document["models"]["full"]["names"]["names"] == 6
+    assert document["settings"]["names"]["stems"] == [STEM]
+    assert run(pad).models["start"].names is None
+
+
+def test_a_name_counts_once_an_image_at_its_largest(golden_world: Path, write_pad: Callable, rectangle: Callable):
+    dogs = [rectangle(12, 0, 26, 14, "dog"), rectangle(12, 0, 68, 28, "dog"), rectangle(40, 28, 68, 56, "cow")]
+    asked = NameSettings({"cat": (), "dog": ()}, (STEM,), 2)
+    regions = run(write_pad(dogs, dogs[:1]), asked).regions.query("model == 'start'")
+    assert regions["name_auc"].notna().tolist() == [False, True, False, True]  # a cow is none of the names
+
+
+def test_names_of_the_caption_and_others_stand_apart(golden_world: Path, write_pad: Callable, rectangle: Callable):
+    regions = [rectangle(12, 0, 40, 28, "dog"), rectangle(40, 28, 68, 56, "car"), rectangle(12, 28, 40, 56, "cup")]
+    told = [region | {"in_caption": region["tag"] == "dog"} for region in regions]
+    by_caption = run(write_pad(told, told[:2]), names=NameSettings(stems=(STEM,))).models["start"].by_caption
+    assert {part: metrics.loc["name_bound", "regions"] for part, metrics in by_caption.items()} == {
+        "in the caption": 2, "not named": 3,
+    }  # fmt: skip
+    assert run(write_pad(regions)).models["start"].by_caption == {}
+
+
+def test_models_without_an_llm_are_named(golden_world: Path, pad: Path):
+    [model] = load_models([START], "tiny-vicuna", "tiny-clip")
+    silent = VisionLanguageModel(**{**vars(model), "name": "quiet", "language": None})
+    with pytest.raises(ValueError, match=r"--names: found no LLM to ask behind quiet"):
+        analyse([silent], AnalysisSettings(MeasureSettings(pad, pad.parent / "pictures"), names=NameSettings()))
