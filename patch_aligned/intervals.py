@@ -4,7 +4,7 @@ Rows of one image are correlated, so images are resampled with replacement, not 
 rows of the drawn images. Models that are resampled together share the same draws, so the interval of their difference
 is a paired one.
 
-Letters: I images, F metrics, N resamples.
+Letters: I images, F metrics, N resamples, S seeds of training.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: 
         with np.errstate(invalid="ignore"):
             means.append((times @ sums) / (times @ counts))  # [rows, F]
     return np.concatenate(means) if means else np.empty((0, sums.shape[1]))
+
+
+def resampled_over_seeds(draws: np.ndarray, seed: int) -> np.ndarray:
+    """Mean over seeds of training that are resampled too: draws `[N, S]`, one column a seed -> `[N]`."""
+    chosen = np.random.default_rng((seed, 1)).integers(0, draws.shape[1], size=draws.shape)  # [N, S]
+    return np.take_along_axis(draws, chosen, axis=1).mean(axis=1)
 
 
 def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ STAGES: dict[str, list[Part]] = {
         ),
     ],
     "Stage 1: regions (PAD)": [
-        Part("PAD/pad_558k.jsonl", 558_128, "# put the annotations of the 558K images at DATA/PAD/pad_558k.jsonl"),
+        Part("PAD/pad_558k.jsonl", 558_128, "DATA=DATA bash scripts/annotate_pad.sh"),
     ],
     "Stage 2: instructions (665K)": [
         Part(_MIXTURE, 665_298, _from_hub("liuhaotian/LLaVA-Instruct-150K", _MIXTURE, "DATA")),
@@ -137,7 +138,7 @@ def check(data: Path) -> tuple[list[str], list[str]]:
             # A folder may hold more or fewer images than its source, as long as it has all that the records name.
             complete = found is not None and not absent and (part.images_of in records_of or found >= part.expected)
             if not complete:
-                next_commands.append(part.next_command.replace("DATA", str(data)))
+                next_commands.append(re.sub(r"\bDATA\b(?!=)", lambda _: str(data), part.next_command))
     return lines, next_commands
 
 

@@ -247,6 +247,9 @@ def token_map(
     ] = False,
     english: EnglishOption = "auto",
     png: Annotated[bool, typer.Option(help="Whether a PNG is drawn for each image.")] = True,
+    cosine_maps: Annotated[
+        bool, typer.Option("--cosine-maps", help="Draw the cosines of each round beside its words (Figure 6).")
+    ] = False,
     vision_tower: VisionTowerOption = None,
     image_aspect_ratio: AspectRatioOption = None,
     device: DeviceOption = "cpu",
@@ -283,7 +286,7 @@ def token_map(
     written = write_token_map_page(maps, output)
     if png:
         with _progress("Drawing", console) as on_images:
-            written += save_token_map_figures(maps, output, on_images)
+            written += save_token_map_figures(maps, output, on_images, cosine_maps=cosine_maps)
     console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from patch_aligned.analysis.localisation import bare, drawable, font_families, panel_jpeg, require_matplotlib
+from patch_aligned.analysis.localisation import HEAT_MAP, bare, drawable, font_families, panel_jpeg, require_matplotlib
 from patch_aligned.analysis.words import MappedImage, TokenMap, TokenMaps, TokenText, colours_of_words
 from patch_aligned.web import render
 
@@ -134,20 +134,27 @@ def map_panels(image: MappedImage) -> dict[str, MapPanels]:
 
 
 def save_token_map_figures(
-    maps: TokenMaps, folder: Path, on_images: Callable[[int, int], None] = lambda done, total: None, prefix: str = ""
+    maps: TokenMaps,
+    folder: Path,
+    on_images: Callable[[int, int], None] = lambda done, total: None,
+    prefix: str = "",
+    cosine_maps: bool = False,
 ) -> list[Path]:
     """Save each image as a PNG, `<prefix>001_<image>.png` and so on, and return the paths."""
     written = []
     for number, image in enumerate(maps.images, start=1):
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(image.image_id).stem)[:100]  # file names have at most 255 bytes
         path = folder / f"{prefix}{number:03}_{stem}.png"
-        save_token_map_figure(image, path, f"words found by {maps.settings.described()}", maps.word_list is not None)
+        found_by = f"words found by {maps.settings.described()}"
+        save_token_map_figure(image, path, found_by, maps.word_list is not None, cosine_maps)
         written.append(path)
         on_images(number, len(maps.images))
     return written
 
 
-def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word_list: bool) -> None:
+def save_token_map_figure(
+    image: MappedImage, path: Path, caption: str, has_word_list: bool, cosine_maps: bool = False
+) -> None:
     """Save all maps of an image as a picture: a row a round, a column a model.
 
     Args:
@@ -155,6 +162,7 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
         path: where the picture goes.
         caption: how the words were found.
         has_word_list: whether colours tell English words.
+        cosine_maps: whether the cosines of each round stand beside its words, on one scale for the image.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -169,7 +177,8 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
     panel = min(max(4.2, 0.4 * most_across), 12.0)  # width, inches
     panel_height = panel * max(height / width for width, height in boxes_wh.values())
     gap, title, head, margin = 0.15, 0.3, 2.0, 0.2
-    width = max(len(names) * (panel + gap) - gap + 2 * margin, 7.0)
+    panels = 2 if cosine_maps else 1  # of a model in a row
+    width = max(panels * len(names) * (panel + gap) - gap + 2 * margin, 7.0)
     height = head + rounds * (panel_height + title) + margin
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     writer = _WordWriter(image)
@@ -196,7 +205,7 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
         parse_math=False,
     )
     for column, (name, token_map) in enumerate(image.maps.items()):
-        left = margin + column * (panel + gap)
+        left = margin + panels * column * (panel + gap)
         figure.text(
             (left + panel / 2) / width,
             1 - (head - 0.08) / height,
@@ -212,6 +221,10 @@ def save_token_map_figure(image: MappedImage, path: Path, caption: str, has_word
             bottom = height - head - title - (turn + 1) * panel_height - turn * title
             axes = figure.add_axes((left / width, bottom / height, panel / width, panel_height / height))
             _draw_map(axes, image.image, token_map, turn, points, writer)
+            if cosine_maps:
+                left_of_map = (left + panel + gap) / width
+                beside = figure.add_axes((left_of_map, bottom / height, panel / width, panel_height / height))
+                _draw_cosines(beside, token_map, turn, writer.top)
     figure.savefig(path)
 
 
@@ -268,6 +281,18 @@ def _draw_map(
     axes.set_ylim(top + height, top)
     axes.set_aspect("equal")
     axes.set_title(token_map.caption(turn), fontsize=8.5, pad=3, color=FADED)
+
+
+def _draw_cosines(axes: Axes, token_map: TokenMap, turn: int, top: float) -> None:
+    """Draw the cosines of one round, from 0 to the image's largest, as the paper's Figure 6 has them."""
+    bare(axes)
+    grid, (left, upper, width, height) = token_map.grid, _box_around(token_map)
+    cosines = token_map.pursuit.cosines[:, turn].reshape(grid.shape).numpy()
+    axes.pcolormesh(grid.x_edges, grid.y_edges, cosines, cmap=HEAT_MAP, vmin=0, vmax=max(top, 1e-9))
+    axes.set_xlim(left, left + width)
+    axes.set_ylim(upper + height, upper)
+    axes.set_aspect("equal")
+    axes.set_title(f"cosine {cosines.min():.2f} … {cosines.max():.2f}", fontsize=8.5, pad=3, color=FADED)
 
 
 def _box_around(token_map: TokenMap) -> tuple[float, float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -38,11 +39,14 @@ NamesOption = Annotated[
 @clear_errors
 def table(
     context: typer.Context,
-    number: Annotated[
-        str, typer.Argument(metavar="4|5|6|7|8|runs", help="The paper's table, or all runs as they are.")
-    ],
+    number: Annotated[str, typer.Argument(metavar="1|...|8|runs", help="The paper's table, or all runs as they are.")],
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUNS", help="Folders of runs, one a model.", show_default=False)
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUNS",
+            help="Folders of runs, one a model; for tables 1 to 3 folders of reports of `patch-aligned analyze`.",
+            show_default=False,
+        ),
     ] = None,
     runs: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="A folder of runs; more may follow it.", show_default=False)
@@ -55,19 +59,22 @@ def table(
     """Prints a table of the paper with the rows of our runs beside the paper's own.
 
     A folder of runs is what `eval.run` leaves: a folder for each benchmark. Missing cells are an en dash; the notes
-    say under which conditions each column came about. Runs of the miniature come as a table of their own.
+    say under which conditions each column came about, and how much a row gains over the first. Runs of the miniature
+    come as a table of their own. Rows of Tables 1 to 3 come from reports of `patch-aligned analyze`; without any, the
+    paper's rows stand alone, and the notes have the command.
 
     Example:
 
     `patch-aligned table 5 --runs runs/eval/plain runs/eval/patch --output table5.tex`
     """
-    from patch_aligned.results.tables import entrants_of, free_block, make_table
+    from patch_aligned.results.tables import entrants_of, free_block, make_table, projector_block
 
     places = [*(runs or []), *(folders or [])]
     if number in ("1", "2", "3"):
-        raise ValueError(f"Table {number} measures projectors, not answers: see patch-aligned analyze --help")
+        _write([projector_block(int(number), places)], format, output)
+        return
     if number not in ("4", "5", "6", "7", "8", "runs"):
-        raise ValueError(f"table: found {number!r}, expected 4, 5, 6, 7, 8 or runs")
+        raise ValueError(f"table: found {number!r}, expected a number from 1 to 8, or runs")
     if not places:
         raise ValueError("--runs: found no folder, expected at least one, such as runs/eval/MODEL")
     entrants = entrants_of(places, _names(names))
@@ -82,8 +89,16 @@ def table(
 @clear_errors
 def compare_command(
     context: typer.Context,
-    first: Annotated[Path, typer.Argument(metavar="RUNS_A", help="Folder of runs of the model to compare with.")],
-    second: Annotated[Path, typer.Argument(metavar="RUNS_B", help="Folder of runs of the other model.")],
+    first: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUNS_A[,...]",
+            help="Folder of runs of the model to compare with; of several seeds one each, joined by commas.",
+        ),
+    ],
+    second: Annotated[
+        str, typer.Argument(metavar="RUNS_B[,...]", help="The same of the other model, seeds in the same order.")
+    ],
     metric: Annotated[str | None, typer.Option(help="The score. Default: the headline of each benchmark.")] = None,
     resamples: Annotated[int, typer.Option(min=100, help="Draws of the bootstrap.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
@@ -97,12 +112,20 @@ def compare_command(
     Example:
 
     `patch-aligned compare runs/eval/plain runs/eval/patch`
+
+    `patch-aligned compare runs/plain_0,runs/plain_1,runs/plain_2 runs/patch_0,runs/patch_1,runs/patch_2`
     """
     from patch_aligned.results.compare import compare
     from patch_aligned.results.tables import entrants_of
 
-    one, other = entrants_of([first, second], _names(names))
-    _write([compare(one, other, metric, box_frame, resamples, seed)], format, output)
+    folders, others = ([Path(folder) for folder in arm.split(",")] for arm in (first, second))
+    entrants = entrants_of([*folders, *others])
+    arms = [entrants[: len(folders)], entrants[len(folders) :]]
+    if named := _names(names):
+        if len(named) != 2:
+            raise ValueError(f"--names: found {len(named)}, expected 2, one for each model")
+        arms = [[replace(entrant, name=name) for entrant in arm] for arm, name in zip(arms, named, strict=True)]
+    _write([compare(arms[0], arms[1], metric, box_frame, resamples, seed)], format, output)
 
 
 def _names(names: str | None) -> list[str]:

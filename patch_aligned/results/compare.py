@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from patch_aligned.intervals import percentile_interval, resampled_means
-from patch_aligned.results.paper import Column
+from patch_aligned.intervals import percentile_interval, resampled_means, resampled_over_seeds
+from patch_aligned.results.paper import DASH, GAINS, Column, relative_gain
 from patch_aligned.results.render import Block, Cell, Row
 from patch_aligned.results.run import BoxFrame, Filled, Run, RunFileError, Sample, conditions_of, read_samples
 from patch_aligned.results.tables import LIMIT_MARK, Entrant, frame_of, metric_of, score_factor, shown_as
@@ -22,7 +22,7 @@ _DECIDING = ("task", "template", "decoding", "numbers", "judge")  # conditions t
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A score of the second run less that of the first, over the rows that both answered.
+    """A score of the second run less that of the first, over the rows that both answered, and over seeds.
 
     Attributes:
         first, second: the score over these rows.
@@ -47,132 +47,182 @@ class PairedDifference:
 def paired_difference(
     first: Sequence[Sample], second: Sequence[Sample], metric: str, resamples: int = 10_000, seed: int = 0
 ) -> PairedDifference:
-    """Compares two runs row by row: rows match where id and target are the same.
+    """Compare two runs row by row: rows match where id and target are the same.
 
     Rows of one group, such as the expressions of one image, are drawn together.
 
     Raises:
         ValueError: no row matches, or a matching one has no such score.
     """
-    others = {sample.id: sample for sample in second}
-    pairs = [
-        (sample, others[sample.id])
-        for sample in first
-        if sample.id in others and others[sample.id].target == sample.target
-    ]
-    if not pairs:
-        raise ValueError("no row has the same id and target in both runs")
-    for sample in (sample for pair in pairs for sample in pair):
-        if metric not in sample.scores:
-            raise ValueError(f"row {sample.id!r} has no score {metric!r} of its own")
-    scores = np.array([[a.scores[metric], b.scores[metric]] for a, b in pairs])  # [I, 2]
+    return paired_over_seeds([(first, second)], metric, resamples, seed)
+
+
+def paired_over_seeds(
+    pairs: Sequence[tuple[Sequence[Sample], Sequence[Sample]]], metric: str, resamples: int = 10_000, seed: int = 0
+) -> PairedDifference:
+    """As `paired_difference`, over a pair of runs for each seed of training; a mean over seeds.
+
+    A draw takes the same images for all seeds, and then seeds with replacement, the same for both models.
+    """
     names: dict[object, int] = {}
-    groups = np.array([names.setdefault(a.group or ("row", a.id), len(names)) for a, _ in pairs])  # [I]
-    sums = np.zeros((len(names), 1))  # [G, 1]
-    np.add.at(sums[:, 0], groups, scores[:, 1] - scores[:, 0])
-    counts = np.bincount(groups).astype(np.float64)[:, None]  # [G, 1]
-    draws = resampled_means(sums, counts, resamples, seed)[:, 0]  # [N]
+    scores, groups = [], []  # of each seed: [I, 2], [I]
+    for first, second in pairs:
+        matched = _matched(first, second, metric)
+        scores.append(np.array([[a.scores[metric], b.scores[metric]] for a, b in matched]))
+        groups.append(np.array([names.setdefault(a.group or ("row", a.id), len(names)) for a, _ in matched]))
+    sums, counts = np.zeros((2, len(names), len(pairs)))  # [G, S] each
+    for column, (of_seed, group) in enumerate(zip(scores, groups, strict=True)):
+        np.add.at(sums[:, column], group, of_seed[:, 1] - of_seed[:, 0])
+        np.add.at(counts[:, column], group, 1)
+    draws = resampled_over_seeds(resampled_means(sums, counts, resamples, seed), seed)  # [N, S] -> [N]
     low, high = percentile_interval(draws)
     above = float((draws > 0).mean() + 0.5 * (draws == 0).mean())
-    before, after = scores.mean(axis=0).tolist()
-    all_rows = len(pairs) == len(first) == len(second)
-    return PairedDifference(before, after, after - before, low, high, above, len(pairs), len(names), all_rows)
+    before, after = np.mean([of_seed.mean(axis=0) for of_seed in scores], axis=0).tolist()
+    rows = sum(map(len, scores))
+    all_rows = all(len(of_seed) == len(a) == len(b) for of_seed, (a, b) in zip(scores, pairs, strict=True))
+    return PairedDifference(before, after, after - before, low, high, above, rows, len(names), all_rows)
+
+
+def _matched(first: Sequence[Sample], second: Sequence[Sample], metric: str) -> list[tuple[Sample, Sample]]:
+    others = {sample.id: sample for sample in second}
+    matched = [(a, others[a.id]) for a in first if a.id in others and others[a.id].target == a.target]
+    if not matched:
+        raise ValueError("no row has the same id and target in both runs")
+    for sample in (sample for pair in matched for sample in pair):
+        if metric not in sample.scores:
+            raise ValueError(f"row {sample.id!r} has no score {metric!r} of its own")
+    return matched
 
 
 def compare(
-    first: Entrant,
-    second: Entrant,
+    first: Sequence[Entrant],
+    second: Sequence[Entrant],
     metric: str | None = None,
     box_frame: BoxFrame | None = None,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Block:
-    """Every benchmark that both have runs of, a line each.
+    """Every benchmark that all have runs of, a line each; of several seeds also a line for each.
 
     Args:
-        first, second: the models.
+        first, second: the models; several where there are several seeds of training, in the same order.
         metric: the score; None: the headline of each benchmark.
         box_frame: how boxes are read where a run has both readings; None: as its settings say.
         resamples: draws of the bootstrap.
         seed: of the draws.
 
     Raises:
-        RunFileError: the models share no benchmark, or none of their runs has that metric.
+        RunFileError: the models share no benchmark, none of their runs has that metric, or the numbers of seeds differ.
     """
-    runs, others = ({run.result.benchmark: run for run in entrant.runs} for entrant in (first, second))
-    shared = [name for name in runs if name in others]
+    if len(first) != len(second):
+        raise RunFileError(f"found {len(first)} and {len(second)} seeds, expected as many of both, in the same order")
+    entrants = [*first, *second]
+    runs = [{run.result.benchmark: run for run in entrant.runs} for entrant in entrants]
+    shared = [name for name in runs[0] if all(name in of_entrant for of_entrant in runs)]
     if not shared:
-        raise RunFileError(
-            f"{first.name} and {second.name} share no benchmark; found {', '.join(runs)} and {', '.join(others)}"
-        )
-    known = sorted({metric for name in shared for run in (runs[name], others[name]) for metric in run.result.scores})
+        held = " and ".join(", ".join(of_entrant) for of_entrant in runs)
+        raise RunFileError(f"{' and '.join(entrant.name for entrant in entrants)} share no benchmark; found {held}")
+    known = sorted({metric for name in shared for of_entrant in runs for metric in of_entrant[name].result.scores})
     if metric is not None and metric not in known:
         near = difflib.get_close_matches(metric, known, n=3, cutoff=0.5) or known
         raise RunFileError(f"--metric: found {metric!r}, expected a score of the runs, such as {', '.join(near)}")
-    rows, notes = [], []
+    rows, notes, changes = [], [], []
     for name in shared:
-        row, said = _compare_runs(name, runs[name], others[name], metric, box_frame, resamples, seed)
+        pairs = [(a[name], b[name]) for a, b in zip(runs[: len(first)], runs[len(first) :], strict=True)]
+        of_benchmark, said = _compare_runs(name, pairs, metric, box_frame, resamples, seed)
         notes += said
-        if row:
-            rows.append(row)
-    if alone := [name for name in (*runs, *others) if (name in runs) != (name in others)]:
-        notes.append(f"Only one of the two has a run of {', '.join(alone)}.")
-    notes.append(
-        f"Difference: {second.name} less {first.name}; the interval holds the middle 95% of {resamples:,} paired "
-        f"resamples (seed {seed}), in which rows of one image stay together where the run says so; the last column is "
-        "the share of them in which the second is ahead, ties counted half. Rows match by id and target."
+        rows += [row for row, _ in of_benchmark]
+        changes += [found for _, found in of_benchmark[:1]]
+    if alone := [name for name in dict.fromkeys(name for of in runs for name in of) if name not in shared]:
+        notes.append(f"Not all of them have a run of {', '.join(alone)}.")
+    if len(changes) > 1:
+        before, after = ([getattr(found, side) for found in changes] for side in ("first", "second"))
+        gains = [f"{100 * relative_gain(before, after, how):+.1f}% ({how})" for how in GAINS]
+        notes.append(f"Relative gain over {len(changes)} benchmarks, in their own units: {', '.join(gains)}.")
+    seeds = (
+        "these weights on other images, not another seed of training"
+        if len(first) == 1
+        else f"other images and other seeds of training, as far as {len(first)} seeds tell: both are drawn; those of "
+        "single seeds hold other images alone"
     )
-    heads = ("Score", "Rows", first.name, second.name, "Difference", "95% interval", "Ahead")
+    notes.append(
+        f"Difference: {second[0].name} less {first[0].name}; the interval holds the middle 95% of {resamples:,} paired "
+        f"resamples (seed {seed}), in which rows of one image stay together where the run says so: {seeds}. The last "
+        "column is the share of them in which the second is ahead, ties counted half. Rows match by id and target."
+    )
+    heads = ("Score", "Rows", first[0].name, second[0].name, "Difference", "Relative", "95% interval", "Ahead")
     return Block(
-        f"{second.name} against {first.name}", "Benchmark", tuple(("", head) for head in heads), tuple(rows),
-        tuple(notes),
+        f"{second[0].name} against {first[0].name}", "Benchmark", tuple(("", head) for head in heads), tuple(rows),
+        tuple(dict.fromkeys(notes)),
     )  # fmt: skip
 
 
 def _compare_runs(
-    name: str, first: Run, second: Run, metric: str | None, box_frame: BoxFrame | None, resamples: int, seed: int
-) -> tuple[Row | None, list[str]]:
-    chosen, other = (metric_of(run.result, metric, box_frame) for run in (first, second))
-    if chosen != other:
-        return None, [f"{name}: not compared: {chosen!r} stands for the one run, {other!r} for the other."]
-    scores = [run.result.scores.get(chosen or "") for run in (first, second)]
-    if chosen is None or scores[0] is None or scores[1] is None:
-        return None, [f"{name}: not compared: there is no score {chosen!r} in both runs."]
-    samples = [read_samples(run.folder) for run in (first, second)]
-    for run, rows in zip((first, second), samples, strict=True):
-        own = [sample.scores[chosen] for sample in rows if chosen in sample.scores]
+    name: str,
+    pairs: Sequence[tuple[Run, Run]],
+    metric: str | None,
+    box_frame: BoxFrame | None,
+    resamples: int,
+    seed: int,
+) -> tuple[list[tuple[Row, PairedDifference]], list[str]]:
+    """Lines of a benchmark with the differences that they show, and notes; no line where it cannot be compared."""
+    runs = [run for pair in pairs for run in pair]
+    metrics = dict.fromkeys(metric_of(run.result, metric, box_frame) for run in runs)
+    if len(metrics) > 1:
+        return [], [f"{name}: not compared: {' and '.join(map(repr, metrics))} stand for different runs."]
+    [chosen] = metrics
+    if chosen is None or any(chosen not in run.result.scores for run in runs):
+        return [], [f"{name}: not compared: there is no score {chosen!r} in all runs."]
+    samples = {run.folder: read_samples(run.folder) for run in runs}
+    for run in runs:
+        own = [sample.scores[chosen] for sample in samples[run.folder] if chosen in sample.scores]
         score = run.result.scores[chosen]
         rounding = _ROUNDING * (100 if score.unit == "points" else 1)
-        if not own or len(own) < len(rows) or abs(sum(own) / len(own) - score.value) > rounding:
-            return None, [f"{name}: not compared: {chosen!r} is no mean over rows, so rows cannot be resampled."]
+        if not own or len(own) < len(samples[run.folder]) or abs(sum(own) / len(own) - score.value) > rounding:
+            return [], [f"{name}: not compared: {chosen!r} is no mean over rows, so rows cannot be resampled."]
+    of_seeds = [(samples[a.folder], samples[b.folder]) for a, b in pairs]
+    several = len(pairs) > 1
     try:
-        found = paired_difference(samples[0], samples[1], chosen, resamples, seed)
+        found = {name: paired_over_seeds(of_seeds, chosen, resamples, seed)}
+        for number, pair in enumerate(of_seeds if several else (), start=1):
+            found[f"{name}, seed {number}"] = paired_difference(*pair, chosen, resamples, seed)
     except ValueError as error:
-        return None, [f"{name}: not compared: {error}."]
-    factor = score_factor(first, chosen, Column("", chosen, shown=shown_as(scores[0].unit)))
-    values = [f"{number * factor:.2f}" for number in (found.first, found.second)]
-    settings = [run.result.settings for run in (first, second)]
-    mark = LIMIT_MARK if any(setting.limit is not None for setting in settings) else ""
-    matched = f"{found.rows:,}" if found.all_rows else f"{found.rows:,} of {len(samples[0]):,} and {len(samples[1]):,}"
-    numbers = [
-        *values,
-        f"{found.value * factor:+.2f}",
-        f"{found.low * factor:+.2f} to {found.high * factor:+.2f}",
-        f"{100 * found.share_above_zero:.1f}%",
-    ]
-    row = Row(name, (Cell(chosen), Cell(matched, mark=mark), *map(Cell, numbers)))
+        return [], [f"{name}: not compared: {error}."]
+    factor = score_factor(runs[0], chosen, Column("", chosen, shown=shown_as(runs[0].result.scores[chosen].unit)))
+    mark = LIMIT_MARK if any(run.result.settings.limit is not None for run in runs) else ""
+    totals = [f"{sum(len(pair[side]) for pair in of_seeds):,}" for side in (0, 1)]
+    rows = []
+    for label, of_row in found.items():
+        matched = f"{of_row.rows:,}" + ("" if of_row.all_rows or label != name else f" of {' and '.join(totals)}")
+        numbers = [
+            f"{of_row.first * factor:.2f}",
+            f"{of_row.second * factor:.2f}",
+            f"{of_row.value * factor:+.2f}",
+            f"{100 * of_row.value / of_row.first:+.1f}%" if of_row.first else DASH,
+            f"{of_row.low * factor:+.2f} to {of_row.high * factor:+.2f}",
+            f"{100 * of_row.share_above_zero:.1f}%",
+        ]
+        rows.append((Row(label, (Cell(chosen), Cell(matched, mark=mark), *map(Cell, numbers))), of_row))
     notes = [f"{name}: {LIMIT_MARK} a run has --limit: a trial, no result."] if mark else []
-    if differing := [_data_of(run) for run in (first, second) if _data_of(first) != _data_of(second)]:
-        notes.append(f"{name}: the data differ: {' against '.join(differing)}.")
+    for one, other in pairs:
+        notes += _differing(name, one, other, box_frame)
+    return rows, notes
+
+
+def _differing(name: str, first: Run, second: Run, box_frame: BoxFrame | None) -> list[str]:
+    """Notes on what else than the model differs between two runs."""
+    notes = []
+    if _data_of(first) != _data_of(second):
+        notes.append(f"{name}: the data differ: {_data_of(first)} against {_data_of(second)}.")
     steps = [_trained_steps(run) for run in (first, second)]
     if None not in steps and steps[0] != steps[1]:
         notes.append(f"{name}: the models were trained for {steps[0]:,} against {steps[1]:,} steps.")
-    if settings[0].prompt != settings[1].prompt:
+    if first.result.settings.prompt != second.result.settings.prompt:
         notes.append(f"{name}: the prompts differ.")
     one, two = (conditions_of(Filled("", "", run.result, frame_of(run.result, box_frame))) for run in (first, second))
     if differing := [f"{one[kind]} against {two[kind]}" for kind in _DECIDING if one[kind] != two[kind]]:
         notes.append(f"{name}: the runs differ in more than the model: {'; '.join(differing)}.")
-    return row, notes
+    return notes
 
 
 def _data_of(run: Run) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
-from patch_aligned.results.paper import PAPER_TABLES, Column, PaperTable, Shown
+from patch_aligned.results.paper import DASH, PAPER_TABLES, Column, PaperTable, Shown, relative_gain
 from patch_aligned.results.render import Block, Cell, Row
 from patch_aligned.results.run import (
     ACCURACY,
@@ -100,6 +102,31 @@ def make_table(number: int, entrants: Sequence[Entrant], box_frame: BoxFrame | N
         block = free_block(small, f"Table {number} in miniature: {table.title}", table, box_frame)
         blocks.append(_noted(block, "The miniature's scenes and models: not comparable with the paper's numbers."))
     return blocks
+
+
+def projector_block(number: int, folders: Sequence[Path]) -> Block:
+    """Table 1, 2 or 3 of the paper, and the projectors of reports below: those of `patch-aligned analyze`.
+
+    Raises:
+        RunFileError: a folder has no report, or one of an earlier version.
+    """
+    table = PAPER_TABLES[number]
+    rows = [Row(f"{row.model} (paper)", tuple(map(Cell, row.cells))) for row in table.rows]
+    for place in (folder / "analysis.json" for folder in folders):
+        if not place.is_file():
+            raise RunFileError(f"{place}: there is no such file; expected the --output of patch-aligned analyze")
+        for name, model in json.loads(place.read_text(encoding="utf-8"))["models"].items():
+            cells = []
+            for column in table.columns:
+                value = model
+                for key in str(column.metric).split("."):
+                    if key not in value:
+                        raise RunFileError(f"{place}: model {name!r} has no {column.metric}; run analyze again")
+                    value = value[key]
+                cells.append(Cell() if value is None else Cell(f"{value:.{column.digits}f}"))
+            rows.append(Row(name, tuple(cells)))
+    columns = tuple((column.group, column.name) for column in table.columns)
+    return Block(f"Table {number}: {table.title}", "Projector", columns, tuple(rows), (table.conditions,))
 
 
 def free_block(
@@ -216,7 +243,7 @@ def _rec_blocks(table: PaperTable, entrants: Sequence[Entrant], box_frame: BoxFr
     blocks = [block]
     if any(entrant.runs for entrant in own):
         apart = _block(
-            PaperTable(table.number, table.title, table.columns, (), "", is_rec=True),
+            replace(table, rows=(), conditions=""),
             own,
             f"{table.title}, own protocol (training's prompt, usual splits, boxes read in {_frames(own, box_frame)})",
             box_frame,
@@ -237,14 +264,33 @@ def _block(table: PaperTable, entrants: Sequence[Entrant], title: str, box_frame
     rows = [
         Row(f"{row.model} (paper)", (*map(Cell, row.facts), *map(Cell, row.cells)), row.section) for row in table.rows
     ]
+    gains = [_gain_note(table, *pair) for pair in pairwise(rows) if "Aligned" in pair[1].label]
     section = "Our runs" if any(row.section for row in table.rows) else ""
     for entrant in entrants:
         for label, runs in _lines(entrant, table):
             cells = [filler.cell(runs.get(column.run_column), column, label) for column in table.columns]
             rows.append(Row(label, (*(Cell() for _ in table.fact_columns), *cells), section))
+    ours = rows[len(table.rows) :]
+    gains += [_gain_note(table, ours[0], row) for row in ours[1:]]
     columns = (*(("", fact) for fact in table.fact_columns), *((column.group, column.name) for column in table.columns))
-    notes = [*([table.conditions] if table.conditions else []), *filler.notes(), *_checkpoint_notes(entrants)]
+    notes = [*filter(None, (table.conditions, *gains)), *filler.notes(), *_checkpoint_notes(entrants)]
     return Block(f"Table {table.number}: {title}", "Model", columns, tuple(rows), tuple(notes))
+
+
+def _gain_note(table: PaperTable, before: Row, after: Row) -> str:
+    """What a row gains over another in the columns that both have, and the parts where they are unlike."""
+    facts = len(table.fact_columns)
+    cells = zip(table.columns, before.cells[facts:], after.cells[facts:], strict=True)
+    both = [(column.heading, float(a.text), float(b.text)) for column, a, b in cells if DASH not in (a.text, b.text)]
+    if table.gain is None or not both or any(old == 0 for _, old, _ in both):
+        return ""
+    names, old, new = zip(*both, strict=True)
+    note = f"{after.label} over {before.label}: {100 * relative_gain(old, new, table.gain):+.1f}%, {table.gain}"
+    parts = [b / a - 1 for a, b in zip(old, new, strict=True)]
+    note += f" ({', '.join(f'{name} {100 * part:+.1f}%' for name, part in zip(names, parts, strict=True))})"
+    if table.gain == "mean of ratios" and sum(parts) > 0:
+        note += f"; {names[parts.index(max(parts))]} alone is {max(parts) / sum(parts):.0%} of it"
+    return f"{note}."
 
 
 def _lines(entrant: Entrant, table: PaperTable) -> list[tuple[str, dict[str, Run]]]:

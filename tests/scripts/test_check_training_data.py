@@ -39,6 +39,7 @@ def test_empty_data_root_names_every_part_and_how_to_get_it(tmp_path: Path) -> N
     assert "558,128" in result.stdout
     assert "665,298" in result.stdout
     assert "hf download --repo-type dataset liuhaotian/LLaVA-Pretrain" in result.stdout
+    assert f"DATA={tmp_path} bash scripts/annotate_pad.sh" in result.stdout
     assert str(tmp_path) in result.stdout
 
 

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -21,6 +22,7 @@ from llava.convert.to_hf import to_hf
 from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis import words as word_list
 from patch_aligned.analysis.cli import token_map as token_map_command
+from patch_aligned.analysis.localisation import HEAT_MAP
 from patch_aligned.analysis.token_map import (
     save_token_map_figure,
     token_map_document,
@@ -269,6 +271,18 @@ def test_the_picture_is_drawn_even_where_a_font_lacks_a_sign(
         assert picture.width >= 700
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 50
     assert not [warning for warning in recwarn if "lyph" in str(warning.message)]
+
+
+def test_cosine_maps_stand_beside_the_words(mapped: MappedImage, tmp_path: Path):
+    """One column more a model, whose cells have the colours of their cosines on one scale from 0 to the largest."""
+    for cosines in (False, True):
+        save_token_map_figure(mapped, tmp_path / f"{cosines}.png", "words", True, cosines)
+    with Image.open(tmp_path / "False.png") as plain, Image.open(tmp_path / "True.png") as both:
+        assert both.width > plain.width
+        assert both.height == plain.height
+        half = np.asarray(both.convert("RGB"))[:, both.width // 2 :].astype(int)
+    brightest = np.array(colormaps[HEAT_MAP](1.0)[:3]) * 255
+    assert (abs(half - brightest).max(axis=2) <= 2).sum() > 500  # cosine 1: the tokens are words
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

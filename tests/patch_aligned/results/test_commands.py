@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,11 +46,44 @@ def test_two_models_are_compared(two_models: list[str]) -> None:
     assert "| gqa " in result.stdout
 
 
+def test_seeds_of_a_model_are_joined_by_commas(two_models: list[str]) -> None:
+    a, b = two_models
+    result = CliRunner().invoke(app, ["compare", f"{a},{b}", f"{b},{b}", "--names", "A,B", "--resamples", "200"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("## B against A\n")
+    assert "| gqa, seed 2 " in result.stdout
+    assert CliRunner().invoke(app, ["compare", a, b, "--names", "A"]).exit_code == 2
+
+
+@pytest.mark.parametrize("number", ["1", "2", "3"])
+def test_tables_of_projectors_take_reports_and_name_the_command(tmp_path: Path, number: str) -> None:
+    names = ("align_px", "align_px_per_image", "shuffled_align_px", "cosine", "best_word_cosine", "contrast")
+    figures: dict[str, object] = {name: {"value": 0.25 + 0.1 * place} for place, name in enumerate(names)}
+    figures["retrieval_top1"] = {"value": None}
+    entropies = {f"entropy_{side}": {"entropy_nats": nats} for side, nats in (("before", 2.25), ("after", 1.5))}
+    model = {"figures": figures, **entropies, "entropy_drop_nats": 0.75, "cosine_floor": 0.5}
+    (tmp_path / "analysis.json").write_text(json.dumps({"models": {"ours": model}}))
+    result = CliRunner().invoke(app, ["table", number, str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    [row] = [line for line in result.stdout.splitlines() if line.startswith("| ours")]
+    expected = {
+        "1": ["2.2500", "1.5000"],
+        "2": ["0.250", "0.350", "0.450"],
+        "3": ["0.7500", "0.250", "0.350", "0.450", "0.55", "0.65", "0.50", "0.75", "–"],
+    }
+    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == expected[number]
+    alone = CliRunner().invoke(app, ["table", number])
+    assert alone.exit_code == 0
+    assert "bash scripts/v1_5/analyze.sh" in alone.stdout
+    (tmp_path / "analysis.json").write_text(json.dumps({"models": {"old": {"figures": {}}}}))
+    assert CliRunner().invoke(app, ["table", number, str(tmp_path)]).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["3"], "Table 3 measures projectors, not answers"),
-        (["9", "RUNS"], "found '9', expected 4, 5, 6, 7, 8 or runs"),
+        (["3", "RUNS"], "there is no such file; expected the --output of patch-aligned analyze"),
+        (["9", "RUNS"], "found '9', expected a number from 1 to 8, or runs"),
         (["6"], "--runs: found no folder, expected at least one"),
         (["6", "nowhere"], "nowhere: found no result.json"),
         (["7", "RUNS"], "no run belongs to Table 7; found runs of gqa"),

@@ -11,11 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from patch_aligned.results.compare import compare, paired_difference
+from patch_aligned.results.compare import compare, paired_difference, paired_over_seeds
+from patch_aligned.results.paper import DASH
+from patch_aligned.results.render import Block
 from patch_aligned.results.run import RunFileError, RunResult, RunSettings, Sample, Score, rows_sha256, write_run
 from patch_aligned.results.tables import entrants_of
 
 Make = Callable[..., Path]
+
+
+def compared(first: Path, second: Path, **options: Any) -> Block:
+    one, other = entrants_of([first, second], ["A", "B"])
+    return compare([one], [other], **options)
 
 
 def samples(scores: list[float], groups: list[str | None] | None = None, first_id: int = 0) -> list[Sample]:
@@ -97,17 +104,59 @@ def test_a_comparison_has_a_line_for_each_shared_benchmark(make_run: Make, tmp_p
     make_run("a/gqa", {"exact_match": [0, 0, 1, 0]}, benchmark="gqa", column="GQA", tables=(6,))
     make_run("b/gqa", {"exact_match": [1, 1, 1, 1]}, benchmark="gqa", column="GQA", tables=(6,))
     make_run("b/okvqa", {"exact_match": [1, 1]}, benchmark="okvqa", column="OKVQA", tables=(6,))
-    block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
+    block = compared(tmp_path / "a", tmp_path / "b")
     (row,) = block.rows
     shown = dict(zip([name for _, name in block.columns], map(str, row.cells), strict=True))
     assert row.label == "gqa"
     assert {name: shown[name] for name in ("Score", "Rows", "A", "B", "Difference")} == {
         "Score": "exact_match", "Rows": "4", "A": "25.00", "B": "100.00", "Difference": "+75.00",
     }  # fmt: skip
-    assert "Only one of the two has a run of okvqa." in block.notes
+    assert "Not all of them have a run of okvqa." in block.notes
     make_run("c/pope", {"acc": [1]}, benchmark="pope")
     with pytest.raises(RunFileError, match="A and B share no benchmark; found gqa and pope"):
-        compare(*entrants_of([tmp_path / "a", tmp_path / "c"], ["A", "B"]))
+        compared(tmp_path / "a", tmp_path / "c")
+
+
+def test_equal_seeds_leave_the_interval_of_one(make_run: Make, tmp_path: Path) -> None:
+    """Three seeds of the same scores: nothing varies between seeds, and images are the same for all."""
+    first, second = samples([0.0, 1.0, 0.5, 0.2]), samples([1.0, 0.0, 0.7, 0.9])
+    alone, thrice = (paired_over_seeds([(first, second)] * seeds, "acc", 500) for seeds in (1, 3))
+    assert [thrice.first, thrice.second, thrice.value] == pytest.approx([alone.first, alone.second, alone.value])
+    assert (thrice.low, thrice.high, thrice.rows) == pytest.approx((alone.low, alone.high, 3 * alone.rows))
+
+
+def test_seeds_that_contradict_follow_the_binomial() -> None:
+    """Constant differences of 2 and -1: images say nothing, the mean of two seeds drawn is 2, 1/2 or -1."""
+    zero, two, minus = (samples([value] * 3) for value in (0.0, 2.0, -1.0))
+    found = paired_over_seeds([(zero, two), (zero, minus)], "acc", resamples=40_000)
+    assert (found.value, found.low, found.high) == (0.5, -1.0, 2.0)
+    assert found.share_above_zero == pytest.approx(0.75, abs=0.01)
+
+
+def test_seeds_are_shown_singly_below_their_mean(make_run: Make, tmp_path: Path) -> None:
+    for name, hits in {"a0": [0, 0], "a1": [0, 1], "b0": [1, 0], "b1": [1, 1]}.items():
+        make_run(f"{name}/gqa", {"exact_match": hits}, benchmark="gqa")
+    a0, a1, b0, b1 = entrants_of([tmp_path / name for name in ("a0", "a1", "b0", "b1")], ["A", "A1", "B", "B1"])
+    block = compare([a0, a1], [b0, b1])
+    shown = {row.label: [str(cell) for cell in row.cells[1:6]] for row in block.rows}
+    assert shown == {
+        "gqa": ["4", "25.00", "75.00", "+50.00", "+200.0%"],
+        "gqa, seed 1": ["2", "0.00", "50.00", "+50.00", DASH],
+        "gqa, seed 2": ["2", "50.00", "100.00", "+50.00", "+100.0%"],
+    }
+    assert "other seeds of training, as far as 2 seeds tell" in block.notes[-1]
+    assert "not another seed of training" in compare([a0], [b0]).notes[-1]
+    with pytest.raises(RunFileError, match="found 2 and 1 seeds"):
+        compare([a0, a1], [b0])
+
+
+def test_the_gain_over_several_benchmarks_is_given_both_ways(make_run: Make, tmp_path: Path) -> None:
+    for name, shares in {"a": (0.5, 0.25), "b": (0.75, 0.5)}.items():
+        for benchmark, share in zip(("gqa", "okvqa"), shares, strict=True):
+            hits = [float(row < 4 * share) for row in range(4)]
+            make_run(f"{name}/{benchmark}", {"exact_match": hits}, benchmark=benchmark)
+    block = compared(tmp_path / "a", tmp_path / "b")
+    assert any("+66.7% (ratio of means), +75.0% (mean of ratios)" in note for note in block.notes)
 
 
 def test_how_many_rows_matched_is_said(make_run: Make, result_of: Any, tmp_path: Path) -> None:
@@ -115,7 +164,7 @@ def test_how_many_rows_matched_is_said(make_run: Make, result_of: Any, tmp_path:
     settings: RunSettings = result_of([], {}).settings
     limited = replace(settings, limit=2, prompt="another", conversation="plain", batch_size=1)
     make_run("b/gqa", {"exact_match": [1, 1]}, benchmark="gqa", settings=limited)
-    block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
+    block = compared(tmp_path / "a", tmp_path / "b")
     assert [str(cell) for cell in block.rows[0].cells[1:4]] == ["2 of 4 and 2 †", "0.00", "100.00"]
     assert "gqa: the prompts differ." in block.notes
     assert any(note.startswith("gqa: † a run has --limit") for note in block.notes)
@@ -134,10 +183,10 @@ def test_other_steps_and_other_data_are_said(make_run: Make, result_of: Any, tmp
         data = replace(result.data, revision=revision, rows=1, rows_sha256=rows_sha256([("0", [0.1, 0])]))
         model = replace(result.model, path=str(folder))
         make_run(f"{name}/gqa", {"exact_match": [1]}, benchmark="gqa", model=model, data=data)
-    (notes,) = [compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"])).notes]
+    (notes,) = [compared(tmp_path / "a", tmp_path / "b").notes]
     assert any("10 against 20 steps" in note for note in notes)
     assert any("1111" in note and "2222" in note for note in notes)
-    alike = compare(*entrants_of([tmp_path / "a", tmp_path / "a"], ["A", "B"])).notes
+    alike = compared(tmp_path / "a", tmp_path / "a").notes
     assert not any("steps" in note or "data differ" in note for note in alike)
 
 
@@ -145,13 +194,13 @@ def test_a_mistyped_metric_ends_with_the_near_ones(make_run: Make, tmp_path: Pat
     for name in "ab":
         make_run(f"{name}/gqa", {"exact_match": [0, 1]}, benchmark="gqa")
     with pytest.raises(RunFileError, match=r"--metric: found 'exact-match', expected a score of the runs.*exact_match"):
-        compare(*entrants_of([tmp_path / "a", tmp_path / "b"]), metric="exact-match")
+        compared(tmp_path / "a", tmp_path / "b", metric="exact-match")
 
 
 def test_runs_without_rows_are_not_compared(result_of: Any, tmp_path: Path) -> None:
     for name in "ab":
         write_run(tmp_path / name / "gqa", result_of([], {"acc": Score(0.0, None, 0, "share")}, benchmark="gqa"), [])
-    block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"]))
+    block = compared(tmp_path / "a", tmp_path / "b")
     assert not block.rows
     assert block.notes[0].startswith("gqa: not compared")
 
@@ -162,7 +211,7 @@ def test_a_score_that_is_no_mean_over_rows_is_not_resampled(make_run: Make, tmp_
         document = json.loads((folder / "result.json").read_text())
         document["scores"]["METEOR"]["value"] = 0.35
         (folder / "result.json").write_text(json.dumps(document))
-    block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
+    block = compared(tmp_path / "a", tmp_path / "b")
     assert not block.rows
     assert block.notes[0] == "captions: not compared: 'METEOR' is no mean over rows, so rows cannot be resampled."
 
@@ -172,5 +221,5 @@ def test_a_mean_that_the_scorer_rounded_is_a_mean_over_rows(make_run: Make, tmp_
         folder = make_run(f"{name}/mmmu", {"mmmu_acc": [1, 0, 0]}, benchmark="mmmu")
         text = (folder / "result.json").read_text()
         (folder / "result.json").write_text(text.replace("0.3333333333333333", "0.333"))
-    block = compare(*entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
+    block = compared(tmp_path / "a", tmp_path / "b")
     assert [row.label for row in block.rows] == ["mmmu"]
