@@ -313,10 +313,10 @@ def _encoded(part: Any, width: int, height: int) -> list[Any]:
     return [{"size": [height, width], "counts": text}]
 
 
-def _box_xyxy_px(rle_mask: str, size_wh: tuple[int, int]) -> list[float]:
-    """The mask's bounding box, `[x1, y1, x2, y2]`; all 0 for an empty mask."""
+def _box_xyxy_px(rle_mask: str, size_wh: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The mask's bounding box; all 0 for an empty mask."""
     x, y, width, height = coco_mask.toBbox({"size": list(size_wh[::-1]), "counts": rle_mask.encode()}).tolist()
-    return [x, y, x + width, y + height]
+    return x, y, x + width, y + height
 
 
 def _required(record: Mapping[str, Any], key: str, place: str) -> Any:
@@ -470,8 +470,7 @@ def _by_label(image: AnnotatedImage) -> tuple[Region, ...]:
     united = []
     for (first, *_), masks in (zip(*pairs, strict=True) for pairs in of_label.values()):
         rle_mask = coco_mask.merge(masks)["counts"].decode()
-        left, top, right, bottom = _box_xyxy_px(rle_mask, image.size_wh)
-        united.append(replace(first, bbox_xyxy_px=(left, top, right, bottom), rle_mask=rle_mask))
+        united.append(replace(first, bbox_xyxy_px=_box_xyxy_px(rle_mask, image.size_wh), rle_mask=rle_mask))
     return tuple(united)
 
 

@@ -109,8 +109,10 @@ def _figure(group: str, name: str, metric: str, digits: int = 3) -> Column:
 
 
 _COCO_2017 = "Ours: bash scripts/v1_5/analyze.sh, then patch-aligned table {} runs/analysis/llava-v1.5-7b."
-_ENTROPIES = tuple(
-    Column("", f"H {side}", metric=f"entropy_{side}.entropy_nats", digits=4) for side in ("before", "after")
+_ALIGNS = (
+    _figure("Align", "per region", "align_px"),
+    _figure("Align", "per image", "align_px_per_image"),
+    _figure("Align", "other label", "shuffled_align_px"),
 )
 
 PAPER_TABLES: dict[int, PaperTable] = {
@@ -119,7 +121,9 @@ PAPER_TABLES: dict[int, PaperTable] = {
         PaperTable(
             number=1,
             title="Von Neumann entropy before and after the projector, nats",
-            columns=_ENTROPIES,
+            columns=tuple(
+                Column("", f"H {side}", metric=f"entropy_{side}.entropy_nats", digits=4) for side in ("before", "after")
+            ),
             rows=(
                 PaperRow("Linear, LLaVA", _cells("4.8353 2.4829")),
                 PaperRow("Linear, random", _cells("4.8353 4.8197")),
@@ -133,11 +137,7 @@ PAPER_TABLES: dict[int, PaperTable] = {
         PaperTable(
             number=2,
             title="Align(V, W) of projectors",
-            columns=(
-                _figure("Align", "per region", "align_px"),
-                _figure("Align", "per image", "align_px_per_image"),
-                _figure("Align", "other label", "shuffled_align_px"),
-            ),
+            columns=_ALIGNS,
             rows=tuple(
                 PaperRow(model, (DASH, align, DASH))
                 for model, align in (("Random MLP", "0.065"), ("LLaVA stage 1", "0.142"), ("LLaVA stage 2", "0.152"))
@@ -152,9 +152,7 @@ PAPER_TABLES: dict[int, PaperTable] = {
             title="Compression and alignment of stage 1",
             columns=(
                 Column("", "ΔH", metric="entropy_drop_nats", digits=4),
-                _figure("Align", "per region", "align_px"),
-                _figure("Align", "per image", "align_px_per_image"),
-                _figure("Align", "other label", "shuffled_align_px"),
+                *_ALIGNS,
                 _figure("cosine", "own label", "cosine", 2),
                 _figure("cosine", "best word", "best_word_cosine", 2),
                 Column("cosine", "floor", metric="cosine_floor", digits=2),
