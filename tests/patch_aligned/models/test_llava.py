@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from patch_aligned.models.base import WordEmbeddings
 from patch_aligned.models.llava import (
     LlavaEncoder,
+    LlavaLanguage,
     ProjectorSource,
     default_config_of,
     load_encoder,
@@ -173,3 +174,13 @@ def test_specifications_that_cannot_be_meant_are_refused(tmp_path: Path):
         parse_projectors(["a=random", "a=random:1"])
     with pytest.raises(ValueError, match="at least once"):
         parse_projectors([])
+
+
+def test_the_llm_behind_a_projector_is_its_base_its_adapter_or_its_own(golden_world: Path, goldens: Path):
+    encoder, words = LlavaEncoder("tiny-clip"), load_words("tiny-vicuna")
+    stage_1, adapter = goldens / "ckpt_stage1", goldens / "ckpt_lora"
+    places = {"stage_1": stage_1, "random": "random:0", "lora": adapter, "full": "tiny-llava"}
+    sources = parse_projectors([f"{name}={place}" for name, place in places.items()])
+    languages = [source.build(encoder, words, default_config_of(sources)).language for source in sources]
+    expected = [("tiny-vicuna", None), ("tiny-vicuna", None), (str(adapter), "tiny-vicuna"), ("tiny-llava", None)]
+    assert languages == [LlavaLanguage(path, base, "cpu") for path, base in expected]
