@@ -127,7 +127,7 @@ def patch_loss(report: Report) -> None:
     import torch.nn.functional as F
 
     from patch_aligned.loss import patch_loss as loss_of
-    from patch_aligned.loss import region_cosines
+    from patch_aligned.loss import region_cosines, region_embeddings
 
     images, visual, width = (2, 16, 64) if report.is_tiny else (32, 576, 4096)
     tokens = torch.randn(images, visual, width, dtype=torch.bfloat16, device=report.device, requires_grad=True)
@@ -146,7 +146,8 @@ def patch_loss(report: Report) -> None:
             return torch.stack(losses).mean()
 
         def at_once(image_of: Any = image_of, covered: Any = covered, labels: Any = labels) -> Any:
-            return loss_of(region_cosines(tokens, image_of, covered, labels), image_of, images)
+            means = region_embeddings(tokens, image_of, covered)
+            return loss_of(region_cosines(means, labels), image_of, images)
 
         def trained(loss: Callable[[], Any]) -> None:
             tokens.grad = None

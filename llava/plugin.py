@@ -109,6 +109,10 @@ class TrainingPlugin:
         """Compute the losses of one micro-batch from the output of `collate`. Runs inside the model's `forward`."""
         return AuxiliaryOutput({})
 
+    def initial_metrics(self, embed_words: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return metrics to log once, with the first step. `embed_words` is `AlignmentContext`'s, with CPU tensors."""
+        return {}
+
     def loss_weights(self, progress: float) -> dict[str, float]:
         """Return the weight of each named loss. `progress` is 0 at the first optimizer step and 1 at the last.
 

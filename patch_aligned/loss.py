@@ -42,19 +42,21 @@ def region_embeddings(visual_tokens: Tensor, region_image: Tensor, region_tokens
         return sums / region_tokens.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def region_cosines(
-    visual_tokens: Tensor, region_image: Tensor, region_tokens: Tensor, label_embeddings: Tensor
-) -> Tensor:
+def region_cosines(region_means: Tensor, label_embeddings: Tensor) -> Tensor:
     """Return the cosine of each region's embedding with its label's, `[R]`. Table 3 reports the mean over regions.
 
     Args:
-        visual_tokens: `[N, S, D]`.
-        region_image: `[R]`, index of each region's image.
-        region_tokens: `[R, S]` bool.
+        region_means: `[R, D]` from `region_embeddings`.
         label_embeddings: `[R, D]`; detached.
     """
-    means = region_embeddings(visual_tokens, region_image, region_tokens)
-    return F.cosine_similarity(means, label_embeddings.detach().to(means.dtype), dim=-1)  # [R, D] -> [R]
+    return F.cosine_similarity(region_means, label_embeddings.detach().to(region_means.dtype), dim=-1)  # [R, D] -> [R]
+
+
+def cosine_table(vectors: Tensor, others: Tensor) -> Tensor:
+    """Return the cosine of each of `vectors` `[R, D]` with each of `others` `[L, D]`: `[R, L]`."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        others = others.detach().to(vectors.dtype)
+        return F.normalize(vectors, dim=-1) @ F.normalize(others, dim=-1).T
 
 
 def patch_loss(cosines: Tensor, region_image: Tensor, images: int) -> Tensor:
@@ -68,8 +70,57 @@ def patch_loss(cosines: Tensor, region_image: Tensor, images: int) -> Tensor:
     Returns:
         A scalar. If no image has a region, it is exactly 0 and still connected to the graph.
     """
+    mean_cosine, is_labelled = image_means(cosines, region_image, images)  # [N], [N]
+    return ((1 - mean_cosine) * is_labelled).sum() / is_labelled.sum().clamp(min=1)
+
+
+def contrastive_loss(
+    label_cosines: Tensor,
+    region_label: Tensor,
+    negatives: Tensor,
+    region_image: Tensor,
+    images: int,
+    temperature: float,
+) -> Tensor:
+    """Return InfoNCE of each region's own label among the batch's labels, averaged as `patch_loss` is. Not the paper's.
+
+    Args:
+        label_cosines: `[R, L]`, cosine of each region's embedding with each of the batch's labels.
+        region_label: `[R]`, index of each region's own label.
+        negatives: `[L, L]` bool, the labels that count against each label; the own label always takes part.
+        region_image: `[R]`, index of each region's image.
+        images: N.
+        temperature: divides the cosines.
+    """
+    is_own = region_label[:, None] == torch.arange(label_cosines.shape[1], device=region_label.device)  # [R, L]
+    logits = (label_cosines / temperature).where(is_own | negatives[region_label], -torch.inf)
+    losses = F.cross_entropy(logits, region_label, reduction="none")  # [R]
+    mean_loss, is_labelled = image_means(losses, region_image, images)  # [N], [N]
+    return (mean_loss * is_labelled).sum() / is_labelled.sum().clamp(min=1)
+
+
+def image_means(values: Tensor, region_image: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Average the values `[R]` of each image's regions, `[N]`; also returns which images have a region."""
     is_own_image = region_image[:, None] == torch.arange(images, device=region_image.device)  # [R, N]
     regions = is_own_image.sum(dim=0)  # [N]
-    mean_cosine = (is_own_image * cosines[:, None]).sum(dim=0) / regions.clamp(min=1)  # [N]
-    is_labelled = regions > 0
-    return ((1 - mean_cosine) * is_labelled).sum() / is_labelled.sum().clamp(min=1)
+    return (is_own_image * values[:, None]).sum(dim=0) / regions.clamp(min=1), regions > 0
+
+
+def contrast_and_retrieval(label_cosines: Tensor, region_label: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how well regions tell their own label from the others of the batch; NaN where there is one label or none.
+
+    Args:
+        label_cosines: `[R, L]`, cosine of each region's embedding with each distinct label of the batch.
+        region_label: `[R]`, index of each region's own label.
+
+    Returns:
+        Contrast, the mean over regions of the own cosine less the mean of the others; and retrieval, the share of
+        regions whose nearest label is their own.
+    """
+    others = label_cosines.shape[1] - 1
+    if others < 1:
+        nothing = label_cosines.new_full((), torch.nan)
+        return nothing, nothing
+    own = label_cosines.gather(1, region_label[:, None])[:, 0]  # [R]
+    contrast = own - (label_cosines.sum(dim=1) - own) / others  # [R]
+    return contrast.mean(), (label_cosines.argmax(dim=1) == region_label).to(own.dtype).mean()

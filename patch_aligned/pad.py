@@ -23,6 +23,7 @@ import sys
 import time
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -601,6 +602,13 @@ class AnnotationIndex:
     def regions(self) -> int:
         """Total number of regions."""
         return int(self._region_counts.sum(dtype=np.int64))
+
+    def tag_counts(self) -> Counter[str]:
+        """Return the number of regions of each tag."""
+        counts: Counter[str] = Counter()
+        for number in range(self._reader.num_record_batches):
+            counts.update(self._reader.get_batch(number).column("labels").flatten().field("tag").to_pylist())
+        return counts
 
     def find(self, image_id: str) -> int | None:
         """Return the row of an image, or None if there is no record of it. `./a.jpg` finds `a.jpg`."""

@@ -6,12 +6,13 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -27,6 +28,7 @@ from llava.data.sampler import (
     get_modality_length_grouped_indices,
     split_to_even_chunks,
 )
+from llava.model.weights import gathered
 from llava.plugin import TrainingPlugin
 from llava.train.checkpointing import (
     PROJECTOR_FILE,
@@ -231,7 +233,7 @@ class MetricWindow:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # each [2]: sum and count
 
-    def add(self, values: dict[str, Tensor | float]) -> None:
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add one value per name."""
         for name, value in values.items():
             value = torch.as_tensor(value).detach().double().reshape(())
@@ -422,6 +424,8 @@ class RunBookkeeping(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         self.trainer.restore_log_state()
         self.trainer.check_state_is_finite()
+        if state.global_step == 0:
+            self.trainer.record_initial_metrics()
 
         stop_request.can_save = True
 
@@ -503,6 +507,14 @@ class LLaVATrainer(CheckpointingTrainer):
             self._check_samples(inputs, ids, loss, logs, skipped)
             self.window.add({**logs, **(outputs.auxiliary_metrics or {})})
         return (loss, outputs) if return_outputs else loss
+
+    def record_initial_metrics(self) -> None:
+        """Log what the plugin says of the run before its first step. All ranks must call it."""
+        if self.plugin is not None:
+            table = self.model.get_input_embeddings().weight
+            with gathered([table]), torch.no_grad():
+                embed_words = lambda ids: F.embedding(ids.to(table.device), table).cpu()  # noqa: E731
+                self.window.add(self.plugin.initial_metrics(embed_words))
 
     def _weighted_sum(self, outputs: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the total loss, and its named terms and weights for logging."""

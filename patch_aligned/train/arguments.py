@@ -28,6 +28,15 @@ class PatchArguments:
     patch_beta_end: float = field(
         default=5.0, metadata={"help": "Weight of the patch loss at the last step; it changes linearly in between."}
     )
+    patch_loss: Literal["cosine", "cosine+nce"] = field(
+        default="cosine",
+        metadata={
+            "help": "'cosine' is the paper's; 'cosine+nce' adds InfoNCE, which also pushes a region away from the "
+            "micro-batch's other labels."
+        },
+    )
+    patch_nce_weight: float = field(default=0.2, metadata={"help": "Weight of InfoNCE within the patch loss."})
+    patch_nce_temperature: float = field(default=0.07, metadata={"help": "Temperature of InfoNCE's cosines."})
     patch_on_error: Literal["fail", "skip"] = field(
         default="fail",
         metadata={
@@ -47,9 +56,12 @@ class PatchArguments:
             raise ValueError(
                 f"--patch_min_coverage: found {self.patch_min_coverage}; expected a fraction above 0 and up to 1"
             )
-        for name in ("patch_beta_start", "patch_beta_end"):
-            beta = getattr(self, name)
-            if not (math.isfinite(beta) and beta >= 0):
-                raise ValueError(f"--{name}: found {beta}; expected a finite number, 0 or more")
-        if self.patch_on_error not in ("fail", "skip"):
-            raise ValueError(f"--patch_on_error: found {self.patch_on_error!r}; expected 'fail' or 'skip'")
+        for name in ("patch_beta_start", "patch_beta_end", "patch_nce_weight"):
+            weight = getattr(self, name)
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"--{name}: found {weight}; expected a finite number, 0 or more")
+        if not (math.isfinite(self.patch_nce_temperature) and self.patch_nce_temperature > 0):
+            raise ValueError(f"--patch_nce_temperature: found {self.patch_nce_temperature}; expected a number above 0")
+        for name, choices in (("patch_on_error", ("fail", "skip")), ("patch_loss", ("cosine", "cosine+nce"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name}: found {getattr(self, name)!r}; expected {' or '.join(map(repr, choices))}")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from patch_aligned.loss import patch_loss, region_cosines, region_embeddings
+from patch_aligned.loss import (
+    contrast_and_retrieval,
+    contrastive_loss,
+    cosine_table,
+    patch_loss,
+    region_cosines,
+    region_embeddings,
+)
 
 N, S, D = 4, 9, 5
 
@@ -38,7 +47,7 @@ def loss_by_loop(visual_tokens: Tensor, region_image: Tensor, region_tokens: Ten
 
 
 def loss_of(visual_tokens: Tensor, region_image: Tensor, region_tokens: Tensor, embeddings: Tensor) -> Tensor:
-    cosines = region_cosines(visual_tokens, region_image, region_tokens, embeddings)
+    cosines = region_cosines(region_embeddings(visual_tokens, region_image, region_tokens), embeddings)
     return patch_loss(cosines, region_image, len(visual_tokens))
 
 
@@ -103,9 +112,9 @@ def test_a_region_without_tokens_has_a_zero_embedding():
 
 
 def test_shapes_that_do_not_fit_are_named():
-    visual_tokens, region_image, region_tokens, embeddings = make_batch(0)
+    visual_tokens, region_image, region_tokens, _ = make_batch(0)
     with pytest.raises(ValueError, match=r"found shape \(6, 8\), expected \[6 regions, 9 visual tokens\]"):
-        region_cosines(visual_tokens, region_image, region_tokens[:, :8], embeddings)
+        region_embeddings(visual_tokens, region_image, region_tokens[:, :8])
 
 
 def test_no_array_of_regions_times_tokens_times_width_is_kept_for_backward():
@@ -121,3 +130,47 @@ def test_no_array_of_regions_times_tokens_times_width_is_kept_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss_of(visual_tokens, torch.arange(regions) % 2, region_tokens, torch.randn(regions, width))
     assert max(kept) <= 2 * regions * tokens  # [R, N * S], not [R, S, D] nor [N, S, D]
+
+
+def test_infonce_is_its_closed_form_and_leaves_synonyms_out():
+    """Two images of two regions and one, three labels; labels 0 and 2 are synonyms, no negatives of each other."""
+    label_cosines = torch.tensor([[0.9, 0.1, 0.7], [0.3, 0.5, 0.2], [0.6, -0.2, 0.8]], dtype=torch.float64)
+    region_label, region_image, tau = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 0.5
+    negatives = torch.tensor([[False, True, False], [True, False, True], [False, True, False]])
+    first = math.log(1 + math.exp((0.1 - 0.9) / tau))
+    second = math.log(1 + math.exp((0.3 - 0.5) / tau) + math.exp((0.2 - 0.5) / tau))
+    third = math.log(1 + math.exp((-0.2 - 0.8) / tau))
+    found = contrastive_loss(label_cosines, region_label, negatives, region_image, images=3, temperature=tau)
+    assert found.item() == pytest.approx(((first + second) / 2 + third) / 2, rel=1e-12)
+
+
+def test_infonce_of_one_label_or_of_no_region_is_zero_and_connected():
+    for regions, labels in ((2, 1), (0, 0)):
+        means = torch.randn(regions, D, requires_grad=True)
+        table = cosine_table(means, torch.randn(labels, D))
+        where = torch.zeros(regions, dtype=torch.int64)
+        loss = contrastive_loss(table, where, torch.ones(labels, labels) > 0, where, images=1, temperature=0.07)
+        assert loss.item() == 0
+        loss.backward()
+        assert means.grad is not None and not means.grad.any()
+
+
+def test_infonce_s_gradient_is_the_numerical_one():
+    generator = torch.Generator().manual_seed(0)
+    means, labels = (torch.randn(count, D, generator=generator, dtype=torch.float64) for count in (4, 3))
+    region_label, region_image = torch.tensor([0, 2, 1, 0]), torch.tensor([0, 1, 1, 1])
+    negatives = ~torch.eye(3, dtype=torch.bool)
+    negatives[0, 2] = False
+
+    def loss_of_means(means: Tensor) -> Tensor:
+        return contrastive_loss(cosine_table(means, labels), region_label, negatives, region_image, 2, 0.3)
+
+    assert torch.autograd.gradcheck(loss_of_means, means.requires_grad_())
+
+
+def test_contrast_and_retrieval_are_their_closed_forms():
+    label_cosines = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.3, 0.7]], dtype=torch.float64)
+    contrast, retrieval = contrast_and_retrieval(label_cosines, torch.tensor([0, 1]))
+    assert contrast.item() == pytest.approx(((0.9 - 0.3) + (0.3 - 0.45)) / 2, rel=1e-12)
+    assert retrieval.item() == 0.5
+    assert all(value.isnan() for value in contrast_and_retrieval(label_cosines[:, :1], torch.tensor([0, 0])))

@@ -74,6 +74,10 @@ def make_plugin(tmp_path: Path, tokenizer: Any):
     return make
 
 
+def label_ids(tokenizer: Any, *labels: str) -> list[list[int]]:
+    return [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
+
+
 class WordTable(torch.nn.Embedding):
     """A table that counts how often it is asked."""
 
@@ -145,6 +149,17 @@ def test_loss_and_metrics_of_a_mixed_batch(make_plugin: Any, tokenizer: Any):
     expected = ((1 - (water + light) / 2) + (1 - dog)) / 2
     torch.testing.assert_close(output.losses["patch"], expected, rtol=1e-12, atol=0)
     metrics = {name: value.item() for name, value in output.metrics.items()}
+    words = torch.stack(
+        [table.weight[ids].mean(dim=0) for ids in label_ids(tokenizer, "water", "traffic light", "dog")]
+    )
+    means = [visual_tokens[image, tokens].mean(dim=0) for image, tokens in ((0, [0, 1]), (0, [11, 15]), (3, [4, 5]))]
+    cosines = torch.stack([torch.cosine_similarity(mean, words, dim=1) for mean in means])  # [R, L]
+    contrast = (3 * cosines.trace() - cosines.sum()) / 6
+    assert metrics.pop("patch/contrast") == pytest.approx(contrast.item(), rel=1e-12)
+    nearest = [row.index(max(row)) for row in cosines.tolist()]
+    assert metrics.pop("patch/retrieval") == pytest.approx(sum(map(int.__eq__, nearest, range(3))) / 3, rel=1e-6)
+    norm = visual_tokens.norm(dim=-1).mean() / words.norm(dim=-1).mean()
+    assert metrics.pop("patch/norm") == pytest.approx(norm.item(), rel=1e-12)
     assert metrics.pop("patch/cosine") == pytest.approx(((water + light + dog) / 3).item(), rel=1e-12)
     assert metrics == {
         "patch/regions": 3,
@@ -178,6 +193,51 @@ def test_regions_of_a_row_whose_image_is_missing_take_no_part(make_plugin: Any):
     torch.testing.assert_close(found.losses["patch"], expected.losses["patch"], rtol=1e-12, atol=0)
 
 
+def test_a_label_of_several_regions_is_embedded_once(make_plugin: Any, tokenizer: Any):
+    records = [{**RECORDS[0], "labels": [WATER, LIGHT, {**HALF_CELL, "tag": "water"}]}, RECORDS[2]]
+    plugin = make_plugin(records)
+    batch = plugin.collate([plugin.transform_sample(record, VIEW) for record in records])
+    assert batch["region_label"].tolist() == [0, 1, 0, 2]
+    ids = [row[:length].tolist() for row, length in zip(batch["label_ids"], batch["label_lengths"], strict=True)]
+    assert ids == label_ids(tokenizer, "water", "traffic light", "dog")
+
+
+def test_infonce_is_added_with_its_weight(make_plugin: Any):
+    flags = {"patch_loss": "cosine+nce", "patch_nce_weight": 0.5, "patch_nce_temperature": 0.3}
+    plain, contrastive = make_plugin(), make_plugin(**flags)
+    batch = plain.collate([plain.transform_sample(RECORDS[number], VIEW) for number in (0, 2)])
+    context = context_of(torch.randn(2, 16, D, dtype=torch.float64), [0, 1], WordTable())
+    cosine, both = (plugin.auxiliary_losses(context, batch) for plugin in (plain, contrastive))
+    assert "patch/nce" not in cosine.metrics and both.metrics["patch/nce"] > 0
+    expected = cosine.losses["patch"] + 0.5 * both.metrics["patch/nce"]
+    torch.testing.assert_close(both.losses["patch"], expected, rtol=1e-12, atol=0)
+
+
+def test_synonyms_are_no_negatives(make_plugin: Any, tokenizer: Any):
+    plugin = make_plugin([{**RECORDS[0], "labels": [WATER, {**LIGHT, "tag": "dog"}]}], patch_loss="cosine+nce")
+    batch, table = plugin.collate([plugin.transform_sample(RECORDS[0], VIEW)]), WordTable()
+    context = context_of(torch.randn(1, 16, D, dtype=torch.float64), [0], table)
+    [[*water], [*dog]] = label_ids(tokenizer, "water", "dog")
+    with torch.no_grad():
+        table.weight[dog], table.weight[water] = torch.eye(D, dtype=torch.float64)[:2]
+        assert plugin.auxiliary_losses(context, batch).metrics["patch/nce"] > 0
+        table.weight[water] = table.weight[dog] + 0.5 * table.weight[water]  # a cosine of 0.89
+        assert plugin.auxiliary_losses(context, batch).metrics["patch/nce"] == 0
+
+
+def test_no_constant_vector_has_a_higher_cosine_than_the_floor(make_plugin: Any, tokenizer: Any, monkeypatch: Any):
+    """Over the regions of the whole file, so that a frequent label counts more; also where it is read in pieces."""
+    monkeypatch.setattr("patch_aligned.train.objective._LABELS_AT_ONCE", 2)
+    plugin, table = make_plugin([{**RECORDS[0], "labels": [WATER, WATER, LIGHT, SPECK]}]), WordTable()
+    [floor] = plugin.initial_metrics(table).values()
+    tags = label_ids(tokenizer, "water", "water", "traffic light", "bird")
+    units = torch.nn.functional.normalize(torch.stack([table.weight[ids].mean(dim=0) for ids in tags]), dim=1).detach()
+    best = units.mean(dim=0)
+    assert floor == pytest.approx(torch.cosine_similarity(units, best[None]).mean().item(), rel=1e-6)
+    others = best + 0.1 * torch.randn(100, D, dtype=torch.float64)
+    assert max(torch.cosine_similarity(units, other[None]).mean().item() for other in others) < floor
+
+
 @pytest.mark.parametrize("images", [0, 2])
 def test_a_batch_without_regions_still_asks_the_table_and_gives_a_connected_zero(make_plugin: Any, images: int):
     plugin = make_plugin()
@@ -186,7 +246,8 @@ def test_a_batch_without_regions_still_asks_the_table_and_gives_a_connected_zero
     output = plugin.auxiliary_losses(context_of(visual_tokens, [0, 1][:images], table), batch)
     assert table.asked == 1
     assert output.losses["patch"].item() == 0 and output.losses["patch"].requires_grad
-    assert output.metrics["patch/cosine"].isnan()
+    unreported = ("patch/cosine", "patch/contrast", "patch/retrieval", "patch/norm")
+    assert all(output.metrics[name].isnan() for name in unreported)
 
 
 def test_the_batch_holds_no_floating_point(make_plugin: Any):
@@ -274,6 +335,9 @@ def test_flags_are_read_from_the_command_line():
         ("patch_beta_start", -1.0),
         ("patch_beta_end", float("nan")),
         ("patch_on_error", "ignore"),
+        ("patch_loss", "nce"),
+        ("patch_nce_weight", -0.1),
+        ("patch_nce_temperature", 0.0),
     ],
 )
 def test_flags_out_of_range_are_named(flag: str, value: Any):

@@ -1,0 +1,206 @@
+"""The patch objective, for any trainer: targets from PAD records and layouts, loss from visual tokens and targets.
+
+Letters: N images, S visual tokens of an image, D width of the LLM, R regions of the batch, L distinct labels of the
+batch, K tokens of the longest label.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patch_aligned.cells import Layout
+from patch_aligned.labels import LabelTokenizer, label_embeddings, pad_label_ids
+from patch_aligned.loss import (
+    contrast_and_retrieval,
+    contrastive_loss,
+    cosine_table,
+    patch_loss,
+    region_cosines,
+    region_embeddings,
+)
+from patch_aligned.masks import PatchMaskError, covered_tokens_of_regions
+from patch_aligned.pad import AnnotationError, AnnotationIndex, open_annotation_index
+from patch_aligned.train.arguments import PatchArguments
+
+logger = logging.getLogger(__name__)
+
+NO_RECORD = -1
+SYNONYM_COSINE = 0.8
+"""Labels whose embeddings have a larger cosine are no negatives of each other ("man", "person")."""
+_LABELS_AT_ONCE = 1024
+
+
+class PatchObjective:
+    """Targets of images, and the patch loss and its metrics of a batch.
+
+    A batch has integers and bools only, since engines may cast floats:
+        region_row `[R]`, region_tokens `[R, S]`, region_label `[R]`, label_ids `[L, K]`, label_lengths `[L]`: inputs of
+            the loss. `region_row` is the sample's row in the batch.
+        image_row, record_row `[N]`, region_position `[R]`: their origin, for the picture.
+        counts `[3]`: images without a record, regions that cover no token, records skipped for their size.
+
+    Args:
+        arguments: the flags.
+        tokenizer: the LLM's.
+        index: the annotated images.
+    """
+
+    def __init__(self, arguments: PatchArguments, tokenizer: Any, index: AnnotationIndex) -> None:
+        self.arguments = arguments
+        self.labels = LabelTokenizer(tokenizer)
+        self.index = index
+
+    def targets(self, image_id: str | None, layout: Layout) -> dict[str, Tensor]:
+        """Return the tokens that each region of an image covers, and the ids of its label.
+
+        Raises:
+            PatchMaskError: if the record's size is not the image's and `--patch_on_error` is `fail`.
+        """
+        row = self.index.find(image_id) if image_id is not None else None
+        found = self._tags_and_tokens(row, str(image_id), layout) if row is not None else None
+        unlabelled, is_skipped = row is None, row is not None and found is None
+        if row is None or found is None:
+            row, found = NO_RECORD, ([], np.zeros((0, layout.length), dtype=bool))
+        tags, covered = found  # covered [regions, S]
+        position = np.flatnonzero(covered.any(axis=1))  # [R] regions that cover a token
+        labels = [self.labels(tags[index]) for index in position.tolist()]
+        return {
+            "region_tokens": torch.from_numpy(covered[position]),
+            "region_position": torch.from_numpy(position),
+            "label_ids": torch.tensor([token for label in labels for token in label], dtype=torch.int64),
+            "label_lengths": torch.tensor([len(label) for label in labels], dtype=torch.int64),
+            "record_row": torch.tensor(row),
+            "counts": torch.tensor([unlabelled, len(covered) - len(position), is_skipped], dtype=torch.int64),
+        }
+
+    def collate(self, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Concatenate the regions of all rows, with each label once; rows without image are `{}`."""
+        rows = torch.tensor([row for row, extra in enumerate(targets) if extra], dtype=torch.int64)  # [rows with image]
+        given = [extra for extra in targets if extra]
+        regions = torch.tensor([len(extra["label_lengths"]) for extra in given], dtype=torch.int64)
+        label_ids = _join(given, "label_ids").split(_join(given, "label_lengths").tolist())
+        labels = [tuple(ids.tolist()) for ids in label_ids]  # [R]
+        place = {label: index for index, label in enumerate(dict.fromkeys(labels))}
+        padded, lengths = pad_label_ids(list(place))
+        return {
+            "region_row": rows.repeat_interleave(regions),
+            "region_tokens": _join(given, "region_tokens", torch.zeros(0, 0, dtype=torch.bool)),
+            "region_position": _join(given, "region_position"),
+            "region_label": torch.tensor([place[label] for label in labels], dtype=torch.int64),
+            "label_ids": padded,
+            "label_lengths": lengths,
+            "image_row": rows,
+            "record_row": torch.tensor([int(extra["record_row"]) for extra in given], dtype=torch.int64),
+            "counts": sum((extra["counts"] for extra in given), start=torch.zeros(3, dtype=torch.int64)),
+        }
+
+    def loss(
+        self,
+        visual_tokens: Tensor,
+        sample_of_image: Tensor,
+        batch: Mapping[str, Tensor],
+        embed_words: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of Eq. 5 (with `cosine+nce`, InfoNCE added) and the metrics of this micro-batch.
+
+        Args:
+            visual_tokens: `[N, S, D]`.
+            sample_of_image: `[N]`, row of the batch that each image belongs to, rising.
+            batch: output of `collate`.
+            embed_words: ids `[...]` -> `[..., D]`.
+        """
+        # Each rank calls the embedding once per micro-step, even without regions: under ZeRO-3 it is a collective call.
+        labels = label_embeddings(batch["label_ids"], batch["label_lengths"], embed_words)  # [L, D]
+        region_label, images = batch["region_label"], len(visual_tokens)
+        regions = len(region_label)
+        region_tokens = (
+            batch["region_tokens"] if regions else batch["region_tokens"].new_zeros(0, visual_tokens.shape[1])
+        )
+        # Images are in the order of their rows. The regions of a row with several images belong to the first; those of
+        # a row without its image belong to none.
+        region_image = torch.searchsorted(sample_of_image, batch["region_row"])  # [R]
+        is_there = (batch["region_row"][:, None] == sample_of_image).any(dim=1)
+        region_image = region_image.where(is_there, images)
+
+        means = region_embeddings(visual_tokens, region_image, region_tokens)  # [R, D]
+        cosines = region_cosines(means, labels[region_label])  # [R]
+        label_cosines = cosine_table(means, labels)  # [R, L]
+        loss = patch_loss(cosines, region_image, images)
+        contrast, retrieval = contrast_and_retrieval(label_cosines.detach(), region_label)
+        unlabelled, dropped, wrong_size = batch["counts"].float()
+        # NaN, hence not logged, is what has no region, or no other label to compare with.
+        metrics = {
+            "patch/regions": cosines.new_full((), regions),
+            "patch/cosine": cosines.detach().mean(),
+            "patch/contrast": contrast,
+            "patch/retrieval": retrieval,
+            "patch/norm": visual_tokens.detach().to(labels.dtype).norm(dim=-1).mean() / labels.norm(dim=-1).mean(),
+            "patch/dropped_regions": dropped,
+            "patch/images_without_record": unlabelled,
+            "patch/skipped_images": wrong_size,
+        }
+        if self.arguments.patch_loss == "cosine+nce":
+            negatives = cosine_table(labels, labels) <= SYNONYM_COSINE
+            temperature = self.arguments.patch_nce_temperature
+            nce = contrastive_loss(label_cosines, region_label, negatives, region_image, images, temperature)
+            loss, metrics["patch/nce"] = loss + self.arguments.patch_nce_weight * nce, nce.detach()
+        return loss, metrics
+
+    @torch.no_grad()
+    def constant_vector_floor(self, embed_words: Callable[[Tensor], Tensor]) -> float:
+        """Return the mean cosine that the best constant vector reaches over all regions: `|mean of unit labels|`."""
+        counts = self.index.tag_counts()
+        tags, total = list(counts), torch.zeros(())
+        for start in range(0, len(tags), _LABELS_AT_ONCE):
+            chunk = tags[start : start + _LABELS_AT_ONCE]
+            labels = label_embeddings(*pad_label_ids([self.labels(tag) for tag in chunk]), embed_words)  # [L, D]
+            total = total + torch.tensor([counts[tag] for tag in chunk]).to(labels) @ F.normalize(labels, dim=-1)  # [D]
+        return float(total.norm() / max(sum(counts.values()), 1))
+
+    def _tags_and_tokens(self, row: int, image_id: str, layout: Layout) -> tuple[Sequence[str], np.ndarray] | None:
+        """Return tags and bool `[regions, S]`, or None if the record does not fit the image and is to be skipped."""
+        try:
+            image = self.index[row]
+            masks = [region.rle_mask for region in image.regions]
+            name = f"{self.index.source}: image_id {image_id!r}"
+            [grid] = layout.grids
+            covered = covered_tokens_of_regions(masks, image.size_wh, grid, self.arguments.patch_min_coverage, name)
+            return [region.tag for region in image.regions], covered
+        except PatchMaskError as error:
+            if self.arguments.patch_on_error == "fail":
+                raise
+            logger.warning("Skipped: %s", error)
+            return None
+
+
+def open_regions(arguments: PatchArguments, source: str, output_dir: Path | None) -> AnnotationIndex:
+    """Open a PAD file, and list its broken records beside the run's output if they are to be skipped.
+
+    Raises:
+        AnnotationError: there are some and `--patch_on_error` is `fail`.
+    """
+    index = open_annotation_index(source, arguments.patch_cache_dir)
+    if not index.rejected:
+        return index
+    message = index.rejection_message()
+    if arguments.patch_on_error == "fail":
+        raise AnnotationError(f"{message}\nCorrect them, or pass --patch_on_error skip.", -1, "")
+    logger.warning("Skipped, %s", message)
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "patch_skipped.jsonl").write_bytes((index.folder / "rejected.jsonl").read_bytes())
+    return index
+
+
+def _join(targets: Sequence[dict[str, Tensor]], key: str, empty: Tensor | None = None) -> Tensor:
+    if not targets:
+        return torch.zeros(0, dtype=torch.int64) if empty is None else empty
+    return torch.cat([extra[key] for extra in targets])
