@@ -10,7 +10,7 @@ Letters: N images of the micro-batch, S visual tokens of an image, D width of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,6 +81,9 @@ class TrainingPlugin:
     arguments_class: type | None = None
     """Dataclass parsed from the command line together with LLaVA's. Its fields should share a prefix."""
 
+    auxiliary_only_ratio: float | None = None
+    """Micro-steps of samples without text for each micro-step with text. None: as many as the data have."""
+
     def setup(
         self,
         arguments: Any,
@@ -91,6 +94,10 @@ class TrainingPlugin:
         output_dir: Path | None = None,
     ) -> None:
         """Set up the plugin. Called once, after parsing arguments and loading the tokenizer, before reading data."""
+
+    def supervises(self, records: Iterable[Mapping[str, Any]]) -> Sequence[bool]:
+        """Return which records have an image that the plugin's losses train, so that they need no text."""
+        return [False for _ in records]
 
     def transform_sample(self, record: Mapping[str, Any], view: ImageView) -> dict[str, Tensor]:
         """Return tensors to add to a sample with an image. Runs in data workers.

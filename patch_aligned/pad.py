@@ -624,15 +624,16 @@ class AnnotationIndex:
 
     def count_images_with_regions(self, image_ids: Iterable[str]) -> tuple[int, int]:
         """Return the number of `image_ids`, and how many of these images have at least one region."""
-        ids = iter(image_ids)
-        asked = with_regions = 0
-        while chunk := list(islice(ids, 1 << 16)):
-            wanted = np.array([_hash(image_id) for image_id in chunk], dtype=np.uint64)
-            position = np.minimum(np.searchsorted(self._hashes, wanted), len(self) - 1)
-            found = self._hashes[position] == wanted if len(self) else np.zeros(len(wanted), dtype=bool)
-            with_regions += int((self._region_counts[self._rows[position[found]]] > 0).sum())
-            asked += len(chunk)
-        return asked, with_regions
+        has_regions = self.has_regions(image_ids)
+        return len(has_regions), int(has_regions.sum())
+
+    def has_regions(self, image_ids: Iterable[str]) -> np.ndarray:
+        """Return which of `image_ids` have at least one region: bool `[images]`."""
+        wanted = np.fromiter(map(_hash, image_ids), dtype=np.uint64)
+        if not len(self):
+            return np.zeros(len(wanted), dtype=bool)
+        position = np.minimum(np.searchsorted(self._hashes, wanted), len(self) - 1)
+        return (self._hashes[position] == wanted) & (self._region_counts[self._rows[position]] > 0)
 
     def coverage_of(self, training_file: Path) -> tuple[int, int]:
         """Count a training file's images (PAD or LLaVA's JSON) and those with a region here. Cached on disk."""

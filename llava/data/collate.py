@@ -29,7 +29,8 @@ class DataCollatorForSupervisedDataset:
     Rows are truncated to `tokenizer.model_max_length` (before images are inserted; the model truncates again) and
     padded on the right. The batch has `input_ids`, `labels` and `attention_mask`, `[B, T]`, and `sample_ids`. If a row
     has an image, it also has `images`, `[N, 3, H, W]` (anyres: `[N, tiles, 3, H, W]`) or a list if shapes differ, in
-    the order of their `<image>`, and `image_sizes`. With a plugin it also has `plugin_batch`.
+    the order of their `<image>`, and `image_sizes`. With a plugin it also has `plugin_batch`. A batch of samples
+    without text, which the plugin's losses train, has `auxiliary_only`.
 
     Unlike upstream's, the mask is computed from the rows' lengths, so that real tokens equal to the padding token are
     not masked.
@@ -64,6 +65,11 @@ class DataCollatorForSupervisedDataset:
             "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],  # [B, T]
             "sample_ids": names,
         }
+        kinds = {"auxiliary_only" in sample for sample in instances}
+        if len(kinds) > 1:
+            raise ValueError(f"samples {', '.join(names)}: some have text and some none, expected batches of one kind")
+        if kinds == {True}:
+            batch["auxiliary_only"] = True
         if len(readable) < len(instances):
             batch["skipped"] = len(instances) - len(readable)
         images = [_as_list(sample.get("image")) for sample in samples]

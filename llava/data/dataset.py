@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from llava import conversation as templates
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.records import RecordError, RecordTable, image_names, open_records
@@ -69,7 +71,8 @@ class LazySupervisedDataset(Dataset):
 
     A sample is a dict with `input_ids` and `labels`, int64 `[L]`, and `sample_id`. With an image it also has `image`,
     `[3, H, W]` (anyres: `[tiles, 3, H, W]`, the base tile first), and `image_size`, (width, height) in pixels; with
-    several images, lists of these. With a plugin it also has `plugin_extras`, a dict, empty for text. With
+    several images, lists of these. With a plugin it also has `plugin_extras`, a dict, empty for text. A record without
+    text whose image the plugin supervises has `auxiliary_only`, and its only token is the image. With
     `on_error="skip"`, a sample that cannot be read has `sample_id` and `skipped`, the reason; the collator skips it.
 
     Args:
@@ -116,7 +119,7 @@ class LazySupervisedDataset(Dataset):
         self.skipped = SkippedSamples(output_dir)
         self._check_arguments()
         self.records = open_records(data_path)
-        self.rows = self._usable_rows()
+        self.rows, self.is_auxiliary = self._usable_rows()
         self._row_of_worker = torch.full((_MOST_WORKERS,), -1).share_memory_()
 
     @property
@@ -142,31 +145,43 @@ class LazySupervisedDataset(Dataset):
         row = int(self.rows[index])
         if (worker := get_worker_info()) is not None:
             self._row_of_worker[worker.id % _MOST_WORKERS] = row
+        kind = {"auxiliary_only": True} if self.is_auxiliary[index] else {}
         try:
-            return self._sample(row)
+            return self._sample(row, bool(kind)) | kind
         except RecordError as error:
             if self.on_error == "fail":
                 raise
             self.skipped.add(self.records.sample_id(row), str(error))
-            return {"sample_id": self.records.sample_id(row), "skipped": str(error)}
+            return {"sample_id": self.records.sample_id(row), "skipped": str(error)} | kind
 
     def being_read(self) -> dict[int, str]:
         """Return the last record that each data loader worker took, with its images."""
         rows = [(worker, row) for worker, row in enumerate(self._row_of_worker.tolist()) if row >= 0]
         return {worker: f"{self.records.where(row)}, {image_names(self.records[row])}" for worker, row in rows}
 
-    def _sample(self, row: int) -> dict[str, Any]:
+    def without_text(self) -> LazySupervisedDataset:
+        """Return all images that the plugin supervises, as auxiliary-only samples.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        images = copy(self)
+        with_image = self.records.has_image() | self.records.is_textless()
+        images.rows = self.rows[_supervised(self.records, self.rows[with_image[self.rows]], self.plugin)[self.rows]]
+        images.is_auxiliary = np.ones(len(images.rows), dtype=bool)
+        if not len(images):
+            raise ValueError(f"{self.records.source}: found no image that can be trained without text")
+        return images
+
+    def _sample(self, row: int, is_auxiliary: bool) -> dict[str, Any]:
         record = self.records[row]
         names = image_names(record)
         sample: dict[str, Any] = {"sample_id": self.records.sample_id(row)}
-        try:
-            dialogue = [record["conversations"]]
-            if names:
-                dialogue = preprocess_multimodal(dialogue, self.data_args, self.conversation)
-            encoded = preprocess(dialogue, self.tokenizer, bool(names), self.conversation)
-        except ValueError as error:
-            raise RecordError(f"{self.records.where(row)}, {error}") from error
-        sample.update(input_ids=encoded["input_ids"][0], labels=encoded["labels"][0])
+        if is_auxiliary:
+            sample["input_ids"] = torch.full((len(names),), IMAGE_TOKEN_INDEX)
+            sample["labels"] = torch.full((len(names),), IGNORE_INDEX)
+        else:
+            sample |= self._encode_text(record, bool(names), row)
         images = [self._load_image(name, row) for name in names]  # (pixels [3, H, W], (width, height)) each
         if len(images) == 1:
             sample["image"], sample["image_size"] = images[0]
@@ -175,6 +190,16 @@ class LazySupervisedDataset(Dataset):
         if self.plugin is not None:
             sample["plugin_extras"] = self._plugin_extras(record, [size for _, size in images], row)
         return sample
+
+    def _encode_text(self, record: Mapping[str, Any], has_image: bool, row: int) -> dict[str, Tensor]:
+        try:
+            dialogue = [record["conversations"]]
+            if has_image:
+                dialogue = preprocess_multimodal(dialogue, self.data_args, self.conversation)
+            encoded = preprocess(dialogue, self.tokenizer, has_image, self.conversation)
+        except ValueError as error:
+            raise RecordError(f"{self.records.where(row)}, {error}") from error
+        return {"input_ids": encoded["input_ids"][0], "labels": encoded["labels"][0]}
 
     def _load_image(self, name: str, row: int) -> tuple[Tensor, tuple[int, int]]:
         path = Path(name)
@@ -217,9 +242,13 @@ class LazySupervisedDataset(Dataset):
         if self.plugin is not None and self.grid is None:
             raise ValueError("a plugin is given without `grid`; pass the model's visual_grid")
 
-    def _usable_rows(self) -> np.ndarray:
-        """Return the valid rows. All are checked now, so that no run fails on a record after hours."""
-        problems = self.records.problems()
+    def _usable_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the valid rows, and which of them are auxiliary only.
+
+        All are checked now, so that no run fails on a record after hours.
+        """
+        is_auxiliary = auxiliary_only(self.records, self.plugin)  # [rows]
+        problems = {row: problem for row, problem in self.records.problems().items() if not is_auxiliary[row]}
         rows = np.arange(len(self.records))
         multimodal = getattr(self.data_args, "is_multimodal", False) and self.image_processor is not None
         with_image = np.flatnonzero(self.records.has_image())
@@ -235,7 +264,7 @@ class LazySupervisedDataset(Dataset):
                 "leave --vision_tower out"
             )
         if not problems:
-            return rows
+            return rows, is_auxiliary
         described = [f"{self.records.where(row)}, {problem}" for row, problem in problems.items()]
         if self.on_error == "fail" or too_many_are_lost(len(problems), len(rows)):
             listing = "\n  ".join(described[:5])
@@ -248,7 +277,19 @@ class LazySupervisedDataset(Dataset):
         usable = np.setdiff1d(rows, list(problems))
         if not len(usable):
             raise RecordError(f"{self.records.source}: none of {len(rows)} records can be trained on: {described[0]}")
-        return usable
+        return usable, is_auxiliary[usable]
+
+
+def auxiliary_only(records: RecordTable, plugin: TrainingPlugin | None) -> np.ndarray:
+    """Return which records have no text and an image that the plugin supervises: bool `[rows]`."""
+    return _supervised(records, np.flatnonzero(records.is_textless()), plugin)
+
+
+def _supervised(records: RecordTable, rows: np.ndarray, plugin: TrainingPlugin | None) -> np.ndarray:
+    found = np.zeros(len(records), dtype=bool)
+    if plugin is not None and len(rows):
+        found[rows] = plugin.supervises(records[int(row)] for row in rows)
+    return found
 
 
 def make_supervised_data_module(

@@ -7,6 +7,8 @@ A data file is a JSON array, JSON lines (both optionally gzipped) or Parquet. Tw
 - annotated images, for stage 1: `{"image_id", "caption", ...}` without `conversations`. They are read as an image and
   its caption.
 
+An image without conversation, or without any answer, is of use only to a plugin whose losses need no text.
+
 Other keys are preserved, and available to plugins.
 
 A file is converted once to an Arrow table in Hugging Face's cache folder. The cache key is the file's path, size and
@@ -139,7 +141,7 @@ class _Text:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of the cache key; increase it when the content of the tables changes."""
 
 _SCHEMA = pa.schema(
@@ -149,6 +151,7 @@ _SCHEMA = pa.schema(
         ("words", pa.int32()),  # of all turns, separated by whitespace
         ("has_image", pa.bool_()),
         ("problem", pa.large_string()),  # why the record cannot be trained on, or null
+        ("is_textless", pa.bool_()),  # an image without any answer, which a plugin's losses may train
     ]
 )
 _ROWS_AT_ONCE = 4096
@@ -255,6 +258,10 @@ class RecordTable:
         rows = np.flatnonzero(np.asarray(column.is_valid()))
         return {int(row): column[int(row)].as_py() for row in rows}
 
+    def is_textless(self) -> np.ndarray:
+        """Return which records are an image without any answer: bool `[rows]`."""
+        return self.table["is_textless"].to_numpy()
+
     def words(self) -> np.ndarray:
         """Return the number of words of each record: int32 `[rows]`."""
         return self.table["words"].to_numpy()
@@ -327,7 +334,16 @@ def _describe(text: str, parsed: Any, number: int) -> dict[str, Any]:
         "words": 0 if problem else sum(len(turn["value"].split()) for turn in record["conversations"]),
         "has_image": bool(names),
         "problem": problem,
+        "is_textless": isinstance(parsed, Mapping) and _is_textless(record),
     }
+
+
+def _is_textless(record: Mapping[str, Any]) -> bool:
+    if not record.get("conversations"):
+        record = {**record, "conversations": [{"from": "human", "value": DEFAULT_IMAGE_TOKEN}]}
+    if find_problem(record) is not None or not image_names(record):
+        return False
+    return not any(turn["from"] == "gpt" and turn["value"].strip() for turn in record["conversations"])
 
 
 def _parquet_texts(source: Path) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,9 @@ vision tower is either used or idle on all ranks. Given the same random state, o
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 
 import torch
 from torch.utils.data import Sampler
@@ -129,6 +131,33 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         draw = get_modality_length_grouped_indices if self.group_by_modality else get_length_grouped_indices
         return iter(draw(self.lengths, self.batch_size, self.world_size, generator=self.generator))
+
+
+def micro_steps_of_kinds(text: int, auxiliary: int, size: int, ratio: float | None) -> tuple[int, int]:
+    """Return an epoch's micro-steps of samples with text, and of auxiliary-only samples.
+
+    Args:
+        text: samples with text.
+        auxiliary: samples without text, which a plugin's losses train.
+        size: samples of a micro-step, over all ranks.
+        ratio: auxiliary-only micro-steps for each one with text, if there are both; None: each sample once.
+    """
+    with_text, without = math.ceil(text / size), math.ceil(auxiliary / size)
+    return with_text, round(ratio * with_text) if ratio is not None and text and auxiliary else without
+
+
+def mix_kinds(text: Sequence[int], auxiliary: Sequence[int], size: int, ratio: float | None) -> list[int]:
+    """Order samples so that each micro-step is of one kind on all ranks, both kinds spread evenly over the epoch.
+
+    A kind's last micro-step is filled up with its first samples, as accelerate does with the last one of an epoch.
+    Arguments are those of `micro_steps_of_kinds`, with the indices of the samples in the order drawn.
+    """
+    counts = micro_steps_of_kinds(len(text), len(auxiliary), size, ratio)
+    placed = []
+    for kind, (order, count) in enumerate(zip((text, auxiliary), counts, strict=True)):
+        batches = _batches(list(islice(cycle(order), count * size)), size)
+        placed += [((number + 0.5) / count, kind, batch) for number, batch in enumerate(batches)]
+    return [index for _, _, batch in sorted(placed) for index in batch]
 
 
 def _batches(order: list[int], size: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -14,8 +15,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from llava.conversation import conv_templates
 from llava.data.collate import check_sequence_budget
-from llava.data.dataset import make_supervised_data_module
+from llava.data.dataset import auxiliary_only, make_supervised_data_module
 from llava.data.records import open_records
+from llava.data.sampler import micro_steps_of_kinds
 from llava.mm_utils import parse_grid_pinpoints
 from llava.model.builder import fill_tower, may_come_later, read_config
 from llava.model.checkpoint import CheckpointTensors
@@ -264,10 +266,17 @@ def log_trained_parts(model: Any) -> None:
         logger.info("%-16s %s, %s weights", name, state, f"{total:,}")
 
 
-def count_samples(data_args: DataArguments) -> int:
-    """Samples of an epoch, before anything is loaded."""
+def count_samples(data_args: DataArguments, training_args: TrainingArguments, plugin: TrainingPlugin | None) -> int:
+    """Samples of an epoch, before the model is loaded."""
     records = open_records(str(data_args.data_path))
-    return len(records) - (len(records.problems()) if data_args.on_error == "skip" else 0)
+    is_auxiliary = auxiliary_only(records, plugin)  # [rows]
+    broken = sum(not is_auxiliary[row] for row in records.problems()) if data_args.on_error == "skip" else 0
+    auxiliary = int(is_auxiliary.sum())
+    text = len(records) - auxiliary - broken
+    if plugin is None or not auxiliary:
+        return text
+    size = training_args.train_batch_size * training_args.world_size
+    return size * sum(micro_steps_of_kinds(text, auxiliary, size, plugin.auxiliary_only_ratio))
 
 
 def make_data(
@@ -281,7 +290,8 @@ def make_data(
     """Training set and collator, as keyword arguments of the trainer.
 
     Raises:
-        ValueError: no record can be used, or `--model_max_length` has no room for an image and some text.
+        ValueError: no record can be used, `--model_max_length` has no room for an image and some text, or records
+            without text come to a run that trains more than the projector.
     """
     tower = model.get_vision_tower()
     grid = model.visual_grid if tower is not None else None
@@ -291,7 +301,7 @@ def make_data(
         check_sequence_budget(training_args.model_max_length, most_visual_tokens)
     data_args.is_multimodal = data_args.is_multimodal or tower is not None
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
-    return make_supervised_data_module(
+    data = make_supervised_data_module(
         tokenizer,
         data_args,
         plugin=plugin,
@@ -301,3 +311,11 @@ def make_data(
         image_processor=None if tower is None else tower.image_processor,
         output_dir=training_args.output_dir,
     )
+    auxiliary = np.flatnonzero(data["train_dataset"].is_auxiliary)
+    if len(auxiliary) and not (model_args.tune_mm_mlp_adapter and not model_args.mm_use_im_start_end):
+        raise ValueError(
+            f"{data_args.data_path}: found {len(auxiliary)} records without text; they train the projector alone, so "
+            "that --tune_mm_mlp_adapter True and --mm_use_im_start_end False are expected. Pass both, or leave the "
+            "records out."
+        )
+    return data

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
@@ -26,6 +27,8 @@ from llava.data.sampler import (
     LengthGroupedSampler,
     get_length_grouped_indices,
     get_modality_length_grouped_indices,
+    micro_steps_of_kinds,
+    mix_kinds,
     split_to_even_chunks,
 )
 from llava.model.weights import gathered
@@ -502,7 +505,7 @@ class LLaVATrainer(CheckpointingTrainer):
             save_first_batch(self, inputs)
         skipped = inputs.pop("skipped", 0)
         outputs = model(**inputs)
-        loss, logs = self._weighted_sum(outputs)
+        loss, logs = self._weighted_sum(outputs, "auxiliary_only" not in inputs)
         if model.training:
             self._check_samples(inputs, ids, loss, logs, skipped)
             self.window.add({**logs, **(outputs.auxiliary_metrics or {})})
@@ -516,10 +519,10 @@ class LLaVATrainer(CheckpointingTrainer):
                 embed_words = lambda ids: F.embedding(ids.to(table.device), table).cpu()  # noqa: E731
                 self.window.add(self.plugin.initial_metrics(embed_words))
 
-    def _weighted_sum(self, outputs: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def _weighted_sum(self, outputs: Any, has_text: bool) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the total loss, and its named terms and weights for logging."""
         total = outputs.loss
-        logs: dict[str, Tensor | float] = {"loss/caption": outputs.loss}
+        logs: dict[str, Tensor | float] = {"loss/caption": outputs.loss} if has_text else {}
         auxiliary = outputs.auxiliary_losses or {}
         weights = {}
         if self.plugin is not None:
@@ -542,6 +545,8 @@ class LLaVATrainer(CheckpointingTrainer):
         visual_tokens = torch.tensor(sizes, dtype=torch.long, device=inputs["input_ids"].device)  # [N]
         max_length = getattr(config, "tokenizer_model_max_length", None) if has_tower else None
         counts = supervised_tokens(inputs["input_ids"], inputs["labels"], visual_tokens, max_length)
+        if "auxiliary_only" in inputs:
+            counts = torch.ones_like(counts)  # the plugin supervises them
         is_finite = loss.detach().isfinite().long().reshape(1)
         finite, *tokens = torch.cat([is_finite, counts]).tolist()  # the only GPU synchronisation
         step = self.state.global_step
@@ -589,20 +594,35 @@ class LLaVATrainer(CheckpointingTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        args, count = self.args, len(dataset)
+        args = self.args
+        is_auxiliary = getattr(dataset, "is_auxiliary", np.zeros(len(dataset), dtype=bool))
+        text, auxiliary = np.flatnonzero(~is_auxiliary), np.flatnonzero(is_auxiliary)
+        count = length = len(text)
+        draw_text: Callable[[], list[int]] = lambda: torch.randperm(count).tolist()  # noqa: E731
         if getattr(args, "train_sampling_strategy", "random") == "sequential":
-            return super()._get_train_sampler(dataset)
-        draw_order = lambda: torch.randperm(count).tolist()  # noqa: E731
-        if args.group_by_modality_length:
+            if not len(auxiliary):
+                return super()._get_train_sampler(dataset)
+            draw_text = lambda: list(range(count))  # noqa: E731
+        elif args.group_by_modality_length:
             grouped = LengthGroupedSampler(
                 args.train_batch_size,
                 world_size=args.world_size * args.gradient_accumulation_steps,
-                lengths=[int(length) for length in dataset.modality_lengths],
+                lengths=[int(length) for length in dataset.modality_lengths[text]],
                 group_by_modality=True,
             )
-            draw_order = lambda: list(grouped)  # noqa: E731
+            draw_text = lambda: list(grouped)  # noqa: E731
+        draw_order = draw_text
+        if len(auxiliary):
+            assert self.plugin is not None
+            mixing = args.train_batch_size * args.world_size, self.plugin.auxiliary_only_ratio
+            length = mixing[0] * sum(micro_steps_of_kinds(count, len(auxiliary), *mixing))
+
+            def draw_order() -> list[int]:
+                others = auxiliary[torch.randperm(len(auxiliary)).numpy()].tolist()
+                return mix_kinds(text[draw_text()].tolist(), others, *mixing)
+
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.epoch_sampler = EpochSampler(draw_order, count, seed)
+        self.epoch_sampler = EpochSampler(draw_order, length, seed)
         return self.epoch_sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

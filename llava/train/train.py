@@ -115,10 +115,19 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     model_args, data_args, training_args, plugin_args = parse_arguments(
         plugin_arguments_class=None if plugin is None else plugin.arguments_class
     )
+    tokenizer = load_tokenizer(model_args, training_args)
+    if plugin is not None:
+        plugin.setup(
+            plugin_args,
+            tokenizer,
+            data_path=data_args.data_path,
+            image_folder=data_args.image_folder,
+            output_dir=Path(training_args.output_dir),
+        )
     checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, training_args.output_dir)
     if checkpoint is not None:
         done = finished_step(training_args.output_dir)
-        steps = steps_of_run(training_args, count_samples(data_args))
+        steps = steps_of_run(training_args, count_samples(data_args, training_args, plugin))
         if done >= steps and not training_args.resume_from_checkpoint:
             logger.info("%s: finished, %d of %d steps; nothing to do.", training_args.output_dir, done, steps)
             return None
@@ -129,7 +138,6 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     set_seed(training_args.seed)  # the Trainer seeds too, but only after the projector got its random weights
 
     attention = choose_attention(model_args.attn_implementation, attn_implementation, training_args)
-    tokenizer = load_tokenizer(model_args, training_args)
     model = load_language_model(model_args, training_args, attention)
     give_padding_token(tokenizer, model, model_args.version)
     stop_at_end_mark(tokenizer, model, str(model_args.version))
@@ -141,15 +149,6 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
         load_adapter(model, Path(training_args.lora_weight_path))
     log_trained_parts(model)
 
-    if plugin is not None:
-        output_dir = Path(training_args.output_dir)
-        plugin.setup(
-            plugin_args,
-            tokenizer,
-            data_path=data_args.data_path,
-            image_folder=data_args.image_folder,
-            output_dir=output_dir,
-        )
     data = make_data(tokenizer, model, model_args, data_args, training_args, plugin)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, plugin=plugin, **data)
 

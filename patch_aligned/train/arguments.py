@@ -37,6 +37,13 @@ class PatchArguments:
     )
     patch_nce_weight: float = field(default=0.2, metadata={"help": "Weight of InfoNCE within the patch loss."})
     patch_nce_temperature: float = field(default=0.07, metadata={"help": "Temperature of InfoNCE's cosines."})
+    patch_regions_only_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Micro-steps of images with regions and without caption, for each micro-step with captions "
+            "(default: as many as the data have)."
+        },
+    )
     patch_on_error: Literal["fail", "skip"] = field(
         default="fail",
         metadata={
@@ -60,6 +67,9 @@ class PatchArguments:
             weight = getattr(self, name)
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"--{name}: found {weight}; expected a finite number, 0 or more")
+        ratio = self.patch_regions_only_ratio
+        if ratio is not None and not (math.isfinite(ratio) and ratio >= 0):
+            raise ValueError(f"--patch_regions_only_ratio: found {ratio}; expected a finite number, 0 or more")
         if not (math.isfinite(self.patch_nce_temperature) and self.patch_nce_temperature > 0):
             raise ValueError(f"--patch_nce_temperature: found {self.patch_nce_temperature}; expected a number above 0")
         for name, choices in (("patch_on_error", ("fail", "skip")), ("patch_loss", ("cosine", "cosine+nce"))):

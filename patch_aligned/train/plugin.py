@@ -6,7 +6,7 @@ Letters: N images of the batch, R regions of the batch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,17 @@ class PatchAlignedPlugin(TrainingPlugin):
             AnnotationError: if the PAD file has broken records and `--patch_on_error` is `fail`.
         """
         self.arguments = arguments
+        self.auxiliary_only_ratio = arguments.patch_regions_only_ratio
         self.image_folder = None if image_folder is None else Path(image_folder)
         source = arguments.patch_data_path or _annotated_training_file(data_path)
         self.index = open_regions(arguments, source, output_dir)
         self.objective = PatchObjective(arguments, tokenizer, self.index)
         if data_path is not None:
             self._report_share(Path(data_path))
+
+    def supervises(self, records: Iterable[Mapping[str, Any]]) -> Sequence[bool]:
+        """Return which records have an image with at least one region."""
+        return self.index.has_regions(image_id_of(record) or "" for record in records).tolist()
 
     def transform_sample(self, record: Mapping[str, Any], view: ImageView) -> dict[str, Tensor]:
         """Return the tokens that each region of the image covers, and the ids of its label. anyres: base tile only.

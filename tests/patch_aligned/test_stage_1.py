@@ -3,65 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
-from llava.train.train import train
-from patch_aligned.train.plugin import PatchAlignedPlugin
-
-FLAGS = (
-    "--bf16 False --use_cpu True --report_to none --logging_steps 1 --seed 42 --vision_tower tiny-clip "
-    "--mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False --disable_tqdm True "
-    "--model_name_or_path tiny-vicuna --image_folder images --model_max_length 2048 --version plain "
-    "--tune_mm_mlp_adapter True --per_device_train_batch_size 2 --lr_scheduler_type constant --learning_rate 3e-3 "
-    "--save_strategy no --data_path pad.json --patch_beta_start 5 --patch_beta_end 5 --output_dir run"
-)
-QUADRANTS = ("water", "traffic light", "dog", "red boat")  # left above, right above, left below, right below
-
-
-def quadrant_record(image: str) -> dict[str, Any]:
-    """A PAD record whose four regions are the quarters of the image."""
-    width, height = Image.open(Path("images") / image).size
-    labels = []
-    for place, tag in enumerate(QUADRANTS):
-        mask = np.zeros((2, height // 2, 2, width // 2), dtype=np.uint8)
-        mask[place // 2, :, place % 2] = 1
-        rle_mask = coco_mask.encode(np.asfortranarray(mask.reshape(height, width)))["counts"].decode()
-        labels.append({"tag": tag, "bbox": [0, 0, 1, 1], "rle_mask": rle_mask})
-    return {"image_id": image, "size": [width, height], "caption": "a lake", "labels": labels}
-
-
-class Watched(PatchAlignedPlugin):
-    """Keeps what its loss was given."""
-
-    def auxiliary_losses(self, context: Any, batch: Any) -> Any:
-        self.context, self.batch = context, batch
-        return super().auxiliary_losses(context, batch)
-
-
-@pytest.fixture
-def run_stage_1(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Watched]]:
-    """Trains on the named images with further flags; returns the trainer and the plugin."""
-    monkeypatch.setenv("PATCH_ALIGNED_CACHE", str(golden_world / "cache"))
-    monkeypatch.setattr("llava.data.records.HF_HOME", str(golden_world / "cache"))
-
-    def run(images: list[str], flags: str, more: Sequence[str] = ()) -> tuple[Any, Watched]:
-        Path("pad.json").write_text(json.dumps([quadrant_record(image) for image in images]))
-        monkeypatch.setattr(sys, "argv", ["train_mem.py", *FLAGS.split(), *flags.split(), *more])
-        plugin = Watched()
-        return train(plugin=plugin), plugin
-
-    return run
 
 
 def logged(trainer: Any, name: str) -> list[float]:

@@ -74,6 +74,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         plugin_batch: dict[str, Tensor] | None = None,
         sample_ids: list[str] | None = None,
         cache: Any = None,
+        auxiliary_only: bool = False,
     ) -> LlavaOutput | tuple[Any, ...]:
         """Run the LLM on text and images.
 
@@ -87,6 +88,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             plugin_batch: output of the plugin's `collate`.
             sample_ids: names of the rows in error messages.
             cache: the name of `past_key_values` since transformers 5.24.
+            auxiliary_only: compute the plugin's losses alone, without the LLM. The batch says so, and not its labels,
+                since under ZeRO-3 all ranks must run the same modules.
             cache_position: unused; accepted for callers written for older versions of transformers.
 
         Returns:
@@ -98,7 +101,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             TruncatedImageError: in training, `tokenizer_model_max_length` would truncate visual tokens.
         """
         auxiliary = AuxiliaryOutput({})
-        if inputs_embeds is None and self.needs_merge(input_ids, images):
+        if auxiliary_only or (inputs_embeds is None and self.needs_merge(input_ids, images)):
             assert input_ids is not None
             encoded = self.encode_image_batch(images, image_sizes) if images is not None else self.encode_dummy()
             merged = merge(
@@ -119,6 +122,10 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 inputs_embeds = inputs_embeds + encoded.base_tiles.sum()  # adds 0, but connects the projector
             attention_mask, position_ids = merged.attention_mask, merged.position_ids
             labels = None if labels is None else merged.labels
+            if auxiliary_only:
+                # Adds 0, but connects all that is trained: DDP expects a gradient for each weight.
+                nothing = (inputs_embeds * 0).sum()
+                return LlavaOutput(nothing, auxiliary_losses=auxiliary.losses, auxiliary_metrics=auxiliary.metrics)
 
         decoded = self.model(
             input_ids=input_ids,

@@ -17,6 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
+from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
 from llava.data.records import RecordError
 from llava.plugin import ImageView, TrainingPlugin
@@ -306,3 +307,65 @@ def test_broken_records_stop_a_run_above_the_limit(
     assert len(make_dataset(write_data([record("good"), *bad[:10]]), on_error="skip")) == 1
     with pytest.raises(RecordError, match="11 of 12"):
         make_dataset(write_data([record("good"), *bad]), on_error="skip")
+
+
+class Supervising(Recording):
+    """Trains images whose name it is given."""
+
+    def __init__(self, *images: str) -> None:
+        self.images = images
+
+    def supervises(self, records: Any) -> list[bool]:
+        return [record["image"] in self.images for record in records]
+
+
+def bare(image: Any, **keys: Any) -> dict[str, Any]:
+    return {"id": f"bare {image}", "image": image, **keys}
+
+
+def test_images_without_text_are_samples_where_a_plugin_supervises_them(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], data_args: SimpleNamespace
+) -> None:
+    unanswered = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}]
+    annotated = {"image_id": "im3.png", "size": [1, 1], "caption": "", "labels": []}
+    data_args.on_error = "skip"
+    path = write_data(
+        [record(), bare("im1.png"), bare("im2.png"), bare("im2.png", conversations=unanswered), annotated]
+    )
+    dataset = make_dataset(path, plugin=Supervising("im1.png", "im3.png"), grid=GRID)
+    assert dataset.rows.tolist() == [0, 1, 3, 4]  # the others of im2.png stay what they were: a problem, a sample
+    assert dataset.is_auxiliary.tolist() == [False, True, False, True]
+    sample = dataset[1]
+    assert sample["auxiliary_only"] and sample["image"].shape == (3, 56, 56)
+    assert (sample["input_ids"].tolist(), sample["labels"].tolist()) == ([IMAGE_TOKEN_INDEX], [IGNORE_INDEX])
+    assert "auxiliary_only" not in dataset[0]
+
+    images = dataset.without_text()
+    assert images.rows.tolist() == [0, 1, 4] and all(images.is_auxiliary)
+    assert images[0]["auxiliary_only"] and images[0]["sample_id"] == "r"
+    assert not dataset.is_auxiliary[0]
+    assert make_dataset(path).rows.tolist() == [0, 3, 4]  # without a plugin
+
+
+def test_an_image_without_text_that_no_plugin_supervises_is_refused(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
+) -> None:
+    path = write_data([record(), bare("im1.png")])
+    for plugin in (None, Supervising("im2.png")):
+        with pytest.raises(RecordError, match=r"'bare im1\.png'\), field conversations"):
+            make_dataset(path, plugin=plugin, grid=GRID)
+
+
+def test_a_batch_is_of_one_kind(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], tokenizer: Any
+) -> None:
+    plugin = Supervising("im1.png", "none.png")
+    path = write_data([record(), bare("im1.png"), bare("none.png")])
+    dataset = make_dataset(path, plugin=plugin, grid=GRID, on_error="skip")
+    collator = DataCollatorForSupervisedDataset(tokenizer, plugin)
+    text, image, unreadable = (dataset[index] for index in range(3))
+    assert "auxiliary_only" not in collator([text])
+    assert collator([image])["auxiliary_only"] and collator([image, unreadable])["auxiliary_only"]
+    assert collator([unreadable])["auxiliary_only"]  # of what was meant to be there
+    with pytest.raises(ValueError, match=r"bare im1\.png"):
+        collator([text, image])

@@ -16,6 +16,8 @@ from llava.data.sampler import (
     LengthGroupedSampler,
     get_length_grouped_indices,
     get_modality_length_grouped_indices,
+    micro_steps_of_kinds,
+    mix_kinds,
     split_to_even_chunks,
 )
 
@@ -82,3 +84,26 @@ def test_a_length_of_zero_is_refused() -> None:
 def test_a_sampler_without_lengths_is_refused() -> None:
     with pytest.raises(ValueError, match="lengths: found None"):
         LengthGroupedSampler(1, 1)
+
+
+@given(text=st.integers(0, 20), auxiliary=st.integers(1, 20), size=st.integers(1, 6), ratio=st.none() | st.floats(0, 3))
+def test_each_micro_step_is_of_one_kind_and_loses_no_sample(
+    text: int, auxiliary: int, size: int, ratio: float | None
+) -> None:
+    order = mix_kinds(range(text), range(100, 100 + auxiliary), size, ratio)
+    steps = [order[start : start + size] for start in range(0, len(order), size)]
+    kinds = [{index >= 100 for index in step} for step in steps]
+    assert all(len(step) == size and len(kind) == 1 for step, kind in zip(steps, kinds, strict=True))
+    counts = kinds.count({False}), kinds.count({True})
+    assert counts == micro_steps_of_kinds(text, auxiliary, size, ratio)
+    assert set(range(text)) <= set(order)
+    if ratio is None or not text:
+        assert {*range(text), *range(100, 100 + auxiliary)} == set(order)
+    else:
+        assert counts[1] == round(ratio * counts[0])
+
+
+def test_both_kinds_are_spread_evenly() -> None:
+    assert mix_kinds([0, 1, 2], [7, 8, 9], 1, None) == [0, 7, 1, 8, 2, 9]
+    assert mix_kinds([0, 1], [7, 8, 9], 1, 2.0) == [7, 0, 8, 9, 1, 7]
+    assert mix_kinds([0, 1, 2, 3], [7, 8], 2, 0.5) == [0, 1, 7, 8, 2, 3]

@@ -1,7 +1,7 @@
-"""Trains, throws the later checkpoints away, and trains again as after a kill; used by test_deepspeed.py.
+"""Trains, throws the later checkpoints away, and trains again as after a kill, in several processes.
 
-usage: train_twice.py STAGE FLAG... ; STAGE, KEPT_STEP and the flags of several runs are separated by `--next`.
-Started by torchrun. Writes `<output_dir>/losses.json` with the losses of the first and of the resumed run.
+usage: train_twice.py FLAG... ; the flags of several runs are separated by `--next`. With `--plugin` first, runs are
+patch-aligned. Started by torchrun. Writes `<output_dir>/losses.json`: the losses of the first and of the resumed run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import train
+from patch_aligned.train.plugin import PatchAlignedPlugin
+
+HAS_PLUGIN = sys.argv[1] == "--plugin"
 
 
 def losses(trainer: LLaVATrainer) -> list[float]:
@@ -23,7 +26,7 @@ def losses(trainer: LLaVATrainer) -> list[float]:
 
 def run(arguments: list[str]) -> None:
     sys.argv = ["train.py", *arguments]
-    first = train()
+    first = train(plugin=PatchAlignedPlugin() if HAS_PLUGIN else None)
     output_dir = Path(first.args.output_dir)
     torch.distributed.barrier()
     if first.args.should_save:
@@ -35,12 +38,12 @@ def run(arguments: list[str]) -> None:
             if file.is_file():
                 file.unlink()
     torch.distributed.barrier()
-    resumed = train()
+    resumed = train(plugin=PatchAlignedPlugin() if HAS_PLUGIN else None)
     if first.args.should_save:
         (output_dir / "losses.json").write_text(json.dumps([losses(first), losses(resumed)]))
 
 
-arguments = sys.argv[1:]
+arguments = sys.argv[1 + HAS_PLUGIN :]
 while arguments:
     end = arguments.index("--next") if "--next" in arguments else len(arguments)
     run(arguments[:end])
