@@ -84,6 +84,12 @@ class TrainingPlugin:
     auxiliary_only_ratio: float | None = None
     """Micro-steps of samples without text for each micro-step with text. None: as many as the data have."""
 
+    warmup_steps: int = 0
+    """Optimizer steps before the run, of the plugin's losses alone (weight 1), on all images that it supervises."""
+
+    warmup_folder: str = "warmup"
+    """Name of the warm-up's folder inside the run's."""
+
     def setup(
         self,
         arguments: Any,

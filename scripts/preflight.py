@@ -49,6 +49,7 @@ from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.plugin import PatchAlignedPlugin
 
 SAVED_STEP, LAST_STEP = 6, 10
+WARMUP_STEPS = 2  # of a run with a warm-up
 SAMPLE = 200  # records that are read as in training
 
 
@@ -271,6 +272,8 @@ def train(words: Sequence[str], last_step: int, output_dir: Path, log: Path) -> 
     """Runs the command up to a step, where it saves; returns the seconds at which steps ended, and at which it did."""
     command = [*words, "--output_dir", str(output_dir), "--max_steps", str(last_step)]
     command += ["--save_strategy", "steps", "--save_steps", str(last_step), "--save_total_limit", "1"]
+    if "--patch_warmup_steps" in words:
+        command += ["--patch_warmup_steps", str(min(WARMUP_STEPS, int(words[words.index("--patch_warmup_steps") + 1])))]
     command += ["--logging_strategy", "steps", "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "True"]
     start, ends = time.monotonic(), []
     process = subprocess.Popen(
@@ -337,6 +340,7 @@ def run_steps(words: Sequence[str], flags: argparse.Namespace, steps: int) -> No
         output_dir = Path(temporary)
         with gpu_memory(flags) as memory:
             first, first_end = train(words, SAVED_STEP, output_dir, log)
+            first = first[-SAVED_STEP:]  # without those of a warm-up
             before = losses(output_dir)
             checkpoint = size_of(output_dir / f"checkpoint-{SAVED_STEP}")
             weights = size_of(output_dir) - checkpoint

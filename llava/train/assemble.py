@@ -291,7 +291,7 @@ def make_data(
 
     Raises:
         ValueError: no record can be used, `--model_max_length` has no room for an image and some text, or records
-            without text come to a run that trains more than the projector.
+            without text or a warm-up come to a run that trains more than the projector.
     """
     tower = model.get_vision_tower()
     grid = model.visual_grid if tower is not None else None
@@ -312,10 +312,11 @@ def make_data(
         output_dir=training_args.output_dir,
     )
     auxiliary = np.flatnonzero(data["train_dataset"].is_auxiliary)
-    if len(auxiliary) and not (model_args.tune_mm_mlp_adapter and not model_args.mm_use_im_start_end):
+    found = f"{len(auxiliary)} records without text" if len(auxiliary) else "a warm-up"
+    is_used = len(auxiliary) or (plugin is not None and plugin.warmup_steps)
+    if is_used and not (model_args.tune_mm_mlp_adapter and not model_args.mm_use_im_start_end):
         raise ValueError(
-            f"{data_args.data_path}: found {len(auxiliary)} records without text; they train the projector alone, so "
-            "that --tune_mm_mlp_adapter True and --mm_use_im_start_end False are expected. Pass both, or leave the "
-            "records out."
+            f"{data_args.data_path}: found {found}, which trains the projector alone; expected --tune_mm_mlp_adapter "
+            "True and --mm_use_im_start_end False. Pass both, or train with text alone."
         )
     return data

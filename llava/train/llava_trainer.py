@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -451,6 +451,7 @@ class LLaVATrainer(CheckpointingTrainer):
     Args:
         *args: as for `transformers.Trainer`.
         plugin: adds losses to the caption loss; `None` is plain LLaVA.
+        phase: what a checkpoint says that it is of: "run", or "warm-up", in which the plugin's losses have weight 1.
         tokenizer: upstream's name of `processing_class`.
         **kwargs: as for `transformers.Trainer`.
 
@@ -460,7 +461,14 @@ class LLaVATrainer(CheckpointingTrainer):
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch; the Trainer divides by their number
 
-    def __init__(self, *args: Any, plugin: TrainingPlugin | None = None, tokenizer: Any = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        plugin: TrainingPlugin | None = None,
+        tokenizer: Any = None,
+        phase: Literal["run", "warm-up"] = "run",
+        **kwargs: Any,
+    ):
         if tokenizer is not None:
             kwargs.setdefault("processing_class", tokenizer)
         self.epoch_sampler: EpochSampler | None = None
@@ -470,7 +478,7 @@ class LLaVATrainer(CheckpointingTrainer):
                 f"One process sees {self.args.n_gpu} GPUs. Start one process per GPU with `deepspeed` or `torchrun "
                 "--nproc_per_node`, or select one GPU with CUDA_VISIBLE_DEVICES=0."
             )
-        self.plugin = plugin
+        self.plugin, self.phase = plugin, phase
         if plugin is not None:
             self.model.attach_plugin(plugin)
         self.is_told_to_stop = self.was_stopped = False
@@ -524,8 +532,8 @@ class LLaVATrainer(CheckpointingTrainer):
         total = outputs.loss
         logs: dict[str, Tensor | float] = {"loss/caption": outputs.loss} if has_text else {}
         auxiliary = outputs.auxiliary_losses or {}
-        weights = {}
-        if self.plugin is not None:
+        weights = dict.fromkeys(auxiliary, 1.0)
+        if self.plugin is not None and self.phase == "run":
             weights = self.plugin.loss_weights(run_progress(self.state.global_step, self.state.max_steps))
         for name, value in auxiliary.items():
             if name not in weights:
@@ -655,18 +663,34 @@ class LLaVATrainer(CheckpointingTrainer):
                 buffer.data = exact[name].to(buffer.device)
         return prepared
 
+    def release_engine(self) -> None:
+        """Take the model out of its engine and free that, so that another trainer can train it."""
+        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+
     # State saved in checkpoints
 
     def log_state(self) -> dict[str, Any]:
         """Extend `CheckpointingTrainer`'s with the metric window, unsupervised samples and the data order."""
         return super().log_state() | {
+            "phase": self.phase,
             "window": self.window.sums(),
             "unsupervised": self.unsupervised.state_dict(),
             "data": self.data_order(),
         }
 
     def load_log_state(self, state: dict[str, Any]) -> None:
-        """Restore `log_state`, and warn if the data differ from what the checkpoint was trained on."""
+        """Restore `log_state`, and warn if the data differ from what the checkpoint was trained on.
+
+        Raises:
+            ValueError: the checkpoint is of another phase.
+        """
+        if (phase := state.get("phase", "run")) != self.phase:
+            raise ValueError(
+                f"{self._resumed_from}: found a checkpoint of the {phase}, expected one of the {self.phase}. Leave "
+                "--resume_from_checkpoint out: each phase resumes from its last one."
+            )
         super().load_log_state(state)
         self.window.restore(state["window"])
         self.unsupervised.load_state_dict(state["unsupervised"])

@@ -8,8 +8,6 @@ are re-exported.
 from __future__ import annotations
 
 import logging
-import shlex
-import sys
 from pathlib import Path
 
 from transformers import set_seed
@@ -62,6 +60,7 @@ from llava.train.lora import (
     get_peft_state_non_lora_maybe_zero_3,
     load_adapter,
 )
+from llava.train.phases import run_phase, warm_up
 from llava.train.stopping import stop_request
 from llava.utils import rank0_print
 
@@ -150,25 +149,11 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     log_trained_parts(model)
 
     data = make_data(tokenizer, model, model_args, data_args, training_args, plugin)
+    if plugin is not None and plugin.warmup_steps and checkpoint is None:
+        training_args = warm_up(model, tokenizer, training_args, plugin, data)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, plugin=plugin, **data)
 
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-    if trainer.was_stopped:
-        saved = Path(training_args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-        logger.info(
-            "Stopped after step %d of %d, saved as %s. The same command goes on from there: %s",
-            trainer.state.global_step,
-            trainer.state.max_steps,
-            saved,
-            shlex.join(sys.orig_argv),
-        )
-        raise SystemExit(stop_request.exit_status)
-
-    trainer.unsupervised.close_run()
-    model.config.use_cache = True
-    safe_save_model_for_hf_trainer(trainer=trainer, output_dir=training_args.output_dir)
-    trainer.save_state()  # last: says that the weights beside it are those of its step
+    run_phase(trainer, checkpoint)
     return trainer
 
 

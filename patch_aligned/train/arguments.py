@@ -44,6 +44,13 @@ class PatchArguments:
             "(default: as many as the data have)."
         },
     )
+    patch_warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps of the patch loss alone before the run, on all images with regions, without the "
+            "LLM. They are not counted in --max_steps."
+        },
+    )
     patch_on_error: Literal["fail", "skip"] = field(
         default="fail",
         metadata={
@@ -67,6 +74,8 @@ class PatchArguments:
             weight = getattr(self, name)
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"--{name}: found {weight}; expected a finite number, 0 or more")
+        if self.patch_warmup_steps < 0:
+            raise ValueError(f"--patch_warmup_steps: found {self.patch_warmup_steps}; expected 0 or more")
         ratio = self.patch_regions_only_ratio
         if ratio is not None and not (math.isfinite(ratio) and ratio >= 0):
             raise ValueError(f"--patch_regions_only_ratio: found {ratio}; expected a finite number, 0 or more")

@@ -29,6 +29,7 @@ class PatchAlignedPlugin(TrainingPlugin):
     """Adds the loss `patch` to a run of LLaVA. Flags: `PatchArguments`; tensors and loss: `PatchObjective`."""
 
     arguments_class = PatchArguments
+    warmup_folder = "patch_warmup"
 
     arguments: PatchArguments
     index: AnnotationIndex
@@ -52,6 +53,7 @@ class PatchAlignedPlugin(TrainingPlugin):
         """
         self.arguments = arguments
         self.auxiliary_only_ratio = arguments.patch_regions_only_ratio
+        self.warmup_steps = arguments.patch_warmup_steps
         self.image_folder = None if image_folder is None else Path(image_folder)
         source = arguments.patch_data_path or _annotated_training_file(data_path)
         self.index = open_regions(arguments, source, output_dir)
