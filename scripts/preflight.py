@@ -272,6 +272,8 @@ def train(words: Sequence[str], last_step: int, output_dir: Path, log: Path) -> 
     """Runs the command up to a step, where it saves; returns the seconds at which steps ended, and at which it did."""
     command = [*words, "--output_dir", str(output_dir), "--max_steps", str(last_step)]
     command += ["--save_strategy", "steps", "--save_steps", str(last_step), "--save_total_limit", "1"]
+    if "--cache_features" in words:
+        command += ["--cache_features", ""]  # filling it may take hours
     if "--patch_warmup_steps" in words:
         command += ["--patch_warmup_steps", str(min(WARMUP_STEPS, int(words[words.index("--patch_warmup_steps") + 1])))]
     command += ["--logging_strategy", "steps", "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "True"]

@@ -19,6 +19,7 @@ from llava import conversation as templates
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.collate import DataCollatorForSupervisedDataset
+from llava.data.features import FeatureCache
 from llava.data.records import RecordError, RecordTable, image_names, open_records
 from llava.data.tokenization import preprocess, preprocess_multimodal
 from llava.mm_utils import image_view_of, load_rgb_image, process_images
@@ -120,6 +121,7 @@ class LazySupervisedDataset(Dataset):
         self._check_arguments()
         self.records = open_records(data_path)
         self.rows, self.is_auxiliary = self._usable_rows()
+        self.features: FeatureCache | None = None  # of the tower, in place of pixels; see `llava.train.cache_features`
         self._row_of_worker = torch.full((_MOST_WORKERS,), -1).share_memory_()
 
     @property
@@ -202,6 +204,15 @@ class LazySupervisedDataset(Dataset):
         return {"input_ids": encoded["input_ids"][0], "labels": encoded["labels"][0]}
 
     def _load_image(self, name: str, row: int) -> tuple[Tensor, tuple[int, int]]:
+        cached = None if self.features is None else self.features.find(name)
+        return self.load_pixels(name, row) if cached is None else cached
+
+    def load_pixels(self, name: str, row: int) -> tuple[Tensor, tuple[int, int]]:
+        """Return what the tower sees of an image, and its width and height.
+
+        Raises:
+            RecordError: the file cannot be read, or its name leads out of the image folder.
+        """
         path = Path(name)
         # Symbolic links inside the folder may point elsewhere, since the user made them. A data file may not.
         if path.anchor or ".." in path.parts:
@@ -251,7 +262,7 @@ class LazySupervisedDataset(Dataset):
         problems = {row: problem for row, problem in self.records.problems().items() if not is_auxiliary[row]}
         rows = np.arange(len(self.records))
         multimodal = getattr(self.data_args, "is_multimodal", False) and self.image_processor is not None
-        with_image = np.flatnonzero(self.records.has_image())
+        with_image = np.flatnonzero(self.records.has_image() | is_auxiliary)
         if len(with_image) and not multimodal:
             raise ValueError(
                 f"{self.records.where(int(with_image[0]))} has an image, but the run has no vision tower; pass "

@@ -108,6 +108,8 @@ class LlavaMetaForCausalLM(ABC):
 
     config: Any
     plugin: TrainingPlugin | None = None
+    reads_features: bool = False
+    """Whether batches bring the tower's outputs in place of pixels (`--cache_features`)."""
 
     @abstractmethod
     def get_model(self) -> Any:
@@ -138,8 +140,8 @@ class LlavaMetaForCausalLM(ABC):
         self.plugin = plugin
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encode and project images: `[N, 3, H, W]` -> `[N, S, D]`."""
-        features = self.get_model().vision_tower.encode(images)  # [N, S, C]
+        """Encode and project images `[N, 3, H, W]`, or project features `[N, S, C]` of a cache: -> `[N, S, D]`."""
+        features = images if images.dim() == 3 else self.get_model().vision_tower.encode(images)  # [N, S, C]
         projector = self.get_model().mm_projector
         weight = next(projector.parameters(), None)
         return projector(features if weight is None else features.to(weight.dtype))  # [N, S, D]

@@ -154,6 +154,12 @@ class DataArguments:
             "choices": ["fail", "skip"],
         },
     )
+    cache_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the outputs of the frozen vision tower: computed once, then read in place of images."
+        },
+    )
     mm_use_im_start_end: bool = field(default=False, init=False)
     """Copy of the model's flag of that name, used when `<image>` is inserted into the text."""
 
@@ -273,6 +279,15 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         raise ValueError(
             "--image_grid_pinpoints is missing: anyres needs the possible sizes of tiled images, multiples of the "
             "tower's side, such as '[[336, 672], [672, 336], [672, 672]]'."
+        )
+    if data_args.cache_features and (
+        model_args.vision_tower is None
+        or model_args.unfreeze_mm_vision_tower
+        or data_args.image_aspect_ratio == "anyres"
+    ):
+        raise ValueError(
+            f"--cache_features {data_args.cache_features}: expected a frozen --vision_tower and --image_aspect_ratio "
+            "square or pad; tiles of anyres and a trained tower cannot be cached. Drop the flag."
         )
     if training_args.fsdp:
         raise ValueError(

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -215,6 +216,14 @@ def save_first_batch(trainer: LLaVATrainer, inputs: dict[str, Any]) -> None:
     images = inputs.get("images")
     if trainer.plugin is None or not trainer.args.should_save or images is None:
         return
+    if trainer.model.reads_features:  # no pixels are at hand
+        if trainer.epoch_sampler is None:
+            return
+        uncached = copy(trainer.train_dataset)
+        uncached.features = None
+        first = trainer.epoch_sampler.order(0)[: trainer.args.train_batch_size]
+        inputs = trainer.data_collator([uncached[index] for index in first])
+        images = inputs["images"]
     images = torch.stack([image if image.dim() == 3 else image[0] for image in images])  # [N, 3, H, W]
     tower = trainer.model.get_vision_tower()
     processor, side = tower.image_processor, tower.seen_side

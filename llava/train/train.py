@@ -43,6 +43,7 @@ from llava.train.assemble import (
     smart_tokenizer_and_embedding_resize,
     start_engine,
 )
+from llava.train.cache_features import cache_features
 from llava.train.checkpointing import (
     check_state_files,
     checkpoint_to_resume,
@@ -149,6 +150,8 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     log_trained_parts(model)
 
     data = make_data(tokenizer, model, model_args, data_args, training_args, plugin)
+    if data_args.cache_features:
+        cache_features(model, data["train_dataset"], data_args, training_args)
     if plugin is not None and plugin.warmup_steps and checkpoint is None:
         training_args = warm_up(model, tokenizer, training_args, plugin, data)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, plugin=plugin, **data)

@@ -1,4 +1,4 @@
-"""Micro-steps of the patch loss alone: images without caption."""
+"""Micro-steps of the patch loss alone: images without caption, and the warm-up. One and two processes."""
 
 from __future__ import annotations
 
@@ -86,6 +86,11 @@ def test_a_mixed_file_trains_in_micro_steps_of_one_kind(run_stage_1: Any) -> Non
     assert trainer.unsupervised.unsupervised == 0
 
 
+def test_a_file_without_any_caption_trains_by_the_patch_loss_alone(run_stage_1: Any) -> None:
+    trainer, _ = run_stage_1(IMAGES, "--num_train_epochs 1 --patch_regions_only_ratio 0", write_mixed([], IMAGES[:3]))
+    assert [caption for (caption,) in columns(trainer, "loss/caption")] == [None, None]
+
+
 @pytest.mark.parametrize(("ratio", "steps"), [("0", 2), ("2", 6)])
 def test_the_ratio_of_the_kinds_is_a_flag(run_stage_1: Any, ratio: str, steps: int) -> None:
     flags = f"--num_train_epochs 1 --patch_regions_only_ratio {ratio} --save_strategy steps --save_steps {steps}"
@@ -151,7 +156,7 @@ def engine_of(run: str) -> str:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_a_warm_up_and_a_mixed_file_and_resume(
+def test_two_processes_with_warm_up_mixed_file_and_cached_features_equal_one_and_resume(
     run_stage_1: Any, patch_flags: Callable[..., list[str]]
 ) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is part of the extra `train`")
@@ -162,7 +167,8 @@ def test_two_processes_equal_one_with_a_warm_up_and_a_mixed_file_and_resume(
     single, _ = run_stage_1(IMAGES, f"{flags} {start} --output_dir one --per_device_train_batch_size 4", more)
     commands: list[str] = []
     for run in RUNS:
-        commands += ["--next", *patch_flags(IMAGES, f"{flags} {start} --output_dir {run} {engine_of(run)}", more)]
+        own = f"--output_dir {run} --cache_features features-{run} {engine_of(run)}"
+        commands += ["--next", *patch_flags(IMAGES, f"{flags} {start} {own}", more)]
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])

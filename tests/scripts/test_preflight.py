@@ -122,7 +122,7 @@ def break_json(variables: dict[str, str]) -> None:
 
 
 def name_no_turns(variables: dict[str, str]) -> None:
-    Path(variables["DATA_PATH"]).write_text('[{"id": "a", "image": "im0.png"}]')
+    Path(variables["DATA_PATH"]).write_text('[{"id": "a", "image": "im0.png", "conversations": "a"}]')
 
 
 def remove_data(variables: dict[str, str]) -> None:
@@ -161,7 +161,7 @@ Spoil = Callable[[dict[str, str]], object]
     [
         (remove_image, ["data_plain.json, record 1", "im1.png", "no such image file", "prepare_data.sh --check"]),
         (break_json, ["data_plain.json: record 3", "Is the file cut off?", "copy it again"]),
-        (name_no_turns, ["data_plain.json, record 0", "field conversations: found None", "--on_error skip"]),
+        (name_no_turns, ["data_plain.json, record 0", "field conversations: found 'a'", "--on_error skip"]),
         (remove_data, ["--data_path", "data_plain.json: found no such file", "prepare_data.sh --check"]),
         (remove_weights, ["--model_name_or_path", "found no model.safetensors", "next:"]),
         (remove_shard, ["--model_name_or_path", "found no model-00002-of-00002.safetensors"]),

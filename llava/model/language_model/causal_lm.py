@@ -176,6 +176,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             return EncodedImages([], torch.empty(0, device=self.device))
         side = self.get_model().vision_tower.image_side
         dummy = torch.zeros(1, 3, side, side, device=self.device)
+        if self.reads_features:  # no rank runs the tower
+            tower = self.get_model().vision_tower
+            dummy = tower.dummy_feature.expand(tower.num_patches + (tower.select_feature == "cls_patch"), -1)[None]
         tokens = self.arrange_tiles(self.encode_images(dummy), (side, side))  # [S or S + 1, D]
         return EncodedImages([], tokens[None][:0])  # [0, S, D], still connected to the projector
 
