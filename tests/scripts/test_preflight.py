@@ -280,6 +280,10 @@ flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 folder, last = pathlib.Path(flags["--output_dir"]), int(flags["--max_steps"])
 state = folder / "trainer_state.json"
 history = json.loads(state.read_text())["log_history"] if state.exists() and sys.argv[1] == "resumes" else []
+assert not flags.get("--cache_features")
+for step in range(0 if history else int(flags.get("--patch_warmup_steps", 0))):
+    assert step < 2, "more than a taste of the warm-up"
+    print({"loss": 1.0})
 for step in range(len(history) + 1, last + 1):
     history.append({"step": step, "loss": 1 / step})
     print({"loss": 1 / step})
@@ -301,6 +305,14 @@ def test_a_run_that_resumes_passes(preflight: ModuleType, tmp_path: Path, capsys
     preflight.run_steps(*stand_in("resumes", tmp_path / "run"), 100)
     assert "100 steps" in line_of(capsys.readouterr().out, "whole run")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_warm_up_is_shortened_and_no_cache_is_filled(
+    preflight: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, flags = stand_in("resumes", tmp_path / "run")
+    preflight.run_steps([*words, "--patch_warmup_steps", "800", "--cache_features", "features"], flags, 100)
+    assert "100 steps" in line_of(capsys.readouterr().out, "whole run")
 
 
 def test_a_run_that_begins_anew_in_place_of_resuming_is_found(preflight: ModuleType, tmp_path: Path) -> None:
