@@ -1,13 +1,20 @@
-"""How commands begin and end: those of `argparse`, which keep LLaVA's names, and those of `typer`."""
+"""How commands begin and end: those of `argparse`, which keep LLaVA's names, and those of `typer`; what they record."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import json
 import logging
+import platform
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -78,3 +85,103 @@ def clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(2) from error
 
     return wrapped
+
+
+# The record of a run, `run.json` in its output folder.
+
+RUN_FILE = "run.json"
+PACKAGES = ("patch-aligned-llava", "torch", "transformers", "tokenizers", "accelerate", "numpy", "pillow", "deepspeed",
+            "peft", "bitsandbytes", "flash-attn", "lmms-eval", "ray")  # fmt: skip
+
+
+class RunRecord:
+    """Records what a run depends on, and the commit, versions and times of each sitting of work on it.
+
+    Args:
+        folder: output folder of the run.
+        flags: by name. A value that JSON cannot hold is recorded as text.
+        sha256: of what flags name, by flag: of files, of a model's folder or its config; None where it is not known.
+        resumes: whether the run continues the one that the folder has a record of.
+        is_writer: whether this process is the one that writes.
+        **facts: further values.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        flags: Mapping[str, Any],
+        sha256: Mapping[str, str | None],
+        *,
+        resumes: bool = True,
+        is_writer: bool = True,
+        **facts: Any,
+    ) -> None:
+        self.folder, self.is_writer = folder, is_writer
+        run = {"flags": flags, "sha256": {name: digest for name, digest in sha256.items() if digest}, **facts}
+        self.run: dict[str, Any] = json.loads(json.dumps(run, default=str))  # as it is read back
+        before = read_record(folder) if resumes else {}
+        changed = changed_flags(before, self.run)
+        self._sitting = {
+            "started": _now(), "ended": None, "commit": _commit(), "versions": _versions(), "changed": changed,
+        }  # fmt: skip
+        self._sittings = [*before.get("sittings", []), self._sitting]
+
+    def begin(self) -> None:
+        """Write the record, with a sitting that has not ended."""
+        if self.is_writer:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / f".{RUN_FILE}.partial"
+            partial.write_text(json.dumps({**self.run, "sittings": self._sittings}, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self.folder / RUN_FILE)
+
+    def end(self) -> None:
+        """Write that the sitting has ended; that of a process that was killed or failed never has."""
+        self._sitting["ended"] = _now()
+        self.begin()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return a folder's record; empty where there is none, as in folders of earlier versions."""
+    path = folder / RUN_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def changed_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return both values of each flag that differs between two records: of files the content counts, not the path."""
+    changed = {}
+    for name, value in now["flags"].items():
+        was = before.get("flags", {}).get(name, value)
+        old, new = (run.get("sha256", {}).get(name) for run in (before, now))
+        if old and new:
+            if old != new:
+                changed[name] = [f"{was} (sha256 {old[:12]})", f"{value} (sha256 {new[:12]})"]
+        elif was != value and not _is_one_place(was, value):
+            changed[name] = [was, value]
+    return changed
+
+
+def _is_one_place(one: Any, other: Any) -> bool:
+    are_places = all(isinstance(path, str) and Path(path).exists() for path in (one, other))
+    return are_places and Path(one).samefile(other)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _commit() -> str | None:
+    """The checkout's commit, `-dirty` where files differ from it; None where there is no checkout or no git."""
+    root = Path(__file__).parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        if (root / ".git").exists():  # not where it is installed: a repository around it would be another one
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    return None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

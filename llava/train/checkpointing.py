@@ -6,7 +6,9 @@ folder of that name is always complete. deepspeed is imported only where it is i
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -21,8 +23,12 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import cached_file
 
+from llava.command import RUN_FILE, RunRecord, changed_flags, read_record
 from llava.model.weights import PROJECTOR_FILE, fill_strictly, read_tensors
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.utils import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +46,13 @@ DEEPSPEED_OBJECTS = (
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 """What DeepSpeed pickles beside tensors and plain values."""
+
+SAME_IN_A_RUN = ("seed", "data_seed", "global_batch_size", "group_by_modality_length", "train_sampling_strategy",
+                 "lora_alpha")  # fmt: skip
+"""What a resumed run must not change, beside the model's and the data's flags and the files that flags name."""
+MAY_CHANGE = {"attn_implementation", "image_folder", "on_error", "lazy_preprocess", "is_multimodal"}
+"""Flags of model and data that a resumed run may change."""
+NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir", "local_rank", "trust_checkpoint")
 
 
 def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:
@@ -194,6 +207,49 @@ def checkpoint_to_resume(named: str | None, output_dir: str | Path) -> Path | No
             "leave the flag out: a run goes on from the last complete checkpoint of its --output_dir."
         )
     return Path(named)
+
+
+def describe_run(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, plugin_args: Any, resumes: bool
+) -> RunRecord:
+    """The `run.json` of a training. The first rank alone hashes the files that flags name, and writes."""
+    of_plugin = {} if plugin_args is None else dataclasses.asdict(plugin_args)
+    flags = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **args.to_dict(), **of_plugin}
+    named, is_first = {}, args.process_index == 0
+    if is_first:
+        named = {name: flags[name] for name in ("data_path", "pretrain_mm_mlp_adapter", *of_plugin)}
+        for name in ("model_name_or_path", "vision_tower"):
+            with contextlib.suppress(OSError, ValueError):  # loading it says what is wrong
+                named[name] = flags[name] and cached_file(flags[name], "config.json", cache_dir=args.cache_dir)
+    hashes = {
+        name: sha256(Path(file)) for name, file in named.items() if isinstance(file, str) and Path(file).is_file()
+    }
+    flags["global_batch_size"] = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    return RunRecord(Path(args.output_dir), flags, hashes, resumes=resumes, is_writer=is_first)
+
+
+def check_same_run(record: RunRecord, checkpoint: Path) -> None:
+    """Compares a run with the record beside the checkpoint that it resumes from, and names what has changed.
+
+    Raises:
+        ValueError: the checkpoint is of the run's own folder, and model, data or their order are others.
+    """
+    before = read_record(checkpoint.parent) if record.is_writer else {}
+    changed = {
+        name: f"{name}: {was} before, {now} now"
+        for name, (was, now) in changed_flags(before, record.run).items()
+        if name not in NOT_COMPARED
+    }
+    of_model_and_data = {field.name for kind in (ModelArguments, DataArguments) for field in dataclasses.fields(kind)}
+    fixed = {*before.get("sha256", ()), *SAME_IN_A_RUN, *of_model_and_data} - MAY_CHANGE
+    refused = "; ".join(text for name, text in changed.items() if name in fixed)
+    if refused and checkpoint.resolve().parent == record.folder.resolve():
+        raise ValueError(
+            f"{record.folder} holds another run, up to {checkpoint.name}. {refused}. Give what its run.json has, or "
+            f"another --output_dir; with --resume_from_checkpoint {checkpoint} too, that run starts from this one."
+        )
+    if changed:
+        logger.warning("Changed since %s: %s.", checkpoint.parent / RUN_FILE, "; ".join(changed.values()))
 
 
 def steps_of_run(args: Any, samples: int) -> int:

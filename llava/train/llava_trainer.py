@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +47,6 @@ from llava.train.checkpointing import (
 )
 from llava.train.lora import is_adapted, load_adapter, save_adapter
 from llava.train.stopping import start_worker, stop_request
-from llava.utils import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -690,7 +689,7 @@ class LLaVATrainer(CheckpointingTrainer):
         }
 
     def load_log_state(self, state: dict[str, Any]) -> None:
-        """Restore `log_state`, and warn if the data differ from what the checkpoint was trained on.
+        """Restore `log_state`, and warn if the data's order differs from the checkpoint's.
 
         Raises:
             ValueError: the checkpoint is of another phase.
@@ -704,7 +703,7 @@ class LLaVATrainer(CheckpointingTrainer):
         self.window.restore(state["window"])
         self.unsupervised.load_state_dict(state["unsupervised"])
         before, now = state.get("data") or {}, self.data_order()
-        if before != {key: now[key] for key in before} and self.is_world_process_zero():
+        if any(now[key] != before.get(key, now[key]) for key in now) and self.is_world_process_zero():
             logger.warning(
                 "The checkpoint was trained with %s, this run has %s: some samples will be repeated, others skipped. "
                 "To continue the same run, pass --data_path, --seed and the global batch size as before.",
@@ -712,16 +711,10 @@ class LLaVATrainer(CheckpointingTrainer):
                 now,
             )
 
-    @cached_property
-    def data_hash(self) -> str:
-        """Short hash of the content of the data file, whatever its path."""
-        return sha256(self.train_dataset.records.source)[:12]
-
     def data_order(self) -> dict[str, Any]:
-        """Return what identifies the position in the data: samples per step, hashes of the order and the data."""
+        """Return what identifies the position in the data: samples per step, and a hash of the order."""
         args, sampler = self.args, self.epoch_sampler
         return {
             "samples_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
             "order": None if sampler is None else sampler.fingerprint(int(self.state.epoch or 0)),
-            "data": self.data_hash,
         }

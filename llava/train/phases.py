@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llava.command import RunRecord
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpointing import (
@@ -28,8 +29,8 @@ RAMP = 0.03
 """Share of a warm-up's steps in which the learning rate rises; then it is constant."""
 
 
-def run_phase(trainer: LLaVATrainer, checkpoint: Path | None) -> None:
-    """Train to the last step, from a checkpoint if one is given, and save.
+def run_phase(trainer: LLaVATrainer, checkpoint: Path | None, record: RunRecord) -> None:
+    """Train to the last step, from a checkpoint if one is given, and save. `record` is told where a signal stops it.
 
     Raises:
         SystemExit: a signal stopped the phase, which was saved.
@@ -37,6 +38,7 @@ def run_phase(trainer: LLaVATrainer, checkpoint: Path | None) -> None:
     output_dir = trainer.args.output_dir
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.was_stopped:
+        record.end()
         logger.info(
             "Stopped after step %d of %d, saved as %s. The same command goes on from there: %s",
             trainer.state.global_step,
@@ -51,8 +53,19 @@ def run_phase(trainer: LLaVATrainer, checkpoint: Path | None) -> None:
     trainer.save_state()  # last: says that the weights beside it are those of its step
 
 
+def begun_warm_up(output_dir: str, plugin: TrainingPlugin | None) -> Path | None:
+    """Return the folder of the warm-up if the run has one and has begun it."""
+    folder = Path(output_dir) / plugin.warmup_folder if plugin is not None and plugin.warmup_steps else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
 def warm_up(
-    model: Any, tokenizer: Any, training_args: TrainingArguments, plugin: TrainingPlugin, data: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    training_args: TrainingArguments,
+    plugin: TrainingPlugin,
+    data: dict[str, Any],
+    record: RunRecord,
 ) -> TrainingArguments:
     """Train the projector by the plugin's losses on all images that it supervises, without text and LLM.
 
@@ -79,7 +92,7 @@ def warm_up(
         trainer = LLaVATrainer(
             model=model, processing_class=tokenizer, args=arguments, plugin=plugin, phase="warm-up", **data
         )
-        run_phase(trainer, checkpoint)
+        run_phase(trainer, checkpoint, record)
         model.config.use_cache = False
         trainer.release_engine()
     load_projector_weights(model, folder / PROJECTOR_FILE)

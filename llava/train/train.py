@@ -45,8 +45,10 @@ from llava.train.assemble import (
 )
 from llava.train.cache_features import cache_features
 from llava.train.checkpointing import (
+    check_same_run,
     check_state_files,
     checkpoint_to_resume,
+    describe_run,
     finished_step,
     get_mm_adapter_state_maybe_zero_3,
     maybe_zero_3,
@@ -61,7 +63,7 @@ from llava.train.lora import (
     get_peft_state_non_lora_maybe_zero_3,
     load_adapter,
 )
-from llava.train.phases import run_phase, warm_up
+from llava.train.phases import begun_warm_up, run_phase, warm_up
 from llava.train.stopping import stop_request
 from llava.utils import rank0_print
 
@@ -125,6 +127,10 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
             output_dir=Path(training_args.output_dir),
         )
     checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, training_args.output_dir)
+    begun = checkpoint or begun_warm_up(training_args.output_dir, plugin)
+    record = describe_run(model_args, data_args, training_args, plugin_args, resumes=begun is not None)
+    if begun is not None:
+        check_same_run(record, begun)
     if checkpoint is not None:
         done = finished_step(training_args.output_dir)
         steps = steps_of_run(training_args, count_samples(data_args, training_args, plugin))
@@ -134,6 +140,7 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
         logger.info("Resuming from %s.", checkpoint)
         if not training_args.trust_checkpoint:
             check_state_files(checkpoint)
+    record.begin()
     start_engine(training_args)
     set_seed(training_args.seed)  # the Trainer seeds too, but only after the projector got its random weights
 
@@ -153,10 +160,11 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     if data_args.cache_features:
         cache_features(model, data["train_dataset"], data_args, training_args)
     if plugin is not None and plugin.warmup_steps and checkpoint is None:
-        training_args = warm_up(model, tokenizer, training_args, plugin, data)
+        training_args = warm_up(model, tokenizer, training_args, plugin, data, record)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, plugin=plugin, **data)
 
-    run_phase(trainer, checkpoint)
+    run_phase(trainer, checkpoint, record)
+    record.end()
     return trainer
 
 

@@ -1,12 +1,16 @@
-"""How commands end."""
+"""How commands end, and what they record."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from llava.command import clear_errors, command_parser, run_command, typer_app_with_debug
+from llava.command import RunRecord, changed_flags, clear_errors, command_parser, run_command, typer_app_with_debug
 
 
 @pytest.mark.parametrize(
@@ -52,3 +56,37 @@ def test_a_typer_command_ends_with_a_sentence_however_its_flag_is_spelled(app: t
 def test_debug_and_bugs_show_the_traceback(app: typer.Typer) -> None:
     assert isinstance(CliRunner().invoke(app, ["--debug", "wrong-input"]).exception, ValueError)
     assert isinstance(CliRunner().invoke(app, ["bug"]).exception, KeyError)
+
+
+def test_a_record_keeps_every_sitting_and_what_changed_between_them(tmp_path: Path) -> None:
+    first = RunRecord(tmp_path, {"rate": 1.0, "path": Path("a")}, {"path": "1" * 64, "unknown": None})
+    first.begin()
+    killed = json.loads((tmp_path / "run.json").read_text())
+    second = RunRecord(tmp_path, {"rate": 2.0, "path": Path("b")}, {"path": "1" * 64}, trained={"steps": 3})
+    second.begin()
+    second.end()
+    RunRecord(tmp_path, {"rate": 3.0}, {}, is_writer=False).end()
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert killed["sittings"][0]["ended"] is None and killed["sittings"] == found["sittings"][:1]
+    assert (found["flags"], found["sha256"]) == ({"rate": 2.0, "path": "b"}, {"path": "1" * 64})
+    assert found["sittings"][1]["changed"] == {"rate": [1.0, 2.0]} and found["trained"] == {"steps": 3}
+    assert found["sittings"][1]["started"] <= found["sittings"][1]["ended"]
+    assert {"python", "torch", "patch-aligned-llava"} <= found["sittings"][1]["versions"].keys()
+    fresh = RunRecord(tmp_path, {}, {}, resumes=False)
+    fresh.begin()
+    assert len(json.loads((tmp_path / "run.json").read_text())["sittings"]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_flags_differ_by_content_and_not_by_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+
+    def run(path: str, digest: str, **flags: Any) -> dict[str, Any]:
+        return {"flags": {"data": path, **flags}, "sha256": {"data": digest}}
+
+    before = run("data.json", "a" * 64, images="images")
+    assert not changed_flags({}, before)
+    assert not changed_flags(before, run("/copy/of/data.json", "a" * 64, images=f"{tmp_path}/images/", new=1))
+    changed = changed_flags(before, run("data.json", "b" * 64, images="nowhere"))
+    assert changed.keys() == {"data", "images"} and "b" * 12 in changed["data"][1]

@@ -37,6 +37,9 @@ UNSTABLE_KEYS = frozenset(
 )
 """Keys of JSON files that differ between two runs of one commit."""
 
+RUN_RECORD = "run.json"
+"""Commit, versions and times of a run: left out, as no two runs agree, and as the baseline has none."""
+
 
 class CommandError(RuntimeError):
     """A command that was expected to succeed did not."""
@@ -155,7 +158,7 @@ class Product:
         self, folder: Path, tensors: Sequence[str] = TENSOR_FILES, json_files: Sequence[str] = JSON_FILES
     ) -> Facts:
         """Names of all files below a folder, its tensors by hash, its JSON files by value."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RUN_RECORD)
         facts: Facts = {"files": [str(path.relative_to(folder)) for path in files], "tensors": {}, "json": {}}
         for path in files:
             name = str(path.relative_to(folder))

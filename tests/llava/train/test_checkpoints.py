@@ -16,9 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from llava.train import checkpointing
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.checkpointing import (
     check_state_files,
     checkpoint_to_resume,
+    describe_run,
     last_complete_checkpoint,
     load_projector_weights,
     publish_checkpoint,
@@ -71,20 +74,81 @@ def test_a_checkpoint_of_stage_1_holds_nothing_of_the_frozen_parts(run_stage_1: 
     assert sum(path.stat().st_size for path in folder.iterdir()) < 4 * 4 * trained + 50_000
 
 
+ONE_STEP = "--per_device_train_batch_size 1 --save_strategy steps --save_steps 1 --max_steps 1"
+TWO_STEPS = f"{ONE_STEP} --max_steps 2"
+
+
 def test_data_in_another_order_are_noticed(run_stage_1: Any, caplog: pytest.LogCaptureFixture) -> None:
-    saving = "--per_device_train_batch_size 1 --save_strategy steps --save_steps 1 --save_total_limit 1"
-    run_stage_1("run", f"{saving} --max_steps 1")
-    run_stage_1("run", f"{saving} --max_steps 2")
-    assert "samples will be repeated" not in caplog.text
-    run_stage_1("run", f"{saving} --max_steps 3 --gradient_accumulation_steps 2")
-    assert "'samples_per_step': 1" in caplog.text and "'samples_per_step': 2" in caplog.text
-    caplog.clear()
+    run_stage_1("run", ONE_STEP)
     Path("other.json").write_text(json.dumps(json.loads(Path("data_plain.json").read_text())[::-1]))
-    run_stage_1("run", f"{saving} --max_steps 4 --gradient_accumulation_steps 2 --data_path other.json")
+    before = contents("run")
+    for flags, named in {
+        "--data_path other.json": r"data_path: data_plain.json \(sha256",
+        "--gradient_accumulation_steps 2": "global_batch_size: 1 before, 2 now",
+        "--seed 7": "seed: 42 before, 7 now",
+        "--data_seed 7": "data_seed: None before, 7 now",
+    }.items():
+        with pytest.raises(ValueError, match=f"run holds another run, up to checkpoint-1.*{named}"):
+            run_stage_1("run", f"{TWO_STEPS} {flags}")
+    assert contents("run") == before
+    Path("run/run.json").unlink()  # as in folders of earlier versions
+    run_stage_1("run", f"{TWO_STEPS} --data_seed 7")
     assert "samples will be repeated" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["LLM", "template", "projector"])
+def test_another_model_is_refused(run_stage_1: Any, change: str) -> None:
+    run_stage_1("run", ONE_STEP)
+    config = Path("tiny-vicuna/config.json")
+    if change == "LLM":  # of the same name
+        config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 1e6}))
+    start = "--pretrain_mm_mlp_adapter run/mm_projector.bin" if change == "projector" else ""
+    template = "--version v1" if change == "template" else ""
+    with pytest.raises(ValueError, match=r"holds another run.*(model_name_or_path|version|pretrain_mm_mlp_adapter): "):
+        run_stage_1("run", f"{TWO_STEPS} {start} {template}")
+    if change == "template":  # asked for
+        resumed = run_stage_1("other", f"{TWO_STEPS} {template} --resume_from_checkpoint run/checkpoint-1")
+        assert resumed.state.global_step == 2
+
+
+def test_another_rate_is_named_and_recorded(run_stage_1: Any, caplog: pytest.LogCaptureFixture) -> None:
+    run_stage_1("run", ONE_STEP)
+    run_stage_1("run", f"{TWO_STEPS} --learning_rate 5e-4")
+    assert "learning_rate: 0.001 before, 0.0005 now" in caplog.text
+    record = json.loads(Path("run/run.json").read_text())
+    assert [sitting["changed"] for sitting in record["sittings"]] == [
+        {},
+        {"learning_rate": [0.001, 0.0005], "max_steps": [1, 2]},
+    ]
+    assert record["flags"]["learning_rate"] == 0.0005 and all(sitting["ended"] for sitting in record["sittings"])
     caplog.clear()
-    run_stage_1("run", f"{saving} --max_steps 5 --gradient_accumulation_steps 2 --data_path other.json --data_seed 7")
-    assert "samples will be repeated" in caplog.text
+    assert run_stage_1("run", TWO_STEPS) is None  # finished
+    assert "learning_rate: 0.0005 before, 0.001 now" in caplog.text
+
+
+def test_other_spellings_of_the_same_files_resume_the_same_run(
+    run_stage_1: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_stage_1("run", ONE_STEP)
+    shutil.copytree("tiny-vicuna", "moved/tiny-vicuna")
+    shutil.copyfile("data_plain.json", "moved/copy.json")
+    Path("images/README.md").touch()
+    spelled = (
+        f"--model_name_or_path ./moved/tiny-vicuna/ --data_path {Path.cwd()}/moved/copy.json --image_folder images/"
+    )
+    trainer = run_stage_1("run/", f"{TWO_STEPS} {spelled}")
+    assert trainer.state.global_step == 2
+    (named,) = [entry.message for entry in caplog.records if "Changed since" in entry.message]
+    assert "max_steps" in named and not any(word in named for word in ("model", "data", "image"))
+
+
+def test_the_first_rank_alone_hashes_and_writes(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ModelArguments("tiny-vicuna"), DataArguments("data_plain.json"), TrainingArguments("run", use_cpu=True)
+    assert describe_run(*arguments, None, False).run["sha256"].keys() == {"data_path", "model_name_or_path"}
+    monkeypatch.setattr(TrainingArguments, "process_index", 1)
+    monkeypatch.setattr(checkpointing, "sha256", lambda path: pytest.fail(f"{path} was hashed"))
+    describe_run(*arguments, None, False).begin()
+    assert not Path("run").exists()
 
 
 def test_old_checkpoints_are_removed(run_stage_1: Any) -> None:

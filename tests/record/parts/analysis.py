@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from product import Facts, Product
+from product import RUN_RECORD, Facts, Product
 
 
 def record(product: Product) -> Facts:
@@ -51,4 +51,4 @@ def _models(product: Product) -> list[Any]:
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != RUN_RECORD)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from product import Facts, Product, sha256
+from product import RUN_RECORD, Facts, Product, sha256
 
 Records = list[dict[str, Any]]
 BAD, AT = "sample-at-fault", 9
@@ -97,7 +97,7 @@ def _trained(product: Product, scenes: Path, records: Records, number: int, how:
         "status": int(log.split(maxsplit=3)[2]),
         "named": BAD in log,
         "losses": product.read(output / "trainer_state.json")["log_history"] if ended else None,
-        "files": sorted(path.name for path in output.glob("*")) if output.exists() else [],
+        "files": sorted(path.name for path in output.glob("*") if path.name != RUN_RECORD),
         "steps begun": log.count("'grad_norm'"),
     }
 

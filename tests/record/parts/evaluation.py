@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from product import Facts, Product
+from product import RUN_RECORD, Facts, Product
 
 UNSTABLE = "answer_id"  # a random id a line
 
@@ -25,7 +25,8 @@ def record(product: Product) -> Facts:
 
 def run_files(product: Product, folder: Path) -> Facts:
     """Result and samples of each benchmark, key by key."""
-    return {str(path.relative_to(folder)): product.read(path) for path in sorted(folder.glob("*/*.json*"))}
+    files = [path for path in sorted(folder.glob("*/*.json*")) if path.name != RUN_RECORD]
+    return {str(path.relative_to(folder)): product.read(path) for path in files}
 
 
 def _question_file(product: Product, checkpoint: Path) -> Facts:
