@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from eval.adapter import ModelRequest, PreflightError, default_dtype, processes_
 from eval.benchmarks import Benchmark, choose
 from eval.hub import DataError, Lock, TaskData, find_data
 from eval.judge import check_judge, read_judge
+from llava.command import read_record
 from llava.conversation import conversation_mode
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import read_config, whose_weights
@@ -156,7 +158,7 @@ def finished_run(
     there = read_run(folder)
     compared: dict[str, tuple[Any, Any]] = {
         "weights (SHA-256)": (there.model.sha256, model.sha256),
-        "base": (there.model.base, model.base),
+        "base": (there.model.weights[1], model.weights[1]),
         "base's weights (SHA-256)": (there.model.base_sha256, model.base_sha256),
         "conversation": (there.settings.conversation, conversation),
         "dtype": (there.settings.dtype, dtype),
@@ -184,6 +186,19 @@ def identify(name: str, path: str, base: str | None) -> ModelIdentity:
     """
     base_sha256 = checkpoint_hash(base).sha256 if base is not None and Path(base).exists() else None
     return ModelIdentity(name, path, checkpoint_hash(path).sha256, base, base_sha256)
+
+
+def training_of(path: str) -> dict[str, Any]:
+    """Steps, seed and data of the training that left a checkpoint, as far as they are recorded there."""
+    folder = Path(path)
+    record = read_record(folder.parent if folder.name.startswith("checkpoint-") else folder)
+    state = folder / "trainer_state.json"
+    found = {
+        "steps": json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.is_file() else None,
+        "seed": record.get("flags", {}).get("seed"),
+        "data (SHA-256)": record.get("sha256", {}).get("data_path"),
+    }
+    return {fact: value for fact, value in found.items() if value is not None}
 
 
 def read_llava_config(path: str, base: str | None) -> Any:

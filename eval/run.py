@@ -19,8 +19,9 @@ from eval.adapter import DTYPES, AnswerLog, PreflightError, load_adapter, rank_a
 from eval.benchmarks import ALL, GROUPS, Benchmark
 from eval.hub import LOCK, DataError, TaskData
 from eval.judge import set_judge
-from eval.plan import Plan, announcement, judge_of, make_plan, summary
+from eval.plan import Plan, announcement, judge_of, make_plan, summary, training_of
 from eval.scores import UnscoredError, evaluate_task, find_submission, headline_of, scores_and_samples
+from llava.command import RunRecord
 from llava.conversation import conv_templates
 from patch_aligned.results.run import (
     Harness,
@@ -116,11 +117,14 @@ def run_benchmark(
     request = plan.request
     adapter.log = AnswerLog(
         folder / ANSWERS,
-        {"model": plan.model.sha256, "base": [plan.model.base, plan.model.base_sha256],
+        {"model": plan.model.sha256, "base": plan.model.weights[1:],
          "conversation": request.conversation, "dtype": request.dtype, "data": data.revision,
          "package": importlib.metadata.version("patch-aligned-llava")},
         rank,
     )  # fmt: skip
+    hashes = {"model_path": plan.model.sha256, "model_base": plan.model.base_sha256, "data": data.revision}
+    record = RunRecord(folder, vars(arguments), hashes, is_writer=rank == 0, trained=training_of(plan.model.path))
+    record.begin()
     max_new_tokens = arguments.max_new_tokens or benchmark.max_new_tokens
     evaluated = evaluate_task(
         adapter, benchmark, data, folder, max_new_tokens=max_new_tokens, limit=arguments.limit, seed=arguments.seed
@@ -158,6 +162,7 @@ def run_benchmark(
         not_available=missing,
     )
     write_run(folder, result, samples)
+    record.end()
     print(summary(result, folder))
 
 

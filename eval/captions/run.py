@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,11 +30,13 @@ from eval.captions.metrics import (
     score_captions,
 )
 from eval.captions.references import CaptionedImage, CaptionSet, image_files, named, read_references
-from eval.plan import check_checkpoint, finished_run, identify, own_conversation, read_llava_config
+from eval.plan import check_checkpoint, finished_run, identify, own_conversation, read_llava_config, training_of
+from llava.command import RunRecord
 from llava.conversation import SeparatorStyle, conv_templates
 from llava.eval.answering import GenerationSettings, Question, answer_questions, prompt_of
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from patch_aligned.files import sha256_of
 from patch_aligned.pad import iter_records
 from patch_aligned.results.run import (
     RESULT_FILE,
@@ -75,17 +77,17 @@ class CaptionLog:
             ValueError: a line is no caption.
         """
         self._path = folder / f"{identity}-{rank}.jsonl"
-        self._stamps = {image: _stamp(file) for image, file in files.items()}
+        self._files = files
         self.known: dict[str, str] = {}
         for path in sorted(folder.glob(f"{identity}-*.jsonl")):
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]  # the last line of a process that was killed may be cut
             for number, line in enumerate(whole.splitlines(), start=1):
                 try:
-                    image, stamp, caption = json.loads(line)
+                    image, found, caption = json.loads(line)
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{path}, line {number}: found no caption; next: delete the file") from error
-                if stamp == self._stamps.get(image):
+                if image in files and found == sha256_of(files[image]):
                     self.known[image] = caption
             if path == self._path and whole != content:  # or the next line would be glued to it
                 os.truncate(path, len(whole))  # other processes may be reading the lines that stay
@@ -94,7 +96,7 @@ class CaptionLog:
         """Adds a caption."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="ascii") as file:
-            file.write(json.dumps([image, self._stamps[image], caption]) + "\n")
+            file.write(json.dumps([image, sha256_of(self._files[image]), caption]) + "\n")
         self.known[image] = caption
 
 
@@ -131,12 +133,6 @@ def read_answers(path: Path, images: Sequence[CaptionedImage]) -> dict[str, str]
             "references; are these the captions of the same images?"
         )
     return answers
-
-
-def _stamp(file: Path) -> list[int]:
-    """Changes with what is in a file: its size and the time of its last change."""
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _first(record: Any, names: tuple[str, ...], kind: Any, place: str) -> Any:
@@ -177,9 +173,7 @@ class Writer:
     def identity(self) -> str:
         """Changes with everything that a caption depends on."""
         parts = [
-            self.model.sha256,
-            self.model.base,
-            self.model.base_sha256,
+            *self.model.weights,
             self.conversation,
             self.prompt,
             self.dtype,
@@ -428,6 +422,11 @@ def run(request: Request, say: Callable[[str], None]) -> None:
                 "set of images and captions (SHA-256)": (run.data.rows_sha256, wanted),
             },
         )
+    of_data = {"references": sha256_of(request.caption_set.references)}
+    hashes = {**of_data, "model_path": writer.model.sha256, "model_base": writer.model.base_sha256}
+    flags = {**asdict(request), "references": request.caption_set.references}
+    record = RunRecord(folder, flags, hashes, is_writer=rank == 0, trained=training_of(writer.model.path))
+    record.begin()
     log = CaptionLog(folder / ANSWERS, writer.identity, files, rank)
     wait_for_all()  # so that all see the same captions as missing
     missing = [image for image in images if image.id not in log.known]
@@ -442,6 +441,7 @@ def run(request: Request, say: Callable[[str], None]) -> None:
     if rank > 0:
         return
     if request.answers_only:
+        record.end()
         say(f"{folder / ANSWERS}: captions of {len(images)} images; next: the same command without --answers-only")
         return
 
@@ -460,6 +460,7 @@ def run(request: Request, say: Callable[[str], None]) -> None:
         limit=request.limit,
     )
     write_run(folder, result, samples)
+    record.end()
     say(f"{writer.model.name}, {request.caption_set.column}")
     say(as_text(scores))
     say(f"{folder / RESULT_FILE}; next: patch-aligned table 4 --runs {folder.parent}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from llava.command import clear_errors
+from llava.command import RunRecord, clear_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,6 +158,7 @@ def analyze(
     from patch_aligned.analysis.run import AnalysisSettings, MeasureSettings, analyse
     from patch_aligned.analysis.words import PursuitSettings, english_words
     from patch_aligned.analysis.words import token_maps as find_words
+    from patch_aligned.files import sha256_of
     from patch_aligned.images import image_path
     from patch_aligned.models.load import load_models
 
@@ -195,8 +196,10 @@ def analyze(
     console = Console(markup=False)  # names and paths may hold brackets
     transformers_logging.disable_progress_bar()
     models = load_models(projector, base, vision_tower, image_aspect_ratio, device)
-    with console.status("Hashing the weights"):
+    with console.status("Hashing weights and data"):
         provenance = provenance_of(models)
+        hashes = {"data": sha256_of(data), **provenance["sha256"]}
+    record = RunRecord(output, context.params, hashes, resumes=False)
     with _progress(f"Analysing {len(models)} projectors", console) as on_images:
         settings = AnalysisSettings(measure, Resampling(resamples, seed), tuple(range(random_init)), asked)
         analysis = analyse(models, settings, on_images)
@@ -207,6 +210,7 @@ def analyze(
             maps = find_words(models, shown, PursuitSettings(rounds), english, on_images)
     with console.status("Writing the report"):
         written = write_report(analysis, output, maps, provenance)
+        record.end()
     for table in filter(None, (headline_table(analysis), health_table(analysis), names_table(analysis))):
         console.print(table.text())
     if analysis.broken_images:
@@ -268,8 +272,10 @@ def token_map(
     from transformers.utils import logging as transformers_logging
 
     from patch_aligned.analysis.localisation import require_matplotlib
+    from patch_aligned.analysis.report import sources_of
     from patch_aligned.analysis.token_map import save_token_map_figures, write_token_map_page
     from patch_aligned.analysis.words import PursuitSettings, token_maps
+    from patch_aligned.files import sha256_of
     from patch_aligned.models.load import load_models
 
     chosen = _chosen_images(image or [], data, image_folder, limit)
@@ -280,6 +286,9 @@ def token_map(
     console = Console(markup=False)  # names and paths may hold brackets
     transformers_logging.disable_progress_bar()
     models = load_models(projector, base, vision_tower, image_aspect_ratio, device)
+    configs = {source: Path(source, "config.json") for source in sources_of(models)}  # weights take a minute to hash
+    hashes = {name: sha256_of(path) for name, path in [*chosen, *configs.items()] if path.is_file()}
+    record = RunRecord(output, context.params, hashes, resumes=False)
     with _progress("Decomposing images", console) as on_images:
         settings = PursuitSettings(rounds, choice == "absolute", orthogonal, not unscaled)
         maps = token_maps(models, chosen, settings, english, on_images)
@@ -287,6 +296,7 @@ def token_map(
     if png:
         with _progress("Drawing", console) as on_images:
             written += save_token_map_figures(maps, output, on_images, cosine_maps=cosine_maps)
+    record.end()
     console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 

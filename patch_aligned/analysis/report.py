@@ -105,19 +105,19 @@ def _write_text(path: Path, text: str) -> None:
 
 def provenance_of(models: Sequence[VisionLanguageModel]) -> dict[str, Any]:
     """Return device, versions, and the SHA-256 of all weights in local files, by their path."""
-    sources = {
-        source
-        for model in models
-        for source in (model.source, model.encoder.name, model.words.source)
-        if Path(source).exists()
-    }
     return {
         "device": models[0].encoder.device,
         "dtype": "float32",
         "image_aspect_ratio": ", ".join(sorted({model.encoder.image_aspect_ratio for model in models})),
         "versions": {name: version(name) for name in ("patch-aligned-llava", "torch", "transformers")},
-        "sha256": {source: checkpoint_hash(source).sha256 for source in sorted(sources)},
+        "sha256": {source: checkpoint_hash(source).sha256 for source in sources_of(models)},
     }
+
+
+def sources_of(models: Sequence[VisionLanguageModel]) -> list[str]:
+    """Return the local files and folders that projectors, towers and word embeddings are from."""
+    sources = {source for model in models for source in (model.source, model.encoder.name, model.words.source)}
+    return sorted(source for source in sources if Path(source).exists())
 
 
 _HEALTH_DIGITS = {"shuffled_align_px": 3, "contrast": 2, "retrieval_top1": 2, "best_word_cosine": 2}

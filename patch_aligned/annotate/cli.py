@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from llava.command import clear_errors
+from llava.command import RunRecord, clear_errors
+
+if TYPE_CHECKING:
+    from patch_aligned.annotate.folder import RunFolder
 
 app = typer.Typer(rich_markup_mode="markdown")
 models_app = typer.Typer(name="models", no_args_is_help=True, help="The models that annotate.")
@@ -159,6 +163,14 @@ def annotate(
         on_error=on_error,
         allow_missing=allow_missing,
     )
+
+    def begin_record(folder: RunFolder) -> Callable[[], None]:
+        # settings.json holds the hashes of all files of the models.
+        hashes = {"images": folder.settings["manifest_sha256"], "settings.json": folder.settings_sha256}
+        record = RunRecord(folder.path, context.params, hashes)
+        record.begin()
+        return record.end
+
     run_annotate(
         images=images,
         image_folder=image_folder,
@@ -170,6 +182,7 @@ def annotate(
         device=device,
         ray_workers=ray_workers,
         retry=frozenset() if retry is None else statuses_named(retry),
+        begin_record=begin_record,
     )
 
 

@@ -499,11 +499,17 @@ def run_with_ray(job: AnnotationJob, workers: int | None, device: str, watcher: 
 _SECONDS_BETWEEN_LINES = 60.0  # in a log of all processes together, beside the line that each shard gets
 
 
+BeginRecord = Callable[[RunFolder], Callable[[], None]]
+"""Writes into a folder that work on it has begun; what it returns, that it has ended."""
+
+
 class ProgressReport:
     """Looks on at one process's shards; to be used in a `with` block."""
 
-    def __init__(self, console: Console, place: Place) -> None:
+    def __init__(self, console: Console, place: Place, begin_record: BeginRecord | None = None) -> None:
         self._console = console
+        self._begin_record = begin_record if place.rank == 0 else None
+        self._end_record: Callable[[], None] | None = None
         self._rank = place.rank
         self._seconds_between_lines = _SECONDS_BETWEEN_LINES * place.world_size
         self._times: StageTimes = dict.fromkeys(STAGES, StageTime())
@@ -522,12 +528,16 @@ class ProgressReport:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         self._progress.stop()
+        if self._end_record and error is None:
+            self._end_record()
 
     def opened(self, folder: RunFolder, todo: Sequence[int]) -> None:
         """Says what is left to do."""
         self._folder = folder
+        if self._begin_record and todo:
+            self._end_record = self._begin_record(folder)
         self._todo = len(todo)
         self._done = 0
         self._begin = time.perf_counter()
@@ -635,8 +645,11 @@ def run_annotate(
     device: str,
     ray_workers: int | None,
     retry: frozenset[str] = frozenset(),
+    begin_record: BeginRecord | None = None,
 ) -> RunFolder:
     """Annotates images into `output`; the arguments are the options of the command.
+
+    `begin_record` is called by the first process, once the folder is open and if something is left to do.
 
     Raises:
         ValueError: an input does not fit; the message says which and what to do.
@@ -650,7 +663,7 @@ def run_annotate(
     transformers_logging.disable_progress_bar()
     if place.rank == 0:
         console.print(f"{len(entries):,} images. Loading the models", soft_wrap=True)
-    with ProgressReport(console, place) as report:
+    with ProgressReport(console, place, begin_record) as report:
         if engine == "ray":
             folder = run_with_ray(job, ray_workers, device, report)
         else:

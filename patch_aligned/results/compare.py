@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +12,15 @@ from patch_aligned.intervals import percentile_interval, resampled_means, resamp
 from patch_aligned.results.paper import DASH, GAINS, Column, relative_gain
 from patch_aligned.results.render import Block, Cell, Row
 from patch_aligned.results.run import BoxFrame, Filled, Run, RunFileError, Sample, conditions_of, read_samples
-from patch_aligned.results.tables import LIMIT_MARK, Entrant, frame_of, metric_of, score_factor, shown_as
+from patch_aligned.results.tables import (
+    LIMIT_MARK,
+    Entrant,
+    frame_of,
+    metric_of,
+    score_factor,
+    shown_as,
+    training_notes,
+)
 
 _ROUNDING = 6e-4  # some scorers round a share to three digits
 _DECIDING = ("task", "template", "decoding", "numbers", "judge")  # conditions that should be the same for both models
@@ -135,6 +141,8 @@ def compare(
         changes += [found for _, found in of_benchmark[:1]]
     if alone := [name for name in dict.fromkeys(name for of in runs for name in of) if name not in shared]:
         notes.append(f"Not all of them have a run of {', '.join(alone)}.")
+    for pair in zip(first, second, strict=True):
+        notes += training_notes(pair)
     if len(changes) > 1:
         before, after = ([getattr(found, side) for found in changes] for side in ("first", "second"))
         gains = [f"{100 * relative_gain(before, after, how):+.1f}% ({how})" for how in GAINS]
@@ -214,9 +222,6 @@ def _differing(name: str, first: Run, second: Run, box_frame: BoxFrame | None) -
     notes = []
     if _data_of(first) != _data_of(second):
         notes.append(f"{name}: the data differ: {_data_of(first)} against {_data_of(second)}.")
-    steps = [_trained_steps(run) for run in (first, second)]
-    if None not in steps and steps[0] != steps[1]:
-        notes.append(f"{name}: the models were trained for {steps[0]:,} against {steps[1]:,} steps.")
     if first.result.settings.prompt != second.result.settings.prompt:
         notes.append(f"{name}: the prompts differ.")
     one, two = (conditions_of(Filled("", "", run.result, frame_of(run.result, box_frame))) for run in (first, second))
@@ -228,12 +233,3 @@ def _differing(name: str, first: Run, second: Run, box_frame: BoxFrame | None) -
 def _data_of(run: Run) -> str:
     data = run.result.data
     return f"{data.source}@{data.revision or 'no revision'}, split {data.split}"
-
-
-def _trained_steps(run: Run) -> int | None:
-    """Steps of the training that left the model's folder, where it is on this machine."""
-    try:
-        state = json.loads((Path(run.result.model.path) / "trainer_state.json").read_text(encoding="utf-8"))
-        return int(state["global_step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

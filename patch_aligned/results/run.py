@@ -148,6 +148,11 @@ class ModelIdentity:
     base: str | None = None
     base_sha256: str | None = None
 
+    @property
+    def weights(self) -> tuple[str, str | None, str | None]:
+        """Hash, and of the base its name on the hub or its hash: the same wherever the folders are."""
+        return self.sha256, None if self.base_sha256 else self.base, self.base_sha256
+
 
 @dataclass(frozen=True)
 class Harness:

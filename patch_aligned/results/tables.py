@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from patch_aligned.results.paper import DASH, PAPER_TABLES, Column, PaperTable, Shown, relative_gain
 from patch_aligned.results.render import Block, Cell, Row
@@ -47,11 +48,12 @@ def entrants_of(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Entr
     entrants = []
     for index, folder in enumerate(folders):
         runs = find_runs([folder])
-        by_model = {(run.result.model.sha256, run.result.model.base): run for run in runs}
+        by_model = {run.result.model.weights: run for run in runs}
         if len(by_model) > 1:
             found = ", ".join(
-                f"{run.folder.name} of {sha256[:12]}{f' on {base}' if base else ''}"
-                for (sha256, base), run in by_model.items()
+                f"{run.folder.name} of {run.result.model.sha256[:12]}"
+                f"{f' on {run.result.model.base}' if run.result.model.base else ''}"
+                for run in by_model.values()
             )
             raise RunFileError(
                 f"{folder}: found runs of {len(by_model)} checkpoints ({found}); expected one: evaluate the older again"
@@ -324,9 +326,30 @@ def _noted(block: Block, note: str) -> Block:
 def _checkpoint_notes(entrants: Sequence[Entrant]) -> list[str]:
     models = [(entrant.name, entrant.runs[0].result.model) for entrant in entrants if entrant.runs]
     return [
-        f"{name}: {model.path}{f' on {model.base}' if model.base else ''}, sha256 {model.sha256[:12]}."
-        for name, model in models
+        *training_notes(entrants),
+        *(
+            f"{name}: {model.path}{f' on {model.base}' if model.base else ''}, sha256 {model.sha256[:12]}."
+            for name, model in models
+        ),
     ]
+
+
+def training_notes(entrants: Sequence[Entrant]) -> list[str]:
+    """Notes on models that were trained for other steps, or with other data or seeds, as far as that is recorded."""
+    trained = {entrant.name: _training_of(entrant.runs[0]) for entrant in entrants if entrant.runs}
+    notes = []
+    for fact in dict.fromkeys(fact for facts in trained.values() for fact in facts):
+        values = {name: facts[fact] for name, facts in trained.items() if fact in facts}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{value} ({name})" for name, value in values.items())
+            notes.append(f"The models' trainings differ in {fact}: {listed}.")
+    return notes
+
+
+def _training_of(run: Run) -> dict[str, Any]:
+    """What the evaluation found recorded of the training; nothing in runs of earlier versions."""
+    record = run.folder / "run.json"
+    return json.loads(record.read_text(encoding="utf-8")).get("trained", {}) if record.is_file() else {}
 
 
 def _with_distinct_names(entrants: list[Entrant], folders: Sequence[Path]) -> list[Entrant]:

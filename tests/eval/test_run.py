@@ -100,6 +100,8 @@ def evaluate(*flags: str) -> int:
 def test_a_run_leaves_scores_rows_and_what_they_depend_on(
     pictures: Benchmark, prompts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("tiny-llava/trainer_state.json").write_text(json.dumps({"global_step": 7}))
+    Path("tiny-llava/run.json").write_text(json.dumps({"flags": {"seed": 3}, "sha256": {"data_path": "abc"}}))
     assert evaluate("--benchmarks", "pictures", "--batch-size", "3") == 0
     result, samples = read_run(Path("out/pictures")), read_samples(Path("out/pictures"))
     assert [sample.prompt for sample in samples] == QUESTIONS
@@ -111,6 +113,10 @@ def test_a_run_leaves_scores_rows_and_what_they_depend_on(
     assert "USER: <image>\nWhat is in the picture? ASSISTANT:" in result.settings.prompt
     assert (result.settings.temperature, result.settings.max_new_tokens, result.settings.limit) == (0, 8, None)
     assert result.data.revision == f"sha256:{hashlib.sha256(Path('questions.parquet').read_bytes()).hexdigest()}"
+    record = json.loads(Path("out/pictures/run.json").read_text())
+    assert record["trained"] == {"steps": 7, "seed": 3, "data (SHA-256)": "abc"}
+    assert record["sha256"] == {"model_path": result.model.sha256, "data": result.data.revision}
+    assert record["flags"]["batch_size"] == 3 and record["sittings"][0]["ended"]
     said = capsys.readouterr().out
     assert "tiny-llava: pictures; template vicuna_v1, float32, batch size 3\n" in said
     assert "pictures: has_an_e" in said

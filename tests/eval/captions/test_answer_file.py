@@ -40,13 +40,13 @@ def test_all_processes_captions_of_one_identity_are_read(tmp_path: Path, files: 
 def test_an_image_that_is_another_by_now_has_no_caption_yet(tmp_path: Path, files: dict[str, Path]) -> None:
     for image in "abc":
         CaptionLog(tmp_path, "one", files).keep(image, "A dog")
-    files["a"].write_text("another picture")
-    os.utime(files["b"], (1, 1))
+    files["a"].write_text("picture z")
+    os.utime(files["b"], (1, 1))  # copied, say
     del files["c"]  # not asked for
     log = CaptionLog(tmp_path, "one", files)
-    assert log.known == {}
+    assert log.known == {"b": "A dog"}
     log.keep("a", "A cat")
-    assert CaptionLog(tmp_path, "one", files).known == {"a": "A cat"}
+    assert CaptionLog(tmp_path, "one", files).known == {"a": "A cat", "b": "A dog"}
 
 
 @pytest.mark.parametrize("line", ["[", "7", '["a", "A dog"]'])

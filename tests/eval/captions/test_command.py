@@ -97,6 +97,11 @@ def test_the_name_in_tables_does_not_choose_the_template(world: Path) -> None:
 
 def test_a_base_is_known_by_its_weights(world: Path) -> None:
     assert caption(*STAGE_1, "--limit", "1").exit_code == 0
+    moved = caption(*STAGE_1, "--limit", "1", "--model-base", f"{Path.cwd()}/tiny-vicuna/")
+    assert moved.exit_code == 0 and "0 of 1 images to caption" in moved.output
+    record = json.loads((RUN / "run.json").read_text())
+    assert record["sha256"].keys() == {"references", "model_path", "model_base"}
+    assert [bool(sitting["ended"]) for sitting in record["sittings"]] == [True, True]
     with Path("tiny-vicuna/model.safetensors").open("ab") as weights:
         weights.write(b" ")
     other = caption(*STAGE_1, "--limit", "1")

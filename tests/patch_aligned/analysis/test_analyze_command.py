@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def test_a_report_its_numbers_and_pictures_are_written(golden_world: Path, pad: 
     result = invoke(pad, output, threshold_rule="otsu", picture_rows="2", token_maps="1", rounds="2", random_init="2")
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in output.iterdir()) == [
-        "analysis.json", "localisation.png", "report.html", "report.md", "spectra.svg", "token_map.html",
+        "analysis.json", "localisation.png", "report.html", "report.md", "run.json", "spectra.svg", "token_map.html",
         "token_map.json", "token_map_001_0.png",
     ]  # fmt: skip
     document = json.loads((output / "analysis.json").read_text())
@@ -52,6 +53,9 @@ def test_a_report_its_numbers_and_pictures_are_written(golden_world: Path, pad: 
     provenance = document["provenance"]
     assert provenance["image_aspect_ratio"] == "square"
     assert provenance["sha256"].keys() == {"tiny-clip", "tiny-vicuna", "train_init/mm_projector.bin"}
+    record = json.loads((output / "run.json").read_text())
+    assert record["sha256"] == {"data": hashlib.sha256(pad.read_bytes()).hexdigest(), **provenance["sha256"]}
+    assert record["flags"]["threshold_rule"] == "otsu" and record["sittings"][0]["ended"]
     (mapped,) = json.loads((output / "token_map.json").read_text())["images"]
     assert len(mapped["maps"][0]["captions"]) == 2
     assert "start" in result.output
@@ -67,7 +71,7 @@ def test_without_pictures_none_is_written_and_an_earlier_reports_are_removed(
     assert result.exit_code == 0
     assert str(output / "report.html") in result.output
     assert sorted(path.name for path in output.iterdir()) == [
-        "analysis.json", "notes.txt", "report.html", "report.md", "spectra.svg",
+        "analysis.json", "notes.txt", "report.html", "report.md", "run.json", "spectra.svg",
     ]  # fmt: skip
 
 

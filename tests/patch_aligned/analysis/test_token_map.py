@@ -307,10 +307,12 @@ def test_the_command_writes_a_page_the_numbers_and_a_picture_an_image(golden_wor
     result = invoke(output, "--image", "images/im1.png", rounds="2")
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in output.iterdir()) == [
-        "001_im0.png", "002_im1.png", "token_map.html", "token_map.json",
+        "001_im0.png", "002_im1.png", "run.json", "token_map.html", "token_map.json",
     ]  # fmt: skip
     document = json.loads((output / "token_map.json").read_text())
     assert document["word_list"] is None
+    hashed = json.loads((output / "run.json").read_text())["sha256"]
+    assert hashed.keys() == {"im0.png", "im1.png", "tiny-clip", "tiny-vicuna"}
     assert list(document["projectors"]) == ["random", "start"]
     assert [image["image_id"] for image in document["images"]] == ["im0.png", "im1.png"]
 

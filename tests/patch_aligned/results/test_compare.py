@@ -15,7 +15,7 @@ from patch_aligned.results.compare import compare, paired_difference, paired_ove
 from patch_aligned.results.paper import DASH
 from patch_aligned.results.render import Block
 from patch_aligned.results.run import RunFileError, RunResult, RunSettings, Sample, Score, rows_sha256, write_run
-from patch_aligned.results.tables import entrants_of
+from patch_aligned.results.tables import entrants_of, make_table
 
 Make = Callable[..., Path]
 
@@ -177,14 +177,16 @@ def test_how_many_rows_matched_is_said(make_run: Make, result_of: Any, tmp_path:
 def test_other_steps_and_other_data_are_said(make_run: Make, result_of: Any, tmp_path: Path) -> None:
     result: RunResult = result_of([], {})
     for name, steps, revision in (("a", 10, "1111"), ("b", 20, "2222")):
-        folder = tmp_path / f"model_{name}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": steps}))
         data = replace(result.data, revision=revision, rows=1, rows_sha256=rows_sha256([("0", [0.1, 0])]))
-        model = replace(result.model, path=str(folder))
-        make_run(f"{name}/gqa", {"exact_match": [1]}, benchmark="gqa", model=model, data=data)
-    (notes,) = [compared(tmp_path / "a", tmp_path / "b").notes]
-    assert any("10 against 20 steps" in note for note in notes)
+        folder = make_run(f"{name}/gqa", {"exact_match": [1]}, benchmark="gqa", column="GQA", tables=(6,), data=data)
+        (folder / "run.json").write_text(json.dumps({"trained": {"steps": steps, "seed": 42, "data": revision}}))
+    entrants = entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"])
+    notes = compare(entrants[:1], entrants[1:]).notes
+    (table,) = make_table(6, entrants)
+    for told in (notes, table.notes):
+        assert "The models' trainings differ in steps: 10 (A), 20 (B)." in told
+        assert "The models' trainings differ in data: 1111 (A), 2222 (B)." in told
+        assert not any("seed" in note and "differ" in note for note in told)
     assert any("1111" in note and "2222" in note for note in notes)
     alike = compared(tmp_path / "a", tmp_path / "a").notes
     assert not any("steps" in note or "data differ" in note for note in alike)

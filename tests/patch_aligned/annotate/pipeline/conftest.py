@@ -83,9 +83,9 @@ def annotate_arguments(recipe: ModelRecipe, scenes: Path) -> Callable[[Path], li
 
 @pytest.fixture
 def deciding_files() -> Callable[[Path], dict[str, bytes]]:
-    """Content of all files of a run's folder but the logs, by path."""
+    """Content of all files of a run's folder but its record and logs, by path."""
     return lambda output: {
         str(path.relative_to(output)): path.read_bytes()
         for path in sorted(output.rglob("*"))
-        if path.is_file() and path.parent.name != "logs"
+        if path.is_file() and path.parent.name != "logs" and path.name != "run.json"
     }

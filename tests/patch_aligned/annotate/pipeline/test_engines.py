@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +284,25 @@ def test_another_call_into_the_same_folder_is_refused_with_what_differs(
     assert "selection.nms_iou: the folder has 0.5, this call 0.6" in result.output
     assert "ram.resample: the folder has 'bilinear', this call 'bicubic'" in result.output
     assert deciding_files(finished_run) == before
+
+
+def test_the_first_process_records_the_run(
+    annotate_arguments: Arguments, finished_run: Path, deciding_files: Files, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished_run, output)
+    RunFolder(output).shard_path(2).unlink()
+    assert CliRunner().invoke(app, annotate_arguments(output)).exit_code == 0
+    written = (output / "run.json").read_bytes()
+    record = json.loads(written)
+    assert record["sha256"] == {
+        name: hashlib.sha256((output / file).read_bytes()).hexdigest()
+        for name, file in {"images": "manifest.jsonl", "settings.json": "settings.json"}.items()
+    }
+    assert record["flags"]["box_threshold"] == 0.99 and record["sittings"][0]["ended"]
+    assert CliRunner().invoke(app, annotate_arguments(output)).exit_code == 0  # nothing is left to do
+    assert (output / "run.json").read_bytes() == written
+    assert deciding_files(output) == deciding_files(finished_run)
 
 
 def test_missing_models_are_named_before_anything_is_written(annotate_arguments: Arguments, tmp_path: Path) -> None:
