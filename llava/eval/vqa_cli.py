@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from llava.command import command_parser
 from llava.conversation import MODEL_TYPE_RULES, conv_templates, template_named
 from llava.eval.answering import Answer, GenerationSettings, Question, answer_questions, require_positive
-from llava.eval.vqa_files import open_answers, require_images, stamps_of
+from llava.eval.vqa_files import model_hashes, open_answers, require_images
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 
@@ -94,8 +94,7 @@ def answer_to_file(args: argparse.Namespace, questions: Sequence[Question], defa
     settings = settings_of(args)
     model_path = str(Path(args.model_path).expanduser())
     run = {
-        "model": [args.model_path, args.model_base],
-        "model's files": [stamps_of(model_path), stamps_of(args.model_base)],
+        "model": [model_hashes(model_path), model_hashes(args.model_base)],
         "conv_mode": args.conv_mode,
         "settings": asdict(settings),
     }

@@ -25,6 +25,7 @@ from PIL import Image
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle
 from llava.mm_utils import UnreadableImageError, load_rgb_image, require_image_tokens, upright_rgb
+from llava.utils import sha256
 
 # Questions about images, their answers, and the prompts that a template makes of them.
 
@@ -464,17 +465,22 @@ def _is_object(line: bytes) -> bool:
 
 
 def hash_of_questions(questions: Sequence[Question]) -> str:
-    """SHA-256 over ids, texts, images' names (or bytes) and metadata, in order."""
+    """SHA-256 over ids, texts, images' places (or bytes) and metadata, in order."""
     digest = hashlib.sha256()
     for question in questions:
-        images = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else str(i) for i in question.images]
+        images = [
+            hashlib.sha256(image).hexdigest() if isinstance(image, bytes)
+            else str(Path(image).resolve() if isinstance(image, str | Path) else image)
+            for image in question.images
+        ]  # fmt: skip
         digest.update(json.dumps([question.question_id, question.text, images, dict(question.metadata)]).encode())
     return digest.hexdigest()
 
 
-def stamps_of(folder: str | None) -> dict[str, list[int]]:
-    """Size and time of change of each file of a checkpoint's folder; empty for a hub name."""
-    if folder is None or not Path(folder).expanduser().is_dir():
-        return {}
-    files = sorted(path for path in Path(folder).expanduser().iterdir() if path.is_file())
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+def model_hashes(name: str | None) -> dict[str, str] | str | None:
+    """SHA-256 of the weights and configs of a checkpoint's folder, by file; a hub name is taken as it is."""
+    if name is None or not Path(name).expanduser().is_dir():
+        return name
+    files = sorted(Path(name).expanduser().iterdir())
+    chosen = [file for file in files if file.suffix in (".safetensors", ".bin") or file.name.endswith("config.json")]
+    return {file.name: sha256(file) for file in chosen}

@@ -478,6 +478,9 @@ class RunFolder:
             yield from self.read_shard(shard)[1]
 
 
+_ORIGINS = ("model", "revision", "checkpoint")
+"""Settings that say where a model's files are from; what is in them decides."""
+
 _ANOTHER = "Go on with the same ones, or name another --output"
 
 
@@ -492,7 +495,8 @@ def _manifest_path(path: Path) -> Path:
 def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Name, old and new value of each leaf that differs."""
     if isinstance(was, dict) and isinstance(now, dict):
-        for key in sorted({*was, *now}):
+        origins = _ORIGINS if any(key.endswith("sha256") for key in was) else ()
+        for key in sorted({*was, *now} - {*origins}):
             yield from _differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif was != now:
         yield name, was, now

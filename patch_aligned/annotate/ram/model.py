@@ -520,9 +520,8 @@ def _is_current(weights: Path, source: Path) -> bool:
     """Whether a conversion of this very source was finished."""
     if not weights.is_file() or not _sidecar(weights).is_file():
         return False
-    source_status = source.stat()
-    is_younger = _sidecar(weights).stat().st_mtime_ns >= source_status.st_mtime_ns
-    return is_younger and _described(weights).source_bytes == source_status.st_size
+    described = _described(weights)
+    return described.source_bytes == source.stat().st_size and described.source_sha256 == sha256_of(source)
 
 
 def _described(weights: Path) -> ConvertedCheckpoint:

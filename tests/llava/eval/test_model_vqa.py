@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from llava.conversation import conv_templates
 from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science
@@ -106,7 +107,8 @@ def test_answers_of_another_run_are_set_aside(flags: dict[str, Any], change: str
     elif change == "questions":
         Path("q.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n", encoding="utf-8")
     elif change == "weights":
-        os.utime("tiny-llava/model.safetensors", (1, 1))
+        trained = {name: tensor + 1 for name, tensor in load_file("tiny-llava/model.safetensors").items()}
+        save_file(trained, "tiny-llava/model.safetensors", metadata={"format": "pt"})
     elif change == "no origin":
         path.with_name("a.jsonl.run.json").unlink()
     else:
@@ -115,6 +117,18 @@ def test_answers_of_another_run_are_set_aside(flags: dict[str, Any], change: str
     assert b"old " not in path.read_bytes()
     assert len(answered()) == (1 if change == "questions" else 5)
     assert path.with_name("a.jsonl.old").read_bytes() == marked
+
+
+def test_answers_of_the_same_model_and_questions_are_kept_however_they_are_spelled(flags: dict[str, Any]) -> None:
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    path = Path(flags["answers_file"])
+    marked = path.read_bytes().replace(b'"text": "', b'"text": "old ')
+    path.write_bytes(marked)
+    Path("tiny-llava/README.md").touch()
+    os.utime("tiny-llava/model.safetensors", (1, 1))
+    flags |= {"model_path": "./tiny-llava/", "image_folder": str(Path("images").resolve())}
+    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    assert path.read_bytes() == marked
 
 
 def test_no_answers_are_ever_overwritten(flags: dict[str, Any]) -> None:

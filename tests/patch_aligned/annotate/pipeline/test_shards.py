@@ -125,6 +125,17 @@ def test_a_folder_goes_on_only_with_its_own_settings(folder: RunFolder) -> None:
     ]
 
 
+def test_a_model_is_known_by_its_files_and_not_by_its_folder(tmp_path: Path) -> None:
+    def start(folder: str, content: str) -> RunFolder:
+        sam = {"model": folder, "revision": None, "files_sha256": {"model.safetensors": content}}
+        return RunFolder.start(tmp_path, ENTRIES, {"sam": sam}, shard_size=2)
+
+    begun = start("sam", "0")
+    assert start("sam-moved", "0").settings_sha256 == begun.settings_sha256
+    with pytest.raises(ValueError, match=r"sam\.files_sha256\.model\.safetensors: the folder has '0', this call '1'"):
+        start("sam", "1")
+
+
 def test_a_folder_goes_on_only_with_its_own_images(folder: RunFolder) -> None:
     with pytest.raises(ValueError, match=r"1 that the manifest lacks \(9.jpg\) and 1 of the manifest .* \(0.jpg\)"):
         RunFolder.start(folder.path, [*ENTRIES[1:], ManifestEntry("9.jpg")], SETTINGS, shard_size=2)
