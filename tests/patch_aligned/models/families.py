@@ -1,15 +1,31 @@
-"""Tiny random models of every family with their real processors. A family is an entry of `FAMILIES`."""
+"""Tiny random models of every family with their real processors. A family is an entry of `FAMILIES`.
+
+    python tests/patch_aligned/models/families.py [--write docs/vlm.md]
+
+checks all of them against the transformers that is installed, and prints the table of families.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import re
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from patch_aligned.models.impulse import impulse_test
+from patch_aligned.models.layouts import layouts_of
+from patch_aligned.models.tiny import tiny_copy
+
+SIZES = [(300, 200), (201, 333), (640, 480), (97, 60)]  # landscape, portrait, the usual, tiny
 
 ATTRIBUTES = """
     image_token video_token boi_token eoi_token boa_token eoa_token audio_token img_line_break_token start_image_token
@@ -80,6 +96,11 @@ class Family:
     cell: int = 28
     blur: float = 3
     since: str = "5.17"
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the installed release of transformers has the family."""
+        return self.model_type in CONFIG_MAPPING and hasattr(transformers, self.images)
 
     def image_processor(self, suffix: str = "") -> Any:
         """Make the image processor, on torchvision or, with the suffix `Pil`, on PIL."""
@@ -236,4 +257,76 @@ FAMILIES: dict[str, Family] = {
                 vision={"image_size": 117, "patch_size": 14}, cell=14)),
     ]
 }
+
+
+# Settings of checkpoints, or the defaults of the class where nothing public states them. The grids of an image of 640 x
+# 480 and of 1280 x 960 pixels, rows x columns, in the order of the tokens.
+DEFAULTS = "class defaults"
+TRANSFORMERS = "transformers, src/transformers/models"
+PUBLISHED: list[tuple[str, dict[str, Any], str, tuple[str, str]]] = [
+    ("qwen2_5_vl", {"settings": {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}},
+     "Qwen/Qwen2.5-VL-7B-Instruct, preprocessor_config.json", ("17x23", "34x46")),
+    ("internvl", {"settings": {"size": {"height": 448, "width": 448}}, "options": {}},
+     f"{TRANSFORMERS}/internvl/convert_internvl_weights_to_hf.py", ("48x64, 16x16", "48x64, 16x16")),
+    ("smolvlm", {"settings": {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}},
+                 "options": {"image_seq_len": 64}},
+     "HuggingFaceTB/SmolVLM-256M-Instruct, preprocessor_config.json", ("24x32, 8x8", "24x32, 8x8")),
+    ("gemma3", {"settings": {"size": {"height": 896, "width": 896}}, "options": {}},
+     f"{TRANSFORMERS}/gemma3/convert_gemma3_weights.py", ("16x16", "16x16")),
+    ("qwen3_vl", {"settings": {"patch_size": 16, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}},
+     DEFAULTS, ("15x20", "30x40")),
+    ("glm4v", {"settings": {}}, DEFAULTS, ("17x23", "34x46")),
+    ("kimi_k25", {"settings": {}}, DEFAULTS, ("18x23", "35x46")),
+    ("gemma4", {"settings": {}}, DEFAULTS, ("14x19", "14x19")),
+    ("mistral3", {"settings": {"size": {"longest_edge": 1540}}}, DEFAULTS, ("18x23", "35x46")),
+    ("pixtral", {"settings": {}}, DEFAULTS, ("30x40", "48x64")),
+    ("lfm2_vl", {"settings": {}}, DEFAULTS, ("13x18", "32x48, 13x18")),
+    ("molmo2", {"settings": {}}, DEFAULTS, ("14x14, 23x23", "14x14, 23x33")),
+    ("llava", {"settings": {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}},
+     "its tower, openai/clip-vit-large-patch14-336", ("24x24", "24x24")),
+    ("llava_next", {"settings": {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}},
+     "its tower, openai/clip-vit-large-patch14-336", ("24x24, 36x48", "24x24, 36x48")),
+    ("deepseek_vl", {"settings": {}, "options": {}}, DEFAULTS, ("24x24", "24x24")),
+]
 # fmt: on
+
+
+def checked(family: Family) -> str:
+    """Whether every visual token looks where the layout says, in words."""
+    if not family.is_installed:
+        return f"needs transformers >= {family.since}"
+    processor, model = family.make_processor(), tiny_copy(family.make_config())
+    for size in SIZES:
+        [layout] = layouts_of(processor, [size])
+        found = impulse_test(model, processor, layout, family.cell, family.blur)
+        if not found.passed:
+            return f"FAILED at {size[0]} x {size[1]}: {found.missed} tokens missed, {found.foreign} foreign"
+    return "passed"
+
+
+def table() -> str:
+    """Check all families, and return them as a table in Markdown."""
+    grids = {name: (expected[0], source) for name, _, source, expected in PUBLISHED}
+    lines = [
+        f"transformers {transformers.__version__}",
+        "",
+        "| family (`model_type`) | image processor | tokens of 640 x 480 (rows x columns) | settings from | check |",
+        "|---|---|---|---|---|",
+    ]
+    for name, family in tqdm(FAMILIES.items()):
+        grid, source = grids.get(name, ("", ""))
+        lines.append(f"| {name} | {family.images} | {grid} | {source} | {checked(family)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--write", type=Path, help="a page whose table is replaced")
+    page = flags.parse_args().write
+    logging.set_verbosity_error()
+    printed = table()
+    print(printed)
+    if page is not None:
+        block = f"<!-- families -->\n{printed}\n<!-- end of families -->"
+        text = page.read_text(encoding="utf-8")
+        page.write_text(re.sub("<!-- families -->.*<!-- end of families -->", lambda _: block, text, flags=re.DOTALL))
