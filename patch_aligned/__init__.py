@@ -1,5 +1,6 @@
 """Patch-aligned training: the method as a plugin of `llava`, its data and its measures."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,9 +10,6 @@ __all__ = ["layouts_of"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what users see only when they use it: it needs transformers."""
-    if name == "layouts_of":
-        from patch_aligned.models.layouts import layouts_of
-
-        return layouts_of
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("patch_aligned.models.layouts"), name)  # needs transformers

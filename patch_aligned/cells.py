@@ -86,6 +86,38 @@ class Layout:
         """Width and height of the image, pixels."""
         return self.grids[0].image_wh
 
+    def heat_map(self, values: Any, kind: str | None = None) -> np.ndarray:
+        """Paint a value of each token on the pixels of its cell, such as attention or a cosine.
+
+        Args:
+            values: `[length]`, one for each visual token, in order.
+            kind: only grids of this kind, `whole`, `tiles` or `crop`. Default: all, averaged where they overlap.
+
+        Returns:
+            float64 `[height, width]`, the size of the image; NaN where no token looks.
+
+        Raises:
+            ValueError: there is another number of values than tokens, or no grid of this kind.
+        """
+        values = np.asarray(values, dtype=np.float64)
+        if values.shape != (self.length,):
+            raise ValueError(
+                f"values: found shape {values.shape}, expected ({self.length},), one for each visual token"
+            )
+        grids = [grid for grid in self.grids if kind in (None, grid.kind)]
+        if not grids:
+            raise ValueError(f"kind: found {kind!r}, expected one of {sorted({grid.kind for grid in self.grids})}")
+        width, height = self.image_wh
+        total, count = np.zeros((height, width)), np.zeros((height, width))
+        for grid in grids:
+            cols = np.searchsorted(grid.x_edges, np.arange(width) + 0.5) - 1  # the cell under each pixel's centre
+            rows = np.searchsorted(grid.y_edges, np.arange(height) + 0.5) - 1
+            seen = np.logical_and.outer((rows >= 0) & (rows < grid.rows), (cols >= 0) & (cols < grid.cols))
+            painted = values[grid.tokens[rows.clip(0, grid.rows - 1)][:, cols.clip(0, grid.cols - 1)]]
+            total += np.where(seen, painted, 0)
+            count += seen
+        return np.divide(total, count, out=np.full((height, width), np.nan), where=count > 0)
+
 
 def grid_over_box(image_wh: tuple[int, int], box_xyxy_px: Sequence[float], shape: tuple[int, int]) -> TokenGrid:
     """Divide a box in original pixels into equal cells. `shape` is (rows, cols); tokens are row-major."""

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from patch_aligned.cells import TokenGrid
+from patch_aligned.cells import Layout, TokenGrid
 
 # Parsing of COCO's compressed RLE. A string encodes run lengths in column-major order, five bits per character; from
 # the fourth run on each is stored as the difference to the run two before it. A batch of strings is parsed with a few
@@ -150,6 +150,30 @@ def covered_tokens_of_regions(
     coverage = token_coverage_of_regions(rle_masks, size_wh, grid, record)
     # [R, rows, cols] -> [R, rows * cols]
     return (coverage >= min_coverage - _COVERAGE_SLACK).reshape(len(rle_masks), grid.rows * grid.cols)
+
+
+def tokens_of_mask(mask: np.ndarray, layout: Layout, min_coverage: float = 0.5) -> np.ndarray:
+    """Return which visual tokens of an image a mask covers, in any of its grids.
+
+    Args:
+        mask: `[height, width]`, not zero inside; of the image's size.
+        layout: the layout of the image.
+        min_coverage: see `covered_tokens_of_regions`.
+
+    Returns:
+        bool `[layout.length]`, in the order of the visual tokens.
+
+    Raises:
+        PatchMaskError: the mask has another size than the image.
+    """
+    from pycocotools import mask as coco_mask
+
+    rle_mask = coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0, dtype=np.uint8))["counts"].decode()
+    covered = np.zeros(layout.length, dtype=bool)
+    for grid in layout.grids:
+        [cells] = covered_tokens_of_regions([rle_mask], np.shape(mask)[::-1], grid, min_coverage, "mask")
+        covered[grid.tokens.ravel()[cells]] = True
+    return covered
 
 
 def token_coverage_of_regions(

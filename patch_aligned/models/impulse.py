@@ -45,7 +45,7 @@ class ImpulseResult:
 
 
 def impulse_test(
-    model: Any, processor: Any, layout: Layout, cell: float, blur: float = 3, rectangles: int = 8, seed: int = 0
+    model: Any, processor: Any, layout: Layout, cell: float = 14, blur: float = 3, rectangles: int = 8, seed: int = 0
 ) -> ImpulseResult:
     """Compare a layout with the tokens that change when parts of the image do.
 
@@ -53,7 +53,7 @@ def impulse_test(
         model: a model, best a `tiny_copy`; see `visual_tokens`.
         processor: its processor.
         layout: the layout of an image of any size.
-        cell: side of a token's cell in pixels of the model.
+        cell: side of a token's cell in pixels of the model; the default is the smallest that models have.
         blur: pixels of the model by which resizing spreads a change.
         rectangles: how many, on blocks of cells of all grids in turn.
         seed: of the image and the blocks.

@@ -12,6 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PROJECTORS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ["qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe"],
+        ("visual.merger",),
+    ),
+    **dict.fromkeys(["qwen3_vl", "qwen3_vl_moe"], ("visual.merger", "visual.deepstack_merger_list")),
+    "glm4v": ("visual.downsample", "visual.merger", "visual.post_layernorm"),
+    "kimi_k25": ("mm_projector",),
+    "video_llama_3": ("projector",),
+    "ernie4_5_vl_moe": ("resampler_model",),
+    "paddleocr_vl": ("projector",),
+    "ovis2": ("vision_tower.head_linear", "vision_tower.head_norm", "visual_embeddings_table"),
+    "llama4": ("multi_modal_projector", "vision_model.vision_adapter"),
+    "minicpmv4_6": ("merger", "vision_tower.vit_merger"),
+    "lighton_ocr": ("vision_projection",),
+    "deepseek_vl": ("aligner",),
+    **dict.fromkeys(["idefics3", "smolvlm"], ("connector",)),
+    **dict.fromkeys(["gemma4", "gemma4_unified"], ("embed_vision",)),
+    **dict.fromkeys(["llava_next", "llava_onevision"], ("multi_modal_projector", "image_newline")),
+    **dict.fromkeys(
+        ["aya_vision", "cohere2_vision", "gemma3", "internvl", "lfm2_vl", "llava", "mistral3", "molmo2", "paligemma"],
+        ("multi_modal_projector",),
+    ),
+}
+"""Modules, or parameters, between vision encoder and LLM, by `model_type`; names within the base model."""
+
 
 def image_token_id(config: Any) -> int:
     """Return the id of the token that stands for a visual token in `input_ids`.

@@ -18,10 +18,11 @@ from transformers import Qwen2VLImageProcessor
 
 from patch_aligned import layouts_of
 from patch_aligned.cells import Layout, TokenGrid
+from patch_aligned.masks import PatchMaskError, tokens_of_mask
 from patch_aligned.models.impulse import impulse_test
 from patch_aligned.models.layout_rules import NO_PLACE, RULES
 from patch_aligned.models.tiny import tiny_copy
-from patch_aligned.models.tokens import VisualTokenHook, image_inputs, image_token_id, visual_tokens
+from patch_aligned.models.tokens import PROJECTORS, VisualTokenHook, image_inputs, image_token_id, visual_tokens
 from tests.patch_aligned.models.families import FAMILIES, PUBLISHED, SIZES, checked, tokenizer
 
 
@@ -172,3 +173,38 @@ def test_what_has_no_layout_is_refused_by_name():
     fixed.image_processor.do_resize = False
     with pytest.raises(ValueError, match="Qwen2VLImageProcessor: found do_resize=False"):
         layouts_of(fixed, [(640, 480)])
+
+
+def test_masks_and_heat_maps_follow_the_cells():
+    """A mask of the left half covers the tokens of the left half, and they are painted there."""
+    [layout] = layouts_of(built("internvl")[0], [(640, 480)])
+    mask = np.zeros((480, 640), dtype=bool)
+    mask[:, :320] = True
+    covered = tokens_of_mask(mask, layout)
+    assert covered.shape == (layout.length,)
+    for grid in layout.grids:
+        np.testing.assert_array_equal(covered[grid.tokens], np.tile(np.array(grid.x_edges[1:]) <= 320, (grid.rows, 1)))
+    np.testing.assert_array_equal(layout.heat_map(covered), mask)
+    np.testing.assert_array_equal(layout.heat_map(covered, "whole"), mask)
+    with pytest.raises(ValueError, match="kind: found 'crop'"):
+        layout.heat_map(covered, "crop")
+    with pytest.raises(ValueError, match=r"found shape \(3,\)"):
+        layout.heat_map([1, 2, 3])
+    with pytest.raises(PatchMaskError, match=r"found \[480, 640\], expected \[640, 480\]"):
+        tokens_of_mask(mask.T, layout)
+
+
+def test_pixels_that_no_token_sees_have_no_heat():
+    """LLaVA crops the centre of a wide image."""
+    [layout] = layouts_of(built("llava")[0], [(300, 200)])
+    seen = ~np.isnan(layout.heat_map(np.ones(layout.length)))
+    assert seen[:, 50:250].all()
+    assert not seen[:, :49].any()
+    assert not seen[:, 251:].any()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_projectors_modules_are_in_the_model(name: str):
+    _, model = built(name)
+    names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    assert set(PROJECTORS[model.config.model_type]) <= names

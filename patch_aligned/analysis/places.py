@@ -1,0 +1,158 @@
+"""Where a model's visual tokens look, from its config and processor alone: no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
+from transformers import AutoConfig, AutoProcessor
+
+from patch_aligned.analysis.regions import SIZE_LIMITS_PX, SIZES
+from patch_aligned.cells import Layout, TokenGrid
+from patch_aligned.masks import covered_tokens_of_regions
+from patch_aligned.models.impulse import ImpulseResult, impulse_test
+from patch_aligned.models.layouts import layouts_of
+from patch_aligned.models.tiny import tiny_copy
+from patch_aligned.models.tokens import PROJECTORS, image_token_id
+from patch_aligned.pad import read_annotations
+
+# Model pixels that a change spreads over: where images are resized three times, and where tokens are interpolated.
+_BLUR_PX = {"Idefics3ImageProcessor": 9, "SmolVLMImageProcessor": 9, "LlavaOnevisionImageProcessor": 15}
+_RECTANGLES = 6
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model does with an image of one size.
+
+    Attributes:
+        model_type: the family.
+        image_processor: class of the image processor, which decides the layout.
+        decoder: class of the module whose input has the visual tokens.
+        token_id: id that stands for a visual token in `input_ids`.
+        projector: names of the projector's modules in the base model.
+        layout: where the tokens look.
+        check: the layout compared with a tiny random copy of the model.
+    """
+
+    model_type: str
+    image_processor: str
+    decoder: str
+    token_id: int
+    projector: tuple[str, ...]
+    layout: Layout
+    check: ImpulseResult
+
+
+def inspect_model(model: str, image_wh: tuple[int, int]) -> Inspection:
+    """Describe a model, and check its layout of an image of this size.
+
+    Args:
+        model: folder or hub name; only config, processor and tokenizer are read.
+        image_wh: width and height of the image, pixels.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: its visual tokens have no place, or its processor is unknown.
+    """
+    config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
+    token_id = image_token_id(config)
+    [layout] = layouts_of(processor, [image_wh])
+    copy, name = tiny_copy(config), type(processor.image_processor).__name__
+    blur = _BLUR_PX.get(name.removesuffix("Pil"), 3)
+    return Inspection(
+        model_type=config.model_type,
+        image_processor=name,
+        decoder=type(copy.get_decoder()).__name__,
+        token_id=token_id,
+        projector=PROJECTORS.get(config.model_type, ()),
+        layout=layout,
+        check=impulse_test(copy, processor, layout, blur=blur, rectangles=_RECTANGLES),
+    )
+
+
+def describe_grid(grid: TokenGrid) -> str:
+    """Say in words how many cells a grid has, and how large they are."""
+    cell_wh = (float(np.median(np.diff(edges))) for edges in (grid.x_edges, grid.y_edges))
+    return f"{grid.kind}: {grid.rows} x {grid.cols} tokens of " + " x ".join(f"{side:.1f}" for side in cell_wh) + " px"
+
+
+_PANEL, _LINE, _GAP = 640, 26, 12
+_INK, _CELL, _FIRST = (32, 33, 36), (255, 64, 129), (255, 214, 10, 150)
+
+
+def draw_cells(image: Image.Image, layout: Layout) -> Image.Image:
+    """Draw the cells of each grid over the image, one panel a grid. The first token's cell is filled."""
+    scale = min(_PANEL / max(image.size), 4.0)
+    width, height = (round(side * scale) for side in image.size)
+    sheet = Image.new("RGB", (len(layout.grids) * (width + _GAP) + _GAP, height + _LINE + 2 * _GAP), "white")
+    for index, grid in enumerate(layout.grids):
+        panel = image.convert("RGB").resize((width, height))
+        draw = ImageDraw.Draw(panel, "RGBA")
+        x, y = ([edge * scale for edge in edges] for edges in (grid.x_edges, grid.y_edges))
+        row, col = np.unravel_index(np.argmin(grid.tokens), grid.shape)
+        draw.rectangle((x[col], y[row], x[col + 1], y[row + 1]), fill=_FIRST)
+        for edge in x:
+            draw.line((edge, y[0], edge, y[-1]), fill=_CELL)
+        for edge in y:
+            draw.line((x[0], edge, x[-1], edge), fill=_CELL)
+        left = _GAP + index * (width + _GAP)
+        ImageDraw.Draw(sheet).text((left, _GAP), describe_grid(grid), font=ImageFont.load_default(15), fill=_INK)
+        sheet.paste(panel, (left, _GAP + _LINE))
+    return sheet
+
+
+def coverage_of_models(
+    models: Sequence[str],
+    data: Path,
+    min_coverage: float = 0.5,
+    limit: int | None = None,
+    on_images: Callable[[int], None] = lambda done: None,
+) -> pd.DataFrame:
+    """Return the share of regions that keep a token, by model, kind of grid and size of region.
+
+    Args:
+        models: folders or hub names; only processors are read.
+        data: PAD file.
+        min_coverage: share of a cell that a region must cover.
+        limit: only so many images.
+        on_images: told how many images are done.
+
+    Returns:
+        A row for each model and kind of grid (`any` for all of them), columns `small`, `medium`, `large` and `all`.
+    """
+    processors: dict[str, Any] = {model: AutoProcessor.from_pretrained(model) for model in models}
+    rows: list[dict[str, Any]] = []
+    for done, image in enumerate(read_annotations(data)):
+        if done == limit:
+            break
+        rle_masks = [region.rle_mask for region in image.regions]
+        if not image.regions:
+            continue
+        limits = np.searchsorted(SIZE_LIMITS_PX, coco_mask.area(image.coco_masks()), side="right")
+        sizes = [SIZES[limit] for limit in limits]
+        for model, processor in processors.items():
+            [layout] = layouts_of(processor, [image.size_wh])
+            kept: dict[str, np.ndarray] = {}
+            for grid in layout.grids:
+                record = f"{data}: {image.image_id}"
+                covered = covered_tokens_of_regions(rle_masks, image.size_wh, grid, min_coverage, record).any(axis=1)
+                for kind in (grid.kind, "any"):
+                    kept[kind] = np.logical_or(kept.get(kind, False), covered)
+            rows += [
+                {"model": model, "grid": kind, "size": size, "kept": keeps}
+                for kind, of_kind in kept.items()
+                for size, keeps in zip(sizes, of_kind.tolist(), strict=True)
+            ]
+        on_images(done + 1)
+    if not rows:
+        raise ValueError(f"{data}: found no region; expected a PAD file with regions.")
+    found = pd.DataFrame(rows)
+    shares = found.pivot_table("kept", ["model", "grid"], "size", sort=False).reindex(columns=list(SIZES))
+    return shares.assign(all=found.groupby(["model", "grid"])["kept"].mean())
