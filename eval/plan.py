@@ -214,17 +214,6 @@ def read_llava_config(path: str, base: str | None) -> Any:
     return config
 
 
-def own_conversation(path: str, config: Any) -> str:
-    """Name of the template that a checkpoint is talked to in: the one it was trained in, where that is known.
-
-    Training records it in the config. A projector whose config records none is of upstream's stage 1, which trains in
-    `plain`. Of other checkpoints the folder's name decides, as upstream has it; what tables call them does not.
-    """
-    if checkpoint_form(path) is Form.PROJECTOR and getattr(config, "conversation_version", None) is None:
-        return "plain"
-    return conversation_mode(get_model_name_from_path(path), config)
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a run is to do, decided by the first process for all of them.
@@ -275,7 +264,8 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
         model = identify(name, path, arguments.model_base)
     except (OSError, ValueError) as error:
         raise PreflightError(str(error)) from error
-    conversation = own_conversation(path, config) if arguments.conversation == "auto" else arguments.conversation
+    is_own = arguments.conversation == "auto"
+    conversation = conversation_mode(folder_name, config) if is_own else arguments.conversation
     dtype = default_dtype() if arguments.dtype == "auto" else arguments.dtype
     request = ModelRequest(path, model.base, folder_name, conversation, dtype, arguments.batch_size)
     plan = Plan(model, request, output, ())

@@ -433,12 +433,15 @@ def conversation_mode(model_name: str, config: Any) -> str:
 
     Args:
         model_name: of the checkpoint, as `get_model_name_from_path` gives it.
-        config: the model's; `conversation_version` in it, which training writes, comes first, then its `model_type`,
-            then the name. A Mistral whose name says nothing gets `mistral_instruct`, any other LLM `llava_v0`.
+        config: the model's; `conversation_version` in it, which training writes, comes first, then whether it is of
+            stage 1, which upstream trains in `plain` and records nothing, then its `model_type`, then the name. A
+            Mistral whose name says nothing gets `mistral_instruct`, any other LLM `llava_v0`.
     """
     version = getattr(config, "conversation_version", None)
     if version in conv_templates:
         return version
+    if getattr(config, "tune_mm_mlp_adapter", False):
+        return "plain"
     model_type = getattr(config, "model_type", None)
     if model_type in MODEL_TYPE_RULES:
         return MODEL_TYPE_RULES[model_type]

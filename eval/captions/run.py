@@ -30,9 +30,9 @@ from eval.captions.metrics import (
     score_captions,
 )
 from eval.captions.references import CaptionedImage, CaptionSet, image_files, named, read_references
-from eval.plan import check_checkpoint, finished_run, identify, own_conversation, read_llava_config, training_of
+from eval.plan import check_checkpoint, finished_run, identify, read_llava_config, training_of
 from llava.command import RunRecord
-from llava.conversation import SeparatorStyle, conv_templates
+from llava.conversation import SeparatorStyle, conv_templates, conversation_mode
 from llava.eval.answering import GenerationSettings, Question, answer_questions, prompt_of
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
@@ -203,7 +203,7 @@ def describe_writer(
         default: the prompt where the template takes one.
     """
     config = read_llava_config(model.path, model.base)
-    conversation = conversation or own_conversation(model.path, config)
+    conversation = conversation or conversation_mode(get_model_name_from_path(model.path), config)
     if prompt is None:
         is_plain = conv_templates[conversation].sep_style is SeparatorStyle.PLAIN
         prompt = "" if is_plain else default

@@ -16,7 +16,7 @@ from llava.eval.vqa_cli import question_parser, with_defaults
 
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    return question_parser("llava.eval.model_vqa", __doc__, default_mode=model_vqa_loader.DEFAULT_MODE)
+    return question_parser("llava.eval.model_vqa", __doc__)
 
 
 def eval_model(args: Any) -> None:

@@ -16,19 +16,17 @@ from llava.command import run_command
 from llava.eval.vqa_cli import answer_to_file, question_parser, with_defaults
 from llava.eval.vqa_files import chunk_of, vqa_questions
 
-DEFAULT_MODE = "llava_v1"
-
 
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags; answers are short here unless told otherwise."""
-    return question_parser("llava.eval.model_vqa_loader", __doc__, default_mode=DEFAULT_MODE, max_new_tokens=128)
+    return question_parser("llava.eval.model_vqa_loader", __doc__, max_new_tokens=128)
 
 
 def eval_model(args: Any) -> None:
     """Answers `args.question_file` into `args.answers_file`; flags that `args` lacks have their defaults."""
     args = with_defaults(args, argument_parser())
     questions = chunk_of(vqa_questions(args.question_file, args.image_folder), args.num_chunks, args.chunk_idx)
-    answer_to_file(args, questions, DEFAULT_MODE)
+    answer_to_file(args, questions)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from llava.eval.model_vqa_science import OPTION_LETTER
 from llava.eval.vqa_cli import answer_to_file, question_parser, with_defaults
 from llava.eval.vqa_files import Question, chunk_of, read_text
 
-DEFAULT_MODE = "llava_v1"
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("index", "question", "hint", *LETTERS, "image")
 OPTION_LETTER_CN = "请直接回答选项字母。"
@@ -36,7 +35,7 @@ _EMPTY = ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", 
 
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    parser = question_parser("llava.eval.model_vqa_mmbench", __doc__, default_mode=DEFAULT_MODE)
+    parser = question_parser("llava.eval.model_vqa_mmbench", __doc__)
     parser.add_argument("--all-rounds", action="store_true", help="ask once for each option, moving them round")
     parser.add_argument("--single-pred-prompt", action="store_true", help="end each question by asking for a letter")
     parser.add_argument(
@@ -119,7 +118,7 @@ def eval_model(args: Any) -> None:
         for number, row in chunk_of(rows, args.num_chunks, args.chunk_idx)
         for question in rounds_of(row, f"{args.question_file}, row {number}", args.all_rounds, letter)
     ]
-    answer_to_file(args, questions, DEFAULT_MODE)
+    answer_to_file(args, questions)
 
 
 if __name__ == "__main__":

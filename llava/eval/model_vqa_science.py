@@ -17,13 +17,12 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.vqa_cli import answer_to_file, question_parser, with_defaults
 from llava.eval.vqa_files import Question, checked_field, chunk_of, image_path, read_json
 
-DEFAULT_MODE = "llava_v0"
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
 
 
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    parser = question_parser("llava.eval.model_vqa_science", __doc__, default_mode=DEFAULT_MODE)
+    parser = question_parser("llava.eval.model_vqa_science", __doc__)
     parser.add_argument("--single-pred-prompt", action="store_true", help=f'end each question by "{OPTION_LETTER}"')
     parser.add_argument("--answer-prompter", action="store_true", help="accepted and without effect, as upstream")
     return parser
@@ -58,7 +57,7 @@ def eval_model(args: Any) -> None:
     """Answers `args.question_file` into `args.answers_file`; flags that `args` lacks have their defaults."""
     args = with_defaults(args, argument_parser())
     questions = science_questions(args.question_file, args.image_folder, args.single_pred_prompt)
-    answer_to_file(args, chunk_of(questions, args.num_chunks, args.chunk_idx), DEFAULT_MODE)
+    answer_to_file(args, chunk_of(questions, args.num_chunks, args.chunk_idx))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llava.command import command_parser
-from llava.conversation import MODEL_TYPE_RULES, conv_templates, template_named
+from llava.conversation import conversation_mode, template_named
 from llava.eval.answering import Answer, GenerationSettings, Question, answer_questions, require_positive
 from llava.eval.vqa_files import model_hashes, open_answers, require_images
 from llava.mm_utils import get_model_name_from_path
@@ -26,9 +26,7 @@ LONG_ANSWER = 1024
 """Upstream's bound on new tokens where it has no flag for it."""
 
 
-def question_parser(
-    module: str, description: str | None, *, default_mode: str = "llava_v1", max_new_tokens: int = LONG_ANSWER
-) -> argparse.ArgumentParser:
+def question_parser(module: str, description: str | None, max_new_tokens: int = LONG_ANSWER) -> argparse.ArgumentParser:
     """Upstream's flags and defaults, and what a batch needs."""
     parser = command_parser(module, description)
     add_model_flags(parser)
@@ -37,9 +35,7 @@ def question_parser(
     parser.add_argument(
         "--answers-file", default="answer.jsonl", help="JSONL; a killed run goes on. default: %(default)s"
     )
-    parser.add_argument(
-        "--conv-mode", help=f"template; default: the one the checkpoint was trained with, or {default_mode}"
-    )
+    parser.add_argument("--conv-mode", help="template; default: the checkpoint's own")
     parser.add_argument("--num-chunks", type=int, default=1, help="parts to split the questions into")
     parser.add_argument("--chunk-idx", type=int, default=0, help="which part to answer, from 0")
     add_generation_flags(parser, max_new_tokens)
@@ -75,13 +71,7 @@ def settings_of(args: argparse.Namespace) -> GenerationSettings:
     return GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.seed)
 
 
-def mode_of(config: Any, default: str) -> str:
-    """Template that a checkpoint was trained with: what its config records, what its type asks for, or `default`."""
-    recorded = getattr(config, "conversation_version", None)
-    return recorded if recorded in conv_templates else MODEL_TYPE_RULES.get(getattr(config, "model_type", ""), default)
-
-
-def answer_to_file(args: argparse.Namespace, questions: Sequence[Question], default_mode: str) -> None:
+def answer_to_file(args: argparse.Namespace, questions: Sequence[Question]) -> None:
     """Answers questions with the checkpoint that `args` name, into `args.answers_file`.
 
     Raises:
@@ -101,7 +91,7 @@ def answer_to_file(args: argparse.Namespace, questions: Sequence[Question], defa
     with open_answers(args.answers_file, questions, get_model_name_from_path(model_path), run) as answers_file:
         remaining = questions[answers_file.kept :]
         if remaining:
-            answers = answers_of(args, model_path, remaining, settings, default_mode)
+            answers = answers_of(args, model_path, remaining, settings)
         else:
             logger.info("%s: nothing is left to answer", args.answers_file)
             answers = iter(())
@@ -119,18 +109,14 @@ def answer_to_file(args: argparse.Namespace, questions: Sequence[Question], defa
 
 
 def answers_of(
-    args: argparse.Namespace,
-    model_path: str,
-    questions: Sequence[Question],
-    settings: GenerationSettings,
-    default_mode: str,
+    args: argparse.Namespace, model_path: str, questions: Sequence[Question], settings: GenerationSettings
 ) -> Iterator[Answer]:
     """Answers by the checkpoint at `model_path`, which is loaded at once; they come as they are asked for."""
     model_name = get_model_name_from_path(model_path)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         model_path, args.model_base, model_name, device=args.device
     )
-    mode = args.conv_mode or mode_of(model.config, default_mode)
+    mode = args.conv_mode or conversation_mode(model_name, model.config)
     logger.info("%s answers in the template %s, %d at once", model_name, mode, args.batch_size)
     template = template_named(mode)
     counts = {"batch_size": args.batch_size, "workers": args.workers}

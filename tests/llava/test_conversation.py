@@ -130,6 +130,8 @@ def test_prompts_are_those_of_the_llms_own_chat_templates(name: str, system: str
         ("llava-v1.5-qwen2.5-7b", {"model_type": "llava_qwen"}, "qwen_2"),
         ("my-run", {"model_type": "llava_qwen3"}, "qwen_3"),
         ("my-run", {"model_type": "llava_qwen", "conversation_version": "v1"}, "v1"),
+        ("llava-v1.5-7b-pretrain", {"tune_mm_mlp_adapter": True}, "plain"),
+        ("llava-v1.5-7b-pretrain", {"tune_mm_mlp_adapter": True, "conversation_version": "v1"}, "v1"),
     ],
 )
 def test_a_checkpoint_is_talked_to_as_its_config_its_type_or_its_name_says(

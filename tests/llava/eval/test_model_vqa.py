@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llava.conversation import conv_templates
-from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science
+from llava.conversation import conv_templates, conversation_mode, template_named
+from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
 from llava.eval import vqa_cli as answering_command
 from llava.eval.answering import Question, answer_questions
-from llava.eval.vqa_cli import mode_of
 from llava.model import builder
 from llava.model.builder import LoadedModel
 
@@ -271,10 +270,18 @@ def test_defaults_are_upstreams() -> None:
         assert (args.temperature, args.top_p, args.num_beams, args.max_new_tokens) == (0.2, None, 1, tokens)
 
 
-def test_the_template_is_the_recorded_one_or_upstreams_default() -> None:
-    assert mode_of(SimpleNamespace(conversation_version="chatml_direct"), "llava_v1") == "chatml_direct"
-    assert mode_of(SimpleNamespace(model_type="llava_qwen"), "llava_v1") == "qwen_2"
-    assert mode_of(SimpleNamespace(model_type="llava_llama"), "llava_v1") == "llava_v1"
+@pytest.mark.parametrize("name", ["llava-llama-2-tiny", "tiny"])
+def test_all_tools_ask_a_checkpoint_in_the_same_template(
+    name: str, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("tiny-llava").rename(name)
+    modes = []
+    for module in (answering_command, run_llava):
+        monkeypatch.setattr(module, "template_named", lambda mode: modes.append(mode) or template_named(mode))
+    common = {**flags, "model_path": name, "conv_mode": None}
+    model_vqa_loader.eval_model(SimpleNamespace(**common))
+    run_llava.eval_model(SimpleNamespace(**common, query="What is this?", image_file="images/im0.png"))
+    assert modes == [conversation_mode(name, SimpleNamespace())] * 2
 
 
 @pytest.mark.parametrize(
