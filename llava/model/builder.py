@@ -234,14 +234,16 @@ def fit_vocabulary(model: Any, vocabulary: int, tokens: int) -> None:
         tokens: size of the tokenizer.
 
     Raises:
-        ValueError: there would be tokens without a row.
+        ValueError: there would be tokens without a row that have one in the base.
     """
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokens = min(tokens, rows)  # some tokenizers know more tokens than their LLM
     if vocabulary < tokens:
         raise ValueError(
             f"The checkpoint was trained with {vocabulary} words (vocab_size in config.json), the base has {tokens}. "
             "Pass as --model-base the LLM it was trained on."
         )
-    if vocabulary != model.get_input_embeddings().weight.shape[0]:
+    if vocabulary != rows:
         model.resize_token_embeddings(vocabulary)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,14 @@ from llava.data.records import open_records
 from llava.data.sampler import micro_steps_of_kinds
 from llava.mm_utils import parse_grid_pinpoints
 from llava.model.builder import fill_tower, may_come_later, read_config
-from llava.model.checkpoint import CheckpointTensors
+from llava.model.checkpoint import TOWER, CheckpointTensors, own_name
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.llava_arch import start_at_mean
 from llava.model.multimodal_projector.builder import C_ABSTRACTOR_SETTINGS
-from llava.model.weights import from_pretrained_strictly
+from llava.model.weights import differences, from_pretrained_strictly
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.checkpointing import save_config
 from llava.train.lora import freeze_quantized, quantized_loading
 
 logger = logging.getLogger(__name__)
@@ -181,9 +184,7 @@ def check_continued(config: Any, model_args: ModelArguments) -> None:
         raise ValueError(f"{checkpoint} is a LLaVA: add --vision_tower {config.mm_vision_tower}.")
     keys = ["mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"]
     if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
-        keys.append(
-            "mm_patch_merge_type"
-        )  # the weights hold a mark between rows, and the config says whether it is read
+        keys.append("mm_patch_merge_type")  # decides whether the `image_newline` among the weights is read
     if model_args.mm_projector_type == "cabstractor":
         keys += C_ABSTRACTOR_SETTINGS
     for key in keys:
@@ -264,6 +265,32 @@ def log_trained_parts(model: Any) -> None:
         total, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
         state = "trained" if trained and trained == total else "frozen" if not trained else f"{trained:,} trained"
         logger.info("%-16s %s, %s weights", name, state, f"{total:,}")
+
+
+def check_reads_back(model: Any) -> None:
+    """Checks before the first step that a model of the config that will be saved has the weights that will be saved.
+
+    Raises:
+        ValueError: names or shapes differ, so that nothing could load what the run saves.
+    """
+    with TemporaryDirectory() as folder:
+        save_config(model.config, Path(folder))
+        config = read_config(folder)
+    with torch.device("meta"):
+        reader = llava_model_class(config)(config)
+    expected, found = _shapes_beside_layers(reader), _shapes_beside_layers(model)
+    if expected != found:
+        raise ValueError(
+            "What this run saves could not be loaded: its config.json describes another model than its weights. "
+            f"{differences(expected, found)}. Give the flags that --model_name_or_path was trained with."
+        )
+
+
+def _shapes_beside_layers(model: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by names in files, without adapters, the tower, and the LLM's layers, which were read by this config."""
+    named = {own_name(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
+    shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in named.items()}
+    return {name: shape for name, shape in shapes.items() if not name.startswith(("model.layers.", TOWER))}
 
 
 def count_samples(data_args: DataArguments, training_args: TrainingArguments, plugin: TrainingPlugin | None) -> int:

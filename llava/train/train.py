@@ -32,6 +32,7 @@ from llava.train.arguments import (
 )
 from llava.train.assemble import (
     add_vision,
+    check_reads_back,
     choose_attention,
     count_samples,
     give_padding_token,
@@ -155,6 +156,7 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     if training_args.lora_weight_path:
         load_adapter(model, Path(training_args.lora_weight_path))
     log_trained_parts(model)
+    check_reads_back(model)
 
     data = make_data(tokenizer, model, model_args, data_args, training_args, plugin)
     if data_args.cache_features:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
+
+from llava.model.builder import load_pretrained_model
+from llava.model.checkpoint import own_name
 
 STEP = "--model_name_or_path tiny-llava --max_steps 1"
 STAGE_2 = f"{STEP} --version v1 --data_path data_mix.json --tune_mm_mlp_adapter False"
@@ -90,7 +95,36 @@ def test_a_tower_at_another_place_is_used_and_recorded(train_on: Any) -> None:
     assert json.loads(Path("run/config.json").read_text())["mm_vision_tower"] == "moved-clip"
 
 
+STAGES = {"stage 1": STEP, "stage 2": STAGE_2, "LoRA": f"{STAGE_2} --lora_enable True"}
+TILES = "--image_aspect_ratio anyres --image_grid_pinpoints [[56,112],[112,56]] --mm_patch_merge_type spatial_unpad"
+
+
+@pytest.mark.parametrize("tiles", ["", TILES], ids=["flat", "tiles"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_training_saves_can_be_loaded(stage: str, tiles: str, run_stage_1: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("tiny-vicuna", use_fast=False)
+    tokenizer.add_tokens(["<row>"])  # of which the LLM knows nothing, as in many tokenizers
+    tokenizer.save_pretrained("tiny-vicuna")
+    trainer = run_stage_1("run", f"{STAGES[stage]} --model_name_or_path tiny-vicuna {tiles}")
+    trained = {own_name(name): weight for name, weight in trainer.model.named_parameters() if "lora_" not in name}
+    loaded = load_pretrained_model("run", None if stage == "stage 2" else "tiny-vicuna", "", device="cpu").model
+    assert {name: weight.shape for name, weight in loaded.named_parameters()} == {
+        name: weight.shape for name, weight in trained.items()
+    }
+    assert torch.equal(loaded.get_model().mm_projector[0].weight, trained["model.mm_projector.0.weight"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_could_not_be_loaded_is_not_trained(stage: str, train_on: Any) -> None:
+    config = json.loads(Path("tiny-clip/config.json").read_text())
+    wide = CLIPVisionConfig(**{**config, "hidden_size": 48})
+    CLIPVisionModel(wide).save_pretrained("wide-clip")
+    shutil.copy("tiny-clip/preprocessor_config.json", "wide-clip")
+    with pytest.raises(ValueError, match=r"mm_projector.0.weight: model \(64, 48\), file \(64, 32\)"):
+        train_on({}, f"{STAGES[stage]} --vision_tower wide-clip")
+    assert not Path("run/config.json").exists()
+
+
 def test_a_newline_is_added_where_tiles_are_new(train_on: Any) -> None:
-    tiles = "--image_aspect_ratio anyres --image_grid_pinpoints [[56,112],[112,56]] --mm_patch_merge_type spatial_unpad"
-    train_on({}, f"{STAGE_2} {tiles}")
+    train_on({}, f"{STAGE_2} {TILES}")
     assert "model.image_newline" in load_file("run/model.safetensors")
