@@ -12,20 +12,7 @@ fi
 
 # need_own_packages: refuses to start where python would import another package under the name of one of ours.
 need_own_packages() {
-    [ -z "${DRY_RUN:-}" ] || return 0
-    python - <<'PYTHON' || exit 1
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
-here = sys.path.pop(0)  # the folder that we are in, which is on the path of `python -m` alone
-for name in ("llava", "patch_aligned", "eval"):
-    spec = find_spec(name)
-    file = spec and Path(spec.origin or [*spec.submodule_search_locations][0])
-    if file and Path(name).resolve() not in (file.resolve(), file.resolve().parent):
-        sys.exit(f"{name}: {file} would be imported, expected {Path(name).resolve()}; "
-                 f"uninstall the other package, or install this checkout: pip install -e .")
-PYTHON
+    [ -n "${DRY_RUN:-}" ] || python llava/own_packages.py || exit 1
 }
 
 # need_gpu: refuses to start where there is none.
