@@ -41,6 +41,7 @@ from llava.train.checkpointing import (
     get_mm_adapter_state_maybe_zero_3,
     load_projector_weights,
     publish_checkpoint,
+    safe_save_model_for_hf_trainer,
     save_config,
     save_projector,
     set_aside_from,
@@ -67,6 +68,7 @@ class CheckpointingTrainer(Trainer):
 
     _run_dir: Path | None = None
     _resumed_from: Path | None = None
+    result_is_saved = False
 
     @property
     def saves_projector_only(self) -> bool:
@@ -99,8 +101,11 @@ class CheckpointingTrainer(Trainer):
         return str(self._run_dir) if self._run_dir is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write to a staging folder, and rename it when all ranks are done."""
+        """Write to a staging folder, and rename it when all ranks are done. The last one comes after the result."""
         output_dir = Path(super()._get_output_dir(trial))
+        if self.state.global_step >= self.state.max_steps:
+            self.save_result()
+            self.model.config.use_cache = False
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._run_dir = output_dir / STAGING_FOLDER
         staged = self._run_dir / name
@@ -115,6 +120,17 @@ class CheckpointingTrainer(Trainer):
             publish_checkpoint(staged, output_dir / name)
             rotate_checkpoints(str(output_dir), self.args.save_total_limit, use_mtime=True)
         self.accelerator.wait_for_everyone()
+
+    def save_result(self) -> None:
+        """Save what the run has trained, once; its state last, to say that the weights beside it are those of its step.
+
+        A checkpoint takes three times as much room, and is not needed any more: a full disk must not cost the result.
+        """
+        if not self.result_is_saved:
+            self.model.config.use_cache = True
+            safe_save_model_for_hf_trainer(trainer=self, output_dir=self.args.output_dir)
+            self.save_state()
+            self.result_is_saved = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the projector and config (stage 1), the adapter (LoRA, see `llava.train.lora`) or the full model."""
@@ -496,6 +512,12 @@ class LLaVATrainer(CheckpointingTrainer):
         )
         self._first_batch_pending = plugin is not None
         self.add_callback(RunBookkeeping(self))
+
+    def save_result(self) -> None:
+        """As `CheckpointingTrainer` does, if the run has trained on anything."""
+        if not self.result_is_saved:
+            self.unsupervised.close_run()
+        super().save_result()
 
     def _sum_over_ranks(self, counts: list[int]) -> list[int]:
         counts = [*counts, int(stop_request.signum is not None)]

@@ -18,7 +18,6 @@ from llava.train.checkpointing import (
     checkpoint_to_resume,
     finished_step,
     load_projector_weights,
-    safe_save_model_for_hf_trainer,
 )
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.stopping import stop_request
@@ -47,10 +46,8 @@ def run_phase(trainer: LLaVATrainer, checkpoint: Path | None, record: RunRecord)
             shlex.join(sys.orig_argv),
         )
         raise SystemExit(stop_request.exit_status)
-    trainer.unsupervised.close_run()
-    trainer.model.config.use_cache = True
-    safe_save_model_for_hf_trainer(trainer=trainer, output_dir=output_dir)
-    trainer.save_state()  # last: says that the weights beside it are those of its step
+    trainer.save_result()
+    trainer.save_state()  # with the figures of the whole run
 
 
 def begun_warm_up(output_dir: str, plugin: TrainingPlugin | None) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -28,6 +29,7 @@ from llava.train.checkpointing import (
     safe_save_model_for_hf_trainer,
     save_projector,
 )
+from llava.train.llava_trainer import LLaVATrainer
 
 # Four samples, three epochs: saved in the middle of an epoch, and of a logging window.
 LONG_RUN = "--per_device_train_batch_size 1 --num_train_epochs 3 --save_strategy steps --save_steps 3 --logging_steps 2"
@@ -182,6 +184,28 @@ def test_a_run_killed_while_it_saved_its_weights_saves_them(run_stage_1: Any, lo
     again = run_stage_1("run", flags)
     assert logged(again) == logged(first) and again.state.global_step == 3
     assert all(torch.equal(before[name], tensor) for name, tensor in torch.load(weights).items())
+
+
+@pytest.mark.parametrize("stage", ["", "--version v1 --data_path data_mix.json --tune_mm_mlp_adapter False"])
+def test_a_disk_too_full_for_the_last_checkpoint_does_not_cost_the_result(
+    run_stage_1: Any, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = f"{stage} --save_strategy steps --save_steps 1 --max_steps 2 --per_device_train_batch_size 1"
+    run_stage_1("whole", flags)
+    save = LLaVATrainer._save_optimizer_and_scheduler
+
+    def save_while_there_is_room(trainer: Any, folder: str) -> None:
+        if trainer.state.global_step == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(trainer, folder)
+
+    monkeypatch.setattr(LLaVATrainer, "_save_optimizer_and_scheduler", save_while_there_is_room)
+    with pytest.raises(OSError, match="No space left"):
+        run_stage_1("run", flags)
+    name = "model.safetensors" if stage else "mm_projector.bin"
+    assert (Path("run") / name).read_bytes() == (Path("whole") / name).read_bytes()
+    assert Path("run/config.json").read_bytes() == Path("whole/config.json").read_bytes()
+    assert run_stage_1("run", flags) is None
 
 
 def test_a_trained_tower_is_saved_and_goes_on(golden_world: Path, run_stage_1: Any, logged: Any) -> None:
