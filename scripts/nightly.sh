@@ -3,6 +3,7 @@
 #
 #   floors   the default tests on the oldest versions that pyproject.toml allows
 #   newest   the default tests on the newest releases that can be installed together
+#   readme   README's commands in order, in a clone and a clean shell; the log says which were printed alone or not typed
 #
 # `bash scripts/nightly.sh floors` chooses steps by name. It fails where a step does.
 #
@@ -15,7 +16,7 @@ source scripts/environment.sh
 
 # To add a step, append its name here, write a function of that name below, and describe it above. What the function
 # prints goes to WORK/NAME.log; it fails at its first command that fails.
-STEPS=(floors newest)
+STEPS=(floors newest readme)
 
 # All but flash, which needs CUDA's compiler, and dev.
 EXTRAS=analysis,annotate,demo,dinov3,eval,mini,test,train
@@ -31,6 +32,15 @@ newest() {
     fresh_environment
     python -m pip install --quiet --editable ".[$EXTRAS]"
     default_tests
+}
+
+readme() {
+    say_room "$WORK"
+    git clone --quiet . "$WORK/venv"  # deleted when the step ends, as environments are
+    python3 scripts/type_readme.py README.md >"$WORK/readme.sh"
+    cd "$WORK/venv"
+    env -u PYTHONPATH -u CONDA_DEFAULT_ENV -u VIRTUAL_ENV PATH="${PATH//${VIRTUAL_ENV:-no environment}\/bin:/}" \
+        bash --noprofile --norc "$WORK/readme.sh" </dev/null
 }
 
 fresh_environment() {

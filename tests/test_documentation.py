@@ -95,8 +95,9 @@ def test_linked_files_are_there(document: Path) -> None:
     assert not [link for link in local if not (document.parent / link).exists()]
 
 
-def test_tests_that_the_list_of_differences_names_exist() -> None:
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")))
+@pytest.mark.parametrize("name", ["differences.md", "reliability.md"])
+def test_tests_that_a_document_names_exist(name: str) -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / name).read_text(encoding="utf-8")))
     assert named
     defined = {
         node.name

@@ -39,7 +39,7 @@ def nightly(python: Path, *steps: str, failing: str = "nothing") -> subprocess.C
 
 
 def test_steps_run_in_fresh_environments_and_end_in_a_table(python: Path) -> None:
-    result = nightly(python)
+    result = nightly(python, "floors", "newest")
     assert result.returncode == 0, result.stderr
     assert [row.split()[:2] for row in result.stdout.splitlines()[-2:]] == [["floors", "passed"], ["newest", "passed"]]
     work = python.parent / "work"
@@ -66,7 +66,7 @@ def test_steps_are_chosen_by_name(python: Path) -> None:
     assert not (python.parent / "work" / "floors.log").exists()
     result = nightly(python, "oldest")
     assert result.returncode == 2
-    assert "found step 'oldest', expected one of: floors newest" in result.stderr
+    assert "found step 'oldest', expected one of: floors newest readme" in result.stderr
 
 
 @pytest.mark.parametrize("extra", ["eval", None])
