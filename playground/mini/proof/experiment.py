@@ -1,0 +1,113 @@
+"""What the experiment trains and measures. It was committed before the test scenes were drawn.
+
+Primary outcomes are `PRIMARY`; everything else is exploratory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+MODELS = "playground/mini/cache/models"
+LLM, TOWER = f"{MODELS}/smollm2-135m-instruct", f"{MODELS}/dinov2-small"
+
+WARMUP_STEPS = 1600
+JOINT_STEPS = 48
+RATES = (3e-4, 1e-3, 3e-3)
+"""Tried for captions alone, on development scenes; all other arms take 1e-3, as the paper does."""
+RATE = 1e-3
+BETA = 5.0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A set of scenes.
+
+    Attributes:
+        seed: of the generator; no two sets share one.
+        scenes: how many.
+    """
+
+    seed: int
+    scenes: int
+
+
+DRAWS = {"train": Draw(0, 1600), "development": Draw(1, 120), "test": Draw(2, 240)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training stage 1. Arms of one seed share initialisation, scenes and their order.
+
+    Attributes:
+        name: in tables.
+        training: in words.
+        isolates: what a difference from another arm shows.
+        variant: of the training files, see `playground.mini.arms`; None leaves them as they are.
+        has_warmup: whether patch steps come before the joint ones.
+        beta: weight of the patch loss at the first and at the last joint step; None for captions alone.
+        rotated: whether targets are rotated words.
+    """
+
+    name: str
+    training: str
+    isolates: str
+    variant: Literal["tags", "deranged", "union"] | None = None
+    has_warmup: bool = True
+    beta: tuple[float, float] | None = (BETA, BETA)
+    rotated: bool = False
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("C", "captions alone", "the baseline", has_warmup=False, beta=None),
+        Arm("T", "captions, each followed by every label", "T - C: the same words as text", "tags", False, None),
+        Arm("P", "warm-up, then captions and patch loss", "P - C: the claim"),
+        Arm("R", "P towards rotated words", "P - R: the word; R - C: clustering, supervision, updates", rotated=True),
+        Arm("D", "P with names deranged", "P - D: whether the LLM says what the token was told", "deranged"),
+        Arm("M", "P with each label on all objects of the scene", "P - M: the place", "union"),
+        Arm("P>C", "warm-up, then captions alone", "P - P>C: the joint loss after initialisation", beta=(0.0, 0.0)),
+        Arm("R>C", "rotated warm-up, then captions alone", "P>C - R>C: the word", beta=(0.0, 0.0), rotated=True),
+        Arm("P ramp", "no warm-up, beta 0 to 5", "the paper's own schedule", has_warmup=False, beta=(0.0, BETA)),
+    )
+}
+
+PRIMARY = (("P", "C"), ("P", "R"), ("P", "D"))
+"""Differences of the name score `name_bound` on test scenes, over all objects, paired over seeds."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the experiment is run.
+
+    Attributes:
+        seeds: of initialisation and order.
+        arms: names of `ARMS`.
+        joint_steps: of stage 1, for all arms.
+        curve: steps after which captions alone are measured once more, at their best rate, with the first seed.
+        warmup_steps: of the arms that have a warm-up.
+        draws: sets of scenes.
+    """
+
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...] = tuple(ARMS)
+    joint_steps: int = JOINT_STEPS
+    curve: tuple[int, ...] = (300,)
+    warmup_steps: int = WARMUP_STEPS
+    draws: Mapping[str, Draw] = field(default_factory=lambda: DRAWS)
+
+
+BUDGETS = {
+    "short": Budget(seeds=(0, 1, 2)),
+    "nights": Budget(seeds=(0, 1, 2, 3, 4), curve=(300, 1000)),
+    "tiny": Budget(
+        seeds=(0, 1),
+        arms=("C", "P", "R", "D"),
+        joint_steps=2,
+        curve=(3,),
+        warmup_steps=4,
+        draws={"train": Draw(0, 16), "development": Draw(1, 8), "test": Draw(2, 8)},
+    ),
+}

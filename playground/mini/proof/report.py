@@ -1,0 +1,286 @@
+"""Writes the report of the experiment: tables with every seed, differences with intervals, and two plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+import typer
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from patch_aligned.files import written_whole
+from patch_aligned.tables import Cell, Table
+from playground.mini.proof.experiment import ARMS, BUDGETS, PRIMARY, RATES, Budget
+from playground.mini.proof.steps import file_name
+from playground.mini.proof.summary import Bootstrap, Estimate
+
+TEMPLATES = Environment(
+    loader=PackageLoader("playground.mini.proof", ""),
+    undefined=StrictUndefined,
+    keep_trailing_newline=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+ISOLATES = {
+    ("P", "C"): "the claim",
+    ("P", "R"): "the word",
+    ("P", "D"): "whether the LLM says what the token was told",
+    ("R", "C"): "clustering, supervision, updates",
+    ("P", "M"): "the place, against an image tag",
+    ("T", "C"): "the words as text, without place",
+    ("P", "P>C"): "the joint loss after the warm-up",
+    ("P>C", "R>C"): "the word, in the warm-up alone",
+    ("P", "P ramp"): "the warm-up, against the paper's schedule",
+}
+EXPLORATORY = [pair for pair in ISOLATES if pair not in PRIMARY]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was measured of one training: numbers of the whole, and a row for each object of the test scenes."""
+
+    numbers: dict[str, Any]
+    objects: pd.DataFrame
+
+
+class Runs:
+    """All runs of a budget that were measured."""
+
+    def __init__(self, state: Path, budget: Budget):
+        self.folder, self.budget = state / "measures", budget
+        self.arms = {arm: [self.read(f"{arm}, seed {seed}") for seed in budget.seeds] for arm in budget.arms}
+        self.bootstrap = Bootstrap(self.arms["C"][0].objects, len(budget.seeds))
+
+    def read(self, run: str) -> Run:
+        """Read what was measured of the run of this name."""
+        path = self.folder / file_name(run)
+        return Run(json.loads(path.with_suffix(".json").read_text()), pd.read_parquet(path.with_suffix(".parquet")))
+
+    def estimate(self, arm: str, score: str, of: str = "all", less: str | None = None) -> Estimate:
+        """Mean of a score, or with `less` its difference from another arm; `of` all objects, `named` or `unnamed`."""
+        found = [_scores(run.objects, score, of) for run in self.arms[arm]]
+        if less is None:
+            return self.bootstrap.mean(found)
+        return self.bootstrap.difference(found, [_scores(run.objects, score, of) for run in self.arms[less]])
+
+
+def _scores(objects: pd.DataFrame, score: str, of: str) -> np.ndarray:
+    scores = objects[score].to_numpy(dtype=float)
+    if of == "all":
+        return scores
+    named = objects["in_caption"].to_numpy(dtype=bool)
+    return np.where(named if of == "named" else ~named, scores, np.nan)
+
+
+def seeds_of(values: Sequence[float | None]) -> str:
+    """Values of the seeds, one after the other; a dash where nothing could be counted."""
+    return " / ".join("–" if value is None else f"{value:.2f}" for value in values)
+
+
+def with_interval(found: Estimate) -> list[Cell]:
+    """Cells for the mean, its interval and the seeds."""
+    return [Cell(f"{found.value:.2f}"), Cell(f"{found.low:.2f} … {found.high:.2f}"), Cell(seeds_of(found.of_seed))]
+
+
+def alignment_table(runs: Runs) -> Table:
+    """How tokens of objects lie to words, by arm; each cell has all seeds."""
+    columns: dict[str, Callable[[str], str]] = {
+        "retrieval of the own label": lambda arm: seeds_of(runs.estimate(arm, "top1").of_seed),
+        "contrast": lambda arm: seeds_of(runs.estimate(arm, "contrast").of_seed),
+        "cosine": lambda arm: seeds_of(runs.estimate(arm, "cosine").of_seed),
+        "best word": lambda arm: seeds_of(runs.estimate(arm, "best_word_cosine").of_seed),
+        "Align own": lambda arm: seeds_of(runs.estimate(arm, "iou_px").of_seed),
+        "Align other": lambda arm: seeds_of(runs.estimate(arm, "shuffled_iou_px").of_seed),
+        "H after": lambda arm: seeds_of([run.numbers["entropy_after_nats"] for run in runs.arms[arm]]),
+        "background retrieval": lambda arm: seeds_of(
+            [run.numbers["background"]["retrieval_top1"] for run in runs.arms[arm]]
+        ),
+    }
+    return _by_arm("Alignment", runs, columns)
+
+
+def naming_table(runs: Runs) -> Table:
+    """What the frozen LLM says, by arm; each cell has all seeds."""
+    columns: dict[str, Callable[[str], str]] = {
+        "name score (i), all": lambda arm: seeds_of(runs.estimate(arm, "name_bound").of_seed),
+        "named in captions": lambda arm: seeds_of(runs.estimate(arm, "name_bound", "named").of_seed),
+        "not named": lambda arm: seeds_of(runs.estimate(arm, "name_bound", "unnamed").of_seed),
+        "(ii)": lambda arm: seeds_of(runs.estimate(arm, "name_information").of_seed),
+        "AUC": lambda arm: seeds_of(runs.estimate(arm, "name_auc").of_seed),
+        "captions: precision": lambda arm: _of_captions(runs, arm, "precision"),
+        "captions: recall": lambda arm: _of_captions(runs, arm, "recall"),
+        "captions: F1": lambda arm: _of_captions(runs, arm, "f1"),
+    }
+    return _by_arm("What the frozen LLM names", runs, columns)
+
+
+def _of_captions(runs: Runs, arm: str, metric: str) -> str:
+    return seeds_of([run.numbers["captions"][metric] for run in runs.arms[arm]])
+
+
+def own_table(runs: Runs) -> Table:
+    """How well the controls learnt their own targets."""
+    columns: dict[str, Callable[[str], str]] = {
+        "retrieval of own targets": lambda arm: seeds_of(runs.estimate(arm, "own_top1").of_seed),
+        "contrast with own targets": lambda arm: seeds_of(runs.estimate(arm, "own_contrast").of_seed),
+        "name score (i), own names": lambda arm: seeds_of(runs.estimate(arm, "own_name_bound").of_seed),
+        "AUC, own names": lambda arm: seeds_of(runs.estimate(arm, "own_name_auc").of_seed),
+    }
+    return _by_arm("Own targets", runs, columns, [arm for arm in ("P", "R", "D") if arm in runs.arms])
+
+
+def _by_arm(
+    title: str, runs: Runs, columns: dict[str, Callable[[str], str]], arms: Sequence[str] | None = None
+) -> Table:
+    rows = [[Cell(arm), *(Cell(text(arm)) for text in columns.values())] for arm in arms or runs.arms]
+    return Table(title, ["arm", *columns], rows)
+
+
+def difference_table(runs: Runs, pairs: Sequence[tuple[str, str]]) -> Table:
+    """Differences of the name score (i) over all objects."""
+    columns = ["difference", "nats", "95% interval", "seeds", "isolates"]
+    rows = [
+        [
+            Cell(f"{first} − {second}"),
+            *with_interval(runs.estimate(first, "name_bound", less=second)),
+            Cell(ISOLATES[first, second]),
+        ]
+        for first, second in pairs
+        if {first, second} <= set(runs.arms)
+    ]
+    return Table("Differences of the name score", columns, rows)
+
+
+def requirement_table(runs: Runs) -> Table:
+    """What must hold on P, object regions alone."""
+    align = runs.bootstrap.difference(
+        *([_scores(run.objects, score, "all") for run in runs.arms["P"]] for score in ("iou_px", "shuffled_iou_px"))
+    )
+    retrieval, contrast, bound = (runs.estimate("P", score) for score in ("top1", "contrast", "name_bound"))
+    rows = [
+        _required("retrieval of the own label", retrieval, 0.60, retrieval.value),
+        _required("contrast", contrast, 0.25, contrast.value),
+        _required("Align own − other", align, 0.10, align.value),
+        _required("name score (i), lower end", bound, 0.0, bound.low),
+    ]
+    return Table("What must hold on P", ["measure", "mean", "95% interval", "seeds", "at least", "holds"], rows)
+
+
+def _required(name: str, found: Estimate, least: float, judged: float) -> list[Cell]:
+    return [Cell(name), *with_interval(found), Cell(f"{least:.2f}"), Cell("yes" if judged >= least else "no")]
+
+
+def captions_table(runs: Runs) -> Table:
+    """Captions alone: the rates that were tried on development scenes, and longer training at the best."""
+    trials = [(f"rate {rate:g}, development scenes", runs.read(f"C at {rate:g}")) for rate in RATES]
+    curve = [(f"{steps} steps, test scenes", runs.read(f"C after {steps} steps")) for steps in runs.budget.curve]
+    columns = ["captions alone, one seed", "retrieval", "name score (i)", "AUC", "captions: F1"]
+    rows = [
+        [
+            Cell(name),
+            *(Cell(f"{run.objects[score].mean():.2f}") for score in ("top1", "name_bound", "name_auc")),
+            Cell(seeds_of([run.numbers["captions"]["f1"]])),
+        ]
+        for name, run in [*trials, *curve]
+    ]
+    return Table("Captions alone", columns, rows)
+
+
+def _entropy_drop(run: Run) -> float:
+    return run.numbers["entropy_before_nats"] - run.numbers["entropy_after_nats"]
+
+
+def paper_table(runs: Runs) -> Table:
+    """The rows of the paper's Table 3, and whether its direction holds here."""
+    captions, patches = runs.arms["C"], runs.arms["P"]
+
+    def mean(of: Sequence[Run], value: Callable[[Run], float]) -> float:
+        return float(np.mean([value(run) for run in of]))
+
+    measures: dict[str, tuple[float, float, Callable[[Run], float]]] = {
+        "entropy drop": (
+            2.7991,
+            3.8352,
+            lambda run: run.numbers["entropy_before_nats"] - run.numbers["entropy_after_nats"],
+        ),
+        "Align(V, W)": (0.142, 0.279, lambda run: run.objects["iou_px"].mean()),
+        "cosine of the own label": (0.07, 0.56, lambda run: run.objects["cosine"].mean()),
+        "cosine of the best word": (0.07, 0.56, lambda run: run.objects["best_word_cosine"].mean()),
+    }
+    rows = []
+    for name, (paper_captions, paper_patches, value) in measures.items():
+        here = mean(captions, value), mean(patches, value)
+        holds = "holds" if here[1] > here[0] else "does not hold"
+        cells = [f"{paper_captions:g}", f"{paper_patches:g}", *(f"{number:.2f}" for number in here)]
+        rows.append([Cell(name), *map(Cell, cells), Cell(holds)])
+    columns = ["Table 3", "paper: captions", "paper: patch-aligned", "here: C", "here: P", "direction"]
+    return Table("The paper's Table 3", columns, rows)
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """Draw the name score of each arm, seeds as points."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 0.45 * len(runs.arms) + 1.2), layout="constrained")
+    for row, arm in enumerate(runs.arms):
+        found = runs.estimate(arm, "name_bound")
+        axes.plot([found.low, found.high], [row, row], color="0.6", linewidth=3, solid_capstyle="round")
+        axes.plot(found.of_seed, [row] * len(found.of_seed), "o", color="tab:blue", markersize=5)
+    axes.axvline(0, color="0.8", zorder=0)
+    axes.set_yticks(range(len(runs.arms)), [f"{arm}: {ARMS[arm].training}" for arm in runs.arms])
+    axes.invert_yaxis()
+    axes.set_xlabel("name score (i), nats; 0 is blind. Points are seeds, bars 95% intervals", fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write(runs: Runs, name: str, folder: Path) -> Path:
+    """Write `report.md` and its plot; returns the former."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(runs, folder / "arms.png")
+    first = runs.arms["P"][0].numbers
+    arms = [[Cell(arm), Cell(ARMS[arm].training), Cell(ARMS[arm].isolates)] for arm in runs.arms]
+    tables = {
+        "arms": Table("", ["arm", "stage 1", "a difference isolates"], arms),
+        "primary": difference_table(runs, PRIMARY),
+        "required": requirement_table(runs),
+        "naming": naming_table(runs),
+        "alignment": alignment_table(runs),
+        "own": own_table(runs),
+        "exploratory": difference_table(runs, EXPLORATORY),
+        "captions": captions_table(runs),
+        "paper": paper_table(runs),
+    }
+    text = TEMPLATES.get_template("report.md.j2").render(
+        name=name,
+        budget=runs.budget,
+        numbers=first,
+        ceiling=math.log(first["images"]),
+        versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
+        **{key: table.markdown() for key, table in tables.items()},
+    )
+    path = folder / "report.md"
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def main(
+    budget: Annotated[str, typer.Option(help=f"One of {', '.join(BUDGETS)}.")],
+    state: Annotated[Path, typer.Option(help="Folder of the run.")],
+) -> None:
+    """Write STATE/report."""
+    print(write(Runs(state, BUDGETS[budget]), budget, state / "report"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

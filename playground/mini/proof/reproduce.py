@@ -1,0 +1,137 @@
+"""Trains and measures all arms of the experiment, step by step, and writes the report.
+
+What each step makes stays in the folder of the run. Called again, finished steps are skipped and a training that was
+interrupted resumes. `progress.html` in that folder shows what is done and how long is left.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from playground.mini.proof.experiment import ARMS, BUDGETS, PRIMARY, RATE, RATES, Arm, Budget
+from playground.mini.proof.steps import Step, StepError, Steps, file_name
+
+BudgetName = Enum("BudgetName", {name: name for name in BUDGETS})  # type: ignore[misc]
+
+
+def steps_of(budget: Budget, name: str) -> list[Step]:
+    """All steps of a budget. `{state}` in commands is the folder of the run."""
+    steps = [Step("models", ("bash", "scripts/prepare_mini.sh"))]
+    for seed in budget.seeds:
+        steps += [_scenes(budget, place, seed) for place in ("train", "test")]
+
+    captions, first = ARMS["C"], budget.seeds[0]
+    steps.append(_scenes(budget, "development", first))
+    tried = [f"C at {rate:g}" for rate in RATES]
+    for run, tried_rate in zip(tried, RATES, strict=True):
+        steps += _run(budget, captions, first, run, budget.joint_steps, str(tried_rate), "development")
+    names = [f"measure {run}" for run in tried]
+    steps.append(
+        _step("choose the rate of C", "playground.mini.proof.choose_rate", "{state}", *tried, needs=names, minutes=0.1)
+    )
+    measured = []
+    of_primary = {arm for pair in PRIMARY for arm in pair}
+    runs = [(ARMS[arm], seed) for seed in budget.seeds for arm in budget.arms]
+    for arm, seed in sorted(runs, key=lambda run: run[0].name not in of_primary):
+        rate = "{state}/rate.txt" if arm.beta is None else str(RATE)
+        steps += _run(budget, arm, seed, f"{arm.name}, seed {seed}", budget.joint_steps, rate, "test")
+        measured.append(steps[-1].name)
+    for joint_steps in budget.curve:
+        run = f"C after {joint_steps} steps"
+        steps += _run(budget, captions, first, run, joint_steps, "{state}/rate.txt", "test")
+        measured.append(steps[-1].name)
+    steps.append(
+        _step(
+            "report",
+            "playground.mini.proof.report",
+            "--budget",
+            name,
+            "--state",
+            "{state}",
+            needs=measured,
+            minutes=0.2,
+        )
+    )
+    return steps
+
+
+def _scenes(budget: Budget, place: str, seed: int) -> Step:
+    """Scenes whose pictures are the same for all seeds of training, and whose texts leave out a seed's own names."""
+    draw = budget.draws[place]
+    split = "train" if place == "train" else "heldout"
+    return _step(
+        f"scenes: {place}-{seed}",
+        *("playground.mini.make_scenes", "--split", split, "--seed", str(draw.seed), "--count", str(draw.scenes)),
+        *("--held-out-seed", str(seed), "--out", f"{{state}}/scenes/{place}-{seed}"),
+        kind="scenes",
+    )
+
+
+def _run(budget: Budget, arm: Arm, seed: int, run: str, joint_steps: int, rate: str, scenes: str) -> tuple[Step, Step]:
+    """A training of stage 1 and its measures."""
+    folder = f"{{state}}/runs/{file_name(run)}"
+    training = _step(
+        f"train {run}",
+        *("playground.mini.proof.train", "--arm", arm.name, "--seed", str(seed), "--steps", str(joint_steps)),
+        *("--warmup-steps", str(budget.warmup_steps), "--rate", rate),
+        *("--scenes", f"{{state}}/scenes/train-{seed}", "--features", "{state}/features", "--output", folder),
+        needs=["models", f"scenes: train-{seed}"] + (["choose the rate of C"] if rate.startswith("{") else []),
+        kind=f"train {joint_steps} steps",
+        minutes=joint_steps * 4.4 / 60 + 1,
+    )
+    measure = _step(
+        f"measure {run}",
+        *("playground.mini.proof.measure", folder, "--arm", arm.name, "--seed", str(seed)),
+        *("--targets", f"{{state}}/scenes/train-{seed}/pad.json"),
+        *("--scenes", f"{{state}}/scenes/{scenes}-{seed}", "--output", f"{{state}}/measures/{file_name(run)}"),
+        needs=[training.name, f"scenes: {scenes}-{seed}"],
+        kind="measure" + " own" * (arm.rotated or arm.variant == "deranged"),
+        minutes=4,
+    )
+    return training, measure
+
+
+def _step(
+    name: str, module: str, *options: str, needs: list[str] | None = None, kind: str = "", minutes: float = 1
+) -> Step:
+    return Step(name, ("python", "-m", module, *options), tuple(needs or ()), kind or name, minutes)
+
+
+def main(
+    budget: Annotated[BudgetName, typer.Option(help="How much is run; see experiment.py.")] = BudgetName["short"],
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run. [default: ~/.cache/patch_aligned/reproduce/BUDGET]"),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Commands at a time. [default: one for each core]")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each command.")] = 1,
+    list_steps: Annotated[bool, typer.Option("--list", help="List the steps and their state, and stop.")] = False,
+) -> None:
+    """Run the experiment of the miniature: train all arms, measure them on test scenes, write the report."""
+    folder = (state or Path("~/.cache/patch_aligned/reproduce", budget.value)).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    steps = Steps(steps_of(BUDGETS[budget.value], budget.value), folder, f"The miniature's experiment: {budget.value}")
+    if list_steps:
+        for name in steps.steps:
+            print("to do" if name in steps.pending else "done ", name)
+        return
+    print(f"{len(steps.pending)} of {len(steps.steps)} steps to do; follow them at {folder / 'progress.html'}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        steps.run(jobs or len(os.sched_getaffinity(0)))
+    except StepError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped. The same command continues.") from None
+    print(f"Report: {folder / 'report' / 'report.md'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

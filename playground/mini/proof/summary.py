@@ -1,0 +1,70 @@
+"""Statistics of the experiment: means over seeds, and intervals that hold scenes, names and seeds.
+
+Letters: R regions of the test scenes, S seeds, N draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from patch_aligned.intervals import percentile_interval
+
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its spread.
+
+    Attributes:
+        value: mean over seeds.
+        of_seed: of each seed.
+        low, high: 95% interval; scenes and names are drawn for all seeds alike, and seeds if there are several.
+    """
+
+    value: float
+    of_seed: tuple[float, ...]
+    low: float
+    high: float
+
+
+class Bootstrap:
+    """Draws of scenes, names and seeds that all arms and scores share, so that differences are paired.
+
+    Args:
+        regions: frame of any run: all have the same regions in the same order, with `image` and `label`.
+        seeds: S.
+    """
+
+    def __init__(self, regions: pd.DataFrame, seeds: int):
+        generator = np.random.default_rng(0)
+        self.weights = np.ones((DRAWS, len(regions)))  # [N, R]
+        for column in ("image", "label"):
+            codes, distinct = pd.factorize(regions[column])
+            counts = generator.multinomial(len(distinct), np.full(len(distinct), 1 / len(distinct)), size=DRAWS)
+            self.weights *= counts[:, codes]
+        self.seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS) / seeds  # [N, S]
+
+    def mean(self, scores: Sequence[np.ndarray]) -> Estimate:
+        """Mean of a score `[R]` of each seed; NaN where it is undefined."""
+        return self._estimate([self._of_seed(score) for score in scores])
+
+    def difference(self, first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> Estimate:
+        """Mean of the scores `first` less that of `second`, seed by seed."""
+        pairs = zip(map(self._of_seed, first), map(self._of_seed, second), strict=True)
+        return self._estimate([(a - b, draws_a - draws_b) for (a, draws_a), (b, draws_b) in pairs])
+
+    def _of_seed(self, score: np.ndarray) -> tuple[float, np.ndarray]:
+        defined = ~np.isnan(score)
+        weights = self.weights[:, defined]
+        return float(score[defined].mean()), weights @ score[defined] / weights.sum(axis=1)
+
+    def _estimate(self, found: Sequence[tuple[float, np.ndarray]]) -> Estimate:
+        of_seed = tuple(value for value, _ in found)
+        draws = np.stack([draws for _, draws in found], axis=1)  # [N, S]
+        low, high = percentile_interval((draws * self.seeds).sum(axis=1))
+        return Estimate(float(np.mean(of_seed)), of_seed, low, high)

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The experiment of the miniature: does patch-aligned training make a frozen LLM read what visual tokens show, and is it
+# the word that does it? Trains all arms, measures them on test scenes, writes a report. Options go to the program:
+#
+#   bash playground/mini/reproduce.sh                    all arms, three seeds: two to three hours of two free cores
+#   bash playground/mini/reproduce.sh --budget tiny      the same steps in small, in minutes
+#   bash playground/mini/reproduce.sh --list             what is done and what is to do
+#
+# State and results go to ~/.cache/patch_aligned/reproduce, or to --state FOLDER. Called again, it continues.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source scripts/environment.sh
+use_environment mini,analysis gguf onnx matplotlib
+
+exec python -m playground.mini.proof.reproduce "$@"

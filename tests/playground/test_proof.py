@@ -1,0 +1,99 @@
+"""The experiment of the miniature: its runner, its statistics, and that every step of every budget is there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from playground.mini.proof.experiment import ARMS, BUDGETS, PRIMARY
+from playground.mini.proof.reproduce import steps_of
+from playground.mini.proof.steps import Step, StepError, Steps
+from playground.mini.proof.summary import Bootstrap
+
+
+def writes(name: str, text: str, *needs: str) -> Step:
+    """A step that appends to the file of its name."""
+    code = f"open(r'{{state}}/{name}', 'a').write('{text}')"
+    return Step(name, (sys.executable, "-c", code), needs)
+
+
+def run(folder: Path, *steps: Step) -> Steps:
+    found = Steps(steps, folder, "test")
+    found.run(jobs=2)
+    return found
+
+
+def test_a_second_run_does_nothing_and_a_changed_command_runs_with_what_needs_it(tmp_path: Path) -> None:
+    first, second = writes("first", "a"), writes("second", "b", "first")
+    run(tmp_path, first, second)
+    assert run(tmp_path, first, second).pending == []
+    assert ((tmp_path / "first").read_text(), (tmp_path / "second").read_text()) == ("a", "b")
+    run(tmp_path, first, writes("second", "c", "first"))
+    assert ((tmp_path / "first").read_text(), (tmp_path / "second").read_text()) == ("a", "bc")
+    run(tmp_path, writes("first", "d"), writes("second", "c", "first"))
+    assert ((tmp_path / "first").read_text(), (tmp_path / "second").read_text()) == ("ad", "bcc")
+
+
+def test_a_step_runs_only_for_steps_that_are_not_done(tmp_path: Path) -> None:
+    steps = writes("training", "a"), writes("measure", "b", "training")
+    run(tmp_path, *steps)
+    (tmp_path / "done" / "training.json").unlink()  # as where measures came from another machine
+    assert Steps(steps, tmp_path, "test").pending == []
+
+
+def test_a_failed_step_is_named_with_the_end_of_its_log_and_the_same_call_continues(tmp_path: Path) -> None:
+    failing = Step("second", (sys.executable, "-c", "raise SystemExit('no scenes here')"), ("first",))
+    with pytest.raises(StepError, match=r"(?s)second.*no scenes here"):
+        run(tmp_path, writes("first", "a"), failing, writes("third", "c", "second"))
+    assert not (tmp_path / "third").exists()
+    assert Steps([writes("first", "a"), failing], tmp_path, "test").pending == ["second"]
+    assert "second" in (tmp_path / "progress.html").read_text()
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_every_arm_and_seed_is_trained_and_measured_before_the_report(name: str) -> None:
+    steps = steps_of(BUDGETS[name], name)
+    assert len({step.name for step in steps}) == len(steps)
+    before: set[str] = set()
+    for step in steps:
+        assert set(step.needs) <= before
+        before.add(step.name)
+    report = steps[-1]
+    for arm in BUDGETS[name].arms:
+        for seed in BUDGETS[name].seeds:
+            assert f"measure {arm}, seed {seed}" in report.needs
+    assert {arm for pair in PRIMARY for arm in pair} <= set(BUDGETS[name].arms) <= set(ARMS)
+
+
+def test_no_two_sets_of_scenes_share_a_generator_seed() -> None:
+    for budget in BUDGETS.values():
+        assert len({draw.seed for draw in budget.draws.values()}) == len(budget.draws)
+
+
+def test_intervals_draw_scenes_names_and_seeds() -> None:
+    generator = np.random.default_rng(0)
+    regions = pd.DataFrame({"image": np.repeat(np.arange(40), 3), "label": np.tile(np.arange(12), 10)})
+    scores = [generator.normal(size=120) for _ in range(3)]
+    scores[0][5] = np.nan
+    bootstrap = Bootstrap(regions, seeds=3)
+    found = bootstrap.mean(scores)
+    of_seed = [np.nanmean(score) for score in scores]
+    np.testing.assert_allclose(found.of_seed, of_seed, rtol=1e-12)
+    assert found.value == pytest.approx(np.mean(of_seed), rel=1e-12)
+
+    # The first draw, by a loop over regions.
+    draws = []
+    for score in scores:
+        weights = bootstrap.weights[0]
+        known = [(w, s) for w, s in zip(weights, score, strict=True) if not np.isnan(s)]
+        draws.append(sum(w * s for w, s in known) / sum(w for w, _ in known))
+    [first] = [(np.array(draws) * bootstrap.seeds[0]).sum()]
+    assert found.low < found.value < found.high
+    assert found.low - 1 < first < found.high + 1
+    assert bootstrap.difference(scores, scores).high == 0
+    shifted = bootstrap.difference([score + 2 for score in scores], scores)
+    np.testing.assert_allclose([shifted.value, shifted.low, shifted.high], 2, atol=1e-12)
