@@ -1,25 +1,41 @@
-"""Puts the first table of a report between the README's quickstart markers: `show_in_readme.py README REPORT`."""
+"""Puts the quickstart's figures between the README's markers: `show_in_readme.py README ANALYSIS_JSON`.
+
+Figures have as many digits as repeat on another machine.
+"""
 
 from __future__ import annotations
 
-import itertools
+import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 START, END = "<!-- quickstart", "<!-- quickstart end -->"
 
 
-def first_table(report: str) -> list[str]:
-    """Lines of the first Markdown table.
+def figure(name: str, digits: int) -> Callable[[Mapping[str, Any]], str]:
+    """Return the text of one of a model's figures in analysis.json."""
+    return lambda model: f"{model['figures'][name]['value']:.{digits}f}"
 
-    Raises:
-        ValueError: if there is none.
-    """
-    lines = itertools.dropwhile(lambda line: not line.startswith("|"), report.splitlines())
-    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines))
-    if not table:
-        raise ValueError("the report holds no Markdown table")
-    return table
+
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "retrieval": figure("retrieval_top1", 1),
+    "contrast": figure("contrast", 1),
+    "cosine": figure("cosine", 1),
+    "Align own": figure("align_px", 1),
+    "Align other": figure("shuffled_align_px", 1),
+    "H after": lambda model: f"{model['entropy_after']['entropy_nats']:.0f}",
+    "name score": figure("name_bound", 1),
+    "caption F1": lambda model: f"{model['names']['captions']['f1']['value']:.1f}",
+}
+
+
+def table_of(analysis: Mapping[str, Any]) -> list[str]:
+    """Lines of a Markdown table with a row for each model."""
+    rows = [["projector", *COLUMNS], ["---", *["--:"] * len(COLUMNS)]]
+    rows += [[name, *(text(model) for text in COLUMNS.values())] for name, model in analysis["models"].items()]
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def with_table(readme: str, table: list[str]) -> str:
@@ -37,6 +53,7 @@ def with_table(readme: str, table: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    readme_path, report_path = map(Path, sys.argv[1:])
-    table_lines = first_table(report_path.read_text(encoding="utf-8"))
-    readme_path.write_text(with_table(readme_path.read_text(encoding="utf-8"), table_lines), encoding="utf-8")
+    readme_path, analysis_path = map(Path, sys.argv[1:])
+    analysis = json.loads(analysis_path.read_text(encoding="utf-8"))
+    readme = readme_path.read_text(encoding="utf-8")
+    readme_path.write_text(with_table(readme, table_of(analysis)), encoding="utf-8")

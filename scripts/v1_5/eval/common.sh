@@ -57,7 +57,7 @@ caption() {
     local benchmark=captions_coco2014
     if [ "$PRESET" = mini ]; then
         benchmark=captions_mini
-        run python -m playground.mini.make_scenes --style simple --split heldout --count 50 --out "$DATA/mini/heldout"
+        run python -m playground.mini.make_scenes --style simple --split heldout --count 100 --out "$DATA/mini/heldout"
         run python -m playground.mini.reference_captions --data "$DATA/mini/heldout"
     fi
     launch eval.captions "$1" --benchmark "$benchmark" "${@:2}"
