@@ -5,13 +5,13 @@ import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+own_packages = runpy.run_path(str(Path(__file__).parents[1] / "llava" / "own_packages.py"))
+own_packages["require_own_packages"]("llava")
+
 if TYPE_CHECKING:
     from patch_aligned.models.layouts import layouts_of
 
 __all__ = ["layouts_of"]
-
-own_packages = runpy.run_path(str(Path(__file__).parents[1] / "llava" / "own_packages.py"))
-own_packages["require_own_packages"]("llava")
 
 
 def __getattr__(name: str) -> Any:

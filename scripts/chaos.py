@@ -125,7 +125,7 @@ def stop(job: Job, how: str, process: subprocess.Popen[bytes], folder: Path, log
     wait_until_working(job, process, log)
     time.sleep(seconds)
     while how == WRITING and job.writing and process.poll() is None and not any(folder.glob(job.writing)):
-        time.sleep(0.0005)
+        time.sleep(0)  # a write takes a millisecond
     process.send_signal(signal.SIGTERM if how == TERM else signal.SIGKILL)
     status = process.wait(timeout=120)
     return status in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)

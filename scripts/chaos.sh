@@ -14,6 +14,7 @@ source scripts/launching.sh
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1
 if [ -z "${WORK:-}" ]; then
     WORK=$(mktemp -d)
-    trap 'rm -rf "$WORK"' EXIT
+    trap 'umount "$WORK"/*/* 2>/dev/null || true; rm -rf "$WORK"' EXIT  # a disk is left where this is stopped itself
+    trap 'exit 143' TERM INT
 fi
 python scripts/chaos.py --rounds "${ROUNDS:-20}" --seed "${SEED:-0}" --work "$WORK"
