@@ -32,6 +32,7 @@ from torch import Tensor
 from llava.plugin import AlignmentContext, AuxiliaryOutput
 from llava.train.assemble import make_data
 from patch_aligned.train.arguments import PatchArguments
+from patch_aligned.train.objective import PatchObjective
 from patch_aligned.train.plugin import PatchAlignedPlugin
 
 SCENES = ROOT / "playground/data/mini/train"
@@ -73,7 +74,9 @@ def random_weights(shape: Literal["7b", "tiny"], batch_size: int, device: str) -
     model.get_model().mm_projector.requires_grad_(True)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = random_batch(model, batch_size, text_tokens=26, prompt_tokens=2)
-    return model, WatchedPlugin(), batch | {"plugin_batch": random_regions(model, batch_size)}
+    plugin = WatchedPlugin()
+    plugin.objective = PatchObjective(PatchArguments(), labels=None, index=None)  # type: ignore[arg-type]  # for the loss alone
+    return model, plugin, batch | {"plugin_batch": random_regions(model, batch_size)}
 
 
 def random_regions(model: Any, batch_size: int) -> dict[str, Tensor]:

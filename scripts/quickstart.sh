@@ -67,7 +67,7 @@ python -m playground.mini.proof.picture "${PROJECTORS[@]}" --scenes "$HELDOUT" -
 
 if [ -n "${UPDATE_DOCS:-}" ]; then
     mkdir -p docs/quickstart
-    cp "$RUN/report.md" "$RUN/localisation.png" "$RUN/words.png" docs/quickstart/
+    cp "$RUN/report.md" "$RUN/words.png" docs/quickstart/
     python scripts/show_in_readme.py README.md "$RUN/analysis.json"
 fi
 say "Done"

@@ -16,7 +16,7 @@ START, END = "<!-- quickstart", "<!-- quickstart end -->"
 
 def figure(name: str, digits: int) -> Callable[[Mapping[str, Any]], str]:
     """Return the text of one of a model's figures in analysis.json."""
-    return lambda model: f"{model['figures'][name]['value']:.{digits}f}"
+    return lambda model: f"{model['figures'][name]['value']:z.{digits}f}"  # z: no minus before 0.0
 
 
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {

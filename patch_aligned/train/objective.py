@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,13 +48,13 @@ class PatchObjective:
 
     Args:
         arguments: the flags.
-        tokenizer: the LLM's.
+        labels: of the LLM's tokenizer.
         index: the annotated images.
     """
 
-    def __init__(self, arguments: PatchArguments, tokenizer: Any, index: AnnotationIndex) -> None:
+    def __init__(self, arguments: PatchArguments, labels: LabelTokenizer, index: AnnotationIndex) -> None:
         self.arguments = arguments
-        self.labels = LabelTokenizer(tokenizer)
+        self.labels = labels
         self.index = index
 
     def targets(self, image_id: str | None, layout: Layout) -> dict[str, Tensor]:

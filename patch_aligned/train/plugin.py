@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llava.plugin import AlignmentContext, AuxiliaryOutput, ImageView, TrainingPlugin
 from patch_aligned.images import ImageFileError, UnreadableImageError, decode_image, image_path
+from patch_aligned.labels import LabelTokenizer
 from patch_aligned.models.llava import layout_of
 from patch_aligned.pad import AnnotatedImage, AnnotationIndex, image_id_of, iter_records
 from patch_aligned.train.arguments import PatchArguments
@@ -57,7 +58,7 @@ class PatchAlignedPlugin(TrainingPlugin):
         self.image_folder = None if image_folder is None else Path(image_folder)
         source = arguments.patch_data_path or _annotated_training_file(data_path)
         self.index = open_regions(arguments, source, output_dir)
-        self.objective = PatchObjective(arguments, tokenizer, self.index)
+        self.objective = PatchObjective(arguments, LabelTokenizer(tokenizer), self.index)
         if data_path is not None:
             self._report_share(Path(data_path))
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 
 from patch_aligned.analysis.localisation import HEAT_MAP, PictureRow, bare, localise
@@ -32,6 +31,8 @@ def median_scene(model: VisionLanguageModel, scenes: Path) -> AnnotatedImage:
 
 def draw(scene: AnnotatedImage, rows: list[PictureRow], path: Path) -> None:
     """Draw the picture, and under each word the cosine of every token with it, a row for each model, on one scale."""
+    from matplotlib.figure import Figure
+
     names = list(rows[0].cells)
     cosines = [cell.cosine.numpy() for row in rows for cell in row.cells.values()]
     low, high = min(map(np.min, cosines)), max(map(np.max, cosines))
