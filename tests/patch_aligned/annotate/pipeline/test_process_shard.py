@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from patch_aligned.annotate import pipeline as annotate_images_module
 from patch_aligned.annotate.folder import RunFolder, list_images
