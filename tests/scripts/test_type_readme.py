@@ -47,5 +47,5 @@ def test_readme_is_valid_bash_and_types_what_needs_nothing(load_script: Callable
     assert len({way for way, _ in ways}) == 3
     assert all(way == type_readme.TYPED for way, command in ways if "mini" in command)
     named = {name for _, command in ways for name in re.findall(r"checkpoints/llava-mini[-\w]*", command)}
-    family = "checkpoints/llava-mini"  # each is made by one of the commands
-    assert named == {family, f"{family}-patchaligned", f"{family}-patchaligned-pretrain"}
+    family = "checkpoints/llava-mini-patchaligned"  # both are made by one of the commands
+    assert named == {family, f"{family}-pretrain"}
