@@ -2,7 +2,8 @@
 # The experiment of the miniature: does patch-aligned training make a frozen LLM read what visual tokens show, and is it
 # the word that does it? Trains all arms, measures them on test scenes, writes a report. Options go to the program:
 #
-#   bash playground/mini/reproduce.sh                    all arms, three seeds: two to three hours of two free cores
+#   bash playground/mini/reproduce.sh                    all arms, three seeds: three to four hours of two free cores
+#   bash playground/mini/reproduce.sh --budget primary   the arms of the primary outcomes, one seed: some 45 minutes
 #   bash playground/mini/reproduce.sh --budget tiny      the same steps in small, in minutes
 #   bash playground/mini/reproduce.sh --list             what is done and what is to do
 #

@@ -12,6 +12,7 @@ import pytest
 from playground.mini.proof.experiment import ARMS, BUDGETS, PRIMARY
 from playground.mini.proof.reproduce import steps_of
 from playground.mini.proof.steps import Step, StepError, Steps
+from playground.mini.proof.studies import boxed_tokens
 from playground.mini.proof.summary import Bootstrap
 
 
@@ -97,3 +98,15 @@ def test_intervals_draw_scenes_names_and_seeds() -> None:
     assert bootstrap.difference(scores, scores).high == 0
     shifted = bootstrap.difference([score + 2 for score in scores], scores)
     np.testing.assert_allclose([shifted.value, shifted.low, shifted.high], 2, atol=1e-12)
+
+
+def test_cells_that_a_box_covers_by_half() -> None:
+    edges = (0.0, 10.0, 20.0, 30.0)
+    boxes = np.array([[0, 0, 15, 10], [4, 0, 30, 30], [0, 0, 4, 30]])
+    found = boxed_tokens(boxes, edges, edges)
+    for row, (x0, y0, x1, y1) in enumerate(boxes):
+        for cell in range(9):
+            x, y = edges[cell % 3], edges[cell // 3]
+            width, height = min(x1, x + 10) - max(x0, x), min(y1, y + 10) - max(y0, y)
+            assert found[row, cell] == (max(width, 0) * max(height, 0) >= 50)
+    assert boxed_tokens(np.zeros((0, 4)), edges, edges).shape == (0, 9)

@@ -100,6 +100,7 @@ class Budget:
 
 
 BUDGETS = {
+    "primary": Budget(seeds=(0,), arms=("C", "P", "R", "D"), curve=()),
     "short": Budget(seeds=(0, 1, 2)),
     "nights": Budget(seeds=(0, 1, 2, 3, 4), curve=(300, 1000)),
     "tiny": Budget(

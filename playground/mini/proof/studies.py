@@ -70,15 +70,15 @@ def read_scenes(model: VisionLanguageModel, folder: Path) -> Scenes:
         masks = [region.rle_mask for region in objects]
         covered = covered_tokens_of_regions(masks, image.size_wh, layout.grids[0], LEAST_COVERAGE, image.image_id)
         shown = np.flatnonzero(covered.any(axis=1))
-        boxes = np.array([objects[index].bbox_xyxy_px for index in shown])  # [R, 4]
+        boxes = np.array([objects[index].bbox_xyxy_px for index in shown]).reshape(-1, 4)  # [R, 4]
         tokens["mask"].append(torch.from_numpy(covered[shown]))
-        tokens["box"].append(torch.from_numpy(_inside(boxes, layout.grids[0].x_edges, layout.grids[0].y_edges)))
+        tokens["box"].append(torch.from_numpy(boxed_tokens(boxes, layout.grids[0].x_edges, layout.grids[0].y_edges)))
         tokens["tag"].append(torch.ones(len(shown), layout.length, dtype=torch.bool))
         names.append([objects[index].tag for index in shown])
     return Scenes(torch.stack(features), tokens, names)
 
 
-def _inside(boxes: np.ndarray, x_edges: Sequence[float], y_edges: Sequence[float]) -> np.ndarray:
+def boxed_tokens(boxes: np.ndarray, x_edges: Sequence[float], y_edges: Sequence[float]) -> np.ndarray:
     """Cells that a box `[R, 4]` covers by at least half, `[R, S]`."""
 
     def share(low: np.ndarray, high: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -87,7 +87,9 @@ def _inside(boxes: np.ndarray, x_edges: Sequence[float], y_edges: Sequence[float
 
     across = share(boxes[:, 0], boxes[:, 2], np.array(x_edges))  # [R, cols]
     down = share(boxes[:, 1], boxes[:, 3], np.array(y_edges))  # [R, rows]
-    return (down[:, :, None] * across[:, None, :]).reshape(len(boxes), -1) >= LEAST_COVERAGE
+    return (down[:, :, None] * across[:, None, :]).reshape(
+        len(boxes), down.shape[1] * across.shape[1]
+    ) >= LEAST_COVERAGE
 
 
 def train(
