@@ -83,7 +83,7 @@ def _scores(objects: pd.DataFrame, score: str, of: str) -> np.ndarray:
 
 def seeds_of(values: Sequence[float | None]) -> str:
     """Values of the seeds, one after the other; a dash where nothing could be counted."""
-    return " / ".join("–" if value is None else f"{value:.2f}" for value in values)
+    return " / ".join("–" if value is None or math.isnan(value) else f"{value:z.2f}" for value in values)
 
 
 def with_interval(found: Estimate) -> list[Cell]:
