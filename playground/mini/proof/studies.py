@@ -135,7 +135,7 @@ def retrieval(projector: nn.Module, scenes: Scenes, table: Tensor, names: Sequen
     """Share of the objects named in `of` whose mean token is nearest to its own row of `table` `[L, D]`."""
     place = {name: row for row, name in enumerate(names)}
     directions = F.normalize(table, dim=-1)
-    hits = []
+    hits: list[bool] = []
     for features, covered, own in zip(scenes.features, scenes.tokens["mask"], scenes.names, strict=True):
         if not own:
             continue
@@ -179,9 +179,16 @@ def study_unseen(model: VisionLanguageModel, train_on: Scenes, test_on: Scenes, 
         targets = [[target[name] for name in own] for own in train_on.names]
         kept = [[name in half for name in own] for own in train_on.names]
         projector = train(model, _only(train_on, kept), "mask", _chosen(targets, kept), steps, seed)
-        scores = [retrieval(projector, test_on, table, names, of) for of in (half, set(names) - half)]
+        other = [name for name in names if name not in half]
+        of_other = torch.stack([target[name] for name in other])
         rows.append(
-            {"arm": arm, "seed": seed, "aligned half": scores[0], "other half": scores[1], "chance": 1 / len(names)}
+            {
+                "arm": arm,
+                "seed": seed,
+                "aligned half": retrieval(projector, test_on, table, names, half),
+                "other half": retrieval(projector, test_on, table, names, set(other)),
+                "other half, among itself": retrieval(projector, test_on, of_other, other, set(other)),
+            }
         )
     return pd.DataFrame(rows)
 
@@ -239,16 +246,16 @@ def study_exactness(model: VisionLanguageModel, scenes: Scenes, background: Sequ
     return pd.DataFrame(rows)
 
 
-def summarise(found: pd.DataFrame, value: str, by: Sequence[str]) -> Table:
-    """A row for each setting, with the mean over seeds and each seed."""
+def summarise(found: pd.DataFrame, values: Sequence[str], by: Sequence[str]) -> Table:
+    """A row for each setting, with means over seeds and each seed."""
     rows = [
         [
             *(Cell(str(part)) for part in key),
-            Cell(f"{group[value].mean():.2f}", " / ".join(f"{v:.2f}" for v in group[value])),
+            *(Cell(f"{group[name].mean():.2f}", " / ".join(f"{v:.2f}" for v in group[name])) for name in values),
         ]
         for key, group in found.groupby(list(by), sort=False)
     ]
-    return Table("", [*by, value], rows)
+    return Table("", [*by, *values], rows)
 
 
 def draw(found: pd.DataFrame, x: str, y: str, panel: str | None, line: str, path: Path) -> None:
@@ -289,15 +296,15 @@ def main(
     picture = output / f"{study}.png"
     if study == "exactness":
         found = study_exactness(model, tested, background_of(test_on))
-        table = summarise(found, "name score (i)", ["cosine", "length in words"])
+        table = summarise(found, ["name score (i)", "AUC"], ["cosine", "length in words"])
         draw(found, "cosine", "name score (i)", None, "length in words", picture)
     elif study == "unseen":
         found = study_unseen(model, read_scenes(model, train_on), tested, steps)
-        table = summarise(found, "other half", ["arm"])
-        draw(found, "aligned half", "other half", None, "arm", picture)
+        table = summarise(found, ["aligned half", "other half", "other half, among itself"], ["arm"])
+        draw(found, "aligned half", "other half, among itself", None, "arm", picture)
     else:
         found = study_supervision(model, read_scenes(model, train_on), tested, steps)
-        table = summarise(found, "retrieval", ["supervision", "wrong labels", "images"])
+        table = summarise(found, ["retrieval"], ["supervision", "wrong labels", "images"])
         draw(found, "images", "retrieval", "supervision", "wrong labels", picture)
     found.to_csv(output / f"{study}.csv", index=False, float_format="%.4f")
     with written_whole(output / f"{study}.md") as path:
