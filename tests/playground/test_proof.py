@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from patch_aligned.intervals import resampled_over_seeds
 from playground.mini.proof.experiment import ARMS, BUDGETS, PRIMARY
 from playground.mini.proof.reproduce import steps_of
 from playground.mini.proof.steps import Step, StepError, Steps
@@ -23,8 +24,8 @@ def writes(name: str, text: str, *needs: str) -> Step:
 
 
 def run(folder: Path, *steps: Step) -> Steps:
-    found = Steps(steps, folder, "test")
-    found.run(jobs=2)
+    found = Steps(steps, folder, "test", jobs=2)
+    found.run()
     return found
 
 
@@ -80,21 +81,21 @@ def test_intervals_draw_scenes_names_and_seeds() -> None:
     regions = pd.DataFrame({"image": np.repeat(np.arange(40), 3), "label": np.tile(np.arange(12), 10)})
     scores = [generator.normal(size=120) for _ in range(3)]
     scores[0][5] = np.nan
-    bootstrap = Bootstrap(regions, seeds=3)
+    bootstrap = Bootstrap(regions)
     found = bootstrap.mean(scores)
     of_seed = [np.nanmean(score) for score in scores]
     np.testing.assert_allclose(found.of_seed, of_seed, rtol=1e-12)
     assert found.value == pytest.approx(np.mean(of_seed), rel=1e-12)
 
-    # The first draw, by a loop over regions.
-    draws = []
-    for score in scores:
-        weights = bootstrap.weights[0]
-        known = [(w, s) for w, s in zip(weights, score, strict=True) if not np.isnan(s)]
-        draws.append(sum(w * s for w, s in known) / sum(w for w, _ in known))
-    [first] = [(np.array(draws) * bootstrap.seeds[0]).sum()]
+    # Every draw, by a loop over regions.
+    draws = np.zeros((len(bootstrap.weights), 3))
+    for column, score in enumerate(scores):
+        for row, weights in enumerate(bootstrap.weights):
+            known = [(w, s) for w, s in zip(weights.tolist(), score.tolist(), strict=True) if s == s]
+            draws[row, column] = sum(w * s for w, s in known) / sum(w for w, _ in known)
+    low, high = np.quantile(resampled_over_seeds(draws, seed=0), [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9)
     assert found.low < found.value < found.high
-    assert found.low - 1 < first < found.high + 1
     assert bootstrap.difference(scores, scores).high == 0
     shifted = bootstrap.difference([score + 2 for score in scores], scores)
     np.testing.assert_allclose([shifted.value, shifted.low, shifted.high], 2, atol=1e-12)

@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +60,7 @@ class Runs:
     def __init__(self, state: Path, budget: Budget):
         self.folder, self.budget = state / "measures", budget
         self.arms = {arm: [self.read(f"{arm}, seed {seed}") for seed in budget.seeds] for arm in budget.arms}
-        self.bootstrap = Bootstrap(self.arms["C"][0].objects, len(budget.seeds))
+        self.bootstrap = Bootstrap(self.arms["C"][0].objects)
 
     def read(self, run: str) -> Run:
         """Read what was measured of the run of this name."""
@@ -71,6 +73,15 @@ class Runs:
         if less is None:
             return self.bootstrap.mean(found)
         return self.bootstrap.difference(found, [_scores(run.objects, score, of) for run in self.arms[less]])
+
+    def seeds(self, arm: str, score: str, of: str = "all") -> str:
+        """Means of a score of all seeds, one after the other."""
+        return seeds_of(self.estimate(arm, score, of).of_seed)
+
+    def numbers(self, arm: str, *keys: str) -> str:
+        """A number of the whole of all seeds, one after the other; `keys` lead to it."""
+        found: list[Any] = [reduce(getitem, keys, run.numbers) for run in self.arms[arm]]
+        return seeds_of(found)
 
 
 def _scores(objects: pd.DataFrame, score: str, of: str) -> np.ndarray:
@@ -94,16 +105,14 @@ def with_interval(found: Estimate) -> list[Cell]:
 def alignment_table(runs: Runs) -> Table:
     """How tokens of objects lie to words, by arm; each cell has all seeds."""
     columns: dict[str, Callable[[str], str]] = {
-        "retrieval of the own label": lambda arm: seeds_of(runs.estimate(arm, "top1").of_seed),
-        "contrast": lambda arm: seeds_of(runs.estimate(arm, "contrast").of_seed),
-        "cosine": lambda arm: seeds_of(runs.estimate(arm, "cosine").of_seed),
-        "best word": lambda arm: seeds_of(runs.estimate(arm, "best_word_cosine").of_seed),
-        "Align own": lambda arm: seeds_of(runs.estimate(arm, "iou_px").of_seed),
-        "Align other": lambda arm: seeds_of(runs.estimate(arm, "shuffled_iou_px").of_seed),
-        "H after": lambda arm: seeds_of([run.numbers["entropy_after_nats"] for run in runs.arms[arm]]),
-        "background retrieval": lambda arm: seeds_of(
-            [run.numbers["background"]["retrieval_top1"] for run in runs.arms[arm]]
-        ),
+        "retrieval of the own label": lambda arm: runs.seeds(arm, "top1"),
+        "contrast": lambda arm: runs.seeds(arm, "contrast"),
+        "cosine": lambda arm: runs.seeds(arm, "cosine"),
+        "best word": lambda arm: runs.seeds(arm, "best_word_cosine"),
+        "Align own": lambda arm: runs.seeds(arm, "iou_px"),
+        "Align other": lambda arm: runs.seeds(arm, "shuffled_iou_px"),
+        "H after": lambda arm: runs.numbers(arm, "entropy_after_nats"),
+        "background retrieval": lambda arm: runs.numbers(arm, "background", "retrieval_top1"),
     }
     return _by_arm("Alignment", runs, columns)
 
@@ -111,29 +120,25 @@ def alignment_table(runs: Runs) -> Table:
 def naming_table(runs: Runs) -> Table:
     """What the frozen LLM says, by arm; each cell has all seeds."""
     columns: dict[str, Callable[[str], str]] = {
-        "name score (i), all": lambda arm: seeds_of(runs.estimate(arm, "name_bound").of_seed),
-        "named in captions": lambda arm: seeds_of(runs.estimate(arm, "name_bound", "named").of_seed),
-        "not named": lambda arm: seeds_of(runs.estimate(arm, "name_bound", "unnamed").of_seed),
-        "(ii)": lambda arm: seeds_of(runs.estimate(arm, "name_information").of_seed),
-        "AUC": lambda arm: seeds_of(runs.estimate(arm, "name_auc").of_seed),
-        "captions: precision": lambda arm: _of_captions(runs, arm, "precision"),
-        "captions: recall": lambda arm: _of_captions(runs, arm, "recall"),
-        "captions: F1": lambda arm: _of_captions(runs, arm, "f1"),
+        "name score (i), all": lambda arm: runs.seeds(arm, "name_bound"),
+        "named in captions": lambda arm: runs.seeds(arm, "name_bound", "named"),
+        "not named": lambda arm: runs.seeds(arm, "name_bound", "unnamed"),
+        "(ii)": lambda arm: runs.seeds(arm, "name_information"),
+        "AUC": lambda arm: runs.seeds(arm, "name_auc"),
+        "captions: precision": lambda arm: runs.numbers(arm, "captions", "precision"),
+        "captions: recall": lambda arm: runs.numbers(arm, "captions", "recall"),
+        "captions: F1": lambda arm: runs.numbers(arm, "captions", "f1"),
     }
     return _by_arm("What the frozen LLM names", runs, columns)
-
-
-def _of_captions(runs: Runs, arm: str, metric: str) -> str:
-    return seeds_of([run.numbers["captions"][metric] for run in runs.arms[arm]])
 
 
 def own_table(runs: Runs) -> Table:
     """How well the controls learnt their own targets."""
     columns: dict[str, Callable[[str], str]] = {
-        "retrieval of own targets": lambda arm: seeds_of(runs.estimate(arm, "own_top1").of_seed),
-        "contrast with own targets": lambda arm: seeds_of(runs.estimate(arm, "own_contrast").of_seed),
-        "name score (i), own names": lambda arm: seeds_of(runs.estimate(arm, "own_name_bound").of_seed),
-        "AUC, own names": lambda arm: seeds_of(runs.estimate(arm, "own_name_auc").of_seed),
+        "retrieval of own targets": lambda arm: runs.seeds(arm, "own_top1"),
+        "contrast with own targets": lambda arm: runs.seeds(arm, "own_contrast"),
+        "name score (i), own names": lambda arm: runs.seeds(arm, "own_name_bound"),
+        "AUC, own names": lambda arm: runs.seeds(arm, "own_name_auc"),
     }
     return _by_arm("Own targets", runs, columns, [arm for arm in ("P", "R", "D") if arm in runs.arms])
 
@@ -207,11 +212,7 @@ def paper_table(runs: Runs) -> Table:
         return float(np.mean([value(run) for run in of]))
 
     measures: dict[str, tuple[float, float, Callable[[Run], float]]] = {
-        "entropy drop": (
-            2.7991,
-            3.8352,
-            lambda run: run.numbers["entropy_before_nats"] - run.numbers["entropy_after_nats"],
-        ),
+        "entropy drop": (2.7991, 3.8352, _entropy_drop),
         "Align(V, W)": (0.142, 0.279, lambda run: run.objects["iou_px"].mean()),
         "cosine of the own label": (0.07, 0.56, lambda run: run.objects["cosine"].mean()),
         "cosine of the best word": (0.07, 0.56, lambda run: run.objects["best_word_cosine"].mean()),

@@ -117,7 +117,8 @@ def main(
     folder = (state or Path("~/.cache/patch_aligned/reproduce", budget.value)).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    steps = Steps(steps_of(BUDGETS[budget.value], budget.value), folder, f"The miniature's experiment: {budget.value}")
+    title = f"The miniature's experiment: {budget.value}"
+    steps = Steps(steps_of(BUDGETS[budget.value], budget.value), folder, title, jobs or len(os.sched_getaffinity(0)))
     if list_steps:
         for name in steps.steps:
             print("to do" if name in steps.pending else "done ", name)
@@ -125,7 +126,7 @@ def main(
     print(f"{len(steps.pending)} of {len(steps.steps)} steps to do; follow them at {folder / 'progress.html'}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        steps.run(jobs or len(os.sched_getaffinity(0)))
+        steps.run()
     except StepError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ class Step:
         needs: names of the steps before it.
         kind: steps of a kind take about the same time.
         minutes: how long one takes, until a step of its kind was timed here.
-        environment: variables set for it.
     """
 
     name: str
@@ -48,7 +47,6 @@ class Step:
     needs: tuple[str, ...] = ()
     kind: str = ""
     minutes: float = 1.0
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def file_name(name: str) -> str:
@@ -63,15 +61,16 @@ class Steps:
         steps: in an order in which needs come first.
         folder: where logs, notes and the page go.
         title: of the page.
+        jobs: commands at a time.
     """
 
-    def __init__(self, steps: Sequence[Step], folder: Path, title: str):
+    def __init__(self, steps: Sequence[Step], folder: Path, title: str, jobs: int = 1):
         self.steps = {step.name: step for step in steps}
-        self.folder, self.title = folder, title
+        self.folder, self.title, self.jobs = folder, title, jobs
         self.keys: dict[str, str] = {}
         for step in steps:
             before = [self.keys[need] for need in step.needs]
-            described = json.dumps([step.command, step.environment, before], sort_keys=True)
+            described = json.dumps([step.command, before])
             self.keys[step.name] = hashlib.sha256(described.encode()).hexdigest()[:16]
         self.seconds = {name: found for name in self.steps if (found := self._seconds_of(name)) is not None}
 
@@ -88,8 +87,8 @@ class Steps:
                 stack.extend(self.steps[name].needs)
         return [name for name in self.steps if name in pending]
 
-    def run(self, jobs: int) -> None:
-        """Run what is not done, `jobs` commands at a time.
+    def run(self) -> None:
+        """Run what is not done.
 
         Raises:
             StepError: a step has failed. Steps beside it were finished first; the same call continues from there.
@@ -100,7 +99,7 @@ class Steps:
         self.write_page(running)
         with _ended_together(running):
             while running or (waiting and failed is None):
-                while failed is None and len(running) < jobs and (name := self._next(waiting)) is not None:
+                while failed is None and len(running) < self.jobs and (name := self._next(waiting)) is not None:
                     waiting.remove(name)
                     running[name] = self._start(self.steps[name]), time.monotonic()
                     self.write_page(running)
@@ -121,10 +120,10 @@ class Steps:
             raise StepError(f"{failed}: the command has failed. The end of {log}:\n{last}")
 
     def left(self, running: dict[str, tuple[subprocess.Popen[bytes], float]]) -> str:
-        """How long the steps that are not done take, if one runs after the other, in words."""
+        """How long the steps that are not done take, `jobs` at a time, in words."""
         minutes = sum(self.minutes_of(self.steps[name]) for name in self.pending)
         minutes -= sum((time.monotonic() - began) / 60 for _, began in running.values())
-        minutes = max(minutes, 0) / max(len(running), 1)
+        minutes = max(minutes, 0) / self.jobs
         return f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes"
 
     def minutes_of(self, step: Step) -> float:
@@ -135,7 +134,7 @@ class Steps:
         return sum(timed) / len(timed) / 60 if timed else step.minutes
 
     def write_page(self, running: dict[str, tuple[subprocess.Popen[bytes], float]], failed: str | None = None) -> None:
-        """Write `progress.html`, which shows what is done and how long is left, and loads itself anew."""
+        """Write `progress.html`, which shows what is done and how long is left, and reloads itself."""
 
         def state(name: str) -> str:
             if name == failed:
@@ -168,7 +167,6 @@ class Steps:
                 [self._placed(word) for word in step.command],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {name: self._placed(value) for name, value in step.environment.items()},
                 start_new_session=True,
             )
 

@@ -23,6 +23,7 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llava.train.phases import RAMP
 from patch_aligned.analysis.names import STEMS, name_auc, name_bounds
 from patch_aligned.files import written_whole
 from patch_aligned.images import decode_image, image_path
@@ -107,7 +108,7 @@ def train(
     """
     projector = seeded(model.build, seed).train()
     optimizer = torch.optim.AdamW(projector.parameters(), lr=RATE, weight_decay=0.0)
-    ramp = max(round(0.03 * steps), 1)
+    ramp = max(round(RAMP * steps), 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / ramp, 1.0))
     labelled = [number for number, of_image in enumerate(targets) if of_image]
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from patch_aligned.intervals import percentile_interval
+from patch_aligned.intervals import percentile_interval, resampled_over_seeds
 
 DRAWS = 2000
 
@@ -37,17 +37,15 @@ class Bootstrap:
 
     Args:
         regions: frame of any run: all have the same regions in the same order, with `image` and `label`.
-        seeds: S.
     """
 
-    def __init__(self, regions: pd.DataFrame, seeds: int):
+    def __init__(self, regions: pd.DataFrame):
         generator = np.random.default_rng(0)
         self.weights = np.ones((DRAWS, len(regions)))  # [N, R]
         for column in ("image", "label"):
             codes, distinct = pd.factorize(regions[column])
             counts = generator.multinomial(len(distinct), np.full(len(distinct), 1 / len(distinct)), size=DRAWS)
             self.weights *= counts[:, codes]
-        self.seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS) / seeds  # [N, S]
 
     def mean(self, scores: Sequence[np.ndarray]) -> Estimate:
         """Mean of a score `[R]` of each seed; NaN where it is undefined."""
@@ -66,5 +64,5 @@ class Bootstrap:
     def _estimate(self, found: Sequence[tuple[float, np.ndarray]]) -> Estimate:
         of_seed = tuple(value for value, _ in found)
         draws = np.stack([draws for _, draws in found], axis=1)  # [N, S]
-        low, high = percentile_interval((draws * self.seeds).sum(axis=1))
+        low, high = percentile_interval(resampled_over_seeds(draws, seed=0))
         return Estimate(float(np.mean(of_seed)), of_seed, low, high)
