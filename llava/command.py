@@ -121,23 +121,28 @@ class RunRecord:
         self.run: dict[str, Any] = json.loads(json.dumps(run, default=str))  # as it is read back
         before = read_record(folder) if resumes else {}
         changed = changed_flags(before, self.run)
-        self._sitting = {
-            "started": _now(), "ended": None, "commit": _commit(), "versions": _versions(), "changed": changed,
-        }  # fmt: skip
+        self._sitting: dict[str, Any] = {"started": _now(), "ended": None, "changed": changed}
+        if is_writer:
+            self._sitting |= {"commit": _commit(), "versions": _versions()}
         self._sittings = [*before.get("sittings", []), self._sitting]
 
     def begin(self) -> None:
         """Write the record, with a sitting that has not ended."""
         if self.is_writer:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f".{RUN_FILE}.partial"
-            partial.write_text(json.dumps({**self.run, "sittings": self._sittings}, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.folder / RUN_FILE)
+            write_json(self.folder / RUN_FILE, {**self.run, "sittings": self._sittings})
 
     def end(self) -> None:
         """Write that the sitting has ended; that of a process that was killed or failed never has."""
         self._sitting["ended"] = _now()
         self.begin()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

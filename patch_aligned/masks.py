@@ -152,6 +152,13 @@ def covered_tokens_of_regions(
     return (coverage >= min_coverage - _COVERAGE_SLACK).reshape(len(rle_masks), grid.rows * grid.cols)
 
 
+def rle_of_mask(mask: np.ndarray) -> str:
+    """Encode a mask `[height, width]`, not zero inside, as a COCO compressed RLE string."""
+    from pycocotools import mask as coco_mask
+
+    return coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0, dtype=np.uint8))["counts"].decode()
+
+
 def tokens_of_mask(mask: np.ndarray, layout: Layout, min_coverage: float = 0.5) -> np.ndarray:
     """Return which visual tokens of an image a mask covers, in any of its grids.
 
@@ -166,9 +173,7 @@ def tokens_of_mask(mask: np.ndarray, layout: Layout, min_coverage: float = 0.5) 
     Raises:
         PatchMaskError: the mask has another size than the image.
     """
-    from pycocotools import mask as coco_mask
-
-    rle_mask = coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0, dtype=np.uint8))["counts"].decode()
+    rle_mask = rle_of_mask(mask)
     covered = np.zeros(layout.length, dtype=bool)
     for grid in layout.grids:
         [cells] = covered_tokens_of_regions([rle_mask], np.shape(mask)[::-1], grid, min_coverage, "mask")

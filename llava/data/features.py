@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+CachedImage = tuple[int, Tensor, tuple[int, int]]
+"""Key, features `[S, C]`, width and height of an image."""
 _SUFFIX = ".safetensors"
 
 
@@ -66,8 +68,9 @@ class FeatureCache:
     def __contains__(self, name: str) -> bool:
         return self._place(name) is not None
 
-    def add(self, keys: list[int], features: list[Tensor], sizes_wh: list[tuple[int, int]]) -> None:
+    def add(self, images: list[CachedImage]) -> None:
         """Write a shard; `reload` makes it visible."""
+        keys, features, sizes_wh = zip(*images, strict=True)
         tensors = {
             "features": torch.stack(features),  # [n, S, C]
             "keys": torch.tensor(keys),  # [n]

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from llava.command import write_json
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle
 from llava.mm_utils import UnreadableImageError, load_rgb_image, require_image_tokens, upright_rgb
@@ -417,9 +418,7 @@ class AnswersFile:
             os.truncate(self.path, kept_bytes)
         else:
             self.path.write_bytes(b"")  # before the description: no old answers are ever beside a new one
-            temporary = self.run_path.with_name(f"{self.run_path.name}.tmp")
-            temporary.write_text(json.dumps(self.description, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(self.run_path)
+            write_json(self.run_path, self.description)
         with self.path.open("a", encoding="utf-8") as file:
 
             def write(answer: Answer) -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava.data.dataset import LazySupervisedDataset
-from llava.data.features import FeatureCache
+from llava.data.features import CachedImage, FeatureCache
 from llava.data.records import RecordError, image_names
 from llava.model.weights import gathered
 from llava.train.arguments import DataArguments, TrainingArguments
@@ -83,32 +83,26 @@ def cache_features(
             )
             is_hidden = bool(training_args.disable_tqdm) or not ranks.is_main_process
             encoded = encode(tower, tqdm(loader, "Features", disable=is_hidden), training_args)
-            keys: list[int] = []
-            features: list[Tensor] = []
-            sizes_wh: list[tuple[int, int]] = []
-            for key, feature, size_wh in encoded:
-                keys.append(key)
-                features.append(feature)
-                sizes_wh.append(size_wh)
-                if len(keys) * feature.nbytes >= _SHARD_BYTES:
-                    cache.add(keys, features, sizes_wh)
-                    keys, features, sizes_wh = [], [], []
-            if keys:
-                cache.add(keys, features, sizes_wh)
+            held: list[CachedImage] = []
+            for image in encoded:
+                held.append(image)
+                if len(held) * image[1].nbytes >= _SHARD_BYTES:
+                    cache.add(held)
+                    held = []
+            if held:
+                cache.add(held)
             ranks.wait_for_everyone()
     cache.reload()
     dataset.features, model.reads_features = cache, True
 
 
-def encode(tower: Any, images: Any, training_args: TrainingArguments) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
+def encode(tower: Any, images: Any, training_args: TrainingArguments) -> Iterator[CachedImage]:
     """Run each image through the tower as the forward pass of training does."""
     half = mixed_precision_dtype(training_args)
     is_automatic = half != torch.float32 and not training_args.deepspeed
-    for image in images:
-        if image is not None:
-            key, pixels, size_wh = image
-            with torch.autocast(tower.device.type, dtype=half, enabled=is_automatic):
-                yield key, tower.encode(pixels[None])[0].cpu(), size_wh  # [1, 3, H, W] -> [S, C]
+    for key, pixels, size_wh in filter(None, images):  # None: an image that cannot be read
+        with torch.autocast(tower.device.type, dtype=half, enabled=is_automatic):
+            yield key, tower.encode(pixels[None])[0].cpu(), size_wh  # [1, 3, H, W] -> [S, C]
 
 
 def tower_key(tower: Any, data_args: DataArguments, training_args: TrainingArguments) -> str:

@@ -34,15 +34,14 @@ def run_phase(trainer: LLaVATrainer, checkpoint: Path | None, record: RunRecord)
     Raises:
         SystemExit: a signal stopped the phase, which was saved.
     """
-    output_dir = trainer.args.output_dir
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.was_stopped:
         record.end()
         logger.info(
-            "Stopped after step %d of %d, saved as %s. The same command goes on from there: %s",
+            "Stopped after step %d of %d, saved as %s. The same command continues from there: %s",
             trainer.state.global_step,
             trainer.state.max_steps,
-            Path(output_dir) / f"checkpoint-{trainer.state.global_step}",
+            Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}",
             shlex.join(sys.orig_argv),
         )
         raise SystemExit(stop_request.exit_status)

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis.alignment import cosine_maps, iou_by_area, predicted_tokens
 from patch_aligned.cells import TokenGrid
-from patch_aligned.masks import token_coverage_of_regions
+from patch_aligned.masks import rle_of_mask, token_coverage_of_regions
 from patch_aligned.models.base import VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -338,7 +337,7 @@ def localise(
     truth = np.zeros(height_width, dtype=bool) if mask is None else np.asarray(mask) != 0
     if truth.shape != height_width:
         raise ValueError(f"{image}: the mask is {list(truth.shape)}; expected the image's {list(height_width)}.")
-    rle_mask = coco_mask.encode(np.asfortranarray(truth, dtype=np.uint8))["counts"].decode()
+    rle_mask = rle_of_mask(truth)
     features: dict[int, Tensor] = {}
     cells = {}
     for model in models:

@@ -19,9 +19,7 @@ _HEADS = "num_attention_heads num_heads num_key_value_heads linear_num_key_heads
 _HEAD_WIDTHS = """
     head_dim global_head_dim linear_key_head_dim linear_value_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim
 """
-_EXPERTS = """
-    num_experts num_local_experts num_experts_per_tok n_routed_experts n_group topk_group moe_num_experts moe_k
-"""
+_EXPERTS = "num_experts num_local_experts num_experts_per_tok n_routed_experts n_group topk_group moe_num_experts moe_k"
 _SHRUNK: dict[str, Any] = {
     **dict.fromkeys(_WIDTHS.split(), WIDTH),
     **dict.fromkeys(_HEADS.split(), HEADS),

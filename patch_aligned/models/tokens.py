@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 PROJECTORS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        ["qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe"],
-        ("visual.merger",),
-    ),
+    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe"], ("visual.merger",)),
     **dict.fromkeys(["qwen3_vl", "qwen3_vl_moe"], ("visual.merger", "visual.deepstack_merger_list")),
     "glm4v": ("visual.downsample", "visual.merger", "visual.post_layernorm"),
     "kimi_k25": ("mm_projector",),

@@ -131,7 +131,8 @@ class PatchObjective:
 
         means = region_embeddings(visual_tokens, region_image, region_tokens)  # [R, D]
         cosines = region_cosines(means, labels[region_label])  # [R]
-        label_cosines = cosine_table(means, labels)  # [R, L]
+        is_contrastive = self.arguments.patch_loss == "cosine+nce"
+        label_cosines = cosine_table(means if is_contrastive else means.detach(), labels)  # [R, L]
         loss = patch_loss(cosines, region_image, images)
         contrast, retrieval = contrast_and_retrieval(label_cosines.detach(), region_label)
         unlabelled, dropped, wrong_size = batch["counts"].float()
@@ -146,7 +147,7 @@ class PatchObjective:
             "patch/images_without_record": unlabelled,
             "patch/skipped_images": wrong_size,
         }
-        if self.arguments.patch_loss == "cosine+nce":
+        if is_contrastive:
             negatives = cosine_table(labels, labels) <= SYNONYM_COSINE
             temperature = self.arguments.patch_nce_temperature
             nce = contrastive_loss(label_cosines, region_label, negatives, region_image, images, temperature)
