@@ -29,7 +29,8 @@ class DataCollatorForSupervisedDataset:
     Rows are truncated to `tokenizer.model_max_length` (before images are inserted; the model truncates again) and
     padded on the right. The batch has `input_ids`, `labels` and `attention_mask`, `[B, T]`, and `sample_ids`. If a row
     has an image, it also has `images`, `[N, 3, H, W]` (anyres: `[N, tiles, 3, H, W]`) or a list if shapes differ, in
-    the order of their `<image>`, and `image_sizes`. With a plugin it also has `plugin_batch`. A batch of samples
+    the order of their `<image>`, and `image_sizes`. With independent turns it also has `turns`, `[B, T]`, all 0 in rows
+    without them. With a plugin it also has `plugin_batch`. A batch of samples
     without text, which the plugin's losses train, has `auxiliary_only`.
 
     Unlike upstream's, the mask is computed from the rows' lengths, so that real tokens equal to the padding token are
@@ -65,6 +66,9 @@ class DataCollatorForSupervisedDataset:
             "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],  # [B, T]
             "sample_ids": names,
         }
+        if any("turns" in sample for sample in samples):
+            of_rows = [sample.get("turns", torch.zeros(len(row))) for sample, row in zip(samples, ids, strict=True)]
+            batch["turns"] = pad_rows([turns[:cut].long().tolist() for turns in of_rows], 0)  # [B, T]
         kinds = {"auxiliary_only" in sample for sample in instances}
         if len(kinds) > 1:
             raise ValueError(f"samples {', '.join(names)}: some have text and some none, expected batches of one kind")

@@ -21,7 +21,7 @@ from llava.conversation import Conversation
 from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.features import FeatureCache
 from llava.data.records import RecordError, RecordTable, image_names, open_records
-from llava.data.tokenization import preprocess, preprocess_multimodal
+from llava.data.tokenization import preprocess, preprocess_independent_turns, preprocess_multimodal
 from llava.mm_utils import image_view_of, load_rgb_image, process_images
 
 if TYPE_CHECKING:
@@ -72,15 +72,17 @@ class LazySupervisedDataset(Dataset):
 
     A sample is a dict with `input_ids` and `labels`, int64 `[L]`, and `sample_id`. With an image it also has `image`,
     `[3, H, W]` (anyres: `[tiles, 3, H, W]`, the base tile first), and `image_size`, (width, height) in pixels; with
-    several images, lists of these. With a plugin it also has `plugin_extras`, a dict, empty for text. A record without
+    several images, lists of these. With a plugin it also has `plugin_extras`, a dict, empty for text. With
+    `independent_turns` and an image it also has `turns`, int64 `[L]`. A record without
     text whose image the plugin supervises has `auxiliary_only`, and its only token is the image. With
     `on_error="skip"`, a sample that cannot be read has `sample_id` and `skipped`, the reason; the collator skips it.
 
     Args:
         data_path: the data file; see `llava.data.records`.
         tokenizer: the LLM's tokenizer.
-        data_args: its `image_folder`, `image_aspect_ratio`, `image_grid_pinpoints` (anyres), `is_multimodal` and
-            `mm_use_im_start_end` are used; also `image_processor` and `on_error` unless they are given below.
+        data_args: its `image_folder`, `image_aspect_ratio`, `image_grid_pinpoints` (anyres), `is_multimodal`,
+            `mm_use_im_start_end` and `independent_turns` are used; also `image_processor` and `on_error` unless they
+            are given below.
         plugin: adds tensors to samples with an image.
         conversation: the template. Default: the current `llava.conversation.default_conversation`.
         grid: rows and columns of visual tokens; required for a plugin.
@@ -196,6 +198,8 @@ class LazySupervisedDataset(Dataset):
     def _encode_text(self, record: Mapping[str, Any], has_image: bool, row: int) -> dict[str, Tensor]:
         try:
             dialogue = [record["conversations"]]
+            if has_image and getattr(self.data_args, "independent_turns", False):
+                return preprocess_independent_turns(dialogue[0], self.tokenizer, self.conversation, self.data_args)
             if has_image:
                 dialogue = preprocess_multimodal(dialogue, self.data_args, self.conversation)
             encoded = preprocess(dialogue, self.tokenizer, has_image, self.conversation)

@@ -89,6 +89,46 @@ def preprocess_multimodal(
     return [[{**turn, "value": _place_images(turn["value"], mark)} for turn in turns] for turns in sources]
 
 
+def preprocess_independent_turns(
+    dialogue: Sequence[Turn], tokenizer: Any, conversation: Conversation, data_args: Any
+) -> dict[str, Tensor]:
+    """Tokenise each question of a dialogue as a dialogue of its own, and join them after their common prefix.
+
+    The prefix ends with the image. `turns` has the number of the question that each token belongs to, from 1, and 0 in
+    the prefix; the model reads it to keep questions apart.
+
+    Returns:
+        `input_ids`, `labels` and `turns`, int64 `[L]`.
+
+    Raises:
+        ValueError: as for `preprocess`, and for a dialogue without exactly one image, in its first question.
+    """
+    marks = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in dialogue]
+    if marks[:1] != [1] or sum(marks) != 1:
+        raise ValueError(
+            f"field conversations: found {sum(marks)} {DEFAULT_IMAGE_TOKEN} in {len(marks)} turns, expected one, in "
+            "the first turn, before the questions of --independent_turns True"
+        )
+    first_question = dialogue[0]["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+    questions = [first_question, *(turn["value"] for turn in dialogue[2::2])]
+    sources = [
+        [{**dialogue[2 * number], "value": f"{DEFAULT_IMAGE_TOKEN}\n{question}"}, *dialogue[2 * number + 1 :][:1]]
+        for number, question in enumerate(questions)
+    ]
+    ids: list[int] = []
+    labels: list[int] = []
+    turns: list[int] = []
+    for number, turns_of_one in enumerate(preprocess_multimodal(sources, data_args, conversation), start=1):
+        own_ids, own_labels = tokenize_segments(training_segments(turns_of_one, conversation), tokenizer, True)
+        start = own_ids.index(IMAGE_TOKEN_INDEX) + 1 if ids else 0
+        ids += own_ids[start:]
+        labels += own_labels[start:]
+        turns += [number] * (len(own_ids) - start)
+    prefix = ids.index(IMAGE_TOKEN_INDEX) + 1
+    turns[:prefix] = [0] * prefix
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "turns": torch.tensor(turns)}
+
+
 def preprocess_v1(
     sources: Sequence[Sequence[Turn]], tokenizer: Any, has_image: bool = False, conversation: Conversation | None = None
 ) -> dict[str, Tensor]:

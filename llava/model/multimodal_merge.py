@@ -138,6 +138,36 @@ def merge(
     )
 
 
+def attention_of_turns(
+    turns: Tensor, input_ids: Tensor, image_tokens: list[Tensor], merged: MergedBatch
+) -> tuple[Tensor, Tensor]:
+    """Return mask and positions with which each question about an image sees the image and itself alone.
+
+    Args:
+        turns: `[B, T]`, the number of the question that each id belongs to; 0 before all questions.
+        input_ids: `[B, T]`, as given to `merge`; ids beyond a row's length in `merged` are ignored.
+        image_tokens: visual tokens of each image, as given to `merge`.
+        merged: the batch.
+
+    Returns:
+        The mask, `[B, 1, L, L]` in the embeddings' dtype, to be added to attention scores, and `[B, L]` positions:
+        those that the question would have if it was the only one.
+    """
+    turns_of_rows = []
+    lengths = merged.attention_mask.sum(dim=1).tolist()
+    for ids, row_turns, images, length in zip(input_ids, turns, merged.image_of_row, lengths, strict=True):
+        repeats = torch.ones_like(ids)  # [T]
+        repeats[ids == IMAGE_TOKEN_INDEX] = repeats.new_tensor([len(image_tokens[image]) for image in images])
+        turns_of_rows.append(row_turns.repeat_interleave(repeats)[:length])  # [length]
+    merged_turns = torch.full_like(merged.position_ids, -1)  # [B, L]; padding sees padding alone
+    merged_turns[merged.attention_mask] = torch.cat(turns_of_rows).to(merged_turns)
+    of_query, of_key = merged_turns[:, :, None], merged_turns[:, None, :]
+    is_seen = ((of_key == 0) | (of_key == of_query)).tril()  # [B, L, L]
+    mask = torch.zeros_like(is_seen, dtype=merged.inputs_embeds.dtype)
+    mask.masked_fill_(~is_seen, torch.finfo(mask.dtype).min)
+    return mask[:, None], is_seen.sum(dim=-1) - 1
+
+
 def mask_of_padding(input_ids: Tensor, padding: int) -> Tensor:
     """`[B, T]`, true but at a run of the padding id at either end of a row."""
     is_text = (input_ids != padding).long()

@@ -154,6 +154,13 @@ class DataArguments:
             "choices": ["fail", "skip"],
         },
     )
+    independent_turns: bool = field(
+        default=False,
+        metadata={
+            "help": "Train each question of a dialogue about an image as if it was the only one: it sees the image and "
+            "no other question. Same gradients as one sample a question; the image is read once."
+        },
+    )
     cache_features: str | None = field(
         default=None,
         metadata={
@@ -288,6 +295,10 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         raise ValueError(
             f"--cache_features {data_args.cache_features}: expected a frozen --vision_tower and --image_aspect_ratio "
             "square or pad; tiles of anyres and a trained tower cannot be cached. Drop the flag."
+        )
+    if data_args.independent_turns and model_args.attn_implementation == "flash_attention_2":
+        raise ValueError(
+            "--independent_turns needs a mask that flash attention cannot take; use --attn_implementation sdpa."
         )
     if training_args.fsdp:
         raise ValueError(

@@ -31,6 +31,7 @@ from llava.train.arguments import (
     parse_arguments,
 )
 from llava.train.assemble import (
+    FALLBACK,
     add_vision,
     check_reads_back,
     choose_attention,
@@ -145,7 +146,8 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     start_engine(training_args)
     set_seed(training_args.seed)  # the Trainer seeds too, but only after the projector got its random weights
 
-    attention = choose_attention(model_args.attn_implementation, attn_implementation, training_args)
+    asked = FALLBACK if data_args.independent_turns else attn_implementation  # flash attention takes no such mask
+    attention = choose_attention(model_args.attn_implementation, asked, training_args)
     model = load_language_model(model_args, training_args, attention)
     give_padding_token(tokenizer, model, model_args.version)
     stop_at_end_mark(tokenizer, model, str(model_args.version))

@@ -17,7 +17,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.llava_arch import EncodedImages, Images, LlavaMetaForCausalLM
-from llava.model.multimodal_merge import MergedBatch, TruncatedImageError, mask_of_padding, merge
+from llava.model.multimodal_merge import (
+    MergedBatch,
+    TruncatedImageError,
+    attention_of_turns,
+    mask_of_padding,
+    merge,
+)
 from llava.plugin import AlignmentContext, AuxiliaryOutput
 
 logger = logging.getLogger(__name__)
@@ -75,6 +81,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         sample_ids: list[str] | None = None,
         cache: Any = None,
         auxiliary_only: bool = False,
+        turns: Tensor | None = None,
     ) -> LlavaOutput | tuple[Any, ...]:
         """Run the LLM on text and images.
 
@@ -90,6 +97,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             cache: the name of `past_key_values` since transformers 5.24.
             auxiliary_only: compute the plugin's losses alone, without the LLM. The batch says so, and not its labels,
                 since under ZeRO-3 all ranks must run the same modules.
+            turns: `[B, T]`, the number of the question that each id belongs to, 0 before all questions: questions then
+                do not see each other. For prompts padded on the right; flash attention cannot.
             cache_position: unused; accepted for callers written for older versions of transformers.
 
         Returns:
@@ -117,10 +126,12 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 raise TruncatedImageError(merged.truncated_rows, self.config.tokenizer_model_max_length, sample_ids)
             if self.plugin is not None and plugin_batch is not None:
                 auxiliary = self.plugin.auxiliary_losses(self.alignment_context(encoded, merged), plugin_batch)
-            input_ids, inputs_embeds = None, merged.inputs_embeds
+            given_ids, input_ids, inputs_embeds = input_ids, None, merged.inputs_embeds
             if self.training and not encoded.tokens:
                 inputs_embeds = inputs_embeds + encoded.base_tiles.sum()  # adds 0, but connects the projector
             attention_mask, position_ids = merged.attention_mask, merged.position_ids
+            if turns is not None:
+                attention_mask, position_ids = attention_of_turns(turns, given_ids, encoded.tokens, merged)
             labels = None if labels is None else merged.labels
             if auxiliary_only:
                 # Adds 0, but connects all that is trained: DDP expects a gradient for each weight.
