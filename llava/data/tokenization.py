@@ -121,6 +121,11 @@ def preprocess_independent_turns(
     for number, turns_of_one in enumerate(preprocess_multimodal(sources, data_args, conversation), start=1):
         own_ids, own_labels = tokenize_segments(training_segments(turns_of_one, conversation), tokenizer, True)
         start = own_ids.index(IMAGE_TOKEN_INDEX) + 1 if ids else 0
+        if own_labels[start] != IGNORE_INDEX:
+            raise ValueError(
+                "an answer directly after the image would follow another answer; expected a template with questions, "
+                "such as --version v1, for --independent_turns True"
+            )
         ids += own_ids[start:]
         labels += own_labels[start:]
         turns += [number] * (len(own_ids) - start)

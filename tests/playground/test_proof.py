@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from transformers import AutoTokenizer
 
+from llava.constants import IGNORE_INDEX
+from llava.conversation import conv_templates
+from llava.data.tokenization import preprocess_independent_turns
+from llava.model import LlavaLlamaForCausalLM
 from patch_aligned.intervals import resampled_over_seeds
+from playground.mini.proof.ask import log_p
 from playground.mini.proof.experiment import ARMS, BUDGETS, PRIMARY
+from playground.mini.proof.finetune import by_scene
 from playground.mini.proof.reproduce import steps_of
 from playground.mini.proof.steps import Step, StepError, Steps
 from playground.mini.proof.studies import boxed_tokens
 from playground.mini.proof.summary import Bootstrap
+from playground.mini.proof.tasks import detectability, score
 
 
 def writes(name: str, text: str, *needs: str) -> Step:
@@ -83,22 +94,77 @@ def test_intervals_draw_scenes_names_and_seeds() -> None:
     scores[0][5] = np.nan
     bootstrap = Bootstrap(regions)
     found = bootstrap.mean(scores)
-    of_seed = [np.nanmean(score) for score in scores]
-    np.testing.assert_allclose(found.of_seed, of_seed, rtol=1e-12)
-    assert found.value == pytest.approx(np.mean(of_seed), rel=1e-12)
+    means = [np.nanmean(of_seed) for of_seed in scores]
+    np.testing.assert_allclose(found.of_seed, means, rtol=1e-12)
+    assert found.value == pytest.approx(np.mean(means), rel=1e-12)
 
     # Every draw, by a loop over regions.
     draws = np.zeros((len(bootstrap.weights), 3))
-    for column, score in enumerate(scores):
+    for column, of_seed in enumerate(scores):
         for row, weights in enumerate(bootstrap.weights):
-            known = [(w, s) for w, s in zip(weights.tolist(), score.tolist(), strict=True) if s == s]
+            known = [(w, s) for w, s in zip(weights.tolist(), of_seed.tolist(), strict=True) if s == s]
             draws[row, column] = sum(w * s for w, s in known) / sum(w for w, _ in known)
     low, high = np.quantile(resampled_over_seeds(draws, seed=0), [0.025, 0.975])
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9)
     assert found.low < found.value < found.high
     assert bootstrap.difference(scores, scores).high == 0
-    shifted = bootstrap.difference([score + 2 for score in scores], scores)
+    shifted = bootstrap.difference([of_seed + 2 for of_seed in scores], scores)
     np.testing.assert_allclose([shifted.value, shifted.low, shifted.high], 2, atol=1e-12)
+
+
+def test_d_prime_is_that_of_two_normal_distributions_and_ignores_a_bias() -> None:
+    generator = np.random.default_rng(0)
+    is_present = np.arange(4000) % 2 == 0
+    margins = generator.normal(size=4000) + 1.5 * is_present
+    weights = np.stack([np.ones(4000), generator.integers(0, 3, size=4000).astype(float)])
+    found = detectability(margins, is_present, weights)
+    np.testing.assert_allclose(found, 1.5, atol=0.12)
+    np.testing.assert_allclose(detectability(margins - 7, is_present, weights), found, rtol=1e-12)
+    repeated = np.repeat(np.arange(4000), weights[1].astype(int))
+    of_copies = detectability(margins[repeated], is_present[repeated], np.ones((1, len(repeated))))
+    assert found[1] == pytest.approx(of_copies[0], rel=1e-9)
+
+
+def test_scores_of_tasks_by_hand() -> None:
+    questions = pd.DataFrame({"task": "name", "answer": [1, 0], "log_p": [[-2.0, -1.0], [-3.0, -2.0]]})
+    weights = np.array([[1.0, 1.0], [3.0, 1.0]])
+    np.testing.assert_allclose(score(questions, weights), [0.5, 0.75])
+    captions = pd.DataFrame({"task": "caption", "answer": [0, 0], "log_p": [[-4.0], [-2.0]]})
+    np.testing.assert_allclose(score(captions, weights), [-3.0, -3.5])
+
+
+def test_questions_of_a_scene_become_one_dialogue() -> None:
+    rounds = [[{"from": "human", "value": f"<image>\n{ask}"}, {"from": "gpt", "value": answer}]
+              for ask, answer in (("Where?", "There."), ("Who?", "A cat."), ("Why?", "So."))]  # fmt: skip
+    records = [{"id": str(row), "image": image, "conversations": rounds[row]} for row, image in enumerate("aab")]
+    first, second = by_scene(records)
+    assert [turn["value"] for turn in first["conversations"]] == ["<image>\nWhere?", "There.", "Who?", "A cat."]
+    assert second == {"id": "b", "image": "b", "conversations": rounds[2]}
+
+
+def test_log_p_of_an_answer_is_that_of_a_sample_of_its_own(golden_world: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("tiny-vicuna")
+    model = LlavaLlamaForCausalLM.from_pretrained("tiny-llava", dtype=torch.float32).eval()
+    model.get_vision_tower().load_model()
+    texts = ["<image>\nWhat is it?", "A dog.", "Where?", "On the street, left."]
+    turns = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+    arguments = SimpleNamespace(is_multimodal=True)
+    template = conv_templates["v1"]
+
+    def batch(dialogue: list[dict[str, str]]) -> dict[str, Any]:
+        sample = preprocess_independent_turns(dialogue, tokenizer, template, arguments)
+        image = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+        rows = {key: tensor[None] for key, tensor in sample.items()}
+        return {**rows, "attention_mask": torch.ones_like(rows["turns"]), "images": image, "image_sizes": [(56, 56)]}
+
+    alone = [turns[:2], [{**turns[2], "value": "<image>\nWhere?"}, turns[3]]]
+    expected = []
+    for dialogue in alone:
+        own = batch(dialogue)
+        tokens = int((own["labels"] != IGNORE_INDEX).sum())
+        del own["turns"]
+        expected.append(-float(model(**own).loss.detach()) * tokens)
+    np.testing.assert_allclose(log_p(model, batch(turns)), expected, rtol=1e-5)
 
 
 def test_cells_that_a_box_covers_by_half() -> None:

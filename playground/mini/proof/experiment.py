@@ -19,6 +19,11 @@ RATES = (3e-4, 1e-3, 3e-3)
 RATE = 1e-3
 BETA = 5.0
 
+STAGE_2_RATE = 1e-4
+STAGE_2_TEMPLATE = "chatml_direct"
+STAGE_2_STEPS = (30, 100, 300)
+"""Steps after which stage 2 is measured, beside 0: the frozen LLM with the projector of stage 1."""
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -76,6 +81,8 @@ ARMS = {
 
 PRIMARY = (("P", "C"), ("P", "R"), ("P", "D"))
 """Differences of the name score `name_bound` on test scenes, over all objects, paired over seeds."""
+PRIMARY_STAGE_2, PRIMARY_STEP = (("P", "C"), ("P", "R")), 100
+"""Differences of d' of existence on test scenes, names that texts mention, after this many steps of stage 2."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,9 @@ class Budget:
         curve: steps after which captions alone are measured once more, at their best rate, with the first seed.
         warmup_steps: of the arms that have a warm-up.
         draws: sets of scenes.
+        stage_2: arms whose projectors stage 2 starts from.
+        stage_2_seeds: of stage 1 and 2.
+        stage_2_steps: steps after which stage 2 is measured.
     """
 
     seeds: tuple[int, ...]
@@ -97,12 +107,18 @@ class Budget:
     curve: tuple[int, ...] = (300,)
     warmup_steps: int = WARMUP_STEPS
     draws: Mapping[str, Draw] = field(default_factory=lambda: DRAWS)
+    stage_2: tuple[str, ...] = ()
+    stage_2_seeds: tuple[int, ...] = ()
+    stage_2_steps: tuple[int, ...] = STAGE_2_STEPS
 
 
 BUDGETS = {
     "primary": Budget(seeds=(0,), arms=("C", "P", "R", "D"), curve=()),
     "short": Budget(seeds=(0, 1, 2)),
-    "nights": Budget(seeds=(0, 1, 2, 3, 4), curve=(300, 1000)),
+    "evening": Budget(
+        seeds=(0,), arms=("C", "P", "R", "D"), curve=(300, 1000), stage_2=("C", "P", "R"), stage_2_seeds=(0,)
+    ),
+    "nights": Budget(seeds=(0, 1, 2, 3, 4), curve=(300, 1000), stage_2=("C", "P", "R"), stage_2_seeds=(0, 1, 2)),
     "tiny": Budget(
         seeds=(0, 1),
         arms=("C", "P", "R", "D"),
@@ -110,5 +126,8 @@ BUDGETS = {
         curve=(3,),
         warmup_steps=4,
         draws={"train": Draw(0, 16), "development": Draw(1, 8), "test": Draw(2, 8)},
+        stage_2=("C", "P", "R"),
+        stage_2_seeds=(0, 1),
+        stage_2_steps=(1, 2),
     ),
 }

@@ -23,6 +23,7 @@ from patch_aligned.tables import Cell, Table
 from playground.mini.proof.experiment import ARMS, BUDGETS, PRIMARY, RATES, Budget
 from playground.mini.proof.steps import file_name
 from playground.mini.proof.summary import Bootstrap, Estimate
+from playground.mini.proof.tasks import StageTwo
 
 TEMPLATES = Environment(
     loader=PackageLoader("playground.mini.proof", ""),
@@ -244,7 +245,7 @@ def draw(runs: Runs, path: Path) -> None:
     plt.close(figure)
 
 
-def write(runs: Runs, name: str, folder: Path) -> Path:
+def write(runs: Runs, stage_2: StageTwo, name: str, folder: Path) -> Path:
     """Write `report.md` and its plot; returns the former."""
     folder.mkdir(parents=True, exist_ok=True)
     draw(runs, folder / "arms.png")
@@ -261,6 +262,13 @@ def write(runs: Runs, name: str, folder: Path) -> Path:
         "captions": captions_table(runs),
         "paper": paper_table(runs),
     }
+    if stage_2.budget.stage_2:
+        tables |= {
+            "stage_2": stage_2.table(),
+            "stage_2_areas": stage_2.areas(),
+            "stage_2_held_out": stage_2.table(held_out=True),
+            "stage_2_primary": stage_2.differences(),
+        }
     text = TEMPLATES.get_template("report.md.j2").render(
         name=name,
         budget=runs.budget,
@@ -280,7 +288,8 @@ def main(
     state: Annotated[Path, typer.Option(help="Folder of the run.")],
 ) -> None:
     """Write STATE/report."""
-    print(write(Runs(state, BUDGETS[budget]), budget, state / "report"))
+    chosen = BUDGETS[budget]
+    print(write(Runs(state, chosen), StageTwo(state, chosen), budget, state / "report"))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,11 @@ def steps_of(budget: Budget, name: str) -> list[Step]:
         run = f"C after {joint_steps} steps"
         steps += _run(budget, captions, first, run, joint_steps, "{state}/rate.txt", "test")
         measured.append(steps[-1].name)
+    for seed in budget.stage_2_seeds:
+        for name_of_arm in budget.stage_2:
+            of_stage_2 = _stage_2(budget, f"{name_of_arm}, seed {seed}", seed)
+            steps += of_stage_2
+            measured += [step.name for step in of_stage_2 if step.kind == "ask"]
     steps.append(
         _step(
             "report",
@@ -95,6 +100,34 @@ def _run(budget: Budget, arm: Arm, seed: int, run: str, joint_steps: int, rate: 
         minutes=4,
     )
     return training, measure
+
+
+def _stage_2(budget: Budget, run: str, seed: int) -> list[Step]:
+    """Stage 2 on the projector of a run, and its measures; the training continues once a measure has read the model."""
+    stage_1, stage_2 = (f"{{state}}/runs/{file_name(f'{prefix}{run}')}" for prefix in ("", "stage 2 of "))
+    test = f"{{state}}/scenes/test-{seed}"
+    steps: list[Step] = []
+    for count in (0, *budget.stage_2_steps):
+        if count:
+            training = _step(
+                f"finetune {run} to {count} steps",
+                *("playground.mini.proof.finetune", stage_1, "--seed", str(seed), "--steps", str(count)),
+                *("--scenes", f"{{state}}/scenes/train-{seed}", "--features", "{state}/features", "--output", stage_2),
+                needs=[f"train {run}", steps[-1].name],
+                kind=f"finetune to {count} steps",
+                minutes=count * 0.15,
+            )
+            steps.append(training)
+        answers = f"{{state}}/measures/{file_name(f'{run} after {count} steps of stage 2')}.parquet"
+        asked = _step(
+            f"ask {run} after {count} steps of stage 2",
+            *("playground.mini.proof.ask", stage_2 if count else stage_1, "--scenes", test, "--output", answers),
+            needs=[steps[-1].name if steps else f"train {run}", f"scenes: test-{seed}"],
+            kind="ask",
+            minutes=8,
+        )
+        steps.append(asked)
+    return steps
 
 
 def _step(

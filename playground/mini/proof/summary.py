@@ -49,20 +49,22 @@ class Bootstrap:
 
     def mean(self, scores: Sequence[np.ndarray]) -> Estimate:
         """Mean of a score `[R]` of each seed; NaN where it is undefined."""
-        return self._estimate([self._of_seed(score) for score in scores])
+        return estimate_over_seeds([self._of_seed(score) for score in scores])
 
     def difference(self, first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> Estimate:
         """Mean of the scores `first` less that of `second`, seed by seed."""
         pairs = zip(map(self._of_seed, first), map(self._of_seed, second), strict=True)
-        return self._estimate([(a - b, draws_a - draws_b) for (a, draws_a), (b, draws_b) in pairs])
+        return estimate_over_seeds([(a - b, draws_a - draws_b) for (a, draws_a), (b, draws_b) in pairs])
 
     def _of_seed(self, score: np.ndarray) -> tuple[float, np.ndarray]:
         defined = ~np.isnan(score)
         weights = self.weights[:, defined]
         return float(score[defined].mean()), weights @ score[defined] / weights.sum(axis=1)
 
-    def _estimate(self, found: Sequence[tuple[float, np.ndarray]]) -> Estimate:
-        of_seed = tuple(value for value, _ in found)
-        draws = np.stack([draws for _, draws in found], axis=1)  # [N, S]
-        low, high = percentile_interval(resampled_over_seeds(draws, seed=0))
-        return Estimate(float(np.mean(of_seed)), of_seed, low, high)
+
+def estimate_over_seeds(found: Sequence[tuple[float, np.ndarray]]) -> Estimate:
+    """Mean over seeds, and its interval, from each seed's value and its draws `[N]`."""
+    of_seed = tuple(value for value, _ in found)
+    draws = np.stack([draws for _, draws in found], axis=1)  # [N, S]
+    low, high = percentile_interval(resampled_over_seeds(draws, seed=0))
+    return Estimate(float(np.mean(of_seed)), of_seed, low, high)

@@ -95,3 +95,10 @@ def test_a_dialogue_needs_one_image_before_its_questions(golden_world: Path, val
         turns += dialogue(QUESTIONS[:1])
     with pytest.raises(RecordError, match="expected one, in the first turn"):
         batch_of([{**record, "conversations": turns}], golden_world, "v1", True)
+
+
+def test_a_template_without_questions_has_one_turn(golden_world: Path) -> None:
+    record = {"id": "a", "image": sorted((golden_world / "images").iterdir())[0].name}
+    batch_of([{**record, "conversations": dialogue(QUESTIONS[:1])}], golden_world, "plain", True)
+    with pytest.raises(RecordError, match="expected a template with questions"):
+        batch_of([{**record, "conversations": dialogue(QUESTIONS)}], golden_world, "plain", True)
