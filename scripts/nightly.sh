@@ -3,7 +3,8 @@
 #
 #   floors   the default tests on the oldest versions that pyproject.toml allows
 #   newest   the default tests on the newest releases that can be installed together
-#   readme   README's commands in order, in a clone and a clean shell; the log says which were printed alone or not typed
+#   readme   the commands of README and docs/guide.md in order, in a clone and a clean shell; the log says which were
+#            printed alone or not typed
 #
 # `bash scripts/nightly.sh floors` chooses steps by name. It fails where a step does.
 #
@@ -37,7 +38,7 @@ newest() {
 readme() {
     say_room "$WORK"
     git clone --quiet . "$WORK/venv"  # deleted when the step ends, as environments are
-    python3 scripts/type_readme.py README.md >"$WORK/readme.sh"
+    python3 scripts/type_readme.py README.md docs/guide.md >"$WORK/readme.sh"
     cd "$WORK/venv"
     env -u PYTHONPATH -u CONDA_DEFAULT_ENV -u VIRTUAL_ENV PATH="${PATH//${VIRTUAL_ENV:-no environment}\/bin:/}" \
         bash --noprofile --norc "$WORK/readme.sh" </dev/null

@@ -1,6 +1,6 @@
-"""Prints README's bash blocks as one script that types them in order, as a reader would. `nightly.sh` runs it.
+"""Prints the bash blocks of documents as one script that types them in order, as a reader would. `nightly.sh` runs it.
 
-    python scripts/type_readme.py README.md
+    python scripts/type_readme.py README.md docs/guide.md
 
 An HTML comment right above a block may name, by regular expressions, which of its commands are only printed
 (`DRY_RUN=1`) or not typed at all, with the reason: `<!-- typed: dry "^bash" | not "fetch": needs a network -->`.
@@ -40,4 +40,4 @@ def script(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    print(script(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    print(script("\n".join(Path(path).read_text(encoding="utf-8") for path in sys.argv[1:])))

@@ -108,10 +108,10 @@ def test_tests_that_a_document_names_exist(name: str) -> None:
     assert not named - defined
 
 
-def test_launch_recipe_that_the_readme_quotes_is_the_scripts() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_launch_recipe_that_the_guide_quotes_is_the_scripts() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     script = (ROOT / "scripts" / "v1_5" / "pretrain_patchaligned.sh").read_text(encoding="utf-8")
-    quoted = re.search(r"^```\n(launch .*?)^```", readme, re.MULTILINE | re.DOTALL)
+    quoted = re.search(r"^```\n(launch .*?)^```", guide, re.MULTILINE | re.DOTALL)
     assert quoted is not None
     for line in quoted.group(1).splitlines():
         assert line.strip() == "..." or line in script
