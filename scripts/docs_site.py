@@ -1,0 +1,36 @@
+"""Hooks of mkdocs.yml: README is the first page, and links to files outside of docs/ show their paths."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add README as `index.md`, with its paths as seen from docs/."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    seen_from_docs = re.sub(r"\]\((?!\w+:|#)([^)]+)\)", lambda link: f"](../{link[1]})".replace("../docs/", ""), readme)
+    files.append(File.generated(config, "index.md", content=seen_from_docs))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Replace links to files that are no page of the site by their text and path."""
+    folder = (Path(config.docs_dir) / page.file.src_uri).parent
+
+    def shown(link: re.Match[str]) -> str:
+        target = (folder / link[2]).resolve()
+        if target == ROOT / "README.md":
+            return f"[{link[1]}]({Path(*['..'] * (len(Path(page.file.src_uri).parts) - 1), 'index.md')})"
+        if target.is_relative_to(config.docs_dir):
+            return link[0]
+        path = target.relative_to(ROOT)
+        return link[1] if str(path) in link[1] else f"{link[1]} (`{path}`)"
+
+    return LINK.sub(shown, markdown)
