@@ -11,13 +11,15 @@ from patch_aligned.annotate.cli import app as annotate_app
 from patch_aligned.annotate.cli import app as reselect_app
 from patch_aligned.dataset.cli import app as dataset_app
 from patch_aligned.results.cli import app as results_app
+from patch_aligned.train.cli import app as train_app
 
-app = typer_app_with_debug("Data and analysis of patch-aligned training.")
+app = typer_app_with_debug("Data, models and analysis of patch-aligned training.")
 
 # Commands in the order of the workflow, which --help keeps.
 app.add_typer(annotate_app)
 app.add_typer(reselect_app)
 app.add_typer(dataset_app)
+app.add_typer(train_app)
 app.add_typer(analyze_app)
 app.add_typer(token_map_app)
 app.add_typer(results_app)
