@@ -101,23 +101,24 @@ def stitch(vision: str, llm: str, like: str, output: Path, seed: int = 0) -> Any
 
 def _assemble(encoder: Any, llm: Any, like: str, settings: Mapping[str, Any]) -> Any:
     """Build the model; check that each weight has its place, and that the LLM computes what it did."""
-    architecture, config = ARCHITECTURES[like], CONFIG_MAPPING[like]()
+    architecture = ARCHITECTURES[like]
+    default: Any = CONFIG_MAPPING[like]()
     text_config = copy.deepcopy(llm.config)  # a model changes the config that it is made with
     if architecture.llms:
-        text_config = _own_text_config(config.text_config, text_config, architecture.rotary_share)
-    names = [name for name in settings if hasattr(config, name)]
-    config = type(config)(
+        text_config = _own_text_config(default.text_config, text_config, architecture.rotary_share)
+    config: Any = type(default)(
         vision_config=copy.deepcopy(encoder.config),
         text_config=text_config,
         tie_word_embeddings=llm.config.tie_word_embeddings,
-        **{name: settings[name] for name in names},
+        **{name: value for name, value in settings.items() if hasattr(default, name)},
     )
     head = llm.get_output_embeddings()
     parts = {f"model.{architecture.encoder}": encoder, "model.language_model": llm.base_model, "lm_head": head}
     weights = {f"{part}.{name}": weight for part, of in parts.items() for name, weight in of.state_dict().items()}
     projector = tuple(f"model.{name}." for name in PROJECTORS[like])
     weights = {name: weight for name, weight in weights.items() if not name.startswith(projector)}
-    model, report = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].from_pretrained(
+    model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    model, report = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=llm.dtype, output_loading_info=True
     )
     missing = {name for name in report["missing_keys"] if not name.startswith(projector)}
