@@ -86,6 +86,11 @@ class Layout:
         """Width and height of the image, pixels."""
         return self.grids[0].image_wh
 
+    @property
+    def whole(self) -> TokenGrid:
+        """The grid over the whole image; the first one, such as that of the tiles, where there is none."""
+        return next((grid for grid in self.grids if grid.kind == "whole"), self.grids[0])
+
     def heat_map(self, values: Any, kind: str | None = None) -> np.ndarray:
         """Paint a value of each token on the pixels of its cell, such as attention or a cosine.
 

@@ -201,6 +201,9 @@ SCORES_BY_TOKEN = (
 - `best_word_cosine`: of the mean of the covered tokens with the nearest word of the LLM's table.
 """
 
+SCORES_BY_MEAN = SCORES_BY_TOKEN[2:]
+"""Scores of the mean of the covered tokens; the others are of the cosine map."""
+
 
 COVERAGE_SLACK = 1e-9
 """Rounding that a share of a cell may have and still count as `min_coverage`, as in `patch_aligned.masks`."""

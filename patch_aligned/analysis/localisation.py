@@ -22,7 +22,7 @@ from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis.alignment import cosine_maps, iou_by_area, predicted_tokens
 from patch_aligned.cells import TokenGrid
 from patch_aligned.masks import rle_of_mask, token_coverage_of_regions
-from patch_aligned.models.base import VisionLanguageModel
+from patch_aligned.models.base import Encoded, VisionLanguageModel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -338,16 +338,16 @@ def localise(
     if truth.shape != height_width:
         raise ValueError(f"{image}: the mask is {list(truth.shape)}; expected the image's {list(height_width)}.")
     rle_mask = rle_of_mask(truth)
-    features: dict[int, Tensor] = {}
+    encoded: dict[int, Encoded] = {}
     cells = {}
     for model in models:
-        if id(model.encoder) not in features:
-            features[id(model.encoder)] = model.features(model.inputs([opened]))  # [1, S, d]
-        tokens = model.visual_tokens(features[id(model.encoder)])  # [1, T, D]
-        [grid] = model.layouts([opened.size])[0].grids
+        if id(model.encoder) not in encoded:
+            encoded[id(model.encoder)] = model.encode([opened])
+        [tokens] = model.visual_tokens(encoded[id(model.encoder)])  # [T, D]
+        grid = model.layout(opened.size, tokens).whole
         coverage = torch.from_numpy(token_coverage_of_regions([rle_mask], opened.size, grid)[0])  # [rows, cols]
         direction = model.words.directions_of_labels([label])[0].to(tokens)  # [D]
-        cells[model.name] = picture_cell(grid, direction, tokens[0], coverage.to(tokens.device), threshold_rule)
+        cells[model.name] = picture_cell(grid, direction, tokens, coverage.to(tokens.device), threshold_rule)
     return PictureRow(Path(image).name, label, np.asarray(opened), truth, cells)
 
 
@@ -357,13 +357,13 @@ def picture_cell(
     """Compare one label with the visual tokens of one model.
 
     Args:
-        grid: the cells of its visual tokens.
+        grid: the cells of its visual tokens, or of some of them.
         direction: `[D]`, of the label.
-        visual_tokens: `[S, D]`.
+        visual_tokens: `[T, D]`, of the image.
         coverage: `[rows, cols]`, share of each cell that the region covers.
         rule, positive: see `predicted_tokens`.
     """
-    maps = cosine_maps(direction[None], visual_tokens)  # [1, S]
+    maps = cosine_maps(direction[None], visual_tokens[grid.tokens.ravel()])  # [1, S]
     areas = coverage.double().reshape(1, -1)  # [rows, cols] -> [1, S]
     predicted = predicted_tokens(maps, rule, areas.sum(dim=1), positive)  # [1, S]
     return PictureCell(

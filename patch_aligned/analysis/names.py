@@ -172,7 +172,7 @@ def read_names(
     log_p: list[list[np.ndarray]] = [[] for _ in settings.stems]
     captions: list[str] = []
     for images in batches:
-        tokens = model.visual_tokens(model.features(model.inputs(images)))  # [B, T, D]
+        tokens = torch.stack(list(model.visual_tokens(model.encode(images))))  # [B, T, D]
         for stem, found in zip(settings.stems, log_p, strict=True):
             found.append(language.log_probabilities(tokens, stem, ids).cpu().numpy())
         if settings.max_new_tokens:

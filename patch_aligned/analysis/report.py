@@ -49,7 +49,8 @@ PAPER_CONDITIONS = (
 
 MOST_LABELS = 20
 MOST_BROKEN_IMAGES = 20
-"""What the page lists of labels and of images left out; the JSON has all."""
+MOST_LAYOUTS = 3
+"""What the page lists of labels, of images left out and of grids; the JSON has all."""
 
 ON_PAGE = tuple(name for name, metric in METRICS.items() if not metric.score.startswith("iou_px_"))
 """Metrics that the page shows; the JSON also has those under each threshold rule."""
@@ -270,10 +271,15 @@ def sources_table(analysis: Analysis, hashes: Mapping[str, str]) -> Table:
         return Cell(path, f"SHA-256 {hashes[path][:16]}" if path in hashes else "")
 
     rows = [
-        [Cell(name), *map(source, (model.source, model.tower, model.words)), Cell("{} × {}".format(*model.grid))]
+        [Cell(name), *map(source, (model.source, model.tower, model.words)), Cell(_grids(model.layouts))]
         for name, model in analysis.models.items()
     ]
     return Table("Models", ("Projector", "weights", "vision tower", "word embeddings", "grid"), rows)
+
+
+def _grids(layouts: Mapping[str, int]) -> str:
+    others = len(layouts) - MOST_LAYOUTS
+    return ", ".join(list(layouts)[:MOST_LAYOUTS]) + (f" and {others} more" if others > 0 else "")
 
 
 def _interval(metric: pd.Series, digits: int = 3) -> Cell:

@@ -3,8 +3,8 @@
 The paper's Tables 1, 2 and 3 are `entropy_*`, `align_px` and `cosine` of its models; all other metrics are there to
 judge them.
 
-Letters: B images, S patches, d width of the tower, T visual tokens, D width of the LLM, R regions of an image, L
-different labels of the set.
+Letters: T visual tokens of an image, S of them on one grid, D width of the LLM, R regions of an image, L different
+labels of the set.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from patch_aligned.analysis.alignment import score_regions
+from patch_aligned.analysis.alignment import SCORES_BY_MEAN, score_regions
 from patch_aligned.analysis.entropy import EntropyAccumulator
 from patch_aligned.analysis.localisation import PictureCell, PictureRow, picture_cell
 from patch_aligned.analysis.matching_pursuit import WordDictionary, matching_pursuit
@@ -45,7 +46,7 @@ from patch_aligned.analysis.regions import (
 )
 from patch_aligned.analysis.sets import MeasuredSet, MeasureSettings, open_image, read_set
 from patch_aligned.analysis.words import dictionary_of
-from patch_aligned.cells import TokenGrid
+from patch_aligned.cells import Layout, TokenGrid
 from patch_aligned.masks import token_coverage_of_regions
 from patch_aligned.models.base import Encoder, VisionLanguageModel
 from patch_aligned.pad import AnnotatedImage
@@ -116,7 +117,8 @@ class ModelAnalysis:
 
     Attributes:
         source, tower, words: where projector, features and word embeddings come from.
-        grid: rows and columns of visual tokens.
+        grid: rows and columns of visual tokens, where all images have one grid of the same shape; else None.
+        layouts: how many images have which grids, in words, the most frequent first.
         entropy_before, entropy_after: of the features and of the visual tokens.
         entropy_drop_nats: before less after.
         cosine_floor: cosine that the best constant vector has with the labels of the set, each label counting alike.
@@ -131,7 +133,8 @@ class ModelAnalysis:
     source: str
     tower: str
     words: str
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
+    layouts: dict[str, int]
     entropy_before: Entropy
     entropy_after: Entropy
     entropy_drop_nats: float
@@ -288,7 +291,8 @@ def analyse(
             source=model.source,
             tower=model.encoder.name,
             words=model.words.source,
-            grid=model.shape,
+            grid=runs[model.name].grid,
+            layouts=runs[model.name].layouts,
             entropy_before=entropy_before,
             entropy_after=entropy_after,
             entropy_drop_nats=entropy_before.entropy_nats - entropy_after.entropy_nats,
@@ -381,7 +385,8 @@ class ModelRun:
 
     Attributes:
         model: which.
-        entropy: of the visual tokens.
+        entropy: of the visual tokens that have a place.
+        shapes: images by the shapes of their grids.
         scores: an array `[R, scores]` for each image, of those that need no LLM.
         cells: of the picture, by the position of their image.
     """
@@ -389,12 +394,30 @@ class ModelRun:
     def __init__(self, model: VisionLanguageModel):
         self.model = model
         self.entropy = EntropyAccumulator(model.words.width, model.encoder.device)
+        self.shapes: Counter[tuple[tuple[int, int], ...]] = Counter()
         self.scores: list[np.ndarray] = []
         self.cells: dict[int, PictureCell] = {}
+
+    def see(self, tokens: Sequence[Tensor], layouts: Sequence[Layout]) -> None:
+        """Count the tokens `[T, D]` of images in the entropy, and their layouts."""
+        placed = [np.unique(np.concatenate([grid.tokens.ravel() for grid in layout.grids])) for layout in layouts]
+        self.entropy.update(torch.cat([of[places] for of, places in zip(tokens, placed, strict=True)]))
+        self.shapes.update(tuple(grid.shape for grid in layout.grids) for layout in layouts)
 
     def columns(self) -> dict[str, np.ndarray]:
         """The scores of all regions, by the names of `MEASURED_SCORES`."""
         return dict(zip(MEASURED_SCORES, np.concatenate(self.scores).T, strict=True))
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """See `ModelAnalysis`."""
+        shapes = list(self.shapes)
+        return shapes[0][0] if len(shapes) == len(shapes[0]) == 1 else None
+
+    @property
+    def layouts(self) -> dict[str, int]:
+        """See `ModelAnalysis`."""
+        return {" + ".join(f"{rows} × {cols}" for rows, cols in of): n for of, n in self.shapes.most_common()}
 
 
 def pass_over_images(
@@ -405,7 +428,7 @@ def pass_over_images(
     on_images: Callable[[int], None],
 ) -> tuple[EntropyAccumulator, list[ModelRun]]:
     """Open every image once and measure all models of an encoder on it: entropy of the features, and a run a model."""
-    before = EntropyAccumulator(encoder.width, encoder.device)
+    before: EntropyAccumulator | None = None
     words = {id(model.words): model.words for model in models}
     directions = {  # models of one LLM share its labels' [L, D]
         key: of_llm.directions_of_labels(measured.labels).to(encoder.device) for key, of_llm in words.items()
@@ -416,41 +439,47 @@ def pass_over_images(
     runs = [ModelRun(model) for model in models]
     own = torch.tensor(measured.regions["label"].cat.codes.to_numpy(), dtype=torch.int64)
     first_region = np.cumsum([0, *(len(image.regions) for image in measured.images)])
-    for start in range(0, len(measured.images), settings.batch_size):
-        batch = measured.images[start : start + settings.batch_size]
+    together = settings.batch_size if encoder.takes_batches else 1
+    for start in range(0, len(measured.images), together):
+        batch = measured.images[start : start + together]
         opened = [open_image(image, settings) for image in batch]
-        features = encoder.features(encoder.inputs(opened))  # [B, 3, side, side] -> [B, S, d]
-        before.update(features)
-        coverages: dict[tuple[int, tuple[int, int]], Tensor] = {}  # by image and the shape of a model's grid
+        encoded = encoder.encode(opened)
+        before = before or EntropyAccumulator(encoded.features.shape[-1], encoder.device)
+        before.update(encoded.features)
+        coverages: dict[tuple[int, TokenGrid], Tensor] = {}  # by image and grid, which models with equal layouts share
         for run in runs:
-            tokens, shape = run.model.visual_tokens(features), run.model.shape  # [B, T, D]
-            run.entropy.update(tokens)
+            tokens = run.model.visual_tokens(encoded)  # [T, D] each
+            layouts = [run.model.layout(image.size, of) for image, of in zip(opened, tokens, strict=True)]
+            run.see(tokens, layouts)
             label_directions = directions[id(run.model.words)]
-            for index, (image, visual_tokens) in enumerate(zip(batch, tokens, strict=True)):
+            for index, (image, visual_tokens, layout) in enumerate(zip(batch, tokens, layouts, strict=True)):
                 position = start + index
-                [grid] = encoder.layout(opened[index].size, shape).grids
-                if (index, shape) not in coverages:
-                    coverages[index, shape] = _coverage(image, grid, settings).to(encoder.device)
-                coverage = coverages[index, shape]  # [R, rows, cols]
                 of_image = slice(first_region[position], first_region[position + 1])
                 own_of_image = own[of_image].to(encoder.device)  # [R]
-                scores = score_regions(
-                    visual_tokens,
-                    label_directions,
-                    own_of_image,
-                    coverage,
-                    rule=settings.threshold_rule,
-                    min_coverage=settings.min_coverage,
-                    shuffled=measured.shuffled[of_image].to(encoder.device),
-                    positive_threshold=settings.positive_threshold,
-                    best_word_cosine=best_word[id(run.model.words)],
-                )
-                run.scores.append(torch.stack([scores[name] for name in MEASURED_SCORES], dim=1).cpu().numpy())
+                scores = []
+                for grid in (layout.whole, *(grid for grid in layout.grids if grid is not layout.whole)):
+                    if (index, grid) not in coverages:
+                        coverages[index, grid] = _coverage(image, grid, settings).to(encoder.device)
+                    scores.append(
+                        score_regions(
+                            visual_tokens[grid.tokens.ravel()],  # [T, D] -> [S, D]
+                            label_directions,
+                            own_of_image,
+                            coverages[index, grid],  # [R, rows, cols]
+                            rule=settings.threshold_rule,
+                            min_coverage=settings.min_coverage,
+                            shuffled=measured.shuffled[of_image].to(encoder.device),
+                            positive_threshold=settings.positive_threshold,
+                            best_word_cosine=best_word[id(run.model.words)],
+                        )
+                    )
+                run.scores.append(over_grids(scores).cpu().numpy())
                 if position in measured.pictured and run.model.pictured:
                     region = measured.pictured[position]
                     direction = label_directions[own_of_image[region]]  # [D]
                     threshold = settings.threshold_rule, settings.positive_threshold
-                    run.cells[position] = picture_cell(grid, direction, visual_tokens, coverage[region], *threshold)
+                    coverage = coverages[index, layout.whole][region]
+                    run.cells[position] = picture_cell(layout.whole, direction, visual_tokens, coverage, *threshold)
         on_images(start + len(batch))
     if all(np.isnan(run.columns()["iou_px"]).all() for run in runs):
         raise ValueError(
@@ -458,7 +487,18 @@ def pass_over_images(
             f"{encoder.image_aspect_ratio!r} geometry. Pass --image-aspect-ratio pad, which keeps the whole image; a "
             "model of transformers has it from its image processor."
         )
+    assert before is not None, "read_set refuses a set without images"
     return before, runs
+
+
+def over_grids(scores: Sequence[dict[str, Tensor]]) -> Tensor:
+    """Join the scores of an image's grids, `[R, scores]` by the order of `MEASURED_SCORES`.
+
+    Those of a region's mean token are averaged over the grids in which the region covers a token; those of cosine maps
+    are of the first grid.
+    """
+    means = {name: torch.stack([of_grid[name] for of_grid in scores]).nanmean(dim=0) for name in SCORES_BY_MEAN}
+    return torch.stack([means.get(name, scores[0][name]) for name in MEASURED_SCORES], dim=1)
 
 
 def _best_word_cosine(dictionary: WordDictionary, vectors: Tensor) -> Tensor:

@@ -345,13 +345,11 @@ def token_maps(
     mapped = []
     for image_id, path in images:
         image = load_rgb_image(path)
-        # [1, S, d] each
-        features = {key: encoder.features(encoder.inputs([image])) for key, encoder in encoders.items()}
+        encoded = {key: encoder.encode([image]) for key, encoder in encoders.items()}
         maps = {}
         for model in models:
-            tokens = model.visual_tokens(features[id(model.encoder)])  # [1, T, D]
-            [grid] = model.layouts([image.size])[0].grids
-            maps[model.name] = mappers[model.words.source].map(tokens[0], grid)
+            [tokens] = model.visual_tokens(encoded[id(model.encoder)])  # [T, D]
+            maps[model.name] = mappers[model.words.source].map(tokens, model.layout(image.size, tokens).whole)
         mapped.append(MappedImage(image_id, np.asarray(image), maps))
         on_images(len(mapped), len(images))
     return TokenMaps(mapped, sources_of(models), settings, word_list)

@@ -3,16 +3,14 @@
 Only the word-embedding table of the LLM is read, so a 7B model needs memory for its tower and table only; name scores
 alone load its layers. Models that share an encoder share its features, which are computed once per image.
 
-Letters: B images, S patches of the tower, d width of the tower, T visual tokens of an image (T = S unless the projector
-resamples), D width of the LLM, M vocabulary, R labels, K tokens of a label.
+Letters: d width of the tower, T visual tokens of an image, D width of the LLM, M vocabulary, R labels, K tokens of a
+label.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -70,28 +68,42 @@ class WordEmbeddings:
         return F.normalize(self.of_labels(labels), dim=-1)
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Images after the vision tower, which projectors of one tower share.
+
+    Attributes:
+        features: `[..., d]` of all images together, float32: what the projector reads.
+        project: computes the visual tokens with a projector of the tower, `[T, D]` for each image.
+    """
+
+    features: Tensor
+    project: Callable[[nn.Module], Sequence[Tensor]]
+
+
 class Encoder(Protocol):
-    """A model up to its projector: turns images into features, and locates their patches."""
+    """A model up to its projector: encodes images, and locates their visual tokens."""
 
     name: str
     device: str
 
     @property
     def image_aspect_ratio(self) -> str:
-        """How images are made square, as shown in the report: `square` (crop), `pad` or `squeeze`."""
+        """How images are treated, as shown in the report: LLaVA's `square` or `pad`, else the image processor."""
 
     @property
-    def width(self) -> int:
-        """d, the width of the features."""
+    def takes_batches(self) -> bool:
+        """Whether several images may be encoded at once."""
 
-    def inputs(self, images: Sequence[Image.Image]) -> Tensor:
-        """Preprocess RGB images for the tower: `[B, 3, side, side]`."""
+    def encode(self, images: Sequence[Image.Image]) -> Encoded:
+        """Run the vision tower on RGB images."""
 
-    def features(self, inputs: Tensor) -> Tensor:
-        """Compute features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
+    def layout(self, image_wh: tuple[int, int], tokens: int) -> Layout:
+        """Return the layout of the visual tokens of an image of this size (width, height in pixels).
 
-    def layout(self, image_wh: tuple[int, int], shape: tuple[int, int]) -> Layout:
-        """Return the layout of `shape` (rows, cols) visual tokens over an image of this size."""
+        Raises:
+            ValueError: such an image cannot have so many tokens.
+        """
 
 
 class LanguageSource(Protocol):
@@ -108,8 +120,8 @@ class VisionLanguageModel:
     Attributes:
         name: name in tables.
         source: origin of the projector's weights, in words.
-        encoder: images -> features.
-        projector: features `[B, S, d]` -> visual tokens `[B, T, D]`.
+        encoder: the vision tower.
+        projector: what `Encoded.project` takes.
         words: word embeddings of the base LLM; of a full checkpoint its own, since fine-tuning changes the table.
         build: builds an untrained projector of the same shape, using torch's global random state.
         projector_modules: names of the projector's modules in the full model.
@@ -127,37 +139,18 @@ class VisionLanguageModel:
     pictured: bool = True
     language: LanguageSource | None = None
 
-    def inputs(self, images: Sequence[Image.Image]) -> Tensor:
-        """Preprocess RGB images for the tower."""
-        return self.encoder.inputs(images)
-
-    def features(self, inputs: Tensor) -> Tensor:
-        """Compute features before the projector, `[B, S, d]`."""
-        return self.encoder.features(inputs)
+    def encode(self, images: Sequence[Image.Image]) -> Encoded:
+        """Run the vision tower on RGB images."""
+        return self.encoder.encode(images)
 
     @torch.no_grad()
-    def visual_tokens(self, features: Tensor) -> Tensor:
-        """Project features `[B, S, d]` to visual tokens `[B, T, D]`, in the order of the layout."""
-        return self.projector(features)
+    def visual_tokens(self, encoded: Encoded) -> Sequence[Tensor]:
+        """Compute the visual tokens of each image, `[T, D]`, in the order in which the LLM reads them."""
+        return encoded.project(self.projector)
 
-    @cached_property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the visual tokens of an image.
-
-        Raises:
-            ValueError: their number is not a square.
-        """
-        # Run the projector: a resampling one, such as the C-Abstractor, sets the number of tokens.
-        blank = self.encoder.inputs([Image.new("RGB", (64, 64))])
-        tokens = self.visual_tokens(self.encoder.features(blank)).shape[1]
-        side = math.isqrt(tokens)
-        if side * side != tokens:
-            raise ValueError(f"Projector {self.name!r} gives {tokens} tokens, which do not fill a square grid.")
-        return side, side
-
-    def layouts(self, sizes_wh: Sequence[tuple[int, int]]) -> list[Layout]:
-        """Return the layouts of images of these sizes (width, height in pixels)."""
-        return [self.encoder.layout(size_wh, self.shape) for size_wh in sizes_wh]
+    def layout(self, image_wh: tuple[int, int], visual_tokens: Tensor) -> Layout:
+        """Return where the visual tokens `[T, D]` of an image of this size (width, height in pixels) look."""
+        return self.encoder.layout(image_wh, len(visual_tokens))
 
     def word_embeddings(self, ids: Tensor) -> Tensor:
         """Look up word embeddings of the LLM: ids `[...]` -> `[..., D]`, float32."""
@@ -166,7 +159,7 @@ class VisionLanguageModel:
     def untrained(self, seed: int) -> VisionLanguageModel:
         """Return a copy with a random projector of the same shape. The global random state is unchanged."""
         device = next(self.projector.parameters(), self.words.table).device
-        projector = seeded(self.build, seed).to(device, torch.float32).eval()
+        projector = seeded(self.build, seed).to(device).eval()
         name, source = f"{self.name}, untrained, seed {seed}", f"random weights, seed {seed}"
         return replace(self, name=name, source=source, projector=projector, pictured=False)
 

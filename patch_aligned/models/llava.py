@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,14 +40,15 @@ from llava.model.weights import (
 )
 from llava.plugin import ImageView
 from patch_aligned.cells import Layout, square_grid
-from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings, seeded
+from patch_aligned.models.base import Encoded, VisionLanguageModel, WordEmbeddings, seeded
 from patch_aligned.models.language import LanguageModel
 
 PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
 DEFAULT_CONFIG = {"mm_projector_type": "mlp2x_gelu"}
 """Config of random projectors if no trained projector is measured with them: LLaVA-1.5's."""
 CAPTION_REQUEST = "Describe the image in one sentence."
-WORD_TABLE_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+WORD_TABLE_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "wte.embedding", "wte.new_embedding")
+"""The last two are halves of one table, Molmo 2's."""
 
 
 @lru_cache(maxsize=256)  # images of a dataset share few sizes
@@ -72,14 +74,35 @@ def load_words(base: str, placeholder: int | None = None) -> WordEmbeddings:
     from transformers import AutoTokenizer
 
     weights = CheckpointTensors(base)
-    tables = [name for name in weights if name.endswith(WORD_TABLE_ENDINGS)]
-    if len(tables) != 1:
+    tables = sorted(name for name in weights if name.endswith(WORD_TABLE_ENDINGS))
+    if len(tables) != 1 and [name.rpartition(".")[2] for name in tables] != ["embedding", "new_embedding"]:
         raise ValueError(
             f"{base}: expected one tensor named *{' or *'.join(WORD_TABLE_ENDINGS)}, "
-            f"found {sorted(tables) or 'none'}. "
+            f"found {tables or 'none'}. "
             "Pass --base the folder of the language model that the projector was trained for."
         )
-    return WordEmbeddings(AutoTokenizer.from_pretrained(base), weights[tables[0]], base, placeholder)
+    table = torch.cat([weights[name] for name in tables])
+    return WordEmbeddings(AutoTokenizer.from_pretrained(base), table, base, placeholder)
+
+
+class LazyTensor:
+    """A tensor of a checkpoint, read when it is indexed; what `from_pretrained` takes as a weight."""
+
+    def __init__(self, weights: CheckpointTensors, name: str):
+        self._weights, self._name = weights, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._weights[self._name][index]
+
+
+def lazy_tensors(checkpoint: str) -> dict[str, LazyTensor]:
+    """Return the tensors of a checkpoint (folder or hub name) by name. A shard is opened when one of its own is read.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+    """
+    weights = CheckpointTensors(checkpoint)
+    return {name: LazyTensor(weights, name) for name in weights}
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -140,10 +163,17 @@ class LlavaEncoder:
         )
         self.tower = build_vision_tower(config, delay_load=False).to(device=device, dtype=torch.float32).eval()
 
+    takes_batches = True
+
     @property
     def width(self) -> int:
         """d, the width of the features."""
         return self.tower.hidden_size
+
+    def encode(self, images: Sequence[Image.Image]) -> Encoded:
+        """Run the tower on RGB images."""
+        features = self.features(self.inputs(images))
+        return Encoded(features, lambda projector: projector(features))
 
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
         """Preprocess RGB images for the tower: `[B, 3, side, side]`."""
@@ -157,8 +187,16 @@ class LlavaEncoder:
         """Compute features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
         return self.tower(inputs.to(self.device, torch.float32))
 
-    def layout(self, image_wh: tuple[int, int], shape: tuple[int, int]) -> Layout:
-        """Return the layout of `shape` (rows, cols) visual tokens over an image of this size."""
+    def layout(self, image_wh: tuple[int, int], tokens: int) -> Layout:
+        """Return the layout of the visual tokens of an image of this size.
+
+        Raises:
+            ValueError: the projector gives a number that is not a square.
+        """
+        side = math.isqrt(tokens)  # a resampling projector, such as the C-Abstractor, sets the number of tokens
+        if side * side != tokens:
+            raise ValueError(f"The projector gives {tokens} visual tokens, which do not fill a square grid.")
+        shape = side, side
         processor, seen_side = self.tower.image_processor, self.tower.seen_side
         return layout_of(image_view_of(image_wh, processor, self.image_aspect_ratio, shape, seen_side))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,7 @@ from patch_aligned.models.llava import (
     parse_projectors,
     require_distinct,
 )
-from patch_aligned.models.transformers import family_of, load_family
+from patch_aligned.models.transformers import is_of_transformers, load_transformers
 
 
 def load_models(
@@ -29,8 +28,8 @@ def load_models(
     """Load the models given by `--projector`, in order.
 
     Args:
-        specifications: `NAME=PATH` or `NAME=random[:SEED]`. PATH is LLaVA's (see `ProjectorSource`) or the folder of a
-            model in `transformers.FAMILIES`.
+        specifications: `NAME=PATH` or `NAME=random[:SEED]`. PATH is LLaVA's (see `ProjectorSource`), or the folder or
+            hub name of a model of transformers.
         base: the LLM whose word embeddings LLaVA's projectors are compared with; full models have their own.
         vision_tower, image_aspect_ratio: override the configs of LLaVA's projectors.
         device: device of towers and projectors.
@@ -43,12 +42,12 @@ def load_models(
     places = [name_and_place(specification) for specification in specifications]
     names = [name for name, _ in places]
     require_distinct(names)
-    of_families = {name: Path(place) for name, place in places if family_of(Path(place))}
-    own = [f"{name}={place}" for name, place in places if name not in of_families]
-    sources = parse_projectors(own) if own or not of_families else []
+    of_transformers = {name: place for name, place in places if is_of_transformers(place)}
+    own = [f"{name}={place}" for name, place in places if name not in of_transformers]
+    sources = parse_projectors(own) if own or not of_transformers else []
     if base is None and not all(source.is_full_checkpoint for source in sources):
         raise ValueError("--base is missing: projectors are compared with the word embeddings of their LLM.")
-    models = {name: load_family(name, path, device) for name, path in of_families.items()}
+    models = {name: load_transformers(name, place, device) for name, place in of_transformers.items()}
     if sources:
         encoder = load_encoder(sources, vision_tower, image_aspect_ratio, device)
         words = load_words(base or str(sources[0].path))

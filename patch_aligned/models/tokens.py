@@ -15,13 +15,13 @@ from torch import Tensor
 PROJECTORS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe"], ("visual.merger",)),
     **dict.fromkeys(["qwen3_vl", "qwen3_vl_moe"], ("visual.merger", "visual.deepstack_merger_list")),
-    "glm4v": ("visual.downsample", "visual.merger", "visual.post_layernorm"),
+    "glm4v": ("visual.post_layernorm", "visual.downsample", "visual.merger"),
     "kimi_k25": ("mm_projector",),
     "video_llama_3": ("projector",),
     "ernie4_5_vl_moe": ("resampler_model",),
     "paddleocr_vl": ("projector",),
     "ovis2": ("vision_tower.head_linear", "vision_tower.head_norm", "visual_embeddings_table"),
-    "llama4": ("multi_modal_projector", "vision_model.vision_adapter"),
+    "llama4": ("vision_model.vision_adapter", "multi_modal_projector"),
     "minicpmv4_6": ("merger", "vision_tower.vit_merger"),
     "lighton_ocr": ("vision_projection",),
     "deepseek_vl": ("aligner",),
@@ -33,7 +33,8 @@ PROJECTORS: dict[str, tuple[str, ...]] = {
         ("multi_modal_projector",),
     ),
 }
-"""Modules, or parameters, between vision encoder and LLM, by `model_type`; names within the base model."""
+"""Modules, or parameters, between vision encoder and LLM, by `model_type`; names within the base model. The first reads
+the encoder's features."""
 
 
 def image_token_id(config: Any) -> int:

@@ -1,200 +1,255 @@
-"""`models.base` for models of transformers. Each family is an entry of the registry `FAMILIES`.
+"""`models.base` for every family of transformers that `tokens.PROJECTORS` names. A family needs no code of its own.
 
-The measured input is the full image as one square: squeezed, cropped or padded. Tiles of the image, which some models
-add, are not measured.
+Only vision tower and projector are loaded; the LLM's layers are neither built nor read. Images are encoded one at a
+time, each as its processor has it, tiles included.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from patch_aligned.cells import Layout, square_grid
-from patch_aligned.models.base import VisionLanguageModel
-from patch_aligned.models.llava import ImageView, image_view_of, layout_of, load_words, read_config
+from patch_aligned.cells import Layout
+from patch_aligned.models.base import Encoded, VisionLanguageModel
+from patch_aligned.models.layouts import layouts_of
+from patch_aligned.models.llava import lazy_tensors, load_words, read_config
+from patch_aligned.models.tokens import PROJECTORS, image_inputs, image_token_id, visual_tokens
 
 
-def _last_layer(model: Any, pixels: Tensor) -> Tensor:
-    return model.get_submodule("vision_tower" if hasattr(model, "vision_tower") else "vision_model")(
-        pixel_values=pixels
-    ).last_hidden_state
-
-
-def _chosen_layers(model: Any, pixels: Tensor) -> Tensor:
-    """Concatenate the chosen hidden layers, without CLS if the config drops it: `[B, S, d]`."""
-    layers = model.config.vision_feature_layer
-    hidden = model.vision_tower(pixels, output_hidden_states=True).hidden_states
-    first = 1 if model.config.vision_feature_select_strategy == "default" else 0
-    chosen = [layers] if isinstance(layers, int) else layers
-    return torch.cat([hidden[layer][:, first:] for layer in chosen], dim=-1)
-
-
-@dataclass(frozen=True)
-class Family:
-    """What is specific to the models of one `model_type`.
-
-    Attributes:
-        projector: name of the projector's module in the model.
-        features: computes the projector's input `[B, S, d]` from the model and pixels `[B, 3, side, side]`.
-        squeezes: whether images are squeezed to a square; otherwise the image processor's settings decide.
-        processor_options: options of the image processor, such as not to split an image into tiles.
-    """
-
-    projector: str
-    features: Callable[[Any, Tensor], Tensor]
-    squeezes: bool = True
-    processor_options: Mapping[str, Any] = field(default_factory=dict)
-
-
-_WHOLE_IMAGE = {"do_image_splitting": False, "do_pad": False}
-FAMILIES: dict[str, Family] = {
-    "llava": Family("multi_modal_projector", _chosen_layers, squeezes=False),
-    "llava_next": Family("multi_modal_projector", _chosen_layers),  # the first of its tiles is the base tile
-    # PaliGemma scales word embeddings by the square root of its width, which changes neither cosines nor entropies.
-    "paligemma": Family("multi_modal_projector", _last_layer),
-    # The connector merges blocks of patches, so a token covers several patches in each direction.
-    "idefics3": Family("connector", _last_layer, processor_options=_WHOLE_IMAGE),
-    "smolvlm": Family("connector", _last_layer, processor_options=_WHOLE_IMAGE),
-}
-"""Registry of supported families, by `model_type` of the config."""
-
-
-def family_of(path: Path) -> Family | None:
-    """Return the family of a checkpoint folder, or None if it is not a model of transformers (such as LLaVA's own).
+def is_of_transformers(place: str) -> bool:
+    """Whether a folder or hub name is a model of transformers, rather than one of LLaVA's own checkpoints.
 
     Raises:
-        ValueError: it is a model of transformers of an unknown family, or its config.json is broken.
+        FileNotFoundError: it looks like a hub name, and the hub does not give its config.
+        ValueError: its family is unknown, or its config.json is broken.
     """
-    file = path / "config.json"
-    if not file.is_file():
-        return None
-    config = read_config(file)
-    if "text_config" not in config:  # LLaVA's own configs may have model_type `llava` too, but no nested configs
-        return None
-    model_type = config.get("model_type", "")
-    if model_type not in FAMILIES:
+    if (file := Path(place, "config.json")).is_file():
+        config = read_config(file)
+    elif Path(place).exists() or place.count("/") != 1 or place.startswith(("/", ".", "~")):
+        return False
+    else:
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(place)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"--projector: there is no folder {place}, and no model of this name can be fetched from the hub: "
+                f"{str(error).splitlines()[0]} Pass an --output_dir of stage 1, the folder of a model, or a hub name."
+            ) from error
+    if not {"text_config", "vision_config"} & config.keys():  # LLaVA's own may have model_type `llava` too
+        return False
+    if (model_type := config.get("model_type")) not in PROJECTORS:
         raise ValueError(
-            f"{path}: config.json says model_type {model_type!r}; expected one of {', '.join(FAMILIES)}. "
-            "To add a family, extend FAMILIES in patch_aligned/models/transformers.py."
+            f"{place}: config.json says model_type {model_type!r}; expected one of {', '.join(PROJECTORS)}. To add a "
+            "family whose tokens have a place, add its projector to PROJECTORS in patch_aligned/models/tokens.py."
         )
-    return FAMILIES[model_type]
+    return True
 
 
-def load_family(name: str, path: Path, device: str = "cpu") -> VisionLanguageModel:
-    """Load a model up to its projector, and its word embeddings. The layers of its LLM are not loaded.
+def load_transformers(name: str, place: str, device: str = "cpu") -> VisionLanguageModel:
+    """Load a model up to its projector, and its word embeddings.
 
     Args:
         name: name of the projector in tables.
-        path: folder of a checkpoint of one of `FAMILIES`.
+        place: folder or hub name. Of sharded weights only the files with tower, projector and words are opened.
         device: device of tower and projector, which run in float32.
 
     Raises:
-        ValueError: the family is unknown, or weights are missing.
+        ValueError: weights are missing, or the tokens have no place.
     """
-    family = family_of(path)
-    if family is None:
-        raise ValueError(f"{path}: found no model of transformers; expected a folder whose config.json has text_config")
-    encoder = TransformersEncoder(path, family, device)
-    projector = encoder.model.get_submodule(family.projector)
-    words = load_words(str(path), placeholder=encoder.config.image_token_id)
-
-    def untrained() -> nn.Module:
-        return type(projector)(encoder.config)
-
-    modules = (f"model.{family.projector}",)
-    return VisionLanguageModel(name, str(path), encoder, projector, words, untrained, modules)
+    encoder = TransformersEncoder(place, device)
+    config, projector = encoder.config, encoder.projector
+    words = load_words(place, placeholder=image_token_id(config))
+    modules = PROJECTORS[config.model_type]
+    return VisionLanguageModel(name, place, encoder, projector, words, projector.untrained, modules)
 
 
 class TransformersEncoder:
-    """A model of transformers up to its projector.
+    """The vision tower of a model of transformers, with its processor.
 
-    Args:
-        path: folder of the checkpoint.
-        family: its family.
-        device: device of the model, which runs in float32.
+    Attributes:
+        projector: the trained one.
 
     Raises:
-        ValueError: weights of the tower or the projector are missing.
+        ValueError: weights of the tower or the projector are missing, or the tokens have no place.
     """
 
-    def __init__(self, path: Path, family: Family, device: str = "cpu"):
-        self.name, self.device, self._family = str(path), device, family
-        config = AutoConfig.from_pretrained(path)
-        self.config = copy.deepcopy(config)
-        self.model: Any = _without_language_layers(path, config).to(device)
-        self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")  # as in LLaVA
-        # Not the config's image_size, which is that of the tower's pretraining: DINOv2 accepts any size.
-        self._side = self.inputs([Image.new("RGB", (64, 64))]).shape[-1]
+    takes_batches = False
 
-    @property
-    def width(self) -> int:
-        """d, the width of the features, summed over the chosen layers."""
-        layers = getattr(self.config, "vision_feature_layer", 0)
-        return self.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    def __init__(self, place: str, device: str = "cpu"):
+        self.name, self.device, self.config = place, device, AutoConfig.from_pretrained(place)
+        self.processor = AutoProcessor.from_pretrained(place)
+        # On PIL where it can be, as in LLaVA: pixels are those that most models were trained with.
+        self.processor.image_processor = AutoImageProcessor.from_pretrained(place, backend="pil")
+        layouts_of(self.processor, [(64, 64)])
+        self.projector = InnerProjector(_without_language_model(place, self.config).to(device))
 
     @property
     def image_aspect_ratio(self) -> str:
-        """How images are made square: LLaVA's `square` (crop) or `pad`, or `squeeze`."""
-        if self._family.squeezes:
-            return "squeeze"
-        treatment = self._view((self._side, self._side), (1, 1)).treatment
-        return "square" if treatment == "crop" else treatment
+        """The image processor, which decides how images are resized and tiled."""
+        return type(self.processor.image_processor).__name__
 
-    def inputs(self, images: Sequence[Image.Image]) -> Tensor:
-        """Preprocess RGB images for the tower: `[B, 3, side, side]`. Of several tiles, the first is used."""
-        stacked = []
-        for image in images:
-            values = self.image_processor(image, return_tensors="pt", **self._family.processor_options)["pixel_values"]
-            stacked.append(values.reshape(-1, *values.shape[-3:])[0])  # [1, (tiles,) 3, side, side] -> [3, side, side]
-        return torch.stack(stacked)
+    def encode(self, images: Sequence[Image.Image]) -> Encoded:
+        """Run the tower on one RGB image."""
+        [image] = images
+        inputs = image_inputs(self.processor, [[image]]).to(self.device)
+        features, outputs = self.projector.record(inputs)
+        return Encoded(features, lambda projector: [projector(inputs, outputs)])
+
+    def layout(self, image_wh: tuple[int, int], tokens: int) -> Layout:
+        """Return the layout of the visual tokens of an image of this size.
+
+        Raises:
+            ValueError: the model gives another number of tokens than its processor announces.
+        """
+        [layout] = layouts_of(self.processor, [image_wh])
+        if layout.length != tokens:
+            raise ValueError(
+                f"{self.name}: found {tokens} visual tokens of an image of {image_wh} pixels, expected {layout.length} "
+                "by its processor. Processor and weights do not belong together: copy both from one model."
+            )
+        return layout
+
+
+Outputs = dict[str, list[Any]]
+"""What modules of the tower return, call by call, by their names."""
+
+
+class InnerProjector(nn.Module):
+    """The projector of a model, run where it stands: often between modules of the tower, and in several places.
+
+    Whatever the tower does before the first of the projector's modules is called is the same for every projector. It is
+    recorded once, and replayed for the others.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model.eval()
+        self._names = PROJECTORS[model.config.model_type]
 
     @torch.no_grad()
-    def features(self, inputs: Tensor) -> Tensor:
-        """Compute features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
-        return self._family.features(self.model, inputs.to(self.device, torch.float32))
+    def record(self, inputs: Any) -> tuple[Tensor, Outputs]:
+        """Run the model. Returns the projector's input `[..., d]`, and what the tower returned before it."""
+        outputs: Outputs = {name: [] for name in self._tower(self.model)}
+        features: list[Tensor] = []
+        own = [module for name, module in self.model.named_modules() if self._is_inside(name)]
+        was_called = False
 
-    def layout(self, image_wh: tuple[int, int], shape: tuple[int, int]) -> Layout:
-        """Return the layout of `shape` (rows, cols) visual tokens over an image of this size."""
-        if not self._family.squeezes:
-            return layout_of(self._view(image_wh, shape))
-        grid = square_grid(image_wh, "squeeze", shape, self._side, self._side, self._seen_side)
-        return Layout((grid,), grid.rows * grid.cols)
+        def keep(name: str) -> Any:
+            return lambda module, args, output: None if was_called else outputs[name].append(_own(output))
 
-    def _view(self, image_wh: tuple[int, int], shape: tuple[int, int]) -> ImageView:
-        """Describe the image processor's treatment: padding, centre crop or squeezing."""
-        ratio = "pad" if getattr(self.image_processor, "do_pad", False) else "square"
-        return image_view_of(image_wh, self.image_processor, ratio, shape, self._seen_side)
+        def note_call(module: nn.Module, args: Any) -> None:
+            nonlocal was_called
+            was_called = True
 
-    @property
-    def _seen_side(self) -> int:
-        """Side of the area that patches cover, in pixels. The rest of the processor's output is not seen."""
-        patch = self.config.vision_config.patch_size
-        return self._side // patch * patch
+        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
+            features.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+        handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in outputs]
+        handles += [module.register_forward_pre_hook(note_call) for module in own]
+        first = self.model.get_submodule(self._names[0])
+        handles.append(first.register_forward_pre_hook(read, with_kwargs=True))
+        try:
+            visual_tokens(self.model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in features]), outputs
+
+    def forward(self, inputs: Any, outputs: Outputs) -> Tensor:
+        """Compute the visual tokens of an image, `[T, D]`."""
+        with _replayed(self.model, outputs):
+            return visual_tokens(self.model, inputs)
+
+    def untrained(self) -> InnerProjector:
+        """Return a copy that shares the tower. The projector's weights are drawn as the model itself initialises them.
+
+        Matrices that this leaves at zero, such as Gemma 3's, are drawn from a normal distribution of the width that the
+        config names: tokens that are all zero have neither entropy nor direction.
+        """
+        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
+        shared = {id(tensor): tensor for name, tensor in tensors if not self._is_inside(name)}
+        twin = copy.deepcopy(self.model, shared)
+        drawn = [parameter for name, parameter in twin.named_parameters() if self._is_inside(name)]
+        for parameter in drawn:
+            parameter.data = parameter.data.cpu()  # the same weights on every device
+        for name, module in twin.named_modules():
+            if self._is_inside(name) or any(own.rpartition(".")[0] == name for own in self._names):
+                module._is_hf_initialized = False
+        twin.initialize_weights()
+        std = getattr(twin.config.get_text_config(), "initializer_range", None) or 0.02
+        for parameter in drawn:
+            if parameter.ndim > 1 and not parameter.any():
+                nn.init.normal_(parameter, std=std)
+        return InnerProjector(twin)
+
+    def _is_inside(self, name: str) -> bool:
+        return any(name == own or name.startswith(f"{own}.") for own in self._names)
+
+    def _tower(self, module: nn.Module, prefix: str = "") -> Iterator[str]:
+        """Yield the names of the largest modules that hold no part of the projector."""
+        for name, child in module.named_children():
+            name = prefix + name
+            if any(own.startswith(f"{name}.") for own in self._names) or isinstance(child, nn.ModuleList):
+                yield from self._tower(child, f"{name}.")
+            elif not self._is_inside(name):
+                yield name
 
 
-def _without_language_layers(path: Path, config: Any) -> nn.Module:
-    text_config = config.get_text_config()
-    text_config.num_hidden_layers = 0
-    if getattr(text_config, "layer_types", None):
-        text_config.layer_types = []
+@contextmanager
+def _replayed(model: nn.Module, outputs: Outputs) -> Iterator[None]:
+    """Let modules return what was recorded, as often as it was; then they run again."""
+
+    def replay(module: nn.Module, recorded: deque[Any]) -> Any:
+        run = module.forward
+        return lambda *args, **kwargs: _own(recorded.popleft()) if recorded else run(*args, **kwargs)
+
+    modules = [(model.get_submodule(name), deque(recorded)) for name, recorded in outputs.items() if recorded]
+    for module, recorded in modules:
+        module.forward = replay(module, recorded)
+    try:
+        yield
+    finally:
+        for module, _ in modules:
+            del module.forward
+
+
+def _own(output: Any) -> Any:
+    """Copy an output with fields, to which models write their own later."""
+    return copy.copy(output) if isinstance(output, dict) else output
+
+
+def _without_language_model(place: str, config: Any) -> Any:
+    """Load a model whose LLM is nothing. Weights are read by the names that transformers maps to those of the model."""
+    known: Any = MODEL_MAPPING[type(config)]
+
+    def init(self: Any, config: Any) -> None:
+        known.__init__(self, config)
+        for unused in (self.get_decoder(), self.get_encoder(modality="audio")):
+            if unused not in (None, self):
+                self.set_submodule(next(name for name, part in self.named_modules() if part is unused), nn.Identity())
+
+    cut: Any = type(known.__name__, (known,), {"__init__": init, "__module__": known.__module__})
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # else it lists all layers that are skipped on purpose
     try:
-        model, report = AutoModel.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+        model, report = cut.from_pretrained(
+            None, config=config, state_dict=lazy_tensors(place), dtype=torch.float32, output_loading_info=True
+        )
     finally:
         transformers_logging.set_verbosity(verbosity)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{path}: the checkpoint lacks {len(missing)} weights of a {config.model_type}, such as {missing[0]!r}, so "
-            "the tower or projector is incomplete. Pass the folder of a complete model."
+            f"{place}: the checkpoint lacks {len(missing)} weights of a {config.model_type}, such as {missing[0]!r}, "
+            "so the tower or projector is incomplete. Pass the folder of a complete model."
         )
-    return model.eval()
+    return model

@@ -65,8 +65,9 @@ def read_scenes(model: VisionLanguageModel, folder: Path) -> Scenes:
     for image in tqdm(list(read_annotations(folder / "pad.json")), unit="image", desc=folder.name):
         with torch.inference_mode():
             picture = decode_image(image_path(folder, image.image_id))
-            features.append(model.features(model.inputs([picture]))[0].clone())
-        [layout] = model.layouts([image.size_wh])
+            encoded = model.encode([picture])
+            features.append(encoded.features[0].clone())
+            layout = model.layout(image.size_wh, model.visual_tokens(encoded)[0])
         objects = [region for region in image.regions if region.extra.get("kind") == "object"]
         masks = [region.rle_mask for region in objects]
         covered = covered_tokens_of_regions(masks, image.size_wh, layout.grids[0], LEAST_COVERAGE, image.image_id)

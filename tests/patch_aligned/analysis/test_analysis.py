@@ -8,7 +8,9 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from llava.convert.to_hf import to_hf
 from patch_aligned.analysis.alignment import THRESHOLD_RULES
@@ -114,12 +116,16 @@ def test_models_of_other_towers_are_analysed_beside_ours(golden_world: Path, pad
     found = analyse(models, settings, lambda done, total: told.append((done, total)))
     assert list(found.models) == ["hf", "own"]
     hf, own = found.models["hf"], found.models["own"]
-    assert hf.counts == own.counts
-    assert hf.entropy_after.entropy_nats == pytest.approx(own.entropy_after.entropy_nats, rel=1e-5)
-    for name in ("align_px", "average_precision_px", "cosine", "contrast"):
-        assert hf.metrics.loc[name, "value"] == pytest.approx(own.metrics.loc[name, "value"], rel=1e-4)
-    assert told == [(4, 8), (8, 8)]
-    assert list(found.picture[0].cells) == ["hf", "own"]
+    assert (hf.counts, hf.grid, hf.layouts) == (own.counts, (4, 4), {"4 × 4": 4})
+    for which in ("entropy_before", "entropy_after"):
+        assert getattr(hf, which).entropy_nats == pytest.approx(getattr(own, which).entropy_nats, rel=1e-5)
+    np.testing.assert_allclose(hf.metrics["value"], own.metrics["value"], rtol=1e-4)
+    assert told == [(1, 8), (2, 8), (3, 8), (4, 8), (8, 8)]
+    for row in found.picture:
+        assert list(row.cells) == ["hf", "own"]
+        grids = [cell.grid for cell in row.cells.values()]
+        assert (grids[0].x_edges, grids[0].y_edges) == (grids[1].x_edges, grids[1].y_edges)
+        torch.testing.assert_close(row.cells["hf"].cosine, row.cells["own"].cosine, rtol=1e-4, atol=1e-6)
 
 
 def test_the_result_is_strict_json_with_the_rule_of_every_metric(golden_world: Path, pad: Path):

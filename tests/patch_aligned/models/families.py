@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -291,6 +291,17 @@ PUBLISHED: list[tuple[str, dict[str, Any], str, tuple[str, str]]] = [
     ("deepseek_vl", {"settings": {}, "options": {}}, DEFAULTS, ("24x24", "24x24")),
 ]
 # fmt: on
+
+
+def save_tiny(name: str, folder: Path) -> Any:
+    """Save a tiny model of a family with its processor, and return the model. Its table has a row for every token."""
+    family = replace(FAMILIES[name], text=FAMILIES[name].text | {"vocab_size": 1300})  # PaliGemma adds 1,152 tokens
+    model, processor = tiny_copy(family.make_config()), family.make_processor()
+    if name == "ernie4_5_vl_moe":  # it would save a font with its processor
+        processor.video_processor.draw_on_frames = False
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model
 
 
 def checked(family: Family) -> str:

@@ -1,4 +1,4 @@
-"""Each family gives the visual tokens that transformers' own model computes, and knows where its pixels land."""
+"""Every family gives the visual tokens of the whole model without its LLM, and random projectors beside them."""
 
 from __future__ import annotations
 
@@ -11,213 +11,172 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    CLIPVisionConfig,
-    Dinov2Config,
-    GemmaConfig,
-    Idefics3Config,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    PaliGemmaConfig,
-    SiglipVisionConfig,
-    SmolVLMConfig,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from llava.convert.to_hf import to_hf
-from patch_aligned.masks import token_coverage_of_regions
+from patch_aligned.models.base import VisionLanguageModel
 from patch_aligned.models.load import load_models
-from patch_aligned.models.transformers import family_of, load_family
+from patch_aligned.models.tokens import PROJECTORS, image_inputs, visual_tokens
+from patch_aligned.models.transformers import is_of_transformers, load_transformers
+from tests.patch_aligned.models.families import FAMILIES, save_tiny
 
-SIDE, PATCH, WORDS = 32, 8, 1000
-TEXT = {
-    "vocab_size": WORDS, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12, "pad_token_id": 0,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "image_size": SIDE, "patch_size": PATCH,
-}  # fmt: skip
-CROP = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-SQUARE = {"height": SIDE, "width": SIDE}
-TILES = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+ONE_OF_EACH = [name for name in FAMILIES if "," not in name]
 
 
-def configured(family: str) -> tuple[Any, Any]:
-    """Config and image processor of a tiny model."""
-    text = LlamaConfig(**TEXT)
-    if family.startswith("llava"):
-        parts = {"vision_config": CLIPVisionConfig(**VISION), "text_config": text, "vision_feature_layer": -2}
-        if family == "llava_next":
-            pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
-            config = LlavaNextConfig(**parts, image_grid_pinpoints=pinpoints)
-            return config, LlavaNextImageProcessorPil(**CROP, image_grid_pinpoints=pinpoints)
-        if family == "llava, padded":
-            return LlavaConfig(**parts | {"vision_feature_layer": [-2, -1]}), LlavaImageProcessorPil(
-                **CROP, do_pad=True
-            )
-        if family == "llava, DINOv2":  # its config keeps the side of its own training; the processor decides
-            vision = Dinov2Config(**VISION | {"image_size": 5 * PATCH})
-            return LlavaConfig(**parts | {"vision_config": vision}), CLIPImageProcessorPil(**CROP)
-        return LlavaConfig(**parts), CLIPImageProcessorPil(**CROP)
-    if family == "paligemma":
-        vision = SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=TEXT["hidden_size"])
-        text = GemmaConfig(**TEXT)
-        config = PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=TEXT["hidden_size"])
-        return config, SiglipImageProcessorPil(size=SQUARE)
-    if family == "idefics3":
-        config = Idefics3Config(vision_config=Idefics3VisionConfig(**VISION), text_config=text, scale_factor=2)
-        return config, Idefics3ImageProcessorPil(**TILES)
-    config = SmolVLMConfig(vision_config=SmolVLMVisionConfig(**VISION), text_config=text, scale_factor=2)
-    return config, SmolVLMImageProcessorPil(**TILES)
-
-
-FAMILIES = ("llava", "llava, padded", "llava, DINOv2", "llava_next", "paligemma", "idefics3", "smolvlm")
+def noise(size_wh: tuple[int, int] = (300, 200)) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size_wh[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 @pytest.fixture
-def saved(golden_world: Path, tmp_path: Path) -> Callable[[str], tuple[Path, Any]]:
-    def save(family: str) -> tuple[Path, Any]:
-        config, processor = configured(family)
-        torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(config).eval()
-        path = tmp_path / "model"
-        model.save_pretrained(path)
-        processor.save_pretrained(path)
-        AutoTokenizer.from_pretrained("tiny-vicuna").save_pretrained(path)
-        return path, model
+def saved(tmp_path: Path) -> Callable[[str], tuple[Path, Any]]:
+    def save(name: str) -> tuple[Path, Any]:
+        if not FAMILIES[name].is_installed:
+            pytest.skip(f"needs transformers >= {FAMILIES[name].since}")
+        return tmp_path / "model", save_tiny(name, tmp_path / "model")
 
     return save
 
 
-def own_tokens(model: Any, family: str, pixels: torch.Tensor) -> torch.Tensor:
-    """Visual tokens of the model's own method, `[T, D]`."""
-    if family == "llava_next":  # packs tiles on its own way: the base alone, through its projector
-        model = model.model
-        hidden = model.vision_tower(pixels[None], output_hidden_states=True).hidden_states[-2][:, 1:]
-        return model.multi_modal_projector(hidden)[0]
-    batch = pixels[None, None] if family in ("idefics3", "smolvlm") else pixels[None]
-    features = model.model.get_image_features(batch, return_dict=True).pooler_output
-    return features[0]
+def lose_the_llm(folder: Path, model: Any) -> None:
+    """Shard a checkpoint into tower, projector and words, and a second shard that is not there: the LLM's layers."""
+    embedding = model.get_input_embeddings()
+    words = {id(weight) for weight in embedding.parameters()}
+    layers = [weight for weight in model.get_decoder().parameters() if id(weight) not in words]
+    tensors = load_file(folder / "model.safetensors")
+    lost = {
+        name
+        for name, tensor in tensors.items()
+        if any(tensor.shape == weight.shape and torch.equal(tensor, weight) for weight in layers)
+    }
+    assert lost
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    save_file({name: tensors[name] for name in tensors.keys() - lost}, folder / first, metadata={"format": "pt"})
+    index = {name: second if name in lost else first for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_and_words_are_those_of_the_whole_model(saved: Callable, family: str):
-    path, model = saved(family)
-    assert family_of(path) is not None
-    tiny = load_family("tiny", path)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, 50, 3), dtype=np.uint8))
-    pixels = tiny.inputs([image])
-    assert pixels.shape == (1, 3, SIDE, SIDE)
-    features = tiny.features(pixels)
-    tokens = tiny.visual_tokens(features)
-    assert features.shape == (1, 16, tiny.encoder.width)
-    assert tiny.shape == ((2, 2) if family in ("idefics3", "smolvlm") else (4, 4))
-    assert tiny.layouts([image.size])[0].length == tokens.shape[1]
-    with torch.no_grad():
-        torch.testing.assert_close(tokens[0], own_tokens(model, family, pixels[0]), rtol=1e-5, atol=1e-6)
-    assert torch.equal(tiny.words.table, model.get_input_embeddings().weight)
-    for module in tiny.projector_modules:
-        assert type(model.get_submodule(module)) is type(tiny.projector)
+def tokens_of(model: VisionLanguageModel, image: Image.Image) -> torch.Tensor:
+    [tokens] = model.visual_tokens(model.encode([image]))
+    return tokens
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_marked_place_lands_where_the_cells_say(saved: Callable, family: str):
-    """A bright block on black, drawn in the original, must show in the pixels of the cells that it covers."""
-    path, _ = saved(family)
-    encoder = load_family("tiny", path).encoder
-    mask = np.zeros((40, 72))
-    mask[10:26, 30:50] = 1
-    image = Image.fromarray(np.repeat((mask * 255).astype(np.uint8)[..., None], 3, axis=2))
-    processor = encoder.image_processor
-    shown = encoder.inputs([image])[0, 0].double().numpy() * processor.image_std[0] + processor.image_mean[0]
-    [grid] = encoder.layout(image.size, (SIDE, SIDE)).grids  # a cell for each pixel that the tower sees
-    rle_mask = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-    expected = token_coverage_of_regions([rle_mask], image.size, grid)[0]  # [side, side]
-    inside, outside = shown[expected > 0.99], shown[expected < 0.01]
-    if family == "llava, padded":
-        outside = outside[outside < 0.4]  # the margin has the mean colour
-    how = {"llava": "square", "llava, DINOv2": "square", "llava, padded": "pad"}
-    assert encoder.image_aspect_ratio == how.get(family, "squeeze")
-    assert inside.mean() > 0.9
-    assert outside.mean() < 0.1
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_tokens_and_words_are_those_of_the_whole_model_where_the_llms_shard_is_missing(saved: Callable, name: str):
+    path, whole = saved(name)
+    lose_the_llm(path, whole)
+    assert is_of_transformers(str(path))
+    tiny = load_transformers("tiny", str(path))
+    encoder: Any = tiny.encoder
+    expected = visual_tokens(whole, image_inputs(encoder.processor, [[noise()]]))
+    encoded = tiny.encode([noise()])
+    [tokens] = tiny.visual_tokens(encoded)
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-6)
+    assert tiny.layout((300, 200), tokens).length == len(tokens)
+    assert encoded.features.ndim == 2
+    assert encoded.features.isfinite().all()
+    table = torch.cat(list(whole.get_input_embeddings().parameters()))
+    assert torch.equal(tiny.words.table, table)
+
+    # Random projectors share the tower's features, and leave the trained one alone.
+    twins = [tiny.untrained(seed) for seed in (3, 3, 4)]
+    [first], [again], [other] = (twin.visual_tokens(encoded) for twin in twins)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.any(dim=-1).all()
+    assert torch.equal(tiny.visual_tokens(encoded)[0], tokens)
+    alone: Any = twins[0].projector
+    torch.testing.assert_close(first, visual_tokens(alone.model, image_inputs(encoder.processor, [[noise()]])))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_token_reads_the_patches_of_its_own_cell(saved: Callable, family: str):
-    """Idefics3's connector joins blocks of patches: a changed patch changes the token over it and no other."""
-    path, _ = saved(family)
-    model = load_family("tiny", path)
-    features = torch.randn(1, 16, model.encoder.width)
-    tokens, (rows, cols) = model.visual_tokens(features), model.shape
-    for patch in range(16):
-        changed = features.clone()
-        changed[:, patch] += 1
-        differs = (model.visual_tokens(changed) != tokens).any(dim=-1)[0]  # [T]
-        row, col = divmod(patch, 4)
-        assert differs.nonzero().flatten().tolist() == [row * rows // 4 * cols + col * cols // 4]
+@pytest.mark.parametrize("name", ["llava_next", "qwen3_vl"])
+def test_an_untrained_twin_differs_in_the_projector_alone(saved: Callable, name: str):
+    tiny = load_transformers("tiny", str(saved(name)[0]))
+    trained: Any = tiny.projector
+    twin: Any = tiny.untrained(0).projector
+    differing = {
+        name
+        for (name, weight), other in zip(trained.model.named_parameters(), twin.model.parameters(), strict=True)
+        if weight is not other
+    }
+    own = PROJECTORS[trained.model.config.model_type]
+    assert differing
+    assert {part for part in own if any(name == part or name.startswith(f"{part}.") for name in differing)} == set(own)
+    assert all(name.startswith(own) for name in differing)
+
+
+def test_zero_matrices_of_fresh_projectors_are_drawn(saved: Callable):
+    """Gemma 3 initialises its projector to zero, whose tokens have neither entropy nor direction."""
+    tiny = load_transformers("tiny", str(saved("gemma3")[0]))
+    twin: Any = tiny.untrained(0).projector
+    matrix = twin.model.multi_modal_projector.mm_input_projection_weight
+    assert float(matrix.detach().std()) == pytest.approx(twin.model.config.get_text_config().initializer_range, rel=0.2)
+
+
+def test_the_tower_runs_once_for_all_projectors(saved: Callable, monkeypatch: pytest.MonkeyPatch):
+    tiny = load_transformers("tiny", str(saved("llava_next")[0]))
+    encoder: Any = tiny.encoder
+    calls = []
+    tower = type(encoder.projector.model.vision_tower)
+    forward = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    encoded = tiny.encode([noise()])
+    for model in (tiny, tiny.untrained(0), tiny.untrained(1)):
+        model.visual_tokens(encoded)
+    assert len(calls) == 1
 
 
 @pytest.mark.golden
 def test_a_converted_checkpoint_gives_the_recorded_tokens(golden_world: Path, goldens: Path, tmp_path: Path):
     golden = np.load(goldens / "g_tower.npz")
-    model = load_family("converted", to_hf("tiny-llava", tmp_path / "converted", dtype="float32"))
-    pixels = model.inputs([Image.open(golden_world / "images" / f"im{index}.png") for index in range(4)])
-    tokens = model.visual_tokens(model.features(pixels))
-    assert model.shape == (4, 4)
+    model = load_transformers("converted", str(to_hf("tiny-llava", tmp_path / "converted", dtype="float32")))
+    images = [Image.open(golden_world / "images" / f"im{index}.png").convert("RGB") for index in range(4)]
+    tokens = torch.stack([tokens_of(model, image) for image in images])
     np.testing.assert_allclose(tokens, golden["encode_images"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llava", "paligemma", "smolvlm"])
-def test_an_untrained_twin_has_the_shape_and_other_weights(saved: Callable, family: str):
-    path, _ = saved(family)
-    model = load_family("tiny", path)
-    twin, again = model.untrained(3), model.untrained(3)
-    shapes = [{name: weight.shape for name, weight in p.projector.state_dict().items()} for p in (model, twin)]
-    assert shapes[0] == shapes[1]
-    weights = [next(p.projector.parameters()) for p in (model, twin, again)]
-    assert not torch.equal(weights[0], weights[1])
-    assert torch.equal(weights[1], weights[2])
-
-
-def test_the_layers_of_the_llm_are_not_built(saved: Callable):
-    encoder: Any = load_family("tiny", saved("llava")[0]).encoder
-    assert not [name for name, _ in encoder.model.named_parameters() if "language_model.layers" in name]
+def without(file: Path, part: str) -> None:
+    kept = {name: tensor for name, tensor in load_file(file).items() if part not in name}
+    save_file(kept, file, metadata={"format": "pt"})
 
 
 def test_a_checkpoint_without_projector_is_named(saved: Callable):
     path, _ = saved("llava")
-    file = path / "model.safetensors"
-    kept = {name: tensor for name, tensor in load_file(file).items() if "multi_modal_projector" not in name}
-    save_file(kept, file, metadata={"format": "pt"})
+    without(path / "model.safetensors", "multi_modal_projector")
     with pytest.raises(ValueError, match=r"lacks 4 weights of a llava, such as 'multi_modal_projector"):
-        load_family("tiny", path)
+        load_transformers("tiny", str(path))
+
+
+def test_a_missing_shard_of_the_tower_is_named(saved: Callable):
+    path, whole = saved("llava")
+    lose_the_llm(path, whole)
+    (path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00002\.safetensors is missing"):
+        load_transformers("tiny", str(path))
+
+
+def test_a_processor_of_another_model_is_named(saved: Callable):
+    path, _ = saved("internvl")
+    model = load_transformers("tiny", str(path))
+    with pytest.raises(ValueError, match=r"found 5 visual tokens .* expected 112"):
+        model.layout((300, 200), torch.zeros(5, 32))
 
 
 def test_embeddings_that_are_shorter_than_the_tokenizer_are_named(saved: Callable):
-    path, model = saved("llava")
-    model.resize_token_embeddings(900)
-    model.save_pretrained(path)
-    with pytest.raises(ValueError, match=r"ids up to 999.*has 900 rows"):
-        load_family("tiny", path)
+    path, whole = saved("llava")
+    whole.resize_token_embeddings(9)
+    whole.save_pretrained(path)
+    with pytest.raises(ValueError, match=r"ids up to \d+.*has 9 rows"):
+        load_transformers("tiny", str(path))
 
 
-def test_llavas_own_folders_are_of_no_family_and_other_models_are_refused_by_type(golden_world: Path, tmp_path: Path):
-    assert family_of(golden_world / "tiny-llava") is None  # LLaVA's own
-    assert family_of(golden_world / "images") is None
+def test_what_is_no_model_of_transformers_is_told_apart(golden_world: Path, tmp_path: Path):
+    for place in ("tiny-llava", "images", "train_init/mm_projector.bin", "random:3", "./no/such/folder"):
+        assert not is_of_transformers(place)  # LLaVA's own, or nothing
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "text_config": {}}))
-    with pytest.raises(ValueError, match=r"'qwen2_vl'; expected one of llava, llava_next, paligemma"):
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "mllama", "text_config": {}}))
+    with pytest.raises(ValueError, match=r"'mllama'; expected one of qwen2_vl, .*PROJECTORS in patch_aligned"):
         load_models([f"x={tmp_path / 'other'}"])
+    with pytest.raises(FileNotFoundError, match="no folder some/model, and no model of this name can be fetched"):
+        load_models(["x=some/model"])
