@@ -19,7 +19,7 @@ labels of the set.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -282,3 +282,13 @@ def score_regions(
     }
     covers_token = covered.any(dim=1)  # [R]
     return by_area | {name: scores.where(covers_token, torch.nan) for name, scores in by_token.items()}
+
+
+def over_grids(scores: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the scores of an image's regions on several grids.
+
+    Scores of the mean token are averaged over the grids in which a region covers a token; those of the cosine map are
+    the first grid's.
+    """
+    means = {name: torch.stack([of_grid[name] for of_grid in scores]).nanmean(dim=0) for name in SCORES_BY_MEAN}
+    return scores[0] | means

@@ -22,7 +22,8 @@ ProjectorOption = Annotated[
         "--model",
         metavar="NAME=PATH",
         help="A projector or a whole model under a name; repeat for each. PATH is an --output_dir of stage 1, an "
-        "mm_projector.bin, a full checkpoint, a model of transformers, or `random[:SEED]` for untrained weights.",
+        "mm_projector.bin, a full checkpoint, the folder or hub name of a model of transformers, or `random[:SEED]` "
+        "for untrained weights.",
     ),
 ]
 BaseOption = Annotated[
@@ -125,7 +126,7 @@ def analyze(
     token_maps: Annotated[int, typer.Option(min=0, help="Of them, images with token maps; 0: none.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Words a patch in the token maps.")] = 3,
     english: EnglishOption = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass through the tower.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass through a tower of LLaVA.")] = 8,
     device: DeviceOption = "cpu",
 ) -> None:
     """Analyse projectors side by side, on images whose regions are labelled: one report, and every number as JSON.

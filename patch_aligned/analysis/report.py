@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -424,13 +425,17 @@ _LOWEST = 1e-9  # shares below it are rounding
 
 
 def save_spectra_figure(analysis: Analysis, path: Path) -> None:
-    """Plot the eigenvalues of every entropy, both axes logarithmic, as SVG; a shared tower is plotted once."""
+    """Plot the eigenvalues of every entropy, both axes logarithmic, as SVG; a shared tower is plotted once.
+
+    Of several towers each is dashed in the colour of its first model.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     towers: dict[str, tuple[str, Entropy]] = {}
     for name, model in analysis.models.items():
         towers.setdefault(model.tower, (name, model.entropy_before))
+    colours = dict(zip(analysis.models, itertools.cycle(_COLOURS), strict=False))
     height = 3.6 + 0.2 * (len(towers) + len(analysis.models))  # inches, of them 0.2 a line of the legend
     figure = Figure(figsize=(6.2, height), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
@@ -443,12 +448,12 @@ def save_spectra_figure(analysis: Analysis, path: Path) -> None:
         labels.append(f"{drawable(name, _LONGEST_NAME)}: effective rank {entropy.effective_rank:.1f}")
 
     for name, entropy in towers.values():
-        shown = "before" if len(towers) == 1 else f"before {name}"
-        draw(entropy, shown, color="#212529", linestyle="--", linewidth=_THINNEST, zorder=9)
+        shown, colour = ("before", "#212529") if len(towers) == 1 else (f"before {name}", colours[name])
+        draw(entropy, shown, color=colour, linestyle="--", linewidth=_THINNEST, zorder=9)
     for index, (name, model) in enumerate(analysis.models.items()):
         # Each line is thinner than the one before: those of alike projectors coincide, and both must show.
         width = min(_THINNEST + _STEP * (len(analysis.models) - 1 - index), _THICKEST)
-        draw(model.entropy_after, name, color=_COLOURS[index % len(_COLOURS)], linewidth=width)
+        draw(model.entropy_after, name, color=colours[name], linewidth=width)
     axes.set(xscale="log", yscale="log", xlabel="direction, by its share", ylabel="share of the tokens' energy")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

@@ -25,7 +25,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from patch_aligned.analysis.alignment import SCORES_BY_MEAN, score_regions
+from patch_aligned.analysis.alignment import over_grids, score_regions
 from patch_aligned.analysis.entropy import EntropyAccumulator
 from patch_aligned.analysis.localisation import PictureCell, PictureRow, picture_cell
 from patch_aligned.analysis.matching_pursuit import WordDictionary, matching_pursuit
@@ -429,13 +429,9 @@ def pass_over_images(
 ) -> tuple[EntropyAccumulator, list[ModelRun]]:
     """Open every image once and measure all models of an encoder on it: entropy of the features, and a run a model."""
     before: EntropyAccumulator | None = None
-    words = {id(model.words): model.words for model in models}
-    directions = {  # models of one LLM share its labels' [L, D]
-        key: of_llm.directions_of_labels(measured.labels).to(encoder.device) for key, of_llm in words.items()
-    }
-    best_word = {
-        key: partial(_best_word_cosine, dictionary_of(of_llm, encoder.device)) for key, of_llm in words.items()
-    }
+    words = {id(model.words): model.words for model in models}  # models of one LLM share them, and its labels' [L, D]
+    directions = {key: of.directions_of_labels(measured.labels).to(encoder.device) for key, of in words.items()}
+    best_word = {key: partial(_best_word_cosine, dictionary_of(of, encoder.device)) for key, of in words.items()}
     runs = [ModelRun(model) for model in models]
     own = torch.tensor(measured.regions["label"].cat.codes.to_numpy(), dtype=torch.int64)
     first_region = np.cumsum([0, *(len(image.regions) for image in measured.images)])
@@ -473,7 +469,8 @@ def pass_over_images(
                             best_word_cosine=best_word[id(run.model.words)],
                         )
                     )
-                run.scores.append(over_grids(scores).cpu().numpy())
+                joined = over_grids(scores)
+                run.scores.append(torch.stack([joined[name] for name in MEASURED_SCORES], dim=1).cpu().numpy())
                 if position in measured.pictured and run.model.pictured:
                     region = measured.pictured[position]
                     direction = label_directions[own_of_image[region]]  # [D]
@@ -489,16 +486,6 @@ def pass_over_images(
         )
     assert before is not None, "read_set refuses a set without images"
     return before, runs
-
-
-def over_grids(scores: Sequence[dict[str, Tensor]]) -> Tensor:
-    """Join the scores of an image's grids, `[R, scores]` by the order of `MEASURED_SCORES`.
-
-    Those of a region's mean token are averaged over the grids in which the region covers a token; those of cosine maps
-    are of the first grid.
-    """
-    means = {name: torch.stack([of_grid[name] for of_grid in scores]).nanmean(dim=0) for name in SCORES_BY_MEAN}
-    return torch.stack([means.get(name, scores[0][name]) for name in MEASURED_SCORES], dim=1)
 
 
 def _best_word_cosine(dictionary: WordDictionary, vectors: Tensor) -> Tensor:

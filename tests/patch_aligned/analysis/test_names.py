@@ -27,6 +27,7 @@ from patch_aligned.analysis.regions import SCORES_BY_NAME, Resampling
 from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettings, analyse
 from patch_aligned.models import language as language_module
 from patch_aligned.models.base import VisionLanguageModel
+from patch_aligned.models.llava import LlavaEncoder
 from patch_aligned.models.load import load_models
 
 START, STEM = "start=train_init/mm_projector.bin", "A picture of a"
@@ -117,7 +118,7 @@ def test_log_probabilities_equal_a_forward_pass_for_each_name(
     words = llm.get_input_embeddings()
     expected = np.empty((3, len(names)))
     for row, picture in enumerate(shown):
-        tokens = model.visual_tokens(model.features(model.inputs([picture])))[0].double()
+        tokens = model.visual_tokens(model.encode([picture]))[0].double()
         for column, of_name in enumerate(ids):
             start, end = (words(torch.tensor(part, dtype=torch.long)) for part in (before, [*after, *of_name]))
             with torch.no_grad():
@@ -149,12 +150,13 @@ def test_captions_are_those_of_the_whole_model(golden_world: Path):
     """Greedy tokens of `LlavaLlamaForCausalLM.generate` on ids and pixels."""
     [model] = load_models(["full=tiny-llava"], None, None, image_aspect_ratio="square")
     assert model.language is not None
-    language = model.language.load()
+    language, encoder = model.language.load(), model.encoder
+    assert isinstance(encoder, LlavaEncoder)
     images = pictures(golden_world)
-    tokens = model.visual_tokens(model.features(model.inputs(images)))
+    tokens = torch.stack(list(model.visual_tokens(model.encode(images))))
     before, after = language.prompt_ids("")
     ids = torch.tensor([[*before, IMAGE_TOKEN_INDEX, *after]]).expand(3, -1)
-    new = language.model.generate(ids, images=model.inputs(images), do_sample=False, max_new_tokens=9)
+    new = language.model.generate(ids, images=encoder.inputs(images), do_sample=False, max_new_tokens=9)
     texts = language.tokenizer.batch_decode(new, skip_special_tokens=True)
     expected = [text.split(language.stop)[0].strip() for text in texts]
     assert language.captions(tokens, 9) == expected

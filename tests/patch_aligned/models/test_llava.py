@@ -31,13 +31,18 @@ def test_pixels_features_and_tokens_equal_the_recorded_model(golden_world: Path,
     (source,) = parse_projectors(["full=tiny-llava"])
     encoder = load_encoder([source], None, None, "cpu")
     model = source.build(encoder, load_words("tiny-vicuna"), source.config)
-    pixels = encoder.inputs([Image.open(golden_world / "images" / f"im{index}.png") for index in range(4)])
+    images = [Image.open(golden_world / "images" / f"im{index}.png") for index in range(4)]
+    pixels = encoder.inputs(images)
     features = encoder.features(pixels)
-    tokens = model.visual_tokens(features)
+    encoded = model.encode(images)
+    tokens = model.visual_tokens(encoded)
+    assert torch.equal(encoded.features, features)
     np.testing.assert_allclose(pixels, golden["pixels"], atol=1e-6)
     np.testing.assert_allclose(features, golden["tower/patch_-2"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(tokens, golden["encode_images"], rtol=1e-5, atol=1e-5)
-    assert model.shape == (4, 4)
+    np.testing.assert_allclose(torch.stack(list(tokens)), golden["encode_images"], rtol=1e-5, atol=1e-5)
+    assert model.layout((64, 48), tokens[0]).whole.shape == (4, 4)
+    with pytest.raises(ValueError, match="gives 5 visual tokens, which do not fill a square grid"):
+        model.layout((64, 48), tokens[0][:5])
     ids = torch.tensor([5, 7])
     assert torch.equal(model.word_embeddings(ids), model.words.table[ids].float())
 
