@@ -3,25 +3,27 @@
 A COCO RLE mask is a list of vertical runs. The start and end of a run determine its area within each token's cell, so
 coverage is a sum over run ends. Masks are never decoded: this is faster than decoding alone.
 
-Letters: R regions of an image, E run ends of a region.
+Letters: R regions of an image, E run ends of R regions.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from patch_aligned.cells import Layout, TokenGrid
 
+_REGIONS_AT_ONCE = 32
+"""Masks that are read together: enough to spread numpy's overhead, few enough to stay in the processor's cache."""
+
 # Parsing of COCO's compressed RLE. A string encodes run lengths in column-major order, five bits per character; from
 # the fourth run on each is stored as the difference to the run two before it. A batch of strings is parsed with a few
 # array operations, so checking millions of masks takes a minute or two. Format: `maskApi.c` of pycocotools.
 
-_CHARACTERS = re.compile("[0-o]+")  # 64 codes starting at "0"
 _FIRST_CHARACTER = ord("0")
+_CHARACTERS = bytes(range(_FIRST_CHARACTER, _FIRST_CHARACTER + 64))
 _CONTINUES = 0x20
 _NEGATIVE = 0x10
 _VALUE = 0x1F
@@ -67,7 +69,7 @@ def checked_run_lengths(
 def _problem_of_spelling(text: str) -> str | None:
     if not text:
         return "an empty string"
-    if not _CHARACTERS.fullmatch(text):
+    if not text.isascii() or text.encode().translate(None, _CHARACTERS):
         return "a character that no RLE string has"
     if (ord(text[-1]) - _FIRST_CHARACTER) & _CONTINUES:
         return "a string that is cut off within a number"
@@ -84,31 +86,26 @@ def run_lengths(rle_masks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """
     codes = np.frombuffer("".join(rle_masks).encode("ascii"), dtype=np.uint8) - np.uint8(_FIRST_CHARACTER)
     last_character = np.flatnonzero(codes < _CONTINUES)
-    first_character = np.concatenate(([0], last_character[:-1] + 1))
-    lengths = last_character - first_character + 1
+    lengths = np.diff(last_character, prepend=-1)
+    # A number begins with its lowest bits. Its last character has the highest, in two's complement.
+    runs = (codes[last_character] ^ _NEGATIVE).astype(np.int64) - _NEGATIVE
+    longer = np.flatnonzero(lengths > 1)
+    for back in range(1, min(int(lengths.max()), _MAX_CHARACTERS_PER_RUN)):
+        runs[longer] = (runs[longer] << _BITS) + (codes[last_character[longer] - back] & _VALUE)
+        longer = longer[lengths[longer] > back + 1]
+    runs[lengths > _MAX_CHARACTERS_PER_RUN] = -1  # impossible length, reported as a negative run
 
-    numbers = (codes[first_character] & _VALUE).astype(np.int64)
-    for index in range(1, min(int(lengths.max()), _MAX_CHARACTERS_PER_RUN)):
-        longer = np.flatnonzero(lengths > index)
-        digits = (codes[first_character[longer] + index] & _VALUE).astype(np.int64)
-        numbers[longer] += digits << (_BITS * index)
-    negative = np.flatnonzero(codes[last_character] & _NEGATIVE)
-    numbers[negative] -= np.int64(1) << (_BITS * np.minimum(lengths[negative], _MAX_CHARACTERS_PER_RUN))
-    numbers[lengths > _MAX_CHARACTERS_PER_RUN] = -1  # impossible length, reported as a negative run
-
-    text_starts = np.cumsum([0, *(len(text) for text in rle_masks[:-1])])
-    mask_starts = np.searchsorted(first_character, text_starts)
-    runs_of_mask = np.diff(mask_starts, append=numbers.size)
-
+    mask_ends = np.searchsorted(last_character, np.cumsum([len(text) for text in rle_masks]))
+    mask_starts = np.append(0, mask_ends[:-1])
     # Runs 0, 1 and 2 are stored as they are; run i > 2 is added to run i - 2. So within a mask the odd runs are a
     # cumulative sum, and so are the even runs from 2 on.
-    is_odd = ((np.arange(numbers.size) - np.repeat(mask_starts, runs_of_mask)) & 1).astype(bool)
-    first_runs = numbers[mask_starts]
-    numbers[mask_starts] = 0  # so that the cumulative sum at a mask's start is the sum before it
-    runs = np.empty_like(numbers)
-    for chain in (is_odd, ~is_odd):
-        running = np.cumsum(np.where(chain, numbers, 0))
-        runs[chain] = (running - np.repeat(running[mask_starts], runs_of_mask))[chain]
+    first_runs = runs[mask_starts]
+    runs[mask_starts] = 0
+    for chain in (0, 1):
+        sums = np.cumsum(runs[chain::2])
+        chain_ends = (mask_ends + 1 - chain) // 2
+        before = np.append(0, sums)[np.append(0, chain_ends[:-1])]  # [masks]
+        runs[chain::2] = sums - np.repeat(before, np.diff(chain_ends, prepend=0))
     runs[mask_starts] = first_runs
     return runs, mask_starts
 
@@ -128,7 +125,7 @@ def covered_tokens_of_regions(
     min_coverage: float = 0.5,
     record: str = "record",
 ) -> np.ndarray:
-    """Return the tokens that each region of an image covers.
+    """Return the tokens that each region of an image covers, of one grid.
 
     Args:
         rle_masks: COCO compressed RLE strings, one per region.
@@ -145,11 +142,26 @@ def covered_tokens_of_regions(
         PatchMaskError: see `token_coverage_of_regions`.
         ValueError: if `min_coverage` is not in (0, 1].
     """
-    if not 0 < min_coverage <= 1:
-        raise ValueError(f"min_coverage: found {min_coverage}, expected a share of a cell's area in (0, 1]")
-    coverage = token_coverage_of_regions(rle_masks, size_wh, grid, record)
-    # [R, rows, cols] -> [R, rows * cols]
-    return (coverage >= min_coverage - _COVERAGE_SLACK).reshape(len(rle_masks), grid.rows * grid.cols)
+    return _is_covered(token_coverage_of_regions(rle_masks, size_wh, grid, record), min_coverage)
+
+
+def covered_tokens_of_layout(
+    rle_masks: Sequence[str],
+    size_wh: Sequence[int],
+    layout: Layout,
+    min_coverage: float = 0.5,
+    record: str = "record",
+) -> np.ndarray:
+    """Return the tokens that each region of an image covers, of all grids: bool `[R, layout.length]`.
+
+    Each mask is parsed once. For arguments and errors see `covered_tokens_of_regions`. Columns are in the order of the
+    visual tokens; those of one grid are `covered[:, grid.tokens.ravel()]`.
+    """
+    covered = np.zeros((len(rle_masks), layout.length), dtype=bool)
+    for regions, coverages in _coverage_in_parts(rle_masks, size_wh, layout.grids, record):
+        for grid, coverage in zip(layout.grids, coverages, strict=True):
+            covered[regions, grid.tokens.ravel()] = _is_covered(coverage, min_coverage)
+    return covered
 
 
 def rle_of_mask(mask: np.ndarray) -> str:
@@ -173,12 +185,7 @@ def tokens_of_mask(mask: np.ndarray, layout: Layout, min_coverage: float = 0.5) 
     Raises:
         PatchMaskError: the mask has another size than the image.
     """
-    rle_mask = rle_of_mask(mask)
-    covered = np.zeros(layout.length, dtype=bool)
-    for grid in layout.grids:
-        [cells] = covered_tokens_of_regions([rle_mask], np.shape(mask)[::-1], grid, min_coverage, "mask")
-        covered[grid.tokens.ravel()[cells]] = True
-    return covered
+    return covered_tokens_of_layout([rle_of_mask(mask)], np.shape(mask)[::-1], layout, min_coverage, "mask")[0]
 
 
 def token_coverage_of_regions(
@@ -192,70 +199,97 @@ def token_coverage_of_regions(
         PatchMaskError: if the stated size is not the image's (for instance swapped), or a mask is malformed or does not
             sum to the image's pixels.
     """
-    require_size(size_wh, grid.image_wh, record)
-    if not rle_masks:
-        return np.zeros((0, grid.rows, grid.cols))
-    width, height = grid.image_wh
-    pixels = width * height
-    problems, runs, mask_starts = checked_run_lengths(rle_masks, [pixels] * len(rle_masks))
-    _raise_first(problems, grid.image_wh, record)
-    edges, first_edge = _run_edges(runs, mask_starts, pixels)
-    return _shares_between(edges, first_edge, *_share_tables(grid))
+    covered = np.zeros((len(rle_masks), *grid.shape))
+    for regions, [coverage] in _coverage_in_parts(rle_masks, size_wh, [grid], record):
+        covered[regions] = coverage
+    return covered
 
 
-def _run_edges(runs: np.ndarray, mask_starts: np.ndarray, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return start, end, start, end ... of the filled runs `[E]`, and the offset of each mask's edges `[R + 1]`.
+def _is_covered(coverage: np.ndarray, min_coverage: float) -> np.ndarray:
+    if not 0 < min_coverage <= 1:
+        raise ValueError(f"min_coverage: found {min_coverage}, expected a share of a cell's area in (0, 1]")
+    regions, rows, cols = coverage.shape
+    return (coverage >= min_coverage - _COVERAGE_SLACK).reshape(regions, rows * cols)
 
-    An edge is the number of pixels before it in its own mask, in column-major order.
+
+def _coverage_in_parts(
+    rle_masks: Sequence[str], size_wh: Sequence[int], grids: Sequence[TokenGrid], record: str
+) -> Iterator[tuple[slice, list[np.ndarray]]]:
+    """Yield some regions at a time, and the coverage of each grid's cells by them: `[regions, rows, cols]`."""
+    image_wh = grids[0].image_wh
+    require_size(size_wh, image_wh, record)
+    for first in range(0, len(rle_masks), _REGIONS_AT_ONCE):
+        part = rle_masks[first : first + _REGIONS_AT_ONCE]
+        problems, runs, mask_starts = checked_run_lengths(part, [image_wh[0] * image_wh[1]] * len(part))
+        _raise_first(problems, image_wh, record, first)
+        edges = _run_edges(runs, mask_starts, image_wh)
+        yield slice(first, first + len(part)), [_shares_of_cells(*edges, len(part), grid) for grid in grids]
+
+
+def _run_edges(
+    runs: np.ndarray, mask_starts: np.ndarray, image_wh: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return where filled runs start and end, each `[E]`: region, pixel column x, pixels y above it, and -1 or 1.
+
+    A run that goes on in the next column ends at the foot of its own, and starts again where no area is above it.
     """
-    runs_of_mask = np.diff(mask_starts, append=runs.size)  # [R]
-    filled_of_mask = runs_of_mask // 2  # the first run of a mask is empty, the second filled, and so on
-    run_index = np.arange(runs.size) - np.repeat(mask_starts, runs_of_mask)
-    filled = np.flatnonzero(run_index & 1)
-    ends = np.cumsum(runs)[filled] - pixels * np.repeat(np.arange(len(mask_starts)), filled_of_mask)
-    edges = np.stack((ends - runs[filled], ends), axis=1).ravel()
-    return edges, 2 * np.concatenate(([0], np.cumsum(filled_of_mask)))
+    width, height = image_wh
+    mask_ends = np.append(mask_starts[1:], runs.size)
+    ends_empty = (mask_ends - mask_starts) % 2 == 1  # the first run of a mask is empty, the second filled, and so on
+    edges = np.delete(np.cumsum(runs), mask_ends[ends_empty] - 1)  # start, end, start, end ... of all masks in a row
+    column = edges // height  # of all masks side by side
+    start, end = column[::2], column[1::2]
+    left = np.repeat(end - np.cumsum(end - start), end - start) + np.arange((end - start).sum())  # start .. end - 1
+    y = np.append(edges - column * height, np.full(left.size, height))
+    column, sign = np.append(column, left), np.ones(y.size)
+    sign[: edges.size : 2] = -1
+    region = column // width  # R at the foot of the last mask
+    return region, column - region * width, y, sign
 
 
-def _shares_between(
-    edges: np.ndarray, first_edge: np.ndarray, rows_before: np.ndarray, cols_before: np.ndarray
+def _shares_of_cells(
+    region: np.ndarray, x: np.ndarray, y: np.ndarray, sign: np.ndarray, regions: int, grid: TokenGrid
 ) -> np.ndarray:
-    """Return the fraction of each cell's area inside each region's runs: `[R, rows, cols]`.
+    """Return the fraction of each cell's area inside each region: `[R, rows, cols]`. For the edges see `_run_edges`.
 
-    The area before pixel y of column x consists of all columns to its left and the pixels above it in its own column.
-    The area of a run is the area before its end minus the area before its start.
+    Above an edge lie a part of its own cell and all cells before it. So an edge adds its part to its own row and the
+    rest to the row before. Sums over rows from the last one on then complete all rows before.
     """
-    regions, height, width = len(first_edge) - 1, len(rows_before) - 1, len(cols_before) - 1
-    x, y = np.divmod(edges, height)
-    sign = np.tile((-1.0, 1.0), edges.size // 2)
+    row_of_y, part_above_y, row_shares, cols_of_x, shares_of_x = _cell_tables(grid)
+    step, part = (regions + 1) * grid.cols, part_above_y[y]
+    place = row_of_y[y] * step + region * grid.cols  # [E] in the table, where row 0 is above the grid
+    sums = np.zeros((grid.rows + 1) * step)
+    for piece, (col_of_x, share_of_x) in enumerate(zip(cols_of_x, shares_of_x, strict=True)):
+        if piece:  # few pixels lie in a second column of cells
+            more = np.flatnonzero(share_of_x[x])
+            x, place, part, sign = x[more], place[more], part[more], sign[more]
+        share, cell = share_of_x[x] * sign, place + col_of_x[x]
+        np.add.at(sums, cell, share - share * part)
+        np.add.at(sums, cell + step, share * part)
+    table = sums.reshape(grid.rows + 1, regions + 1, grid.cols)
+    for row in range(grid.rows - 1, 0, -1):
+        table[row] += table[row + 1]
+    # [rows + 1, R + 1, cols] -> [R, rows, cols]
+    return (table[1:, :regions] * row_shares[:, None, None]).transpose(1, 0, 2)
 
-    region_of_edge = np.repeat(np.arange(regions), np.diff(first_edge))
-    edges_in_column = np.bincount(region_of_edge * (width + 1) + x, weights=sign, minlength=regions * (width + 1))
-    full_columns = edges_in_column.reshape(regions, width + 1) @ cols_before  # [R, cols]
-    shares = rows_before[-1][:, None] * full_columns[:, None, :]  # [R, rows, cols]
 
-    rows_at = rows_before.take(y, axis=0)  # [E, rows]
-    rows_at *= sign[:, None]
-    cols_at = cols_before.take(np.minimum(x + 1, width), axis=0)  # [E, cols]
-    cols_at -= cols_before.take(x, axis=0)
-    for region in range(regions):
-        of_region = slice(first_edge[region], first_edge[region + 1])
-        shares[region] += rows_at[of_region].T @ cols_at[of_region]  # [rows, E] @ [E, cols]
-    return shares
-
-
-@lru_cache(maxsize=64)  # grids are cached by image size; an entry for 448 x 336 pixels takes 0.15 MB
-def _share_tables(grid: TokenGrid) -> tuple[np.ndarray, np.ndarray]:
-    """Return the fraction of each row and column before each pixel: `[height + 1, rows]`, `[width + 1, cols]`."""
+@lru_cache(maxsize=64)  # grids are cached by image size; an entry for 448 x 336 pixels takes 15 KB
+def _cell_tables(grid: TokenGrid) -> tuple[np.ndarray, ...]:
+    """Return the row that each y is in and the part of it above y `[height + 1]`, of what is in the image; the share of
+    each row in the image `[rows]`; the columns that pixel x is in and its share of each `[most, width]`."""
     width, height = grid.image_wh
-    tables = []
-    for edges, length in ((grid.y_edges, height), (grid.x_edges, width)):
-        starts, ends = np.array(edges[:-1]), np.array(edges[1:])  # [cells]
-        starts_in_image = np.maximum(starts, 0)
-        pixels = np.arange(length + 1, dtype=np.float64)[:, None]  # [length + 1, 1]
-        before = np.clip(pixels, starts_in_image, np.maximum(ends, 0)) - starts_in_image
-        tables.append(before / (ends - starts))
-    return tables[0], tables[1]
+    edges, y = np.clip(grid.y_edges, 0, height), np.arange(height + 1)
+    row_of_y = np.clip(np.searchsorted(edges, y, side="right") - 1, 0, grid.rows - 1)
+    sizes = np.diff(edges)
+    part_above_y = np.clip((y - edges[row_of_y]) / np.where(sizes > 0, sizes, 1)[row_of_y], 0, 1)
+
+    edges, x = np.append(grid.x_edges, np.inf), np.arange(width)  # one column more, of which no pixel has a share
+    first = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, grid.cols - 1)
+    most = max(1, int((np.searchsorted(edges, x + 1) - first).max()))
+    cols_of_x = np.minimum(first + np.arange(most)[:, None], grid.cols)
+    left, right = edges[cols_of_x], edges[cols_of_x + 1]
+    shares_of_x = np.clip(np.minimum(x + 1, right) - np.maximum(x, left), 0, None) / (right - left)
+    return row_of_y, part_above_y, sizes / np.diff(grid.y_edges), cols_of_x, shares_of_x
 
 
 def require_size(size_wh: Sequence[int], image_wh: tuple[int, int], record: str) -> None:
@@ -270,9 +304,9 @@ def require_size(size_wh: Sequence[int], image_wh: tuple[int, int], record: str)
         )
 
 
-def _raise_first(problems: Sequence[str | None], image_wh: tuple[int, int], record: str) -> None:
+def _raise_first(problems: Sequence[str | None], image_wh: tuple[int, int], record: str, first: int) -> None:
     width, height = image_wh
-    for region, problem in enumerate(problems):
+    for region, problem in enumerate(problems, start=first):
         if problem is not None:
             raise PatchMaskError(
                 f"{record}, region {region}, rle_mask: found {problem}, expected runs that sum to {width} x {height} = "

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from patch_aligned.cells import TokenGrid, square_grid
+from patch_aligned.cells import Layout, TokenGrid, grid_over_box, square_grid
 from patch_aligned.masks import (
     PatchMaskError,
+    covered_tokens_of_layout,
     covered_tokens_of_regions,
     token_coverage_of_regions,
 )
@@ -100,6 +101,22 @@ def test_a_region_may_cover_nothing() -> None:
     assert tokens.shape == (2, 9)
     assert not tokens.any()
     assert covered_tokens_of_regions([], (9, 3), grid).shape == (0, 9)
+
+
+def test_a_layout_gives_the_tokens_of_each_of_its_grids() -> None:
+    size_wh = (37, 23)
+    thumbnail = grid_over_box(size_wh, (0, 0, *size_wh), (3, 5))
+    tiles = grid_over_box(size_wh, (-2.5, 0.5, 40, 30), (7, 9))
+    order = np.random.default_rng(0).permutation(7 * 9).reshape(7, 9) + 15
+    layout = Layout((TokenGrid(size_wh, tiles.x_edges, tiles.y_edges, order, "tiles"), thumbnail), 7 * 9 + 15 + 2)
+    rle_masks = [encode(mask) for mask in random_masks(1, 70, size_wh, 0.6)]
+    covered = covered_tokens_of_layout(rle_masks, size_wh, layout)
+    for grid in layout.grids:
+        expected = covered_tokens_of_regions(rle_masks, size_wh, grid)
+        np.testing.assert_array_equal(covered[:, grid.tokens.ravel()], expected)
+    assert covered[:, :15].any() and covered[:, 15:78].any() and not covered[:, 78:].any()
+    with pytest.raises(PatchMaskError, match=r"cat\.jpg, region 66, rle_mask: found an empty string"):
+        covered_tokens_of_layout([*rle_masks[:66], "", *rle_masks[66:]], size_wh, layout, record="cat.jpg")
 
 
 @pytest.mark.parametrize(
