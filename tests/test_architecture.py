@@ -77,8 +77,8 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
 # Lines of *.py that a folder may hold.
 BUDGETS = {
     "llava": 10596,
-    "patch_aligned": 16612,
-    "patch_aligned/analysis": 4325,
+    "patch_aligned": 16829,
+    "patch_aligned/analysis": 4537,
     "patch_aligned/annotate": 4177,
     "patch_aligned/dataset": 1575,
     "patch_aligned/results": 1686,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -299,6 +300,47 @@ def token_map(
             written += save_token_map_figures(maps, output, on_images, cosine_maps=cosine_maps)
     record.end()
     console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+@app.command(epilog="What to do with the number: docs/troubleshooting_projector.md.")
+@clear_errors
+def reads(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="LLaVA's --output_dir, or a folder or hub name of transformers.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Captions not trained on: LLaVA's training file, or PAD.")],
+    image_folder: Annotated[Path, typer.Option(metavar="DIR", help="Folder that the images are relative to.")],
+    base: BaseOption = None,
+    vision_tower: VisionTowerOption = None,
+    limit: Annotated[int, typer.Option(min=9, help="At most so many captions, chosen by --seed.")] = 180,
+    seed: Annotated[int, typer.Option(help="Of the captions, of the other pictures and of the interval.")] = 0,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON with each caption's score.")] = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Measure whether a language model looks at the picture at all: any family, no masks.
+
+    How much likelier is a caption after its own picture than after nine pictures, its own and eight others? In nats: 0
+    or below is blind, and log 9 = 2.20 a caption is the most.
+
+    Example: `patch-aligned reads runs/captions --base models/vicuna-7b-v1.5 --data held_out.json --image-folder images`
+    """
+    from rich.console import Console
+
+    from patch_aligned.analysis import reads as of_captions
+    from patch_aligned.analysis.regions import Resampling
+
+    captions = of_captions.read_captions(_require_file("--data", data))
+    chosen = random.Random(seed).sample(captions, min(limit, len(captions)))
+    console = Console(markup=False)
+    with console.status("Loading the model"):
+        reader = of_captions.open_reader(model, base, vision_tower, device)
+    with _progress("Reading captions", console) as on_images:
+        rows = of_captions.measure_reads(reader, chosen, image_folder, seed, lambda done: on_images(done, len(chosen)))
+    metrics = of_captions.reads_metrics(rows, Resampling(seed=seed))
+    console.print(of_captions.reads_table(f"{Path(model).name}: {len(rows)} captions", metrics).text())
+    if output is not None:
+        report = of_captions.reads_json({"model": model, "data": str(data), "seed": seed}, metrics, rows)
+        output.write_text(report, encoding="utf-8")
+        console.print(f"Written: {output}", soft_wrap=True)
 
 
 @app.command(epilog="Families and limits: docs/vlm.md.")

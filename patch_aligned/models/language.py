@@ -35,6 +35,11 @@ class LanguageModel:
     stop: str
     stopping: StoppingCriteria
 
+    def answer_ids(self, text: str) -> list[int]:
+        """Token ids of an answer as it stands behind the prompt."""
+        (_, after), (_, after_and_answer) = self.prompt_ids(""), self.prompt_ids(text)
+        return after_and_answer[len(after) :]
+
     @torch.inference_mode()
     def log_probabilities(self, visual_tokens: Tensor, stem: str, continuations: Sequence[Sequence[int]]) -> Tensor:
         """Log-probability of each continuation after image and stem: the sum over its tokens, teacher forced.
