@@ -25,8 +25,9 @@ from patch_aligned.analysis.regions import Resampling, ratios_of
 from patch_aligned.images import decode_image, image_path
 from patch_aligned.models.base import VisionLanguageModel
 from patch_aligned.models.language import LanguageModel
-from patch_aligned.models.llava import CAPTION_REQUEST, read_config
+from patch_aligned.models.llava import CAPTION_REQUEST
 from patch_aligned.models.load import load_models
+from patch_aligned.models.transformers import is_of_transformers
 from patch_aligned.tables import Cell, Table, number
 
 PICTURES = 9
@@ -62,8 +63,7 @@ def read_captions(path: Path) -> list[Caption]:
 def open_reader(model: str, base: str | None = None, vision_tower: str | None = None, device: str = "cpu") -> Reader:
     """Load a whole model: a folder of LLaVA, with `base` and `vision_tower` as `load_models` takes them, or a folder or
     hub name of a model of transformers."""
-    config = Path(model, "config.json")
-    if not Path(model).exists() or (config.is_file() and "text_config" in read_config(config)):
+    if is_of_transformers(model):
         whole: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
         return transformers_reader(whole.to(device).eval(), AutoProcessor.from_pretrained(model))
     [loaded] = load_models([f"model={model}"], base, vision_tower, device=device)
@@ -76,7 +76,7 @@ def llava_reader(model: VisionLanguageModel, language: LanguageModel) -> Reader:
 
     @torch.inference_mode()
     def read(images: Sequence[Image.Image], captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        tokens = model.visual_tokens(model.features(model.inputs(images)))  # [P, T, D]
+        tokens = torch.stack(list(model.visual_tokens(model.encode(images))))  # [P, T, D]
         ids = [language.answer_ids(caption) for caption in captions]
         return language.log_probabilities(tokens, "", ids).cpu().numpy(), np.array([len(of_one) for of_one in ids])
 

@@ -70,7 +70,7 @@ def test_llava_reads_a_caption_as_stage_1_writes_it(tiny_llava: tuple[VisionLang
         bos, *ids = language.tokenizer(caption).input_ids
         assert tokens[column] == len(ids)
         for row, image in enumerate(NOISE[:3]):
-            visual = model.visual_tokens(model.features(model.inputs([image])))[0].double()
+            visual = model.visual_tokens(model.encode([image]))[0].double()
             with torch.no_grad():
                 given = torch.cat([words(torch.tensor([bos])), visual, words(torch.tensor(ids))])[None]
                 expected = log_share(language.model(inputs_embeds=given).logits[0], ids)
@@ -119,7 +119,7 @@ def test_a_model_that_learned_its_captions_reads(
 ):
     model, language = tiny_llava
     llm, pairs = language.model, pairs[:PICTURES]
-    features = model.features(model.inputs(NOISE[:PICTURES]))
+    features = model.encode(NOISE[:PICTURES]).features  # [P, S, d]
     parameters = [*model.projector.parameters(), *llm.parameters()]
     optimizer = torch.optim.Adam([parameter.requires_grad_() for parameter in parameters], lr=3e-3)
     words, ids = llm.get_input_embeddings(), [language.answer_ids(pair.text) for pair in pairs]
