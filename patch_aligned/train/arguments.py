@@ -65,6 +65,10 @@ class PatchArguments:
         },
     )
 
+    def beta(self, progress: float) -> float:
+        """Return the weight of the patch loss: linear in progress, exact at 0 and 1."""
+        return self.patch_beta_start * (1 - progress) + self.patch_beta_end * progress
+
     def __post_init__(self) -> None:
         if not 0 < self.patch_min_coverage <= 1:
             raise ValueError(

@@ -1,7 +1,10 @@
 """The patch objective, for any trainer: targets from PAD records and layouts, loss from visual tokens and targets.
 
-Letters: N images, S visual tokens of an image, D width of the LLM, R regions of the batch, L distinct labels of the
-batch, K tokens of the longest label.
+A region counts once in each grid of its image in which it covers a token: that is a view of the region. Its cosine is
+the mean of its views' cosines, so that an image's many tiles do not drown its thumbnail.
+
+Letters: N images, S visual tokens of an image, T of all images, D width of the LLM, R regions of the batch, V views of
+them (V = R where images have one grid), L distinct labels of the batch, K tokens of the longest label.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +30,7 @@ from patch_aligned.loss import (
     region_embeddings,
 )
 from patch_aligned.masks import PatchMaskError, covered_tokens_of_regions
-from patch_aligned.pad import AnnotationError, AnnotationIndex, open_annotation_index
+from patch_aligned.pad import AnnotatedImage, AnnotationError, AnnotationIndex, open_annotation_index
 from patch_aligned.train.arguments import PatchArguments
 
 logger = logging.getLogger(__name__)
@@ -35,27 +39,35 @@ NO_RECORD = -1
 SYNONYM_COSINE = 0.8
 """Labels whose embeddings have a larger cosine are no negatives of each other ("man", "person")."""
 _LABELS_AT_ONCE = 1024
+_SMALLEST_NORM = 1e-6
+"""Shorter views get no gradient, since that of a cosine grows as one over the norm. Fresh projectors may be zero."""
+
+Grids = Literal["all", "whole", "tiles"]
 
 
 class PatchObjective:
     """Targets of images, and the patch loss and its metrics of a batch.
 
     A batch has integers and bools only, since engines may cast floats:
-        region_row `[R]`, region_tokens `[R, S]`, region_label `[R]`, label_ids `[L, K]`, label_lengths `[L]`: inputs of
-            the loss. `region_row` is the sample's row in the batch.
+        region_row `[R]`, region_tokens `[V, S]`, view_region `[V]`, region_label `[R]`, label_ids `[L, K]`,
+            label_lengths `[L]`: inputs of the loss. `region_row` is the sample's row in the batch.
         image_row, record_row `[N]`, region_position `[R]`: their origin, for the picture.
         counts `[3]`: images without a record, regions that cover no token, records skipped for their size.
 
     Args:
         arguments: the flags.
         labels: of the LLM's tokenizer.
-        index: the annotated images.
+        index: the annotated images; None if each sample brings its regions.
+        grids: the grids that regions are read in, of images that have several; of one that lacks them, all.
     """
 
-    def __init__(self, arguments: PatchArguments, labels: LabelTokenizer, index: AnnotationIndex) -> None:
+    def __init__(
+        self, arguments: PatchArguments, labels: LabelTokenizer, index: AnnotationIndex | None, grids: Grids = "all"
+    ) -> None:
         self.arguments = arguments
         self.labels = labels
         self.index = index
+        self.grids = grids
 
     def targets(self, image_id: str | None, layout: Layout) -> dict[str, Tensor]:
         """Return the tokens that each region of an image covers, and the ids of its label.
@@ -63,25 +75,40 @@ class PatchObjective:
         Raises:
             PatchMaskError: if the record's size is not the image's and `--patch_on_error` is `fail`.
         """
+        assert self.index is not None
         row = self.index.find(image_id) if image_id is not None else None
-        found = self._tags_and_tokens(row, str(image_id), layout) if row is not None else None
-        unlabelled, is_skipped = row is None, row is not None and found is None
-        if row is None or found is None:
-            row, found = NO_RECORD, ([], np.zeros((0, layout.length), dtype=bool))
-        tags, covered = found  # covered [regions, S]
-        position = np.flatnonzero(covered.any(axis=1))  # [R] regions that cover a token
+        image = self.index[row] if row is not None else None
+        targets = self.targets_of(image, layout, f"{self.index.source}: image_id {image_id!r}")
+        is_used = row is not None and not targets["counts"][2]
+        return targets | {"record_row": torch.tensor(row if is_used else NO_RECORD)}
+
+    def targets_of(self, image: AnnotatedImage | None, layout: Layout, name: str) -> dict[str, Tensor]:
+        """Return the same of an image whose annotation is at hand, or None. `name` is that of the record in errors."""
+        covered = self._covered_tokens(image, layout, name) if image is not None else None
+        tags = [region.tag for region in image.regions] if image is not None and covered is not None else []
+        is_skipped = image is not None and covered is None
+        if covered is None:
+            covered = np.zeros((0, 1, layout.length), dtype=bool)
+        regions, grids = covered.any(axis=2).nonzero()  # [V] views that cover a token, in the order of their regions
+        position, view_region = np.unique(regions, return_inverse=True)  # [R], [V]
         labels = [self.labels(tags[index]) for index in position.tolist()]
         return {
-            "region_tokens": torch.from_numpy(covered[position]),
+            "region_tokens": torch.from_numpy(covered[regions, grids]),
+            "view_region": torch.from_numpy(view_region),
             "region_position": torch.from_numpy(position),
             "label_ids": torch.tensor([token for label in labels for token in label], dtype=torch.int64),
             "label_lengths": torch.tensor([len(label) for label in labels], dtype=torch.int64),
-            "record_row": torch.tensor(row),
-            "counts": torch.tensor([unlabelled, len(covered) - len(position), is_skipped], dtype=torch.int64),
+            "record_row": torch.tensor(NO_RECORD),
+            "counts": torch.tensor([image is None, len(covered) - len(position), is_skipped], dtype=torch.int64),
         }
 
-    def collate(self, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Concatenate the regions of all rows, with each label once; rows without image are `{}`."""
+    def collate(self, targets: Sequence[dict[str, Tensor]], is_joined: bool = False) -> dict[str, Tensor]:
+        """Concatenate the regions of all rows, with each label once; rows without image are `{}`.
+
+        Args:
+            targets: what `targets` returns, of each row.
+            is_joined: the rows are images of different lengths: `region_tokens` are then `[V, T]`.
+        """
         rows = torch.tensor([row for row, extra in enumerate(targets) if extra], dtype=torch.int64)  # [rows with image]
         given = [extra for extra in targets if extra]
         regions = torch.tensor([len(extra["label_lengths"]) for extra in given], dtype=torch.int64)
@@ -89,9 +116,13 @@ class PatchObjective:
         labels = [tuple(ids.tolist()) for ids in label_ids]  # [R]
         place = {label: index for index, label in enumerate(dict.fromkeys(labels))}
         padded, lengths = pad_label_ids(list(place))
+        views = torch.tensor([len(extra["view_region"]) for extra in given], dtype=torch.int64)
+        first_region = (regions.cumsum(0) - regions).repeat_interleave(views)  # [V]
+        blocks = [extra["region_tokens"] for extra in given]
         return {
             "region_row": rows.repeat_interleave(regions),
-            "region_tokens": _join(given, "region_tokens", torch.zeros(0, 0, dtype=torch.bool)),
+            "region_tokens": torch.block_diag(*blocks) if is_joined and blocks else _join(given, "region_tokens"),
+            "view_region": first_region + _join(given, "view_region"),
             "region_position": _join(given, "region_position"),
             "region_label": torch.tensor([place[label] for label in labels], dtype=torch.int64),
             "label_ids": padded,
@@ -111,28 +142,32 @@ class PatchObjective:
         """Return the loss of Eq. 5 (with `cosine+nce`, InfoNCE added) and the metrics of this micro-batch.
 
         Args:
-            visual_tokens: `[N, S, D]`.
+            visual_tokens: `[N, S, D]`, or `[T, D]` of images of different lengths, joined.
             sample_of_image: `[N]`, row of the batch that each image belongs to, rising.
             batch: output of `collate`.
             embed_words: ids `[...]` -> `[..., D]`.
         """
         # Each rank calls the embedding once per micro-step, even without regions: under ZeRO-3 it is a collective call.
         labels = label_embeddings(batch["label_ids"], batch["label_lengths"], embed_words)  # [L, D]
-        region_label, images = batch["region_label"], len(visual_tokens)
-        regions = len(region_label)
-        region_tokens = (
-            batch["region_tokens"] if regions else batch["region_tokens"].new_zeros(0, visual_tokens.shape[1])
-        )
+        region_label, view_region, images = batch["region_label"], batch["view_region"], len(sample_of_image)
+        regions, region_tokens = len(region_label), batch["region_tokens"]
+        if not regions:
+            region_tokens = torch.zeros(0, visual_tokens.shape[-2], dtype=torch.bool, device=visual_tokens.device)
         # Images are in the order of their rows. The regions of a row with several images belong to the first; those of
         # a row without its image belong to none.
         region_image = torch.searchsorted(sample_of_image, batch["region_row"])  # [R]
         is_there = (batch["region_row"][:, None] == sample_of_image).any(dim=1)
         region_image = region_image.where(is_there, images)
 
-        means = region_embeddings(visual_tokens, region_image, region_tokens)  # [R, D]
-        cosines = region_cosines(means, labels[region_label])  # [R]
+        is_joined = visual_tokens.ndim == 2
+        view_image = torch.zeros_like(view_region) if is_joined else region_image[view_region]  # [V]
+        means = region_embeddings(visual_tokens[None] if is_joined else visual_tokens, view_image, region_tokens)
+        means = means.where(means.norm(dim=1, keepdim=True) > _SMALLEST_NORM, means.detach())  # [V, D]
+        cosines = region_cosines(means, labels[region_label[view_region]])  # [V]
+        cosines = _mean_of_views(cosines, view_region, regions)  # [R]
         is_contrastive = self.arguments.patch_loss == "cosine+nce"
-        label_cosines = cosine_table(means if is_contrastive else means.detach(), labels)  # [R, L]
+        label_cosines = cosine_table(means if is_contrastive else means.detach(), labels)  # [V, L]
+        label_cosines = _mean_of_views(label_cosines, view_region, regions)  # [R, L]
         loss = patch_loss(cosines, region_image, images)
         contrast, retrieval = contrast_and_retrieval(label_cosines.detach(), region_label)
         unlabelled, dropped, wrong_size = batch["counts"].float()
@@ -157,6 +192,7 @@ class PatchObjective:
     @torch.no_grad()
     def constant_vector_floor(self, embed_words: Callable[[Tensor], Tensor]) -> float:
         """Return the mean cosine that the best constant vector reaches over all regions: `|mean of unit labels|`."""
+        assert self.index is not None
         counts = self.index.tag_counts()
         tags, total = list(counts), torch.zeros(())
         for start in range(0, len(tags), _LABELS_AT_ONCE):
@@ -165,20 +201,22 @@ class PatchObjective:
             total = total + torch.tensor([counts[tag] for tag in chunk]).to(labels) @ F.normalize(labels, dim=-1)  # [D]
         return float(total.norm() / max(sum(counts.values()), 1))
 
-    def _tags_and_tokens(self, row: int, image_id: str, layout: Layout) -> tuple[Sequence[str], np.ndarray] | None:
-        """Return tags and bool `[regions, S]`, or None if the record does not fit the image and is to be skipped."""
+    def _covered_tokens(self, image: AnnotatedImage, layout: Layout, name: str) -> np.ndarray | None:
+        """Return bool `[regions, grids, S]`, or None if the annotation does not fit the image and is to be skipped."""
+        masks = [region.rle_mask for region in image.regions]
+        grids = [grid for grid in layout.grids if self.grids in ("all", "tiles" if grid.kind == "crop" else grid.kind)]
+        grids = grids or list(layout.grids)
+        covered = np.zeros((len(masks), len(grids), layout.length), dtype=bool)
         try:
-            image = self.index[row]
-            masks = [region.rle_mask for region in image.regions]
-            name = f"{self.index.source}: image_id {image_id!r}"
-            [grid] = layout.grids
-            covered = covered_tokens_of_regions(masks, image.size_wh, grid, self.arguments.patch_min_coverage, name)
-            return [region.tag for region in image.regions], covered
+            for index, grid in enumerate(grids):
+                cells = covered_tokens_of_regions(masks, image.size_wh, grid, self.arguments.patch_min_coverage, name)
+                covered[:, index, grid.tokens.ravel()] = cells
         except PatchMaskError as error:
             if self.arguments.patch_on_error == "fail":
                 raise
             logger.warning("Skipped: %s", error)
             return None
+        return covered
 
 
 def open_regions(arguments: PatchArguments, source: str, output_dir: Path | None) -> AnnotationIndex:
@@ -200,7 +238,14 @@ def open_regions(arguments: PatchArguments, source: str, output_dir: Path | None
     return index
 
 
-def _join(targets: Sequence[dict[str, Tensor]], key: str, empty: Tensor | None = None) -> Tensor:
-    if not targets:
-        return torch.zeros(0, dtype=torch.int64) if empty is None else empty
-    return torch.cat([extra[key] for extra in targets])
+def _mean_of_views(values: Tensor, view_region: Tensor, regions: int) -> Tensor:
+    """Average values `[V, ...]` over the views of each region: `[R, ...]`."""
+    if len(values) == regions:  # one view each
+        return values
+    sums = values.new_zeros(regions, *values.shape[1:]).index_add(0, view_region, values)
+    views = values.new_zeros(regions).index_add(0, view_region, values.new_ones(len(values)))
+    return sums / views.view(-1, *[1] * (values.ndim - 1))
+
+
+def _join(targets: Sequence[dict[str, Tensor]], key: str) -> Tensor:
+    return torch.cat([extra[key] for extra in targets]) if targets else torch.zeros(0, dtype=torch.int64)

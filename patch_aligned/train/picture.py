@@ -38,16 +38,23 @@ class PicturedRegion:
 
 @dataclass(frozen=True)
 class PicturedImage:
-    """One image with its regions: the file, if readable, and the tower's input `[3, side, side]` in 0..1."""
+    """One image with its regions: the file, if readable, and the tower's input `[3, height, width]` in 0..1.
+
+    `edges` are those of the cells along x and y, in 0..1 of the tower's input; None if all cells are equal.
+    """
 
     original: Image.Image | None
     model_image: Tensor
     title: str
     regions: Sequence[PicturedRegion]
+    edges: tuple[np.ndarray, np.ndarray] | None = None
 
 
-def save_picture(images: Sequence[PicturedImage], grid: tuple[int, int], path: Path) -> Path:
-    """Draw the first images of a batch and save them as `path`.png; returns the file's path."""
+def save_picture(images: Sequence[PicturedImage], grid: tuple[int, int] | None, path: Path) -> Path:
+    """Draw the first images of a batch and save them as `path`.png; returns the file's path.
+
+    `grid` is rows and columns of visual tokens; None if images have edges of their own.
+    """
     font = ImageFont.load_default(_TEXT)
     blocks = [_draw_block(image, grid, font) for image in images[:_MOST_IMAGES]]
     columns = 2 if len(blocks) > 1 else 1
@@ -67,18 +74,16 @@ def save_picture(images: Sequence[PicturedImage], grid: tuple[int, int], path: P
     return path
 
 
-def _caption(images: int, grid: tuple[int, int]) -> str:
+def _caption(images: int, grid: tuple[int, int] | None) -> str:
     if not images:
         return "A batch without images"
     shown = f", the first {_MOST_IMAGES} of {images} images" if images > _MOST_IMAGES else ""
-    return (
-        f"{grid[0]} x {grid[1]} visual tokens{shown}.   "
-        "Left: the image with its masks.   Right: what the tower sees, and the covered tokens."
-    )
+    tokens = "Visual tokens" if grid is None else f"{grid[0]} x {grid[1]} visual tokens"
+    return f"{tokens}{shown}.   Left: the image with its masks.   Right: what the tower sees, and the covered tokens."
 
 
 def _draw_block(
-    image: PicturedImage, grid: tuple[int, int], font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+    image: PicturedImage, grid: tuple[int, int] | None, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> Image.Image:
     """Draw the title, the two pictures side by side, and the legend."""
     entries = min(len(image.regions), _MOST_LABELS + 1)
@@ -90,8 +95,10 @@ def _draw_block(
     if image.original is not None:
         masked = _draw_masks(image.original, image.regions)
         block.paste(masked, (_GAP + (_PANEL - masked.width) // 2, _LINE + (_PANEL - masked.height) // 2))
-    seen = (image.model_image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)  # -> [side, side, 3]
-    block.paste(_draw_tokens(Image.fromarray(seen), image.regions, grid), (_GAP + _PANEL + _GAP, _LINE))
+    seen = (image.model_image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)  # -> [height, width, 3]
+    rows, cols = grid or (1, 1)
+    edges = image.edges or (np.linspace(0, 1, cols + 1), np.linspace(0, 1, rows + 1))
+    block.paste(_draw_tokens(Image.fromarray(seen), image.regions, *edges), (_GAP + _PANEL + _GAP, _LINE))
 
     for index, region in enumerate(image.regions[: _MOST_LABELS + 1]):
         left = _GAP + (index % _LEGEND_COLUMNS) * (_PANEL + _GAP)
@@ -129,13 +136,16 @@ def _draw_masks(original: Image.Image, regions: Sequence[PicturedRegion]) -> Ima
     return Image.fromarray(tinted.round().astype(np.uint8))
 
 
-def _draw_tokens(seen: Image.Image, regions: Sequence[PicturedRegion], grid: tuple[int, int]) -> Image.Image:
+def _draw_tokens(
+    seen: Image.Image, regions: Sequence[PicturedRegion], x_edges01: np.ndarray, y_edges01: np.ndarray
+) -> Image.Image:
     """Draw the token grid over the faded image. A cell covered by several regions has their colours as stripes."""
-    faded = seen.convert("L").convert("RGB").resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
+    width, height = (max(1, round(_PANEL * side / max(seen.size))) for side in seen.size)
+    faded = seen.convert("L").convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     picture = Image.blend(faded, Image.new("RGB", faded.size, _PAPER), 0.55)
-    rows, cols = grid
-    x_edges = np.linspace(0, _PANEL, cols + 1).round().astype(int)
-    y_edges = np.linspace(0, _PANEL, rows + 1).round().astype(int)
+    sides = ((x_edges01, width), (y_edges01, height))
+    x_edges, y_edges = ((edges * side).round(6).round().astype(int) for edges, side in sides)
+    rows, cols = len(y_edges) - 1, len(x_edges) - 1
     overlay = picture.copy()
     draw = ImageDraw.Draw(overlay)
     shown = [(index, region.tokens) for index, region in enumerate(regions[:_MOST_LABELS])]
@@ -149,9 +159,9 @@ def _draw_tokens(seen: Image.Image, regions: Sequence[PicturedRegion], grid: tup
     picture = Image.blend(picture, overlay, 0.8)
     lines = ImageDraw.Draw(picture)
     for edge in x_edges[:-1].tolist():
-        lines.line((edge, 0, edge, _PANEL), fill=_PAPER)
+        lines.line((edge, 0, edge, height), fill=_PAPER)
     for edge in y_edges[:-1].tolist():
-        lines.line((0, edge, _PANEL, edge), fill=_PAPER)
+        lines.line((0, edge, width, edge), fill=_PAPER)
     return picture
 
 

@@ -90,8 +90,7 @@ class PatchAlignedPlugin(TrainingPlugin):
 
     def loss_weights(self, progress: float) -> dict[str, float]:
         """Return beta, interpolated linearly from start to end of the run, exact at both."""
-        start, end = self.arguments.patch_beta_start, self.arguments.patch_beta_end
-        return {"patch": start * (1 - progress) + end * progress}
+        return {"patch": self.arguments.beta(progress)}
 
     def describe_first_batch(self, images: Tensor, grid: tuple[int, int], batch: Mapping[str, Any], path: Path) -> None:
         """Save images, masks, covered tokens and labels of the first batch as `path`.png."""
