@@ -10,11 +10,13 @@ own_packages["require_own_packages"]("llava")
 
 if TYPE_CHECKING:
     from patch_aligned.models.layouts import layouts_of
+    from patch_aligned.train.trainer import PatchAlignedMixin, PatchAlignment, train_projector_only
 
-__all__ = ["layouts_of"]
+__all__ = ["PatchAlignedMixin", "PatchAlignment", "layouts_of", "train_projector_only"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("patch_aligned.models.layouts"), name)  # needs transformers
+    module = "patch_aligned.models.layouts" if name == "layouts_of" else "patch_aligned.train.trainer"
+    return getattr(importlib.import_module(module), name)  # they need transformers
