@@ -188,7 +188,8 @@ def _draw(read: Sequence[_Sample], path: Path) -> None:
             original, is_skipped = image.convert("RGB"), bool(targets["counts"][2])
             regions = () if annotation is None or is_skipped else annotation.regions
             covered = np.zeros((len(regions), layout.length), dtype=bool)
-            np.logical_or.at(covered, targets["region_position"][targets["view_region"]], targets["region_tokens"])
+            region_of_view = targets["region_position"][targets["view_region"]].numpy()
+            np.logical_or.at(covered, region_of_view, targets["region_tokens"].numpy())
             for grid in layout.grids:
                 left, top, right, bottom = grid.box_xyxy_px
                 scale = _PANEL / max(right - left, bottom - top)

@@ -118,7 +118,7 @@ def test_the_gradient_reaches_exactly_the_projector(tmp_path: Path) -> None:
 def test_several_images_of_several_sizes_count_as_each_alone(name: str, tmp_path: Path) -> None:
     """The loss is a mean over images with regions, so a batch's loss follows from those of its images."""
     trainer = trainer_of(name, tmp_path, max_steps=1, beta=(1, 1))
-    first, second, third = sample_of(1), sample_of(2, (120, 200)), sample_of(3)
+    first, second, third = sample_of(1), sample_of(2, (100, 300)), sample_of(3)
     moved = [region | {"image": 1} for region in second["regions"]]
     pair = first | {"images": first["images"] + second["images"], "regions": first["regions"] + moved}
     without = sample_of(4) | {"images": [], "regions": []}
@@ -182,9 +182,10 @@ def test_accumulated_and_checkpointed_steps_equal_one_batch(make: Any, name: str
 def test_peft_trains_a_saved_projector_as_it_is_trained_without(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is part of the extra `train`")
     model = model_of("internvl", projector_only=False)
-    saved = {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]}
-    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**saved))
-    frozen = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
+    llm = r".*language_model.*q_proj"
+    lora = peft.LoraConfig(target_modules=llm, modules_to_save=["multi_modal_projector"])
+    adapted = peft.get_peft_model(copy.deepcopy(model), lora)
+    frozen = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=llm))
     with pytest.raises(ValueError, match="modules_to_save"):
         trainer_of("internvl", tmp_path, model=frozen, beta=(5, 5))
     # In the second step the adapters have moved, but not yet the caption loss's gradient into the projector.
