@@ -34,18 +34,9 @@ from tests.patch_aligned.train.world import (
     trainer_of,
 )
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3", "llava", "llava_next", "mistral3", "paligemma")
-UNDER_SFT = (
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "internvl",
-    "smolvlm",
-    "llava",
-    "llava_onevision",
-    "mistral3",
-    "molmo2",
-)
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3", "llava", "llava_next", "mistral3")
+UNDER_SFT = ("qwen2_vl", "qwen2_5_vl", "glm4v", "kimi_k25", "internvl", "llava", "llava_onevision", "molmo2")
+ALIGNING: dict[str, Any] = {"beta": (50, 50), "max_steps": 24}
 
 
 @pytest.fixture
@@ -62,21 +53,23 @@ def wrong_layouts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr("patch_aligned.train.regions.layouts_of", layouts_of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_learn_to_name_regions_of_unseen_images(name: str, tmp_path: Path, wrong_layouts: Any) -> None:
-    wrong = trainer_of(name, tmp_path, beta=(5, 5))
+    wrong = trainer_of(name, tmp_path, **ALIGNING)
     wrong.train()
     wrong_layouts()
-    right = trainer_of(name, tmp_path, beta=(5, 5))
+    right = trainer_of(name, tmp_path, **ALIGNING)
     right.train()
     retrieval = held_out_retrieval(name, right)
     assert retrieval >= 0.8
     assert held_out_retrieval(name, wrong) <= retrieval - 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNDER_SFT)
 def test_families_learn_under_trl(name: str, tmp_path: Path) -> None:
-    trainer = sft_trainer(name, tmp_path, beta=(5, 5))
+    trainer = sft_trainer(name, tmp_path, **ALIGNING)
     trainer.train()
     assert held_out_retrieval(name, trainer) >= 0.8
 
