@@ -49,6 +49,10 @@ _TREATMENTS: dict[str | None, Literal["crop", "pad", "squeeze"]] = {
 }
 
 
+_LARGEST_CANVAS = 1 << 30
+"""Pixels that an image may have on the way to a square; 3 GB."""
+
+
 class UnreadableImageError(OSError):
     """Raised for an image file that exists but cannot be decoded. The message names it and says what to do."""
 
@@ -216,12 +220,24 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
         if aspect_ratio == "anyres":
             tensors.append(process_anyres_image(rgb, image_processor, model_cfg.image_grid_pinpoints))
             continue
+        _require_room(rgb.size, aspect_ratio, _shortest_edge(image_processor))
         if aspect_ratio == "pad":
             rgb = expand2square(rgb, tuple(int(channel * 255) for channel in image_processor.image_mean))
         tensors.append(_pixel_values(image_processor, rgb))
     if tensors and all(tensor.shape == tensors[0].shape for tensor in tensors):
         return torch.stack(tensors)
     return tensors
+
+
+def _require_room(size_wh: tuple[int, int], aspect_ratio: str | None, edge: int | None) -> None:
+    """Raise `ValueError` for an image so narrow that making it square would take gigabytes of memory."""
+    shorter, longer = sorted(size_wh)
+    canvas = longer**2 if aspect_ratio == "pad" else 0 if edge is None else edge**2 * longer // shorter
+    if canvas > _LARGEST_CANVAS:
+        raise ValueError(
+            f"found an image of {size_wh[0]} x {size_wh[1]} pixels, which {canvas / 1e9:.1f} billion pixels would make "
+            "square; expected one that is less narrow. Crop it or leave it out"
+        )
 
 
 def image_view_of(

@@ -72,6 +72,8 @@ SETTINGS_SUFFIX = ".settings.json"
 """Suffix of the file with the settings that produced a merged file."""
 _RECORDS_PER_BATCH = 512
 _BLANKS = " \t\r\n"  # JSON's whitespace; Python's is a larger set
+_BEGINNING_BYTES = 1 << 12
+_BROKEN_FILE = (EOFError, gzip.BadGzipFile, zlib.error)
 _CHUNK_CHARACTERS = 1 << 22
 _LONGEST_RECORD_CHARACTERS = 1 << 26
 
@@ -98,10 +100,34 @@ def iter_records(path: Path) -> Iterator[Any]:
             for record in _iter_json_lines(file, path) if ".jsonl" in kind else _iter_json_array(file, path):
                 yield record
                 count += 1
-        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        except (*_BROKEN_FILE, UnicodeDecodeError) as error:
             raise RecordFileError(
                 f"{path}: after {count} records: not a valid {kind} file: {error}. Write or copy it again."
             ) from error
+
+
+def read_document(path: Path) -> Any:
+    """Return the one JSON value of a file, gzipped or not.
+
+    Raises:
+        RecordFileError: names the file.
+    """
+    try:
+        with _open_bytes(path, _kind_of(path)) as file:
+            return json.loads(file.read())
+    except (*_BROKEN_FILE, ValueError, RecursionError) as error:
+        raise RecordFileError(
+            f"{path}: found no JSON ({error}); expected annotations. Fetch the file again."
+        ) from error
+
+
+def beginning_of(path: Path) -> str:
+    """Return the first characters of a file of text, gzipped or not, without white space before them."""
+    try:
+        with _open_bytes(path, _kind_of(path)) as file:
+            return file.read(_BEGINNING_BYTES).decode("utf-8-sig", "replace").lstrip(_BLANKS)
+    except _BROKEN_FILE as error:
+        raise RecordFileError(f"{path}: cannot be read ({error}). Write or copy it again.") from error
 
 
 def write_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
@@ -457,7 +483,7 @@ def _parse(record: Any, source: str | Path, index: int) -> AnnotatedImage:
         place.wrong("image_id", image_id, "the image's path below the image folder")
     if image_id.startswith("/") or ".." in image_id.split("/") or "\0" in image_id:
         place.wrong("image_id", image_id, "a path that does not lead out of the image folder")
-    if not isinstance(size, list | tuple) or len(size) != 2 or not all(map(_is_side, size)):
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(map(is_side, size)):
         place.wrong("size", size, f"[width, height], two whole numbers of pixels, 1 to {_LARGEST_SIDE}")
     if not _is_text(caption):
         place.wrong("caption", caption, "a string")
@@ -534,7 +560,8 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _is_side(number: Any) -> bool:
+def is_side(number: Any) -> bool:
+    """Whether a JSON value is a width or height in pixels."""
     return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= _LARGEST_SIDE
 
 

@@ -106,7 +106,7 @@ def read_referred_objects(folder: Path, refs_name: str) -> Iterator[ReferredObje
 def _read_instances(path: Path) -> tuple[dict[int, tuple[str, tuple[int, int]]], dict[int, list[float]]]:
     """File name and size by image id, and box (x, y, width, height) by annotation id."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
         images = {
             image["id"]: (str(image["file_name"]), (int(image["width"]), int(image["height"])))
             for image in document["images"]
@@ -242,7 +242,7 @@ def rows_of_json(path: Path, data_root: Path) -> list[Row]:
         FileNotFoundError: no such file, or a picture is missing.
     """
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: no JSON ({error})") from error
     if not isinstance(records, list) or not records:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -20,8 +21,13 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.features import FeatureCache
-from llava.data.records import RecordError, RecordTable, image_names, open_records
-from llava.data.tokenization import preprocess, preprocess_independent_turns, preprocess_multimodal
+from llava.data.records import RecordError, RecordTable, image_names, open_records, turns_of_pattern
+from llava.data.tokenization import (
+    preprocess,
+    preprocess_independent_turns,
+    preprocess_multimodal,
+    training_segments,
+)
 from llava.mm_utils import image_view_of, load_rgb_image, process_images
 
 if TYPE_CHECKING:
@@ -90,6 +96,8 @@ class LazySupervisedDataset(Dataset):
         image_processor: converts images to pixel tensors.
         on_error: "fail", or "skip" to skip samples that cannot be read and list them in `output_dir`.
         output_dir: folder of the run.
+        visual_tokens_of: the number of visual tokens of an image of some (width, height), for samples that
+            `tokenizer.model_max_length` has no room for.
 
     Raises:
         FileNotFoundError: if the data file does not exist.
@@ -110,6 +118,7 @@ class LazySupervisedDataset(Dataset):
         image_processor: Any = None,
         on_error: str | None = None,
         output_dir: str | Path | None = None,
+        visual_tokens_of: Callable[[tuple[int, int]], int] | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -120,6 +129,7 @@ class LazySupervisedDataset(Dataset):
         self.image_processor = image_processor or getattr(data_args, "image_processor", None)
         self.on_error = on_error or getattr(data_args, "on_error", "fail")
         self.skipped = SkippedSamples(output_dir)
+        self.visual_tokens_of = visual_tokens_of
         self._check_arguments()
         self.records = open_records(data_path)
         self.rows, self.is_auxiliary = self._usable_rows()
@@ -191,6 +201,8 @@ class LazySupervisedDataset(Dataset):
             sample["image"], sample["image_size"] = images[0]
         elif images:
             sample["image"], sample["image_size"] = [pixels for pixels, _ in images], [size for _, size in images]
+        if self.visual_tokens_of is not None and not is_auxiliary:
+            self._require_room(sample["input_ids"], [size for _, size in images], row)
         if self.plugin is not None:
             sample["plugin_extras"] = self._plugin_extras(record, [size for _, size in images], row)
         return sample
@@ -207,6 +219,17 @@ class LazySupervisedDataset(Dataset):
             raise RecordError(f"{self.records.where(row)}, {error}") from error
         return {"input_ids": encoded["input_ids"][0], "labels": encoded["labels"][0]}
 
+    def _require_room(self, ids: Tensor, sizes: list[tuple[int, int]], row: int) -> None:
+        """Raises `RecordError` where the sequence is cut before the end of its last image."""
+        assert self.visual_tokens_of is not None
+        positions = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+        end = max(positions, default=-1) + 1 + sum(self.visual_tokens_of(size) - 1 for size in sizes)
+        if sizes and end > self.tokenizer.model_max_length:
+            raise RecordError(
+                f"{self.records.where(row)}, field image: its {len(sizes)} images and the text before them take {end} "
+                f"tokens, expected at most --model_max_length {self.tokenizer.model_max_length}"
+            )
+
     def _load_image(self, name: str, row: int) -> tuple[Tensor, tuple[int, int]]:
         cached = None if self.features is None else self.features.find(name)
         return self.load_pixels(name, row) if cached is None else cached
@@ -215,17 +238,11 @@ class LazySupervisedDataset(Dataset):
         """Return what the tower sees of an image, and its width and height.
 
         Raises:
-            RecordError: the file cannot be read, or its name leads out of the image folder.
+            RecordError: the file cannot be read.
         """
-        path = Path(name)
-        # Symbolic links inside the folder may point elsewhere, since the user made them. A data file may not.
-        if path.anchor or ".." in path.parts:
-            raise RecordError(
-                f"{self.records.where(row)}, field image: found {name!r}, expected a path inside --image_folder "
-                f"{self.data_args.image_folder}; make it relative"
-            )
+        # The name stays inside the folder (`find_problem`). Symbolic links in it may point elsewhere: users make them.
         try:
-            image = load_rgb_image(Path(self.data_args.image_folder or "") / path)
+            image = load_rgb_image(Path(self.data_args.image_folder or "") / name)
             pixels = process_images([image], self.image_processor, self.data_args)[0]  # [3, H, W] or [tiles, 3, H, W]
         except (OSError, ValueError) as error:
             raise RecordError(
@@ -257,6 +274,26 @@ class LazySupervisedDataset(Dataset):
         if self.plugin is not None and self.grid is None:
             raise ValueError("a plugin is given without `grid`; pass the model's visual_grid")
 
+    def _problems_in_this_run(self, is_auxiliary: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Yield row and problem of records that break no format, but do not fit the run: all are known before it."""
+        for row, path in missing_files(self.records, Path(self.data_args.image_folder or "")):
+            yield row, f"field image: {path}: no such file; is --image_folder the right one?"
+        counts = pc.fill_null(pc.list_value_length(self.records.images()), 0).to_numpy()  # [rows]
+        most = self.tokenizer.model_max_length
+        if self.visual_tokens_of is not None and self.data_args.image_aspect_ratio != "anyres":
+            each = self.visual_tokens_of((1, 1))
+            for row in np.flatnonzero((counts * each > most) & ~is_auxiliary).tolist():
+                yield row, f"field image: {counts[row]} images take {each} tokens each, --model_max_length is {most}"
+        for row in np.flatnonzero(counts > 1).tolist() if self.plugin is not None else ():
+            yield row, f"field image: found {counts[row]} images, expected one with a plugin"
+        encoded = self.records.patterns().combine_chunks().dictionary_encode()
+        codes = pc.fill_null(encoded.indices, -1).to_numpy()  # [rows]
+        for code, pattern in enumerate(encoded.dictionary.to_pylist()):
+            try:
+                list(training_segments(turns_of_pattern(pattern), self.conversation))
+            except ValueError as error:
+                yield from ((row, str(error)) for row in np.flatnonzero((codes == code) & ~is_auxiliary).tolist())
+
     def _usable_rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the valid rows, and which of them are auxiliary only.
 
@@ -278,21 +315,42 @@ class LazySupervisedDataset(Dataset):
                 f"`image` or `images` of a record (found here: {', '.join(self.records[0])}); correct the file, or "
                 "leave --vision_tower out"
             )
-        if not problems:
-            return rows, is_auxiliary
-        described = [f"{self.records.where(row)}, {problem}" for row, problem in problems.items()]
-        if self.on_error == "fail" or too_many_are_lost(len(problems), len(rows)):
+        # `--on_error skip` lists those that only this run cannot read when it meets them.
+        met_later = dict(self._problems_in_this_run(is_auxiliary))
+        described = [f"{self.records.where(row)}, {problem}" for row, problem in (problems | met_later).items()]
+        if described and (self.on_error == "fail" or too_many_are_lost(len(described), len(rows))):
             listing = "\n  ".join(described[:5])
             raise RecordError(
-                f"{len(problems)} of {len(rows)} records cannot be trained on, the first being\n  {listing}\n"
+                f"{len(described)} of {len(rows)} records cannot be trained on, the first being\n  {listing}\n"
                 f"Correct them; --on_error skip leaves out up to {LARGEST_SHARE:.0%} (or {GRACE_SAMPLES})"
             )
-        for row, reason in zip(problems, described, strict=True):
+        if not problems:
+            return rows, is_auxiliary
+        for row, reason in zip(problems, described, strict=False):
             self.skipped.add(self.records.sample_id(row), reason)
         usable = np.setdiff1d(rows, list(problems))
         if not len(usable):
             raise RecordError(f"{self.records.source}: none of {len(rows)} records can be trained on: {described[0]}")
         return usable, is_auxiliary[usable]
+
+
+def missing_files(records: RecordTable, image_folder: Path) -> Iterator[tuple[int, str]]:
+    """Yield row and path of images that are not there. Each folder is listed once: drives of a network ask for that."""
+    listings: dict[str, set[str] | None] = {}
+    rows = pc.list_parent_indices(records.images()).to_pylist()
+    for row, name in zip(rows, pc.list_flatten(records.images()).to_pylist(), strict=True):
+        below, file = os.path.split(name)
+        if below not in listings:
+            try:
+                listings[below] = {file.name for file in os.scandir(image_folder / below)}
+            except (FileNotFoundError, NotADirectoryError):
+                listings[below] = set()
+            except OSError:  # it may not be listed, yet its files may be read
+                listings[below] = None
+        listing = listings[below]
+        # Some drives find files by other spellings than the listed ones.
+        if listing is not None and file not in listing and not (listing and (image_folder / name).exists()):
+            yield row, str(image_folder / name)
 
 
 def auxiliary_only(records: RecordTable, plugin: TrainingPlugin | None) -> np.ndarray:

@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 
 _CHARACTERS_AT_ONCE = 1 << 22
 _SPACE = re.compile(r"\s*")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # what is left of an emoji that was cut in two
 
 
 class RecordError(ValueError):
@@ -81,7 +83,7 @@ def read_json_values(source: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _open_text(source: Path) -> IO[str]:
-    if source.suffix == ".gz":
+    if source.suffix.lower() == ".gz":
         return cast("IO[str]", gzip.open(source, "rt", encoding="utf-8-sig", newline=""))
     return source.open(encoding="utf-8-sig", newline="")
 
@@ -141,7 +143,7 @@ class _Text:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 """Part of the cache key; increase it when the content of the tables changes."""
 
 _SCHEMA = pa.schema(
@@ -150,6 +152,8 @@ _SCHEMA = pa.schema(
         ("sample_id", pa.large_string()),
         ("words", pa.int32()),  # of all turns, separated by whitespace
         ("has_image", pa.bool_()),
+        ("images", pa.list_(pa.large_string())),  # paths in the image folder
+        ("pattern", pa.string()),  # of the turns, see `RecordTable.patterns`
         ("problem", pa.large_string()),  # why the record cannot be trained on, or null
         ("is_textless", pa.bool_()),  # an image without any answer, which a plugin's losses may train
     ]
@@ -189,7 +193,13 @@ def find_problem(record: Any) -> str | None:
         return f"found {type(record).__name__}, expected an object"
     images = record.get("image")
     if images is not None and not (isinstance(images, str) and images) and not _is_list_of(images, str):
-        return f"field image: found {images!r}, expected a path or a list of paths"
+        return (
+            f"field image: found {_shortened(images)}, expected a path or a list of paths below --image_folder; "
+            "save images that stand in the data file as files there"
+        )
+    for name in image_names(record):
+        if Path(name).anchor or ".." in Path(name).parts:
+            return f"field image: found {name!r}, expected a path inside --image_folder; make it relative"
     turns: Any = record.get("conversations")
     if not _is_list_of(turns, Mapping):
         return f"field conversations: found {_shortened(turns)}, expected a list of turns"
@@ -198,6 +208,11 @@ def find_problem(record: Any) -> str | None:
             return f"field conversations[{number}].from: found {turn.get('from')!r}, expected 'human' or 'gpt'"
         if not isinstance(turn.get("value"), str):
             return f"field conversations[{number}].value: found {_shortened(turn.get('value'))}, expected text"
+    for text in (*image_names(record), *(turn["value"] for turn in turns)):
+        if not text.isascii() and (half := _LONE_SURROGATE.search(text)):
+            return (
+                f"found half a character ({half.group()!r}) in {_shortened(text)}, expected text in Unicode; correct it"
+            )
     expected = len(image_names(record))
     found = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns)
     first = turns[0]["value"].strip()
@@ -258,6 +273,14 @@ class RecordTable:
         rows = np.flatnonzero(np.asarray(column.is_valid()))
         return {int(row): column[int(row)].as_py() for row in rows}
 
+    def images(self) -> pa.ChunkedArray:
+        """Return the paths of each record's images: lists of text `[rows]`."""
+        return self.table["images"]
+
+    def patterns(self) -> pa.ChunkedArray:
+        """Return who speaks in each record: text `[rows]`, a letter a turn, `h` or `g`; a capital has an `<image>`."""
+        return self.table["pattern"]
+
     def is_textless(self) -> np.ndarray:
         """Return which records are an image without any answer: bool `[rows]`."""
         return self.table["is_textless"].to_numpy()
@@ -307,7 +330,7 @@ def _convert(source: Path, path: Path) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     rows = 0
     try:
-        texts = _parquet_texts(source) if source.suffix == ".parquet" else read_json_values(source)
+        texts = _parquet_texts(source) if source.suffix.lower() == ".parquet" else read_json_values(source)
         described = (_describe(text, record, number) for number, (text, record) in enumerate(texts))
         with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
             while batch := list(islice(described, _ROWS_AT_ONCE)):
@@ -316,7 +339,7 @@ def _convert(source: Path, path: Path) -> None:
         if not rows:
             raise RecordError(f"{source}: found no records, expected at least one; check --data_path")
         unfinished.replace(path)
-    except (pa.ArrowInvalid, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (pa.ArrowException, UnicodeError, EOFError, OverflowError, gzip.BadGzipFile, zlib.error) as error:
         raise RecordError(f"{source}, after record {rows}: cannot be read ({error}); download it again") from error
     finally:
         unfinished.unlink(missing_ok=True)
@@ -330,12 +353,28 @@ def _describe(text: str, parsed: Any, number: int) -> dict[str, Any]:
     identity = record.get("id", record.get("image"))
     return {
         "record": text,
-        "sample_id": f"record-{number}" if identity is None else str(identity),
+        "sample_id": f"record-{number}" if identity is None else _printable(str(identity)),
         "words": 0 if problem else sum(len(turn["value"].split()) for turn in record["conversations"]),
         "has_image": bool(names),
+        "images": names,
+        "pattern": None if problem else "".join(_letter(turn) for turn in record["conversations"]),
         "problem": problem,
         "is_textless": isinstance(parsed, Mapping) and _is_textless(record),
     }
+
+
+def _letter(turn: Mapping[str, Any]) -> str:
+    letter = turn["from"][0]
+    return letter.upper() if DEFAULT_IMAGE_TOKEN in turn["value"] else letter
+
+
+def turns_of_pattern(pattern: str) -> list[dict[str, str]]:
+    """Return turns without text that a pattern of `RecordTable.patterns` describes."""
+    speakers = {"h": "human", "g": "gpt"}
+    return [
+        {"from": speakers[letter.lower()], "value": DEFAULT_IMAGE_TOKEN if letter.isupper() else ""}
+        for letter in pattern
+    ]
 
 
 def _is_textless(record: Mapping[str, Any]) -> bool:
@@ -350,7 +389,16 @@ def _parquet_texts(source: Path) -> Iterator[tuple[str, Any]]:
     for batch in pq.ParquetFile(source).iter_batches(batch_size=_ROWS_AT_ONCE):
         for row in batch.to_pylist():
             record = {key: value for key, value in row.items() if value is not None}
-            yield json.dumps(record, ensure_ascii=False), record
+            yield json.dumps(record, ensure_ascii=False, default=_text_of), record
+
+
+def _text_of(value: Any) -> str:
+    """Text for what JSON has no value for: dates, decimals; of bytes, which may be a picture, the number alone."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

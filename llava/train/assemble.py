@@ -337,6 +337,7 @@ def make_data(
         seen_side=None if tower is None else tower.seen_side,
         image_processor=None if tower is None else tower.image_processor,
         output_dir=training_args.output_dir,
+        visual_tokens_of=None if tower is None else model.visual_tokens_of,
     )
     auxiliary = np.flatnonzero(data["train_dataset"].is_auxiliary)
     found = f"{len(auxiliary)} records without text" if len(auxiliary) else "a warm-up"

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as coco_mask
 from transformers import AutoConfig, AutoProcessor
 
 from patch_aligned.analysis.regions import SIZE_LIMITS_PX, SIZES
 from patch_aligned.cells import Layout, TokenGrid
-from patch_aligned.masks import covered_tokens_of_regions
+from patch_aligned.masks import areas_px, covered_tokens_of_regions
 from patch_aligned.models.impulse import ImpulseResult, impulse_test
 from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.tiny import tiny_copy
@@ -135,7 +134,7 @@ def coverage_of_models(
         rle_masks = [region.rle_mask for region in image.regions]
         if not image.regions:
             continue
-        limits = np.searchsorted(SIZE_LIMITS_PX, coco_mask.area(image.coco_masks()), side="right")
+        limits = np.searchsorted(SIZE_LIMITS_PX, areas_px(image.coco_masks()), side="right")
         sizes = [SIZES[limit] for limit in limits]
         for model, processor in processors.items():
             [layout] = layouts_of(processor, [image.size_wh])

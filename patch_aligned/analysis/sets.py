@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,11 +26,22 @@ from torch import Tensor
 from llava.mm_utils import UnreadableImageError, load_rgb_image
 from patch_aligned.analysis.regions import permute_labels, region_frame
 from patch_aligned.images import image_path, stored_size_wh
-from patch_aligned.masks import rle_problems
-from patch_aligned.pad import AnnotatedImage, RecordFileError, Region, iter_records, parse_annotation, read_annotations
+from patch_aligned.masks import areas_px
+from patch_aligned.pad import (
+    AnnotatedImage,
+    Region,
+    beginning_of,
+    is_side,
+    iter_records,
+    parse_annotation,
+    read_annotations,
+    read_document,
+)
+from patch_aligned.segmentation import has_mask, shortened, union_rle
 
 FORMATS = ("auto", "pad", "coco", "grandf")
-_BEGINNING = 4096  # characters
+_ODD_VALUE = (AttributeError, IndexError, KeyError, TypeError)
+"""What Python raises for a value of another type than expected, such as null in place of an object."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +97,7 @@ def open_annotated_set(path: Path, image_folder: Path, format: str = "auto") -> 
         raise FileNotFoundError(f"{path}: there is no such file of annotations.")
     if format == "pad" or (format == "auto" and not _is_one_document(path)):
         return AnnotatedSet(path, "pad", lambda: read_annotations(path))
-    try:
-        document = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise RecordFileError(f"{path}: found no JSON: {error}; expected annotations. Fetch the file anew.") from error
+    document = read_document(path)
     if format == "auto":
         format = "grandf" if _is_grandf(document) else "coco"
     images, skipped = _read_coco(document, path) if format == "coco" else _read_grandf(document, path)
@@ -99,11 +106,10 @@ def open_annotated_set(path: Path, image_folder: Path, format: str = "auto") -> 
 
 def _is_one_document(path: Path) -> bool:
     """Whether a file is COCO's or GranD-f's, judged by its first record."""
-    if path.suffix != ".json":
+    if not path.name.lower().endswith((".json", ".json.gz")):
         return False
-    with path.open(encoding="utf-8") as file:
-        if file.read(_BEGINNING).lstrip().startswith("{"):
-            return True
+    if beginning_of(path).startswith("{"):
+        return True
     first = next(iter_records(path), None)
     return first is not None and _is_grandf([first])
 
@@ -126,7 +132,7 @@ class _Image(NamedTuple):
         size_wh = self.size_wh or stored_size_wh(image_folder, self.name)
         labels = []
         for mask in self.masks:
-            rle_mask = _union_rle(mask.segmentation, size_wh, f"{path}: {mask.place}")
+            rle_mask = union_rle(mask.segmentation, size_wh, f"{path}: {mask.place}")
             labels.append({"tag": mask.label, "bbox": _box_xyxy_px(rle_mask, size_wh), "rle_mask": rle_mask})
         record = {"image_id": self.name, "size": list(size_wh), "caption": self.caption, "labels": labels}
         return parse_annotation(record, path)
@@ -146,27 +152,27 @@ def _read_coco(document: Any, path: Path) -> tuple[list[_Image], dict[str, int]]
             f"{', '.join(tables)}, such as instances_val2017.json."
         )
     categories = _by_unique(document["categories"], "id", f"{path}: a category")
-    names = {key: _required(category, "name", f"{path}: category {key}") for key, category in categories.items()}
+    names = {key: _required(category, "name", f"{path}: category {key}", str) for key, category in categories.items()}
     images = _by_unique(document["images"], "id", f"{path}: an image")
     _by_unique(document["images"], "file_name", f"{path}: an image")
     annotations_of: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     skipped: Counter[str] = Counter()
     for annotation in document["annotations"]:
         for key, known in (("image_id", images), ("category_id", names)):
-            if annotation.get(key) not in known:
+            if _required(annotation, key, f"{path}: an annotation", int | str) not in known:
                 raise ValueError(
-                    f"{path}: annotation {annotation.get('id')}, field '{key}': found {annotation.get(key)!r}, "
+                    f"{path}: annotation {annotation.get('id')}, field '{key}': found {annotation[key]!r}, "
                     f"expected one of the {len(known)} ids that the file lists. Is this a file of instances?"
                 )
         if annotation.get("iscrowd"):
             skipped["crowd"] += 1
-        elif not annotation.get("segmentation"):
+        elif not has_mask(annotation.get("segmentation")):
             skipped["no mask"] += 1
         else:
             annotations_of[annotation["image_id"]].append(annotation)
     read = []
     for key, image in images.items():
-        name, width, height = (_required(image, field, f"{path}: image {key}") for field in _IMAGE_FIELDS)
+        name, size_wh = _name_and_size(image, f"{path}: image {key}")
         masks = [
             _Mask(
                 names[annotation["category_id"]],
@@ -175,11 +181,8 @@ def _read_coco(document: Any, path: Path) -> tuple[list[_Image], dict[str, int]]
             )
             for annotation in annotations_of[key]
         ]
-        read.append(_Image(name, (width, height), "", masks))
+        read.append(_Image(name, size_wh, "", masks))
     return read, dict(skipped)
-
-
-_IMAGE_FIELDS = ("file_name", "width", "height")
 
 
 def _read_grandf(document: Any, path: Path) -> tuple[list[_Image], dict[str, int]]:
@@ -200,13 +203,13 @@ def _read_grandf(document: Any, path: Path) -> tuple[list[_Image], dict[str, int
             "annotations have a 'sam_mask'. Name another format."
         )
     if isinstance(document, Mapping):
-        read = _flickr_images(document, path)
+        read = _read_entry(_flickr_images, document, str(path))
     else:
-        read = [_grounded_image(record, f"{path}: record {index}") for index, record in enumerate(document)]
+        read = [_read_entry(_grounded_image, record, f"{path}: record {i}") for i, record in enumerate(document)]
     skipped: Counter[str] = Counter()
     images: dict[str, _Image] = {}
     for name, size_wh, caption, masks in read:
-        kept = [mask for mask in masks if mask.label.strip() and mask.segmentation]
+        kept = [mask for mask in masks if mask.label.strip() and has_mask(mask.segmentation)]
         skipped["no phrase or no mask"] += len(masks) - len(kept)
         before = images.get(name, _Image(name, None, caption, []))
         images[name] = _Image(name, size_wh or before.size_wh, before.caption, before.masks + kept)
@@ -217,7 +220,8 @@ def _is_grandf(document: Any) -> bool:
     """Whether this is what a file of GranD-f holds, judged by its first record."""
     if isinstance(document, Mapping):
         annotations = document.get("annotations")
-        return isinstance(annotations, list) and bool(annotations) and "sam_mask" in annotations[0]
+        first = annotations[0] if isinstance(annotations, list) and annotations else None
+        return isinstance(first, Mapping) and "sam_mask" in first
     first = document[0] if isinstance(document, list) and document else None
     return isinstance(first, Mapping) and (isinstance(first.get("groundings"), Mapping) or _referred(first) is not None)
 
@@ -232,85 +236,62 @@ def _grounded_image(record: Any, place: str) -> _Image:
     referred = _referred(record) if isinstance(record, Mapping) else None
     size_wh = None
     if referred is not None:
-        name, caption = referred.get("img_file_name", ""), referred.get("caption", "")
+        name, caption = _required(referred, "img_file_name", place, str), referred.get("caption", "")
         phrases = [(ref.get("sentence", ""), ref.get("segmentation")) for ref in referred["refs"]]
     elif isinstance(record, Mapping) and isinstance(record.get("groundings"), Mapping):
-        name, caption = record.get("file_name", ""), record.get("caption", "")
+        name, caption = _required(record, "file_name", place, str), record.get("caption", "")
         phrases = [(phrase, value.get("rle_masks")) for phrase, value in record["groundings"].items()]
         first = next((masks[0] for _, masks in phrases if masks), None)
         if first is not None:
-            height, width = _required(first, "size", f"{place}, rle_masks")
-            size_wh = (int(width), int(height))
+            height_width = _required(first, "size", f"{place}, rle_masks", list)
+            size_wh = _sides(height_width[::-1], f"{place}, rle_masks, field 'size'")
     else:
         raise ValueError(f"{place}: found neither 'groundings' nor 'refs'; expected one of them. Correct the record.")
     masks = [_Mask(str(text), mask, f"{name}, phrase {str(text)!r}") for text, mask in phrases]
-    return _Image(str(name), size_wh, str(caption), masks)
+    return _Image(name, size_wh, str(caption), masks)
 
 
-def _flickr_images(document: Mapping[str, Any], path: Path) -> list[_Image]:
+def _flickr_images(document: Mapping[str, Any], path: str) -> list[_Image]:
     annotations_of: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for annotation in document["annotations"]:
+        key = _required(annotation, "image_id", f"{path}: an annotation", int | str)
         if not annotation.get("ignore"):
-            annotations_of[annotation.get("image_id")].append(annotation)
+            annotations_of[key].append(annotation)
     images = []
-    for image in _by_unique(document["images"], "id", f"{path}: an image").values():
-        place = f"{path}: image {image.get('id')}"
-        key, name, width, height = (_required(image, field, place) for field in ("id", *_IMAGE_FIELDS))
-        caption = image.get("caption", "")
-        masks = []
-        for annotation in annotations_of[key]:
-            start, end = (annotation.get("tokens_positive") or [[0, 0]])[0]
-            phrase = caption[start:end]
-            masks.append(_Mask(phrase, annotation.get("sam_mask"), f"{name}, phrase {phrase!r}"))
-        images.append(_Image(name, (int(width), int(height)), caption, masks))
+    for key, image in _by_unique(document["images"], "id", f"{path}: an image").items():
+        place = f"{path}: image {key}"
+        name, size_wh = _name_and_size(image, place)
+        caption = str(image.get("caption", ""))
+
+        def mask_of(annotation: Mapping[str, Any], place: str, caption: Any = caption, name: str = name) -> _Mask:
+            place_of_phrase = (annotation.get("tokens_positive") or [[0, 0]])[0]
+            phrase = caption[place_of_phrase[0] : place_of_phrase[1]]
+            return _Mask(phrase, annotation.get("sam_mask"), f"{name}, phrase {phrase!r}")
+
+        masks = [_read_entry(mask_of, annotation, f"{place}, an annotation") for annotation in annotations_of[key]]
+        images.append(_Image(name, size_wh, caption, masks))
     return images
 
 
-def _union_rle(segmentation: Any, size_wh: tuple[int, int], place: str) -> str:
-    """Encode the union of a segmentation's parts as a COCO compressed RLE string of the image's size.
-
-    Args:
-        segmentation: a list of polygons `[x1, y1, x2, y2, ...]`, an RLE `{"size": [height, width], "counts": ...}` with
-            counts as a list or as text, or a list of such RLEs.
-        size_wh: width and height of the image, pixels.
-        place: file, record and field, for messages.
-    """
-    width, height = size_wh
-    parts = [segmentation] if isinstance(segmentation, Mapping) else segmentation
-    if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
-        raise ValueError(f"{place}: found {_short(segmentation)}, expected polygons or an RLE; correct the record.")
-    encoded: list[Any] = []
-    for part in parts:
-        try:
-            encoded += _encoded(part, width, height)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{place}: found {_short(part)} ({error}), expected a polygon [x1, y1, x2, y2, x3, y3, ...] or an RLE; "
-                "correct the record."
-            ) from error
-    rle_mask = encoded[0]["counts"] if len(encoded) == 1 else coco_mask.merge(encoded)["counts"]
-    return rle_mask.decode("ascii") if isinstance(rle_mask, bytes) else rle_mask
+def _read_entry(read: Callable[[Any, str], Any], entry: Any, place: str) -> Any:
+    """Call `read(entry, place)`; a value in it of a type that `read` did not expect is named as the file's fault."""
+    try:
+        return read(entry, place)
+    except _ODD_VALUE as error:
+        raise ValueError(f"{place}: found a value of another kind ({error}) in {shortened(entry)}") from error
 
 
-def _encoded(part: Any, width: int, height: int) -> list[Any]:
-    """One part of a segmentation as pycocotools' RLEs."""
-    if not isinstance(part, Mapping):
-        if not isinstance(part, Sequence) or len(part) < 6 or len(part) % 2:
-            raise ValueError("a polygon has at least three corners, each of two numbers")
-        return coco_mask.frPyObjects([[float(number) for number in part]], height, width)
-    if list(part.get("size", ())) != [height, width]:
-        raise ValueError(
-            f"a mask of size {part.get('size')}, where the image is [height, width] = {[height, width]}: these "
-            "annotations belong to other images"
-        )
-    counts = part.get("counts")
-    if not isinstance(counts, str | bytes):
-        return [coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)]
-    text = counts if isinstance(counts, str) else counts.decode("ascii")
-    # Checked before pycocotools reads it: a broken string makes it write beyond its memory.
-    if problem := rle_problems([text], [width * height])[0]:
-        raise ValueError(problem)
-    return [{"size": [height, width], "counts": text}]
+def _name_and_size(image: Mapping[str, Any], place: str) -> tuple[str, tuple[int, int]]:
+    name = _required(image, "file_name", place, str)
+    sides = [_required(image, key, place, int | float) for key in ("width", "height")]
+    return name, _sides(sides, f"{place}, fields 'width' and 'height'")
+
+
+def _sides(sides: Sequence[Any], place: str) -> tuple[int, int]:
+    whole = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sides]
+    if len(whole) != 2 or not all(map(is_side, whole)):
+        raise ValueError(f"{place}: found {shortened(sides)}, expected two whole numbers of pixels; correct them.")
+    return whole[0], whole[1]
 
 
 def _box_xyxy_px(rle_mask: str, size_wh: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -319,25 +300,22 @@ def _box_xyxy_px(rle_mask: str, size_wh: tuple[int, int]) -> tuple[float, float,
     return x, y, x + width, y + height
 
 
-def _required(record: Mapping[str, Any], key: str, place: str) -> Any:
-    if record.get(key) is None:
-        raise ValueError(f"{place}, field '{key}': found none, expected one as in COCO's files; correct the record.")
-    return record[key]
+def _required(record: Any, key: str, place: str, kind: Any) -> Any:
+    found = record.get(key) if isinstance(record, Mapping) else None
+    if not isinstance(found, kind):
+        value = "none" if found is None else shortened(found)
+        raise ValueError(f"{place}, field '{key}': found {value}, expected one as in COCO's files; correct the record.")
+    return found
 
 
 def _by_unique(entries: Sequence[Mapping[str, Any]], key: str, place: str) -> dict[Any, Any]:
     """Index entries by a field. Raises ValueError if two share it: one would silently take the other's annotations."""
     found: dict[Any, Any] = {}
     for entry in entries:
-        value = _required(entry, key, place)
+        value = _required(entry, key, place, int | str)
         if found.setdefault(value, entry) is not entry:
             raise ValueError(f"{place}, field '{key}': found {value!r} a second time, expected each once.")
     return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "…"
 
 
 @dataclass(frozen=True)
@@ -444,7 +422,7 @@ def read_set(settings: MeasureSettings) -> MeasuredSet:
     labels = list(index_of_label)
     sources = permute_labels(own, settings.seed)
     in_caption = [region.extra.get("in_caption") for image in images for region in image.regions]
-    areas_px = [coco_mask.area(image.coco_masks()) if image.regions else [] for image in images]
+    areas = [areas_px(image.coco_masks()) for image in images]
     positions = np.repeat(np.arange(len(images)), [len(image.regions) for image in images])
     with_regions = [position for position, image in enumerate(images) if image.regions]
     rows = min(settings.picture_rows, len(with_regions))
@@ -455,10 +433,10 @@ def read_set(settings: MeasureSettings) -> MeasuredSet:
         skipped=annotated.skipped,
         broken=broken,
         labels=labels,
-        regions=region_frame(positions, len(images), own, labels, np.concatenate(areas_px), in_caption),
+        regions=region_frame(positions, len(images), own, labels, np.concatenate(areas), in_caption),
         shuffled=torch.tensor([-1 if source is None else own[source] for source in sources]),
         # The largest region in the original image: no score decides what is shown, nor does a tower's crop.
-        pictured={position: int(np.argmax(areas_px[position])) for position in spread},
+        pictured={position: int(np.argmax(areas[position])) for position in spread},
     )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -22,6 +21,7 @@ from transformers import Sam2ImageProcessor, Sam2Model, SamImageProcessorPil, Sa
 
 from patch_aligned.annotate.fetch import kind_of_checkpoint, load_whole_model
 from patch_aligned.annotate.regions import NonFiniteScoresError
+from patch_aligned.masks import areas_px
 
 Box = Sequence[float]
 """Corners x1, y1, x2, y2 in pixels of the picture."""
@@ -192,10 +192,9 @@ class SamSegmenter:
             is_mask = self._upsampled(logits, size_wh) > 0  # [n, height, width]
             columns_first = is_mask.transpose(1, 2).to(torch.uint8).contiguous().cpu().numpy()  # [n, width, height]
             encoded += coco_mask.encode(columns_first.transpose(2, 1, 0))  # Fortran order, as COCO reads masks
-        areas = np.atleast_1d(coco_mask.area(encoded))
         return [
             Mask(rle["counts"].decode("ascii"), int(area), iou)
-            for rle, area, iou in zip(encoded, areas, predicted_iou.tolist(), strict=True)
+            for rle, area, iou in zip(encoded, areas_px(encoded), predicted_iou.tolist(), strict=True)
         ]
 
     def _upsampled(self, logits: Tensor, size_wh: tuple[int, int]) -> Tensor:

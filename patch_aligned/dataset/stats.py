@@ -18,7 +18,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from patch_aligned.cells import TokenGrid, Treatment, square_grid
-from patch_aligned.masks import covered_tokens_of_regions
+from patch_aligned.masks import areas_px, covered_tokens_of_regions
 from patch_aligned.pad import SKIPPED_SUFFIX, AnnotatedImage, iter_records, read_annotations
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class Statistics:
             return
         self.tags.update(region.tag for region in image.regions)
         encoded = image.coco_masks()
-        self.area_shares.extend((coco_mask.area(encoded) / (width * height)).tolist())
+        self.area_shares.extend((areas_px(encoded) / (width * height)).tolist())
         self.coverage_shares.append(float(coco_mask.area(coco_mask.merge(encoded))) / (width * height))
         covered = self.tokens.covered(image).sum(axis=1).tolist()  # [R]
         self.covered_tokens.extend(covered)

@@ -13,6 +13,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from patch_aligned.images import ImageFileError, stored_size_wh
+from patch_aligned.masks import areas_px
 from patch_aligned.pad import (
     AnnotatedImage,
     AnnotationError,
@@ -166,7 +167,7 @@ def image_problems(image: AnnotatedImage, record: int, settings: VerifySettings)
     if settings.image_folder is not None:
         yield from _file_problems(image, record, settings.image_folder)
     encoded = image.coco_masks()
-    areas = coco_mask.area(encoded) if encoded else []  # [R]
+    areas = areas_px(encoded)  # [R]
     tight_xywh = coco_mask.toBbox(encoded) if encoded else np.zeros((0, 4))  # [R, 4]
     first_of: dict[Any, int] = {}
     for position, region in enumerate(image.regions):

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from patch_aligned.dataset.stats import TokenSettings
 from patch_aligned.images import BROKEN_IMAGE_ERRORS, ImageFileError, image_path, upright_rgb, upright_size_wh
+from patch_aligned.masks import areas_px
 from patch_aligned.pad import AnnotatedImage, Region, is_finite_number, read_annotations
 from patch_aligned.web import render
 
@@ -161,8 +161,6 @@ def _entry(
         problem = str(error)
     grid = tokens.cells(image.size_wh)
     covered = tokens.covered(image)  # [R, tokens]
-    encoded = image.coco_masks()
-    areas = coco_mask.area(encoded) if encoded else []
     regions = [
         {
             "tag": region.tag,
@@ -173,7 +171,7 @@ def _entry(
             "tokens_covered": int(of_region.sum()),
             **_further(region),
         }
-        for region, area, of_region in zip(image.regions, areas, covered, strict=True)
+        for region, area, of_region in zip(image.regions, areas_px(image.coco_masks()), covered, strict=True)
     ]
     return {
         "record": record,

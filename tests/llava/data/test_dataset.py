@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -195,7 +196,7 @@ def test_unreadable_images_are_named_or_skipped(
 ) -> None:
     spoil(kind, golden_world)
     path = write_data([record("good"), record("bad", image="bad.png")])
-    with pytest.raises(RecordError, match=r"record 1 \(id 'bad'\), field image: images/bad.png.*--on_error skip"):
+    with pytest.raises(RecordError, match=r"(?s)record 1 \(id 'bad'\), field image: images/bad.png.*--on_error skip"):
         make_dataset(path)[1]
     sample = make_dataset(path, on_error="skip", output_dir="run")[1]
     assert sample["sample_id"] == "bad" and "images/bad.png" in sample["skipped"] and "input_ids" not in sample
@@ -224,9 +225,64 @@ def test_records_are_checked_before_training_starts(
 def test_turns_that_do_not_fit_the_template_name_the_record(
     make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], conversations: list[Any]
 ) -> None:
-    dataset = make_dataset(write_data([conversations[3]]), conversation=conv_templates["plain"])
     with pytest.raises(RecordError, match=r"record 0 \(id 'c3'\), field conversations: found 6 turns.*--version v1"):
-        dataset[0]
+        make_dataset(write_data([conversations[3]]), conversation=conv_templates["plain"])
+
+
+QUESTION, ANSWER = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A boat."}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conversations": [QUESTION, {"from": "human", "value": "Well?"}, ANSWER]}, "'human', 'human', 'gpt'"),
+        ({"conversations": [QUESTION | {"from": "gpt"}]}, "'human' and 'gpt' in turn"),
+        ({"image": "none.png"}, "images/none.png: no such file"),
+        ({"image": "nowhere/im1.png"}, "images/nowhere/im1.png: no such file"),
+        ({"image": "/images/im1.png"}, "field image: found '/images/im1.png'"),
+        ({"image": "a/../im1.png"}, "field image: found 'a/../im1.png'"),
+        ({"image": "im1\ud83d.png"}, "half a character"),
+        ({"image": {"bytes": "...", "path": "im1.png"}}, "field image: found {'bytes'.*a path"),
+        ({"conversations": [QUESTION, ANSWER | {"value": "A boat \ud83d"}]}, "half a character"),
+        (
+            {"image": ["im1.png"] * 9, "conversations": [QUESTION | {"value": "<image>" * 9}, ANSWER]},
+            "9 images take 16",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_named_before_the_first_step(
+    changes: dict[str, Any], message: str, make_dataset: Callable[..., Any], write_data: Any, tokenizer: Any
+) -> None:
+    tokenizer.model_max_length = 128
+    path = write_data([record("good"), record("bad") | changes])
+    with pytest.raises(RecordError, match=rf"record 1 \(id 'bad'\).*{message}"):
+        make_dataset(path, visual_tokens_of=lambda size_wh: 16)
+    dataset = make_dataset(path, visual_tokens_of=lambda size_wh: 16, on_error="skip", output_dir="run")
+    samples = [dataset[index] for index in range(len(dataset))]  # what breaks the format is no sample at all
+    assert ["skipped" in sample for sample in samples] in ([False], [False, True])
+    assert "bad" in Path("run/skipped_samples.jsonl").read_text()
+
+
+def test_a_text_that_leaves_no_room_for_its_image_is_skipped(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], tokenizer: Any
+) -> None:
+    tokenizer.model_max_length = 128
+    long = record("long", image=["im1.png"] * 2, text="<image>" + "word " * 120 + "<image>")
+    dataset = make_dataset(write_data([long, record("good")]), visual_tokens_of=lambda size: 16, on_error="skip")
+    assert ["skipped" in dataset[index] for index in range(2)] == [True, False]
+
+
+def test_a_line_of_pixels_is_skipped(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], data_args: SimpleNamespace
+) -> None:
+    Image.new("RGB", (60000, 2)).save("images/line.png")
+    for data_args.image_aspect_ratio in ("pad", "square"):
+        dataset = make_dataset(write_data([record("bad", image="line.png")]), on_error="skip")
+        assert "images" not in dataset[0] and "60000 x 2" in dataset[0]["skipped"]
+
+
+def test_a_sample_id_may_hold_half_a_character(make_dataset: Callable[..., Any], write_data: Any) -> None:
+    assert make_dataset(write_data([record("r \ud83d")]))[0]["sample_id"] == "r \\ud83d"
 
 
 def test_an_empty_answer_is_left_to_the_count_of_supervised_tokens(

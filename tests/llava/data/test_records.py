@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import gzip
 import json
 import os
@@ -116,6 +118,14 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(RecordError, match="cannot be read"):
         open_records(path)
+
+
+def test_parquet_columns_that_json_has_no_value_for(tmp_path: Path) -> None:
+    others = {"thumbnail": b"\x89PNG", "day": datetime.date(2026, 1, 2), "price": decimal.Decimal("1.5")}
+    pq.write_table(pa.Table.from_pylist([GOOD | others]), tmp_path / "data.parquet")
+    assert open_records(tmp_path / "data.parquet")[0] == GOOD | {
+        "thumbnail": "4 bytes", "day": "2026-01-02", "price": "1.5"
+    }  # fmt: skip
 
 
 def test_a_missing_file_names_the_flag(tmp_path: Path) -> None:

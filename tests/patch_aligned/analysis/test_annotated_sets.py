@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gzip
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from patch_aligned.analysis.sets import open_annotated_set
-from patch_aligned.pad import AnnotatedImage, Region
+from patch_aligned.pad import AnnotatedImage, AnnotationError, Region
 
 WIDTH, HEIGHT = 20, 12
 
@@ -65,6 +69,33 @@ def coco_annotation(segmentation: Any) -> dict[str, Any]:
     return coco(annotations=[{"id": 5, "image_id": 7, "category_id": 18, "segmentation": segmentation}])
 
 
+PARTS = [drawn(0, 0, 4, 4), drawn(10, 2, 14, 8)]
+CAPTION = "a brown dog sleeps"
+GROUNDED = {
+    "file_name": "x.jpg",
+    "caption": CAPTION,
+    "groundings": {
+        "a brown dog": {"token_positives": [0, 11], "rle_masks": [compressed(part) for part in PARTS]},
+        "sleeps": {"token_positives": [12, 18], "rle_masks": []},
+    },
+}
+POLYGONS = [polygon(0, 0, 4, 4), polygon(10, 2, 14, 8)]
+REFERRED = {
+    "12": {
+        "img_file_name": "x.jpg",
+        "caption": CAPTION,
+        "refs": [{"sentence": "a brown dog", "segmentation": POLYGONS}, {"sentence": "sleeps", "segmentation": []}],
+    }
+}
+TABLES = {
+    "images": [{"id": 1, "file_name": "x.jpg", "width": WIDTH, "height": HEIGHT, "caption": CAPTION}],
+    "annotations": [
+        {"id": 1, "image_id": 1, "tokens_positive": [[0, 11]], "sam_mask": compressed(PARTS[0] | PARTS[1])},
+        {"id": 2, "image_id": 1, "tokens_positive": [[12, 18]], "sam_mask": None},
+    ],
+    "categories": [{"id": 1, "name": "object"}],
+}
+
 Opener = Callable[..., list[AnnotatedImage]]
 
 
@@ -99,40 +130,70 @@ def test_crowds_and_annotations_without_mask_are_counted(tmp_path: Path):
     assert [image.image_id for image in annotated] == [image.image_id for image in annotated]  # a second pass
 
 
-def test_the_three_shapes_of_grandf_give_the_same_regions(read: Opener, tmp_path: Path):
-    parts = [drawn(0, 0, 4, 4), drawn(10, 2, 14, 8)]
-    caption = "a brown dog sleeps"
-    grounded = {
-        "file_name": "x.jpg",
-        "caption": caption,
-        "groundings": {
-            "a brown dog": {"token_positives": [0, 11], "rle_masks": [compressed(part) for part in parts]},
-            "sleeps": {"token_positives": [12, 18], "rle_masks": []},
-        },
-    }
-    polygons = [polygon(0, 0, 4, 4), polygon(10, 2, 14, 8)]
-    referred = {
-        "12": {
-            "img_file_name": "x.jpg",
-            "caption": caption,
-            "refs": [{"sentence": "a brown dog", "segmentation": polygons}, {"sentence": "sleeps", "segmentation": []}],
-        }
-    }
-    tables = {
-        "images": [{"id": 1, "file_name": "x.jpg", "width": WIDTH, "height": HEIGHT, "caption": caption}],
-        "annotations": [
-            {"id": 1, "image_id": 1, "tokens_positive": [[0, 11]], "sam_mask": compressed(parts[0] | parts[1])},
-            {"id": 2, "image_id": 1, "tokens_positive": [[12, 18]], "sam_mask": None},
-        ],
-        "categories": [{"id": 1, "name": "object"}],
-    }
+@pytest.mark.parametrize("empty", [[[]], [[9.0, 9.0]], [[2, 2, 9, 9]], []])
+def test_polygons_without_area_are_no_mask(tmp_path: Path, read: Opener, empty: list[Any]):
+    document = coco_annotation(empty)
+    assert [image.regions for image in read(document)] == [(), ()]
+    assert open_annotated_set(tmp_path / "set.json", tmp_path).skipped == {"no mask": 1}
+    [region] = read(coco_annotation([polygon(0, 0, 4, 4), *empty]))[0].regions
+    np.testing.assert_array_equal(mask_of(region), drawn(0, 0, 4, 4))
+
+
+def test_a_polygon_may_leave_the_image(read: Opener):
+    [region] = read(coco_annotation([polygon(-3, -2, WIDTH + 5, 4)]))[0].regions
+    np.testing.assert_array_equal(mask_of(region), drawn(0, 0, WIDTH, 4))
+
+
+@pytest.mark.parametrize("name", ["set.JSON", "set.json.gz"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_names_and_byte_order_marks_of_files_as_people_have_them(tmp_path: Path, name: str, mark: bytes):
+    content = mark + json.dumps(coco()).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert len(list(open_annotated_set(tmp_path / name, tmp_path))) == 2
+
+
+def test_broken_gzip_names_the_file(tmp_path: Path):
+    (tmp_path / "set.json.gz").write_bytes(gzip.compress(json.dumps(coco()).encode())[:-20])
+    with pytest.raises(ValueError, match=r"set\.json\.gz"):
+        open_annotated_set(tmp_path / "set.json.gz", tmp_path, "coco")
+
+
+ODD_VALUES = [None, [None]]
+
+
+def values_below(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all values inside a document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from values_below(inner, (*path, key))
+
+
+def test_odd_values_anywhere_are_read_or_named(read: Opener, tmp_path: Path):
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "x.jpg")
-    for document in ([grounded], [referred], tables):
+    for document in (coco(), [GROUNDED], [REFERRED], TABLES):
+        for path in values_below(document):
+            for odd in ODD_VALUES:
+                changed = copy.deepcopy(document)
+                *above, last = path
+                functools.reduce(lambda inner, key: inner[key], above, changed)[last] = odd
+                (tmp_path / "set.json").unlink(missing_ok=True)  # faster than to truncate it
+                try:
+                    read(changed)
+                except AnnotationError as error:
+                    assert error.field
+                except ValueError as error:
+                    assert str(tmp_path) in str(error), (path, odd)
+
+
+def test_the_three_shapes_of_grandf_give_the_same_regions(read: Opener, tmp_path: Path):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "x.jpg")
+    for document in ([GROUNDED], [REFERRED], TABLES):
         (image,) = read(document)
-        assert (image.image_id, image.size_wh, image.caption) == ("x.jpg", (WIDTH, HEIGHT), caption)
+        assert (image.image_id, image.size_wh, image.caption) == ("x.jpg", (WIDTH, HEIGHT), CAPTION)
         (region,) = image.regions
         assert region.tag == "a brown dog"
-        np.testing.assert_array_equal(mask_of(region), parts[0] | parts[1])
+        np.testing.assert_array_equal(mask_of(region), PARTS[0] | PARTS[1])
         assert open_annotated_set(tmp_path / "set.json", tmp_path).skipped == {"no phrase or no mask": 1}
 
 
@@ -185,7 +246,16 @@ def test_a_random_subset_hangs_on_ids_and_seed_alone(tmp_path: Path):
         (coco_annotation({"size": [WIDTH, HEIGHT], "counts": [240]}), r"mask of size \[20, 12\].*\[12, 20\]"),
         (coco_annotation({"size": [HEIGHT, WIDTH], "counts": "zz"}), r"a character that no RLE string has"),
         (coco_annotation({"size": [HEIGHT, WIDTH], "counts": "d0"}), r"runs that sum to \d+ pixels"),
-        (coco_annotation({"size": [HEIGHT, WIDTH], "counts": [3, 4]}), r"labels\[0\].rle_mask.*sum to 7 pixels"),
+        (coco_annotation({"size": [HEIGHT, WIDTH], "counts": [3, 4]}), r"annotation 5 of 0+7\.jpg.*sum to 7 pixels"),
+        (coco_annotation({"size": [HEIGHT, WIDTH], "counts": [-5, 245]}), r"annotation 5 of 0+7\.jpg.*\[-5, 245\]"),
+        (coco_annotation([[math.nan, 2, 9, 2, 9, 9]]), r"annotation 5 of 0+7\.jpg.*nan"),
+        (coco_annotation([[2.08e8, 2, 9, 2, 9, 9]]), r"annotation 5 of 0+7\.jpg.*208000000"),
+        (coco_annotation([["2", 2, 9, 2, 9, 9]]), r"annotation 5 of 0+7\.jpg.*'2'"),
+        (coco_annotation(5), r"annotation 5 of 0+7\.jpg.*found 5"),
+        (
+            coco(images=[coco()["images"][0] | {"width": 1 << 40}], annotations=[]),
+            r"image 7, fields 'width'.*1099511627776",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_coco_file_is_named(read: Opener, document: Any, message: str):
