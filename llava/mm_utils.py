@@ -153,17 +153,25 @@ def select_best_resolution(original_size: tuple[int, int], possible_resolutions:
     return max(possible_resolutions, key=kept_and_unused)
 
 
-def parse_grid_pinpoints(grid_pinpoints: Any) -> list[Any]:
-    """Parse the config's `image_grid_pinpoints`: a list of (width, height), or its text form."""
-    pinpoints = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
-    if not isinstance(pinpoints, list | tuple) or any(len(p) != 2 for p in pinpoints):
-        raise ValueError(f"image_grid_pinpoints: found {grid_pinpoints!r}, expected a list of [width, height]")
+def parse_grid_pinpoints(grid_pinpoints: Any, side: int = 1) -> list[Any]:
+    """Parse the config's `image_grid_pinpoints`: a list of (width, height) of tiles of `side`, or its text form."""
+    try:
+        pinpoints = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else list(grid_pinpoints)
+        is_valid = all(len(pair) == 2 and all(type(px) is int and px >= side for px in pair) for pair in pinpoints)
+        is_valid = is_valid and not any(px % side for pair in pinpoints for px in pair)
+    except (SyntaxError, TypeError, ValueError):
+        is_valid = False
+    if not is_valid or not pinpoints:
+        multiples = f", multiples of the tower's side {side}" if side > 1 else ""
+        raise ValueError(
+            f"image_grid_pinpoints: found {grid_pinpoints!r}, expected a list of [width, height] in pixels{multiples}"
+        )
     return list(pinpoints)
 
 
 def get_anyres_image_grid_shape(image_size: tuple[int, int], grid_pinpoints: Any, patch_size: int) -> tuple[int, int]:
     """Return the number of tiles across and down for `image_size` (width, height); `patch_size` is a tile's side."""
-    width, height = select_best_resolution(image_size, parse_grid_pinpoints(grid_pinpoints))
+    width, height = select_best_resolution(image_size, parse_grid_pinpoints(grid_pinpoints, patch_size))
     return width // patch_size, height // patch_size
 
 
@@ -193,8 +201,8 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Any
         processor: image processor of the vision tower.
         grid_pinpoints: possible resolutions (width, height), as a list or its text form.
     """
-    resolution = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints))
     side = processed_side(processor)
+    resolution = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints, side))
     edge = _shortest_edge(processor) or side
     tiles = divide_to_patches(resize_and_pad_image(image, resolution), side)
     return torch.stack([_pixel_values(processor, tile) for tile in (image.resize((edge, edge)), *tiles)])

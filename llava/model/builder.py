@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import is_flash_attn_2_available
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.conversation import conv_templates
@@ -24,6 +25,7 @@ from llava.model.checkpoint import (
     read_config,
     read_trained_tensors,
 )
+from llava.model.language_model.causal_lm import NOT_QUANTISED
 from llava.model.language_model.families import llava_model_class
 from llava.model.weights import (
     NON_LORA_FILE,
@@ -37,9 +39,6 @@ from llava.model.weights import (
 )
 
 logger = logging.getLogger(__name__)
-
-NOT_QUANTISED = ["model.mm_projector", "model.vision_tower", "lm_head"]
-"""Modules that 4-bit and 8-bit loading do not quantise; transformers matches prefixes of full names."""
 
 
 class LoadedModel(NamedTuple):
@@ -182,7 +181,9 @@ def model_kwargs(
             bnb_4bit_quant_type="nf4",
             llm_int8_skip_modules=NOT_QUANTISED,
         )
-    if use_flash_attn:
+    if use_flash_attn and not is_flash_attn_2_available():
+        logger.warning("use_flash_attn: the package flash-attn is not installed; the same attention runs without it.")
+    elif use_flash_attn:
         resolved["attn_implementation"] = "flash_attention_2"
     return resolved
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -23,6 +24,7 @@ from llava.model.weights import (
     fill_strictly,
     find_file,
     no_checkpoint,
+    open_safetensors,
     projector_state,
     read_tensors,
 )
@@ -83,11 +85,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
 
 
 def _open_weights(path: str) -> Any:
-    if path.endswith(".safetensors"):
-        from safetensors import safe_open
-
-        return safe_open(path, framework="pt")
-    return read_tensors(path)
+    return open_safetensors(path) if path.endswith(".safetensors") else read_tensors(path)
 
 
 def require_new_folder(destination: Path) -> None:
@@ -273,13 +271,13 @@ def read_config(model_path: str, **kwargs: Any) -> Any:
             config: Any = LlavaConfig.from_dict(values | {"model_type": LlavaConfig.model_type})
         else:
             config = AutoConfig.from_pretrained(model_path, **kwargs)
-    except ValueError as error:
+        if tower := getattr(config, "mm_vision_tower", None):
+            config.mm_vision_tower = tower_place(tower, model_path)
+    except (ValueError, ArithmeticError, TypeError, StrictDataclassError) as error:  # values that are no such values
         raise ValueError(
             f"The config.json of {model_path} has model type `{model_type}`, which cannot be read: "
-            f"{str(error).splitlines()[0]}"
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
-    if tower := getattr(config, "mm_vision_tower", None):
-        config.mm_vision_tower = tower_place(tower, model_path)
     return config
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+_LFS = b"version https://git-lfs"
 PROJECTOR_FILE = "mm_projector.bin"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -91,6 +93,48 @@ def find_file(model_path: str, name: str) -> str | None:
     )
 
 
+@contextmanager
+def broken_files_named(model_path: str) -> Iterator[None]:
+    """Raise `ValueError` with the name of the broken file in place of what safetensors and pickle say without it."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(unreadable(model_path, error)) from error
+    except SafetensorError:
+        for file in safetensors_files(model_path):
+            open_safetensors(file)
+        raise
+
+
+def safetensors_files(model_path: str) -> list[Path]:
+    """Return the safetensors files of a folder, or the one file of a hub name."""
+    if Path(model_path).is_dir():
+        return sorted(Path(model_path).glob("*.safetensors"))
+    file = find_file(model_path, UNSHARDED_FILES[0])
+    return [] if file is None else [Path(file)]
+
+
+def open_safetensors(path: str | Path) -> Any:
+    """Open a safetensors file, whose tensors are read on access.
+
+    Raises:
+        ValueError: it is broken; the message names it.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}).{lfs_hint(path)} Copy or download it again."
+        ) from error
+
+
+def lfs_hint(path: str | Path) -> str:
+    """Say that a file is but a pointer of Git LFS, as a clone without LFS leaves it; empty if it is not."""
+    with Path(path).open("rb") as file:
+        is_pointer = file.read(len(_LFS)) == _LFS
+    return " It is a pointer of Git LFS: run `git lfs pull` in its folder." if is_pointer else ""
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors or torch file, in their stored dtype, on the CPU.
 
@@ -99,15 +143,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a complete safetensors file ({error}). Copy or download it again."
-            ) from error
+        opened = open_safetensors(path)
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
     try:
         # Files written before torch 1.6 are not zip archives and cannot be memory-mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -125,9 +162,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 def unreadable(path: str | Path, error: Exception) -> str:
     """Build the message for a torch file that cannot be read safely."""
+    hint = lfs_hint(path) if Path(path).is_file() else ""
     return (
-        f"{path} cannot be read as a file of tensors. It is cut off, or its pickle holds other objects, which are "
-        "never loaded. Download it again, or ask its authors for the state dict alone, preferably as safetensors. "
+        f"{path} cannot be read as a file of tensors.{hint} It is cut off, or its pickle holds other objects, which "
+        "are never loaded. Download it again, or ask its authors for the state dict alone, preferably as safetensors. "
         f"({(str(error) or 'nothing in it').splitlines()[0]})"
     )
 
@@ -195,13 +233,13 @@ def from_pretrained_strictly(
     Raises:
         ValueError: the weights do not match the config; the message names them.
     """
-    try:
+    with broken_files_named(weights_path):
+        if not {"quantization_config"} & kwargs.keys() and not hasattr(kwargs["config"], "quantization_config"):
+            require_described(model_class, kwargs["config"], weights_path)
         with without_load_report():
             model, report = model_class.from_pretrained(
                 weights_path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-    except pickle.UnpicklingError as error:
-        raise ValueError(unreadable(weights_path, error)) from error
     to_come = sorted(filter(may_come_later, report["missing_keys"])) if may_come_later is not None else []
     missing = sorted(set(report["missing_keys"]) - set(to_come))
     unexpected = sorted(report["unexpected_keys"])
@@ -214,6 +252,34 @@ def from_pretrained_strictly(
             "Check that config.json belongs to these weights."
         )
     return model, to_come
+
+
+def require_described(model_class: Any, config: Any, weights_path: str) -> None:
+    """Check a config against the shapes in the weights' headers, before a model of absurd sizes takes the memory.
+
+    Raises:
+        ValueError: the config describes another model, or none.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for opened in map(open_safetensors, safetensors_files(weights_path)):
+        shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    layers = {int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")}
+    if layers and config.num_hidden_layers != len(layers):
+        raise ValueError(
+            f"{weights_path}, config.json, num_hidden_layers: found {config.num_hidden_layers!r}, but the weights have "
+            f"{len(layers)} layers. Check that config.json belongs to these weights."
+        )
+    try:
+        with torch.device("meta"):
+            model = getattr(model_class, "from_config", model_class)(config)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"The config.json of {weights_path} describes no model: {error}. Copy it again.") from error
+    expected = {name: tuple(weight.shape) for name, weight in model.named_parameters() if name in shapes}
+    if wrong := differences(expected, {name: shapes[name] for name in expected}):
+        raise ValueError(
+            f"The weights in {weights_path} do not fit their config. Different shape: {wrong}. Check that config.json "
+            "belongs to these weights."
+        )
 
 
 @contextmanager

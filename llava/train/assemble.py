@@ -26,7 +26,7 @@ from llava.model.checkpoint import TOWER, CheckpointTensors, own_name
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.llava_arch import start_at_mean
 from llava.model.multimodal_projector.builder import C_ABSTRACTOR_SETTINGS
-from llava.model.weights import differences, from_pretrained_strictly
+from llava.model.weights import Form, checkpoint_form, differences, from_pretrained_strictly, recorded_base
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.checkpointing import save_config
@@ -119,7 +119,19 @@ def mixed_precision_dtype(training_args: TrainingArguments) -> torch.dtype:
 
 
 def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
-    """The language model's tokenizer, padding on the right."""
+    """The language model's tokenizer, padding on the right.
+
+    Raises:
+        ValueError: the folder holds no whole model.
+    """
+    name = str(model_args.model_name_or_path)
+    form = checkpoint_form(name)
+    if form is not Form.WHOLE_MODEL:
+        raise ValueError(
+            f"--model_name_or_path {name} holds {form.value}; expected {Form.WHOLE_MODEL.value}. Pass the model it was "
+            f"trained on{recorded_base(name)}; a projector is given as --pretrain_mm_mlp_adapter "
+            f"{name}/mm_projector.bin, an adapter as --lora_weight_path {name}."
+        )
     return AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,
         cache_dir=training_args.cache_dir,

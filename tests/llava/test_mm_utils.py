@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, StoppingCriteriaList
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava import mm_utils
-from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token
+from llava.mm_utils import KeywordsStoppingCriteria, parse_grid_pinpoints, process_images, tokenizer_image_token
 from llava.plugin import ImageView
 
 TOKENIZERS = {"vicuna": "tiny-vicuna", "legacy": "tiny-tok-legacy", "mpt": "tiny-tok-mpt"}
@@ -238,3 +238,11 @@ def test_anyres_choices() -> None:
 def test_unknown_aspect_ratio_is_refused(processor, images) -> None:
     with pytest.raises(ValueError, match="found 'anyres_max_9'"):
         process_images(images[:1], processor, SimpleNamespace(image_aspect_ratio="anyres_max_9"))
+
+
+@pytest.mark.parametrize(
+    "pinpoints", ["[[336, 672]", "(1x1),...,(6x6)", "5", [[100, 672]], [[0, 336]], [], [[336]], None]
+)
+def test_odd_pinpoints_are_named(pinpoints: object) -> None:
+    with pytest.raises(ValueError, match="image_grid_pinpoints: found .*multiples of the tower's side 336"):
+        parse_grid_pinpoints(pinpoints, 336)

@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
+NOT_QUANTISED = ["model.mm_projector", "model.vision_tower", "lm_head"]
+"""Modules that 4-bit and 8-bit loading do not quantise; transformers matches prefixes of full names."""
+
+
 @dataclass
 class LlavaOutput(CausalLMOutputWithPast):
     """Model output. `loss` is the caption loss only; a plugin's losses are separate and unweighted."""
@@ -56,6 +60,15 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """Load as transformers does; bitsandbytes leaves the projector as it is, unless the caller says otherwise."""
+        if getattr(quantization_config, "llm_int8_skip_modules", NOT_QUANTISED) is None:
+            quantization_config.llm_int8_skip_modules = NOT_QUANTISED
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        return super().from_pretrained(*args, **kwargs)
 
     def get_model(self) -> Any:
         """Return the decoder, which owns the tower and the projector."""
@@ -82,6 +95,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         cache: Any = None,
         auxiliary_only: bool = False,
         turns: Tensor | None = None,
+        **unused: Any,
     ) -> LlavaOutput | tuple[Any, ...]:
         """Run the LLM on text and images.
 
@@ -99,7 +113,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 since under ZeRO-3 all ranks must run the same modules.
             turns: `[B, T]`, the number of the question that each id belongs to, 0 before all questions: questions then
                 do not see each other. For prompts padded on the right; flash attention cannot.
-            cache_position: unused; accepted for callers written for older versions of transformers.
+            cache_position, unused: unused; callers written for other versions of transformers pass them, and
+                `generate` what it was called with, such as the tokenizer of `stop_strings`.
 
         Returns:
             `LlavaOutput`. In training mode with labels, `logits` is None: `lm_head` runs on supervised positions only,

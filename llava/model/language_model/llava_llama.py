@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from llava.model.language_model.causal_lm import LlavaCausalLM, ReadableByTransformers4
 from llava.model.llava_arch import LlavaMetaModel
@@ -28,4 +28,5 @@ class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
 
 
 AutoConfig.register("llava_llama", LlavaConfig)
+AutoModel.register(LlavaConfig, LlavaLlamaForCausalLM)
 AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
 
 from llava.model.language_model.causal_lm import LlavaCausalLM, ReadableByTransformers4
 from llava.model.llava_arch import LlavaMetaModel
@@ -28,4 +28,5 @@ class LlavaMistralForCausalLM(LlavaCausalLM, MistralForCausalLM):
 
 
 AutoConfig.register("llava_mistral", LlavaMistralConfig)
+AutoModel.register(LlavaMistralConfig, LlavaMistralForCausalLM)
 AutoModelForCausalLM.register(LlavaMistralConfig, LlavaMistralForCausalLM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -37,6 +38,7 @@ class LlavaQwenForCausalLM(LlavaCausalLM, Qwen2ForCausalLM):
 
 
 AutoConfig.register("llava_qwen", LlavaQwenConfig)
+AutoModel.register(LlavaQwenConfig, LlavaQwenForCausalLM)
 AutoModelForCausalLM.register(LlavaQwenConfig, LlavaQwenForCausalLM)
 
 
@@ -63,4 +65,5 @@ class LlavaQwen3ForCausalLM(LlavaCausalLM, Qwen3ForCausalLM):
 
 
 AutoConfig.register("llava_qwen3", LlavaQwen3Config)
+AutoModel.register(LlavaQwen3Config, LlavaQwen3ForCausalLM)
 AutoModelForCausalLM.register(LlavaQwen3Config, LlavaQwen3ForCausalLM)

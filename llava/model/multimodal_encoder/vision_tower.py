@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from llava.mm_utils import processed_side
+from llava.model.weights import broken_files_named
 
 FLAT, NESTED = "vision_tower.vision_tower.", "vision_tower.vision_tower.vision_model."
 
@@ -57,6 +58,12 @@ class VisionTower(nn.Module):
             )
         self.is_loaded = False
         self.cfg_only = self.config_class.from_pretrained(vision_tower)
+        layers = self.cfg_only.num_hidden_layers  # their inputs and the last one's output may be selected
+        if not (isinstance(self.select_layer, int) and -layers - 1 <= self.select_layer <= layers):
+            raise ValueError(
+                f"--mm_vision_select_layer: found {self.select_layer!r}, but {vision_tower} has {layers} layers; "
+                f"expected a number from {-layers - 1} to {layers}. LLaVA-1.5 uses -2."
+            )
         # The PIL processor gives the pixels that published checkpoints were trained on; torchvision's differ by up to
         # 0.16 after normalisation.
         self.image_processor = AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
@@ -72,7 +79,8 @@ class VisionTower(nn.Module):
         """Reads the weights; a second call does nothing."""
         if self.is_loaded:
             return
-        self.vision_tower = self.model_class.from_pretrained(self.vision_tower_name, device_map=device_map)
+        with broken_files_named(self.vision_tower_name):
+            self.vision_tower = self.model_class.from_pretrained(self.vision_tower_name, device_map=device_map)
         self.vision_tower.requires_grad_(False)
         self.vision_tower.eval()
         self.is_loaded = True
@@ -92,7 +100,16 @@ class VisionTower(nn.Module):
         return self.encode(images).to(images.dtype)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Features `[B, S, C]` in the tower's own dtype. Gradients flow only where the tower is trained."""
+        """Features `[B, S, C]` in the tower's own dtype. Gradients flow only where the tower is trained.
+
+        Raises:
+            ValueError: the tower's weights are not loaded.
+        """
+        if not self.is_loaded:
+            raise ValueError(
+                "The vision tower is not loaded: call model.get_vision_tower().load_model() and move it to the model's "
+                "device, or load the model by llava.model.builder.load_pretrained_model."
+            )
         with torch.set_grad_enabled(self.is_trained and torch.is_grad_enabled()):
             outputs = self.vision_tower(images.to(self.device, self.dtype), output_hidden_states=True)
             return self.feature_select(outputs)

@@ -276,9 +276,9 @@ def test_a_line_of_pixels_is_skipped(
     make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], data_args: SimpleNamespace
 ) -> None:
     Image.new("RGB", (60000, 2)).save("images/line.png")
-    for data_args.image_aspect_ratio in ("pad", "square"):
-        dataset = make_dataset(write_data([record("bad", image="line.png")]), on_error="skip")
-        assert "images" not in dataset[0] and "60000 x 2" in dataset[0]["skipped"]
+    data_args.image_aspect_ratio = "pad"
+    dataset = make_dataset(write_data([record("bad", image="line.png")]), on_error="skip")
+    assert "60000 x 2" in dataset[0]["skipped"]
 
 
 def test_a_sample_id_may_hold_half_a_character(make_dataset: Callable[..., Any], write_data: Any) -> None:

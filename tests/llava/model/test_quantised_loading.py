@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from llava.model.builder import load_pretrained_model, model_kwargs
 
@@ -39,6 +40,13 @@ def test_the_llms_layers_are_quantised_and_nothing_else(
     assert torch.isfinite(found).all()
     assert 0 < (found - expected).norm() / expected.norm() < error
     assert model.generate(IDS[:, 2:], do_sample=False, max_new_tokens=3, min_new_tokens=3).shape == (1, 3)
+
+
+def test_a_callers_own_quantisation_leaves_the_projector(golden_world: Path) -> None:
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    model = load_pretrained_model("tiny-llava", None, "x", device="cpu", quantization_config=config).model
+    assert torch.isfinite(logits(model)).all()
+    assert type(model.model.mm_projector[0]) is nn.Linear
 
 
 def test_quantised_layers_compute_in_the_dtype_of_the_model() -> None:

@@ -12,7 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModel
+from transformers.utils import is_flash_attn_2_available
 
+from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.weights import read_tensors
 
@@ -181,3 +184,60 @@ def test_a_trained_tower_must_be_whole(golden_world: Path, goldens: Path) -> Non
     save_file(weights, "stage2/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"post_layernorm\.bias: model \(32,\), file has no.*surprise: model has no"):
         load("stage2")
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("content", [LFS_POINTER, None])
+@pytest.mark.parametrize("broken", ["tiny-llava", "tiny-clip"])
+def test_a_broken_safetensors_file_is_named(golden_world: Path, broken: str, content: bytes | None) -> None:
+    file = golden_world / broken / "model.safetensors"
+    file.write_bytes(content or file.read_bytes()[:20000])
+    with pytest.raises(ValueError, match=rf"{broken}/model\.safetensors.*{'git lfs pull' if content else 'again'}"):
+        load("tiny-llava")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": 10**9}, r"embed_tokens.weight: model \(1000, 1000000000\), file \(1000, 64\)"),
+        ({"hidden_size": "64"}, r"hidden_size.*'64'"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: found 1000000000, but the weights have 3"),
+        ({"num_attention_heads": 0}, "config.json of .*tiny-llava"),
+        ({"vocab_size": -1}, "config.json of .*tiny-llava"),
+        ({"mm_projector_type": 5}, "config.json of .*tiny-llava"),
+        ({"mm_vision_select_layer": -20}, "mm_vision_select_layer: found -20, .*tiny-clip has 3 layers"),
+    ],
+)
+def test_a_config_that_describes_other_weights_is_refused(
+    golden_world: Path, values: dict[str, Any], message: str
+) -> None:
+    edit_config("tiny-llava", **values)
+    with pytest.raises(ValueError, match=message):
+        load("tiny-llava")
+
+
+def test_auto_classes_know_our_folders(golden_world: Path) -> None:
+    assert isinstance(AutoModel.from_pretrained("tiny-llava"), LlavaLlamaForCausalLM)
+
+
+def test_a_tower_that_is_not_loaded_is_named(golden_world: Path) -> None:
+    model = LlavaLlamaForCausalLM.from_pretrained("tiny-llava")
+    with pytest.raises(ValueError, match=r"get_vision_tower\(\)\.load_model\(\)"):
+        model.encode_images(torch.zeros(1, 3, 56, 56))
+
+
+def test_strings_may_stop_an_answer(golden_world: Path) -> None:
+    tokenizer, model, _, _ = load_pretrained_model("tiny-llava", None, "x", device="cpu")
+    arguments = {"max_new_tokens": 3, "do_sample": False}
+    ids = torch.tensor([[1, 5, 9]])
+    stopped = model.generate(ids, stop_strings=["###"], tokenizer=tokenizer, **arguments)
+    assert stopped.tolist() == model.generate(ids, **arguments).tolist()
+
+
+def test_flash_attention_that_is_not_installed_is_passed_over(golden_world: Path, caplog: Any) -> None:
+    if is_flash_attn_2_available():
+        pytest.skip("flash-attn is installed")
+    load_pretrained_model("tiny-llava", None, "x", device="cpu", use_flash_attn=True)
+    assert "flash-attn" in caplog.text
