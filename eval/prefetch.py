@@ -19,7 +19,10 @@ from eval.hub import LOCK, DataError, Lock, count_rows, fetch, find_data, verify
 def argument_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m eval.prefetch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m eval.prefetch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--benchmarks", default=ALL, help=f"names, with commas, or {', '.join(GROUPS)}, {ALL}; default: %(default)s"

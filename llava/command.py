@@ -25,7 +25,10 @@ _WRONG_INPUT = (ImportError, OSError, ValueError)
 def command_parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """A parser for `python -m module`, whose help is the module's docstring as it is written."""
     return argparse.ArgumentParser(
-        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 

@@ -7,6 +7,7 @@ import base64
 import binascii
 import io
 import math
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +66,8 @@ def load_rgb_image(path: str | Path) -> Image.Image:
         UnreadableImageError: if the file is not an image, is truncated, or is too large to decode safely.
     """
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # reading a pipe or a device may never end
+            raise ValueError("a folder, pipe or device, where a file is expected")
         with Image.open(path) as image:
             return upright_rgb(image)
     except FileNotFoundError:

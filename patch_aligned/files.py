@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import uuid
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _BLOCK_BYTES = 1 << 22
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def sha256_of(path: Path) -> str:
@@ -39,8 +41,18 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        size = temporary.stat().st_size if temporary.exists() else 0
+        raise OSError(
+            error.errno,
+            f"{path}: cannot be written ({error.strerror}, after {size / 1e6:.1f} MB). What was there before is "
+            "unchanged. Free some room or name another place, and run the same command again",
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:

@@ -7,6 +7,7 @@ and boxes refer to the image read this way. An image that cannot be read complet
 from __future__ import annotations
 
 import errno
+import stat
 import struct
 from pathlib import Path
 
@@ -27,11 +28,23 @@ ERRORS_OF_A_PATH = (errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno
 """Errors of a path that will never be readable. All other system errors may be temporary."""
 
 NO_SUCH_FILE = "no such file"
-"""The reason given for a missing image."""
+NOT_PERMITTED = "a file that may not be read"
+"""The reasons given for images that are missing, or whose permissions forbid to read them."""
 
 
 class UnreadableImageError(ValueError):
     """Raised for an image file that is missing, not an image, truncated, or too large to decode safely."""
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image file. Pipes, sockets and devices are no such files: reading them may never end.
+
+    Raises:
+        OSError, ValueError: the path is none of a regular file, or what PIL raises.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("a folder, pipe or device, where a file is expected")
+    return Image.open(path)
 
 
 def decode_image(path: Path) -> Image.Image:
@@ -43,10 +56,12 @@ def decode_image(path: Path) -> Image.Image:
         OSError: the file cannot be read now, but may be valid.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return upright_rgb(image)
     except FileNotFoundError:
         raise UnreadableImageError(NO_SUCH_FILE) from None
+    except PermissionError:
+        raise UnreadableImageError(NOT_PERMITTED) from None
     except UnidentifiedImageError:
         size = path.stat().st_size
         raise UnreadableImageError("an empty file" if size == 0 else f"{size} bytes that are no image") from None
@@ -107,7 +122,7 @@ def stored_size_wh(image_folder: Path, image_id: str) -> tuple[int, int]:
     """
     path = image_path(image_folder, image_id)
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return upright_size_wh(image)
     except FileNotFoundError:
         raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None

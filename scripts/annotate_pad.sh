@@ -46,7 +46,9 @@ if [ -n "${TASKS:-}" ]; then
         LOCAL_RANK=0)
     MERGE=${MERGE:-0}
 else
-    launcher=(torchrun --nproc_per_node "${NUM_GPUS:-$(count_gpus)}")
+    : "${NUM_GPUS:=$(count_gpus)}"
+    need_number NUM_GPUS
+    launcher=(torchrun --nproc_per_node "$NUM_GPUS")
     if ((NNODES > 1)); then
         MERGE=${MERGE:-0}
         launcher+=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set it to the rank of this machine, from 0}"

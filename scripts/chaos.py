@@ -184,7 +184,7 @@ def stop_and_resume(job: Job, how: str, number: int, args: argparse.Namespace, w
 
 def main() -> None:
     """Print the table; exit with 1 where something differs."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--work", type=Path, required=True)

@@ -144,7 +144,7 @@ def check(data: Path) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("playground/data"), help="data root (default: %(default)s)")
     lines, next_commands = check(parser.parse_args(argv).data)
     print("\n".join(lines))

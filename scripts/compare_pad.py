@@ -45,7 +45,7 @@ def mask_iou(region: Region, other: Region, size_wh: tuple[int, int]) -> float:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("found", type=Path, help="PAD file")
     parser.add_argument("truth", type=Path, help="PAD file that is right")
     arguments = parser.parse_args()

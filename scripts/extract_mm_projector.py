@@ -40,7 +40,11 @@ def projector_tensors(model_path: str) -> dict[str, Tensor]:
 
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
     parser.add_argument("--output", required=True, help="file to write")
     return parser

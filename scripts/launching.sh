@@ -15,6 +15,24 @@ need_own_packages() {
     [ -n "${DRY_RUN:-}" ] || python llava/own_packages.py || exit 1
 }
 
+# need_number NAME: refuses what is no number of one or more.
+need_number() {
+    [[ ${!1} =~ ^[1-9][0-9]*$ ]] || die "$1=${!1}: expected a whole number, 1 or more"
+}
+
+# name_misspelt FILE...: names variables that are set and nearly spelt like those that the files read.
+name_misspelt() {
+    python - "$@" <<'PYTHON' >&2
+import difflib, os, pathlib, re, sys
+
+text = "".join(pathlib.Path(file).read_text(encoding="utf-8") for file in sys.argv[1:])
+known = set(re.findall(r"\b[A-Z][A-Z0-9_]{2,}\b", text))
+for name in sorted(set(os.environ) - known):
+    if near := difflib.get_close_matches(name, known - set(os.environ), 1, 0.85):
+        print(f"{name} is set, but nothing reads it. Is it {near[0]}?")
+PYTHON
+}
+
 # need_gpu: refuses to start where there is none.
 need_gpu() {
     [ -n "${DRY_RUN:-}" ] || nvidia-smi --list-gpus >/dev/null 2>&1 ||

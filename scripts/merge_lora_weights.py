@@ -46,7 +46,11 @@ def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--model-path", required=True, help="output folder of a LoRA run, or one of its checkpoints")
     parser.add_argument("--model-base", required=True, help="the LLM that the run started from")
     parser.add_argument("--save-model-path", required=True, help="folder for the merged checkpoint")

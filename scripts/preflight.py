@@ -70,7 +70,7 @@ def read_command(words: Sequence[str]) -> tuple[argparse.Namespace, int]:
     if words[program].startswith("patch_aligned"):
         classes.append(PatchArguments)
     # As a namespace: the dataclasses themselves would start the process group and the GPU.
-    flags, unknown = HfArgumentParser(classes).parse_known_args(list(words[program + 1 :]))
+    flags, unknown = HfArgumentParser(classes, allow_abbrev=False).parse_known_args(list(words[program + 1 :]))
     if unknown:
         raise ValueError(f"found {unknown[0]}, which is no flag of training; next: correct it or leave it out")
     launcher = dict(pairwise(words[:program]))  # each word and the one behind it

@@ -142,6 +142,20 @@ def _is_identical(statistics: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
+def _java_that_writes_points() -> Iterator[None]:
+    """Let Java write numbers with a decimal point; its options from elsewhere, or the machine, may ask for a comma."""
+    name = "JAVA_TOOL_OPTIONS"
+    before = os.environ.get(name)
+    os.environ[name] = f"{before or ''} -Duser.language=en -Duser.country=US".strip()
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
 def _process(lines: list[str]) -> Iterator[Any]:
     """pycocoevalcap's scorer, whose Java process ends with the block and not with the garbage collector.
 
@@ -155,7 +169,8 @@ def _process(lines: list[str]) -> Iterator[Any]:
             lines.append(super()._stat(hypothesis_str, reference_list))
             return lines[-1]
 
-    scorer = Recording()
+    with _java_that_writes_points():
+        scorer = Recording()
     process = scorer.meteor_p
     try:
         yield scorer

@@ -119,7 +119,7 @@ def as_markdown(found: dict[str, tuple[int, Baselines]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m eval.mini.baselines", description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="python -m eval.mini.baselines", description=__doc__)
     parser.add_argument("--data", type=Path, default=OUT, help="evaluation set (default: playground/data/mini/eval)")
     parser.add_argument("--train", type=Path, default=TRAIN, help="scenes (default: playground/data/mini/train)")
     arguments = parser.parse_args(argv)

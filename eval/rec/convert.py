@@ -286,7 +286,10 @@ def _row_of_record(record: Any, index: int, path: Path) -> Row:
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.rec.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m eval.rec.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--refs", type=Path, help="folder with refcoco, refcoco+ and refcocog, or some of them")

@@ -29,8 +29,16 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-file", help="JSON file for each answer, right ones and wrong ones apart")
     parser.add_argument("--output-result", help="JSON file for the scores")
     parser.add_argument("--split", default="test", help="default: %(default)s")
-    parser.add_argument("--options", type=list, default=list("ABCDE"), help="letters of the options; default: ABCDE")
+    parser.add_argument("--options", type=letters, default="ABCDE", help="letters of the options; default: ABCDE")
     return parser
+
+
+def letters(text: str) -> list[str]:
+    """The letters of `--options`, as `ABCDE` or with commas or spaces between them."""
+    found = list(re.sub(r"[\s,]", "", text))
+    if len(set(found)) < max(len(found), 2):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected different letters, such as ABCDE")
+    return found
 
 
 def parse_letter(text: str, options: Sequence[str]) -> str:
@@ -83,13 +91,14 @@ def score(
     return result, sides
 
 
-def read_split(base_dir: str, split: str, answered: Sequence[str]) -> dict[str, Any]:
+def read_split(base_dir: str, split: str, answered: Sequence[str], most: int = 5) -> dict[str, Any]:
     """Problems of a split by id.
 
     Args:
         base_dir: folder of ScienceQA's files.
         split: name in `pid_splits.json`.
         answered: ids of the answers, which may tell that another split is meant.
+        most: choices that a problem may have.
 
     Raises:
         FileNotFoundError, ValueError: files are missing, there is no such split, or the answers are to another.
@@ -98,6 +107,10 @@ def read_split(base_dir: str, split: str, answered: Sequence[str]) -> dict[str, 
     ids_of = read_json(splits_file, "ids of each split of ScienceQA", dict)
     if split not in ids_of:
         raise ValueError(f"--split {split}: no such split in {splits_file}; there are {', '.join(ids_of)}")
+    if set(answered) != set(ids_of[split]):  # `minitest` is a part of `test`
+        same = [name for name, ids in ids_of.items() if set(answered) == set(ids)]
+        if same:
+            raise ValueError(f"the {len(answered)} answers are to split {same[0]}, not {split}: pass --split {same[0]}")
     if not set(answered) & set(ids_of[split]):
         others = [name for name, ids in ids_of.items() if set(answered) <= set(ids)]
         hint = f"; they are to {others[0]}: pass --split {others[0]}" if others else ""
@@ -107,6 +120,8 @@ def read_split(base_dir: str, split: str, answered: Sequence[str]) -> dict[str, 
         where = f"{problems_file}, problem {name}"
         problem = checked_field(problems, name, dict, str(problems_file))
         choices, right = checked_field(problem, "choices", list, where), checked_field(problem, "answer", int, where)
+        if len(choices) > most:
+            raise ValueError(f"{where}: found {len(choices)} choices, but --options has {most} letters; pass more")
         if not 0 <= right < len(choices):
             raise ValueError(f"{where}, field `answer`: found {right}, but there are {len(choices)} choices, from 0 on")
     return {name: problems[name] for name in ids_of[split]}
@@ -118,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
     for number, answer in enumerate(answers, start=1):
         checked_field(answer, "prompt", str, f"{args.result_file}, record {number}")
     ids = [str(answer["question_id"]) for answer in answers]
-    problems = read_split(args.base_dir, args.split, ids)
+    problems = read_split(args.base_dir, args.split, ids, len(args.options))
     require_all_answered(problems, ids, args.result_file, f"split {args.split} of {args.base_dir}")
     result, sides = score(problems, dict(zip(ids, answers, strict=True)), args.options)
     shown = {side: sum(answer["is_multimodal"] for answer in sides[side]) for side in sides}

@@ -43,6 +43,8 @@ def checkpoint_form(model_path: str) -> Form:
         FileNotFoundError: there is no such folder, and no such name on the hub, or the hub cannot be reached.
     """
     if not Path(model_path).is_dir():
+        if not may_be_hub_name(model_path):  # the hub would be asked for it again and again
+            raise no_checkpoint(model_path, FileNotFoundError("There is no such folder."))
         from huggingface_hub.errors import RemoteEntryNotFoundError
         from transformers.utils import cached_file
 
@@ -75,13 +77,20 @@ def recorded_base(model_path: str) -> str:
     return f" (in training it was {name})" if name else ""
 
 
+def may_be_hub_name(model_path: str) -> bool:
+    """Whether a path that is no folder here may be a name on the hub: `owner/name`, where no folder `owner` is."""
+    parent = Path(model_path).parent
+    is_path = model_path.startswith(("/", ".", "~")) or model_path.count("/") > 1
+    return not (is_path or (parent.name and parent.is_dir()))
+
+
 def find_file(model_path: str, name: str) -> str | None:
     """Return the path of a checkpoint's file, local or downloaded from the hub, or None if there is none."""
     if Path(model_path).is_dir():
         path = Path(model_path) / name
         return str(path) if path.is_file() else None
-    if model_path.startswith(("/", ".", "~")) or model_path.count("/") > 1:
-        return None  # a missing folder: names on the hub do not look like this
+    if not may_be_hub_name(model_path):
+        return None
     from transformers.utils import cached_file
 
     return cached_file(

@@ -101,6 +101,9 @@ def chat(session: ImageChat, args: argparse.Namespace) -> None:
         if not message:
             print("exit...")
             return
+        if DEFAULT_IMAGE_TOKEN in message:
+            print(f"The image is shown to the model already: ask again without {DEFAULT_IMAGE_TOKEN}.")
+            continue
         print(f"{assistant}: ", end="", flush=True)
         prompt = session.prompt(message)
         session.answer(prompt, temperature=args.temperature, max_new_tokens=args.max_new_tokens, streamer=streamer)

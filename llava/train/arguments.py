@@ -253,7 +253,7 @@ def parse_arguments(
     classes: list[Any] = [ModelArguments, DataArguments, TrainingArguments]
     if plugin_arguments_class is not None:
         classes.append(plugin_arguments_class)
-    parser = transformers.HfArgumentParser(classes)
+    parser = transformers.HfArgumentParser(classes, allow_abbrev=False)
     parsed = parser.parse_args_into_dataclasses(args=list(argv) if argv is not None else None)
     model_args, data_args, training_args = parsed[:3]
     check_arguments(model_args, data_args, training_args)

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from PIL import Image
+
 from patch_aligned.files import refuse_inputs, written_whole
 from patch_aligned.pad import SETTINGS_SUFFIX, SKIPPED_SUFFIX, iter_records, write_records
 
@@ -32,8 +34,9 @@ from patch_aligned.pad import SETTINGS_SUFFIX, SKIPPED_SUFFIX, iter_records, wri
 
 _logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".ppm")
-"""Files of a folder that are taken for images."""
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS))
+"""Files of a folder that are taken for images: those of formats that Pillow reads on this machine."""
 
 _LIST_SUFFIXES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 _CAPTION_KEYS = ("caption", "blip_caption")  # the second is that of LLaVA-Pretrain's blip_laion_cc_sbu_558k_meta.json
@@ -148,27 +151,42 @@ def _is_utf8(name: str) -> bool:
 
 
 def _paths_below(folder: Path) -> Iterator[tuple[str, str, str]]:
-    def refuse(error: OSError) -> None:  # os.walk would pass over the folder in silence
-        raise ValueError(
-            f"{error.filename}: found a folder that cannot be read ({error.strerror}); expected all folders below "
-            f"--images {folder} to be. Correct its permissions or the link, or give a list of images"
-        )
-
-    names, others = [], 0
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        folders.sort()
-        for link in (Path(parent) / name for name in folders):
-            if link.is_symlink() and link.resolve() in (above := Path(parent).resolve(), *above.parents):
-                raise ValueError(f"{link}: found a link that leads back to {link.resolve()}; remove it")
-        for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                names.append((Path(parent) / name).relative_to(folder).as_posix())
-            else:
-                others += 1
-    if others:
-        _logger.info("%s: %d files don't have the suffix of an image and are left alone", folder, others)
+    """Images below a folder, sorted by path. Links are followed; what has no image's suffix is counted."""
+    left_alone: Counter[str] = Counter()
+    names = []
+    for path in _files_below(folder, (folder.resolve(),)):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            left_alone[path.suffix.lower() or "no suffix"] += 1
+        elif path.exists() and not path.is_file():
+            left_alone["pipe or device"] += 1
+        else:
+            names.append(path.relative_to(folder).as_posix())
+    if left_alone:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_alone.most_common(8))
+        _logger.warning("%s: %d files are no images by their suffix and are left alone: %s", folder,
+                        left_alone.total(), kinds)  # fmt: skip
     for name in sorted(names):
         yield str(folder), name, ""
+
+
+def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """All that is no folder below `folder`; `above` are the real paths of it and of those it was reached through."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        for entry in entries:
+            path = Path(entry.path)
+            if not entry.is_dir():
+                yield path
+                continue
+            place = path.resolve() if entry.is_symlink() else above[-1] / entry.name
+            if place in above:
+                raise ValueError(f"{path}: found a link that leads back to {place}; remove it")
+            yield from _files_below(path, (*above, place))
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename}: found a folder or link that cannot be read ({error.strerror}); expected all folders "
+            "below --images to be. Correct its permissions or the link, or give a list of images"
+        ) from error
 
 
 def _lines_of(path: Path) -> Iterator[tuple[str, str, str]]:

@@ -46,7 +46,7 @@ from patch_aligned.annotate.pipeline import (
 from patch_aligned.annotate.ram.tagger import RamTagger, Resample
 from patch_aligned.annotate.regions import CandidateThresholds, PromptJoin, Selection
 from patch_aligned.annotate.sam import SamSegmenter
-from patch_aligned.images import NO_SUCH_FILE
+from patch_aligned.images import NO_SUCH_FILE, NOT_PERMITTED
 
 # `process_shard`: all that is done to a shard's images, and the one function that every engine calls.
 #
@@ -136,11 +136,11 @@ def _annotated(
 
 
 def _refuse_all_missing(records: Sequence[Record], image_folder: Path) -> None:
-    """A picture that isn't there is that picture's fault; if none of a shard is, the folder's."""
-    if all(record["reason"] == NO_SUCH_FILE for record in records):
+    """A picture that isn't there is that picture's fault; if none of a shard can be had, the folder's."""
+    if all(record["reason"] in (NO_SUCH_FILE, NOT_PERMITTED) for record in records):
         raise OSError(
-            f"{image_folder}: found none of the {len(records):,} images of a shard, such as "
-            f"{records[0]['image_id']!r}; expected them below this folder. Nothing was recorded of them. Correct "
+            f"{image_folder}: none of the {len(records):,} images of a shard can be read, such as "
+            f"{records[0]['image_id']!r} ({records[0]['reason']}). Nothing was recorded of them. Correct "
             "--image_folder, or mount the disk, and run the same command again, with --retry unreadable if earlier "
             "shards lack images too. If these are gone for good, add --allow_missing"
         )

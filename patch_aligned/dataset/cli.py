@@ -202,6 +202,8 @@ def view(
     for page in viewed.pages:
         typer.echo(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
     typer.echo(f"{viewed.images:,} images, {viewed.regions:,} regions; {viewed.without_picture:,} without a picture.")
+    if viewed.without_picture == viewed.images:
+        raise FileNotFoundError(f"--image-folder {image_folder}: no image could be shown. Is it the right folder?")
     if viewed.not_found:
         typer.echo(f"Not among the chosen records: {', '.join(viewed.not_found)}")
     if viewed.next_record is not None:

@@ -307,6 +307,8 @@ def write_verification(
     Raises:
         RecordFileError: if the file is missing.
     """
+    if not path.is_file():
+        raise RecordFileError(f"{path}: found no such file; expected a PAD file")
     output.mkdir(parents=True, exist_ok=True)
     with (output / "problems.jsonl").open("w", encoding="utf-8") as file:
 

@@ -220,7 +220,7 @@ function start(data) {
   }
   if (data.pages.length > 1) data.pages.forEach((page, index) => {
     if (index === data.page) return added(element("pages"), "b", String(index + 1));
-    added(element("pages"), "a", String(index + 1)).href = encodeURI(page);
+    added(element("pages"), "a", String(index + 1)).href = encodeURIComponent(page);
   });
   const tags = new Set(data.records.flatMap((record) => record.regions.map((region) => region.tag)));
   [...tags].sort().slice(0, 2000).forEach((tag) => { added(element("tags"), "option").value = tag; });

@@ -16,10 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from patch_aligned.dataset.stats import TokenSettings
-from patch_aligned.images import BROKEN_IMAGE_ERRORS, ImageFileError, image_path, upright_rgb, upright_size_wh
+from patch_aligned.images import (
+    BROKEN_IMAGE_ERRORS,
+    ImageFileError,
+    image_path,
+    open_image,
+    upright_rgb,
+    upright_size_wh,
+)
 from patch_aligned.masks import areas_px
 from patch_aligned.pad import AnnotatedImage, Region, is_finite_number, read_annotations
 from patch_aligned.web import render
@@ -211,7 +217,7 @@ def _picture(image: AnnotatedImage, image_folder: Path, side: int) -> str:
     """
     path = image_path(image_folder, image.image_id)
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             if (size_wh := upright_size_wh(opened)) != image.size_wh:
                 raise ImageFileError(f"{path} of {size_wh}", f"the record's size {image.size_wh}")
             opened.draft("RGB", (side, side))  # JPEG files decode at a smaller size at once

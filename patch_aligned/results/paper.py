@@ -149,7 +149,7 @@ PAPER_TABLES: dict[int, PaperTable] = {
         ),
         PaperTable(
             number=3,
-            title="Compression and alignment of stage 1",
+            title="Compression and alignment",
             columns=(
                 Column("", "ΔH", metric="entropy_drop_nats", digits=4),
                 *_ALIGNS,
@@ -167,13 +167,14 @@ PAPER_TABLES: dict[int, PaperTable] = {
                     ("Patch Aligned", "3.8352", "0.279", "0.56"),
                 )
             ),
-            conditions="Paper: 100 images of COCO 2017. Its cosine may be that of the best word: it cites the section "
-            "on matching pursuit, and a random vector of width 4,096 has 0.063 with the best of 32,000 words, but 0 "
+            conditions="Paper: after stage 1, 100 images of COCO 2017. Its cosine may be that of the best word: it "
+            "cites the section on matching pursuit, and a random vector of width 4,096 has 0.063 with the best of "
+            "32,000 words, but 0 "
             f"with its label. {_COCO_2017.format(3)}",
         ),
         PaperTable(
             number=4,
-            title="Captions of the stage 1 model",
+            title="Captions",
             columns=tuple(
                 Column("", metric, metric=metric, shown="share", digits=4) for metric in ("METEOR", "ROUGE_L", "SPICE")
             ),
@@ -181,7 +182,7 @@ PAPER_TABLES: dict[int, PaperTable] = {
                 PaperRow("LLaVA", _cells("0.1220 0.1661 0.1571")),
                 PaperRow("Patch Aligned", _cells("0.1256 0.1759 0.1710")),
             ),
-            conditions="Paper: images, reference captions and prompt are not stated.",
+            conditions="Paper: after stage 1; images, reference captions and prompt are not stated.",
         ),
         PaperTable(
             number=5,

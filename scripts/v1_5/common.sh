@@ -49,15 +49,20 @@ choose_memory() {
 
 preset_full() {
     case $LLM in
-        vicuna7b)  : "${MODEL_NAME_OR_PATH:=lmsys/vicuna-7b-v1.5}";  family=llava-v1.5-7b ;;
-        vicuna13b) : "${MODEL_NAME_OR_PATH:=lmsys/vicuna-13b-v1.5}"; family=llava-v1.5-13b ;;
+        vicuna7b)  known_llm=lmsys/vicuna-7b-v1.5;  family=llava-v1.5-7b ;;
+        vicuna13b) known_llm=lmsys/vicuna-13b-v1.5; family=llava-v1.5-13b ;;
         llama31)
             # The paper says "Llama 3.1 8B"; Instruct is taken, as Vicuna is a chat model too.
-            : "${MODEL_NAME_OR_PATH:=meta-llama/Llama-3.1-8B-Instruct}" "${VERSION:=llava_llama_3}"
+            known_llm=meta-llama/Llama-3.1-8B-Instruct
+            : "${VERSION:=llava_llama_3}"
             family=llava-v1.5-llama-3.1-8b
             ;;
         *)         die "unknown LLM=$LLM; choose vicuna7b, vicuna13b or llama31" ;;
     esac
+    : "${MODEL_NAME_OR_PATH:=$known_llm}"
+    if [ "${MODEL_NAME_OR_PATH##*/}" != "${known_llm##*/}" ] && { [ -z "${VERSION:-}" ] || [ -z "${OUTPUT_DIR:-}" ]; }; then
+        die "MODEL_NAME_OR_PATH=$MODEL_NAME_OR_PATH is not LLM=$LLM ($known_llm): set VERSION, its template, and OUTPUT_DIR too"
+    fi
     choose_memory
     if [ "$stage" = pretrain ]; then
         : "${DATA_PATH:=$DATA/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}" "${IMAGE_FOLDER:=$DATA/LLaVA-Pretrain/images}"
@@ -110,7 +115,9 @@ nearest_divisor() {
 
 # devices * per_device_batch * accumulation = GLOBAL_BATCH_SIZE, or a refusal.
 share_out_batch() {
-    local devices=$((NNODES * NUM_GPUS)) share
+    local devices share name
+    for name in NNODES NUM_GPUS GLOBAL_BATCH_SIZE; do need_number "$name"; done
+    devices=$((NNODES * NUM_GPUS))
     ((GLOBAL_BATCH_SIZE % devices == 0)) ||
         die "a global batch of $GLOBAL_BATCH_SIZE cannot be shared out among $devices devices; the nearest number that can: $(nearest_divisor "$GLOBAL_BATCH_SIZE" "$devices")"
     share=$((GLOBAL_BATCH_SIZE / devices))
@@ -123,6 +130,7 @@ share_out_batch() {
 # launch PROGRAM FLAGS...: starts one process per device, or prints the command.
 launch() {
     local launcher word
+    name_misspelt "$0" scripts/v1_5/common.sh
     need_own_packages
     if [ "$PRESET" = full ]; then need_gpu; fi
     if ((NNODES > 1)); then

@@ -244,5 +244,5 @@ def test_unknown_aspect_ratio_is_refused(processor, images) -> None:
     "pinpoints", ["[[336, 672]", "(1x1),...,(6x6)", "5", [[100, 672]], [[0, 336]], [], [[336]], None]
 )
 def test_odd_pinpoints_are_named(pinpoints: object) -> None:
-    with pytest.raises(ValueError, match="image_grid_pinpoints: found .*multiples of the tower's side 336"):
+    with pytest.raises(ValueError, match=r"image_grid_pinpoints: found .*multiples of the tower's side 336"):
         parse_grid_pinpoints(pinpoints, 336)

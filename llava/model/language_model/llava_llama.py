@@ -28,5 +28,5 @@ class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
 
 
 AutoConfig.register("llava_llama", LlavaConfig)
-AutoModel.register(LlavaConfig, LlavaLlamaForCausalLM)
+AutoModel.register(LlavaConfig, LlavaLlamaForCausalLM, exist_ok=True)  # a config of transformers has the same name
 AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)

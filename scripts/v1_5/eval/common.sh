@@ -21,6 +21,8 @@ case $PRESET in
     mini) NUM_GPUS=1 ;;
     *)    die "unknown PRESET=$PRESET; choose full or mini" ;;
 esac
+need_number NUM_GPUS
+name_misspelt "$0" scripts/v1_5/eval/common.sh
 
 case ${1:-} in
     '' | -*) die "expected a checkpoint first: bash scripts/v1_5/eval/$(basename "$0") CHECKPOINT [flags]" ;;
