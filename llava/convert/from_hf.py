@@ -17,6 +17,7 @@ from llava.model.checkpoint import VOCABULARY_TABLES, copy_file, require_new_fol
 from llava.model.language_model.families import FAMILIES, llava_config
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.weights import find_file
+from llava.utils import follow_umask
 
 IMAGE_PROCESSOR_OF_TOWER = {
     "clip_vision_model": "CLIPImageProcessor",
@@ -84,6 +85,7 @@ def from_hf(
     if vision_tower is None:
         folder = destination / OWN_TOWER
         model.model.vision_tower.save_pretrained(folder)
+        follow_umask(folder)
         settings = {"image_processor_type": IMAGE_PROCESSOR_OF_TOWER[config.vision_config.model_type]}
         settings |= image_settings(image_processor)
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

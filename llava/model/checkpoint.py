@@ -28,6 +28,7 @@ from llava.model.weights import (
     projector_state,
     read_tensors,
 )
+from llava.utils import follow_umask
 
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors with one row per token of the vocabulary."""
@@ -102,6 +103,7 @@ def save_weights(weights: Mapping[str, Tensor], folder: Path, max_shard_size: st
 
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(dict(weights), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    follow_umask(folder)
 
 
 def copy_file(checkpoint: str, folder: Path, name: str) -> None:

@@ -232,6 +232,10 @@ class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
         """Disable re-entrant checkpointing, which loses gradients if a layer's input needs none, as in stage 1."""
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+            # The Trainer's own choice with checkpointing ends in step 2 where a trained weight gets no gradient, as
+            # those of a tower's layers behind --mm_vision_select_layer.
+            if self.ddp_find_unused_parameters is None:
+                self.ddp_find_unused_parameters = True
         if hasattr(self, "activation_checkpointing"):  # the new name, since about transformers 5.23
             for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
                 new = old.replace("gradient", "activation")
@@ -299,6 +303,11 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
     if data_args.independent_turns and model_args.attn_implementation == "flash_attention_2":
         raise ValueError(
             "--independent_turns needs a mask that flash attention cannot take; use --attn_implementation sdpa."
+        )
+    if training_args.eval_strategy != "no":
+        raise ValueError(
+            f"--evaluation_strategy {training_args.eval_strategy.value}: there is no evaluation during training. Pass "
+            "--evaluation_strategy no, and score checkpoints with scripts/v1_5/eval."
         )
     if training_args.fsdp:
         raise ValueError(

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from llava.train.checkpointing import (
     STAGING_FOLDER,
     copy_tokenizer_model,
     get_mm_adapter_state_maybe_zero_3,
+    last_complete_checkpoint,
     load_projector_weights,
     publish_checkpoint,
     safe_save_model_for_hf_trainer,
@@ -48,6 +50,7 @@ from llava.train.checkpointing import (
 )
 from llava.train.lora import is_adapted, load_adapter, save_adapter
 from llava.train.stopping import start_worker, stop_request
+from llava.utils import unwritten_named
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +113,8 @@ class CheckpointingTrainer(Trainer):
         self._run_dir = output_dir / STAGING_FOLDER
         staged = self._run_dir / name
         try:
-            super()._save_checkpoint(model, trial)
+            with self._unwritten_named(staged, name, copies=4):  # weights, and the optimizer's in float32
+                super()._save_checkpoint(model, trial)
         finally:
             self._run_dir = None
         staged.mkdir(parents=True, exist_ok=True)
@@ -128,9 +132,22 @@ class CheckpointingTrainer(Trainer):
         """
         if not self.result_is_saved:
             self.model.config.use_cache = True
-            safe_save_model_for_hf_trainer(trainer=self, output_dir=self.args.output_dir)
-            self.save_state()
+            with self._unwritten_named(Path(self.args.output_dir), "the result", copies=1):
+                safe_save_model_for_hf_trainer(trainer=self, output_dir=self.args.output_dir)
+                self.save_state()
             self.result_is_saved = True
+
+    def _unwritten_named(self, folder: Path, what: str, copies: int) -> AbstractContextManager[None]:
+        """Name what cannot be written; `copies` of the trained weights estimate its size."""
+        trained = [param for param in self.model.parameters() if param.requires_grad]
+        size = sum(getattr(param, "ds_numel", param.numel()) * param.element_size() for param in trained)
+        last = last_complete_checkpoint(self.args.output_dir)
+        safe = (
+            f"{last} is complete: free some room, and the same command goes on from it."
+            if last
+            else ("Nothing is saved yet: free some room, or give another --output_dir.")
+        )
+        return unwritten_named(folder, what, copies * size, safe)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the projector and config (stage 1), the adapter (LoRA, see `llava.train.lora`) or the full model."""

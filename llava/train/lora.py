@@ -18,6 +18,7 @@ from llava.model.builder import NOT_QUANTISED
 from llava.model.weights import ADAPTER_FILES, NON_LORA_FILE, fill_strictly, find_file, read_tensors
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpointing import RESUMING_HINT, maybe_zero_3, save_config, save_tensors
+from llava.utils import follow_umask
 
 # Packages that come with the extra `train` and are imported where a flag asks for them.
 
@@ -126,6 +127,7 @@ def save_adapter(model: Any, folder: Path, *, is_writer: bool) -> None:
         rest[name] = maybe_zero_3(table, ignore_status=True)
     if is_writer:
         model.save_pretrained(folder, state_dict=adapter, save_embedding_layers=False)
+        follow_umask(folder)
         save_tensors({name_in_file(model, name): tensor for name, tensor in rest.items()}, folder / NON_LORA_FILE)
         save_config(model.config, folder)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from llava.model.multimodal_merge import (
     merge,
 )
 from llava.plugin import AlignmentContext, AuxiliaryOutput
+from llava.utils import follow_umask
 
 logger = logging.getLogger(__name__)
 
@@ -309,6 +311,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         tower = self.get_vision_tower()
         renamed = {tower.checkpoint_name(name) if tower else name: tensor for name, tensor in state_dict.items()}
         super().save_pretrained(save_directory, is_main_process, state_dict=renamed, **kwargs)
+        if is_main_process:
+            follow_umask(Path(save_directory))
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:

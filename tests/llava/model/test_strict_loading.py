@@ -241,3 +241,9 @@ def test_flash_attention_that_is_not_installed_is_passed_over(golden_world: Path
         pytest.skip("flash-attn is installed")
     load_pretrained_model("tiny-llava", None, "x", device="cpu", use_flash_attn=True)
     assert "flash-attn" in caplog.text
+
+
+def test_saved_weights_have_the_permissions_of_other_new_files(golden_world: Path) -> None:
+    load("tiny-llava").save_pretrained("saved")
+    (golden_world / "other").touch()
+    assert (golden_world / "saved/model.safetensors").stat().st_mode == (golden_world / "other").stat().st_mode
