@@ -240,9 +240,12 @@ class LazySupervisedDataset(Dataset):
         Raises:
             RecordError: the file cannot be read.
         """
-        # The name stays inside the folder (`find_problem`). Symbolic links in it may point elsewhere: users make them.
+        folder = Path(self.data_args.image_folder or "")
         try:
-            image = load_rgb_image(Path(self.data_args.image_folder or "") / name)
+            # Symbolic links inside the folder may point elsewhere, since the user made them. A data file may not.
+            if Path(name).anchor and not Path(name).is_relative_to(folder.absolute()):
+                raise ValueError(f"found {name!r}, expected a path inside --image_folder {folder}")
+            image = load_rgb_image(folder / name)
             pixels = process_images([image], self.image_processor, self.data_args)[0]  # [3, H, W] or [tiles, 3, H, W]
         except (OSError, ValueError) as error:
             raise RecordError(
@@ -276,9 +279,8 @@ class LazySupervisedDataset(Dataset):
 
     def _problems_in_this_run(self, is_auxiliary: np.ndarray) -> Iterator[tuple[int, str]]:
         """Yield row and problem of records that break no format, but do not fit the run: all are known before it."""
-        for row, path in missing_files(self.records, Path(self.data_args.image_folder or "")):
-            yield row, f"field image: {path}: no such file; is --image_folder the right one?"
-        counts = pc.fill_null(pc.list_value_length(self.records.images()), 0).to_numpy()  # [rows]
+        yield from missing_files(self.records, Path(self.data_args.image_folder or ""))
+        counts = pc.fill_null(pc.list_value_length(self.records.table["images"]), 0).to_numpy()  # [rows]
         most = self.tokenizer.model_max_length
         if self.visual_tokens_of is not None and self.data_args.image_aspect_ratio != "anyres":
             each = self.visual_tokens_of((1, 1))
@@ -286,7 +288,7 @@ class LazySupervisedDataset(Dataset):
                 yield row, f"field image: {counts[row]} images take {each} tokens each, --model_max_length is {most}"
         for row in np.flatnonzero(counts > 1).tolist() if self.plugin is not None else ():
             yield row, f"field image: found {counts[row]} images, expected one with a plugin"
-        encoded = self.records.patterns().combine_chunks().dictionary_encode()
+        encoded = self.records.table["pattern"].combine_chunks().dictionary_encode()
         codes = pc.fill_null(encoded.indices, -1).to_numpy()  # [rows]
         for code, pattern in enumerate(encoded.dictionary.to_pylist()):
             try:
@@ -335,11 +337,14 @@ class LazySupervisedDataset(Dataset):
 
 
 def missing_files(records: RecordTable, image_folder: Path) -> Iterator[tuple[int, str]]:
-    """Yield row and path of images that are not there. Each folder is listed once: drives of a network ask for that."""
+    """Yield row and problem of images that are not in the folder. Each is listed once, for drives of a network."""
     listings: dict[str, set[str] | None] = {}
-    rows = pc.list_parent_indices(records.images()).to_pylist()
-    for row, name in zip(rows, pc.list_flatten(records.images()).to_pylist(), strict=True):
+    rows = pc.list_parent_indices(records.table["images"]).to_pylist()
+    for row, name in zip(rows, pc.list_flatten(records.table["images"]).to_pylist(), strict=True):
         below, file = os.path.split(name)
+        if Path(below).anchor and not Path(below).is_relative_to(image_folder.absolute()):
+            yield row, f"field image: found {name!r}, expected a path inside --image_folder {image_folder}"
+            continue
         if below not in listings:
             try:
                 listings[below] = {file.name for file in os.scandir(image_folder / below)}
@@ -350,7 +355,7 @@ def missing_files(records: RecordTable, image_folder: Path) -> Iterator[tuple[in
         listing = listings[below]
         # Some drives find files by other spellings than the listed ones.
         if listing is not None and file not in listing and not (listing and (image_folder / name).exists()):
-            yield row, str(image_folder / name)
+            yield row, f"field image: {image_folder / name}: no such file; is --image_folder the right one?"
 
 
 def auxiliary_only(records: RecordTable, plugin: TrainingPlugin | None) -> np.ndarray:

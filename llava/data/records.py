@@ -153,7 +153,7 @@ _SCHEMA = pa.schema(
         ("words", pa.int32()),  # of all turns, separated by whitespace
         ("has_image", pa.bool_()),
         ("images", pa.list_(pa.large_string())),  # paths in the image folder
-        ("pattern", pa.string()),  # of the turns, see `RecordTable.patterns`
+        ("pattern", pa.string()),  # a letter a turn, `h` or `g`, for who speaks; a capital has an `<image>`
         ("problem", pa.large_string()),  # why the record cannot be trained on, or null
         ("is_textless", pa.bool_()),  # an image without any answer, which a plugin's losses may train
     ]
@@ -198,8 +198,8 @@ def find_problem(record: Any) -> str | None:
             "save images that stand in the data file as files there"
         )
     for name in image_names(record):
-        if Path(name).anchor or ".." in Path(name).parts:
-            return f"field image: found {name!r}, expected a path inside --image_folder; make it relative"
+        if ".." in Path(name).parts:
+            return f"field image: found {name!r}, expected a path inside --image_folder, without '..'"
     turns: Any = record.get("conversations")
     if not _is_list_of(turns, Mapping):
         return f"field conversations: found {_shortened(turns)}, expected a list of turns"
@@ -272,14 +272,6 @@ class RecordTable:
         column = self.table["problem"]
         rows = np.flatnonzero(np.asarray(column.is_valid()))
         return {int(row): column[int(row)].as_py() for row in rows}
-
-    def images(self) -> pa.ChunkedArray:
-        """Return the paths of each record's images: lists of text `[rows]`."""
-        return self.table["images"]
-
-    def patterns(self) -> pa.ChunkedArray:
-        """Return who speaks in each record: text `[rows]`, a letter a turn, `h` or `g`; a capital has an `<image>`."""
-        return self.table["pattern"]
 
     def is_textless(self) -> np.ndarray:
         """Return which records are an image without any answer: bool `[rows]`."""
@@ -369,7 +361,7 @@ def _letter(turn: Mapping[str, Any]) -> str:
 
 
 def turns_of_pattern(pattern: str) -> list[dict[str, str]]:
-    """Return turns without text that a pattern of `RecordTable.patterns` describes."""
+    """Return turns without text that a value of the column `pattern` describes."""
     speakers = {"h": "human", "g": "gpt"}
     return [
         {"from": speakers[letter.lower()], "value": DEFAULT_IMAGE_TOKEN if letter.isupper() else ""}

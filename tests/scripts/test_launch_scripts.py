@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,28 @@ def test_deepspeed_configurations_leave_the_batch_to_the_trainer(name: str) -> N
     assert not {"optimizer", "scheduler"} & config.keys()
     if name == "zero3_offload":
         assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"NUM_GPUS": "0"}, "NUM_GPUS=0"),
+        ({"NUM_GPUS": "abc"}, "NUM_GPUS=abc"),
+        ({"NUM_GPUS": "2", "GLOBAL_BATCH_SIZE": "-8"}, "GLOBAL_BATCH_SIZE=-8"),
+        ({"NUM_GPUS": "1", "MODEL_NAME_OR_PATH": "Qwen/Qwen2.5-7B-Instruct"}, "VERSION.*OUTPUT_DIR"),
+    ],
+)
+def test_values_that_make_no_run_are_named(variables: dict[str, str], message: str) -> None:
+    result = run_script("finetune", **variables)
+    assert result.returncode
+    assert re.search(message, result.stderr)
+
+
+def test_near_misspellings_of_variables_are_named() -> None:
+    result = run_script("finetune", NUM_GPUS="1", LEARNING_RAT="1e-3")
+    assert result.returncode == 0
+    assert "LEARNING_RAT is set" in result.stderr and "LEARNING_RATE?" in result.stderr
+
+
+def test_another_place_of_the_same_llm_needs_no_template() -> None:
+    assert run_script("finetune", NUM_GPUS="1", MODEL_NAME_OR_PATH="weights/vicuna-7b-v1.5").returncode == 0

@@ -169,6 +169,11 @@ def test_paths_cannot_leave_the_image_folder(
         make_dataset(path)[0]
 
 
+def test_an_absolute_path_inside_the_folder_is_read(make_dataset: Callable[..., Any], write_data: Any) -> None:
+    dataset = make_dataset(write_data([record(image=str(Path("images/im1.png").absolute()))]))
+    torch.testing.assert_close(dataset[0]["image"], make_dataset(write_data([record()]))[0]["image"])
+
+
 def test_a_link_in_the_image_folder_is_followed(
     make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], golden_world: Path
 ) -> None:

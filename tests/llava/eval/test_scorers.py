@@ -246,7 +246,9 @@ def test_the_letter_of_an_answer(text: str, letter: str) -> None:
 def science_files(tmp_path: Path, answers: list[dict[str, Any]]) -> list[str]:
     problems = {str(place): {"choices": ["x", "y"], "answer": place % 2} for place in range(4)}
     (tmp_path / "problems.json").write_text(json.dumps(problems))
-    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": ["0", "1", "2"], "val": ["3"]}))
+    (tmp_path / "pid_splits.json").write_text(
+        json.dumps({"test": ["0", "1", "2"], "minitest": ["0", "2"], "val": ["3"]})
+    )
     write_jsonl(tmp_path / "a.jsonl", answers)
     return ["--base-dir", str(tmp_path), "--result-file", f"{tmp_path}/a.jsonl"]
 
@@ -277,9 +279,27 @@ def test_science_accuracies_and_files_are_upstreams(tmp_path: Path, capsys: pyte
     ]
 
 
+@pytest.mark.parametrize("options", ["AA", "A", ""])
+def test_odd_letters_of_options_are_refused(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--base-dir", "d", "--result-file", "r", "--options", options]
+    with pytest.raises(SystemExit):
+        eval_science_qa.argument_parser().parse_args(flags)
+    assert "--options" in capsys.readouterr().err
+
+
+def test_letters_of_options_may_have_commas_and_must_suffice(tmp_path: Path) -> None:
+    flags = science_files(tmp_path, [answer(str(name), "A") for name in range(3)])
+    assert eval_science_qa.argument_parser().parse_args([*flags, "--options", "A, B,C"]).options == ["A", "B", "C"]
+    problems = {str(place): {"choices": ["x", "y", "z"], "answer": 2} for place in range(4)}
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    with pytest.raises(ValueError, match="problem 0: found 3 choices, but --options has 2"):
+        eval_science_qa.main(eval_science_qa.argument_parser().parse_args([*flags, "--options", "AB"]))
+
+
 @pytest.mark.parametrize(
     ("answers", "flags", "message"),
     [
+        ([answer("0", "A"), answer("2", "A")], [], "split minitest.*--split minitest"),
         ([answer("0", "A")], [], "2 of 3 questions in split test"),
         ([answer("3", "A")], [], "none of the 1 answers is to a question of split test; they are to val: pass --split"),
         ([answer("0", "A")], ["--split", "dev"], "--split dev: no such split in"),

@@ -29,6 +29,15 @@ def test_a_chat_streams_each_answer_and_ends_at_an_empty_line(
     assert printed.rstrip().endswith("exit...")
 
 
+def test_an_image_mark_that_is_typed_is_explained(
+    golden_world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["<image> What is this?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    main(argument_parser().parse_args(arguments()))
+    assert "without <image>" in capsys.readouterr().out
+
+
 def test_the_image_comes_with_the_first_message_alone(golden_world: Path) -> None:
     tokenizer, model, processor, _ = builder.load_pretrained_model("tiny-llava", None, "tiny-llava", device="cpu")
     session = ImageChat(tokenizer, model, processor, load_image("images/im1.png"), conv_templates["v1"])

@@ -75,7 +75,7 @@ def test_retired_flags_parse() -> None:
 @pytest.mark.parametrize(
     ("flag", "name", "value"),
     [
-        ("--evaluation_strategy epoch", "eval_strategy", "epoch"),
+        ("--evaluation_strategy no", "eval_strategy", "no"),
         ("--warmup_ratio 1.0", "warmup_steps", pytest.approx(1.0)),
         ("--warmup_ratio 0.5 --warmup_steps 7", "warmup_steps", 7),
         ("--per_gpu_train_batch_size 3", "per_device_train_batch_size", 3),
@@ -86,6 +86,12 @@ def test_retired_flags_parse() -> None:
 )
 def test_a_retired_flag_is_carried_over(flag: str, name: str, value: Any) -> None:
     assert getattr(parse(f"{SHORT} {flag}")[2], name) == value
+
+
+def test_checkpointing_lets_trained_weights_go_without_gradient() -> None:
+    assert parse(f"{SHORT} --gradient_checkpointing True")[2].ddp_find_unused_parameters is True
+    chosen = f"{SHORT} --gradient_checkpointing True --ddp_find_unused_parameters False"
+    assert parse(chosen)[2].ddp_find_unused_parameters is False
 
 
 def test_all_steps_warm_up_at_a_ratio_of_one() -> None:
@@ -126,6 +132,8 @@ def test_the_folder_of_tensorboard_is_carried_over(monkeypatch: pytest.MonkeyPat
         (f"{SHORT} --train_sampling_strategy group_by_length", "group_by_length: .*--group_by_modality_length True"),
         (f"{SHORT} --use_liger_kernel True", "--use_liger_kernel True: Liger has no kernels"),
         (f"{SHORT} --no_such_flag 1", "no_such_flag"),
+        (f"{SHORT} --learning_r 1e-3", "learning_r"),
+        (f"{SHORT} --evaluation_strategy epoch", "--evaluation_strategy epoch: there is no evaluation"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(flags: str, message: str) -> None:

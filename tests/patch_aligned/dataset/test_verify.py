@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from patch_aligned.cli import app
 from patch_aligned.dataset.verify import Problem, Verification, VerifySettings, box_iou, verify_file
 from patch_aligned.images import ImageFileError, stored_size_wh
+from patch_aligned.masks import areas_px
+from patch_aligned.pad import read_annotations
 
 Make = Callable[..., Any]
 
@@ -68,6 +70,14 @@ def test_an_empty_mask_and_a_region_given_twice_are_found(write_pad: Make, recor
     pad = write_pad(record("a.png", label(5, 5, 5, 5, bbox=[5, 5, 9, 9]), label(0, 0, 9, 9), label(0, 0, 9, 9)))
     checks = [(problem.severity, problem.check, problem.field) for problem in problems_of(pad)[1]]
     assert checks == [("error", "empty mask", "labels[0].rle_mask"), ("warning", "region twice", "labels[2]")]
+
+
+@pytest.mark.parametrize("count", [255, 256, 300])
+def test_regions_of_an_image_may_be_many(write_pad: Make, record: Make, label: Make, count: int):
+    pad = write_pad(record("a.png", *(label(8, 5, 30, 25, tag=f"t{number}") for number in range(count))))
+    assert problems_of(pad)[1] == []
+    [image] = read_annotations(pad)
+    assert areas_px(image.coco_masks()).tolist() == [22 * 20] * count
 
 
 def test_records_behind_broken_ones_keep_their_place(write_pad: Make, record: Make, label: Make):
@@ -166,6 +176,7 @@ def test_a_missing_file_or_folder_ends_with_a_sentence_and_2(write_pad: Make, re
         result = CliRunner().invoke(app, ["verify", *words])
         assert result.exit_code == 2
         assert "no such" in result.output
+    assert not (tmp_path / "none.json.verify").exists()
 
 
 def test_box_iou_by_hand():

@@ -139,6 +139,8 @@ def test_the_command_says_how_to_go_on(write_pad: Make, record: Make, tmp_path: 
     assert result.exit_code == 0, result.output
     assert "go on with --start 2" in result.output
     assert CliRunner().invoke(app, [*words[:-1], "v.txt"]).exit_code == 2
+    elsewhere = CliRunner().invoke(app, [*words[:3], str(tmp_path), *words[4:]])
+    assert elsewhere.exit_code == 2 and "right folder" in elsewhere.output
     result = CliRunner().invoke(app, [*words, "--ids", "1.png", "--ids", "nowhere.png"])
     assert result.exit_code == 0 and "Not among the chosen records: nowhere.png\n" in result.output
 
