@@ -243,7 +243,7 @@ class LazySupervisedDataset(Dataset):
         folder = Path(self.data_args.image_folder or "")
         try:
             # Symbolic links inside the folder may point elsewhere, since the user made them. A data file may not.
-            if Path(name).anchor and not Path(name).is_relative_to(folder.absolute()):
+            if ".." in Path(name).parts or leads_out_of(folder, name):
                 raise ValueError(f"found {name!r}, expected a path inside --image_folder {folder}")
             image = load_rgb_image(folder / name)
             pixels = process_images([image], self.image_processor, self.data_args)[0]  # [3, H, W] or [tiles, 3, H, W]
@@ -336,13 +336,18 @@ class LazySupervisedDataset(Dataset):
         return usable, is_auxiliary[usable]
 
 
+def leads_out_of(image_folder: Path, name: str) -> bool:
+    """Whether an image's path is absolute and not inside the folder. `..` is a problem of its record."""
+    return bool(Path(name).anchor) and not Path(name).is_relative_to(image_folder.absolute())
+
+
 def missing_files(records: RecordTable, image_folder: Path) -> Iterator[tuple[int, str]]:
     """Yield row and problem of images that are not in the folder. Each is listed once, for drives of a network."""
     listings: dict[str, set[str] | None] = {}
     rows = pc.list_parent_indices(records.table["images"]).to_pylist()
     for row, name in zip(rows, pc.list_flatten(records.table["images"]).to_pylist(), strict=True):
         below, file = os.path.split(name)
-        if Path(below).anchor and not Path(below).is_relative_to(image_folder.absolute()):
+        if leads_out_of(image_folder, name):
             yield row, f"field image: found {name!r}, expected a path inside --image_folder {image_folder}"
             continue
         if below not in listings:

@@ -361,10 +361,10 @@ def _letter(turn: Mapping[str, Any]) -> str:
 
 
 def turns_of_pattern(pattern: str) -> list[dict[str, str]]:
-    """Return turns without text that a value of the column `pattern` describes."""
+    """Return turns that a value of the column `pattern` describes, with a word for their text."""
     speakers = {"h": "human", "g": "gpt"}
     return [
-        {"from": speakers[letter.lower()], "value": DEFAULT_IMAGE_TOKEN if letter.isupper() else ""}
+        {"from": speakers[letter.lower()], "value": DEFAULT_IMAGE_TOKEN if letter.isupper() else "text"}
         for letter in pattern
     ]
 
