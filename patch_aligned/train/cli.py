@@ -1,4 +1,4 @@
-"""The command `patch-aligned stitch`: a model whose projector stage 1 trains."""
+"""The commands `patch-aligned stitch` and `train`: a model with a fresh projector, and its stage 1."""
 
 from __future__ import annotations
 
@@ -39,3 +39,15 @@ def stitch(
     typer.echo(
         f"Wrote {output}: {type(model).__name__} with an untrained projector, {model.num_parameters():,} weights."
     )
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@clear_errors
+def train(context: typer.Context) -> None:
+    """Train the projector of a vision-language model by captions and the patch loss, under TRL and with its flags.
+
+    Example: `patch-aligned train runs/stitched --data pad.jsonl --images DIR --output_dir runs/stage1`
+    """
+    from patch_aligned.train import train as training
+
+    typer.echo(f"Wrote {training.train(context.args)}: the model, its processor, README.md and run.json.")

@@ -1,0 +1,147 @@
+"""Stage 1 of any vision-language model from a PAD file: captions, with the patch loss or without it, under TRL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, Features, Image, List, Value
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import save_file
+from transformers.trainer_utils import get_last_checkpoint
+
+from llava.command import RunRecord, changed_flags, read_record
+from patch_aligned.files import sha256_of
+from patch_aligned.images import image_path
+from patch_aligned.pad import AnnotationIndex
+from patch_aligned.train.arguments import PatchArguments
+from patch_aligned.train.objective import Grids, open_regions
+from patch_aligned.train.trainer import PatchAlignment, train_projector_only
+
+# As LLaVA's stage 1, where TRL's defaults are others.
+DEFAULTS = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "num_train_epochs": 1}
+_FEATURES = Features(
+    image_id=Value("string"),
+    images=List(Image(mode="RGB")),  # decoded when a sample is read, rotated as its EXIF says
+    prompt=List({"role": Value("string"), "content": List({"type": Value("string")})}),
+    completion=List({"role": Value("string"), "content": Value("string")}),
+)
+
+
+@dataclass
+class TrainArguments:
+    """What is trained, on what."""
+
+    model: str = field(
+        metadata={"help": "Folder or hub name, such as what `patch-aligned stitch` wrote. May stand first, alone."}
+    )
+    data: str = field(metadata={"help": "PAD file: an image's caption, and its regions for the patch loss."})
+    images: str = field(metadata={"help": "Folder that the file's image_id are relative to."})
+    captions_only: bool = field(default=False, metadata={"help": "The baseline arm: the same without the patch loss."})
+    train_what: Literal["projector", "all"] = field(
+        default="projector", metadata={"help": "'projector' freezes vision encoder and LLM."}
+    )
+    grids: Grids = field(default="all", metadata={"help": "Grids of tokens that the patch loss trains."})
+
+
+def train(arguments: Sequence[str]) -> Path:
+    """Train as a command line says: MODEL, then flags of `TrainArguments`, `PatchArguments` and TRL's `SFTConfig`.
+
+    The last checkpoint in `--output_dir` is resumed. The folder gets the model, a card and `run.json`; beside them
+    `projector.safetensors` where the projector alone is trained.
+
+    Raises:
+        ImportError: TRL is not installed.
+        AnnotationError: the PAD file has broken records, and `--patch_on_error` is `fail`.
+        ValueError: images or captions are missing, or the folder has the run of another arm.
+    """
+    try:
+        from trl import SFTConfig, SFTTrainer, TrlParser
+    except ImportError as error:
+        raise ImportError(f"{error}. Training needs TRL: pip install 'patch-aligned-llava[train]'") from error
+
+    kinds: Any = (TrainArguments, PatchArguments, SFTConfig)
+    parser = TrlParser(kinds, prog="patch-aligned train MODEL")
+    parser.set_defaults(**DEFAULTS, max_length=None)
+    named = bool(arguments) and not arguments[0].startswith("-")
+    own, patch, args = parser.parse_args_and_config(["--model", *arguments] if named else list(arguments))
+    for name in ("patch_data_path", "patch_regions_only_ratio"):
+        if getattr(patch, name) is not None:
+            raise ValueError(f"--{name} belongs to LLaVA's training and has no effect here. Leave it out.")
+
+    output = Path(args.output_dir)
+    index = open_regions(patch, own.data, output)
+    arm = asdict(own) | asdict(patch) | {"seed": args.seed}
+    record = RunRecord(output, args.to_dict() | arm, {"data": sha256_of(index.source)}, is_writer=args.should_save)
+    checkpoint = args.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
+    changed = changed_flags(read_record(output), record.run)
+    if checkpoint and (other := {name: values for name, values in changed.items() if name in arm}):
+        raise ValueError(f"{checkpoint}: it was trained with other flags {other} (then, now). Name a new --output_dir.")
+
+    trainer: Any = SFTTrainer(model=own.model, args=args, train_dataset=captioned_images(index, own))
+    if own.train_what == "projector":
+        train_projector_only(trainer.model)
+    if not own.captions_only:
+        settings = {name.removeprefix("patch_"): value for name, value in asdict(patch).items()}
+        beta = settings.pop("beta_start"), settings.pop("beta_end")
+        PatchAlignment(own.data, beta, grids=own.grids, **settings).attach(trainer)
+    record.begin()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if own.train_what == "projector":
+        trained = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # on all ranks, which may have parts
+        if args.should_save:
+            kept = {name: weights[name].contiguous() for name in trained}
+            save_file(kept, output / "projector.safetensors", {"base_model": own.model, "format": "pt"})
+    if args.should_save:
+        _card(own, read_record(output), trainer.state.log_history).save(output / "README.md")
+    record.end()
+    return output
+
+
+def captioned_images(index: AnnotationIndex, own: TrainArguments) -> Dataset:
+    """Return the images of a PAD file with their captions as answers, memory-mapped beside its conversion."""
+    if not len(index):
+        raise ValueError(f"--data {own.data}: found no records, expected images with captions and regions")
+    folder = Path(own.images).resolve()
+    if not image_path(folder, index[0].image_id).is_file():
+        raise ValueError(f"--images {own.images}: found no {index[0].image_id}, the first image_id of {own.data}")
+    made_of = {"index": index, "folder": folder, "captions_only": own.captions_only}
+    try:
+        return Dataset.from_generator(_samples, features=_FEATURES, gen_kwargs=made_of, cache_dir=str(index.folder))
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+
+
+def _samples(index: AnnotationIndex, folder: Path, captions_only: bool) -> Iterator[dict[str, Any]]:
+    for row in range(len(index)):
+        image = index[row]
+        if captions_only and not image.caption.strip():
+            where = f"{index.source}: image_id {image.image_id!r}"
+            raise ValueError(f"{where}: found an empty caption. With --captions_only leave such records out.")
+        yield {
+            "image_id": image.image_id,
+            "images": [str(image_path(folder, image.image_id))],
+            "prompt": [{"role": "user", "content": [{"type": "image"}]}],
+            "completion": [{"role": "assistant", "content": image.caption}],
+        }
+
+
+def _card(own: TrainArguments, record: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> ModelCard:
+    data = ModelCardData(base_model=own.model, library_name="transformers", pipeline_tag="image-text-to-text")
+    arm = "captions" if own.captions_only else "captions and the patch loss"
+    what = "the projector; vision encoder and LLM are as they were" if own.train_what == "projector" else "all weights"
+    shown = (*asdict(own), *DEFAULTS, "max_steps", "seed", "patch_beta_start", "patch_beta_end")
+    tables = {
+        "Flags (all of them: `run.json`)": {name: record["flags"][name] for name in shown},
+        "Last line of the log": next((line for line in reversed(log) if "loss" in line), {}),
+        "Versions": record["sittings"][-1]["versions"],
+    }
+    text = f"# Stage 1 by {arm}\n\nTrained: {what}.\n"
+    for title, rows in tables.items():
+        text += f"\n## {title}\n\n| | |\n|---|---|\n" + "".join(f"| {name} | {rows[name]} |\n" for name in rows)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -1,0 +1,166 @@
+"""`patch-aligned train`: both arms from one start, exact resuming, and an output that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+from patch_aligned.cli import app
+from patch_aligned.models.stitch import stitch
+from tests.patch_aligned.train.world import SIZE, sample_of
+
+GOLDENS = Path(__file__).parents[2] / "goldens" / "llava"
+SETTINGS = {
+    "per_device_train_batch_size": 2, "max_steps": 6, "logging_steps": 1, "save_steps": 3, "use_cpu": True,
+    "bf16": False, "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False, "seed": 7,
+}  # fmt: skip
+FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+
+pytest.importorskip("trl", reason="trl is part of the extra `train`")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny stitched LLaVA, images and a PAD file."""
+    root = tmp_path_factory.mktemp("world")
+    stitch(str(GOLDENS / "tiny-clip"), str(GOLDENS / "tiny-vicuna"), "llava", root / "model")
+    (root / "images").mkdir()
+    write_pad(root / "pad.jsonl", [record_of(number, root / "images") for number in range(8)])
+    return root
+
+
+def record_of(number: int, images: Path) -> dict[str, Any]:
+    sample = sample_of(number)
+    sample["images"][0].save(images / f"{number}.png")
+    labels = [
+        {"tag": region["tag"], "rle_mask": region["rle_mask"], "bbox": [0, 0, 9, 9]} for region in sample["regions"]
+    ]
+    caption = " and ".join(label["tag"] for label in labels)
+    return {"image_id": f"{number}.png", "size": list(SIZE), "caption": caption, "labels": labels}
+
+
+def write_pad(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCH_ALIGNED_CACHE", str(tmp_path_factory.getbasetemp() / "pad_cache"))
+
+
+def run(world: Path, output: Path, *flags: str, data: str = "pad.jsonl", images: str = "images") -> Any:
+    words = ["train", str(world / "model"), "--data", str(world / data), "--images", str(world / images)]
+    return CliRunner().invoke(app, [*words, "--output_dir", str(output), *FLAGS, *flags])
+
+
+def trained(world: Path, output: Path, *flags: str) -> Path:
+    result = run(world, output, *flags)
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def losses(output: Path, name: str = "loss", step: int = 6) -> list[float]:
+    state = json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return [line[name] for line in state["log_history"] if name in line]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(output).state_dict()
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert not [name for name, weight in one.items() if not torch.equal(weight, other[name])]
+
+
+@pytest.fixture(scope="module")
+def aligned(world: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATCH_ALIGNED_CACHE", str(world / "cache"))
+        return trained(world, world / "aligned")
+
+
+def test_both_arms_start_alike_and_beta_0_is_the_baseline(world: Path, aligned: Path, tmp_path: Path) -> None:
+    captions = trained(world, tmp_path / "captions", "--captions_only")
+    zero = trained(world, tmp_path / "zero", "--patch_beta_end", "0")
+    assert losses(captions)[0] == losses(aligned)[0] == pytest.approx(losses(aligned, "loss/caption")[0], rel=1e-5)
+    assert losses(aligned, "patch/beta") == [0, 1, 2, 3, 4, 5]
+    assert losses(captions) == losses(zero) != losses(aligned)
+    assert_equal(weights(captions), weights(zero))
+    assert not losses(captions, "loss/patch")
+
+
+def test_a_run_that_was_killed_resumes_exactly(world: Path, aligned: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    shutil.copytree(aligned / "checkpoint-3", killed / "checkpoint-3")
+    record = json.loads((aligned / "run.json").read_text())
+    (killed / "run.json").write_text(json.dumps(record))
+    trained(world, killed)
+    assert losses(killed) == losses(aligned) and losses(killed, "loss/patch") == losses(aligned, "loss/patch")
+    assert_equal(weights(killed), weights(aligned))
+    assert len(json.loads((killed / "run.json").read_text())["sittings"]) == 2
+
+    other = run(world, killed, "--captions_only")
+    assert other.exit_code == 2 and "captions_only" in other.output
+
+
+def test_the_output_is_a_plain_model_of_which_the_projector_alone_is_new(world: Path, aligned: Path) -> None:
+    before, after = weights(world / "model"), weights(aligned)
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed and all(name.startswith("model.multi_modal_projector.") for name in changed)
+    assert_equal(load_file(aligned / "projector.safetensors"), {name: after[name] for name in changed})
+    model, processor = AutoModelForImageTextToText.from_pretrained(aligned), AutoProcessor.from_pretrained(aligned)
+    prompt = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+    inputs = processor(text=prompt, images=sample_of(0)["images"], return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+    card = ModelCard.load(aligned / "README.md")
+    assert card.data.base_model == str(world / "model")
+    assert "loss/patch" in card.text and "| seed | 7 |" in card.text
+
+
+def test_all_weights_train_on_request(world: Path, tmp_path: Path) -> None:
+    output = trained(
+        world,
+        tmp_path / "all",
+        "--train_what",
+        "all",
+        "--max_steps",
+        "1",
+        "--learning_rate",
+        "0.1",
+        "--warmup_steps",
+        "0",
+    )
+    before, after = weights(world / "model"), weights(output)
+    changed = {name.split(".")[1] for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert {"multi_modal_projector", "language_model"} <= changed
+    assert not (output / "projector.safetensors").exists()
+
+
+def test_wrong_input_is_named_before_the_first_step(world: Path, tmp_path: Path) -> None:
+    record = record_of(0, world / "images")
+    write_pad(world / "empty.jsonl", [])
+    write_pad(world / "no_caption.jsonl", [{key: record[key] for key in record if key != "caption"}])
+    write_pad(world / "silent.jsonl", [record | {"caption": " "}])
+    for flags, places, expected in (
+        ((), {"images": "elsewhere"}, "found no 0.png"),
+        ((), {"data": "absent.jsonl"}, "absent.jsonl"),
+        ((), {"data": "empty.jsonl"}, "found no records"),
+        ((), {"data": "no_caption.jsonl"}, "caption"),
+        (("--captions_only",), {"data": "silent.jsonl"}, "found an empty caption"),
+        (("--patch_regions_only_ratio", "1"), {}, "--patch_regions_only_ratio"),
+    ):
+        result = run(world, tmp_path / "out", *flags, **places)
+        assert result.exit_code == 2, (expected, result.output)
+        assert expected in " ".join(result.output.split())
+    assert not list(tmp_path.glob("out/checkpoint*"))
