@@ -11,6 +11,7 @@ from datasets import Dataset, Features, Image, List, Value
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from llava.command import RunRecord, changed_flags, read_record
@@ -80,6 +81,11 @@ def train(arguments: Sequence[str]) -> Path:
     changed = changed_flags(read_record(output), record.run)
     if checkpoint and (other := {name: values for name, values in changed.items() if name in arm}):
         raise ValueError(f"{checkpoint}: it was trained with other flags {other} (then, now). Name a new --output_dir.")
+    if checkpoint and not {"max_steps", "num_train_epochs"} & changed.keys():
+        state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        if state.global_step >= state.max_steps and (output / "config.json").exists():  # the Trainer would train on
+            print(f"{output}: finished, {state.global_step} of {state.max_steps} steps; nothing to do.")
+            return output
 
     trainer: Any = SFTTrainer(model=own.model, args=args, train_dataset=captioned_images(index, own))
     if own.train_what == "projector":

@@ -110,6 +110,11 @@ def test_a_run_that_was_killed_resumes_exactly(world: Path, aligned: Path, tmp_p
     assert_equal(weights(killed), weights(aligned))
     assert len(json.loads((killed / "run.json").read_text())["sittings"]) == 2
 
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+    again = run(world, killed)
+    assert again.exit_code == 0 and "6 of 6" in again.output
+    assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
+
     other = run(world, killed, "--captions_only")
     assert other.exit_code == 2 and "captions_only" in other.output
 
