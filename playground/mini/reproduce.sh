@@ -3,7 +3,7 @@
 # the word that does it? Trains all arms, measures them on test scenes, writes a report. Options go to the program:
 #
 #   bash playground/mini/reproduce.sh                    all arms, three seeds: three to four hours of two free cores
-#   bash playground/mini/reproduce.sh --budget primary   the arms of the primary outcomes, one seed: some 45 minutes
+#   bash playground/mini/reproduce.sh --budget primary   the arms of the primary outcomes, three seeds: some 80 minutes
 #   bash playground/mini/reproduce.sh --budget evening   the same, and stage 2 of C, P and R to 300 steps, one seed
 #   bash playground/mini/reproduce.sh --budget nights    all arms with five seeds, stage 2 with three
 #   bash playground/mini/reproduce.sh --budget tiny      the same steps in small, in minutes

@@ -113,7 +113,7 @@ class Budget:
 
 
 BUDGETS = {
-    "primary": Budget(seeds=(0,), arms=("C", "P", "R", "D"), curve=()),
+    "primary": Budget(seeds=(0, 1, 2), arms=("C", "P", "R", "D"), curve=()),
     "short": Budget(seeds=(0, 1, 2)),
     "evening": Budget(
         seeds=(0,), arms=("C", "P", "R", "D"), curve=(300, 1000), stage_2=("C", "P", "R"), stage_2_seeds=(0,)
