@@ -8,6 +8,7 @@ checks all of them against the transformers that is installed, and prints the ta
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import re
 from dataclasses import dataclass, field, replace
@@ -109,7 +110,7 @@ class Family:
 
     def make_processor(self, image_processor: Any = None) -> Any:
         made = getattr(transformers, self.processor)
-        parts = {"image_processor": image_processor or self.image_processor(), "tokenizer": tokenizer()}
+        parts = {"image_processor": image_processor or self.image_processor(), "tokenizer": copy.deepcopy(tokenizer())}
         if "video_processor" in made.get_attributes():
             name = self.images.replace("ImageProcessor", "VideoProcessor").replace("GotOcr2", "InternVL")
             parts["video_processor"] = getattr(transformers, name)()
