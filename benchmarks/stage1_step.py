@@ -87,6 +87,7 @@ def random_regions(model: Any, batch_size: int) -> dict[str, Tensor]:
     return {
         "region_row": torch.arange(batch_size).repeat_interleave(4),
         "region_tokens": tokens,
+        "view_region": torch.arange(regions),
         "region_label": torch.arange(regions),
         "label_ids": torch.randint(3, model.config.vocab_size, (regions, 3)),
         "label_lengths": torch.full((regions,), 3),

@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_read_is_refused_and_not_passed_over(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ValueError, match=r"closed: found a folder that cannot be read \(Permission denied\)"):
+    with pytest.raises(ValueError, match=r"closed: found a folder or link that cannot be read \(Permission denied\)"):
         list_images(tmp_path)
 
 
@@ -88,7 +88,7 @@ def test_a_link_in_a_circle_is_refused_and_others_are_followed(tmp_path: Path) -
     (tmp_path / "images" / "part").symlink_to(tmp_path / "elsewhere")
     assert list_images(tmp_path / "images")[0] == [ManifestEntry("part/a.jpg")]
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match=r"part/back: found a link that leads back to"):
+    with pytest.raises(ValueError, match=r"part/back.*: found a link that leads back to"):
         list_images(tmp_path / "images")
 
 

@@ -53,7 +53,9 @@ def test_a_shard_of_which_no_image_is_there_is_an_outage_not_a_result(
     result = run_replay()
     assert result.exit_code == 2
     said = result.output.replace("\n", " ")
-    assert f"{tmp_path / 'pictures'}: found none of the 4 images of a shard, such as {names[SHARD_SIZE]!r}" in said
+    assert (
+        f"{tmp_path / 'pictures'}: none of the 4 images of a shard can be read, such as {names[SHARD_SIZE]!r}" in said
+    )
     assert "Correct --image_folder, or mount the disk, and run the same command again" in said
     folder = RunFolder(tmp_path / "run")
     assert folder.missing_shards() == [1, 2, 3, 4]  # the first was done before
