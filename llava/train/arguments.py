@@ -306,7 +306,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         )
     if training_args.eval_strategy != "no":
         raise ValueError(
-            f"--evaluation_strategy {training_args.eval_strategy}: there is no evaluation during training. Pass "
+            f"--evaluation_strategy {training_args.eval_strategy.value}: there is no evaluation during training. Pass "
             "--evaluation_strategy no, and score checkpoints with scripts/v1_5/eval."
         )
     if training_args.fsdp:

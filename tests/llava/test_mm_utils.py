@@ -195,6 +195,7 @@ def test_a_decoder_that_fails_in_its_own_way_is_an_unreadable_image(
     def fail(_: Path) -> None:
         raise RuntimeError("Failed to decode frame 0")  # as PIL does for broken AVIF
 
+    (tmp_path / "x.avif").touch()
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(mm_utils.UnreadableImageError, match=r"x\.avif: cannot be decoded"):
         mm_utils.load_rgb_image(tmp_path / "x.avif")

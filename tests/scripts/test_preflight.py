@@ -159,7 +159,7 @@ Spoil = Callable[[dict[str, str]], object]
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (remove_image, ["data_plain.json, record 1", "im1.png", "no such image file", "prepare_data.sh --check"]),
+        (remove_image, ["data_plain.json, record 1", "im1.png", "no such file", "--image_folder"]),
         (break_json, ["data_plain.json: record 3", "Is the file cut off?", "copy it again"]),
         (name_no_turns, ["data_plain.json, record 0", "field conversations: found 'a'", "--on_error skip"]),
         (remove_data, ["--data_path", "data_plain.json: found no such file", "prepare_data.sh --check"]),

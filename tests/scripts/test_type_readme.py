@@ -41,7 +41,7 @@ def test_commands_are_typed_printed_or_left_out_as_marked(load_script: Callable[
 
 def test_readme_is_valid_bash_and_types_what_needs_nothing(load_script: Callable[[str], ModuleType]) -> None:
     type_readme = load_script("type_readme")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/guide.md"))
     subprocess.run(["bash", "-n", "-c", type_readme.script(readme)], check=True)
     ways = list(type_readme.commands(readme))
     assert len({way for way, _ in ways}) == 3
