@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import transformers
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_tf32_available
 
 from llava.conversation import conv_templates
@@ -305,9 +306,10 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
             "--independent_turns needs a mask that flash attention cannot take; use --attn_implementation sdpa."
         )
     if training_args.eval_strategy != "no":
+        strategy = IntervalStrategy(training_args.eval_strategy).value
         raise ValueError(
-            f"--evaluation_strategy {training_args.eval_strategy.value}: there is no evaluation during training. Pass "
-            "--evaluation_strategy no, and score checkpoints with scripts/v1_5/eval."
+            f"--evaluation_strategy {strategy}: there is no evaluation during training. Pass --evaluation_strategy no, "
+            "and score checkpoints with scripts/v1_5/eval."
         )
     if training_args.fsdp:
         raise ValueError(
