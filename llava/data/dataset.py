@@ -323,7 +323,7 @@ class LazySupervisedDataset(Dataset):
         if described and (self.on_error == "fail" or too_many_are_lost(len(described), len(rows))):
             listing = "\n  ".join(described[:5])
             raise RecordError(
-                f"{len(described)} of {len(rows)} records cannot be trained on, the first being\n  {listing}\n"
+                f"{len(described)} of {len(rows)} records cannot be read or trained on, the first being\n  {listing}\n"
                 f"Correct them; --on_error skip leaves out up to {LARGEST_SHARE:.0%} (or {GRACE_SAMPLES})"
             )
         if not problems:
