@@ -143,15 +143,24 @@ def covered_tokens_of_regions(
         PatchMaskError: see `token_coverage_of_regions`.
         ValueError: if `min_coverage` is not in (0, 1].
     """
-    return _is_covered(token_coverage_of_regions(rle_masks, size_wh, grid, record), min_coverage)
+    return covered_tokens_of_grids(rle_masks, size_wh, [grid], min_coverage, record)[0]
+
+
+def covered_tokens_of_grids(
+    rle_masks: Sequence[str], size_wh: Sequence[int], grids: Sequence[TokenGrid], min_coverage: float, record: str
+) -> list[np.ndarray]:
+    """Return the same for each of an image's grids. Each mask is parsed once."""
+    if not 0 < min_coverage <= 1:
+        raise ValueError(f"min_coverage: found {min_coverage}, expected a share of a cell's area in (0, 1]")
+    covered = [np.zeros((len(rle_masks), grid.rows * grid.cols), dtype=bool) for grid in grids]
+    for regions, coverages in _coverage_in_parts(rle_masks, size_wh, grids, record):
+        for of_grid, coverage in zip(covered, coverages, strict=True):
+            of_grid[regions] = (coverage >= min_coverage - _COVERAGE_SLACK).reshape(len(coverage), -1)
+    return covered
 
 
 def covered_tokens_of_layout(
-    rle_masks: Sequence[str],
-    size_wh: Sequence[int],
-    layout: Layout,
-    min_coverage: float = 0.5,
-    record: str = "record",
+    rle_masks: Sequence[str], size_wh: Sequence[int], layout: Layout, min_coverage: float = 0.5, record: str = "record"
 ) -> np.ndarray:
     """Return the tokens that each region of an image covers, of all grids: bool `[R, layout.length]`.
 
@@ -159,9 +168,9 @@ def covered_tokens_of_layout(
     visual tokens; those of one grid are `covered[:, grid.tokens.ravel()]`.
     """
     covered = np.zeros((len(rle_masks), layout.length), dtype=bool)
-    for regions, coverages in _coverage_in_parts(rle_masks, size_wh, layout.grids, record):
-        for grid, coverage in zip(layout.grids, coverages, strict=True):
-            covered[regions, grid.tokens.ravel()] = _is_covered(coverage, min_coverage)
+    of_grids = covered_tokens_of_grids(rle_masks, size_wh, layout.grids, min_coverage, record)
+    for grid, of_grid in zip(layout.grids, of_grids, strict=True):
+        covered[:, grid.tokens.ravel()] = of_grid
     return covered
 
 
@@ -213,13 +222,6 @@ def token_coverage_of_regions(
     return covered
 
 
-def _is_covered(coverage: np.ndarray, min_coverage: float) -> np.ndarray:
-    if not 0 < min_coverage <= 1:
-        raise ValueError(f"min_coverage: found {min_coverage}, expected a share of a cell's area in (0, 1]")
-    regions, rows, cols = coverage.shape
-    return (coverage >= min_coverage - _COVERAGE_SLACK).reshape(regions, rows * cols)
-
-
 def _coverage_in_parts(
     rle_masks: Sequence[str], size_wh: Sequence[int], grids: Sequence[TokenGrid], record: str
 ) -> Iterator[tuple[slice, list[np.ndarray]]]:
@@ -239,7 +241,7 @@ def _run_edges(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return where filled runs start and end, each `[E]`: region, pixel column x, pixels y above it, and -1 or 1.
 
-    A run that goes on in the next column ends at the foot of its own, and starts again where no area is above it.
+    A run that continues in the next column ends at the foot of its own, and starts again where no area is above it.
     """
     width, height = image_wh
     mask_ends = np.append(mask_starts[1:], runs.size)

@@ -83,7 +83,7 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
 BUDGETS = {
     "llava": 10949,
     "patch_aligned": 17774,
-    "patch_aligned/analysis": 4514,
+    "patch_aligned/analysis": 4512,
     "patch_aligned/annotate": 4194,
     "patch_aligned/dataset": 1584,
     "patch_aligned/results": 1687,

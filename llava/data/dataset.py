@@ -342,7 +342,7 @@ def leads_out_of(image_folder: Path, name: str) -> bool:
 
 
 def missing_files(records: RecordTable, image_folder: Path) -> Iterator[tuple[int, str]]:
-    """Yield row and problem of images that are not in the folder. Each is listed once, for drives of a network."""
+    """Yield row and problem of images that are not there. Each folder is listed once, for drives of a network."""
     listings: dict[str, set[str] | None] = {}
     rows = pc.list_parent_indices(records.table["images"]).to_pylist()
     for row, name in zip(rows, pc.list_flatten(records.table["images"]).to_pylist(), strict=True):

@@ -143,7 +143,7 @@ class CheckpointingTrainer(Trainer):
         size = sum(getattr(param, "ds_numel", param.numel()) * param.element_size() for param in trained)
         last = last_complete_checkpoint(self.args.output_dir)
         safe = (
-            f"{last} is complete: free some room, and the same command goes on from it."
+            f"{last} is complete: free some room, and the same command continues from it."
             if last
             else ("Nothing is saved yet: free some room, or give another --output_dir.")
         )

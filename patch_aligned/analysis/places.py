@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from patch_aligned.analysis.regions import SIZE_LIMITS_PX, SIZES
 from patch_aligned.cells import Layout, TokenGrid
-from patch_aligned.masks import areas_px, covered_tokens_of_regions
+from patch_aligned.masks import areas_px, covered_tokens_of_grids
 from patch_aligned.models.impulse import ImpulseResult, impulse_test
 from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.tiny import tiny_copy
@@ -134,16 +134,15 @@ def coverage_of_models(
         rle_masks = [region.rle_mask for region in image.regions]
         if not image.regions:
             continue
-        limits = np.searchsorted(SIZE_LIMITS_PX, areas_px(image.coco_masks()), side="right")
-        sizes = [SIZES[limit] for limit in limits]
+        sizes = [SIZES[limit] for limit in np.searchsorted(SIZE_LIMITS_PX, areas_px(image.coco_masks()), side="right")]
         for model, processor in processors.items():
             [layout] = layouts_of(processor, [image.size_wh])
             kept: dict[str, np.ndarray] = {}
-            for grid in layout.grids:
-                record = f"{data}: {image.image_id}"
-                covered = covered_tokens_of_regions(rle_masks, image.size_wh, grid, min_coverage, record).any(axis=1)
+            name = f"{data}: {image.image_id}"
+            of_grids = covered_tokens_of_grids(rle_masks, image.size_wh, layout.grids, min_coverage, name)
+            for grid, covered in zip(layout.grids, of_grids, strict=True):
                 for kind in (grid.kind, "any"):
-                    kept[kind] = np.logical_or(kept.get(kind, False), covered)
+                    kept[kind] = np.logical_or(kept.get(kind, False), covered.any(axis=1))
             rows += [
                 {"model": model, "grid": kind, "size": size, "kept": keeps}
                 for kind, of_kind in kept.items()

@@ -28,6 +28,7 @@ from patch_aligned.models.language import LanguageModel
 from patch_aligned.models.llava import CAPTION_REQUEST
 from patch_aligned.models.load import load_models
 from patch_aligned.models.transformers import is_of_transformers
+from patch_aligned.pad import iter_records
 from patch_aligned.tables import Cell, Table, number
 
 PICTURES = 9
@@ -46,10 +47,8 @@ class Caption(NamedTuple):
 
 def read_captions(path: Path) -> list[Caption]:
     """Read LLaVA's training file, of which the first answer is the caption, or PAD. Raises ValueError on under nine."""
-    text = path.read_text("utf-8")
-    records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
     found = []
-    for record in records:
+    for record in iter_records(path):
         said = [turn["value"] for turn in record.get("conversations", ()) if turn["from"] == "gpt"]
         image, caption = record.get("image", record.get("image_id")), record.get("caption") or next(iter(said), "")
         if image and caption:

@@ -29,7 +29,7 @@ from patch_aligned.loss import (
     region_cosines,
     region_embeddings,
 )
-from patch_aligned.masks import PatchMaskError, covered_tokens_of_regions
+from patch_aligned.masks import PatchMaskError, covered_tokens_of_grids
 from patch_aligned.pad import AnnotatedImage, AnnotationError, AnnotationIndex, open_annotation_index
 from patch_aligned.train.arguments import PatchArguments
 
@@ -208,14 +208,14 @@ class PatchObjective:
         grids = grids or list(layout.grids)
         covered = np.zeros((len(masks), len(grids), layout.length), dtype=bool)
         try:
-            for index, grid in enumerate(grids):
-                cells = covered_tokens_of_regions(masks, image.size_wh, grid, self.arguments.patch_min_coverage, name)
-                covered[:, index, grid.tokens.ravel()] = cells
+            of_grids = covered_tokens_of_grids(masks, image.size_wh, grids, self.arguments.patch_min_coverage, name)
         except PatchMaskError as error:
             if self.arguments.patch_on_error == "fail":
                 raise
             logger.warning("Skipped: %s", error)
             return None
+        for index, (grid, cells) in enumerate(zip(grids, of_grids, strict=True)):
+            covered[:, index, grid.tokens.ravel()] = cells
         return covered
 
 

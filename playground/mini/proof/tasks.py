@@ -37,8 +37,16 @@ class StageTwo:
     """
 
     def __init__(self, state: Path, budget: Budget):
-        self.folder, self.budget = state / "measures", budget
+        self.budget = budget
         self.steps = (0, *budget.stage_2_steps)
+        self.questions = {
+            (arm, seed, step): pd.read_parquet(
+                state / "measures" / f"{file_name(f'{arm}, seed {seed} after {step} steps of stage 2')}.parquet"
+            )
+            for arm in budget.stage_2
+            for seed in budget.stage_2_seeds
+            for step in self.steps
+        }
 
     def estimate(self, task: str, arm: str, step: int, held_out: bool = False, less: str | None = None) -> Estimate:
         """Score of a task, or with `less` its difference from another arm."""
@@ -49,8 +57,7 @@ class StageTwo:
         return estimate_over_seeds(found)
 
     def _of_seed(self, task: str, arm: str, seed: int, step: int, held_out: bool) -> tuple[float, np.ndarray]:
-        name = file_name(f"{arm}, seed {seed} after {step} steps of stage 2")
-        questions = pd.read_parquet((self.folder / name).with_suffix(".parquet"))
+        questions = self.questions[arm, seed, step]
         scenes, images = pd.factorize(questions["image"])
         drawn = np.random.default_rng(0).multinomial(len(images), np.full(len(images), 1 / len(images)), size=DRAWS)
         weights = np.concatenate([np.ones((1, len(images))), drawn])[:, scenes]  # [1 + N, questions]
