@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The annotation pipeline from pictures to a checked data set, in a minute or two on two CPU cores. The models are tiny
-# and random, so what they find is noise; the machinery is the real one. It is killed once on the way and goes on. At
+# and random, so what they find is noise; the machinery is the real one. It is killed once on the way and resumes. At
 # last the scenes' own regions take the models' place, and must come out as they went in.
 #
 #   SCENES=40      scenes of the miniature, beside some photographs that scikit-image ships
@@ -49,7 +49,7 @@ wait $process 2>/dev/null || true
 echo "Killed by SIGKILL. What it left:"
 ls "$RUN/run/shards"
 
-say "3/7 The same call goes on"
+say "3/7 The same call resumes"
 "${annotate[@]}" --output "$RUN/run"
 
 say "4/7 Once more in one go, for comparison"

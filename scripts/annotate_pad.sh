@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The regions of LLaVA's 558K pretraining images, by RAM, Grounding DINO and SAM: one process a GPU, each with its own
-# shards, then one file where the training scripts look for it. Called again, it goes on where it was interrupted.
+# shards, then one file where the training scripts look for it. Called again, it resumes where it was interrupted.
 #
 # Every value in capitals is a default: set the variable of that name to change it. Any flag of `patch-aligned annotate`
 # may follow the script's name. Paths count from the root of the repository.

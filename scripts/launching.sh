@@ -15,7 +15,7 @@ need_own_packages() {
     [ -n "${DRY_RUN:-}" ] || python llava/own_packages.py || exit 1
 }
 
-# need_number NAME: refuses what is no number of one or more.
+# need_number NAME: exits unless the value is a whole number of at least 1.
 need_number() {
     [[ ${!1} =~ ^[1-9][0-9]*$ ]] || die "$1=${!1}: expected a whole number, 1 or more"
 }

@@ -141,7 +141,7 @@ def _images_of(sample: Mapping[str, Any]) -> list[Any]:
 
 
 def listed(value: Any) -> list[Any]:
-    """Return a list of the values: of none for None, of one for what is no list."""
+    """Return the values as a list: empty for None, of one value for what is not a list."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 

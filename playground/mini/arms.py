@@ -99,7 +99,7 @@ def write_arm(data: Path, arm: str, out: Path, seed: int = 0) -> None:
     """Writes the training files of one of `ARMS` to `out`.
 
     Raises:
-        FileNotFoundError: `data` is no data set of `make_scenes`.
+        FileNotFoundError: `data` is not a data set of `make_scenes`.
         ValueError: it is not of the simple style, whose names alone can be deranged.
     """
     settings = DatasetSettings(**json.loads((data / SUMMARY).read_text(encoding="utf-8"))["settings"])

@@ -1,4 +1,4 @@
-"""Checkpoint folders that are built once, whole or not at all, and checked by hash when they are asked for again.
+"""Checkpoint folders that are built once, atomically, and checked by hash on later calls.
 
 Each folder holds `manifest.json`: where the files came from, and size, modification time and SHA-256 of each. A folder
 whose sizes and times still match is taken as it is; a file that was touched is hashed again.
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-"""Raised when the converted files change in meaning, so that folders of an older format are built anew."""
+"""Raised when the converted files change in meaning, so that folders of an older format are rebuilt."""
 
 
 class PrepareError(RuntimeError):
@@ -98,7 +98,7 @@ def build_atomically(
     if reason is None:
         return False
     if folder.exists():
-        logger.warning("%s is built anew: %s", folder, reason)
+        logger.warning("%s is rebuilt: %s", folder, reason)
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
     try:

@@ -37,7 +37,7 @@ class DatasetError(RuntimeError):
 def make_dataset(settings: DatasetSettings, out: Path, *, workers: int = 1, progress: bool = True) -> dict[str, Any]:
     """Writes the data set to `out` and returns its summary.
 
-    Scenes are made in parts of `SCENES_PER_PART`; an interrupted run goes on after its last complete part. The data
+    Scenes are made in parts of `SCENES_PER_PART`; an interrupted run resumes after its last complete part. The data
     files appear only when all parts are there. A finished data set of the same settings is left as it is.
 
     Raises:

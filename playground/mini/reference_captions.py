@@ -46,7 +46,7 @@ def caption_dataset(folder: Path, progress: bool = True) -> Path:
     """Writes `captions.json` of a data set that `make_scenes` made: records of `image` and `captions`.
 
     Raises:
-        FileNotFoundError: the folder is no such data set.
+        FileNotFoundError: the folder is not such a data set.
     """
     summary, pad = folder / SUMMARY, folder / JSON_FILES["pad"]
     if not summary.is_file() or not pad.is_file():

@@ -1,4 +1,4 @@
-"""What alignment is worth paying for: three studies, each a table and a plot.
+"""Which part of alignment pays: three studies, each a table and a plot.
 
 - `supervision`: masks, boxes or image tags, with wrong labels among them, on few or many images.
 - `exactness`: how near to its word must a token be, and how long, for a frozen LLM to read it? Nothing is trained.
