@@ -1,9 +1,10 @@
-"""Atomic file writes and SHA-256 helpers."""
+"""Atomic file writes, SHA-256 helpers, and validation of what files contain."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import uuid
@@ -11,6 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
 
 _BLOCK_BYTES = 1 << 22
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -59,6 +64,38 @@ def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
     """Raises `ValueError` where a file to be written is one of those that it is made of: it would be lost."""
     if output.resolve() in {path.resolve() for path in inputs}:
         raise ValueError(f"{output}: is read by this command too, and would be overwritten. Name another output")
+
+
+def validated(kind: Any, content: Any, where: object) -> Any:
+    """Convert JSON (bytes) or Python values to a type, such as a `list` of a pydantic model, strictly.
+
+    Raises:
+        ValueError: begins with `where`, and names the field, what was found and what was expected.
+    """
+    from pydantic import ValidationError
+
+    adapter = _adapter(kind)
+    try:
+        validate = adapter.validate_json if isinstance(content, bytes) else adapter.validate_python
+        return validate(content, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {describe_invalid(error)}") from error
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """Return the first thing that pydantic refuses, such as `field 'boxes[1]': found '6'; input should be a number`."""
+    fault = error.errors(include_url=False)[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).removeprefix(".")
+    where = f"field {path!r}: " if path else ""
+    found = "nothing" if fault["type"] == "missing" else f"{fault['input']!r:.80}"
+    return f"{where}found {found}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llava.command import clear_errors
-from patch_aligned.results.run import BoxFrame
 
 if TYPE_CHECKING:
     from patch_aligned.results.render import Block
@@ -27,7 +26,7 @@ OutputOption = Annotated[
     typer.Option("--output", metavar="FILE", help="Where it goes (.md, .tex, .html) instead of the screen."),
 ]
 FrameOption = Annotated[
-    BoxFrame | None,
+    Literal["square", "image"] | None,
     typer.Option(help="How boxes are read where a run has both readings. Default: as the run's settings say."),
 ]
 NamesOption = Annotated[
@@ -67,7 +66,7 @@ def table(
 
     `patch-aligned table 5 --runs runs/eval/plain runs/eval/patch --output table5.tex`
     """
-    from patch_aligned.results.tables import entrants_of, free_block, make_table, projector_block
+    from patch_aligned.results.tables import find_models, free_block, make_table, projector_block
 
     places = [*(runs or []), *(folders or [])]
     if number in ("1", "2", "3"):
@@ -77,11 +76,11 @@ def table(
         raise ValueError(f"table: found {number!r}, expected a number from 1 to 8, or runs")
     if not places:
         raise ValueError("--runs: found no folder, expected at least one, such as runs/eval/MODEL")
-    entrants = entrants_of(places, _names(names))
+    models = find_models(places, _names(names))
     if number == "runs":
-        blocks = [free_block(entrants, "All runs", box_frame=box_frame)]
+        blocks = [free_block(models, "All runs", box_frame=box_frame)]
     else:
-        blocks = make_table(int(number), entrants, box_frame)
+        blocks = make_table(int(number), models, box_frame)
     _write(blocks, format, output)
 
 
@@ -116,15 +115,15 @@ def compare_command(
     `patch-aligned compare runs/plain_0,runs/plain_1,runs/plain_2 runs/patch_0,runs/patch_1,runs/patch_2`
     """
     from patch_aligned.results.compare import compare
-    from patch_aligned.results.tables import entrants_of
+    from patch_aligned.results.tables import find_models
 
     folders, others = ([Path(folder) for folder in arm.split(",")] for arm in (first, second))
-    entrants = entrants_of([*folders, *others])
-    arms = [entrants[: len(folders)], entrants[len(folders) :]]
+    models = find_models([*folders, *others])
+    arms = [models[: len(folders)], models[len(folders) :]]
     if named := _names(names):
         if len(named) != 2:
             raise ValueError(f"--names: found {len(named)}, expected 2, one for each model")
-        arms = [[replace(entrant, name=name) for entrant in arm] for arm, name in zip(arms, named, strict=True)]
+        arms = [[replace(model, name=name) for model in arm] for arm, name in zip(arms, named, strict=True)]
     _write([compare(arms[0], arms[1], metric, box_frame, resamples, seed)], format, output)
 
 

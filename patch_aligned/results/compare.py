@@ -11,10 +11,12 @@ import numpy as np
 from patch_aligned.intervals import percentile_interval, resampled_means, resampled_over_seeds
 from patch_aligned.results.paper import DASH, GAINS, Column, relative_gain
 from patch_aligned.results.render import Block, Cell, Row
-from patch_aligned.results.run import BoxFrame, Filled, Run, RunFileError, Sample, conditions_of, read_samples
+from patch_aligned.results.run import BoxFrame, Run, RunFileError, Sample, read_samples
 from patch_aligned.results.tables import (
     LIMIT_MARK,
-    Entrant,
+    Filled,
+    ModelRuns,
+    conditions_of,
     frame_of,
     metric_of,
     score_factor,
@@ -28,26 +30,17 @@ _DECIDING = ("task", "template", "decoding", "numbers", "judge")  # conditions t
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A score of the second run less that of the first, over the rows that both answered, and over seeds.
+    """A score of the second run minus that of the first, over the rows that both answered, and over seeds."""
 
-    Attributes:
-        first, second: the score over these rows.
-        value: the difference.
-        low, high: ends of the middle 95% of the draws.
-        share_above_zero: share of the draws in which the second is above; ties count half.
-        rows, groups: how many rows matched, and in how many groups they are drawn.
-        all_rows: whether these are all rows of both runs.
-    """
-
-    first: float
+    first: float  # the score over these rows
     second: float
-    value: float
-    low: float
+    value: float  # the difference
+    low: float  # ends of the middle 95% of the draws
     high: float
-    share_above_zero: float
-    rows: int
-    groups: int
-    all_rows: bool
+    share_above_zero: float  # share of the draws in which the second is ahead; ties count half
+    rows: int  # how many rows matched
+    groups: int  # in how many groups they are drawn
+    all_rows: bool  # whether these are all rows of both runs
 
 
 def paired_difference(
@@ -101,20 +94,20 @@ def _matched(first: Sequence[Sample], second: Sequence[Sample], metric: str) -> 
 
 
 def compare(
-    first: Sequence[Entrant],
-    second: Sequence[Entrant],
+    first: Sequence[ModelRuns],
+    second: Sequence[ModelRuns],
     metric: str | None = None,
     box_frame: BoxFrame | None = None,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Block:
-    """Every benchmark that all have runs of, a line each; of several seeds also a line for each.
+    """One line for each benchmark that all have runs of; with several seeds also a line for each seed.
 
     Args:
-        first, second: the models; several where there are several seeds of training, in the same order.
+        first, second: the models; with several seeds of training one for each, in the same order.
         metric: the score; None: the headline of each benchmark.
-        box_frame: how boxes are read where a run has both readings; None: as its settings say.
-        resamples: draws of the bootstrap.
+        box_frame: how boxes are read if a run has both readings; None: as its settings say.
+        resamples: number of bootstrap draws.
         seed: of the draws.
 
     Raises:
@@ -122,13 +115,13 @@ def compare(
     """
     if len(first) != len(second):
         raise RunFileError(f"found {len(first)} and {len(second)} seeds, expected as many of both, in the same order")
-    entrants = [*first, *second]
-    runs = [{run.result.benchmark: run for run in entrant.runs} for entrant in entrants]
-    shared = [name for name in runs[0] if all(name in of_entrant for of_entrant in runs)]
+    models = [*first, *second]
+    runs = [{run.result.benchmark: run for run in model.runs} for model in models]
+    shared = [name for name in runs[0] if all(name in of_model for of_model in runs)]
     if not shared:
-        held = " and ".join(", ".join(of_entrant) for of_entrant in runs)
-        raise RunFileError(f"{' and '.join(entrant.name for entrant in entrants)} share no benchmark; found {held}")
-    known = sorted({metric for name in shared for of_entrant in runs for metric in of_entrant[name].result.scores})
+        held = " and ".join(", ".join(of_model) for of_model in runs)
+        raise RunFileError(f"{' and '.join(model.name for model in models)} share no benchmark; found {held}")
+    known = sorted({metric for name in shared for of_model in runs for metric in of_model[name].result.scores})
     if metric is not None and metric not in known:
         near = difflib.get_close_matches(metric, known, n=3, cutoff=0.5) or known
         raise RunFileError(f"--metric: found {metric!r}, expected a score of the runs, such as {', '.join(near)}")
@@ -173,7 +166,7 @@ def _compare_runs(
     resamples: int,
     seed: int,
 ) -> tuple[list[tuple[Row, PairedDifference]], list[str]]:
-    """Lines of a benchmark with the differences that they show, and notes; no line where it cannot be compared."""
+    """Rows of a benchmark with the differences that they show, and notes; no row if it cannot be compared."""
     runs = [run for pair in pairs for run in pair]
     metrics = dict.fromkeys(metric_of(run.result, metric, box_frame) for run in runs)
     if len(metrics) > 1:
@@ -218,7 +211,7 @@ def _compare_runs(
 
 
 def _differing(name: str, first: Run, second: Run, box_frame: BoxFrame | None) -> list[str]:
-    """Notes on what else than the model differs between two runs."""
+    """Notes on differences between two runs other than the model."""
     notes = []
     if _data_of(first) != _data_of(second):
         notes.append(f"{name}: the data differ: {_data_of(first)} against {_data_of(second)}.")

@@ -1,11 +1,11 @@
-"""A printed table as data, and as Markdown and LaTeX."""
+"""A printed table as data, and as Markdown, LaTeX and HTML."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 from patch_aligned.results.paper import DASH
 from patch_aligned.web import render
@@ -13,7 +13,7 @@ from patch_aligned.web import render
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows: a number as text, its standard error, and a mark that a note explains."""
+    """A number as text, its standard error, and a mark that a note explains."""
 
     text: str = DASH
     stderr: str = ""
@@ -25,51 +25,54 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A line; `section` is the heading that stands above the first of several."""
+    """A row of a table."""
 
     label: str
     cells: tuple[Cell, ...]
-    section: str = ""
+    section: str = ""  # heading above the first of several rows
 
 
 @dataclass(frozen=True)
 class Block:
-    """A table with its notes.
-
-    Attributes:
-        title: plain text.
-        corner: heading of the rows' labels.
-        columns: heading over several columns (or nothing) and heading, of each.
-        rows: lines, with as many cells as columns.
-        notes: sentences below.
-    """
+    """A table with its notes."""
 
     title: str
-    corner: str
-    columns: tuple[tuple[str, str], ...]
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = field(default=())
+    corner: str  # heading of the rows' labels
+    columns: tuple[tuple[str, str], ...]  # of each the heading over several columns (or ""), and its own
+    rows: tuple[Row, ...]  # with one cell per column
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row.cells) != len(self.columns):
                 raise ValueError(f"row {row.label!r}: {len(row.cells)} cells, expected {len(self.columns)}")
 
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """Headings over neighbouring columns, with their number of columns; empty if there are none."""
+        if not any(group for group, _ in self.columns):
+            return []
+        neighbours = itertools.groupby(group for group, _ in self.columns)
+        return [(group, len(list(members))) for group, members in neighbours]
+
+    @property
+    def sections(self) -> list[tuple[str, list[Row]]]:
+        """The rows under each heading, in order."""
+        return [(name, list(rows)) for name, rows in itertools.groupby(self.rows, key=lambda row: row.section)]
+
 
 def as_markdown(blocks: Sequence[Block]) -> str:
-    """Blocks as Markdown, padded so that they read well as plain text too."""
+    """Blocks as Markdown, aligned so that they read well as plain text too."""
     return "\n".join(_markdown_of(block) for block in blocks)
 
 
 def _markdown_of(block: Block) -> str:
     heading = [block.corner, *(f"{group} {name}".strip() for group, name in block.columns)]
-    lines: list[list[str] | str] = [heading]
-    section = ""
-    for row in block.rows:
-        if row.section != section:
-            section = row.section
-            lines.append([f"*{section}*" if section else "", *("" for _ in block.columns)])
-        lines.append([row.label, *map(str, row.cells)])
+    lines = [heading]
+    for section, rows in block.sections:
+        if section:
+            lines.append([f"*{section}*", *("" for _ in block.columns)])
+        lines += [[row.label, *map(str, row.cells)] for row in rows]
     cells = [[_markdown_text(cell) for cell in line] for line in lines]
     widths = [max(3, *(len(line[index]) for line in cells)) for index in range(len(heading))]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -121,19 +124,15 @@ def _latex_of(block: Block) -> str:
         rf"\caption{{{latex_text(block.title)}}}",
         rf"\begin{{tabular}}{{l{'r' * len(block.columns)}}}",
         r"\toprule",
-        *_latex_groups(block.columns),
+        *_latex_groups(block),
         _latex_line([latex_text(block.corner), *(latex_text(name) for _, name in block.columns)]),
         r"\midrule",
     ]
-    section = ""
-    for row in block.rows:
-        if row.section != section:
-            section = row.section
-            lines += [
-                *([r"\midrule"] if lines[-1] != r"\midrule" else []),
-                rf"\multicolumn{{{width}}}{{l}}{{\textit{{{latex_text(section)}}}}} \\",
-            ]
-        lines.append(_latex_line([latex_text(row.label), *map(_latex_cell, row.cells)]))
+    for section, rows in block.sections:
+        if section:
+            rule = [] if lines[-1] == r"\midrule" else [r"\midrule"]
+            lines += [*rule, rf"\multicolumn{{{width}}}{{l}}{{\textit{{{latex_text(section)}}}}} \\"]
+        lines += [_latex_line([latex_text(row.label), *map(_latex_cell, row.cells)]) for row in rows]
     lines += [r"\bottomrule", r"\end{tabular}"]
     if block.notes:
         lines += [r"\par\smallskip", r"\begin{minipage}{\linewidth}\footnotesize"]
@@ -142,12 +141,11 @@ def _latex_of(block: Block) -> str:
     return "\n".join([*lines, r"\end{table}", ""])
 
 
-def _latex_groups(columns: Sequence[tuple[str, str]]) -> list[str]:
-    if not any(group for group, _ in columns):
+def _latex_groups(block: Block) -> list[str]:
+    if not block.groups:
         return []
     heads, rules, first = [""], [], 2
-    for group, members in itertools.groupby(columns, key=lambda column: column[0]):
-        count = len(list(members))
+    for group, count in block.groups:
         heads.append(rf"\multicolumn{{{count}}}{{c}}{{{latex_text(group)}}}")
         if group:
             rules.append(rf"\cmidrule(lr){{{first}-{first + count - 1}}}")
@@ -164,9 +162,6 @@ def _latex_cell(cell: Cell) -> str:
     return latex_text(cell.text) + stderr + (f" {latex_text(cell.mark)}" if cell.mark else "")
 
 
-# Tables as one HTML page that loads nothing.
-
-
 def as_html(blocks: Sequence[Block]) -> str:
-    """Blocks as a page: read on a phone, sideways where a table is wide, or printed."""
-    return render(__package__, "tables.html.j2", title=blocks[0].title, data=[asdict(block) for block in blocks])
+    """Blocks as one page that loads nothing. Wide tables scroll sideways, and print in full."""
+    return render(__package__, "tables.html.j2", title=blocks[0].title, blocks=blocks)

@@ -16,7 +16,6 @@ from patch_aligned.web import render
 PAGES = [
     ("patch_aligned.dataset", "view.html.j2"),
     ("patch_aligned.analysis", "token_map.html.j2"),
-    ("patch_aligned.results", "tables.html.j2"),
 ]
 
 
@@ -45,7 +44,7 @@ def test_a_page_without_a_script_may_run_none(tmp_path: Path):
 
 def test_data_that_json_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="JSON compliant"):
-        render("patch_aligned.results", "tables.html.j2", title="", data=[float("nan")])
+        render("patch_aligned.dataset", "view.html.j2", title="", data=[float("nan")])
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")

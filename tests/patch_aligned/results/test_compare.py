@@ -15,13 +15,13 @@ from patch_aligned.results.compare import compare, paired_difference, paired_ove
 from patch_aligned.results.paper import DASH
 from patch_aligned.results.render import Block
 from patch_aligned.results.run import RunFileError, RunResult, RunSettings, Sample, Score, rows_sha256, write_run
-from patch_aligned.results.tables import entrants_of, make_table
+from patch_aligned.results.tables import find_models, make_table
 
 Make = Callable[..., Path]
 
 
 def compared(first: Path, second: Path, **options: Any) -> Block:
-    one, other = entrants_of([first, second], ["A", "B"])
+    one, other = find_models([first, second], ["A", "B"])
     return compare([one], [other], **options)
 
 
@@ -136,7 +136,7 @@ def test_seeds_that_contradict_follow_the_binomial() -> None:
 def test_seeds_are_shown_singly_below_their_mean(make_run: Make, tmp_path: Path) -> None:
     for name, hits in {"a0": [0, 0], "a1": [0, 1], "b0": [1, 0], "b1": [1, 1]}.items():
         make_run(f"{name}/gqa", {"exact_match": hits}, benchmark="gqa")
-    a0, a1, b0, b1 = entrants_of([tmp_path / name for name in ("a0", "a1", "b0", "b1")], ["A", "A1", "B", "B1"])
+    a0, a1, b0, b1 = find_models([tmp_path / name for name in ("a0", "a1", "b0", "b1")], ["A", "A1", "B", "B1"])
     block = compare([a0, a1], [b0, b1])
     shown = {row.label: [str(cell) for cell in row.cells[1:6]] for row in block.rows}
     assert shown == {
@@ -180,9 +180,9 @@ def test_other_steps_and_other_data_are_said(make_run: Make, result_of: Any, tmp
         data = replace(result.data, revision=revision, rows=1, rows_sha256=rows_sha256([("0", [0.1, 0])]))
         folder = make_run(f"{name}/gqa", {"exact_match": [1]}, benchmark="gqa", column="GQA", tables=(6,), data=data)
         (folder / "run.json").write_text(json.dumps({"trained": {"steps": steps, "seed": 42, "data": revision}}))
-    entrants = entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"])
-    notes = compare(entrants[:1], entrants[1:]).notes
-    (table,) = make_table(6, entrants)
+    models = find_models([tmp_path / "a", tmp_path / "b"], ["A", "B"])
+    notes = compare(models[:1], models[1:]).notes
+    (table,) = make_table(6, models)
     for told in (notes, table.notes):
         assert "The models' trainings differ in steps: 10 (A), 20 (B)." in told
         assert "The models' trainings differ in data: 1111 (A), 2222 (B)." in told

@@ -23,7 +23,7 @@ from patch_aligned.results.run import (
     Score,
     write_run,
 )
-from patch_aligned.results.tables import entrants_of, free_block, make_table
+from patch_aligned.results.tables import find_models, free_block, make_table
 
 Make = Callable[..., Path]
 BOTH_FRAMES = {PADDED_FRAME: [1, 1, 1, 0], IMAGE_FRAME: [1, 0, 0, 0]}
@@ -58,7 +58,7 @@ def test_the_papers_gains_are_said_with_what_they_are_made_of(
 ) -> None:
     column = PAPER_TABLES[number].columns[0].run_column
     make_run("out/run", {LEGACY_METRIC: [1, 0]}, tables=(number,), column=column)
-    notes = " ".join(make_table(number, entrants_of([tmp_path / "out"]))[0].notes)
+    notes = " ".join(make_table(number, find_models([tmp_path / "out"]))[0].notes)
     assert all(words in notes for words in said), notes
 
 
@@ -67,7 +67,7 @@ def test_our_gain_is_taken_over_the_columns_that_both_have(make_run: Make, tmp_p
         make_run(f"{name}/gqa", {"exact_match": gqa}, tables=(6,), column="GQA", benchmark="gqa")
         make_run(f"{name}/okvqa", {"exact_match": okvqa}, tables=(6,), column="OKVQA", benchmark="okvqa")
     make_run("b/vizwiz", {"exact_match": [1]}, tables=(6,), column="VizWiz", benchmark="vizwiz")
-    (block,) = make_table(6, entrants_of([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
+    (block,) = make_table(6, find_models([tmp_path / "a", tmp_path / "b"], ["A", "B"]))
     assert "B over A: +50.0%, ratio of means (GQA +100.0%, OKVQA +0.0%)." in block.notes
 
 
@@ -97,7 +97,7 @@ def test_legacy_runs_stand_beside_the_papers_rows_and_own_ones_apart(
         task="refcoco_bbox_rec_val",
         settings=replace(settings, box_frame="image"),
     )
-    legacy, own = make_table(5, entrants_of([tmp_path / "out"]))
+    legacy, own = make_table(5, find_models([tmp_path / "out"]))
     assert "legacy protocol" in legacy.title
     assert cell_of(legacy, "LLaVA 1.5-7B (paper)", "RefCOCO test-A") == "64.43"
     assert cell_of(legacy, "plain", "RefCOCO val") == "50.00 ±1.00"
@@ -111,7 +111,7 @@ def test_legacy_runs_stand_beside_the_papers_rows_and_own_ones_apart(
 
 def test_without_legacy_runs_the_papers_rows_stand_alone(make_run: Make, tmp_path: Path) -> None:
     make_run("out/refcoco_val", BOTH_FRAMES)
-    legacy, own = make_table(5, entrants_of([tmp_path / "out"]))
+    legacy, own = make_table(5, find_models([tmp_path / "out"]))
     assert all(row.label.endswith("(paper)") for row in legacy.rows)
     assert legacy.notes[0].startswith("No run of the legacy tasks")
     assert len(own.rows) == 1
@@ -120,18 +120,18 @@ def test_without_legacy_runs_the_papers_rows_stand_alone(make_run: Make, tmp_pat
 def test_boxes_are_read_as_asked_or_as_the_run_says(make_run: Make, settings: RunSettings, tmp_path: Path) -> None:
     make_run("square/refcoco_val", BOTH_FRAMES)
     make_run("image/refcoco_val", BOTH_FRAMES, settings=replace(settings, box_frame="image"))
-    entrants = entrants_of([tmp_path / "square", tmp_path / "image"], ["a", "b"])
-    own = make_table(5, entrants)[1]
+    models = find_models([tmp_path / "square", tmp_path / "image"], ["a", "b"])
+    own = make_table(5, models)[1]
     assert [cell_of(own, name, "RefCOCO val") for name in "ab"] == ["75.00 ±1.00", "25.00 ±1.00"]
     assert "boxes read in the padded square or the image" in own.title
     assert any("padded square and taken back to the image (a), boxes read in the image's own" in n for n in own.notes)
-    asked = make_table(5, entrants, "image")[1]
+    asked = make_table(5, models, "image")[1]
     assert [cell_of(asked, name, "RefCOCO val") for name in "ab"] == ["25.00 ±1.00"] * 2
 
 
 def test_table_8_has_sections_and_takes_runs_of_its_own(make_run: Make, tmp_path: Path) -> None:
     make_run("out/refcoco_val", {LEGACY_METRIC: [1, 0]}, tables=(5, 8))
-    (block,) = make_table(8, entrants_of([tmp_path / "out"]))
+    (block,) = make_table(8, find_models([tmp_path / "out"]))
     assert list(dict.fromkeys(row.section for row in block.rows)) == [
         "Another LLM: Vicuna 7B → Llama 3.1 8B", "Another projector: MLP → C-Abstractor", "Our runs",
     ]  # fmt: skip
@@ -148,7 +148,7 @@ def test_units_become_those_of_the_column(make_run: Make, tmp_path: Path) -> Non
         column="MME",
         benchmark="mme",
     )
-    (block,) = make_table(7, entrants_of([tmp_path / "out"]))
+    (block,) = make_table(7, find_models([tmp_path / "out"]))
     shown = {name: str(cell) for (_, name), cell in zip(block.columns, row_of(block, "plain").cells, strict=True)}
     assert shown == {
         "MMMU": "50.00 ±1.00", "MMVet": "30.50 ±0.01", "CMMMU": DASH, "MMB EN": DASH,
@@ -159,18 +159,18 @@ def test_units_become_those_of_the_column(make_run: Make, tmp_path: Path) -> Non
 def test_a_unit_that_does_not_fit_is_refused(make_run: Make, tmp_path: Path) -> None:
     make_run("out/mmmu", {"mmmu_acc": [1, 0]}, unit="sum", tables=(7,), column="MMMU", benchmark="mmmu")
     with pytest.raises(RunFileError, match=r"scores\.mmmu_acc\.unit': found 'sum', expected 'share' or 'points'"):
-        make_table(7, entrants_of([tmp_path / "out"]))
+        make_table(7, find_models([tmp_path / "out"]))
 
 
 def test_captions_fill_their_columns_by_metric_and_say_why_one_is_missing(make_run: Make, tmp_path: Path) -> None:
     scores = {"METEOR": [0.25, 0.25], "ROUGE_L": [0.5, 0.25]}
     fields = {"tables": (4,), "column": "captions", "not_available": {"SPICE": "no CoreNLP jars"}}
     make_run("one/coco", scores, benchmark="captions_coco", **fields)
-    (block,) = make_table(4, entrants_of([tmp_path / "one"]))
+    (block,) = make_table(4, find_models([tmp_path / "one"]))
     assert list(map(str, row_of(block, "plain").cells)) == ["0.2500 ±0.0100", "0.3750 ±0.0100", DASH]
     assert "SPICE of plain: no CoreNLP jars." in block.notes
     make_run("one/other", scores, benchmark="captions_other", **fields)
-    (block,) = make_table(4, entrants_of([tmp_path / "one"]))
+    (block,) = make_table(4, find_models([tmp_path / "one"]))
     assert [row.label for row in block.rows[2:]] == ["plain (captions_coco)", "plain (captions_other)"]
 
 
@@ -178,7 +178,7 @@ def test_the_miniature_prints_columns_of_its_own_without_the_papers_rows(make_ru
     for model, hits in (("a", [1, 0]), ("b", [1, 1])):
         make_run(f"{model}/mini_colour", {"exact_match": hits}, tables=(6,), column="Colour", benchmark="mini_colour")
     make_run("b/mini_counting", {"exact_match": [0, 0]}, tables=(6,), column="Counting", benchmark="mini_counting")
-    (block,) = make_table(6, entrants_of([tmp_path / "a", tmp_path / "b"], ["a", "b"]))
+    (block,) = make_table(6, find_models([tmp_path / "a", tmp_path / "b"], ["a", "b"]))
     assert block.columns == (("", "Colour"), ("", "Counting"))
     assert [[str(cell) for cell in row.cells] for row in block.rows] == [
         ["50.00 ±1.00", DASH],
@@ -190,7 +190,7 @@ def test_the_miniature_prints_columns_of_its_own_without_the_papers_rows(make_ru
 def test_runs_as_they_are_have_a_column_a_benchmark(make_run: Make, tmp_path: Path) -> None:
     make_run("out/pope", {"pope_accuracy": [1, 1]}, tables=(), column="", benchmark="pope")
     make_run("out/mme", {"mme": [10, 20]}, unit="sum", tables=(7,), column="MME", benchmark="mme")
-    block = free_block(entrants_of([tmp_path / "out"]), "All runs")
+    block = free_block(find_models([tmp_path / "out"]), "All runs")
     assert block.columns == (("", "mme"), ("", "pope"))
     assert list(map(str, block.rows[0].cells)) == ["15.00 ±0.01", "100.00 ±1.00"]
 
@@ -198,7 +198,7 @@ def test_runs_as_they_are_have_a_column_a_benchmark(make_run: Make, tmp_path: Pa
 def test_a_trial_with_a_limit_is_marked(make_run: Make, settings: RunSettings, tmp_path: Path) -> None:
     limited = replace(settings, limit=2, box_frame=None)
     make_run("out/gqa", {"exact_match": [1, 0]}, tables=(6,), column="GQA", benchmark="gqa", settings=limited)
-    (block,) = make_table(6, entrants_of([tmp_path / "out"]))
+    (block,) = make_table(6, find_models([tmp_path / "out"]))
     assert cell_of(block, "plain", "GQA") == "50.00 ±1.00 †"
     assert any(note.startswith("† From a run with --limit") for note in block.notes)
     assert any("cut by --limit 2" in note for note in block.notes)
@@ -208,7 +208,7 @@ def test_a_server_scores_what_has_no_headline(make_run: Make, result_of: Any, sa
     samples = [replace(sample, scores={}) for sample in samples_of({"x": [0, 0]})]
     result = result_of(samples, {}, tables=(6,), column="VizWiz", benchmark="vizwiz_test", submission="answers.json")
     write_run(tmp_path / "out" / "vizwiz_test", result, samples)
-    (block,) = make_table(6, entrants_of([tmp_path / "out"]))
+    (block,) = make_table(6, find_models([tmp_path / "out"]))
     assert cell_of(block, "plain", "VizWiz") == DASH
     assert "VizWiz of plain: scored by a server, file answers.json." in block.notes
 
@@ -220,7 +220,7 @@ def test_conditions_that_all_share_are_said_once_and_others_by_column_and_model(
     make_run("a/gqa", {"exact_match": [1, 0]}, **of_gqa)
     make_run("b/gqa", {"exact_match": [1, 0]}, first_id=7, **of_gqa, settings=replace(settings, batch_size=1))
     make_run("a/okvqa", {"exact_match": [1, 0, 1]}, tables=(6,), column="OKVQA", benchmark="okvqa", task="okvqa")
-    (block,) = make_table(6, entrants_of([tmp_path / "a", tmp_path / "b"], ["a", "b"]))
+    (block,) = make_table(6, find_models([tmp_path / "a", tmp_path / "b"], ["a", "b"]))
     (shared,) = [note for note in block.notes if note.startswith("All columns: ")]
     assert "template vicuna_v1" in shared
     assert "no judge" in shared
@@ -236,21 +236,21 @@ def test_runs_of_two_checkpoints_in_one_folder_are_refused(make_run: Make, tmp_p
     make_run("out/a", BOTH_FRAMES)
     make_run("out/b", BOTH_FRAMES, model=ModelIdentity("plain", "runs/plain", "1" * 64))
     with pytest.raises(RunFileError, match=r"found runs of 2 checkpoints .*evaluate the older again"):
-        entrants_of([tmp_path / "out"])
+        find_models([tmp_path / "out"])
 
 
 def test_runs_of_one_adapter_on_two_bases_are_refused(make_run: Make, tmp_path: Path) -> None:
     make_run("out/a", BOTH_FRAMES, benchmark="a", model=ModelIdentity("plain", "runs/lora", "0" * 64, "vicuna"))
     make_run("out/b", BOTH_FRAMES, benchmark="b", model=ModelIdentity("plain", "runs/lora", "0" * 64, "llama"))
     with pytest.raises(RunFileError, match=r"2 checkpoints \(a of 000000000000 on vicuna, b of 000000000000 on llama"):
-        entrants_of([tmp_path / "out"])
+        find_models([tmp_path / "out"])
 
 
 def test_two_runs_of_one_benchmark_are_refused(make_run: Make, tmp_path: Path) -> None:
     make_run("out/pope", BOTH_FRAMES, benchmark="pope")
     make_run("out/pope_copy", BOTH_FRAMES, benchmark="pope")
     with pytest.raises(RunFileError, match=r"out/pope and .*out/pope_copy: found two runs of pope, expected one"):
-        entrants_of([tmp_path / "out"])
+        find_models([tmp_path / "out"])
 
 
 def test_notes_speak_of_standard_errors_where_there_are_some_and_keep_enough_of_a_files_hash(
@@ -261,7 +261,7 @@ def test_notes_speak_of_standard_errors_where_there_are_some_and_keep_enough_of_
         result = result_of(samples, {"acc": Score(0.5, stderr, 2, "share")}, benchmark=name)
         data = replace(result.data, revision=f"sha256:{'ab12' * 16}")
         write_run(tmp_path / name / "run", replace(result, data=data), samples)
-        notes = free_block(entrants_of([tmp_path / name]), "All runs").notes
+        notes = free_block(find_models([tmp_path / name]), "All runs").notes
         assert ("± is the standard error." in notes) == (name == "with")
         assert "refs(unc).p@sha256:ab12ab12ab12, split val" in notes[0]
 
@@ -269,19 +269,19 @@ def test_notes_speak_of_standard_errors_where_there_are_some_and_keep_enough_of_
 def test_runs_that_have_no_place_are_named(make_run: Make, tmp_path: Path) -> None:
     make_run("out/gqa", {"exact_match": [1, 0]}, tables=(6,), column="GQA2", benchmark="gqa")
     with pytest.raises(RunFileError, match=r"gqa.*'column': found 'GQA2', expected one of Table 6: GQA, OKVQA, Sci"):
-        make_table(6, entrants_of([tmp_path / "out"]))
+        make_table(6, find_models([tmp_path / "out"]))
     with pytest.raises(RunFileError, match="no run belongs to Table 7; found runs of gqa"):
-        make_table(7, entrants_of([tmp_path / "out"]))
+        make_table(7, find_models([tmp_path / "out"]))
     make_run("two/a", {"exact_match": [1, 0]}, tables=(6,), column="GQA", benchmark="gqa")
     make_run("two/b", {"exact_match": [1, 0]}, tables=(6,), column="GQA", benchmark="gqa_other")
     with pytest.raises(RunFileError, match="found two runs for the column 'GQA' of Table 6"):
-        make_table(6, entrants_of([tmp_path / "two"]))
+        make_table(6, find_models([tmp_path / "two"]))
 
 
 def test_models_of_one_name_are_told_apart_by_their_folder(make_run: Make, tmp_path: Path) -> None:
     make_run("one/refcoco_val", BOTH_FRAMES)
     make_run("two/refcoco_val", BOTH_FRAMES)
-    entrants = entrants_of([tmp_path / "one", tmp_path / "two"])
-    assert [entrant.name for entrant in entrants] == [f"plain ({tmp_path / name})" for name in ("one", "two")]
+    models = find_models([tmp_path / "one", tmp_path / "two"])
+    assert [entrant.name for entrant in models] == [f"plain ({tmp_path / name})" for name in ("one", "two")]
     with pytest.raises(RunFileError, match="--names: found 1, expected 2"):
-        entrants_of([tmp_path / "one", tmp_path / "two"], ["a"])
+        find_models([tmp_path / "one", tmp_path / "two"], ["a"])
