@@ -202,3 +202,12 @@ def boxes_xyxy_from_square01(boxes_xyxy_square01: Any, image_wh: tuple[int, int]
 def boxes_xyxy_from_image01(boxes_xyxy_image01: Any, image_wh: tuple[int, int]) -> np.ndarray:
     """Convert boxes `[..., 4]` from 0..1 of the image's width and height to original pixels, without clipping."""
     return np.asarray(boxes_xyxy_image01, dtype=np.float64) * np.tile(image_wh, 2)
+
+
+def box_iou(first_xyxy: Sequence[float], second_xyxy: Sequence[float]) -> float:
+    """Intersection over union of two boxes; 0 if both are empty."""
+    width = min(first_xyxy[2], second_xyxy[2]) - max(first_xyxy[0], second_xyxy[0])
+    height = min(first_xyxy[3], second_xyxy[3]) - max(first_xyxy[1], second_xyxy[1])
+    common = max(width, 0.0) * max(height, 0.0)
+    areas = sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (first_xyxy, second_xyxy))
+    return common / (areas - common) if areas > common else 0.0

@@ -29,10 +29,12 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    text_columns: int = 1  # the first columns, aligned to the left; numbers follow, aligned to the right
 
     def markdown(self) -> str:
         """Render as Markdown. Asides are in brackets, the title is left out."""
-        head = ["| " + " | ".join(self.columns) + " |", "|---|" + "--:|" * (len(self.columns) - 1)]
+        rule = "|" + "---|" * self.text_columns + "--:|" * (len(self.columns) - self.text_columns)
+        head = ["| " + " | ".join(self.columns) + " |", rule]
         lines = [[f"{text} ({aside})" if aside else text for text, aside in row] for row in self.rows]
         return "\n".join(
             [*head, *("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)]
@@ -55,15 +57,18 @@ class Table:
     def text(self) -> RichTable:
         """Render for the terminal. Where it is narrow, headings and long names are folded and numbers stay whole."""
         from rich.table import Table as RichTable
+        from rich.text import Text
 
         table = RichTable(title=self.title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
         rows = [[f"{text}\n{aside.replace(' … ', '…')}" if aside else text for text, aside in row] for row in self.rows]
         for index, column in enumerate(self.columns):
             widest = max((len(line) for row in rows for line in row[index].splitlines()), default=0)
-            justify: Literal["left", "right"] = "right" if index else "left"
-            table.add_column(column, justify=justify, overflow="fold", min_width=widest if index else min(widest, 13))
+            is_number = index >= self.text_columns
+            justify: Literal["left", "right"] = "right" if is_number else "left"
+            width = widest if is_number else min(widest, 13)
+            table.add_column(column, justify=justify, overflow="fold", min_width=width)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # brackets in data are no markup
         return table
 
 

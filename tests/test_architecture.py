@@ -67,10 +67,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "patch_aligned.analysis.words": ("llava.mm_utils",),
     "patch_aligned.annotate.cli": ("llava.command",),
     "patch_aligned.cli": ("llava.command",),
-    "patch_aligned.dataset.cli": (
-        "llava.command",
-        "patch_aligned.annotate.folder",
-    ),
+    "patch_aligned.dataset.cli": ("llava.command",),
     "patch_aligned.results.cli": ("llava.command",),
     "patch_aligned.train.cli": ("llava.command",),
     "patch_aligned.train.train": ("llava.command",),
@@ -82,11 +79,11 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
 # Lines of *.py that a folder may hold.
 BUDGETS = {
     "llava": 10949,
-    "patch_aligned": 17774,
+    "patch_aligned": 17218,
     "patch_aligned/analysis": 4512,
-    "patch_aligned/annotate": 4194,
-    "patch_aligned/dataset": 1584,
-    "patch_aligned/results": 1687,
+    "patch_aligned/annotate": 4225,
+    "patch_aligned/dataset": 1327,
+    "patch_aligned/results": 1306,
     "eval": 3933,
 }
 LONGEST_FILE = 500

@@ -285,3 +285,34 @@ def reselect(
     ):
         typer.echo(f"{name:<20} {was:>12,} -> {now:,}")
     typer.echo(f"Wrote {output}")
+
+
+@app.command()
+@clear_errors
+def merge(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder of `patch-aligned annotate`.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="PAD file: .json, .jsonl, .jsonl.gz or .parquet.")],
+    keep_all: Annotated[
+        bool, typer.Option("--all", help="Take images that ended without regions too, if they could be read.")
+    ] = False,
+    keep_candidates: Annotated[bool, typer.Option("--keep-candidates", help="Keep the boxes before NMS.")] = False,
+) -> None:
+    """Merge the shards of a finished annotation run into one PAD file.
+
+    The file holds one record for each image that ended `ok`, in the manifest's order. `FILE.skipped.jsonl` lists all
+    others with their reason, `FILE.settings.json` says how the records were made. If shards are missing or damaged,
+    nothing is written, and they are named.
+    """
+    from tqdm import tqdm
+
+    from patch_aligned.annotate.folder import RunFolder
+    from patch_aligned.annotate.folder import merge as merge_run
+
+    watch = partial(tqdm, desc="Merging", unit=" images", disable=None, leave=False)
+    done = merge_run(RunFolder(run), output, keep_all=keep_all, keep_candidates=keep_candidates, watch=watch)
+    for name, count in {"images": done.images, **{f"status {name}": n for name, n in done.counts.items()}}.items():
+        typer.echo(f"{name}: {count:,}")
+    typer.echo(f"{output}: {done.written:,} records, {done.regions:,} regions")
+    if others := done.images - done.written:
+        typer.echo(f"{done.skipped}: the other {others:,} images, with the reason of each")

@@ -1,43 +1,17 @@
-"""Commands on PAD files: `patch-aligned verify`, `stats`, `view`, `join`, `publish`, and `merge`, which makes one."""
+"""Commands on PAD files: `patch-aligned verify`, `stats`, `view`, `join` and `publish`."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from tqdm import tqdm
 
 from llava.command import clear_errors
-
-# Progress of one pass over a file whose length is not known beforehand.
-
-T = TypeVar("T")
-_SHOWN_EVERY = 64
-
-
-def with_progress(records: Iterable[T], description: str, unit: str = "images") -> Iterator[T]:
-    """The same records, with their count and rate on standard error while it is a terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TextColumn("{task.completed:,} " + unit),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(description, total=None, rate="")
-        count = 0
-        for count, record in enumerate(records, start=1):
-            yield record
-            if count % _SHOWN_EVERY == 0:
-                seconds = progress.tasks[0].elapsed or 1e-9
-                progress.update(task, completed=count, rate=f"{count / seconds:,.0f} {unit}/s")
-
 
 app = typer.Typer(rich_markup_mode="markdown")
 
@@ -53,34 +27,7 @@ MinCoverage = Annotated[
 Plots = Annotated[bool, typer.Option(help="Draw stats.png; needs matplotlib.")]
 
 
-@app.command()
-@clear_errors
-def merge(
-    context: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder of `patch-aligned annotate`.")],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="PAD file: .json, .jsonl, .jsonl.gz or .parquet.")],
-    keep_all: Annotated[
-        bool, typer.Option("--all", help="Take images that ended without regions too, if they could be read.")
-    ] = False,
-    keep_candidates: Annotated[bool, typer.Option("--keep-candidates", help="Keep the boxes before NMS.")] = False,
-) -> None:
-    """Merges the shards of a finished annotation run into one PAD file.
-
-    The file holds one record for each image that ended `ok`, in the manifest's order. `FILE.skipped.jsonl` lists all
-    others with their reason, `FILE.settings.json` says how the records were made. Where shards are missing or damaged,
-    nothing is written, and they are named.
-    """
-    from functools import partial
-
-    from patch_aligned.annotate.folder import RunFolder
-    from patch_aligned.annotate.folder import merge as merge_run
-
-    watch = partial(with_progress, description="Merging")
-    done = merge_run(RunFolder(run), output, keep_all=keep_all, keep_candidates=keep_candidates, watch=watch)
-    _print_table([("images", f"{done.images:,}"), *((f"status {name}", f"{n:,}") for name, n in done.counts.items())])
-    typer.echo(f"{output}: {done.written:,} records, {done.regions:,} regions")
-    if others := done.images - done.written:
-        typer.echo(f"{done.skipped}: the other {others:,} images, with the reason of each")
+_progress = partial(tqdm, unit=" images", disable=None, leave=False)  # on standard error, while it is a terminal
 
 
 @app.command()
@@ -105,22 +52,20 @@ def verify(
         typer.Option(help="`broken_file`: errors of single regions (box, mask, score) are listed, but are no failure."),
     ] = "errors",
 ) -> None:
-    """Checks a PAD file: format, masks' run lengths, boxes, masks against boxes, duplicates, and the image files.
+    """Check a PAD file: format, masks' run lengths, boxes, masks against boxes, duplicates, and the image files.
 
-    Writes `verify.json`, `verify.md` and `problems.jsonl`, one line a problem with record, field, found and expected.
-    Ends with exit code 1 if there is an error that `--fail-on` counts; what is only odd is a warning.
+    Writes `verify.json`, `verify.md` and `problems.jsonl`: one line per problem with record, field, found and expected.
+    Ends with exit code 1 if there is an error that `--fail-on` counts. What is only suspicious is a warning.
     """
-    from functools import partial
-
-    from patch_aligned.dataset.verify import VerifySettings, summary, table_rows, write_verification
+    from patch_aligned.dataset.verify import VerifySettings, as_table, summary, write_verification
 
     if image_folder is not None and not image_folder.is_dir():
         raise FileNotFoundError(f"--image-folder {image_folder}: there is no such folder.")
     settings = VerifySettings(image_folder, box_tolerance, min_mask_box_iou)
     output = output or pad.with_name(pad.name + ".verify")
-    found = write_verification(pad, settings, output, partial(with_progress, description="Verifying"))
-    if rows := table_rows(found):
-        _print_table(rows, ("severity", "check", "number", "first"))
+    found = write_verification(pad, settings, output, partial(_progress, desc="Verifying"))
+    if found.examples:
+        Console().print(as_table(found).text())
     typer.echo(summary(found))
     typer.echo(f"Report: {output / 'verify.md'}, verify.json, problems.jsonl")
     if found.errors > (found.errors_of_regions if fail_on == "broken_file" else 0):
@@ -140,20 +85,18 @@ def stats(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
     plots: Plots = True,
 ) -> None:
-    """Counts a PAD file: images, tags, regions, masks, and the regions that cover no visual token.
+    """Count images, tags, regions and masks of a PAD file, and the regions that cover no visual token.
 
     Writes `stats.json`, `stats.md`, `tags.tsv` and `stats.png`.
     """
-    from functools import partial
-
-    from patch_aligned.dataset.stats import TokenSettings, gather_statistics, table_rows, write_statistics
+    from patch_aligned.dataset.stats import TokenSettings, as_table, gather_statistics, write_statistics
 
     _require_matplotlib(plots)
     tokens = TokenSettings(grid, side, image_aspect_ratio, min_coverage)
-    statistics = gather_statistics(pad, tokens, limit, partial(with_progress, description="Counting"))
+    statistics = gather_statistics(pad, tokens, limit, partial(_progress, desc="Counting"))
     output = output or pad.with_name(pad.name + ".stats")
     numbers = write_statistics(statistics, output, plots)
-    _print_table(table_rows(numbers))
+    Console().print(as_table(numbers).text())
     typer.echo("Most frequent tags: " + ", ".join(f"{tag!r} {n:,}" for tag, n in list(numbers["tags"].items())[:10]))
     typer.echo(f"Written: {output / 'stats.json'}, stats.md, tags.tsv{', stats.png' if plots else ''}")
 
@@ -178,9 +121,9 @@ def view(
     image_aspect_ratio: AspectRatio = "square",
     min_coverage: MinCoverage = 0.5,
 ) -> None:
-    """Makes a page to look through a PAD file: images, masks, boxes, tags, captions and covered tokens.
+    """Make a page to look through a PAD file: images, masks, boxes, tags, captions and covered tokens.
 
-    The page holds everything in itself, and needs no server and no network. Arrow keys turn its pages.
+    The page contains everything, and needs no server and no network. Arrow keys turn its pages.
     """
     from patch_aligned.dataset.stats import TokenSettings
     from patch_aligned.dataset.view import ViewSelection, write_view
@@ -197,7 +140,7 @@ def view(
         tokens=tokens,
         page_size=page_size,
         thumbnail_side=thumbnail_side,
-        watch=lambda images: with_progress(images, "Drawing"),
+        watch=partial(_progress, desc="Drawing"),
     )
     for page in viewed.pages:
         typer.echo(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
@@ -207,7 +150,7 @@ def view(
     if viewed.not_found:
         typer.echo(f"Not among the chosen records: {', '.join(viewed.not_found)}")
     if viewed.next_record is not None:
-        typer.echo(f"There are more; go on with --start {viewed.next_record}")
+        typer.echo(f"There are more. Continue with --start {viewed.next_record}")
 
 
 @app.command()
@@ -219,27 +162,23 @@ def join(
     output: Annotated[Path, typer.Option(metavar="FILE", help="The new PAD file.")],
     only_matched: Annotated[bool, typer.Option("--only-matched", help="Leave images without a sample out.")] = False,
 ) -> None:
-    """Takes captions and sample ids from LLaVA's training JSON, joined by the image's path.
+    """Take captions and sample ids from LLaVA's training JSON, matched by the image's path.
 
-    The caption is the first answer of the image's first sample. Images that are in one of the two files only are
+    The caption is the first answer of the image's first sample. Images that are in only one of the two files are
     counted, and listed in `FILE.unmatched.jsonl`.
     """
     from patch_aligned.dataset.join import join as join_files
 
-    def watch(images):
-        return with_progress(images, "Joining")
-
-    joined = join_files(pad, samples, output, only_matched=only_matched, watch=watch)
+    joined = join_files(pad, samples, output, only_matched=only_matched, watch=partial(_progress, desc="Joining"))
     left = "left out" if only_matched else "kept with their own caption"
-    _print_table(
-        [
-            ("images in both", f"{joined.matched:,}"),
-            (f"only in {pad.name}, {left}", f"{joined.pad_only:,}"),
-            (f"only in {samples.name}", f"{joined.samples_only:,}"),
-            ("further samples of an image", f"{joined.further_samples:,}"),
-            ("samples without an image, or with several", f"{joined.without_image:,}"),
-        ]
-    )
+    for what, count in (
+        ("images in both", joined.matched),
+        (f"only in {pad.name}, {left}", joined.pad_only),
+        (f"only in {samples.name}", joined.samples_only),
+        ("further samples of an image", joined.further_samples),
+        ("samples without an image, or with several", joined.without_image),
+    ):
+        typer.echo(f"{what}: {count:,}")
     typer.echo(f"{output}: {joined.written:,} records. Images of one side: {joined.unmatched}")
 
 
@@ -264,7 +203,7 @@ def publish(
     min_coverage: MinCoverage = 0.5,
     plots: Plots = True,
 ) -> None:
-    """Makes a folder for the Hugging Face hub: a dataset card with statistics, and Parquet files.
+    """Make a folder for the Hugging Face hub: a dataset card with statistics, and Parquet files.
 
     Nothing is uploaded: the command for that is printed.
     """
@@ -281,7 +220,7 @@ def publish(
         records_per_file=records_per_file,
         tokens=TokenSettings(grid, side, image_aspect_ratio, min_coverage),
         plots=plots,
-        watch=lambda images: with_progress(images, "Publishing"),
+        watch=partial(_progress, desc="Publishing"),
     )
     megabytes = sum(path.stat().st_size for path in published.files) / 1e6
     typer.echo(f"{output}: {published.images:,} images; Parquet files: {len(published.files)}, {megabytes:.2f} MB")
@@ -295,14 +234,3 @@ def _require_matplotlib(plots: bool) -> None:
         raise ImportError(
             "stats.png needs matplotlib: pip install 'patch-aligned-llava[analysis]', or pass --no-plots."
         )
-
-
-def _print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...] = ()) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns, show_header=bool(columns))
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # of the data's own text, no mark-up
-    Console().print(table)

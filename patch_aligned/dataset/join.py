@@ -1,4 +1,4 @@
-"""A PAD file joined with LLaVA's training JSON by image: captions and sample ids come from there."""
+"""Join a PAD file with LLaVA's training JSON by image: take captions and sample ids from there."""
 
 from __future__ import annotations
 
@@ -17,25 +17,15 @@ _ANSWERERS = ("gpt", "assistant")
 
 @dataclass(frozen=True)
 class Joined:
-    """How the two files met.
+    """Counts of a join."""
 
-    Attributes:
-        matched: PAD records that have a sample.
-        pad_only: PAD records without a sample.
-        samples_only: images of samples without a PAD record.
-        further_samples: samples of an image that an earlier sample had already; the first gives the caption.
-        without_image: samples that have no image, or several.
-        written: records of the new file.
-        unmatched: lists the images of `pad_only` and `samples_only`.
-    """
-
-    matched: int
-    pad_only: int
-    samples_only: int
-    further_samples: int
-    without_image: int
-    written: int
-    unmatched: Path
+    matched: int  # PAD records that have a sample
+    pad_only: int  # PAD records without a sample
+    samples_only: int  # images of samples without a PAD record
+    further_samples: int  # samples of an image with an earlier sample, which gives the caption
+    without_image: int  # samples with no image, or several
+    written: int  # records of the new file
+    unmatched: Path  # lists the images of `pad_only` and `samples_only`
 
 
 def join(
@@ -46,10 +36,10 @@ def join(
     only_matched: bool = False,
     watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
 ) -> Joined:
-    """Writes the PAD file anew, in its order, with each image's caption, and `id`, from its first training sample.
+    """Copy a PAD file, taking each image's caption and `id` from its first training sample.
 
-    The caption is the sample's first answer. Records without a sample keep their own caption. The images that are in
-    one file only are listed in `<output>.unmatched.jsonl`. Captions of all samples are held in memory: some 100 MB for
+    The caption is the sample's first answer. Records without a sample keep their own caption. Images that are in one
+    file only are listed in `<output>.unmatched.jsonl`. Captions of all samples are held in memory: some 100 MB for
     LLaVA's 558K.
 
     Args:
@@ -57,12 +47,12 @@ def join(
         samples: LLaVA's training JSON, see docs/data.md.
         output: PAD file of any kind.
         only_matched: leave records without a sample out.
-        watch: passes the PAD records on, one by one; it may show the progress.
+        watch: passes the PAD records on, one by one; it may show progress.
 
     Raises:
         ValueError: the output is one of the inputs, no image is in both files, no sample has an image, or one has no
             answer.
-        AnnotationError, RecordFileError: a broken PAD record, a missing or broken file.
+        AnnotationError, RecordFileError: a PAD record or a file is invalid or missing.
     """
     refuse_inputs(output, (pad, samples))
     caption_of, further, without = _captions(samples)
@@ -105,7 +95,7 @@ def join(
 
 
 def _captions(samples: Path) -> tuple[dict[str, tuple[str | None, str]], int, int]:
-    """Id and caption of each image's first sample; how many samples came again; how many have no single image."""
+    """Id and caption of each image's first sample; the numbers of further samples, and of those without one image."""
     caption_of: dict[str, tuple[str | None, str]] = {}
     further = without = 0
     for index, sample in enumerate(iter_records(samples)):

@@ -1,6 +1,6 @@
-"""What a PAD file holds, in numbers: images, tags, masks, and how many tokens regions cover.
+"""Statistics of a PAD file: images, tags, masks, and how many tokens regions cover.
 
-One pass, in constant memory but for one number a region and the tags' counts.
+One pass. Memory is constant except for a few numbers per region and the counts of tags.
 """
 
 from __future__ import annotations
@@ -20,93 +20,10 @@ from pycocotools import mask as coco_mask
 from patch_aligned.cells import TokenGrid, Treatment, square_grid
 from patch_aligned.masks import areas_px, covered_tokens_of_regions
 from patch_aligned.pad import SKIPPED_SUFFIX, AnnotatedImage, iter_records, read_annotations
+from patch_aligned.tables import Cell, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-# The statistics as a picture: tags, regions an image, sizes of masks, covered tokens.
-
-_BLUE, _RED, _INK = "#3b6fb6", "#d9480f", "#202124"
-_LONGEST_TAG = 24
-_MOST_REGIONS = 20
-
-
-def save_statistics_figure(statistics: Statistics, path: Path) -> None:
-    """Draws four panels and saves them as an image of the kind that the suffix names.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
-    _draw_tags(axes[0, 0], statistics)
-    _draw_regions_per_image(axes[0, 1], statistics)
-    _draw_mask_shares(axes[1, 0], statistics)
-    _draw_tokens(axes[1, 1], statistics)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    title = f"{statistics.file.name}: {statistics.images:,} images, {statistics.regions:,} regions, "
-    figure.suptitle(_plain(f"{title}{len(statistics.tags):,} tags"), color=_INK)
-    figure.savefig(path, dpi=120)
-
-
-def _draw_tags(axis: Axes, statistics: Statistics) -> None:
-    top = statistics.tags.most_common(TAGS_SHOWN)[::-1]
-    names = [tag if len(tag) <= _LONGEST_TAG else f"{tag[: _LONGEST_TAG - 1]}…" for tag, _ in top]
-    places = range(len(top))
-    axis.barh(places, [count for _, count in top], color=_BLUE)
-    axis.set_yticks(places, [_plain(name) for name in names], fontsize=8)
-    axis.set_xlabel("regions")
-    axis.set_title("The most frequent tags", loc="left", fontsize=11)
-
-
-def _draw_regions_per_image(axis: Axes, statistics: Statistics) -> None:
-    numbers = range(_MOST_REGIONS + 1)
-    heights = [statistics.regions_per_image[number] for number in numbers]
-    heights[-1] = sum(count for number, count in statistics.regions_per_image.items() if number >= _MOST_REGIONS)
-    last = max((number for number in numbers if heights[number]), default=0)
-    axis.bar(numbers[: last + 1], heights[: last + 1], color=_BLUE)
-    if last == _MOST_REGIONS:
-        axis.set_xticks([*range(0, _MOST_REGIONS, 5), _MOST_REGIONS], ["0", "5", "10", "15", f"{_MOST_REGIONS}+"])
-    else:
-        axis.set_xticks(numbers[: last + 1])
-    axis.set_xlabel("regions of an image")
-    axis.set_ylabel("images")
-    axis.set_title("Regions per image", loc="left", fontsize=11)
-
-
-def _draw_mask_shares(axis: Axes, statistics: Statistics) -> None:
-    shares = np.asarray(statistics.area_shares, dtype=np.float64)
-    axis.hist(100 * shares, bins=list(np.linspace(0, max(100 * shares.max(initial=0.0), 1.0), 41)), color=_BLUE)
-    axis.set_xlabel("mask, per cent of the image")
-    axis.set_ylabel("regions")
-    axis.set_title("Sizes of masks", loc="left", fontsize=11)
-
-
-def _draw_tokens(axis: Axes, statistics: Statistics) -> None:
-    covered = np.asarray(statistics.covered_tokens)
-    grid = statistics.tokens.grid
-    edges = np.concatenate(([0], np.unique(np.geomspace(1, grid * grid + 1, 25).round())))
-    counts, _ = np.histogram(covered, bins=edges)
-    places = np.arange(len(counts))
-    axis.bar(places, counts, color=[_RED, *[_BLUE] * (len(counts) - 1)])
-    shown = [0, *range(1, len(counts), 4)]
-    axis.set_xticks(shown, [f"{int(edges[place])}" for place in shown])
-    share = statistics.regions_without_token / max(statistics.regions, 1)
-    aspect = statistics.tokens.image_aspect_ratio
-    axis.set_xlabel(f"covered tokens, from, of {grid} × {grid} ({aspect}); red: none")
-    axis.set_ylabel("regions")
-    axis.set_title(f"Tokens that regions cover; {share:.1%} cover none", loc="left", fontsize=11)
-
-
-def _plain(text: str) -> str:
-    """Any text without a meaning to matplotlib's mathtext."""
-    return text.replace("$", r"\$")
 
 
 _TREATMENTS: dict[str, Treatment] = {"square": "crop", "pad": "pad", "anyres": "squeeze"}
@@ -116,32 +33,21 @@ TAGS_SHOWN = 20
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """How LLaVA makes an image square and lays a grid of tokens over it.
+    """How LLaVA makes an image square and lays a grid of tokens over it."""
 
-    Attributes:
-        grid: rows and columns of visual tokens.
-        side: width and height of the model image, pixels.
-        image_aspect_ratio: `square` (stage 1) or `pad` (stage 2).
-        min_coverage: share of a token's cell from which on it counts as covered.
-    """
-
-    grid: int = 24
-    side: int = 336
-    image_aspect_ratio: str = "square"
-    min_coverage: float = 0.5
+    grid: int = 24  # rows and columns of visual tokens
+    side: int = 336  # width and height of the model's image, pixels
+    image_aspect_ratio: str = "square"  # `square` (stage 1) or `pad` (stage 2)
+    min_coverage: float = 0.5  # share of a token's cell from which it counts as covered
 
     def cells(self, size_wh: tuple[int, int]) -> TokenGrid:
-        """The cells of an image of this size.
-
-        Raises:
-            ValueError: `image_aspect_ratio` is none of LLaVA's.
-        """
+        """The cells over an image of this size."""
         if self.image_aspect_ratio not in _TREATMENTS:
             raise ValueError(f"image_aspect_ratio: found {self.image_aspect_ratio!r}, expected 'square' or 'pad'")
         return square_grid(size_wh, _TREATMENTS[self.image_aspect_ratio], (self.grid, self.grid), self.side)
 
     def covered(self, image: AnnotatedImage) -> np.ndarray:
-        """Tokens that each region covers: bool `[R, grid * grid]`."""
+        """The tokens that each region covers: bool `[R, grid * grid]`."""
         masks = [region.rle_mask for region in image.regions]
         grid = self.cells(image.size_wh)
         return covered_tokens_of_regions(masks, image.size_wh, grid, self.min_coverage, image.image_id)
@@ -149,30 +55,21 @@ class TokenSettings:
 
 @dataclass
 class Statistics:
-    """Counts of a PAD file, gathered image by image.
-
-    Attributes:
-        file: the PAD file.
-        tokens: the grid on which regions cover tokens.
-        statuses: images by status, of a merged annotation run; also those that are not in the file.
-        area_shares: of each region, its mask's share of the image.
-        covered_tokens: of each region, the number of tokens that it covers.
-        coverage_shares: of each image with regions, the share of the image that its masks cover together.
-    """
+    """Counts of a PAD file, collected image by image."""
 
     file: Path
     tokens: TokenSettings
     images: int = 0
     captions: int = 0
     caption_words: int = 0
-    images_without_usable_region: int = 0
-    statuses: Counter[str] = field(default_factory=Counter)
+    images_without_usable_region: int = 0  # with regions, none of which covers a token
+    statuses: Counter[str] = field(default_factory=Counter)  # of a merged annotation run, with images not in the file
     tags: Counter[str] = field(default_factory=Counter)
     sizes_wh: Counter[tuple[int, int]] = field(default_factory=Counter)
     regions_per_image: Counter[int] = field(default_factory=Counter)
-    area_shares: array[float] = field(default_factory=lambda: array("f"))
-    coverage_shares: array[float] = field(default_factory=lambda: array("f"))
-    covered_tokens: array[int] = field(default_factory=lambda: array("i"))
+    area_shares: array[float] = field(default_factory=lambda: array("f"))  # of each region, of the image
+    coverage_shares: array[float] = field(default_factory=lambda: array("f"))  # of each image with regions, their union
+    covered_tokens: array[int] = field(default_factory=lambda: array("i"))  # of each region, how many it covers
 
     @property
     def regions(self) -> int:
@@ -181,15 +78,11 @@ class Statistics:
 
     @property
     def regions_without_token(self) -> int:
-        """Regions that cover no token, and so are no part of the patch loss."""
+        """Number of regions that cover no token, and so are not in the patch loss."""
         return int((np.asarray(self.covered_tokens) == 0).sum())
 
     def add(self, image: AnnotatedImage) -> None:
-        """Counts one image.
-
-        Raises:
-            ValueError: see `patch_masks.covered_tokens_of_regions`.
-        """
+        """Count one image."""
         width, height = image.size_wh
         self.images += 1
         self.captions += bool(image.caption.strip())
@@ -215,17 +108,17 @@ def gather_statistics(
     limit: int | None = None,
     watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
 ) -> Statistics:
-    """Reads a PAD file once.
+    """Read a PAD file once.
 
     Args:
-        path: PAD file. Where `<path>.skipped.jsonl` lies beside it, as merging leaves it, its statuses count too.
-        tokens: the grid; None means LLaVA-1.5's in stage 1.
-        limit: only the first so many images.
-        watch: passes the images on, one by one; it may show the progress.
+        path: PAD file. The statuses in `<path>.skipped.jsonl`, which merging writes, count too.
+        tokens: the grid; None: LLaVA-1.5's in stage 1.
+        limit: number of images to read; None: all.
+        watch: passes the images on, one by one; it may show progress.
 
     Raises:
-        AnnotationError: a record breaks the format.
-        RecordFileError: the file is missing or broken.
+        AnnotationError: a record is invalid.
+        RecordFileError: the file is missing or invalid.
     """
     statistics = Statistics(path, tokens or TokenSettings())
     for image in watch(islice(read_annotations(path), limit)):
@@ -279,27 +172,29 @@ def as_json(statistics: Statistics) -> dict[str, Any]:
     }
 
 
-def table_rows(numbers: dict[str, Any]) -> list[tuple[str, str]]:
-    """The main numbers of `as_json`, as name and text."""
+def as_table(numbers: dict[str, Any]) -> Table:
+    """The main numbers of `as_json`."""
     tokens = numbers["tokens"]
     rows, cols = tokens["grid"]
     captions = f"{numbers['images_with_caption']:,} ({numbers['words_per_caption']:.1f} words each)"
     without = f"{tokens['regions_without_token']:,} ({tokens['share_of_regions_without_token']:.1%})"
-    return [
-        ("images", f"{numbers['images']:,}"),
-        ("images without regions", f"{numbers['images_without_regions']:,}"),
-        ("images with a caption", captions),
-        ("regions", f"{numbers['regions']:,}"),
-        ("regions per image", _spread(numbers["regions_per_image"], "{:.3g}")),
-        ("unique tags", f"{numbers['unique_tags']:,} ({numbers['tags_seen_once']:,} seen once)"),
-        ("mask, share of image", _spread(numbers["mask_share_of_image"], "{:.1%}")),
-        ("image under masks", _spread(numbers["image_share_under_masks"], "{:.1%}")),
-        (f"tokens per region, {rows} x {cols}, {tokens['image_aspect_ratio']}",
-         _spread(tokens["tokens_per_region"], "{:.3g}")),
-        ("regions that cover no token", without),
-        ("images whose regions all cover no token", f"{tokens['images_with_regions_but_none_covers_a_token']:,}"),
-        *((f"status {status}", f"{count:,}") for status, count in numbers["statuses"].items()),
-    ]  # fmt: skip
+    shown = {
+        "images": f"{numbers['images']:,}",
+        "images without regions": f"{numbers['images_without_regions']:,}",
+        "images with a caption": captions,
+        "regions": f"{numbers['regions']:,}",
+        "regions per image": _spread(numbers["regions_per_image"], "{:.3g}"),
+        "unique tags": f"{numbers['unique_tags']:,} ({numbers['tags_seen_once']:,} seen once)",
+        "mask, share of image": _spread(numbers["mask_share_of_image"], "{:.1%}"),
+        "image under masks": _spread(numbers["image_share_under_masks"], "{:.1%}"),
+        f"tokens per region, {rows} x {cols}, {tokens['image_aspect_ratio']}": _spread(
+            tokens["tokens_per_region"], "{:.3g}"
+        ),
+        "regions that cover no token": without,
+        "images whose regions all cover no token": f"{tokens['images_with_regions_but_none_covers_a_token']:,}",
+        **{f"status {status}": f"{count:,}" for status, count in numbers["statuses"].items()},
+    }
+    return Table("Statistics", ("", ""), [(Cell(name), Cell(text)) for name, text in shown.items()], text_columns=2)
 
 
 def _spread(values: dict[str, float], form: str) -> str:
@@ -311,24 +206,22 @@ def _spread(values: dict[str, float], form: str) -> str:
 
 def as_markdown(numbers: dict[str, Any]) -> str:
     """The main numbers and the most frequent tags as tables."""
-    lines = ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in table_rows(numbers)), ""]
-    if tags := list(islice(numbers["tags"].items(), TAGS_SHOWN)):
-        lines += ["| most frequent tags | regions |", "|---|--:|"]
-        lines += [f"| {_cell(tag)} | {count:,} |" for tag, count in tags]
-    return "\n".join([*lines, ""])
+    tags = [(Cell(_escaped(tag)), Cell(f"{count:,}")) for tag, count in islice(numbers["tags"].items(), TAGS_SHOWN)]
+    tables = [as_table(numbers), *([Table("Tags", ("most frequent tags", "regions"), tags)] if tags else [])]
+    return "\n\n".join(table.markdown() for table in tables) + "\n"
 
 
-def _cell(tag: str) -> str:
-    """A tag, which may be any text, as the text of a cell of a table."""
+def _escaped(tag: str) -> str:
+    """A tag, which may be any text, as one line without a meaning to Markdown. Tables escape `|` themselves."""
     escaped = tag.replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
-    return " ".join("".join(f"\\{letter}" if letter in "|*_`[]#" else letter for letter in escaped).split())
+    return " ".join("".join(f"\\{letter}" if letter in "*_`[]#" else letter for letter in escaped).split())
 
 
 def write_statistics(statistics: Statistics, output: Path, plots: bool = True) -> dict[str, Any]:
-    """Writes `stats.json`, `stats.md`, `tags.tsv` and, with `plots`, `stats.png` into the folder `output`.
+    """Write `stats.json`, `stats.md`, `tags.tsv` and, with `plots`, `stats.png` to the folder `output`.
 
     Returns:
-        What `as_json` says.
+        `as_json` of the statistics.
 
     Raises:
         ImportError: `plots` without matplotlib.
@@ -343,3 +236,82 @@ def write_statistics(statistics: Statistics, output: Path, plots: bool = True) -
     if plots:
         save_statistics_figure(statistics, output / "stats.png")
     return numbers
+
+
+# The figure: tags, regions per image, sizes of masks, covered tokens.
+
+_BLUE, _RED, _INK = "#3b6fb6", "#d9480f", "#202124"
+_LONGEST_TAG = 24
+_MOST_REGIONS = 20
+
+
+def save_statistics_figure(statistics: Statistics, path: Path) -> None:
+    """Draw four panels and save them as an image of the kind that the suffix names.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    without_token = statistics.regions_without_token / max(statistics.regions, 1)
+    panels = {
+        "The most frequent tags": _draw_tags,
+        "Regions per image": _draw_regions_per_image,
+        "Sizes of masks": _draw_mask_shares,
+        f"Tokens that regions cover; {without_token:.1%} cover none": _draw_tokens,
+    }
+    for axis, (title, draw) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        draw(axis, statistics)
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+    title = f"{statistics.file.name}: {statistics.images:,} images, {statistics.regions:,} regions, "
+    figure.suptitle(_plain(f"{title}{len(statistics.tags):,} tags"), color=_INK)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_tags(axis: Axes, statistics: Statistics) -> None:
+    top = statistics.tags.most_common(TAGS_SHOWN)[::-1]
+    names = [tag if len(tag) <= _LONGEST_TAG else f"{tag[: _LONGEST_TAG - 1]}…" for tag, _ in top]
+    axis.barh(range(len(top)), [count for _, count in top], color=_BLUE)
+    axis.set_yticks(range(len(top)), [_plain(name) for name in names], fontsize=8)
+    axis.set_xlabel("regions")
+
+
+def _draw_regions_per_image(axis: Axes, statistics: Statistics) -> None:
+    heights: Counter[int] = Counter()
+    for number, count in statistics.regions_per_image.items():
+        heights[min(number, _MOST_REGIONS)] += count
+    numbers = range(max(heights, default=0) + 1)
+    axis.bar(numbers, [heights[number] for number in numbers], color=_BLUE)
+    if len(numbers) > _MOST_REGIONS:
+        axis.set_xticks([*range(0, _MOST_REGIONS, 5), _MOST_REGIONS], ["0", "5", "10", "15", f"{_MOST_REGIONS}+"])
+    else:
+        axis.set_xticks(numbers)
+    axis.set_xlabel("regions of an image")
+    axis.set_ylabel("images")
+
+
+def _draw_mask_shares(axis: Axes, statistics: Statistics) -> None:
+    percent = 100 * np.asarray(statistics.area_shares, dtype=np.float64)
+    axis.hist(percent, bins=list(np.linspace(0, max(percent.max(initial=0.0), 1.0), 41)), color=_BLUE)
+    axis.set_xlabel("mask, per cent of the image")
+    axis.set_ylabel("regions")
+
+
+def _draw_tokens(axis: Axes, statistics: Statistics) -> None:
+    grid, aspect = statistics.tokens.grid, statistics.tokens.image_aspect_ratio
+    edges = np.concatenate(([0], np.unique(np.geomspace(1, grid * grid + 1, 25).round())))
+    counts, _ = np.histogram(np.asarray(statistics.covered_tokens), bins=edges)
+    axis.bar(range(len(counts)), counts, color=[_RED, *[_BLUE] * (len(counts) - 1)])
+    shown = [0, *range(1, len(counts), 4)]
+    axis.set_xticks(shown, [f"{int(edges[index])}" for index in shown])
+    axis.set_xlabel(f"covered tokens, from, of {grid} × {grid} ({aspect}); red: none")
+    axis.set_ylabel("regions")
+
+
+def _plain(text: str) -> str:
+    """Escape text that has a meaning to matplotlib's mathtext."""
+    return text.replace("$", r"\$")

@@ -1,9 +1,10 @@
-"""Checks of a PAD file beyond its format: boxes against images, masks against boxes, records against image files."""
+"""Check a PAD file beyond its format: boxes against images, masks against boxes, records against image files."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from patch_aligned.cells import box_iou
 from patch_aligned.images import ImageFileError, stored_size_wh
 from patch_aligned.masks import areas_px
 from patch_aligned.pad import (
@@ -22,10 +24,11 @@ from patch_aligned.pad import (
     is_finite_number,
     read_annotations,
 )
+from patch_aligned.tables import Cell, Table
 
 Box = tuple[float, float, float, float]
 CHECKS_OF_REGIONS = ("box without area", "box outside image", "empty mask", "mask against box", "score")
-"""Checks that a model's output may fail in a sound file."""
+"""Checks that a model's output may fail although the file is valid."""
 
 _EXAMPLES = 20  # of each check, in the report
 _SUSPICIOUS_IOU = 0.5
@@ -33,17 +36,11 @@ _SUSPICIOUS_IOU = 0.5
 
 @dataclass(frozen=True)
 class VerifySettings:
-    """What the checks allow.
+    """What the checks allow."""
 
-    Attributes:
-        image_folder: folder that ids are relative to, for the checks against the image files; None leaves them out.
-        box_tolerance: share of an image's width and height by which a box may leave the image.
-        min_mask_box_iou: IoU of a region's box with the tightest box around its mask below which they contradict.
-    """
-
-    image_folder: Path | None = None
-    box_tolerance: float = 0.05
-    min_mask_box_iou: float = 0.1
+    image_folder: Path | None = None  # base of the ids, to check against the image files; None skips these checks
+    box_tolerance: float = 0.05  # share of an image's width and height by which a box may extend beyond the image
+    min_mask_box_iou: float = 0.1  # IoU of a region's box with the tightest box around its mask, at least
 
     def __post_init__(self) -> None:
         for name in ("box_tolerance", "min_mask_box_iou"):
@@ -54,7 +51,7 @@ class VerifySettings:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong (`error`) or odd (`warning`) in one place of the file."""
+    """Something wrong (`error`) or suspicious (`warning`) in one field of the file."""
 
     severity: Literal["error", "warning"]
     check: str
@@ -71,43 +68,35 @@ class Problem:
 
 @dataclass
 class Verification:
-    """What was read, and what was found.
-
-    Attributes:
-        records: all, the broken ones too.
-        images: records that keep the format.
-        counts: problems of each check, by severity.
-        examples: the first problems of each check.
-    """
+    """What was read and what was found."""
 
     file: Path
     settings: VerifySettings
-    records: int = 0
-    images: int = 0
+    records: int = 0  # all, including the invalid ones
+    images: int = 0  # records with a valid format
     images_without_regions: int = 0
     regions: int = 0
-    counts: dict[str, dict[str, int]] = field(default_factory=lambda: {"error": {}, "warning": {}})
-    examples: dict[str, list[Problem]] = field(default_factory=dict)
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: {"error": Counter(), "warning": Counter()})
+    examples: dict[str, list[Problem]] = field(default_factory=dict)  # the first problems of each check
 
     @property
     def errors(self) -> int:
         """Number of errors."""
-        return sum(self.counts["error"].values())
+        return self.counts["error"].total()
 
     @property
     def errors_of_regions(self) -> int:
-        """Those errors that are one region's: its box, its mask, its score. The file as such is sound."""
-        return sum(self.counts["error"].get(check, 0) for check in CHECKS_OF_REGIONS)
+        """Errors of single regions: box, mask or score. The file as such is valid."""
+        return sum(self.counts["error"][check] for check in CHECKS_OF_REGIONS)
 
     @property
     def warnings(self) -> int:
         """Number of warnings."""
-        return sum(self.counts["warning"].values())
+        return self.counts["warning"].total()
 
     def add(self, problem: Problem) -> None:
-        """Counts one problem."""
-        of_severity = self.counts[problem.severity]
-        of_severity[problem.check] = of_severity.get(problem.check, 0) + 1
+        """Count a problem, and keep it as an example if it is among the first."""
+        self.counts[problem.severity][problem.check] += 1
         examples = self.examples.setdefault(problem.check, [])
         if len(examples) < _EXAMPLES:
             examples.append(problem)
@@ -119,16 +108,16 @@ def verify_file(
     on_problem: Callable[[Problem], None] = lambda problem: None,
     watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
 ) -> Verification:
-    """Checks a file record by record.
+    """Check a file record by record.
 
-    A record that breaks the format counts with its first problem, and nothing else of it is checked. Where the file as
-    such is broken, this is a problem too, and ends the check; so is one without records.
+    For a record of invalid format the first problem counts, and nothing else of it is checked. A file that cannot be
+    read further, or has no records, is a problem too.
 
     Args:
         path: PAD file.
         settings: what the checks allow.
         on_problem: called with each problem.
-        watch: passes the records that keep the format on, one by one; it may show the progress.
+        watch: passes the valid records on, one by one; it may show progress.
 
     Raises:
         RecordFileError: if the file is missing.
@@ -163,7 +152,7 @@ def verify_file(
 
 
 def image_problems(image: AnnotatedImage, record: int, settings: VerifySettings) -> Iterator[Problem]:
-    """Problems of one record that keeps the format; `record` is its place in the file."""
+    """Yield the problems of a valid record; `record` is its index in the file."""
     if settings.image_folder is not None:
         yield from _file_problems(image, record, settings.image_folder)
     encoded = image.coco_masks()
@@ -232,20 +221,11 @@ def _file_problems(image: AnnotatedImage, record: int, image_folder: Path) -> It
         yield Problem("error", "image size", record, image.image_id, "size", found, expected)
 
 
-def box_iou(first: Box, second: Box) -> float:
-    """Intersection over union of two boxes; 0 where both are without area."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    common = max(width, 0.0) * max(height, 0.0)
-    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
-    return common / (areas - common) if areas > common else 0.0
-
-
 def _box_text(box: Box) -> str:
     return "[" + ", ".join(f"{number:.1f}" for number in box) + "]"
 
 
-# What verification found, as files: all numbers as JSON, every problem as a line, and a page to read.
+# The report: all numbers as JSON, a page to read, and every problem as a line.
 
 
 def as_json(found: Verification) -> dict[str, Any]:
@@ -266,34 +246,24 @@ def as_json(found: Verification) -> dict[str, Any]:
     }
 
 
-def table_rows(found: Verification) -> list[tuple[str, str, str, str]]:
-    """Severity, check, number and first example of each kind of problem, errors first."""
+def as_table(found: Verification) -> Table:
+    """The first example of each kind of problem and how many there are, errors first."""
     rows = []
     for severity, counts in found.counts.items():
-        for check, count in sorted(counts.items(), key=lambda item: -item[1]):
+        for check, count in counts.most_common():
             example = next((str(problem) for problem in found.examples[check] if problem.severity == severity), "")
-            rows.append((severity, check, f"{count:,}", example))
-    return rows
+            rows.append([Cell(severity), Cell(check), Cell(example), Cell(f"{count:,}")])
+    return Table("Problems", ("severity", "check", "first", "number"), rows, text_columns=3)
 
 
 def summary(found: Verification) -> str:
-    """What was read and found, in one sentence."""
+    """What was read and found, in two sentences."""
     checked = "the image files too" if found.settings.image_folder else "without the image files"
     return (
-        f"{found.file}: {found.records:,} records, {found.images:,} of them keep the format, "
+        f"{found.file}: {found.records:,} records, {found.images:,} of valid format, "
         f"{found.images_without_regions:,} without regions, {found.regions:,} regions; checked {checked}. "
         f"Errors: {found.errors:,}, warnings: {found.warnings:,}."
     )
-
-
-def as_markdown(found: Verification) -> str:
-    """The same as a page to read."""
-    lines = ["# Verification", "", summary(found), ""]
-    if rows := table_rows(found):
-        lines += ["| severity | check | number | first |", "|---|---|--:|---|"]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        lines += ["", "Every problem is a line of `problems.jsonl`."]
-    return "\n".join([*lines, ""])
 
 
 def write_verification(
@@ -302,7 +272,7 @@ def write_verification(
     output: Path,
     watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
 ) -> Verification:
-    """Verifies a file and writes `verify.json`, `verify.md` and `problems.jsonl` into the folder `output`.
+    """Verify a file and write `verify.json`, `verify.md` and `problems.jsonl` to the folder `output`.
 
     Raises:
         RecordFileError: if the file is missing.
@@ -318,5 +288,8 @@ def write_verification(
         found = verify_file(path, settings, write, watch)
     text = json.dumps(as_json(found), indent=2, ensure_ascii=False)
     (output / "verify.json").write_text(text + "\n", encoding="utf-8")
-    (output / "verify.md").write_text(as_markdown(found), encoding="utf-8")
+    page = f"# Verification\n\n{summary(found)}\n"
+    if found.examples:
+        page += f"\n{as_table(found).markdown()}\n\nEvery problem is a line of `problems.jsonl`.\n"
+    (output / "verify.md").write_text(page, encoding="utf-8")
     return found

@@ -1,7 +1,6 @@
-"""A page to look through a PAD file with a browser: one HTML file that holds its images and loads nothing.
+"""A page to look through a PAD file in a browser: one HTML file that contains its images and loads nothing.
 
-Masks travel as they are, as RLE strings, and are drawn by the page. The tokens are chosen here, by the same code that
-chooses them in training.
+The page draws the masks from their RLE strings. Covered tokens are computed here, by the same code as in training.
 """
 
 from __future__ import annotations
@@ -34,25 +33,14 @@ MOST_IMAGES = 5000
 _JPEG_QUALITY = 82
 
 
-class ViewError(ValueError):
-    """Nothing to show, or too much."""
-
-
 @dataclass(frozen=True)
 class ViewSelection:
-    """Which records are shown.
+    """Which records are shown."""
 
-    Attributes:
-        start: place of the first in the file.
-        limit: how many at most.
-        image_ids: only these, if any are given.
-        tag: only images with this text in a tag, whatever the case.
-    """
-
-    start: int = 0
+    start: int = 0  # index of the first record in the file
     limit: int = 100
-    image_ids: frozenset[str] = frozenset()
-    tag: str | None = None
+    image_ids: frozenset[str] = frozenset()  # only these, if any are given
+    tag: str | None = None  # only images with this text in a tag, ignoring case
 
     def __contains__(self, image: AnnotatedImage) -> bool:
         if self.image_ids and image.image_id not in self.image_ids:
@@ -62,21 +50,14 @@ class ViewSelection:
 
 @dataclass
 class Viewed:
-    """What is on the pages.
+    """What is on the pages."""
 
-    Attributes:
-        pages: files, in order.
-        without_picture: images that are missing, broken, or of another size; the page says why.
-        next_record: place of the first record that fitted no more, None if there is none.
-        not_found: ids that were asked for and are not shown, once the whole file was read.
-    """
-
-    pages: list[Path]
+    pages: list[Path]  # in order
     images: int
     regions: int
-    without_picture: int = 0
-    next_record: int | None = None
-    not_found: tuple[str, ...] = ()
+    without_picture: int = 0  # images that are missing, broken, or of another size; the page says why
+    next_record: int | None = None  # index of the first selected record beyond the limit
+    not_found: tuple[str, ...] = ()  # selected ids that the file does not have
 
 
 def write_view(
@@ -90,28 +71,28 @@ def write_view(
     thumbnail_side: int = 640,
     watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
 ) -> Viewed:
-    """Writes the page `output`, or several (`view.html`, `view-2.html` ...) that lead to each other.
+    """Write the page `output`, or several (`view.html`, `view-2.html` ...) with links to each other.
 
     Args:
         pad: PAD file.
         image_folder: folder that its ids are relative to.
         output: an `.html` file.
-        selection: which records; None means the first 100.
-        tokens: the grid on which regions cover tokens; None means LLaVA-1.5's in stage 1.
+        selection: which records; None: the first 100.
+        tokens: the grid on which regions cover tokens; None: LLaVA-1.5's in stage 1.
         page_size: records on one page.
         thumbnail_side: longest side of an embedded image, pixels.
-        watch: passes the shown images on, one by one; it may show the progress.
+        watch: passes the shown images on, one by one; it may show progress.
 
     Raises:
-        ViewError: no record is selected, or more than `MOST_IMAGES`.
-        AnnotationError, RecordFileError: a broken record or file.
+        ValueError: no record is selected, or more than `MOST_IMAGES`.
+        AnnotationError, RecordFileError: a record or the file is invalid.
     """
     selection = selection or ViewSelection()
     tokens = tokens or TokenSettings()
     if output.suffix.lower() not in (".html", ".htm"):
-        raise ViewError(f"--output {output}: found suffix {output.suffix!r}, expected .html")
+        raise ValueError(f"--output {output}: found suffix {output.suffix!r}, expected .html")
     if selection.limit > MOST_IMAGES:
-        raise ViewError(
+        raise ValueError(
             f"--limit {selection.limit}: expected at most {MOST_IMAGES}, since every image is embedded. "
             "Look at a part: --start, --limit, --tag, --ids"
         )
@@ -124,19 +105,16 @@ def write_view(
     if next_record is None:
         viewed.not_found = tuple(sorted(selection.image_ids - {image.image_id for _, image in chosen}))
     output.parent.mkdir(parents=True, exist_ok=True)
-    places = iter([record for record, _ in chosen])
-    images = iter(watch(image for _, image in chosen))
+    images = zip((record for record, _ in chosen), watch(image for _, image in chosen), strict=True)
     for number, page in enumerate(pages):
-        entries = []
-        for image in islice(images, page_size):
-            entries.append(_entry(next(places), image, image_folder, tokens, thumbnail_side))
-            viewed.without_picture += entries[-1]["picture"] is None
+        entries = [_entry(*entry, image_folder, tokens, thumbnail_side) for entry in islice(images, page_size)]
+        viewed.without_picture += sum(entry["picture"] is None for entry in entries)
         page.write_text(_page(entries, pad, tokens, pages, number), encoding="utf-8")
     return viewed
 
 
 def _select(pad: Path, selection: ViewSelection) -> tuple[list[tuple[int, AnnotatedImage]], int | None]:
-    """The chosen records with their places, and the place of the next one that would have been chosen."""
+    """The selected records with their indices, and the index of the next one beyond the limit."""
     chosen: list[tuple[int, AnnotatedImage]] = []
     for record, image in enumerate(read_annotations(pad)):
         if record < selection.start or image not in selection:
@@ -148,7 +126,7 @@ def _select(pad: Path, selection: ViewSelection) -> tuple[list[tuple[int, Annota
             break
     if not chosen:
         wanted = [*sorted(selection.image_ids)[:3], *([f"tag {selection.tag!r}"] if selection.tag else [])]
-        raise ViewError(
+        raise ValueError(
             f"{pad}: found no record{f' of {wanted}' if wanted else ''} from record {selection.start} on; expected at "
             "least one. Choose others by --start, --ids or --tag"
         )
@@ -158,7 +136,7 @@ def _select(pad: Path, selection: ViewSelection) -> tuple[list[tuple[int, Annota
 def _entry(
     record: int, image: AnnotatedImage, image_folder: Path, tokens: TokenSettings, thumbnail_side: int
 ) -> dict[str, Any]:
-    """What the page knows of one image."""
+    """The page's data of one image."""
     width, height = image.size_wh
     picture, problem = None, None
     try:
@@ -175,7 +153,7 @@ def _entry(
             "area_percent": round(100 * float(area) / (width * height), 1),
             "tokens": base64.b64encode(np.packbits(of_region).tobytes()).decode(),
             "tokens_covered": int(of_region.sum()),
-            **_further(region),
+            **_additional(region),
         }
         for region, area, of_region in zip(image.regions, areas_px(image.coco_masks()), covered, strict=True)
     ]
@@ -195,8 +173,8 @@ def _entry(
     }
 
 
-def _further(region: Region) -> dict[str, Any]:
-    """The region's score, and its other further values as one text."""
+def _additional(region: Region) -> dict[str, Any]:
+    """The region's score, and its other additional values as one text."""
     score = region.extra.get("score")
     others = {key: value for key, value in region.extra.items() if key != "score" and value not in (None, region.tag)}
     found: dict[str, Any] = {"extra": "; ".join(f"{key}: {_short(value)}" for key, value in others.items())}
@@ -210,11 +188,7 @@ def _short(value: Any) -> str:
 
 
 def _picture(image: AnnotatedImage, image_folder: Path, side: int) -> str:
-    """The image, made smaller, as a data URI.
-
-    Raises:
-        ImageFileError: it is missing, broken, or not of the record's size.
-    """
+    """The downscaled image as a data URI. Raises `ImageFileError` if it is missing, broken, or of another size."""
     path = image_path(image_folder, image.image_id)
     try:
         with open_image(path) as opened:
@@ -227,7 +201,7 @@ def _picture(image: AnnotatedImage, image_folder: Path, side: int) -> str:
     except ImageFileError:
         raise
     except BROKEN_IMAGE_ERRORS as error:
-        raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; fetch the file anew") from error
+        raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; download the file again") from error
     smaller.thumbnail((side, side))
     content = io.BytesIO()
     smaller.save(content, "JPEG", quality=_JPEG_QUALITY)

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from patch_aligned.cells import box_iou
 from patch_aligned.cli import app
-from patch_aligned.dataset.verify import Problem, Verification, VerifySettings, box_iou, verify_file
+from patch_aligned.dataset.verify import Problem, Verification, VerifySettings, verify_file
 from patch_aligned.images import ImageFileError, stored_size_wh
 from patch_aligned.masks import areas_px
 from patch_aligned.pad import read_annotations

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from patch_aligned.cli import app
 from patch_aligned.dataset.stats import TokenSettings
-from patch_aligned.dataset.view import ViewError, ViewSelection, write_view
+from patch_aligned.dataset.view import ViewSelection, write_view
 from patch_aligned.pad import read_annotations
 
 Make = Callable[..., Any]
@@ -111,9 +111,9 @@ def test_records_are_chosen_by_id_and_by_tag(write_pad: Make, record: Make, labe
 
     assert shown(ViewSelection(image_ids=frozenset({"b.png", "c.png"}))) == ["b.png", "c.png"]
     assert shown(ViewSelection(tag="dog")) == ["a.png", "c.png"]
-    with pytest.raises(ViewError, match=r"no record of .*'cat'.* from record 0"):
+    with pytest.raises(ValueError, match=r"no record of .*'cat'.* from record 0"):
         shown(ViewSelection(tag="cat"))
-    with pytest.raises(ViewError, match="at most 5000"):
+    with pytest.raises(ValueError, match="at most 5000"):
         shown(ViewSelection(limit=5001))
 
 
@@ -137,7 +137,7 @@ def test_the_command_says_how_to_go_on(write_pad: Make, record: Make, tmp_path: 
     words = ["view", str(pad), "--image-folder", str(tmp_path / "images"), "--output", str(tmp_path / "v.html")]
     result = CliRunner().invoke(app, [*words, "--limit", "2"])
     assert result.exit_code == 0, result.output
-    assert "go on with --start 2" in result.output
+    assert "--start 2" in result.output
     assert CliRunner().invoke(app, [*words[:-1], "v.txt"]).exit_code == 2
     elsewhere = CliRunner().invoke(app, [*words[:3], str(tmp_path), *words[4:]])
     assert elsewhere.exit_code == 2 and "right folder" in elsewhere.output
