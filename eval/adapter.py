@@ -1,4 +1,4 @@
-"""lmms-eval's own `llava` adapter, loaded with a checkpoint; its code stays as it is shipped."""
+"""Load lmms-eval's own `llava` adapter with a checkpoint, and log its answers. Its code is used unchanged."""
 
 from __future__ import annotations
 
@@ -23,51 +23,73 @@ from llava.model.builder import load_pretrained_model
 
 
 class PreflightError(ValueError):
-    """Everything that is in the way of a run, a line each."""
+    """Raised for problems that prevent a run, one per line."""
 
 
-# Answers, appended as they come, so that a stopped run can resume.
-#
-# lmms-eval's own cache keeps a task's answers only once all of them are there, and knows a model by its address in
-# memory.
+class JsonLog:
+    """Append-only JSON lines in `folder/name-RANK.jsonl`: each process writes its own file and reads all of them."""
+
+    def __init__(self, folder: Path, name: str, rank: int) -> None:
+        self._path = folder / f"{name}-{rank}.jsonl"
+        self._others = sorted(folder.glob(f"{name}-*.jsonl"))
+
+    def read(self) -> Iterator[tuple[Path, int, Any]]:
+        """Yield file, line number and value of each line. A last line that was cut off is removed.
+
+        Raises:
+            ValueError: a line is no JSON.
+        """
+        for path in self._others:
+            content = path.read_bytes()
+            complete = content[: content.rfind(b"\n") + 1]  # a killed process may leave a partial line
+            for number, line in enumerate(complete.splitlines(), start=1):
+                try:
+                    yield path, number, json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: found no JSON; next: delete the file") from error
+            if path == self._path and complete != content:  # or the next line would continue the partial one
+                os.truncate(path, len(complete))  # other processes may be reading the lines that stay
+
+    def append(self, *values: Any) -> None:
+        """Write values, a line each."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="ascii") as stream:
+            stream.writelines(json.dumps(value) + "\n" for value in values)
+
+
+# lmms-eval's own cache stores a task's answers only after the whole task, and identifies a model by its memory address.
 
 BLOCK_ROWS = 256
 
 
 class AnswerLog:
-    """Answers of one run, in files of a folder: each process writes its own, and reads all."""
+    """Answers of one benchmark, stored as they come, so that a stopped run can resume.
+
+    `identity` is what answers depend on besides the request: weights, template, precision, data.
+    """
 
     def __init__(self, folder: Path, identity: dict[str, Any], rank: int = 0) -> None:
-        """Opens the log.
-
-        Args:
-            folder: of the log; made with the first answer.
-            identity: what answers depend on besides the request: weights, template, precision, data.
-            rank: of this process.
-        """
         self._identity = json.dumps(identity, sort_keys=True)
-        self._path = folder / f"answers-{rank}.jsonl"
         self._shows_progress = rank == 0
-        self._known: dict[str, str] = {}
-        for path in sorted(folder.glob("answers-*.jsonl")):
-            self._read(path)
+        self._log = JsonLog(folder, "answers", rank)
+        self._known: dict[str, str] = dict(line for _, _, line in self._log.read())
 
     def answer(
         self, requests: Sequence[Any], ask: Callable[[list[Any]], list[str]], order: Callable[[Any], Any], block: int
     ) -> list[str]:
-        """Answers to requests in their order: the known ones, and those that `ask` gives to the rest.
+        """Return answers to requests in their order, asking only for those that are not stored.
 
         Args:
             requests: of lmms-eval, with `args` (context, generation settings, ..., row, task, split).
             ask: answers several requests.
-            order: key that the rest is sorted by, so that blocks hold the same batches as the whole would.
-            block: how many are asked, and kept, at a time.
+            order: sort key, so that blocks are batched as the whole task would be.
+            block: how many are asked and stored at a time.
         """
-        # Taken before asking: the adapter writes into the settings of its requests.
+        # Before asking, since the adapter writes to the settings of its requests.
         keys = [self._key(request) for request in requests]
         unknown = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._known}
         missing = sorted(unknown, key=lambda key: order(unknown[key]))
-        # lmms-eval's own bar is of one block alone.
+        # lmms-eval's own progress bar shows a single block.
         with tqdm(total=len(missing), unit="answer", disable=not self._shows_progress or len(missing) <= block) as bar:
             for start in range(0, len(missing), block):
                 part = missing[start : start + block]
@@ -83,65 +105,47 @@ class AnswerLog:
 
     def _keep(self, answers: dict[str, str]) -> None:
         self._known |= answers
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="ascii") as stream:
-            stream.writelines(json.dumps([key, answer]) + "\n" for key, answer in answers.items())
-
-    def _read(self, path: Path) -> None:
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # the last line of a process that was killed may be cut
-        self._known |= dict(json.loads(line) for line in whole.splitlines())
-        if path == self._path and whole != content:  # or the next line would be glued to it
-            os.truncate(path, len(whole))
+        self._log.append(*answers.items())
 
 
-# Characters that neither text nor spreadsheet holds. A model in a bad way says them, and MMBench's file for the server,
-# an Excel sheet, would end a run whose answers are all there.
+# Control characters, which a badly trained model may generate. MMBench's submission file, an Excel sheet, cannot hold
+# them and would fail after all answers are given.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """Which checkpoint to load, and how.
-
-    Attributes:
-        path: a folder.
-        base: what an adapter or a projector belongs to, or None.
-        name: of the checkpoint.
-        conversation: name of the template.
-        dtype: one of `DTYPES`.
-        batch_size: rows a call.
-    """
+    """Which checkpoint to load, and how."""
 
     path: str
-    base: str | None
+    base: str | None  # the language model of an adapter or a projector
     name: str
-    conversation: str
-    dtype: str
-    batch_size: int
+    conversation: str  # name of the template
+    dtype: str  # one of `DTYPES`
+    batch_size: int  # rows per call
 
 
 def default_dtype() -> str:
-    """Of the weights, where nothing else is asked: float16 on a GPU, float32 on a CPU."""
+    """Default type of the weights: float16 on a GPU, float32 on a CPU."""
     return "float16" if torch.cuda.is_available() else "float32"
 
 
 def load_adapter(request: ModelRequest) -> Any:
-    """lmms-eval's `Llava` with our checkpoint in it, and with `log` and `first_prompt` beside.
+    """Return lmms-eval's `Llava` with our checkpoint and the attributes `log` and `first_prompt`.
 
-    Set `log` to an `AnswerLog` before each task. `first_prompt` is afterwards the prompt of this process's first row.
+    Set `log` to an `AnswerLog` before each task. Afterwards `first_prompt` is the prompt of this process's first row.
     """
     from lmms_eval.models.simple import llava as shipped
 
     class LoggedLlava(shipped.Llava):
-        """Answers as shipped, but keeps them, and keeps the model from one task to the next."""
+        """Answers as shipped, but logs answers, and keeps the model for the next task."""
 
         log: AnswerLog | None = None
         first_prompt: str = ""
 
         def clean(self) -> None:
-            """As shipped, this deletes the model after the first task."""
+            """Do nothing: the shipped method deletes the model after the first task."""
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             self.first_prompt = self._prompt(min(requests, key=lambda request: request.args[3]))
@@ -150,7 +154,7 @@ def load_adapter(request: ModelRequest) -> Any:
             own_ratio = "image_aspect_ratio" in self._config.__dict__
             block = max(1, BLOCK_ROWS // self.batch_size) * self.batch_size
             answers = self.log.answer(requests, super().generate_until, self._order, block)
-            if not own_ratio:  # a task's own wish, which would stay for the tasks after it
+            if not own_ratio:  # set by a task, and would remain for later tasks
                 self._config.__dict__.pop("image_aspect_ratio", None)
             return [_CONTROLS.sub("", answer) for answer in answers]
 
@@ -158,7 +162,7 @@ def load_adapter(request: ModelRequest) -> Any:
             return -len(self.tok_encode(request.args[0])), request.args[0]
 
         def _refuse_padding_in(self, prompt: str) -> None:
-            """The shipped code masks each token that is the padding's: the model would not see it."""
+            """The shipped code masks all tokens equal to the padding token, also in the prompt."""
             tokenizer = self.tokenizer
             padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
             if padding in tokenizer_image_token(prompt, tokenizer):
@@ -168,7 +172,7 @@ def load_adapter(request: ModelRequest) -> Any:
                 )
 
         def _prompt(self, request: Any) -> str:
-            """The prompt of a request, as the shipped code puts it together."""
+            """The prompt of a request, built as in the shipped code."""
             context, _, doc_to_visual, row, task, split = request.args
             pictures = doc_to_visual(self.task_dict[task][split][row])
             if pictures and DEFAULT_IMAGE_TOKEN not in context:
@@ -191,12 +195,12 @@ def load_adapter(request: ModelRequest) -> Any:
 
 @contextmanager
 def _our_loader(shipped: Any, request: ModelRequest) -> Iterator[None]:
-    """Gives the loader what the adapter has no argument for: the base and the dtype."""
+    """Pass base and dtype to the loader, for which the adapter has no arguments."""
 
     def load(path: str, _: None, name: str, **options: Any) -> Any:
         try:
             return load_pretrained_model(path, request.base, name, dtype=DTYPES[request.dtype], **options)
-        except TypeError as error:  # the adapter takes it for an old loader, hides it and loads a second time
+        except TypeError as error:  # the adapter would assume an old loader, hide the error and load again
             raise RuntimeError(f"{path}: {error}") from error
 
     before = getattr(shipped, "load_pretrained_model", None)
@@ -207,36 +211,35 @@ def _our_loader(shipped: Any, request: ModelRequest) -> Iterator[None]:
         shipped.load_pretrained_model = before
 
 
-# One process a GPU, as `accelerate launch` or torchrun start them: what the first decides, all do.
+# One process per GPU, as started by `accelerate launch` or torchrun. The first process decides for all.
 
 T = TypeVar("T")
 
 
 def rank_and_count() -> tuple[int, int]:
-    """Number of this process, and how many there are; (0, 1) for a process that nothing launched."""
+    """Rank of this process and number of processes; (0, 1) without a launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def processes_here(count: int) -> int:
-    """How many of `count` processes run on this machine, which is what its GPUs must suffice for."""
+    """How many of `count` processes run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", count))
 
 
 def shared(value: T) -> T:
-    """The first process's value, in all of them; what the others give does not matter. All wait for it."""
+    """Return the first process's value in all processes; the values of the others are ignored. All wait for it."""
     if rank_and_count()[1] == 1:
         return value
-    import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    # One process may have far more left to do than another. Without a word on CPUs, accelerate takes each process of
-    # theirs for the only one.
+    # A long timeout, since one process may have far more left to do than another. Without `cpu`, accelerate treats each
+    # process on CPUs as the only one.
     PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(weeks=52))
     (first,) = broadcast_object_list([value])
     return first
 
 
 def wait_for_all() -> None:
-    """Goes on when all processes have come here."""
+    """Block until all processes have reached this call."""
     shared(None)

@@ -1,6 +1,6 @@
-"""Which benchmarks there are: the task of each, its data, the number that a table shows, what it needs to run.
+"""Registry of benchmarks: task, data, the score that tables show, and what a run needs.
 
-lmms-eval's own tasks read data sets of the hub; the tasks under `eval/lmms_tasks` read files made on this machine.
+lmms-eval's own tasks read data sets of the hub. The tasks in `eval/lmms_tasks` read files made on this machine.
 """
 
 from __future__ import annotations
@@ -22,82 +22,50 @@ Group = Literal["rec", "legacy", "vqa", "instruction", "extra", "server", "mini"
 
 @dataclass(frozen=True)
 class HubData:
-    """A split of a data set on the hub: only the files of this split are fetched.
-
-    Attributes:
-        repository: its name.
-        config: its subset, or None where it has only one.
-        split: as the data set calls it.
-    """
+    """A split of a data set on the hub. Only the files of this split are downloaded."""
 
     repository: str
-    config: str | None
+    config: str | None  # the subset; None if it has only one
     split: str
 
 
 @dataclass(frozen=True)
 class LocalData:
-    """A file made on this machine.
+    """A file made on this machine."""
 
-    Attributes:
-        path: parquet, counted from the root of the repository.
-        split: as the task calls it.
-        made_by: the command that makes it.
-    """
-
-    path: str
-    split: str
-    made_by: str
+    path: str  # Parquet, relative to the root of the repository
+    split: str  # its name in the task
+    made_by: str  # command
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark, one task of lmms-eval.
+    """A benchmark, which is one task of lmms-eval."""
 
-    Attributes:
-        name: as commands, folders and results have it.
-        task: lmms-eval's name of it.
-        group: which suite it is part of.
-        task_folder: where the task's YAML lies: within lmms-eval's tasks, or within `eval/lmms_tasks` for own ones.
-        data: what is asked.
-        headline: the metric that the tables show, or None where only a server scores.
-        unit: of its scores.
-        tables: of the paper, that it is part of.
-        column: its name there.
-        rows: how many rows are published, or None where that depends on what was made.
-        is_judged: a language model scores the answers.
-        max_new_tokens: of an answer, as the task or, where it says nothing, lmms-eval's adapter has it.
-        limit_step: a limit on the rows must be a multiple of it.
-        pictures: a second split, which holds the pictures.
-        submission: pattern of the file for a test server, below the run's folder.
-        mean_of_rows: the task's own means are means over rows of what it says of one row alone.
-        speaks_boxes: answers are boxes, so that the frame matters.
-    """
-
-    name: str
-    task: str
+    name: str  # in commands, folders and results
+    task: str  # name in lmms-eval
     group: Group
-    task_folder: str
+    task_folder: str  # of the task's YAML: in lmms-eval's tasks, or in `eval/lmms_tasks` for local data
     data: HubData | LocalData
-    headline: str | None
-    unit: Literal["share", "points", "sum"] = "share"
-    tables: tuple[int, ...] = ()
-    column: str = ""
-    rows: int | None = None
-    is_judged: bool = False
-    max_new_tokens: int = 1024
-    limit_step: int = 1
-    pictures: HubData | None = None
-    submission: str | None = None
-    mean_of_rows: bool = False
-    speaks_boxes: bool = False
+    headline: str | None  # the metric that tables show; None if only a server scores
+    unit: Literal["share", "points", "sum"] = "share"  # of its scores
+    tables: tuple[int, ...] = ()  # of the paper, that show it
+    column: str = ""  # its name there
+    rows: int | None = None  # number published; None if it depends on what was made
+    is_judged: bool = False  # a language model marks the answers
+    max_new_tokens: int = 1024  # of an answer, as in the task or else in lmms-eval's adapter
+    limit_step: int = 1  # limits must be a multiple of it
+    pictures: HubData | None = None  # a second split, with the pictures
+    submission: str | None = None  # pattern of the file for a test server, below the run's folder
+    mean_of_rows: bool = False  # the task's own means are means over the scores of single rows
+    speaks_boxes: bool = False  # answers are boxes, so the frame matters
 
 
 def _hub(dataset: str, split: str, config: str | None = None) -> HubData:
     return HubData(f"lmms-lab-encoder/{dataset}", config, split)
 
 
-# The second number is the count that the data set's publisher states; prefetching compares.
+# `rows` is the number that the data set's publisher states; prefetching compares.
 _VQA = (
     Benchmark("gqa", "gqa", "vqa", "gqa", _hub("GQA", "testdev", "testdev_balanced_instructions"), "exact_match",
               tables=(6,), column="GQA", rows=12578, max_new_tokens=16,
@@ -156,7 +124,7 @@ _SHIPPED_REC = {"refcoco": ("refcoco", "RefCOCO"), "refcoco_plus": ("refcoco+", 
 
 
 def _rec(dataset: str, split: str, column: str, rows: int) -> Benchmark:
-    """One row an expression, counted by the splits that the papers use."""
+    """One row per expression, with the splits that papers use."""
     name = f"{dataset}_{split}"
     data = LocalData(f"playground/data/eval/rec/{name}.parquet", "test", "python -m eval.rec.convert --help")
     return Benchmark(name, f"rec_{name}", "rec", "rec", data, PADDED_FRAME, tables=(5, 8), column=column, rows=rows,
@@ -175,7 +143,7 @@ _MINI = (("existence", "Existence"), ("colour", "Colour"), ("position", "Positio
 
 
 def _mini(name: str, column: str, headline: str = "exact_match", table: int = 6, max_new_tokens: int = 8) -> Benchmark:
-    """Questions about the miniature's scenes: they say whether training works, and nothing of the paper's numbers."""
+    """Questions about the miniature's scenes. They show whether training works. Do not compare with the paper."""
     data = LocalData(f"playground/data/mini/eval/{name}.parquet", "test", "python -m playground.mini.evaluation_set")
     return Benchmark(f"mini_{name}", f"mini_{name}", "mini", "mini", data, headline, tables=(table,), column=column,
                      max_new_tokens=max_new_tokens, speaks_boxes=headline == PADDED_FRAME)  # fmt: skip
@@ -191,19 +159,15 @@ BENCHMARKS: dict[str, Benchmark] = {
     )
 }  # fmt: skip
 GROUPS: tuple[str, ...] = get_args(Group)
-"""Names that stand for several benchmarks. `all` is what the paper's tables 5 to 7 and the extra ones need."""
+"""Names of several benchmarks. `all` stands for the paper's tables 5 to 7 and the extra benchmarks."""
 ALL_GROUPS = ("rec", "vqa", "instruction", "extra")
 
 
 def choose(names: Iterable[str], without: Iterable[str] = ()) -> list[Benchmark]:
-    """Benchmarks by their names or those of groups, each once, in the order of the registry.
-
-    Args:
-        names: those to take.
-        without: those to leave out again.
+    """Benchmarks by names or groups, each once, in the order of the registry.
 
     Raises:
-        ValueError: a name is not known, and the message lists near ones; or nothing is left.
+        ValueError: a name is unknown (the message lists similar ones), or nothing is left.
     """
     chosen = {name for given in names for name in _members(given, "--benchmarks")} - {
         name for given in without for name in _members(given, "--without")

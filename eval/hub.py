@@ -1,42 +1,29 @@
-"""Data sets of the hub, pinned: which commit, which files, and where these lie on this machine.
+"""Data sets of the hub at pinned commits, and what a task must be told to read their files.
 
-A lock file holds the commit of each data set and the files of each split. What it does not hold is looked up once, at
-the newest commit, and written into it. From then on the same files are read, with a network or without.
+A lock file holds the commit of each data set and the files of each split. Entries that it lacks are looked up once, at
+the newest commit, and added. From then on the same files are read, with or without a network.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import ROOT, TASK_FOLDERS, Benchmark, HubData, LocalData
-from patch_aligned.files import written_whole
+from patch_aligned.files import sha256_of, written_whole
 
 LOCK = ROOT / "eval" / "revisions.json"
-_BLOCK_BYTES = 1 << 22
+_HTTP_LIBRARIES = ("httpx", "httpx2", "requests")  # that huggingface_hub has used to reach the hub
+_SHA256_DIGITS = 64
 
 
 class DataError(ValueError):
-    """Data that cannot be had; the message says why and what to do next."""
-
-
-@dataclass(frozen=True)
-class HubFiles:
-    """Files of a split, on this machine.
-
-    Attributes:
-        revision: the commit they are of.
-        paths: parquet files in the order of their rows.
-    """
-
-    revision: str
-    paths: tuple[Path, ...]
+    """Raised for data that is not available. The message says why and what to do next."""
 
 
 class Lock:
@@ -47,15 +34,15 @@ class Lock:
         self._sets: dict[str, Any] = self._read()
 
     def revision(self, data: HubData) -> str | None:
-        """The commit of a data set, where it is known."""
+        """The commit of a data set, if it is known."""
         return self._sets.get(data.repository, {}).get("revision")
 
     def files(self, data: HubData) -> list[str] | None:
-        """Names of a split's files, where they are known."""
+        """Names of a split's files, if they are known."""
         return self._sets.get(data.repository, {}).get("files", {}).get(_split_name(data))
 
     def add(self, data: HubData, revision: str, files: list[str]) -> None:
-        """Writes down what a split is, beside what other runs have written down meanwhile."""
+        """Add a split, and keep what other runs have added meanwhile."""
         self._sets = self._read()
         entry = self._sets.setdefault(data.repository, {"revision": revision, "files": {}})
         entry["files"][_split_name(data)] = files
@@ -72,13 +59,8 @@ class Lock:
             raise DataError(f"{self.path}: no JSON: {error}; next: delete it, and prefetch again") from error
 
 
-def fetch(data: HubData, lock: Lock, benchmark: str) -> HubFiles:
-    """The files of a split: those on this machine, or else downloaded.
-
-    Args:
-        data: the split.
-        lock: knows the commit, or learns it.
-        benchmark: for messages.
+def fetch(data: HubData, lock: Lock, benchmark: str) -> tuple[str, tuple[Path, ...]]:
+    """Return commit and Parquet files of a split, downloading those that are missing. `benchmark` is for messages.
 
     Raises:
         DataError: there is no network and nothing on this machine, or the data set is gated, gone or has no such
@@ -92,36 +74,31 @@ def fetch(data: HubData, lock: Lock, benchmark: str) -> HubFiles:
         revision, files = lock.revision(data), lock.files(data)
         assert revision is not None
         assert files is not None
-        # A file of a known commit that lies here is taken without asking the hub.
+        # For a known commit, a file in the cache is used without asking the hub.
         paths = [Path(hf_hub_download(data.repository, name, repo_type="dataset", revision=revision)) for name in files]
-    return HubFiles(revision, tuple(paths))
+    return revision, tuple(paths)
 
 
-def count_rows(files: HubFiles) -> int:
-    """Rows of some files, from their footers."""
+def count_rows(paths: Sequence[Path]) -> int:
+    """Number of rows of some files, from their footers."""
     from pyarrow import parquet
 
-    return sum(parquet.ParquetFile(path).metadata.num_rows for path in files.paths)
+    return sum(parquet.ParquetFile(path).metadata.num_rows for path in paths)
 
 
-def verify(files: HubFiles) -> None:
-    """Reads each file and compares its SHA-256 with the hub's, which is the name of the blob that the cache keeps.
+def verify(paths: Sequence[Path]) -> None:
+    """Compare the SHA-256 of each file with the hub's, which is the name of the blob in the cache.
 
     Raises:
         DataError: a file is not what the hub says it is.
     """
-    for path in files.paths:
+    for path in paths:
         expected = path.resolve().name
-        if len(expected) != hashlib.sha256().digest_size * 2:
+        if len(expected) != _SHA256_DIGITS:
             continue  # small files are named by another hash
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
-        if digest.hexdigest() != expected:
+        if (found := sha256_of(path)) != expected:
             raise DataError(
-                f"{path}: found SHA-256 {digest.hexdigest()}, expected {expected}; next: delete {path.resolve()}, and "
-                "prefetch again"
+                f"{path}: found SHA-256 {found}, expected {expected}; next: delete {path.resolve()}, and prefetch again"
             )
 
 
@@ -130,7 +107,7 @@ def _split_name(data: HubData) -> str:
 
 
 def _look_up(data: HubData, revision: str | None, benchmark: str) -> tuple[str, list[str]]:
-    """Commit and file names of a split, as the hub has them."""
+    """Ask the hub for the commit and file names of a split."""
     import datasets
     from huggingface_hub import HfApi
 
@@ -147,7 +124,7 @@ def _look_up(data: HubData, revision: str | None, benchmark: str) -> tuple[str, 
 
 @contextmanager
 def _clear_messages(data: HubData, benchmark: str) -> Iterator[None]:
-    """Says in one sentence why the hub did not give what was asked for."""
+    """Turn errors of the hub into a `DataError` of one sentence."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -157,8 +134,6 @@ def _clear_messages(data: HubData, benchmark: str) -> Iterator[None]:
         RepositoryNotFoundError,
     )
 
-    no_network: tuple[type[Exception], ...] = (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError)
-    no_network += _transport_errors()
     page = f"https://huggingface.co/datasets/{data.repository}"
     try:
         yield
@@ -168,33 +143,22 @@ def _clear_messages(data: HubData, benchmark: str) -> Iterator[None]:
         else:
             why, advice = "is gone, or private and there is no token for it", f"look at {page}, and `hf auth login`"
         raise DataError(f"{benchmark}: {data.repository} {why}; next: {advice}") from error
-    except no_network as error:
-        raise DataError(
-            f"{benchmark}: {data.repository} is not on this machine, and there is no network "
-            f"({type(error).__name__}); next: where there is one, python -m eval.prefetch --benchmarks {benchmark}, "
-            "then take HF_HOME and the lock file along"
-        ) from error
-    except HfHubHTTPError as error:
-        first = str(error).splitlines()[0]
-        raise DataError(f"{benchmark}: the hub refused {data.repository}: {first}") from error
-
-
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """Errors of the libraries that huggingface_hub has used to reach the hub, of those that are installed."""
-    errors = []
-    for name in ("httpx", "httpx2"):
-        if importlib.util.find_spec(name):
-            errors.append(importlib.import_module(name).TransportError)
-    if importlib.util.find_spec("requests"):
-        errors.append(importlib.import_module("requests").ConnectionError)
-    return tuple(errors)
-
-
-# Where the tasks lie that lmms-eval ships.
+    except Exception as error:
+        is_offline = isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError)
+        if is_offline or type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES:
+            raise DataError(
+                f"{benchmark}: {data.repository} is not on this machine, and there is no network "
+                f"({type(error).__name__}); next: where there is one, python -m eval.prefetch --benchmarks "
+                f"{benchmark}, then take HF_HOME and the lock file along"
+            ) from error
+        if isinstance(error, HfHubHTTPError):
+            first = str(error).splitlines()[0]
+            raise DataError(f"{benchmark}: the hub refused {data.repository}: {first}") from error
+        raise
 
 
 def shipped_tasks_folder() -> Path:
-    """The folder of the tasks that lmms-eval ships.
+    """Return the folder of the tasks that lmms-eval ships.
 
     Raises:
         ImportError: lmms-eval is not installed.
@@ -205,61 +169,42 @@ def shipped_tasks_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "tasks"
 
 
-# Where the rows of a benchmark come from on this machine, and what a task must be told to read them.
-
-
 @dataclass(frozen=True)
 class TaskData:
-    """Files of a benchmark, found.
+    """The files of a benchmark on this machine."""
 
-    Attributes:
-        source: name of the data set, or of the file.
-        revision: commit on the hub, or `sha256:` and the hash of the file: another whenever the rows may be others.
-        split: its name.
-        paths: parquet files of the rows.
-        pictures: parquet files of the pictures, where these are apart.
-    """
-
-    source: str
-    revision: str
+    source: str  # name of the data set, or of the file
+    revision: str  # commit on the hub, or `sha256:` and the hash of the file: changes whenever rows may
     split: str
-    paths: tuple[Path, ...]
-    pictures: tuple[Path, ...] = ()
+    paths: tuple[Path, ...]  # Parquet files of the rows
+    pictures: tuple[Path, ...] = ()  # Parquet files of the pictures, if they are separate
 
 
 def find_data(benchmark: Benchmark, lock: Lock) -> TaskData:
-    """Finds the files of a benchmark, downloading those of the hub that are missing.
+    """Find the files of a benchmark, downloading those of the hub that are missing.
 
     Raises:
-        DataError: they cannot be had; one sentence that says why and what to do next.
+        DataError: they are not available; says why and what to do next.
     """
     data = benchmark.data
     if isinstance(data, HubData):
-        found = fetch(data, lock, benchmark.name)
-        pictures = fetch(benchmark.pictures, lock, benchmark.name).paths if benchmark.pictures else ()
-        return TaskData(data.repository, found.revision, data.split, found.paths, pictures)
+        revision, paths = fetch(data, lock, benchmark.name)
+        pictures = fetch(benchmark.pictures, lock, benchmark.name)[1] if benchmark.pictures else ()
+        return TaskData(data.repository, revision, data.split, paths, pictures)
     path = ROOT / data.path
     if not path.is_file():
         raise DataError(f"{benchmark.name}: no file {data.path}; next: {data.made_by}")
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-    return TaskData(data.path, f"sha256:{digest.hexdigest()}", data.split, (path,))
+    return TaskData(data.path, f"sha256:{sha256_of(path)}", data.split, (path,))
 
 
 def task_folder(benchmark: Benchmark) -> Path:
-    """The folder that holds the benchmark's task.
-
-    Raises:
-        ImportError: it is one of lmms-eval's, which is not installed.
-    """
+    """Return the folder of the benchmark's task. Raises `ImportError` if it is in lmms-eval and that is missing."""
     within = TASK_FOLDERS if isinstance(benchmark.data, LocalData) else shipped_tasks_folder()
     return within / benchmark.task_folder
 
 
 def task_config(benchmark: Benchmark, data: TaskData) -> dict[str, Any]:
-    """What replaces a task's own keys, so that it reads exactly these files; nothing that is asked or scored."""
+    """Return overrides with which a task reads exactly these files. They do not change prompts or scores."""
     config: dict[str, Any] = {
         "task": benchmark.task,
         "dataset_path": "parquet",
@@ -267,13 +212,13 @@ def task_config(benchmark: Benchmark, data: TaskData) -> dict[str, Any]:
         "dataset_kwargs": {"data_files": {data.split: [str(path) for path in data.paths]}},
     }
     if data.pictures:
-        # The shipped task copies a picture into each row, from a data set whose name and newest commit it hard-codes.
+        # The shipped task copies a picture into each row, from the newest commit of a hard-coded data set.
         config |= {"process_docs": None, "doc_to_visual": _picture_of(data.pictures)}
     return config
 
 
 def _picture_of(paths: tuple[Path, ...]) -> Callable[[dict[str, Any]], list[Any]]:
-    """Looks up GQA's picture of a row by `imageId`."""
+    """Look up GQA's picture of a row by `imageId`."""
     import datasets
 
     pictures = datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")

@@ -1,13 +1,12 @@
-"""The language model that scores free answers: where it is, and whether it answers."""
+"""The language model that marks free answers: where it is, and whether it answers."""
 
 from __future__ import annotations
 
-import json
 import os
-import urllib.error
-import urllib.request
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import requests
 
 DEFAULT_MODEL = "gpt-4o-2024-11-20"
 OPENAI_URL = "https://api.openai.com/v1"
@@ -18,31 +17,25 @@ QUESTION = (
     "Question: What is on the table? Truth: a red cup. Answer: There is a red cup on the table. Mark:"
 )
 _LEAST_MARK_OF_RIGHT = 0.5
-_TEMPERATURES = (0.0, 0.5, 1.0, 1.5)  # that lmms-eval asks at, one after the other, for a mark that it can read
-MARK_TOKENS = 128  # that MM-Vet leaves a judge for a mark
+_TEMPERATURES = (0.0, 0.5, 1.0, 1.5)  # that lmms-eval tries in turn until it can read a mark
+MARK_TOKENS = 128  # that MM-Vet allows for a mark
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge as lmms-eval finds it in the environment.
+    """A judge as lmms-eval finds it in the environment."""
 
-    Attributes:
-        type: `API_TYPE` of lmms-eval: `openai`, `local`, or another that it knows.
-        model: `MODEL_VERSION`.
-        url: where it answers chat completions; None for types whose address is made up of several variables.
-    """
-
-    type: str
-    model: str
-    url: str | None
+    type: str  # `API_TYPE` of lmms-eval: `openai`, `local`, or another that it knows
+    model: str  # `MODEL_VERSION`
+    url: str | None  # of its chat completions; None for types whose address has several variables
 
     def recorded(self) -> dict[str, Any]:
-        """As results hold it."""
+        """The judge as results record it."""
         return asdict(self)
 
 
 def set_judge(url: str | None, model: str | None) -> None:
-    """Writes into the environment, which lmms-eval reads: a judge of one's own, and the judge's model."""
+    """Set the environment variables from which lmms-eval reads the address and the model of a judge."""
     if url:
         os.environ |= {"API_TYPE": "local", "LLM_JUDGE_URL": url}
     if model:
@@ -50,7 +43,7 @@ def set_judge(url: str | None, model: str | None) -> None:
 
 
 def read_judge() -> Judge:
-    """The judge that the environment names."""
+    """Return the judge that the environment names."""
     kind = os.environ.get("API_TYPE", "openai")
     model = os.environ.get("MODEL_VERSION", DEFAULT_MODEL)
     if kind == "openai":
@@ -59,53 +52,50 @@ def read_judge() -> Judge:
 
 
 def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
-    """Has the judge mark an answer that is right.
+    """Ask the judge to mark a right answer.
 
     Raises:
-        ValueError: it has no key, cannot be reached, refuses, says nothing, or what MM-Vet cannot read as a mark, or a
-            mark that is out of range or low.
+        ValueError: it has no key, cannot be reached, refuses, or its answer is not a mark of at least 0.5 that MM-Vet
+            can read.
     """
-    own = "a judge of your own, --judge-url http://HOST:PORT/v1/chat/completions --judge-model NAME, or --without mmvet"
+    own = "your own judge, --judge-url http://HOST:PORT/v1/chat/completions --judge-model NAME, or --without mmvet"
     advice = f"next: {own}"
     if judge.url is None:
-        return  # lmms-eval's own variables for azure and the like: left to it
+        return  # lmms-eval checks its own variables for azure and the like
     if not judge.url.startswith(("http://", "https://")):
         raise ValueError(f"the judge's address: found {judge.url!r}, expected one that begins with http; {advice}")
     key = os.environ.get("OPENAI_API_KEY", "")
     if judge.type == "openai" and not key:
         raise ValueError(f"the judge {judge.model} needs OPENAI_API_KEY, which is not set; next: set it, or {own}")
-    question = {"model": judge.model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": MARK_TOKENS}
-    if judge.type == "openai" and judge.model.startswith(("gpt-5", "o1", "o3", "o4")):
-        question["max_completion_tokens"] = question.pop("max_tokens")
-    request = urllib.request.Request(
-        judge.url,
-        data=json.dumps(question).encode(),
-        headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
-    )
+    is_reasoning = judge.type == "openai" and judge.model.startswith(("gpt-5", "o1", "o3", "o4"))
+    question = {
+        "model": judge.model,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_completion_tokens" if is_reasoning else "max_tokens": MARK_TOKENS,
+    }
+    who = f"the judge {judge.model} at {judge.url}"
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
-            answer = json.load(response)["choices"][0]["message"]["content"]
-    except urllib.error.HTTPError as error:
-        said = error.read(300).decode(errors="replace")
-        raise ValueError(
-            f"the judge {judge.model} at {judge.url} refused: HTTP {error.code} {said}; {advice}"
-        ) from error
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        response = requests.post(judge.url, json=question, headers=headers, timeout=timeout_s)
+        answer = response.json()["choices"][0]["message"]["content"] if response.ok else ""
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"no judge {judge.model} answers at {judge.url}: {error}; {advice}") from error
+    if not response.ok:
+        raise ValueError(f"{who} refused: HTTP {response.status_code} {response.text[:300]}; {advice}")
     if not answer:
-        raise ValueError(f"the judge {judge.model} at {judge.url} answers nothing; {advice}")
+        raise ValueError(f"{who} gives an empty answer; {advice}")
     mark = read_mark(answer)
     if mark is None:
         raise ValueError(
-            f"the judge {judge.model} at {judge.url}: found {answer[:60]!r}, expected a mark from 0 to 1 at the "
-            f"beginning: does it reason first? {advice}"
+            f"{who}: found {answer[:60]!r}, expected a mark from 0 to 1 at the beginning: does it reason "
+            f"first? {advice}"
         )
     if mark < _LEAST_MARK_OF_RIGHT:
-        raise ValueError(f"the judge {judge.model} at {judge.url} gave {mark:g} to an answer that is right; {advice}")
+        raise ValueError(f"{who} gave {mark:g} to an answer that is right; {advice}")
 
 
 def read_mark(answer: str) -> float | None:
-    """The mark from 0 to 1 at the beginning of a judge's answer, as MM-Vet reads it; None where there is none."""
+    """The mark from 0 to 1 at the start of a judge's answer, as MM-Vet reads it; None if there is none."""
     try:
         mark = float(answer.strip().split(" ")[0])
     except ValueError:
@@ -114,12 +104,10 @@ def read_mark(answer: str) -> float | None:
 
 
 def end_without_mark(process_results: Any) -> None:
-    """Has MM-Vet's scorer take what it cannot read as a mark for silence, which a run reports.
+    """Make MM-Vet's scorer treat an unreadable mark as a missing one, which a run reports.
 
-    As shipped, it asks about a mark outside 0 to 1 again and again, for ever, and counts words without a mark as 0.
-
-    Args:
-        process_results: of the task; its module's `get_chat_response` is wrapped.
+    As shipped, it repeats the question forever for a mark outside 0 to 1, and counts words without a mark as 0. The
+    `get_chat_response` in the module of the task's `process_results` is wrapped.
     """
     module = process_results.__globals__
     ask = module["get_chat_response"]

@@ -1,4 +1,4 @@
-"""What a run is to do: which benchmarks are not finished, of which weights, from which files."""
+"""Plan a run: check what it needs before it starts, and find the benchmarks that are not finished."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 
 from eval.adapter import ModelRequest, PreflightError, default_dtype, processes_here
 from eval.benchmarks import Benchmark, choose
-from eval.hub import DataError, Lock, TaskData, find_data
+from eval.hub import Lock, TaskData, find_data
 from eval.judge import check_judge, read_judge
 from llava.command import read_record
 from llava.conversation import conversation_mode
@@ -25,11 +27,9 @@ from llava.model.weights import Form, checkpoint_form, recorded_base
 from patch_aligned.files import checkpoint_hash
 from patch_aligned.results.run import RESULT_FILE, ModelIdentity, RunResult, read_run
 
-# What would end a run after an hour, found before it starts: each problem one sentence, with what to do next.
-
 
 def check_run(
-    benchmarks: Iterable[Benchmark],
+    benchmarks: Sequence[Benchmark],
     model_path: str,
     model_base: str | None,
     *,
@@ -39,34 +39,29 @@ def check_run(
     needs_judge: bool,
     lock: Lock,
 ) -> dict[str, TaskData]:
-    """Looks for all problems at once, and fetches the data.
-
-    Returns:
-        The files of each benchmark, by its name.
+    """Check everything that would end a run later, and download the data. Returns the files of each benchmark.
 
     Raises:
-        PreflightError: lists what is in the way.
+        PreflightError: lists all problems, a line each.
     """
-    benchmarks = list(benchmarks)
-    problems: list[str] = []
     data: dict[str, TaskData] = {}
 
-    def collect(check: Callable[[], None]) -> None:
+    def get_data(benchmark: Benchmark) -> None:
+        data[benchmark.name] = find_data(benchmark, lock)
+
+    checks: list[Callable[[], None]] = [
+        check_installed,
+        partial(check_checkpoint, model_path, model_base),
+        partial(check_processes, num_processes, num_gpus),
+        partial(check_limit, benchmarks, limit),
+        *([check_judge_of_environment] if needs_judge else []),
+        *(partial(get_data, benchmark) for benchmark in benchmarks),
+    ]
+    problems = []
+    for check in checks:
         try:
             check()
         except (ValueError, OSError, ImportError) as error:
-            problems.append(str(error))
-
-    collect(check_installed)
-    collect(lambda: check_checkpoint(model_path, model_base))
-    collect(lambda: check_processes(num_processes, num_gpus))
-    collect(lambda: check_limit(benchmarks, limit))
-    if needs_judge:
-        collect(check_judge_of_environment)
-    for benchmark in benchmarks:
-        try:
-            data[benchmark.name] = find_data(benchmark, lock)
-        except DataError as error:
             problems.append(str(error))
     if problems:
         raise PreflightError("\n".join(problems))
@@ -74,13 +69,13 @@ def check_run(
 
 
 def check_installed() -> None:
-    """Raises ImportError where lmms-eval is not installed."""
+    """Raise `ImportError` if lmms-eval is not installed."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise ImportError("lmms-eval is not installed; next: pip install -e '.[eval]'")
 
 
 def check_checkpoint(path: str, base: str | None) -> None:
-    """Raises FileNotFoundError or ValueError where a checkpoint is not one, or lacks its base or has no use for one."""
+    """Raise `OSError` or `ValueError` if files or the base of a checkpoint are missing, or it needs no base."""
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -101,7 +96,7 @@ def check_checkpoint(path: str, base: str | None) -> None:
 
 
 def check_processes(num_processes: int, num_gpus: int) -> None:
-    """Raises ValueError where there are more processes than GPUs: the adapter gives each its own."""
+    """Raise `ValueError` for more processes than GPUs: the adapter gives each process its own."""
     if num_processes > max(1, num_gpus):
         raise ValueError(
             f"{num_processes} processes and {num_gpus} GPUs: each process needs one of its own; next: "
@@ -110,7 +105,7 @@ def check_processes(num_processes: int, num_gpus: int) -> None:
 
 
 def check_limit(benchmarks: Iterable[Benchmark], limit: int | None) -> None:
-    """Raises ValueError where rows that belong together would be parted."""
+    """Raise `ValueError` for a limit that separates rows which belong together."""
     if limit is not None and limit < 1:
         raise ValueError(f"--limit: found {limit}, expected a number of rows from 1")
     for benchmark in benchmarks:
@@ -123,63 +118,32 @@ def check_limit(benchmarks: Iterable[Benchmark], limit: int | None) -> None:
 
 
 def check_judge_of_environment() -> None:
-    """Raises ValueError where the judge that the environment names does not answer."""
+    """Raise `ValueError` if the judge that the environment names does not answer."""
     check_judge(read_judge())
 
 
-# Whether the run that a folder holds is the one that is asked for.
+def finished_run(folder: Path, wanted: Mapping[str, Any]) -> RunResult | None:
+    """Return the run in a folder, or None if there is none.
 
-
-def finished_run(
-    folder: Path,
-    model: ModelIdentity,
-    conversation: str,
-    dtype: str,
-    max_new_tokens: int,
-    limit: int | None,
-    further: Callable[[RunResult], Mapping[str, tuple[Any, Any]]],
-) -> RunResult | None:
-    """The run in a folder, or None where there is none.
-
-    Args:
-        folder: of the run.
-        model: the weights that are asked for; the arguments after it are the settings.
-        conversation: name of the template.
-        dtype: of the weights.
-        max_new_tokens: of an answer.
-        limit: at most so many rows.
-        further: gives what else must agree: by a word for it, what a run has and what is asked for.
+    `wanted` are the values that it must have, by attribute of its result, such as `settings.limit`.
 
     Raises:
-        PreflightError: the folder holds a run of another model or of other settings.
+        PreflightError: the folder holds a run of another model or other settings.
     """
     if not (folder / RESULT_FILE).is_file():
         return None
     there = read_run(folder)
-    compared: dict[str, tuple[Any, Any]] = {
-        "weights (SHA-256)": (there.model.sha256, model.sha256),
-        "base": (there.model.weights[1], model.weights[1]),
-        "base's weights (SHA-256)": (there.model.base_sha256, model.base_sha256),
-        "conversation": (there.settings.conversation, conversation),
-        "dtype": (there.settings.dtype, dtype),
-        "length of answers": (there.settings.max_new_tokens, max_new_tokens),
-        "limit": (there.settings.limit, limit),
-        **further(there),
-    }
-    for what, (found, wanted) in compared.items():
-        if found != wanted:
+    for name, value in wanted.items():
+        if (found := attrgetter(name)(there)) != value:
             raise PreflightError(
-                f"{folder}: holds a run with another {what}: found {found!r}, asked for {wanted!r}; next: another "
+                f"{folder}: holds a run with another {name}: found {found!r}, asked for {value!r}; next: another "
                 "--output, or --again to replace it"
             )
     return there
 
 
-# What a checkpoint is and says of itself: its weights by content, its config, the template that it is talked to in.
-
-
 def identify(name: str, path: str, base: str | None) -> ModelIdentity:
-    """Whose answers they are, by the content of the files; of a base that is a name on the hub, by its name.
+    """Identify a model by the content of its files, and a base that is a name on the hub by its name.
 
     Raises:
         FileNotFoundError: a folder has no weights.
@@ -189,7 +153,7 @@ def identify(name: str, path: str, base: str | None) -> ModelIdentity:
 
 
 def training_of(path: str) -> dict[str, Any]:
-    """Steps, seed and data of the training that left a checkpoint, as far as they are recorded there."""
+    """Steps, seed and data of a checkpoint's training, as far as they are recorded in its folder."""
     folder = Path(path)
     record = read_record(folder.parent if folder.name.startswith("checkpoint-") else folder)
     state = folder / "trainer_state.json"
@@ -202,10 +166,10 @@ def training_of(path: str) -> dict[str, Any]:
 
 
 def read_llava_config(path: str, base: str | None) -> Any:
-    """The config of a checkpoint, or of its base where it has none.
+    """Return the config of a checkpoint, or of its base if it has none.
 
     Raises:
-        OSError, ValueError: there is no config, or it is no LLaVA's.
+        OSError, ValueError: there is no config, or it is not of a LLaVA.
     """
     has_config = (Path(path) / "config.json").is_file()  # adapters that peft alone has written have none
     config = read_config(path if has_config or base is None else base)
@@ -216,31 +180,21 @@ def read_llava_config(path: str, base: str | None) -> Any:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is to do, decided by the first process for all of them.
-
-    Attributes:
-        model: whose answers.
-        request: how to load it.
-        output: folder of the runs.
-        todo: benchmarks that are not finished, each with its files.
-    """
+    """What a run does, decided by the first process for all of them."""
 
     model: ModelIdentity
-    request: ModelRequest
-    output: Path
-    todo: tuple[tuple[Benchmark, TaskData], ...]
+    request: ModelRequest  # how to load it
+    output: Path  # folder of the runs
+    todo: tuple[tuple[Benchmark, TaskData], ...]  # benchmarks that are not finished, with their files
 
 
 def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
-    """Checks everything that can be checked, and finds out what is left to do.
+    """Check everything that can be checked, and find the benchmarks that are not finished.
 
     Raises:
-        PreflightError: lists what is in the way.
+        OSError, ValueError: something is missing or wrong; `PreflightError` lists all problems of `check_run`.
     """
-    try:
-        benchmarks = choose(arguments.benchmarks.split(","), filter(None, arguments.without.split(",")))
-    except ValueError as error:
-        raise PreflightError(str(error)) from error
+    benchmarks = choose(arguments.benchmarks.split(","), filter(None, arguments.without.split(",")))
     path = arguments.model_path.rstrip("/")
     folder_name = get_model_name_from_path(path)
     name = arguments.model_name or folder_name
@@ -258,12 +212,9 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
         ),
         lock=Lock(arguments.lock),
     )
-    try:
-        config = read_llava_config(path, arguments.model_base)
-        _refuse_marks_around_images(path, config)
-        model = identify(name, path, arguments.model_base)
-    except (OSError, ValueError) as error:
-        raise PreflightError(str(error)) from error
+    config = read_llava_config(path, arguments.model_base)
+    _refuse_marks_around_images(path, config)
+    model = identify(name, path, arguments.model_base)
     is_own = arguments.conversation == "auto"
     conversation = conversation_mode(folder_name, config) if is_own else arguments.conversation
     dtype = default_dtype() if arguments.dtype == "auto" else arguments.dtype
@@ -279,14 +230,14 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
 
 
 def announcement(plan: Plan) -> str:
-    """One line on what begins."""
+    """One line about what starts."""
     asked = plan.request
     names = ", ".join(benchmark.name for benchmark, _ in plan.todo)
     return f"{plan.model.name}: {names}; template {asked.conversation}, {asked.dtype}, batch size {asked.batch_size}"
 
 
 def summary(result: RunResult, folder: Path) -> str:
-    """One line on a run."""
+    """One line about a finished run."""
     score = result.scores.get(result.headline or "")
     if score is not None:
         error = "" if score.stderr is None else f" ± {score.stderr:.4g}"
@@ -299,9 +250,9 @@ def summary(result: RunResult, folder: Path) -> str:
 
 
 def _refuse_marks_around_images(path: str, config: Any) -> None:
-    """lmms-eval's adapter puts no marks around images, whatever a model was trained with."""
+    """lmms-eval's adapter sets no marks around images, even if a model was trained with them."""
     if getattr(config, "mm_use_im_start_end", False):
-        raise ValueError(
+        raise PreflightError(
             f"{path}: its config has mm_use_im_start_end, so it was trained with marks around each image, and "
             "lmms-eval's adapter leaves them out; next: python -m llava.eval.model_vqa_loader, or eval.captions, which "
             "set them"
@@ -309,29 +260,25 @@ def _refuse_marks_around_images(path: str, config: Any) -> None:
 
 
 def judge_of(benchmark: Benchmark) -> dict[str, Any] | None:
-    """The judge that the environment names, as results hold it, or None where nothing is judged."""
+    """The judge that the environment names, as results record it, or None if nothing is judged."""
     return read_judge().recorded() if benchmark.is_judged else None
 
 
 def _is_finished(plan: Plan, benchmark: Benchmark, data: TaskData, arguments: argparse.Namespace) -> bool:
-    """Whether a run is there with this model and these settings.
-
-    Raises:
-        PreflightError: one of another model or other settings is.
-    """
+    """Whether the output has a run of this model with these settings. Raises `PreflightError` if it has another."""
     folder = plan.output / benchmark.name
     there = finished_run(
         folder,
-        plan.model,
-        plan.request.conversation,
-        plan.request.dtype,
-        arguments.max_new_tokens or benchmark.max_new_tokens,
-        arguments.limit,
-        lambda run: {
-            "box frame": (run.settings.box_frame, arguments.box_frame if benchmark.speaks_boxes else None),
-            "seed": (run.settings.seed, arguments.seed),
-            "judge": (run.settings.judge, judge_of(benchmark)),
-            "revision of the data": (run.data.revision, data.revision),
+        {
+            "model.weights": plan.model.weights,
+            "settings.conversation": plan.request.conversation,
+            "settings.dtype": plan.request.dtype,
+            "settings.max_new_tokens": arguments.max_new_tokens or benchmark.max_new_tokens,
+            "settings.limit": arguments.limit,
+            "settings.box_frame": arguments.box_frame if benchmark.speaks_boxes else None,
+            "settings.seed": arguments.seed,
+            "settings.judge": judge_of(benchmark),
+            "data.revision": data.revision,
         },
     )
     if there is None:

@@ -1,4 +1,4 @@
-"""One task of lmms-eval on a loaded adapter, in this process or in all of several."""
+"""Run one task of lmms-eval on a loaded adapter, and convert its results to scores and samples of a run."""
 
 from __future__ import annotations
 
@@ -25,17 +25,11 @@ SUBMISSIONS = "submissions"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What lmms-eval made of a task.
+    """lmms-eval's results of a task."""
 
-    Attributes:
-        scores: number of each metric; None or NaN where there is none.
-        rows: as it logs them, sorted by `doc_id`.
-        aggregations: function of each metric, from what rows say to the number.
-    """
-
-    scores: dict[str, Any]
-    rows: list[dict[str, Any]]
-    aggregations: dict[str, Any]
+    scores: dict[str, Any]  # by metric; may be None or NaN
+    rows: list[dict[str, Any]]  # as it logs them, sorted by `doc_id`
+    aggregations: dict[str, Any]  # by metric: the function from the rows' values to the score
 
 
 def evaluate_task(
@@ -48,19 +42,10 @@ def evaluate_task(
     limit: int | None,
     seed: int,
 ) -> Evaluated | None:
-    """Asks and scores all rows of a benchmark, greedily.
+    """Ask and score the rows of a benchmark with greedy decoding. Submission files are written below `folder`.
 
-    Args:
-        adapter: a model of lmms-eval, loaded.
-        benchmark: what to ask.
-        data: its files.
-        folder: of the run; submission files go below it.
-        max_new_tokens: of an answer.
-        limit: at most so many rows.
-        seed: of scorers that draw answers which they cannot read.
-
-    Returns:
-        None in all processes but the first.
+    `seed` is for scorers that draw an answer if they cannot parse the model's. Returns None in all processes but the
+    first.
     """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager, get_task_dict
@@ -71,7 +56,7 @@ def evaluate_task(
     manager = TaskManager(include_path=str(task_folder(benchmark)), include_defaults=False, model_name="llava")
     try:
         task = get_task_dict([task_config(benchmark, data)], manager)[benchmark.task]
-        # MMVet's own file asks for a temperature of 0.2, which the adapter takes for sampling.
+        # MMVet's own file asks for a temperature of 0.2, at which the adapter samples.
         generation = {"temperature": 0, "max_new_tokens": max_new_tokens}
         task.set_config(key="generation_kwargs", value=generation, update=True)
         if benchmark.is_judged:
@@ -85,10 +70,10 @@ def evaluate_task(
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
-            process_docs_parallel=1,  # CMMMU's scorer draws: rows in threads would draw in any order
+            process_docs_parallel=1,  # CMMMU's scorer draws: threads would draw in any order
             cli_args=Namespace(output_path=str(folder), process_with_media=True),
         )
-    except RetryError as error:  # lmms-eval tries five times whatever goes wrong, and wraps it
+    except RetryError as error:  # lmms-eval tries five times on any error, and wraps it
         cause = error.last_attempt.exception()
         assert cause is not None
         raise cause from None
@@ -103,7 +88,7 @@ def evaluate_task(
     )
 
 
-# What lmms-eval says of a task, as scores and samples of a run.
+# lmms-eval's results as scores and samples of a run.
 
 ID_COLUMNS = ("question_id", "questionId", "id", "index", "image_id")
 # The miniature's, POPE's, GQA's, SEED's, TextVQA's, RefCOCO's, and that of lmms-eval's RefCOCO.
@@ -113,11 +98,11 @@ _ROUNDING = 5e-4  # MMMU's share comes rounded, to three digits or five
 
 
 class UnscoredError(RuntimeError):
-    """Rows that the judge did not score, which lmms-eval counts as wrong."""
+    """Raised for rows that the judge did not score, which lmms-eval counts as wrong."""
 
 
 def headline_of(benchmark: Benchmark, box_frame: str) -> str | None:
-    """The metric that tables show; of boxes, that of the frame they are read in."""
+    """The metric that tables show; for boxes, in the frame they are read in."""
     if benchmark.headline == PADDED_FRAME and box_frame == "image":
         return IMAGE_FRAME
     return benchmark.headline
@@ -126,9 +111,9 @@ def headline_of(benchmark: Benchmark, box_frame: str) -> str | None:
 def scores_and_samples(
     benchmark: Benchmark, evaluated: Evaluated
 ) -> tuple[dict[str, Score], dict[str, str], list[Sample]]:
-    """Scores with standard errors, metrics that have none, and the rows.
+    """Return scores with standard errors, reasons for missing metrics, and the rows.
 
-    The standard error is that of a mean over rows of independent images, and is given where the score is such a mean.
+    A standard error is given if the score is a mean over rows; rows of different images count as independent.
 
     Raises:
         UnscoredError: the judge did not answer for some rows.
@@ -162,7 +147,7 @@ def scores_and_samples(
 
 
 def row_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What names the rows: a column that differs in all of them, or else their numbers."""
+    """Ids of the rows: a column without duplicates, or else their numbers."""
     for column in ID_COLUMNS:
         ids = [str(row["doc"].get(column, "")) for row in rows]
         if all(ids) and len(set(ids)) == len(ids):
@@ -171,21 +156,17 @@ def row_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def image_of(document: dict[str, Any]) -> str | None:
-    """The name of a row's image, where a column has it: rows of one image are alike, and are resampled together."""
+    """The name of a row's image, if a column has it. Rows of one image are resampled together."""
     named = (document.get(column) for column in IMAGE_COLUMNS)  # a column may hold the picture itself
     name = next((str(name) for name in named if isinstance(name, str | int) and name != ""), None)
     return name and _OBJECT_IN_FILE_NAME.sub("", name)
 
 
 def standard_error(numbers: Sequence[float], images: Sequence[str | None]) -> float | None:
-    """Standard error of the mean of rows, of which those of one image may be alike; None with a single image.
+    """Standard error of the mean of rows, clustered by image; None with a single image.
 
-    With a row an image it is the sample's standard deviation over the root of the count; with several, the deviations
-    of an image add up before they are squared.
-
-    Args:
-        numbers: of the rows.
-        images: name of each row's image; a row without is alone.
+    With one row per image it is the sample's standard deviation over the root of the count. With several, the
+    deviations of an image are added before they are squared. A row without an image is a cluster of its own.
     """
     mean = statistics.fmean(numbers)
     deviations: dict[Any, float] = {}
@@ -207,13 +188,13 @@ def find_submission(benchmark: Benchmark, folder: Path) -> str | None:
 def _numbers_of_rows(
     benchmark: Benchmark, metric: str, items: Sequence[Any], evaluated: Evaluated
 ) -> list[float] | None:
-    """What each row alone scores, or None where that means nothing."""
+    """The score of each row alone, or None if it is not defined."""
     if all(isinstance(item, int | float) for item in items):
         return [float(item) for item in items]
     if benchmark.is_judged:  # MM-Vet's marks, from 0 to 1
         return [100.0 * item["score"] for item in items]
     if benchmark.mean_of_rows:
-        with contextlib.redirect_stdout(io.StringIO()):  # scorers print what they find
+        with contextlib.redirect_stdout(io.StringIO()):  # scorers print
             return [float(evaluated.aggregations[metric]([item])) for item in items]
     return None
 
@@ -236,5 +217,5 @@ def _text(answers: Any) -> str:
 
 
 def _plain(target: Any) -> Any:
-    """As JSON can hold it, which has no NaN: the answer to a row of a split without answers."""
+    """Convert to JSON values. NaN, the answer of rows in a split without answers, becomes text."""
     return json.loads(json.dumps(target, default=str), parse_constant=str)

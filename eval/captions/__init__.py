@@ -1,1 +1,1 @@
-"""Captions: a checkpoint writes them, pycocoevalcap's metrics judge them (Table 4 of the paper)."""
+"""Captions of a checkpoint, and their scores by pycocoevalcap's metrics (Table 4 of the paper)."""

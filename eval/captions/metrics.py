@@ -1,8 +1,7 @@
-"""METEOR, ROUGE-L, BLEU and CIDEr of captions: pycocoevalcap's numbers, and beside them what each image scores."""
+"""METEOR, ROUGE-L, SPICE, CIDEr and BLEU of captions, as pycocoevalcap computes them, with the scores of each image."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -22,21 +21,15 @@ import numpy as np
 
 from eval.captions.references import named
 
-# The Java that the caption metrics run in.
-
 _VERSION = re.compile(r'version "(?:1\.)?(\d+)')  # 1.8.0_392 is Java 8
 
 
 def java_version(program: str = "java") -> int:
-    """Major version of a Java.
-
-    Raises:
-        OSError: it is not there, or does not start.
-    """
+    """Return the major version of a Java program. Raises `OSError` if it is missing or does not start."""
     advice = "next: apt-get install default-jre-headless, or conda install openjdk"
     if shutil.which(program) is None:
         raise OSError(f"{program}: found no such program, and caption metrics run in Java; {advice}")
-    # On a Mac without Java a program of that name does nothing but fail.
+    # On a Mac without Java there is a program of this name that only fails.
     told = subprocess.run([program, "-version"], capture_output=True, text=True, check=False)
     version = _VERSION.search(told.stderr + told.stdout)
     if told.returncode != 0 or version is None:
@@ -46,22 +39,17 @@ def java_version(program: str = "java") -> int:
 
 
 def require_metrics() -> None:
-    """Checks that captions can be scored on this machine.
-
-    Raises:
-        ImportError: pycocoevalcap is not installed.
-        OSError: Java is missing.
-    """
-    if importlib.util.find_spec("pycocoevalcap") is None:
+    """Raise `ImportError` if pycocoevalcap is not installed, `OSError` if Java is missing."""
+    if find_spec("pycocoevalcap") is None:
         raise ImportError("pycocoevalcap is not installed; next: pip install -e '.[eval]'")
     java_version()
 
 
 # METEOR by pycocoevalcap, and its standard error.
 #
-# METEOR of many images is not a mean over images: matches, lengths and chunks are summed, and the score is computed
-# from the sums. So its standard error is a jackknife, which recomputes the score without each image in turn. The
-# formula of METEOR 1.5 is repeated here, because its program would have to run once for each image.
+# METEOR of many images is no mean over images: matches, lengths and chunks are summed, and the score is computed from
+# the sums. So the standard error is a jackknife, which leaves out each image in turn. The formula of METEOR 1.5 is
+# repeated here, because its program would have to run once per image.
 #
 # Letters: I images.
 
@@ -69,8 +57,8 @@ def require_metrics() -> None:
 # matches of words, stems, synonyms and paraphrases.
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
-# Columns of a line of statistics. The 16 in between are matches: of each kind those of content words in answer and
-# reference, then those of function words.
+# Columns of a line of statistics. The 16 in the middle are matches of each kind: of content words in answer and
+# reference, then of function words.
 _ANSWER_WORDS, _REFERENCE_WORDS, _ANSWER_FUNCTION_WORDS, _REFERENCE_FUNCTION_WORDS = range(4)
 _MATCHES = slice(4, 20)
 _CHUNKS, _ANSWER_MATCHED, _REFERENCE_MATCHED = range(20, 23)
@@ -85,7 +73,7 @@ class MeteorScore(NamedTuple):
 
 
 def score_meteor(expected: Mapping[str, list[str]], found: Mapping[str, list[str]]) -> MeteorScore:
-    """Scores one tokenized caption an image against its tokenized references.
+    """Score one tokenized caption per image against its tokenized references.
 
     Raises:
         OSError: the process ended early.
@@ -94,7 +82,7 @@ def score_meteor(expected: Mapping[str, list[str]], found: Mapping[str, list[str
     with _process(lines) as scorer:
         try:
             value, of_image = scorer.compute_score(expected, found)
-        except (ValueError, OSError) as error:  # its answer is no number, or it takes no more input: it has ended
+        except (ValueError, OSError) as error:  # its output is no number, or it takes no more input: it has ended
             reached = [*expected, "none, at the sums"][sum(map(bool, lines))]
             raise OSError(
                 f"METEOR: its Java process ended before its last score ({error}), at image {reached}; it asks for "
@@ -105,23 +93,19 @@ def score_meteor(expected: Mapping[str, list[str]], found: Mapping[str, list[str
 
 
 def jackknife_stderr(statistics: np.ndarray) -> float | None:
-    """Standard error of METEOR over images, from the scores without each of them.
-
-    Args:
-        statistics: `[I, 23]`, a line of METEOR's an image.
-    """
+    """Standard error of METEOR over images, from METEOR's statistics `[I, 23]`; None with one image."""
     images = len(statistics)
     if images < 2:
         return None
     summands = statistics.copy()
-    # METEOR counts no chunk where an answer is a reference word for word.
+    # METEOR counts no chunk if an answer equals a reference.
     summands[:, _CHUNKS] = np.where(_is_identical(statistics), 0, statistics[:, _CHUNKS])
     without = meteor_of(summands.sum(axis=0) - summands)  # [I]
     return float(np.sqrt((images - 1) / images * ((without - without.mean()) ** 2).sum()))
 
 
 def meteor_of(statistics: np.ndarray) -> np.ndarray:
-    """METEOR's score from its statistics `[*, 23]`; 0 where nothing matches."""
+    """METEOR from its statistics `[*, 23]`; 0 if nothing matches."""
     words = statistics[..., [_ANSWER_WORDS, _REFERENCE_WORDS]]  # [*, 2], answer and reference
     function_words = statistics[..., [_ANSWER_FUNCTION_WORDS, _REFERENCE_FUNCTION_WORDS]]
     length = DELTA * (words - function_words) + (1 - DELTA) * function_words
@@ -143,7 +127,7 @@ def _is_identical(statistics: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _java_that_writes_points() -> Iterator[None]:
-    """Let Java write numbers with a decimal point; its options from elsewhere, or the machine, may ask for a comma."""
+    """Make Java write numbers with a decimal point; the locale may use a comma."""
     name = "JAVA_TOOL_OPTIONS"
     before = os.environ.get(name)
     os.environ[name] = f"{before or ''} -Duser.language=en -Duser.country=US".strip()
@@ -157,11 +141,7 @@ def _java_that_writes_points() -> Iterator[None]:
 
 @contextmanager
 def _process(lines: list[str]) -> Iterator[Any]:
-    """pycocoevalcap's scorer, whose Java process ends with the block and not with the garbage collector.
-
-    Args:
-        lines: gets the statistics of each image.
-    """
+    """pycocoevalcap's scorer, which adds the statistics of images to `lines`. Its Java process ends with the block."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     class Recording(Meteor):
@@ -178,23 +158,22 @@ def _process(lines: list[str]) -> Iterator[Any]:
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):
-            with suppress(OSError):  # what it did not take any more
+            with suppress(OSError):  # input that it did not read
                 pipe.close()
-        if scorer.lock.locked():  # as an error leaves it: the scorer would wait for it when it is thrown away
+        if scorer.lock.locked():  # after an error: the scorer's destructor would wait for it
             scorer.lock.release()
 
 
-# SPICE, where the user has what it needs: pycocoevalcap ships its code, not the CoreNLP 3.6.0 that it parses with.
+# SPICE, if the user has CoreNLP 3.6.0, which it parses with: pycocoevalcap contains the rest of its code.
 #
-# Java is started from here and not by pycocoevalcap, which downloads CoreNLP without asking and writes beside the
-# installed package. Its cache of parsed references is left out: the library that it is written with does not work on
-# today's Java.
+# Java is started here and not by pycocoevalcap, which downloads CoreNLP without asking and writes beside the installed
+# package. Its cache of parsed references is not used: the library for it does not work on today's Java.
 
 JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 JARS_VARIABLE = "SPICE_JARS"
 JAVA_VARIABLE = "SPICE_JAVA"
 HEAP = "8G"
-# SPICE writes its result by way of the JavaScript that Java had up to 14, and that nashorn-core brings back.
+# SPICE writes its result with the JavaScript engine that Java had up to 14, and that nashorn-core provides.
 LAST_JAVA_WITH_JAVASCRIPT = 14
 JAVASCRIPT_JAR = "nashorn-core-*.jar"
 _OPENED = ("java.lang", "java.util", "java.math", "java.net", "java.text", "java.io", "java.nio")
@@ -203,27 +182,21 @@ _FIRST_JAVA_WITH_MODULES = 9
 
 @dataclass(frozen=True)
 class SpiceSetup:
-    """What SPICE is run with.
+    """What SPICE is run with."""
 
-    Attributes:
-        jars: folder of the user's jars, all of which are seen.
-        java: the program.
-        java_version: its major version.
-    """
-
-    jars: Path
-    java: str
-    java_version: int
+    jars: Path  # folder of the user's jars, all of which are loaded
+    java: str  # the program
+    java_version: int  # its major version
 
 
 def find_spice(jars: Path | None, java: str | None) -> SpiceSetup | str:
-    """What SPICE needs, by option or by environment (`SPICE_JARS`, `SPICE_JAVA`).
+    """Find what SPICE needs, by option or environment (`SPICE_JARS`, `SPICE_JAVA`).
 
     Returns:
-        The set-up, or why SPICE is not available where nobody asked for it.
+        The setup, or why SPICE is not available if no jars are named.
 
     Raises:
-        OSError: it was asked for, and cannot run; the message says what is missing.
+        OSError: jars are named, but something is missing.
     """
     given = jars or os.environ.get(JARS_VARIABLE)
     if not given:
@@ -248,13 +221,7 @@ def find_spice(jars: Path | None, java: str | None) -> SpiceSetup | str:
 def score_spice(
     expected: Mapping[str, list[str]], found: Mapping[str, list[str]], setup: SpiceSetup
 ) -> list[float] | str:
-    """The F-score of each image's tuples, in the order of `expected`, or why there is none.
-
-    Args:
-        expected: reference captions of each image, tokenized.
-        found: one caption of each, tokenized.
-        setup: of `find_spice`.
-    """
+    """Return the F-score of each image's tuples, in the order of `expected`, or why there is none."""
     rows = [
         {"image_id": number, "test": found[image][0], "refs": captions}
         for number, (image, captions) in enumerate(expected.items())
@@ -294,26 +261,22 @@ def _command(setup: SpiceSetup, folder: Path) -> list[str]:
 
 
 def _last_words(stderr: str) -> str:
-    """What an exception says: its own line rather than the places it came through."""
+    """The message of a Java exception, without its stack trace."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip() and not line.strip().startswith("at ")]
     return next((line for line in lines if "Exception" in line or "Error" in line), lines[-1] if lines else "")
 
 
-# Captions as the metrics read them: words of the Penn Treebank's tokenizer, lower case, without punctuation.
+# Tokenization as the metrics need it: words of the Penn Treebank's tokenizer, lower case, without punctuation.
 #
 # pycocoevalcap's own wrapper does the same, but writes its input beside the installed package, which may be read-only,
-# and loses track of which caption is whose where one holds a line break other than "\n".
+# and assigns captions to wrong images if one contains a line break other than "\n".
 
-# What Java ends a line at, and what Python does: a caption is one line.
+# Line breaks of Java and of Python: a caption must be one line.
 _LINE_BREAKS = re.compile("[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 
 
 def tokenize(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Captions of each image as words with single spaces in between; a caption without words becomes empty.
-
-    Raises:
-        OSError: the tokenizer failed.
-    """
+    """Return the captions of each image as words with single spaces. Raises `OSError` if the tokenizer fails."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
@@ -322,7 +285,7 @@ def tokenize(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     if not lines:
         return {image: [] for image in captions}
     text = "".join(f"{line}\n" for line in lines)
-    # Halves of characters, which JSON can spell, are no text that a process could be handed.
+    # Lone surrogates, which JSON can express, cannot be passed to a process.
     done = subprocess.run(command, input=text.encode(errors="replace"), capture_output=True, check=False)
     tokenized = done.stdout.decode().split("\n")[:-1]
     if done.returncode != 0 or len(tokenized) != len(lines):
@@ -339,41 +302,27 @@ METRICS = (METEOR, ROUGE_L, SPICE, CIDER, *BLEU)
 
 @dataclass(frozen=True)
 class MetricScore:
-    """A metric over all images.
-
-    Attributes:
-        value: pycocoevalcap's. ROUGE-L, CIDEr and SPICE are means over images; METEOR and BLEU are taken from counts
-            summed over all images.
-        stderr: standard error of that; None with one image, and for BLEU.
-        of_image: score of each image alone.
-    """
+    """A metric over all images: the mean over images, or for METEOR and BLEU computed from summed counts."""
 
     value: float
-    stderr: float | None
-    of_image: dict[str, float]
+    stderr: float | None  # None with one image, and for BLEU
+    of_image: dict[str, float]  # score of each image alone
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """What a set of captions scores.
+    """Scores of a set of captions."""
 
-    Attributes:
-        metrics: by name, in the order of `METRICS`.
-        not_available: metrics that could not be taken, with the reason.
-        images: how many there are.
-        empty: images whose answer has no word. They count as any other.
-    """
-
-    metrics: dict[str, MetricScore]
-    not_available: dict[str, str]
-    images: int
-    empty: tuple[str, ...]
+    metrics: dict[str, MetricScore]  # by name, in the order of `METRICS`
+    not_available: dict[str, str]  # reasons for missing metrics
+    images: int  # number of images
+    empty: tuple[str, ...]  # images whose answer has no word; they count like all others
 
 
 def score_captions(
     references: Mapping[str, Sequence[str]], answers: Mapping[str, str], spice: SpiceSetup | str
 ) -> CaptionScores:
-    """Scores one answer an image against the image's reference captions.
+    """Score one answer per image against the image's reference captions.
 
     Args:
         references: one or more captions of each image.
@@ -381,7 +330,7 @@ def score_captions(
         spice: how to run SPICE, or why it is not run.
 
     Raises:
-        ValueError: answers are missing or too many; they are named.
+        ValueError: names images without an answer, or answers of other images.
         OSError: a metric's process failed.
     """
     _require_same_images(references, answers)
@@ -438,3 +387,31 @@ def _require_same_images(references: Mapping[str, Any], answers: Mapping[str, An
             f"answers: found {len(unknown)} on images that the references do not have: {named(unknown)}; are these "
             "the captions of the same images?"
         )
+
+
+def as_text(scores: CaptionScores) -> str:
+    """The scores, a line each, and the number of images."""
+    lines = []
+    for name in METRICS:
+        if name in scores.metrics:
+            metric = scores.metrics[name]
+            error = "" if metric.stderr is None else f" ± {metric.stderr:.4f}"
+            lines.append(f"{name:<8} {metric.value:.4f}{error}")
+        else:
+            lines.append(f"{name:<8} not available: {scores.not_available[name]}")
+    without = f", {len(scores.empty)} with an empty answer" if scores.empty else ""
+    return "\n".join([*lines, f"{scores.images} images{without}"])
+
+
+def as_json(scores: CaptionScores) -> dict[str, Any]:
+    """All scores, of all images together and of each."""
+    return {
+        "images": scores.images,
+        "empty": list(scores.empty),
+        "scores": {name: {"value": m.value, "stderr": m.stderr} for name, m in scores.metrics.items()},
+        "not_available": scores.not_available,
+        "of_image": {
+            image: {name: metric.of_image[image] for name, metric in scores.metrics.items()}
+            for image in scores.metrics[METEOR].of_image
+        },
+    }

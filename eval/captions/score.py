@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import AliasChoices, BaseModel, Field
 
-from eval.captions.metrics import find_spice, require_metrics, score_captions
-from eval.captions.references import read_references
-from eval.captions.run import (
-    REFERENCES_HELP,
-    SpiceJarsOption,
-    SpiceJavaOption,
-    SplitOption,
-    as_json,
-    as_text,
-    read_answers,
-)
+from eval.captions.metrics import as_json, as_text, find_spice, require_metrics, score_captions
+from eval.captions.references import CaptionedImage, named, read_references
+from eval.captions.run import REFERENCES_HELP, SpiceJarsOption, SpiceJavaOption, SplitOption
 from llava.command import clear_errors, typer_app
-from patch_aligned.files import refuse_inputs
+from patch_aligned.files import refuse_inputs, validated
+from patch_aligned.pad import iter_records
 
 app = typer_app()
 
@@ -32,19 +27,16 @@ def main(
     answers: Annotated[
         Path, typer.Option(metavar="FILE", help="Records of `image_id` (or `image`) and `caption` (or `answer`).")
     ],
-    references: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help=REFERENCES_HELP),
-    ],
+    references: Annotated[Path, typer.Option(metavar="FILE", help=REFERENCES_HELP)],
     split: SplitOption = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images of the references.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of images of the references.")] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON for all scores, those of each image among them.")
+        Path | None, typer.Option(metavar="FILE", help="JSON file for all scores, also those of each image.")
     ] = None,
     spice_jars: SpiceJarsOption = None,
     spice_java: SpiceJavaOption = None,
 ) -> None:
-    """Scores captions of any source: METEOR, ROUGE-L, SPICE, CIDEr and BLEU, as pycocoevalcap has them.
+    """Score captions of any source: METEOR, ROUGE-L, SPICE, CIDEr and BLEU, as pycocoevalcap computes them.
 
     Example:
 
@@ -66,6 +58,45 @@ def main(
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(as_json(scores), indent=2) + "\n", encoding="utf-8")
     typer.echo(as_text(scores))
+
+
+class _Answer(BaseModel):
+    image: Annotated[int | str, Field(validation_alias=AliasChoices("image_id", "image"))]
+    caption: Annotated[str, Field(validation_alias=AliasChoices("caption", "answer", "text"))]
+
+
+def read_answers(path: Path, images: Sequence[CaptionedImage]) -> dict[str, str]:
+    """Read captions of another source: COCO's results (`image_id`, `caption`), or records of `image` and `answer`.
+
+    Args:
+        path: JSON, JSON lines, either gzipped, or Parquet.
+        images: the images of the references. Records name them by id or by path.
+
+    Returns:
+        Captions by the image's id.
+
+    Raises:
+        ValueError: a record is no caption, or its image is unknown or has a caption already.
+        RecordFileError: the file is missing, or cannot be read.
+    """
+    ids = {name: image.id for image in images for name in (image.image, image.id)}
+    answers: dict[str, str] = {}
+    unknown = []
+    for number, record in enumerate(iter_records(path)):
+        answer = validated(_Answer, record, f"{path}: record {number}")
+        name = str(answer.image)
+        if name not in ids:
+            unknown.append(name)
+        elif ids[name] in answers:
+            raise ValueError(f"{path}: record {number}: found image {name!r} a second time, expected one caption each")
+        else:
+            answers[ids[name]] = answer.caption
+    if unknown:
+        raise ValueError(
+            f"{path}: found captions of {named(unknown)}, which are not among the {len(images)} images of the "
+            "references; are these the captions of the same images?"
+        )
+    return answers
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""What the miniature's benchmarks give to a model that does not look: the numbers to read a score against."""
+"""Scores on the miniature's benchmarks without looking at the pictures: the numbers to compare a score with."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,15 @@ from typing import Any
 
 from pyarrow import parquet
 
+from eval.benchmarks import ROOT
 from eval.mini.scoring import EXACT_MATCH, score_count, score_existence, score_short
 from eval.rec.boxes import ACCURACY, score_answer
-from playground.mini.evaluation_set import OUT
+from llava.command import command_parser, run_command
+from patch_aligned.tables import Cell, Table
 
-TRAIN = Path(__file__).parents[2] / "playground" / "data" / "mini" / "train"
-# Name of the benchmark -> category of its questions in the training scenes, and its score.
+OUT = ROOT / "playground" / "data" / "mini" / "eval"
+TRAIN = ROOT / "playground" / "data" / "mini" / "train"
+# Benchmark -> category of its questions in the training scenes, and its score.
 SHORT: dict[str, tuple[str, Callable[[str, str], dict[str, Any]]]] = {
     "counting": ("count", score_count),
     "existence": ("existence", score_existence),
@@ -32,28 +34,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Baselines:
-    """Scores without looking, 0..1.
+    """Scores without looking at pictures, 0..1; None for boxes where it is not defined."""
 
-    Attributes:
-        chance: any of the answers that occur, all equally likely; None for boxes.
-        constant: always the most frequent answer; of boxes, always the mean box of the training scenes, in the padded
-            square, which undoing the padded frame reads rightly.
-        question_alone: the most frequent answer to the same question in the training scenes, and where it was not asked
-            there, the most frequent one to its kind of question; None for boxes.
-    """
-
-    chance: float | None
-    constant: float
+    chance: float | None  # any of the occurring answers, all equally likely
+    constant: float  # always the most frequent answer; for boxes, the mean box of the training scenes
+    # The most frequent answer to the same question in the training scenes; if it was not asked there, to its category.
     question_alone: float | None
 
 
 def short_answer_baselines(name: str, rows: Sequence[Row], training: Iterable[tuple[str, str]]) -> Baselines:
-    """Baselines of `exact_match` of a benchmark with short answers.
+    """Baselines of `exact_match` of the benchmark `name` with short answers.
 
-    Args:
-        name: of the benchmark, a key of `SHORT`.
-        rows: with `question` and `answer`.
-        training: questions and answers of the same kind from the training scenes; one at least.
+    `rows` have `question` and `answer`; `training` are questions and answers of the same category.
     """
     score = SHORT[name][1]
     answers = Counter(row["answer"] for row in rows)
@@ -107,30 +99,32 @@ def _read_columns(path: Path, *columns: str) -> list[Row]:
         return parquet.read_table(file, columns=list(columns)).to_pylist()
 
 
-def as_markdown(found: dict[str, tuple[int, Baselines]]) -> str:
+def as_table(found: dict[str, tuple[int, Baselines]]) -> Table:
     """A table in per cent."""
-    lines = ["| task | rows | chance | constant answer | question alone |", "|---|---|---|---|---|"]
-    for name, (rows, baselines) in found.items():
+    rows = []
+    for name, (count, baselines) in found.items():
         shares = (baselines.chance, baselines.constant, baselines.question_alone)
         cells = ["–" if share is None else f"{100 * share:.1f}" for share in shares]
-        lines.append(f"| mini_{name} | {rows} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(list(map(Cell, (f"mini_{name}", str(count), *cells))))
+    return Table("Baselines", ("task", "rows", "chance", "constant answer", "question alone"), rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, prog="python -m eval.mini.baselines", description=__doc__)
-    parser.add_argument("--data", type=Path, default=OUT, help="evaluation set (default: playground/data/mini/eval)")
-    parser.add_argument("--train", type=Path, default=TRAIN, help="scenes (default: playground/data/mini/train)")
-    arguments = parser.parse_args(argv)
+def print_baselines(arguments: argparse.Namespace) -> None:
+    """The command."""
     try:
         found = read_baselines(arguments.data, arguments.train)
     except FileNotFoundError as error:
-        print(f"error: no file {error.filename}; next: bash scripts/prepare_mini.sh", file=sys.stderr)
-        return 1
-    print(as_markdown(found))
-    return 0
+        raise FileNotFoundError(f"no file {error.filename}; next: bash scripts/prepare_mini.sh") from error
+    print(as_table(found).markdown())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = command_parser("eval.mini.baselines", __doc__)
+    parser.add_argument("--data", type=Path, default=OUT, help="evaluation set (default: playground/data/mini/eval)")
+    parser.add_argument("--train", type=Path, default=TRAIN, help="scenes (default: playground/data/mini/train)")
+    run_command(print_baselines, parser, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

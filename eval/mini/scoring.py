@@ -1,4 +1,4 @@
-"""What an answer to one of the miniature's short questions scores."""
+"""Scores of answers to the miniature's short questions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ F1 = "f1"
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 _WORD = re.compile(r"[a-z0-9]+")
-# "On the left", "a red" and "the middle" say what "left", "red" and "middle" say.
+# "On the left", "a red" and "the middle" mean the same as "left", "red" and "middle".
 _IGNORED = {"a", "an", "the", "on", "in", "at", "to", "there", "it", "is", "are"}
 
 
@@ -26,28 +26,28 @@ class YesNo(TypedDict):
 
 
 def normalise(text: str) -> str:
-    """Lower case without punctuation, articles and the like; numbers in digits.
+    """Convert to lower case without punctuation, articles and the like, and numbers to digits.
 
-    Other words stay, so that an answer with more in it than was asked is another answer.
+    Other words stay, so that an answer with additional words is another answer.
     """
     words = _WORD.findall(text.lower())
     return " ".join(_DIGITS.get(word, word) for word in words if word not in _IGNORED)
 
 
 def score_short(answer: str, target: str) -> dict[str, float]:
-    """1 where answer and target are equal once normalised, else 0."""
+    """1 if answer and target are equal after normalisation, else 0."""
     return {EXACT_MATCH: float(normalise(answer) == normalise(target))}
 
 
 def score_count(answer: str, target: str) -> dict[str, float]:
-    """As `score_short`, and 1 where the answer holds one number, off by one at most."""
+    """As `score_short`, and 1 if the answer contains a single number that differs by at most one."""
     numbers = [int(word) for word in normalise(answer).split() if word.isdigit()]
     near = len(numbers) == 1 and abs(numbers[0] - int(target)) <= 1
     return {**score_short(answer, target), WITHIN_ONE: float(near)}
 
 
 def score_existence(answer: str, target: str) -> dict[str, float | YesNo]:
-    """By the answer's first word: `exact_match`, what adds up to the share of yes, and both for `f1_of_yes`."""
+    """Score the answer's first word: `exact_match`, a term of the share of yes, and a term of `f1_of_yes`."""
     said = normalise(answer).split(" ")[0]
     truth = normalise(target)
     return {
@@ -58,7 +58,7 @@ def score_existence(answer: str, target: str) -> dict[str, float | YesNo]:
 
 
 def f1_of_yes(rows: Sequence[YesNo]) -> float:
-    """Harmonic mean of precision and recall of the answer yes; 0 where it was never rightly given."""
+    """Harmonic mean of precision and recall of the answer yes; 0 if it is never right."""
     hits = sum(row["said"] and row["true"] for row in rows)
     answered = sum(row["said"] for row in rows)
     true = sum(row["true"] for row in rows)

@@ -1,7 +1,7 @@
-"""What one question of a referring-expression benchmark is: a row of a Parquet file, its prompt and its picture.
+"""Rows of referring-expression benchmarks: their Parquet files, prompts and pictures, and the scores of answers.
 
-Rows name their picture by its path below the data root and do not hold it: a picture has seven expressions on average,
-and whoever trained LLaVA has COCO's pictures on disk already.
+Rows contain the path of their picture below the data root, not the picture: a picture has seven expressions on average,
+and COCO's pictures are on disk already if LLaVA was trained there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import pyarrow.parquet
 from PIL import Image, ImageFile
 
 from llava.mm_utils import load_rgb_image
-from patch_aligned.cells import boxes_xyxy_from_image01, boxes_xyxy_from_square01
+from patch_aligned.cells import box_iou, boxes_xyxy_from_image01, boxes_xyxy_from_square01
 from patch_aligned.files import written_whole
 from patch_aligned.results.run import ACCURACY, BoxFrame
 
-# The wording of LLaVA-1.5's training data (llava_v1_5_mix665k.json), where the expression ends with a full stop.
+# As in LLaVA-1.5's training data (llava_v1_5_mix665k.json), where the expression ends with a full stop.
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: {expression}."
 SCHEMA = pyarrow.schema(
     [
@@ -37,50 +37,37 @@ SCHEMA = pyarrow.schema(
 
 
 class Row(TypedDict):
-    """One expression.
+    """One expression."""
 
-    Attributes:
-        id: unique within the file.
-        image: path of the picture below the data root.
-        expression: the words that single out one object.
-        box_xyxy_px: the object's box, pixels of the picture.
-        width: of the picture, pixels.
-        height: of the picture, pixels.
-    """
-
-    id: str
-    image: str
-    expression: str
-    box_xyxy_px: list[float]
-    width: int
+    id: str  # unique within the file
+    image: str  # path of the picture below the data root
+    expression: str  # describes one object
+    box_xyxy_px: list[float]  # of the object
+    width: int  # of the picture, pixels
     height: int
 
 
 def prompt_of(expression: str) -> str:
-    """The question as the model was trained on it, without the picture's placeholder."""
+    """The question as in training, without the placeholder of the picture."""
     return PROMPT.format(expression=expression.strip().removesuffix("."))
 
 
 def image_path(image: str, data_root: Path) -> Path:
-    """Path of a row's picture.
-
-    Raises:
-        ValueError: the path leaves the data root.
-    """
+    """Path of a row's picture. Raises `ValueError` if it leaves the data root."""
     path = Path(image)
-    # Links inside the folder may lead elsewhere: whoever set up the folder made them. A data file may not.
+    # Links inside the folder may point elsewhere, since its owner made them. Paths in a data file may not.
     if path.anchor or ".." in path.parts:
         raise ValueError(f"field image: found {image!r}, expected a path inside the data root {data_root}")
     return data_root / path
 
 
 def load_image(row: Row, data_root: Path) -> Image.Image:
-    """A row's picture as RGB, turned as its EXIF says, as in training.
+    """Load a row's picture as RGB, rotated as its EXIF says, as in training.
 
     Raises:
-        ValueError: the path leaves the data root, or the picture has another size than the row's box was drawn on.
+        ValueError: the path leaves the data root, or the picture's size differs from the row's.
         FileNotFoundError: there is no such picture.
-        UnreadableImageError: it is cut off, or broken otherwise.
+        UnreadableImageError: it is truncated or otherwise broken.
     """
     path = image_path(row["image"], data_root)
     with _cut_pictures_are_errors():
@@ -95,7 +82,7 @@ def load_image(row: Row, data_root: Path) -> Image.Image:
 
 @contextmanager
 def _cut_pictures_are_errors() -> Iterator[None]:
-    """Pillow's own rule, which lmms-eval, once imported, changes for the process: the rest would be grey."""
+    """Restore Pillow's default: importing lmms-eval makes it fill truncated pictures with grey."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -105,14 +92,9 @@ def _cut_pictures_are_errors() -> Iterator[None]:
 
 
 def check_row(row: Row, where: str) -> None:
-    """Refuses what cannot be asked or scored.
+    """Raise `ValueError` for a row without words, or with a box that is empty or outside the picture.
 
-    Args:
-        row: fields of the right types.
-        where: file and record, for the message.
-
-    Raises:
-        ValueError: no words, or a box without area or outside the picture.
+    `where` is file and record, for the message.
     """
     if not row["expression"].strip():
         raise ValueError(f"{where}, field expression: found {row['expression']!r}, expected words")
@@ -144,11 +126,11 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=SCHEMA), temporary)
 
 
-# Referring expressions: a box read out of an answer, and scored under both frames that it may have been spoken in.
+# Scores of an answer: its box is read in both frames.
 #
-# LLaVA-1.5 was trained on boxes in 0..1 of the image *padded to a centred square*, so that is how its answers are to be
-# read; much of the literature reads them in 0..1 of the image itself. The two agree on square images only. Every answer
-# is scored both ways, so that a run never has to be repeated to learn what the other reading would have given.
+# LLaVA-1.5 was trained on boxes in 0..1 of the image *padded to a centred square*, so answers must be read this way.
+# Much of the literature reads them in 0..1 of the image itself. The two agree on square images only. Every answer is
+# scored both ways, so that a run need not be repeated for the other reading.
 
 BoxXyxy = tuple[float, float, float, float]
 
@@ -166,10 +148,10 @@ _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]", re.ASCII)
 
 
 def parse_box(text: str) -> BoxXyxy | None:
-    """The first `[x1, y1, x2, y2]` anywhere in an answer; None where there is none.
+    """Return the first `[x1, y1, x2, y2]` in an answer, or None.
 
-    Numbers may lack the digit before the point (`.25`) or after it (`1.`). Any two opposite corners name a box, so that
-    swapped ones are put in order. Numbers outside 0..1 are kept: such an answer is wrong, not unreadable.
+    Numbers may lack the digit before the point (`.25`) or after it (`1.`). Swapped corners are put in order. Numbers
+    outside 0..1 are kept: such an answer is wrong, not unreadable.
     """
     match = _BOX.search(text)
     if match is None:
@@ -178,32 +160,11 @@ def parse_box(text: str) -> BoxXyxy | None:
     return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
-def box_iou(a_xyxy: Sequence[float], b_xyxy: Sequence[float]) -> float:
-    """Area of the intersection of two boxes over the area of their union; 0 where both are empty."""
-    width = min(a_xyxy[2], b_xyxy[2]) - max(a_xyxy[0], b_xyxy[0])
-    height = min(a_xyxy[3], b_xyxy[3]) - max(a_xyxy[1], b_xyxy[1])
-    intersection = max(width, 0.0) * max(height, 0.0)
-    union = _area(a_xyxy) + _area(b_xyxy) - intersection
-    return intersection / union if union > 0 else 0.0
-
-
-def _area(box_xyxy: Sequence[float]) -> float:
-    return (box_xyxy[2] - box_xyxy[0]) * (box_xyxy[3] - box_xyxy[1])
-
-
 def score_answer(text: str, box_xyxy_px: Sequence[float], width: int, height: int) -> dict[str, float]:
-    """Scores of one answer under both readings.
+    """Score an answer under both readings: a number for each of `METRICS`.
 
-    Args:
-        text: the raw answer.
-        box_xyxy_px: the box asked for, in pixels of the image file.
-        width: of the image file, pixels.
-        height: of the image file, pixels.
-
-    Returns:
-        A number for each name of `METRICS`. An answer is right from an IoU of 0.5 on, but for rounding. One without a
-        box is wrong, with an IoU of 0, in both readings, and counts as 1 in "not parsed". Boxes are not clipped to the
-        image.
+    The box and the size are in pixels of the image file. An answer is right from an IoU of 0.5, up to rounding. Without
+    a box it is wrong, with an IoU of 0, and counts as 1 in "not parsed". Boxes are not clipped to the image.
     """
     spoken = parse_box(text)
     if spoken is None:

@@ -81,7 +81,7 @@ def test_a_judge_that_answers_is_taken(judge_that_says: Callable[[int, Any], str
     ("status", "document", "said"),
     [
         (401, {"error": "bad key"}, r"refused: HTTP 401 .*bad key"),
-        (200, says(""), "answers nothing"),
+        (200, says(""), "gives an empty answer"),
         (200, says("<think> One."), "found '<think> One.', expected a mark from 0 to 1 at the beginning"),
         (200, says("10"), "found '10', expected a mark from 0 to 1"),
         (200, says("nan"), "found 'nan', expected a mark from 0 to 1"),

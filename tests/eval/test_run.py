@@ -142,7 +142,7 @@ def test_a_finished_benchmark_is_skipped_and_done_again_on_request(
     assert "(finished before)" in capsys.readouterr().out
     assert prompts == []
     assert evaluate("--benchmarks", "pictures", "--limit", "4") == 2
-    assert "another limit: found 2, asked for 4; next: another --output, or --again" in capsys.readouterr().err
+    assert "another settings.limit: found 2, asked for 4; next: another --output, or --again" in capsys.readouterr().err
     assert evaluate("--benchmarks", "pictures", "--limit", "2", "--again") == 0
     assert len(prompts) == 2
     assert read_run(Path("out/pictures")) == before
@@ -273,7 +273,7 @@ def test_a_judge_marks_the_answers_and_its_silence_is_no_zero(
         monkeypatch.setattr(Judge, "marks", "0.5")
         assert evaluate(*flags) == 0
         assert evaluate(*flags, "--judge-model", "stricter") == 2
-        assert "out/mmvet: holds a run with another judge" in capsys.readouterr().err
+        assert "out/mmvet: holds a run with another settings.judge" in capsys.readouterr().err
     finally:
         server.shutdown()
         server.server_close()

@@ -1,4 +1,4 @@
-"""The evaluation scripts print commands that the real parsers read: one a benchmark, one process a GPU."""
+"""The evaluation scripts print commands that the real parsers read, with one process per GPU."""
 
 from __future__ import annotations
 
@@ -58,14 +58,6 @@ def test_each_script_asks_for_benchmarks_that_there_are(script: str) -> None:
     tables = {str(table) for benchmark in chosen for table in benchmark.tables}
     said = (SCRIPTS / f"{script}.sh").read_text().split("set -e")[0]
     assert tables <= set(re.findall(r"\d", said.partition("Table")[2])) or script == "all"
-
-
-def test_every_benchmark_of_the_tables_has_a_script() -> None:
-    benchmarks = importlib.import_module("eval.benchmarks")
-    asked = [parsed(printed(script, "c", NUM_GPUS="1")[0]).benchmarks for script in OF_LMMS_EVAL if script != "all"]
-    chosen = {benchmark.name for names in asked for benchmark in benchmarks.choose(names.split(","))}
-    real = {name for name, benchmark in benchmarks.BENCHMARKS.items() if benchmark.group not in ("mini", "server")}
-    assert chosen == real
 
 
 def test_several_gpus_are_one_process_each() -> None:

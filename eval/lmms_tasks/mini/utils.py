@@ -1,4 +1,4 @@
-"""What lmms-eval calls for the `mini_*` tasks. It loads this file beside the YAMLs, from the root of the repository."""
+"""Functions that lmms-eval calls for the `mini_*` tasks. It loads this file from the folder of the YAMLs."""
 
 from __future__ import annotations
 

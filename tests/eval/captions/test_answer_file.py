@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from eval.captions.references import CaptionedImage
-from eval.captions.run import CaptionLog, read_answers
+from eval.captions.run import CaptionLog
+from eval.captions.score import read_answers
 
 IMAGES = (CaptionedImage("9", "val/9.jpg", ("A dog.",)), CaptionedImage("4", "val/4.jpg", ("Cats.",)))
 
@@ -54,7 +55,7 @@ def test_a_line_that_is_no_caption_is_told(tmp_path: Path, files: dict[str, Path
     CaptionLog(tmp_path, "one", files).keep("a", "A dog")
     path = tmp_path / "one-0.jsonl"
     path.write_text(f"{path.read_text()}{line}\n")
-    with pytest.raises(ValueError, match=r"one-0\.jsonl, line 2: found no caption; next: delete the file"):
+    with pytest.raises(ValueError, match=r"one-0\.jsonl, line 2: found no .*; next: delete the file"):
         CaptionLog(tmp_path, "one", files)
 
 
@@ -88,9 +89,9 @@ def test_captions_name_their_image_by_id_or_path(tmp_path: Path, records: list[A
         ([{"image_id": 7, "caption": "Cats"}], "found captions of 7, which are not among the 2 images"),
         ([{"image_id": 4, "caption": "Cats"}, {"image": "val/4.jpg", "caption": "Cat"}], "record 1: found image "
          "'val/4.jpg' a second time"),
-        ([{"image_id": 4}], "record 0: found image_id; expected a text or number in one of caption, answer, text"),
-        ([{"image_id": 4, "caption": None}], "record 0: found image_id, caption; expected"),
-        ([4], "record 0: found 4; expected a text or number in one of image_id, image"),
+        ([{"image_id": 4}], "record 0: field 'caption': found nothing"),
+        ([{"image_id": 4, "caption": None}], "record 0: field 'caption': found None"),
+        ([4], "record 0: found 4"),
     ],
 )  # fmt: skip
 def test_captions_that_do_not_fit_are_told_with_the_place(tmp_path: Path, records: list[Any], said: str) -> None:

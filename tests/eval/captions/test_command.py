@@ -105,7 +105,7 @@ def test_a_base_is_known_by_its_weights(world: Path) -> None:
     with Path("tiny-vicuna/model.safetensors").open("ab") as weights:
         weights.write(b" ")
     other = caption(*STAGE_1, "--limit", "1")
-    assert other.exit_code == 2 and "base's weights" in other.output
+    assert other.exit_code == 2 and "model.weights" in other.output
 
 
 def test_the_users_prompt_is_what_the_model_gets(world: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_run_of_other_settings_is_replaced_only_on_request(world: Path) -> Non
     assert caption(*STAGE_2, "--limit", "2").exit_code == 0
     done = caption(*STAGE_2)
     assert done.exit_code == 2
-    assert "holds a run with another limit: found 2, asked for None; next: another --output, or --again" in done.output
+    assert "holds a run with another settings.limit: found 2, asked for None; next: another --output" in done.output
     assert caption(*STAGE_2, "--again").exit_code == 0
     assert read_run(RUN).settings.limit is None
 
@@ -209,7 +209,7 @@ def test_images_of_the_same_names_have_captions_of_their_own(world: Path) -> Non
         shutil.copy(f"images/{name}", f"others/{other}")
     Path("others.json").write_text(json.dumps([{"image": name, "captions": ["Another"]} for name in IMAGES]))
     flags = (*STAGE_2, "--references", "others.json", "--image-folder", "others")
-    assert "holds a run with another set of images and captions (SHA-256): found '" in refused(*flags)
+    assert "holds a run with another data.rows_sha256: found '" in refused(*flags)
     assert caption(*flags, "--again").exit_code == 0
     assert [sample.answer for sample in read_samples(RUN)] == first[::-1]
 

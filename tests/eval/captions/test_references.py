@@ -77,13 +77,13 @@ def test_a_pad_file_has_a_caption_an_image(tmp_path: Path) -> None:
         ),
         ({"images": [], "annotations": COCO["annotations"]}, "found captions of images 9, 4, which 'images' lacks"),
         ({"images": COCO["images"] * 2, "annotations": COCO["annotations"]}, "found images 9, 4 twice"),
-        ({"images": [{"id": 9}], "annotations": []}, r"images\[0\], field 'file_name': found no such field among id"),
-        ({"images": [{"id": 9, "file_name": 3}], "annotations": []}, "'file_name': found 3, expected a text"),
+        ({"images": [{"id": 9}], "annotations": []}, r"field 'images\[0\]\.file_name': found nothing"),
+        ({"images": [{"id": 9, "file_name": 3}], "annotations": []}, r"'images\[0\]\.file_name': found 3"),
         ({"annotations": []}, "found the keys annotations; expected 'images' among them"),
         ([{"image": "x.jpg", "captions": [" "]}], "found no caption of x.jpg"),
-        ([{"image": "x.jpg"}], "record 0, field 'caption': found no such field among image"),
-        ([{"image": "x.jpg", "captions": ["a", 3]}], "record 0, field 'captions': found 3, expected texts"),
-        (["x.jpg"], "record 0: found 'x.jpg', expected an object with 'image_id'"),
+        ([{"image": "x.jpg"}], "record 0: field 'captions': found nothing"),
+        ([{"image": "x.jpg", "captions": ["a", 3]}], r"record 0: field '.*\[1\]': found 3"),
+        (["x.jpg"], "record 0: found 'x.jpg'"),
         ([], "found no images"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_file_that_is_wrong_is_told_with_the_place(tmp_path: Path, document: A
 def test_a_file_that_is_cut_off_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "captions.json", COCO)
     path.write_text(path.read_text()[:-9])
-    with pytest.raises(ValueError, match=r"no JSON: .* Is the file cut off\?"):
+    with pytest.raises(ValueError, match=r"captions\.json: found no JSON"):
         read_references(path)
     with pytest.raises(RecordFileError, match="found no such file"):
         read_references(tmp_path / "none.json")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.mini.baselines import Baselines, as_markdown, box_baselines, main, short_answer_baselines
+from eval.mini.baselines import OUT, Baselines, as_table, box_baselines, main, short_answer_baselines
+from playground.mini import evaluation_set
 
 
 def test_chance_the_best_constant_and_the_question_alone() -> None:
@@ -37,12 +38,18 @@ def test_the_constant_box_is_the_mean_one_read_in_the_padded_square() -> None:
 
 
 def test_the_table_is_in_per_cent() -> None:
-    table = as_markdown({"colour": (60, Baselines(1 / 3, 0.5, 1.0)), "rec": (80, Baselines(None, 0.025, None))})
-    assert table.splitlines()[2:] == ["| mini_colour | 60 | 33.3 | 50.0 | 100.0 |", "| mini_rec | 80 | – | 2.5 | – |"]
+    table = as_table({"colour": (60, Baselines(1 / 3, 0.5, 1.0)), "rec": (80, Baselines(None, 0.025, None))})
+    lines = table.markdown().splitlines()
+    assert lines[2:] == [
+        "| mini_colour | 60 | 33.3 | 50.0 | 100.0 |",
+        "| mini_rec | 80 | – | 2.5 | – |",
+    ]
 
 
-def test_what_is_missing_is_named_with_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--data", str(tmp_path), "--train", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == (
-        f"error: no file {tmp_path / 'questions.jsonl'}; next: bash scripts/prepare_mini.sh\n"
-    )
+def test_what_is_missing_is_named_with_the_next_command(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no file .*questions\.jsonl; next: bash scripts/prepare_mini\.sh"):
+        main(["--data", str(tmp_path), "--train", str(tmp_path)])
+
+
+def test_the_evaluation_set_is_looked_for_where_it_is_made() -> None:
+    assert evaluation_set.OUT == OUT

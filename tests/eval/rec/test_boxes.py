@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.rec.boxes import ACCURACY, MEAN_IOU, METRICS, NOT_PARSED, box_iou, parse_box, score_answer
+from eval.rec.boxes import ACCURACY, MEAN_IOU, METRICS, NOT_PARSED, parse_box, score_answer
+from patch_aligned.cells import box_iou
 
 SPOKEN = {
     "[0.25, 0.5, 0.75, 1.0]": (0.25, 0.5, 0.75, 1.0),

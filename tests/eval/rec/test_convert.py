@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from eval.rec.boxes import Row, load_image, prompt_of
-from eval.rec.convert import PUBLISHED_EXPRESSIONS, RefsError, load_plain_pickle, main, read_referred_objects
+from eval.rec.convert import PUBLISHED_EXPRESSIONS, load_plain_pickle, main, read_referred_objects
 from llava.mm_utils import UnreadableImageError
 
 SIZE_WH = (64, 48)
@@ -53,11 +54,21 @@ def world(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def run_main(*arguments: str) -> int:
+    """The exit status of the command."""
+    try:
+        main(arguments)
+    except SystemExit as stopped:
+        print(stopped.code, file=sys.stderr)  # as the interpreter does
+        return 1
+    return 0
+
+
 def convert(world: Path, *options: str, images: str = "train2014") -> int:
     folders = ["--data_root", str(world / "data"), "--output", str(world / "out")]
     if "--json" in options:
-        return main([*options, *folders])
-    return main([*options, "--refs", str(world / "refs"), "--images", str(world / "data/coco" / images), *folders])
+        return run_main(*options, *folders)
+    return run_main(*options, "--refs", str(world / "refs"), "--images", str(world / "data/coco" / images), *folders)
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -126,7 +137,7 @@ def test_a_wrong_archive_names_the_splits_that_it_has(world: Path, capsys: pytes
 
 
 def test_no_archive_at_all(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--refs", str(world), "--data_root", str(world / "data")]) == 1
+    assert run_main("--refs", str(world), "--data_root", str(world / "data")) == 1
     assert "found none of the folders refcoco, refcoco+, refcocog" in capsys.readouterr().err
 
 
@@ -149,7 +160,7 @@ class RunsCode:
 def test_a_pickle_that_would_run_code_does_not(tmp_path: Path, protocol: int) -> None:
     path, proof = tmp_path / "refs(unc).p", tmp_path / "it ran"
     path.write_bytes(pickle.dumps([RunsCode(proof)], protocol=protocol))
-    with pytest.raises(RefsError, match=r"refs\(unc\)\.p: asks for .*, which may run code"):
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p: .*asks for .*, which may run code"):
         load_plain_pickle(path)
     assert not proof.exists()
     pickle.loads(path.read_bytes())
@@ -160,7 +171,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path, protocol: int) ->
 def test_what_is_no_plain_pickle_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "refs(unc).p"
     path.write_bytes(content)
-    with pytest.raises(RefsError, match=r"refs\(unc\)\.p"):
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p"):
         load_plain_pickle(path)
 
 
@@ -168,14 +179,14 @@ def test_a_reference_to_an_unknown_object_is_named(world: Path) -> None:
     folder = world / "refs/refcocog"
     document = json.loads((folder / "instances.json").read_text())
     (folder / "instances.json").write_text(json.dumps({**document, "annotations": document["annotations"][1:]}))
-    with pytest.raises(RefsError, match=r"refs\(umd\).p, reference 0: KeyError\(100\); expected image_id and ann_id"):
+    with pytest.raises(ValueError, match=r"refs\(umd\).p, reference 0: .*ann_id 100"):
         list(read_referred_objects(folder, "refs(umd).p"))
 
 
 def test_a_broken_instances_file_is_named(world: Path) -> None:
     folder = world / "refs/refcocog"
     (folder / "instances.json").write_text('{"images": [{"id": 1, "file_name": "a", "width": Infinity, "height": 1}]}')
-    with pytest.raises(RefsError, match=r"instances\.json: OverflowError.*expected COCO's images"):
+    with pytest.raises(ValueError, match=r"instances\.json: field 'images\[0\]\.width': found inf"):
         list(read_referred_objects(folder, "refs(umd).p"))
 
 
@@ -195,17 +206,17 @@ def test_a_plain_json_list(world: Path) -> None:
     ("change", "message"),
     [
         ({"bbox": [1, 2, 1, 4]}, "record 1, box: found"),
-        ({"bbox": [1, 2, float("nan"), 4]}, "record 1, field bbox: found [1, 2, nan, 4]"),
+        ({"bbox": [1, 2, float("nan"), 4]}, "field '[1].bbox[2]': found nan"),
         ({"bbox": [70, 2, 80, 4]}, "leaves its 64 x 48 picture"),
-        ({"bbox": [1, 2, 10**400, 4]}, "leaves its 64 x 48 picture"),
-        ({"bbox": [0.1, 0.2, 0.5, 1.0]}, "shares of the picture it seems, expected pixels"),
-        ({"bbox": [1, 2, 3]}, "record 1, field bbox: found [1, 2, 3], expected four numbers"),
-        ({"bbox": None}, "record 1, field bbox: found None"),
-        ({"bbox": "1234"}, "record 1, field bbox: found '1234'"),
+        ({"bbox": [1, 2, 10**400, 4]}, "field '[1].bbox[2]'"),
+        ({"bbox": [0.1, 0.2, 0.5, 1.0]}, "probably shares of the picture, expected pixels"),
+        ({"bbox": [1, 2, 3]}, "field '[1].bbox': found [1, 2, 3]"),
+        ({"bbox": None}, "field '[1].bbox': found None"),
+        ({"bbox": "1234"}, "field '[1].bbox': found '1234'"),
         ({"expression": " "}, "field expression"),
-        ({"expression": None}, "record 1, field expression: found None, expected a text"),
-        ({"width": float("inf")}, "record 1, field width: found inf, expected a whole number"),
-        ({"width": 64.9}, "record 1, field width: found 64.9, expected a whole number"),
+        ({"expression": None}, "field '[1].expression': found None"),
+        ({"width": float("inf")}, "field '[1].width': found inf"),
+        ({"width": 64.9}, "field '[1].width': found 64.9"),
         ({"id": "0"}, "found the id '0' twice"),
         ({"image": "../refs/x.jpg"}, "expected a path inside the data root"),
         ({"image": "/etc/passwd"}, "expected a path inside the data root"),

@@ -1,7 +1,0 @@
-#!/usr/bin/env bash
-# RefCOCO+, the splits of UNC, both readings of boxes (Tables 5 and 8).
-set -euo pipefail
-cd "$(dirname "$0")/../../.."
-source scripts/v1_5/eval/common.sh
-
-evaluate refcoco_plus_val,refcoco_plus_testA,refcoco_plus_testB "$@"
