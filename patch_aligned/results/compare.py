@@ -136,7 +136,7 @@ def compare(
         notes.append(f"Not all of them have a run of {', '.join(alone)}.")
     for pair in zip(first, second, strict=True):
         notes += training_notes(pair)
-    if len(changes) > 1:
+    if len(changes) > 1 and all(found.first for found in changes):
         before, after = ([getattr(found, side) for found in changes] for side in ("first", "second"))
         gains = [f"{100 * relative_gain(before, after, how):+.1f}% ({how})" for how in GAINS]
         notes.append(f"Relative gain over {len(changes)} benchmarks, in their own units: {', '.join(gains)}.")

@@ -159,6 +159,15 @@ def test_the_gain_over_several_benchmarks_is_given_both_ways(make_run: Make, tmp
     assert any("+66.7% (ratio of means), +75.0% (mean of ratios)" in note for note in block.notes)
 
 
+def test_benchmarks_on_which_the_first_model_has_nothing_have_no_relative_gain(make_run: Make, tmp_path: Path) -> None:
+    for name, hits in {"a": [0, 0], "b": [0, 1]}.items():
+        for benchmark in ("gqa", "okvqa"):
+            make_run(f"{name}/{benchmark}", {"exact_match": hits}, benchmark=benchmark)
+    block = compared(tmp_path / "a", tmp_path / "b")
+    assert [str(row.cells[5]) for row in block.rows] == [DASH, DASH]
+    assert not any("Relative gain" in note for note in block.notes)
+
+
 def test_how_many_rows_matched_is_said(make_run: Make, result_of: Any, tmp_path: Path) -> None:
     make_run("a/gqa", {"exact_match": [0, 0, 1, 0]}, benchmark="gqa")
     settings: RunSettings = result_of([], {}).settings
