@@ -30,3 +30,11 @@ def test_the_terminal_shows_asides_on_a_line_of_their_own():
     console.print(Table("t", ("a", "b"), [[Cell("x"), Cell("1", "0 … 2")]]).text())
     lines = [line.split() for line in console.export_text().splitlines()]
     assert lines == [["t"], ["a", "b"], ["x", "1"], ["0…2"]]
+
+
+def test_text_columns_are_on_the_left_and_brackets_are_no_markup():
+    table = Table("t", ("a", "b", "c"), [[Cell("[/bold]"), Cell("[red]x"), Cell("1")]], text_columns=2)
+    assert table.markdown().splitlines()[1] == "|---|---|--:|"
+    console = Console(width=80, record=True)
+    console.print(table.text())
+    assert "[/bold]" in (text := console.export_text()) and "[red]x" in text

@@ -8,9 +8,10 @@ import stat
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from patch_aligned.annotate.folder import list_images
-from patch_aligned.files import written_whole
+from patch_aligned.files import validated, written_whole
 from patch_aligned.images import UnreadableImageError, decode_image
 from patch_aligned.pad import write_records
 
@@ -96,3 +97,19 @@ def test_links_that_lead_to_each_other_are_named(tmp_path: Path) -> None:
         (tmp_path / name / "next").symlink_to(tmp_path / other)
     with pytest.raises(ValueError, match="a link that leads back to"):
         list_images(tmp_path)
+
+
+class Point(BaseModel):
+    x: float
+    tags: list[str] = []
+
+
+def test_what_a_file_holds_is_read_strictly_and_a_wrong_field_is_named() -> None:
+    expected = [Point(x=1.5, tags=["a"])]
+    assert validated(list[Point], b'[{"x": 1.5, "tags": ["a"], "y": 0}]', "f") == expected
+    assert validated(list[Point], [{"x": 1.5, "tags": ["a"]}], "f") == expected
+    for content in (b'[{"x": "1.5"}]', [{"x": "1.5"}]):
+        with pytest.raises(ValueError, match=r"^f\.json: field '\[0\]\.x': found '1\.5'; "):
+            validated(list[Point], content, "f.json")
+    with pytest.raises(ValueError, match=r"^record 3: field 'x': found nothing"):
+        validated(Point, {}, "record 3")
