@@ -68,7 +68,7 @@ def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
     if judge.type == "openai" and not key:
         raise ValueError(f"the judge {judge.model} needs OPENAI_API_KEY, which is not set; next: set it, or {own}")
     is_reasoning = judge.type == "openai" and judge.model.startswith(("gpt-5", "o1", "o3", "o4"))
-    question = {
+    question: dict[str, Any] = {
         "model": judge.model,
         "messages": [{"role": "user", "content": QUESTION}],
         "max_completion_tokens" if is_reasoning else "max_tokens": MARK_TOKENS,
