@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from tqdm import tqdm
 
 from llava.command import clear_errors
+
+if TYPE_CHECKING:
+    from patch_aligned.tables import Table
 
 app = typer.Typer(rich_markup_mode="markdown")
 
@@ -65,7 +67,7 @@ def verify(
     output = output or pad.with_name(pad.name + ".verify")
     found = write_verification(pad, settings, output, partial(_progress, desc="Verifying"))
     if found.examples:
-        Console().print(as_table(found).text())
+        _show(as_table(found))
     typer.echo(summary(found))
     typer.echo(f"Report: {output / 'verify.md'}, verify.json, problems.jsonl")
     if found.errors > (found.errors_of_regions if fail_on == "broken_file" else 0):
@@ -96,7 +98,7 @@ def stats(
     statistics = gather_statistics(pad, tokens, limit, partial(_progress, desc="Counting"))
     output = output or pad.with_name(pad.name + ".stats")
     numbers = write_statistics(statistics, output, plots)
-    Console().print(as_table(numbers).text())
+    _show(as_table(numbers))
     typer.echo("Most frequent tags: " + ", ".join(f"{tag!r} {n:,}" for tag, n in list(numbers["tags"].items())[:10]))
     typer.echo(f"Written: {output / 'stats.json'}, stats.md, tags.tsv{', stats.png' if plots else ''}")
 
@@ -227,6 +229,12 @@ def publish(
     if license_name is None:
         typer.echo(f"Choose a licence in {output / 'README.md'}, in its first lines and in its last section.")
     typer.echo(f"Read the card, then upload: hf upload {name} {output} --repo-type dataset")
+
+
+def _show(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table.text())
 
 
 def _require_matplotlib(plots: bool) -> None:
