@@ -187,6 +187,7 @@ def _commit() -> str | None:
     return None
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:

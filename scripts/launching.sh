@@ -89,7 +89,7 @@ signal_ranks() {
         { parent[$1] = $2 }
         END { for (pid in parent) { up = pid; while (up != top && up in parent) up = parent[up]; if (up == top) print pid } }')
     do
-        if tr '\0' '\n' 2>/dev/null <"/proc/$pid/environ" | grep -q '^LOCAL_RANK='; then ranks+=("$pid"); fi
+        if grep -qsz '^LOCAL_RANK=' "/proc/$pid/environ"; then ranks+=("$pid"); fi
     done
     kill -s "$1" "${ranks[@]:-$launcher_pid}" 2>/dev/null || true
 }

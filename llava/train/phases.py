@@ -44,6 +44,7 @@ def run_phase(trainer: LLaVATrainer, checkpoint: Path | None, record: RunRecord)
             Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}",
             shlex.join(sys.orig_argv),
         )
+        trainer.accelerator.wait_for_everyone()  # launchers end the other ranks when the first one exits
         raise SystemExit(stop_request.exit_status)
     trainer.save_result()
     trainer.save_state()  # with the figures of the whole run

@@ -131,7 +131,6 @@ share_out_batch() {
 launch() {
     local launcher word
     name_misspelt "$0" scripts/v1_5/common.sh
-    need_own_packages
     if [ "$PRESET" = full ]; then need_gpu; fi
     if ((NNODES > 1)); then
         launcher=(torchrun --nnodes "$NNODES" --node_rank "${NODE_RANK:?set it to the rank of this machine, from 0}"
@@ -191,6 +190,7 @@ else
 fi
 share_out_batch
 
+need_own_packages
 if [ "$PRESET" = mini ] && [ -z "${DRY_RUN:-}" ]; then
     DATA=$DATA bash scripts/prepare_mini.sh
 fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -222,32 +223,24 @@ def test_the_run_is_one_that_starts_from_the_warm_projector(run_stage_1: Any) ->
     assert columns(warm, *names) == columns(cold, *names)
 
 
-# Stops in the first phase after step 25, as on a signal.
-STOPPED = """
-import os, signal
-from llava.train.llava_trainer import LLaVATrainer
-from llava.train.train import train
-from patch_aligned.train.plugin import PatchAlignedPlugin
-compute_loss = LLaVATrainer.compute_loss
-def signalled(self, *args, **kwargs):
-    if self.state.global_step == 24:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return compute_loss(self, *args, **kwargs)
-LLaVATrainer.compute_loss = signalled
-train(plugin=PatchAlignedPlugin())
-"""
-
-
 def test_a_stopped_warm_up_resumes_exactly_and_is_not_repeated(
-    run_stage_1: Any, patch_flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+    run_stage_1: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start = "--pretrain_mm_mlp_adapter train_init/mm_projector.bin"
     run_stage_1(IMAGES[:4], f"{WARM} {start} --output_dir whole")
     flags = f"{WARM} {start} --save_strategy steps --save_steps 2"
-    command = [sys.executable, "-c", STOPPED, *patch_flags(IMAGES[:4], flags)]
-    stopped = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert stopped.returncode == 143, stopped.stderr
-    assert "run/patch_warmup/checkpoint-25" in stopped.stderr and not Path("run/mm_projector.bin").exists()
+    compute_loss = LLaVATrainer.compute_loss
+
+    def signalled(self: LLaVATrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 24:
+            signal.raise_signal(signal.SIGTERM)
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(LLaVATrainer, "compute_loss", signalled)
+        run_stage_1(IMAGES[:4], flags)
+    assert stopped.value.code == 143
+    assert "run/patch_warmup/checkpoint-25" in caplog.text and not Path("run/mm_projector.bin").exists()
     resumed, _ = run_stage_1(IMAGES[:4], flags)
     for folder in ("patch_warmup", "."):
         ours, theirs = (torch.load(Path(name, folder, "mm_projector.bin")) for name in ("run", "whole"))

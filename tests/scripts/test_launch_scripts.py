@@ -222,7 +222,8 @@ def test_what_cannot_be_run_is_refused_with_the_way_out(variables: dict[str, str
 )
 def test_missing_input_stops_before_anything_is_loaded(recipe: str, file: str, command: str, tmp_path: Path) -> None:
     projector = str(tmp_path / "mm_projector.bin")
-    result = run_script(recipe, DRY_RUN="", DATA=str(tmp_path), PRETRAIN_MM_MLP_ADAPTER=projector)
+    variables = {"DATA": str(tmp_path), "PRETRAIN_MM_MLP_ADAPTER": projector, "PYTHONPATH": str(ROOT)}
+    result = run_script(recipe, DRY_RUN="", **variables)
     assert result.returncode == 1
     assert file in result.stderr
     assert command in result.stderr

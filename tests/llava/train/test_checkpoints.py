@@ -44,11 +44,11 @@ def history(folder: Path) -> list[dict[str, Any]]:
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(run_stage_1: Any, stage_1_flags: Any) -> None:
     run_stage_1("whole", LONG_RUN)
 
-    script = [sys.executable, str(Path(__file__).with_name("killed_run.py"))]
-    killed = subprocess.run([*script, "6", *stage_1_flags("killed", LONG_RUN)], capture_output=True, check=False)
+    command = [sys.executable, str(Path(__file__).with_name("killed_run.py")), *stage_1_flags("killed", LONG_RUN)]
+    killed = subprocess.run(command, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [path.name for path in Path("killed").glob("checkpoint-*")] == ["checkpoint-3"]
-    subprocess.run([*script, "0", *stage_1_flags("killed", LONG_RUN)], capture_output=True, check=True)
+    run_stage_1("killed", LONG_RUN)
 
     assert history(Path("killed")) == history(Path("whole"))
     whole, resumed = (torch.load(f"{name}/mm_projector.bin") for name in ("whole", "killed"))

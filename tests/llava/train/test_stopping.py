@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +18,51 @@ import torch
 
 from llava.data.dataset import LazySupervisedDataset
 from llava.train.checkpointing import missing_from_checkpoint
+from llava.train.llava_trainer import LLaVATrainer
 
 LAUNCHING = Path(__file__).parents[3] / "scripts" / "launching.sh"
 RUN = "--per_device_train_batch_size 1 --num_train_epochs 3 --save_strategy no --logging_steps 2"
-# Sends itself a signal in the forward pass of a step, as from outside; twice, if told so.
+# Sends SIGTERM to its process group in the forward pass of the fifth step, as from outside; twice, if told so.
 SCRIPT = """
 import os, signal, sys, time
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import train
-step, *numbers = map(int, sys.argv.pop(1).split(","))
+times = int(sys.argv.pop(1))
 compute_loss = LLaVATrainer.compute_loss
 def signalled(self, *args, **kwargs):
-    if self.state.global_step == step:
-        for number in numbers:
-            os.kill(0 if GROUP else os.getpid(), number)
-            time.sleep(1.2 if len(numbers) > 1 else 0)
+    if self.state.global_step == 4:
+        for _ in range(times):
+            os.kill(0, signal.SIGTERM)
+            time.sleep(1.2 if times > 1 else 0)
     return compute_loss(self, *args, **kwargs)
 LLaVATrainer.compute_loss = signalled
 train()
 """
 
 
-def run(signals: str, arguments: list[str], group: bool = False) -> subprocess.CompletedProcess[str]:
-    script = SCRIPT.replace("GROUP", str(group))
-    command = [sys.executable, "-c", script, signals, *arguments]
+def run(times: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT, str(times), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
 
 
-@pytest.mark.parametrize(
-    ("number", "status", "flags"),
-    [
-        (signal.SIGTERM, 143, ""),
-        (signal.SIGTERM, 143, "--dataloader_num_workers 1"),
-        (signal.SIGUSR1, 143, ""),
-        (signal.SIGINT, 130, ""),
-    ],
-)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
 def test_it_saves_and_goes_on(
-    run_stage_1: Any, stage_1_flags: Any, logged: Any, number: int, status: int, flags: str
-) -> None:
+    run_stage_1: Any, logged: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    number: int, status: int,
+) -> None:  # fmt: skip
     whole = run_stage_1("whole", RUN)
-    stopped = run(f"4,{int(number)}", stage_1_flags("run", f"{RUN} {flags}"), group=bool(flags))
-    assert stopped.returncode == status, stopped.stderr
-    assert "Traceback" not in stopped.stderr
-    assert "step 5 of 12" in stopped.stderr and "run/checkpoint-5" in stopped.stderr
+    compute_loss = LLaVATrainer.compute_loss
+
+    def signalled(self: LLaVATrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 4:
+            signal.raise_signal(number)
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(LLaVATrainer, "compute_loss", signalled)
+        run_stage_1("run", RUN)
+    assert stopped.value.code == status
+    assert "step 5 of 12" in caplog.text and "run/checkpoint-5" in caplog.text
     assert not Path("run/mm_projector.bin").exists()
     resumed = run_stage_1("run", RUN)
     assert logged(resumed) == logged(whole)
@@ -68,28 +70,70 @@ def test_it_saves_and_goes_on(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_process_group_ends_without_traceback(golden_world: Path, stage_1_flags: Any) -> None:
+    stopped = run(1, stage_1_flags("run", f"{RUN} --dataloader_num_workers 1"))
+    assert stopped.returncode == 143, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert missing_from_checkpoint(Path("run/checkpoint-5")) == []
+
+
 def test_a_second_signal_ends_it_at_once(golden_world: Path, stage_1_flags: Any) -> None:
-    ended = run(f"4,{int(signal.SIGTERM)},{int(signal.SIGTERM)}", stage_1_flags("run", RUN))
+    ended = run(2, stage_1_flags("run", RUN))
     assert ended.returncode == 143 and "Traceback" not in ended.stderr
     assert not list(Path("run").glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 143), (signal.SIGINT, 130)])
-def test_scripts_pass_signals_on_to_all_ranks(golden_world: Path, stage_1_flags: Any, number: int, status: int) -> None:
+def signal_script(launcher: str, is_ready: Callable[[str], bool], number: int) -> tuple[int, str]:
+    """Runs a launcher as scripts do, and signals the script once the log says so; returns exit code and log."""
+    script = f"set -euo pipefail; source {LAUNCHING}; supervise {launcher}"
+    log = Path("log")
+    with log.open("w") as file:
+        process = subprocess.Popen(["bash", "-c", script], stdout=file, stderr=subprocess.STDOUT)
+        while not is_ready(log.read_text()) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(number)
+        return process.wait(600), log.read_text()
+
+
+# Stands for a launcher of two processes, which say what reaches them.
+LAUNCHER = """
+import os, signal, subprocess, sys
+def receive(number, frame):
+    os.write(1, f"rank {rank} received {number}\\n".encode())
+    os._exit(1)
+if rank := os.environ.get("LOCAL_RANK"):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, receive)
+    os.write(1, b"ready\\n")
+    while True:
+        signal.pause()
+ranks = [subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": rank}) for rank in "01"]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_scripts_pass_signals_on_to_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("launcher.py").write_text(LAUNCHER)
+    ended, log = signal_script(f"{sys.executable} launcher.py", lambda log: log.count("ready") == 2, number)
+    assert ended == status, log
+    assert sorted(log.splitlines()[2:]) == [f"rank {rank} received {int(number)}" for rank in (0, 1)]
+
+
+def test_ranks_that_a_script_signals_save_one_checkpoint(golden_world: Path, stage_1_flags: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         launcher = f"torchrun --nproc_per_node 2 --master_port {probe.getsockname()[1]}"
     flags = stage_1_flags("run", "--per_device_train_batch_size 1 --num_train_epochs 5000")
-    script = f"set -euo pipefail; source {LAUNCHING}; supervise {launcher} -m llava.train.train {' '.join(flags)}"
-    with Path("log").open("w") as log:
-        process = subprocess.Popen(["bash", "-c", script], stdout=log, stderr=subprocess.STDOUT)
-        while "'loss'" not in Path("log").read_text() and process.poll() is None:
-            time.sleep(0.2)
-        process.send_signal(number)
-        assert process.wait(120) == status, Path("log").read_text()
+    command = f"{launcher} -m llava.train.train {' '.join(flags)}"
+    status, log = signal_script(command, lambda log: "'loss'" in log, signal.SIGINT)
+    assert status == 130, log
     [saved] = Path("run").glob("checkpoint-*")
     assert missing_from_checkpoint(saved) == [] and (saved / "rng_state_1.pth").exists()
-    assert str(saved) in Path("log").read_text()
+    assert str(saved) in log
 
 
 @pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
