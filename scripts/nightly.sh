@@ -53,7 +53,7 @@ fresh_environment() {
 
 default_tests() {
     python -m pip freeze
-    python -m pytest -m "not gpu and not net"
+    bash scripts/test.sh
 }
 
 for step in "$@"; do

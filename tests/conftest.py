@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import io
 import os
 import re
+import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +18,7 @@ from typing import Any
 import PIL
 import pytest
 import yaml
+from hypothesis import settings
 from PIL import ImageFile
 
 # Set before huggingface_hub is imported: a name that is no folder fails at once, instead of after minutes of retries.
@@ -20,7 +27,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
+# A slow or busy machine is no failure.
+settings.register_profile("patient", settings(), deadline=None)
+settings.load_profile("patient")
+
 GOLDENS = Path(__file__).parent / "goldens" / "llava"
+
+
+def pytest_collection_finish() -> None:
+    """Exempts what was imported from garbage collection: every training ends with one, which would take a second."""
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -64,6 +80,29 @@ def golden_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(GOLDENS / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def run_python(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Does what `python ARGUMENTS` does, with a file or `-m` and a module, in this process, which has torch loaded."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        is_module = arguments[0] == "-m"
+        name = arguments[is_module]
+        monkeypatch.setattr(sys, "argv", [name, *arguments[is_module + 1 :]])
+        run_as_main = runpy.run_module if is_module else runpy.run_path
+        status: Any = None
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                run_as_main(name, run_name="__main__")
+            except SystemExit as end:
+                status = end.code
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+        status = 1 if isinstance(status, str) else status or 0
+        return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+    return run
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ masks = st.integers(1, 12).flatmap(
 
 
 @given(st.lists(masks, min_size=1, max_size=5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_run_lengths_are_those_of_the_decoded_masks(given_masks: list[np.ndarray]):
     runs, starts = run_lengths([encode(mask) for mask in given_masks])
     for mask, found in zip(given_masks, np.split(runs, starts[1:]), strict=True):

@@ -82,7 +82,7 @@ def exact_coverage(oracle: ImageGeometry, mask: np.ndarray) -> list[list[Fractio
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(oracles, st.randoms(use_true_random=False))
 def test_coverage_equals_rational_arithmetic(oracle: ImageGeometry, random) -> None:
     width, height = oracle.original_wh
@@ -95,7 +95,7 @@ def test_coverage_equals_rational_arithmetic(oracle: ImageGeometry, random) -> N
         assert covered.tolist() == [share >= least for row in exact for share in row]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(oracles, st.sampled_from([0.0, 0.02, 0.5, 0.97, 1.0]), st.integers(1, 4), st.integers(0, 2**31))
 def test_decisions_equal_those_of_integer_areas(oracle: ImageGeometry, density: float, regions: int, seed: int) -> None:
     """Whole numbers decide exactly; cells in floating point may not decide otherwise."""

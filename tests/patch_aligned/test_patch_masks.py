@@ -45,7 +45,7 @@ def random_masks(seed: int, regions: int, size_wh: tuple[int, int], density: flo
     return np.random.default_rng(seed).random((regions, size_wh[1], size_wh[0])) < density
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(["square", "pad", "anyres"]),
     st.tuples(st.integers(1, 70), st.integers(1, 70)),

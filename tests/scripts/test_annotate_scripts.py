@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +91,10 @@ def test_missing_weights_are_named_with_the_command_that_fetches_them(tmp_path: 
     assert f"no file {tmp_path}/ram_swin_large_14m.pth; next: patch-aligned models fetch" in result.stderr
 
 
-def test_the_benchmark_runs_as_the_documentation_calls_it() -> None:
+def test_the_benchmark_runs_as_the_documentation_calls_it(run_python: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
     (command,) = re.findall(r"^python (.*benchmarks.*)$", (ROOT / "docs" / "annotation.md").read_text(), re.MULTILINE)
-    result = subprocess.run(
-        [sys.executable, *shlex.split(command), "--limit", "6"], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    result = run_python(*shlex.split(command), "--limit", "6")
     assert result.returncode == 0, result.stderr
     assert re.search(r"batched over one at a time, images/s: \d+\.\d\d\n6 images on ", result.stdout)
 
@@ -122,15 +119,13 @@ def truth(tmp_path: Path) -> list[dict[str, Any]]:
     ids=["equal", "tag", "mask", "image"],
 )
 def test_compare_pad_finds_what_differs(
-    truth: list[dict[str, Any]], tmp_path: Path, change: tuple[str, str] | None, said: str
+    truth: list[dict[str, Any]], tmp_path: Path, run_python: Any, change: tuple[str, str] | None, said: str
 ) -> None:
     if change:
         (truth[0] if change[0] == "image_id" else truth[0]["labels"][0])[change[0]] = change[1]
     (tmp_path / "found.json").write_text(json.dumps(truth))
-    result = subprocess.run(
-        [sys.executable, "scripts/compare_pad.py", str(tmp_path / "found.json"), str(tmp_path / "truth.json")],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    files = [str(tmp_path / name) for name in ("found.json", "truth.json")]
+    result = run_python(str(ROOT / "scripts" / "compare_pad.py"), *files)
     assert said in result.stdout
     assert result.returncode == (1 if change else 0), result.stderr
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,19 +18,23 @@ from llava.model.weights import load_projector, read_projector_file
 SCRIPT = Path(__file__).parents[2] / "scripts" / "extract_mm_projector.py"
 
 
-def extract(model_path: str, output: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--model-path", model_path, "--output", output]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+Extract = Callable[[str, str], "subprocess.CompletedProcess[str]"]
 
 
-def test_a_file_of_the_checkpoint_is_not_overwritten(golden_world: Path) -> None:
+@pytest.fixture
+def extract(golden_world: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]) -> Extract:
+    """Runs the script among the tiny checkpoints."""
+    return lambda model_path, output: run_python(str(SCRIPT), "--model-path", model_path, "--output", output)
+
+
+def test_a_file_of_the_checkpoint_is_not_overwritten(extract: Extract) -> None:
     before = Path("tiny-llava/model.safetensors").read_bytes()
     result = extract("tiny-llava", "tiny-llava/model.safetensors")
     assert result.returncode == 1 and "tiny-llava/model.safetensors" in result.stderr
     assert Path("tiny-llava/model.safetensors").read_bytes() == before
 
 
-def test_the_file_is_what_stage_2_starts_from(golden_world: Path) -> None:
+def test_the_file_is_what_stage_2_starts_from(extract: Extract) -> None:
     result = extract("tiny-llava", "out/mm_projector.bin")
     assert result.returncode == 0, result.stderr
     expected = {name: t for name, t in load_file("tiny-llava/model.safetensors").items() if "mm_projector" in name}
@@ -47,7 +51,7 @@ def test_the_file_is_what_stage_2_starts_from(golden_world: Path) -> None:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("folder", ["ckpt_stage1", "ckpt_lora", "ckpt_stage2"])
-def test_each_form_of_checkpoint_gives_its_projector(folder: str, golden_world: Path, goldens: Path) -> None:
+def test_each_form_of_checkpoint_gives_its_projector(folder: str, extract: Extract, goldens: Path) -> None:
     shutil.copytree(goldens / folder, folder)
     result = extract(folder, "mm_projector.bin")
     assert result.returncode == 0, result.stderr
@@ -62,7 +66,7 @@ def test_each_form_of_checkpoint_gives_its_projector(folder: str, golden_world: 
         ("./missing", "error: No weights at ./missing: expected model.safetensors"),
     ],
 )
-def test_what_holds_no_projector_is_named_in_one_sentence(golden_world: Path, model_path: str, said: str) -> None:
+def test_what_holds_no_projector_is_named_in_one_sentence(extract: Extract, model_path: str, said: str) -> None:
     result = extract(model_path, "mm_projector.bin")
     assert result.returncode == 1
     assert said in result.stderr and "Traceback" not in result.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,9 @@ TRAINING = (
     ["", "--bits 4", "--unfreeze_mm_vision_tower True", "--lora_bias all", "--lora_bias lora_only"],
     ids=["lora", "qlora", "tower", "all biases", "biases of adapted layers"],
 )
-def test_merged_logits_equal_the_adapters(golden_world: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+def test_merged_logits_equal_the_adapters(
+    golden_world: Path, monkeypatch: pytest.MonkeyPatch, run_python: Any, flags: str
+) -> None:
     if "bits" in flags:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is part of the extra `train`")
     if "bias" in flags:
@@ -42,7 +42,7 @@ def test_merged_logits_equal_the_adapters(golden_world: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["train.py", *TRAINING.split(), *flags.split()])
     trained = train().model.eval()
     folders = ["--model-path", "run", "--model-base", "tiny-vicuna", "--save-model-path", "merged"]
-    subprocess.run([sys.executable, str(SCRIPT), *folders], check=True, capture_output=True)
+    assert run_python(str(SCRIPT), *folders).returncode == 0
     _, merged, _, _ = load_pretrained_model("merged", None, "merged", device="cpu")
     batch = {"input_ids": torch.tensor([[1, 5, -200, 9, 30, 7]]), "images": torch.randn(1, 3, 56, 56)}
     if "bits" in flags:  # training saw a rounded base; the adapter, on the base itself, is what the folder means
@@ -68,17 +68,16 @@ def test_merged_logits_equal_the_adapters(golden_world: Path, monkeypatch: pytes
         ("adapter tiny-vicuna merged", "holds an adapter_config.json, but no adapter_model.safetensors"),
     ],
 )
-def test_what_cannot_be_merged_is_said_in_a_sentence(golden_world: Path, folders: str, said: str) -> None:
+def test_what_cannot_be_merged_is_said_in_a_sentence(
+    golden_world: Path, run_python: Any, folders: str, said: str
+) -> None:
     from peft import LoraConfig
 
     LoraConfig(base_model_name_or_path="tiny-vicuna", target_modules=["q_proj"]).save_pretrained("adapter")
     before = sorted(path for folder in ("tiny-vicuna", "adapter") for path in Path(folder).iterdir())
     adapter, base, merged = folders.split()
     flags = ["--model-path", adapter, "--model-base", base, "--save-model-path", merged]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, check=False, env=environment
-    )
+    result = run_python(str(SCRIPT), *flags)
     assert result.returncode == 1
     assert said in result.stderr and "Traceback" not in result.stderr
     assert sorted(path for folder in ("tiny-vicuna", "adapter") for path in Path(folder).iterdir()) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # Makes an "environment" of itself, prints its arguments, and fails where they contain $FAILING.
 PYTHON = """#!/usr/bin/env bash
 if [ "$1 $2" = "-m venv" ]; then
-    mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo "PATH=$3/bin:\\$PATH" > "$3/bin/activate"
+    mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo "export VIRTUAL_ENV=$3 PATH=$3/bin:\\$PATH" > "$3/bin/activate"
 else
     echo "python $*"
     [[ "$*" != *"$FAILING"* ]]
@@ -48,7 +49,7 @@ def test_steps_run_in_fresh_environments_and_end_in_a_table(python: Path) -> Non
     assert "--resolution lowest-direct" in floors
     assert "lowest" not in newest
     for log in (floors, newest):
-        assert log.splitlines()[-1] == "python -m pytest -m not gpu and not net"
+        assert re.fullmatch("python -m pytest .*-m not gpu and not net", log.splitlines()[-1])
 
 
 @pytest.mark.parametrize("failing", ["lowest-direct", "pytest"])
@@ -70,14 +71,17 @@ def test_steps_are_chosen_by_name(python: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", ["eval", None])
-def test_the_last_line_of_a_test_run_names_missing_extras(tmp_path: Path, extra: str | None) -> None:
+def test_the_last_line_of_a_test_run_in_several_processes_names_missing_extras(
+    tmp_path: Path, extra: str | None
+) -> None:
     reason = "Java is not installed" if extra is None else f"no_such_package is part of the extra `{extra}`"
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     test = f"def test_it():\n    pytest.importorskip('no_such_package', reason='{reason}')\n"
     (tmp_path / "test_it.py").write_text(f"import pytest\n\n\n{test}")
-    command = [sys.executable, "-m", "pytest", "--rootdir", str(tmp_path), str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-n", "1", "--rootdir", str(tmp_path), str(tmp_path)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     if extra is None:
         assert "1 skipped" in lines[-1]
     else:
+        assert "".join(lines).count("python -m pip install -e '.[eval]'") == 1
         assert lines[-1].endswith("python -m pip install -e '.[eval]'")

@@ -338,9 +338,9 @@ def test_a_second_process_is_kept_out_of_an_answers_file(flags: dict[str, Any]) 
     assert path.read_bytes() == Path("new/folder/b.jsonl").read_bytes() == whole
 
 
-def test_the_command_line_ends_with_the_sentence(flags: dict[str, Any]) -> None:
-    command = [sys.executable, "-m", "llava.eval.model_vqa_loader", "--model-path", "tiny-llava"]
-    result = subprocess.run([*command, "--question-file", "x.jsonl"], capture_output=True, text=True, check=False)
+def test_the_command_line_ends_with_the_sentence(run_python: Any) -> None:
+    flags = ["--model-path", "tiny-llava", "--question-file", "x.jsonl"]
+    result = run_python("-m", "llava.eval.model_vqa_loader", *flags)
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: x.jsonl: no such file; expected questions")
     assert "Traceback" not in result.stderr

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,10 +69,8 @@ def test_tensors_are_read_one_by_one_from_any_kind_of_file(golden_world: Path) -
         CheckpointTensors("images")
 
 
-@pytest.mark.slow
-def test_upstreams_flags_are_read(golden_world: Path) -> None:
-    command = [sys.executable, "-m", "llava.model.consolidate", "--src", "tiny-llava", "--dst", "whole"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_upstreams_flags_are_read(golden_world: Path, run_python: Any) -> None:
+    result = run_python("-m", "llava.model.consolidate", "--src", "tiny-llava", "--dst", "whole")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Wrote ")
     assert Path("whole", WEIGHTS).is_file()

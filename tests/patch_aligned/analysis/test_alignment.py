@@ -131,7 +131,7 @@ def test_zero_vectors_have_cosine_zero():
 
 
 @pytest.mark.parametrize("rule", THRESHOLD_RULES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000))
 def test_scores_equal_a_drawing_reference(rule: str, seed: int):
     generator = np.random.default_rng(seed)
@@ -192,7 +192,7 @@ def reference_average_precision(values: list[float], coverage: list[float]) -> f
     return score
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10_000), levels=st.integers(1, 12))
 def test_average_precision_and_pointing_equal_a_walk_down_the_thresholds(seed: int, levels: int):
     generator = np.random.default_rng(seed)
@@ -279,7 +279,7 @@ def test_bad_shapes_and_rules_are_refused():
 # --- the control --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(labels=st.lists(st.sampled_from("abcde"), max_size=30), seed=st.integers(0, 50))
 def test_shuffled_labels_are_a_permutation_that_changes_every_label_it_can(labels: list[str], seed: int):
     chosen = permute_labels(labels, seed)

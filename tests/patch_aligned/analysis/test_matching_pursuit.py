@@ -40,7 +40,7 @@ def literal_loop(token: list[float], table: list[list[float]], rounds: int, unit
 
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("unit", [True, False])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), rounds=st.integers(1, 5), chunk=st.integers(1, 50))
 def test_pursuit_equals_the_literal_loop(unit: bool, absolute: bool, seed: int, rounds: int, chunk: int):
     tokens, table = noise(6, 8, seed=seed), noise(40, 8, seed=seed + 1) / 3

@@ -158,7 +158,7 @@ def in_node(expression: str, *values: Any) -> Any:
 
 @node
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32), st.sampled_from([0.02, 0.5, 0.98, 1.0]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_page_draws_masks_as_pycocotools_decodes_them(height: int, width: int, seed: int, share: float):
     mask = np.asfortranarray(np.random.default_rng(seed).random((height, width)) < share, dtype=np.uint8)
     rle = coco_mask.encode(mask)["counts"].decode()
