@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,9 +49,12 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def tasks(golden_world: Path, write_picture_task: Callable[..., None]) -> Callable[[list[list[str]]], None]:
+def tasks(
+    golden_world: Path, write_picture_task: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[list[str]]], None]:
     """Writes two tasks with the given accepted answers: `pictures`, and `originals`, which asks for unpadded images."""
     folder = golden_world / "tasks"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(golden_world / "hf"))
 
     def write(accepted: list[list[str]]) -> None:
         folder.mkdir()
@@ -66,35 +70,42 @@ def tasks(golden_world: Path, write_picture_task: Callable[..., None]) -> Callab
     return write
 
 
-@pytest.fixture
-def evaluate(golden_world: Path) -> Callable[[list[str], int], dict[str, Outcome]]:
-    """Runs `python -m lmms_eval --model llava` on the tiny checkpoint; returns the outcome of each task."""
+MODEL = "pretrained=tiny-llava,device_map=auto,device=cpu"
 
-    def run(tasks: list[str], batch_size: int) -> dict[str, Outcome]:
-        output = golden_world / f"out-{batch_size}"
-        command = ["--model", "llava", "--model_args", "pretrained=tiny-llava,device_map=auto,device=cpu",
-                   "--tasks", ",".join(tasks), "--include_path", "tasks", "--batch_size", str(batch_size),
-                   "--log_samples", "--output_path", str(output)]  # fmt: skip
-        home = {"HF_HOME": str(golden_world / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        result = subprocess.run(
-            [sys.executable, "-m", "lmms_eval", *command],
-            env=os.environ | home | {"CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        scores = list(output.rglob("*_results.json"))
-        assert len(scores) == 1, result.stderr[-3000:]  # a failed run exits with 0
-        results = json.loads(scores[0].read_text())["results"]
-        found = {}
-        for task in tasks:
-            (samples,) = output.rglob(f"*_samples_{task}.jsonl")
-            rows = [json.loads(line) for line in samples.read_text().splitlines()]
-            answers = {row["doc_id"]: row["filtered_resps"] for row in rows}
-            found[task] = Outcome([answers[row] for row in range(len(QUESTIONS))], results[task]["accepted,none"])
-        return found
 
-    return run
+def by_command(*tasks: str) -> list[Outcome]:
+    """Runs `python -m lmms_eval --model llava` on the tiny checkpoint, row by row."""
+    command = ["--model", "llava", "--model_args", MODEL, "--tasks", ",".join(tasks), "--include_path", "tasks",
+               "--batch_size", "1", "--log_samples", "--output_path", "out"]  # fmt: skip
+    environment = {"HF_HOME": str(Path("hf").resolve()), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+                   "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *command],
+        env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    files = list(Path("out").rglob("*_results.json"))
+    assert len(files) == 1, result.stderr[-3000:]  # a failed run exits with 0
+    results = json.loads(files[0].read_text())["results"]
+    outcomes = []
+    for task in tasks:
+        (samples,) = Path("out").rglob(f"*_samples_{task}.jsonl")
+        rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+        outcomes.append(Outcome([row["filtered_resps"] for row in rows], results[task]["accepted,none"]))
+    return outcomes
+
+
+def in_batches(task: str) -> Outcome:
+    """The same in this process, eight rows at a time."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    found = simple_evaluate(
+        model="llava", model_args=MODEL, tasks=[task], batch_size=8,
+        task_manager=TaskManager(include_path="tasks", include_defaults=False, model_name="llava"),
+        cli_args=Namespace(output_path="out", process_with_media=True),
+    )  # fmt: skip
+    rows = sorted(found["samples"][task], key=lambda row: row["doc_id"])
+    return Outcome([row["filtered_resps"][0] for row in rows], found["results"][task]["accepted,none"])
 
 
 def own_answers(newline_before_text: bool = False) -> list[str]:
@@ -117,23 +128,23 @@ def own_answers(newline_before_text: bool = False) -> list[str]:
     return answers
 
 
-def test_batches_of_1_and_8_give_the_models_own_answers_and_one_score(tasks: Any, evaluate: Any) -> None:
+def test_batches_of_1_and_8_give_the_models_own_answers_and_one_score(tasks: Any) -> None:
     alone = own_answers()
     # The adapter puts a newline before text without image, where another row of the batch has one.
     beside_images = own_answers(newline_before_text=True)
     assert [row for row, pair in enumerate(zip(alone, beside_images, strict=True)) if len(set(pair)) > 1] == TEXT_ROWS
     tasks([["no such answer"] if row in WRONG_ROWS else [alone[row], beside_images[row]] for row in range(10)])
 
-    one_by_one = evaluate(["pictures", "originals"], 1)
-    assert one_by_one["pictures"] == (alone, 0.8)
-    assert one_by_one["originals"] == (alone, 0.8)  # the config's own image_aspect_ratio, `pad`, is kept
-    assert evaluate(["pictures"], 8)["pictures"] == (beside_images, 0.8)
+    pictures, originals = by_command("pictures", "originals")
+    assert pictures == (alone, 0.8)
+    assert originals == (alone, 0.8)  # the config's own image_aspect_ratio, `pad`, is kept
+    assert in_batches("pictures") == (beside_images, 0.8)
 
 
-def test_a_checkpoint_without_aspect_ratio_takes_the_tasks(golden_world: Path, tasks: Any, evaluate: Any) -> None:
+def test_a_checkpoint_without_aspect_ratio_takes_the_tasks(tasks: Any) -> None:
     config = json.loads(Path("tiny-llava/config.json").read_text())
     del config["image_aspect_ratio"]
     Path("tiny-llava/config.json").write_text(json.dumps(config))
     cropped = own_answers(newline_before_text=True)
     tasks([[answer] for answer in cropped])
-    assert evaluate(["originals"], 8)["originals"] == (cropped, 1.0)
+    assert in_batches("originals") == (cropped, 1.0)
