@@ -135,6 +135,7 @@ def test_rays_actors_give_what_one_process_gives(
 ) -> None:
     ray = pytest.importorskip("ray", reason="ray is part of the extra `annotate`")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # or actors wait for all other tests
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000)
     try:
         entries, images = list_images(scenes / "train.json", scenes)
