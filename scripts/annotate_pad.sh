@@ -48,6 +48,7 @@ if [ -n "${TASKS:-}" ]; then
 else
     : "${NUM_GPUS:=$(count_gpus)}"
     need_number NUM_GPUS
+    need_number NNODES
     launcher=(torchrun --nproc_per_node "$NUM_GPUS")
     if ((NNODES > 1)); then
         MERGE=${MERGE:-0}

@@ -15,7 +15,8 @@ need_own_packages() {
     [ -n "${DRY_RUN:-}" ] || python llava/own_packages.py || exit 1
 }
 
-# need_number NAME: exits unless the value is a whole number of at least 1.
+# need_number NAME: exits unless the value is a whole number of at least 1. Bash runs commands that it finds in the words
+# of its arithmetic, so each variable is checked before.
 need_number() {
     [[ ${!1} =~ ^[1-9][0-9]*$ ]] || die "$1=${!1}: expected a whole number, 1 or more"
 }

@@ -1,9 +1,9 @@
-# What the training scripts share: which weights and data, how many devices, how the command is started.
-# A script sets `stage`, `run` (its name), `global_batch` and `learning_rate`, sources this file, and calls `launch` with
-# `common_flags` and what is its own.
+# What the training scripts share: presets, the batch of a device, and how the command is started.
+# A script sets `stage` and `run` (its name) and sources this file. `share_out_batch` and `need_data` check what it needs,
+# and `launch` starts the command, whose flags and hyper-parameters stand in the script.
 #
 # Every value in capitals is a default: set the variable of that name to change it. Any flag of the trainer may follow
-# the script's name; of two equal flags the last wins. Paths count from the root of the repository.
+# the script's name; of two equal flags the last wins. Paths are relative to the root of the repository.
 #
 #   LLM=vicuna7b|vicuna13b|llama31   PROJECTOR=mlp|linear|cabstractor   rows of the paper's tables
 #   GPU=80g|24g   NUM_GPUS=N   what it runs on; the global batch stays, gradient accumulation makes up the rest
@@ -20,15 +20,6 @@ NNODES=${NNODES:-1}
 DATA=${DATA:-./playground/data}
 
 source scripts/launching.sh
-
-choose_projector() {
-    case $PROJECTOR in
-        mlp)         MM_PROJECTOR_TYPE=${MM_PROJECTOR_TYPE:-mlp2x_gelu}; projector_suffix= ;;
-        linear)      MM_PROJECTOR_TYPE=${MM_PROJECTOR_TYPE:-linear}; projector_suffix=-linear ;;
-        cabstractor) MM_PROJECTOR_TYPE=${MM_PROJECTOR_TYPE:-cabstractor}; projector_suffix=-cabstractor ;;
-        *)           die "unknown PROJECTOR=$PROJECTOR; choose mlp, linear or cabstractor" ;;
-    esac
-}
 
 # The largest batch per device and the DeepSpeed configuration. The 80g lines are LLaVA-1.5's own. The 24g lines are
 # estimated from the sizes of weights and activations: set PER_DEVICE_TRAIN_BATCH_SIZE lower where they do not fit.
@@ -59,44 +50,43 @@ preset_full() {
             ;;
         *)         die "unknown LLM=$LLM; choose vicuna7b, vicuna13b or llama31" ;;
     esac
-    : "${MODEL_NAME_OR_PATH:=$known_llm}"
+    : "${MODEL_NAME_OR_PATH:=$known_llm}" "${VISION_TOWER:=openai/clip-vit-large-patch14-336}" "${NUM_GPUS:=$(count_gpus)}"
     if [ "${MODEL_NAME_OR_PATH##*/}" != "${known_llm##*/}" ] && { [ -z "${VERSION:-}" ] || [ -z "${OUTPUT_DIR:-}" ]; }; then
         die "MODEL_NAME_OR_PATH=$MODEL_NAME_OR_PATH is not LLM=$LLM ($known_llm): set VERSION, its template, and OUTPUT_DIR too"
     fi
     choose_memory
-    if [ "$stage" = pretrain ]; then
-        : "${DATA_PATH:=$DATA/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}" "${IMAGE_FOLDER:=$DATA/LLaVA-Pretrain/images}"
-        : "${SAVE_STEPS:=500}"
-    else
-        # A checkpoint of finetune.sh holds all weights and the optimizer: about 100 GB for 7B; with adapters, 5 GB.
-        : "${DATA_PATH:=$DATA/llava_v1_5_mix665k.json}" "${IMAGE_FOLDER:=$DATA}" "${SAVE_STEPS:=1000}"
-    fi
-    : "${PAD_PATH:=$DATA/PAD/pad_558k.jsonl}" "${VISION_TOWER:=openai/clip-vit-large-patch14-336}" "${VERSION:=v1}"
-    : "${NUM_GPUS:=$(count_gpus)}" "${GLOBAL_BATCH_SIZE:=$global_batch}" "${LEARNING_RATE:=$learning_rate}"
-    : "${GRADIENT_CHECKPOINTING:=True}" "${DATALOADER_NUM_WORKERS:=4}" "${REPORT_TO:=tensorboard}"
     device_flags=(--deepspeed "${DEEPSPEED:=./scripts/$zero.json}" --bf16 True --tf32 True)
 }
 
 # SmolLM2-135M and DINOv2-small at 112 px (64 visual tokens) in float32; DeepSpeed only if DEEPSPEED names a
-# configuration.
+# configuration. Its values replace those of the scripts.
 preset_mini() {
     family=llava-mini
     batch_limit=8
     : "${MODEL_NAME_OR_PATH:=./playground/mini/cache/models/smollm2-135m-instruct}"
     : "${VISION_TOWER:=./playground/mini/cache/models/dinov2-small}"
     if [ "$stage" = pretrain ]; then
-        : "${DATA_PATH:=$DATA/mini/train/train.json}" "${SAVE_STEPS:=25}"
+        : "${DATA_PATH:=$DATA/mini/train/train.json}" "${SAVE_STEPS:=25}" "${GLOBAL_BATCH_SIZE:=8}" "${MAX_STEPS:=50}"
     else
         # A few steps of 2e-5 would teach a model of this size next to nothing, and all weights take their time on a CPU.
         if [ "$stage" = finetune ]; then : "${LEARNING_RATE:=1e-4}"; fi
-        : "${DATA_PATH:=$DATA/mini/train/instruct.json}" "${SAVE_STEPS:=1000}"
-        : "${GLOBAL_BATCH_SIZE:=4}" "${MAX_STEPS:=40}"
+        : "${DATA_PATH:=$DATA/mini/train/instruct.json}" "${GLOBAL_BATCH_SIZE:=4}" "${MAX_STEPS:=40}"
     fi
-    : "${IMAGE_FOLDER:=$DATA/mini/train}" "${PAD_PATH:=$DATA/mini/train/pad.json}"
-    : "${VERSION:=chatml_direct}" "${MAX_STEPS:=50}"
-    : "${NUM_GPUS:=1}" "${GLOBAL_BATCH_SIZE:=8}" "${LEARNING_RATE:=$learning_rate}"
-    : "${GRADIENT_CHECKPOINTING:=False}" "${DATALOADER_NUM_WORKERS:=0}" "${REPORT_TO:=none}"
+    : "${IMAGE_FOLDER:=$DATA/mini/train}" "${PAD_PATH:=$DATA/mini/train/pad.json}" "${VERSION:=chatml_direct}"
+    : "${NUM_GPUS:=1}" "${GRADIENT_CHECKPOINTING:=False}" "${DATALOADER_NUM_WORKERS:=0}" "${REPORT_TO:=none}"
     device_flags=(${DEEPSPEED:+--deepspeed "$DEEPSPEED"} --use_cpu True --bf16 False)
+}
+
+# Which stage 1 a finetuning starts from: the row of the table.
+choose_stage1() {
+    case ${STAGE1:-patchaligned} in
+        patchaligned) run=-patchaligned$run;  made_by="bash scripts/v1_5/pretrain_patchaligned.sh" ;;
+        captions)     made_by="bash scripts/v1_5/pretrain.sh" ;;
+        *)            die "unknown STAGE1=$STAGE1; choose patchaligned or captions" ;;
+    esac
+    : "${PRETRAIN_MM_MLP_ADAPTER:=./checkpoints/$family$projector_suffix${run%-*lora}-pretrain/mm_projector.bin}"
+    if [ "$PRESET" = mini ]; then made_by="PRESET=mini $made_by"; fi
+    need "$PRETRAIN_MM_MLP_ADAPTER" "$made_by, or set PRETRAIN_MM_MLP_ADAPTER"
 }
 
 # nearest_divisor NUMBER WISH [at_most]: the divisor of NUMBER closest to WISH, the smaller of two at equal distance.
@@ -113,18 +103,27 @@ nearest_divisor() {
     done
 }
 
-# devices * per_device_batch * accumulation = GLOBAL_BATCH_SIZE, or a refusal.
+# share_out_batch GLOBAL_BATCH_SIZE: devices * PER_DEVICE_TRAIN_BATCH_SIZE * accumulation is this number, or a refusal.
 share_out_batch() {
-    local devices share name
-    for name in NNODES NUM_GPUS GLOBAL_BATCH_SIZE; do need_number "$name"; done
-    devices=$((NNODES * NUM_GPUS))
+    local devices=$((NNODES * NUM_GPUS)) share
+    GLOBAL_BATCH_SIZE=$1
+    need_number GLOBAL_BATCH_SIZE
     ((GLOBAL_BATCH_SIZE % devices == 0)) ||
         die "a global batch of $GLOBAL_BATCH_SIZE cannot be shared out among $devices devices; the nearest number that can: $(nearest_divisor "$GLOBAL_BATCH_SIZE" "$devices")"
     share=$((GLOBAL_BATCH_SIZE / devices))
-    per_device_batch=${PER_DEVICE_TRAIN_BATCH_SIZE:-$(nearest_divisor "$share" "$batch_limit" at_most)}
-    ((share % per_device_batch == 0)) ||
-        die "PER_DEVICE_TRAIN_BATCH_SIZE=$per_device_batch does not divide the $share samples that a device takes of a global batch of $GLOBAL_BATCH_SIZE; the nearest that does: $(nearest_divisor "$share" "$per_device_batch")"
-    accumulation=$((share / per_device_batch))
+    : "${PER_DEVICE_TRAIN_BATCH_SIZE:=$(nearest_divisor "$share" "$batch_limit" at_most)}"
+    need_number PER_DEVICE_TRAIN_BATCH_SIZE
+    ((share % PER_DEVICE_TRAIN_BATCH_SIZE == 0)) ||
+        die "PER_DEVICE_TRAIN_BATCH_SIZE=$PER_DEVICE_TRAIN_BATCH_SIZE does not divide the $share samples that a device takes of a global batch of $GLOBAL_BATCH_SIZE; the nearest that does: $(nearest_divisor "$share" "$PER_DEVICE_TRAIN_BATCH_SIZE")"
+    accumulation=$((share / PER_DEVICE_TRAIN_BATCH_SIZE))
+}
+
+# need_data FILE: makes the miniature's scenes with PRESET=mini, and refuses to start without FILE.
+need_data() {
+    if [ "$PRESET" = mini ] && [ -z "${DRY_RUN:-}" ]; then
+        DATA=$DATA bash scripts/prepare_mini.sh
+    fi
+    need "$1" "bash scripts/prepare_data.sh --check"
 }
 
 # launch PROGRAM FLAGS...: starts one process per device, or prints the command.
@@ -159,77 +158,19 @@ launch() {
     echo
 }
 
-# Which stage 1 a finetuning starts from: the row of the table.
-choose_stage1() {
-    case ${STAGE1:-patchaligned} in
-        patchaligned) run=-patchaligned$run;  made_by="bash scripts/v1_5/pretrain_patchaligned.sh" ;;
-        captions)     made_by="bash scripts/v1_5/pretrain.sh" ;;
-        *)            die "unknown STAGE1=$STAGE1; choose patchaligned or captions" ;;
-    esac
-    : "${PRETRAIN_MM_MLP_ADAPTER:=./checkpoints/$family$projector_suffix${run%-*lora}-pretrain/mm_projector.bin}"
-    if [ "$PRESET" = mini ]; then made_by="PRESET=mini $made_by"; fi
-    need "$PRETRAIN_MM_MLP_ADAPTER" "$made_by, or set PRETRAIN_MM_MLP_ADAPTER"
-}
-
-choose_projector
+case $PROJECTOR in
+    mlp)         MM_PROJECTOR_TYPE=${MM_PROJECTOR_TYPE:-mlp2x_gelu}; projector_suffix= ;;
+    linear)      MM_PROJECTOR_TYPE=${MM_PROJECTOR_TYPE:-linear}; projector_suffix=-linear ;;
+    cabstractor) MM_PROJECTOR_TYPE=${MM_PROJECTOR_TYPE:-cabstractor}; projector_suffix=-cabstractor ;;
+    *)           die "unknown PROJECTOR=$PROJECTOR; choose mlp, linear or cabstractor" ;;
+esac
 case $PRESET in
     full) preset_full ;;
     mini) preset_mini ;;
     *)    die "unknown PRESET=$PRESET; choose full or mini" ;;
 esac
-if [ "$stage" = pretrain ]; then
-    stage_flags=(--version plain --tune_mm_mlp_adapter True --image_aspect_ratio square)
-else
-    choose_stage1
-    stage_flags=(
-        --version "$VERSION"
-        --pretrain_mm_mlp_adapter "$PRETRAIN_MM_MLP_ADAPTER"
-        --image_aspect_ratio pad
-        --group_by_modality_length True
-    )
-fi
-share_out_batch
-
+need_number NNODES
+need_number NUM_GPUS
 need_own_packages
-if [ "$PRESET" = mini ] && [ -z "${DRY_RUN:-}" ]; then
-    DATA=$DATA bash scripts/prepare_mini.sh
-fi
-need "$DATA_PATH" "bash scripts/prepare_data.sh --check"
-
-common_flags=(
-    "${stage_flags[@]}"
-    --model_name_or_path "$MODEL_NAME_OR_PATH"
-    --vision_tower "$VISION_TOWER"
-    --mm_projector_type "$MM_PROJECTOR_TYPE"
-    --mm_vision_select_layer -2
-    --mm_use_im_start_end False
-    --mm_use_im_patch_token False
-    --data_path "$DATA_PATH"
-    --image_folder "$IMAGE_FOLDER"
-    --lazy_preprocess True
-    --output_dir "${OUTPUT_DIR:=./checkpoints/$family$projector_suffix$run}"
-    --num_train_epochs "${NUM_TRAIN_EPOCHS:-1}"
-    ${MAX_STEPS:+--max_steps "$MAX_STEPS"}
-    --per_device_train_batch_size "$per_device_batch"
-    --gradient_accumulation_steps "$accumulation"
-    --learning_rate "$LEARNING_RATE"
-    --weight_decay 0.
-    --warmup_ratio 0.03
-    --lr_scheduler_type cosine
-    --model_max_length "${MODEL_MAX_LENGTH:-2048}"
-    --gradient_checkpointing "$GRADIENT_CHECKPOINTING"
-    --save_strategy steps
-    --save_steps "$SAVE_STEPS"
-    --save_total_limit "${SAVE_TOTAL_LIMIT:-1}"
-    --logging_steps "${LOGGING_STEPS:-1}"
-    --dataloader_num_workers "$DATALOADER_NUM_WORKERS"
-    --report_to "$REPORT_TO"
-    --seed "${SEED:-42}"
-    "${device_flags[@]}"
-)
-lora_flags=(
-    --lora_enable True
-    --lora_r "${LORA_R:-128}"
-    --lora_alpha "${LORA_ALPHA:-256}"
-    --mm_projector_lr "${MM_PROJECTOR_LR:-2e-5}"
-)
+if [ "$stage" != pretrain ]; then choose_stage1; fi
+: "${OUTPUT_DIR:=./checkpoints/$family$projector_suffix$run}"

@@ -52,8 +52,8 @@ def test_annotate_pad_starts_a_process_a_gpu_and_merges_to_where_training_looks(
     assert parsed(verify)["fail_on"] == "broken_file"
     assert parsed(merge)["run"] == options["output"]
     assert parsed(merge)["output"] == parsed(verify)["pad"]
-    common = (ROOT / "scripts" / "v1_5" / "common.sh").read_text()
-    assert f'"${{PAD_PATH:=$DATA/{"/".join(parsed(merge)["output"].parts[-2:])}}}"' in common
+    pretrain = (ROOT / "scripts" / "v1_5" / "pretrain_patchaligned.sh").read_text()
+    assert f'"${{PAD_PATH:=$DATA/{"/".join(parsed(merge)["output"].parts[-2:])}}}"' in pretrain
 
 
 def test_several_machines_share_and_leave_merging_to_a_call_when_all_are_done() -> None:

@@ -281,6 +281,8 @@ def test_deepspeed_configurations_leave_the_batch_to_the_trainer(name: str) -> N
         ({"NUM_GPUS": "0"}, "NUM_GPUS=0"),
         ({"NUM_GPUS": "abc"}, "NUM_GPUS=abc"),
         ({"NUM_GPUS": "2", "GLOBAL_BATCH_SIZE": "-8"}, "GLOBAL_BATCH_SIZE=-8"),
+        ({"NUM_GPUS": "1", "PER_DEVICE_TRAIN_BATCH_SIZE": "0"}, "PER_DEVICE_TRAIN_BATCH_SIZE=0"),
+        ({"NNODES": "none"}, "NNODES=none"),
         ({"NUM_GPUS": "1", "MODEL_NAME_OR_PATH": "Qwen/Qwen2.5-7B-Instruct"}, "VERSION.*OUTPUT_DIR"),
     ],
 )
@@ -288,6 +290,15 @@ def test_values_that_make_no_run_are_named(variables: dict[str, str], message: s
     result = run_script("finetune", **variables)
     assert result.returncode
     assert re.search(message, result.stderr)
+
+
+@pytest.mark.parametrize("name", ["NNODES", "NUM_GPUS", "GLOBAL_BATCH_SIZE", "PER_DEVICE_TRAIN_BATCH_SIZE"])
+def test_arithmetic_runs_no_command_of_a_variable(name: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    result = run_script("pretrain", **{"NUM_GPUS": "8", name: f"x[$(touch {made})]"})
+    assert result.returncode == 1
+    assert name in result.stderr
+    assert not made.exists()
 
 
 def test_near_misspellings_of_variables_are_named() -> None:

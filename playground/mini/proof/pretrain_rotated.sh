@@ -4,13 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-stage=pretrain run=-rotated-pretrain global_batch=256 learning_rate=1e-3
-source scripts/v1_5/common.sh
-
-launch playground/mini/train_rotated.py \
-    --patch_rotation_seed "${SEED:-42}" \
-    --patch_data_path "$PAD_PATH" \
-    --patch_beta_start 0 \
-    --patch_beta_end 5 \
-    --patch_min_coverage 0.5 \
-    "${common_flags[@]}" "$@"
+: "${OUTPUT_DIR:?set it to the folder of the run}"
+export PROGRAM=playground/mini/train_rotated.py
+exec bash scripts/v1_5/pretrain_patchaligned.sh --patch_rotation_seed "${SEED:-42}" "$@"
