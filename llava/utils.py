@@ -5,14 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from llava.constants import LOGDIR
 
@@ -40,25 +34,6 @@ def follow_umask(folder: Path) -> None:
     probe.unlink()
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)
-
-
-@contextmanager
-def unwritten_named(folder: Path, what: str, size: int, safe: str) -> Iterator[None]:
-    """Let what fails for want of room or of permission say what it was, how much room it needs, and what is safe.
-
-    Raises:
-        OSError: in place of what torch, safetensors and Python raise.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not (isinstance(error, OSError) or re.search("writ|No space|quota|I/O", str(error))):
-            raise
-        place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-        raise OSError(
-            f"{folder}: {what} cannot be written ({' '.join(str(error).split())[:200]}). It takes about "
-            f"{size / 1e9:.1f} GB, and {shutil.disk_usage(place).free / 1e9:.1f} GB are free. {safe}"
-        ) from error
 
 
 def disable_torch_init() -> None:

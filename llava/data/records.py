@@ -48,11 +48,7 @@ class RecordError(ValueError):
 
 
 def read_json_values(source: Path) -> Iterator[tuple[str, Any]]:
-    """Stream the values of a JSON array or JSON lines, optionally gzipped, as (text, parsed value).
-
-    Raises:
-        RecordError: for a value that does not parse, and for an unclosed array.
-    """
+    """Stream the values of a JSON array or JSON lines, optionally gzipped, as (text, parsed value)."""
     with _open_text(source) as file:
         text = _Text(file)
         in_array = text.skip("[")

@@ -6,9 +6,10 @@ vision tower is either used or idle on all ranks. Given the same random state, o
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 
 import torch
@@ -162,3 +163,42 @@ def mix_kinds(text: Sequence[int], auxiliary: Sequence[int], size: int, ratio: f
 
 def _batches(order: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+class EpochSampler(Sampler[int]):
+    """Samples in an order that depends on seed and epoch only, so it is equal on all ranks and after a restart.
+
+    Args:
+        draw_order: draws an order from torch's global generator, which is seeded before and restored afterwards.
+        length: number of samples.
+        seed: seed of the data order.
+    """
+
+    def __init__(self, draw_order: Callable[[], list[int]], length: int, seed: int):
+        self.draw_order = draw_order
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+        self._drawn: tuple[int, list[int]] | None = None  # of one epoch: drawing half a million takes seconds
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def order(self, epoch: int) -> list[int]:
+        """Return the sample indices of an epoch, in order."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.seed + epoch)  # torch.manual_seed would also seed the GPUs
+                self._drawn = (epoch, self.draw_order())
+        return self._drawn[1]
+
+    def fingerprint(self, epoch: int) -> str:
+        """Return a short hash of an epoch's order."""
+        return hashlib.sha256(" ".join(map(str, self.order(epoch))).encode()).hexdigest()[:12]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order(self.epoch))

@@ -99,9 +99,6 @@ def preprocess_independent_turns(
 
     Returns:
         `input_ids`, `labels` and `turns`, int64 `[L]`.
-
-    Raises:
-        ValueError: as for `preprocess`, and for a dialogue without exactly one image, in its first question.
     """
     marks = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in dialogue]
     if marks[:1] != [1] or sum(marks) != 1:
@@ -163,11 +160,7 @@ def preprocess_plain(
 
 
 def training_segments(turns: Sequence[Turn], template: Conversation) -> Iterator[Segment]:
-    """Render a training dialogue in the template, with answers marked.
-
-    Raises:
-        ValueError: if the turns do not match the template.
-    """
+    """Render a training dialogue in the template, with answers marked."""
     if template.sep_style is SeparatorStyle.PLAIN:
         return _plain_segments(turns, template)
     if template.sep_style is SeparatorStyle.SINGLE:

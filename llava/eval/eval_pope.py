@@ -106,11 +106,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def read_labels(path: Path, questions: Sequence[dict[str, Any]], question_file: str) -> list[bool]:
-    """Whether the right answer is yes, for each question of the file's category.
-
-    Raises:
-        ValueError: the file is of other questions.
-    """
+    """Whether the right answer is yes, for each question of the file's category."""
     labels = []
     records = read_jsonl(path, "POPE's labels")
     if len(records) != len(questions):
@@ -132,11 +128,7 @@ def read_labels(path: Path, questions: Sequence[dict[str, Any]], question_file: 
 
 
 def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, PopeScores]:
-    """Scores of each category, in the order of their names.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or do not belong together.
-    """
+    """Scores of each category, in the order of their names."""
     label_files = sorted(Path(annotation_dir).expanduser().glob(LABEL_FILES))
     if not label_files:
         raise FileNotFoundError(f"--annotation-dir {annotation_dir}: found no {LABEL_FILES}")

@@ -99,9 +99,6 @@ def read_split(base_dir: str, split: str, answered: Sequence[str], most: int = 5
         split: name in `pid_splits.json`.
         answered: ids of the answers, which may tell that another split is meant.
         most: choices that a problem may have.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing, there is no such split, or the answers are to another.
     """
     splits_file, problems_file = Path(base_dir) / "pid_splits.json", Path(base_dir) / "problems.json"
     ids_of = read_json(splits_file, "ids of each split of ScienceQA", dict)

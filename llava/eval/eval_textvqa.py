@@ -70,11 +70,7 @@ def read_annotations(path: str) -> list[tuple[Key, list[str]]]:
 
 
 def key_of(answer: dict[str, Any], where: str) -> Key:
-    """What an answer is joined by.
-
-    Raises:
-        ValueError: its prompt is of no known form.
-    """
+    """What an answer is joined by."""
     try:
         return str(answer["question_id"]), prompt_processor(checked_field(answer, "prompt", str, where))
     except ValueError as error:

@@ -80,11 +80,7 @@ class TextVQAAccuracyEvaluator:
         self.answer_processor = EvalAIAnswerProcessor()
 
     def answer_scores(self, raw_answers: Sequence[str]) -> dict[str, float]:
-        """Accuracy of each normalised answer: the mean, over the people, of min(1, others who gave it / 3).
-
-        Raises:
-            ValueError: there are not ten answers.
-        """
+        """Accuracy of each normalised answer: the mean, over the people, of min(1, others who gave it / 3)."""
         if len(raw_answers) != HUMAN_ANSWERS:
             raise ValueError(f"found {len(raw_answers)} human answers, expected {HUMAN_ANSWERS}")
         counts = Counter(self.answer_processor(answer) for answer in raw_answers)

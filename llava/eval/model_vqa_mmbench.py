@@ -71,9 +71,6 @@ def rounds_of(row: dict[str, str], where: str, all_rounds: bool, option_letter: 
         where: names the row in errors.
         all_rounds: ask once for each option.
         option_letter: closes each question; empty for none.
-
-    Raises:
-        ValueError: the image is none, or not in base64, or the index no number.
     """
     options: list[str] = []
     for letter in LETTERS:

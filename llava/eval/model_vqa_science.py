@@ -29,11 +29,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def science_questions(path: str | Path, image_folder: str | Path, option_letter: bool) -> list[Question]:
-    """Questions of the file.
-
-    Raises:
-        ValueError: a field is missing or of another kind.
-    """
+    """Questions of the file."""
     questions = []
     for number, record in enumerate(read_json(path, "an array of questions (--question-file)", list), start=1):
         where = f"{path}, record {number}"

@@ -72,11 +72,7 @@ def settings_of(args: argparse.Namespace) -> GenerationSettings:
 
 
 def answer_to_file(args: argparse.Namespace, questions: Sequence[Question]) -> None:
-    """Answers questions with the checkpoint that `args` name, into `args.answers_file`.
-
-    Raises:
-        OSError, ValueError: the first thing that is wrong, before the model is loaded where that can be seen.
-    """
+    """Answers questions with the checkpoint that `args` name, into `args.answers_file`."""
     if args.conv_mode is not None:
         template_named(args.conv_mode)
     require_positive(batch_size=args.batch_size, workers=args.workers)

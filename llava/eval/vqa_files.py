@@ -101,11 +101,7 @@ def prompt_of(question: Question, conversation: Conversation, mm_use_im_start_en
 
 
 def require_images(questions: Sequence[Question]) -> None:
-    """Checks that all image files are there.
-
-    Raises:
-        FileNotFoundError: naming the first that is not, its question, and how many there are.
-    """
+    """Checks that all image files are there."""
     asked_by: dict[str, Question] = {}
     for question in questions:
         for image in question.images:
@@ -205,11 +201,7 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def checked_field(record: Mapping[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """A field of a record.
-
-    Raises:
-        ValueError: it is missing or of another kind.
-    """
+    """A field of a record."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     expected = " or ".join(_NAMES.get(k, k.__name__) for k in kinds)
     if name not in record:
@@ -253,11 +245,7 @@ def vqa_questions(path: str | Path, image_folder: str | Path) -> list[Question]:
 
 
 def chunk_of(items: Sequence[Item], num_chunks: int, chunk_idx: int) -> list[Item]:
-    """Chunk `chunk_idx` of `num_chunks`: all of one size, rounded up, and the last ones smaller or empty.
-
-    Raises:
-        ValueError: there is no such chunk.
-    """
+    """Chunk `chunk_idx` of `num_chunks`: all of one size, rounded up, and the last ones smaller or empty."""
     if not 0 <= chunk_idx < num_chunks:
         raise ValueError(f"--chunk-idx {chunk_idx}: expected 0 to {num_chunks - 1}, as --num-chunks is {num_chunks}")
     size = math.ceil(len(items) / num_chunks)
@@ -291,9 +279,6 @@ def require_all_answered(asked: Iterable[Any], answered: Iterable[Any], path: st
         answered: the same for each answer.
         path: of the answers, for the errors.
         questions: where the questions are from, for the errors.
-
-    Raises:
-        ValueError: answers are missing, too many, or to other questions.
     """
     wanted, found = Counter(iter(asked)), Counter(iter(answered))  # of a dict, its keys
     missing, surplus = wanted - found, found - wanted
@@ -337,12 +322,7 @@ def write_result(path: str | None, result: Mapping[str, Any], *inputs: str) -> N
 def open_answers(
     path: str | Path, questions: Sequence[Question], model_id: str, run: Mapping[str, Any]
 ) -> Iterator[AnswersFile]:
-    """A run's `AnswersFile`, into which no other process can answer as long as it is open.
-
-    Raises:
-        BlockingIOError: another process has it open.
-        OSError: it is a folder, or nothing can be written there.
-    """
+    """A run's `AnswersFile`, into which no other process can answer as long as it is open."""
     place = Path(path).expanduser()
     if place.is_dir():
         raise IsADirectoryError(f"--answers-file {path}: found a folder, expected a file")

@@ -233,9 +233,6 @@ def fit_vocabulary(model: Any, vocabulary: int, tokens: int) -> None:
         model: its tables have as many rows as the base, or as the tokenizer.
         vocabulary: number of rows in training, from the checkpoint's config.
         tokens: size of the tokenizer.
-
-    Raises:
-        ValueError: there would be tokens without a row that have one in the base.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     tokens = min(tokens, rows)  # some tokenizers know more tokens than their LLM
@@ -255,9 +252,6 @@ def load_tower(model: Any, trained: dict[str, Tensor], weights_path: str) -> Non
         model: its tower has no weights yet.
         trained: weights trained on top of a base; a tower among them is used.
         weights_path: full model, whose tower is used if its config says `unfreeze_mm_vision_tower`.
-
-    Raises:
-        ValueError: weights of a trained tower are missing, unexpected, or have the wrong shape.
     """
     tower = model.get_vision_tower()
     tower.load_model(device_map=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -124,6 +125,22 @@ def save_checkpoint(weights: Mapping[str, Tensor], folder: Path, source: str, dt
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    """Writes a pickled dict of tensors, upstream's format, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Writes `config.json` beside weights that are not quantised, though the frozen ones may be while training."""
+    config = copy.copy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
+
+
 # Weights trained on top of an LLM: a projector, a LoRA adapter, and other tensors.
 
 logger = logging.getLogger(__name__)
@@ -136,11 +153,7 @@ TOWER = "model.vision_tower."
 
 
 def read_trained_tensors(path: str) -> dict[str, Tensor]:
-    """Read an `mm_projector.bin` or `non_lora_trainables.bin`, with names as in the model.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
+    """Read an `mm_projector.bin` or `non_lora_trainables.bin`, with names as in the model."""
     state = read_tensors(path)
     projector = {PROJECTOR + name: tensor for name, tensor in projector_state(state).items()}
     return projector | {own_name(name): state[name] for name in state if not projector_state({name: state[name]})}
@@ -159,9 +172,6 @@ def fill_trained(model: Any, trained: dict[str, Tensor], to_come: Iterable[str],
         trained: output of `read_trained_tensors`.
         to_come: names of weights that the LLM's files lack.
         source: origin of `trained`, for messages.
-
-    Raises:
-        ValueError: a weight is missing or unexpected, or a shape differs; the message names it.
     """
     parameters = dict(model.named_parameters())
     tensors = {name: tensor for name, tensor in trained.items() if not name.startswith(TOWER)}
@@ -195,11 +205,6 @@ def apply_adapter(model: Any, adapter_path: str, *, merge: bool) -> Any:
 
     Returns:
         the model without peft's wrapper.
-
-    Raises:
-        FileNotFoundError: the adapter has no weights.
-        ImportError: peft is not installed.
-        ValueError: it is not a LoRA adapter, or its weights do not match.
     """
     if find_spec("peft") is None:
         raise ImportError("A LoRA adapter needs the package peft. Install it with: pip install -e '.[train]'")

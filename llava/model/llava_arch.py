@@ -180,12 +180,7 @@ class LlavaMetaForCausalLM(ABC):
         )
 
     def tile_grid(self, original_size: tuple[int, int] | None) -> tuple[int, int]:
-        """Return the number of tiles across and down of an image.
-
-        Raises:
-            NotImplementedError: the config's `image_aspect_ratio` has no tiles.
-            ValueError: the image's size is unknown.
-        """
+        """Return the number of tiles across and down of an image."""
         if self.config.image_aspect_ratio != "anyres":
             merge_type = self.config.mm_patch_merge_type
             raise NotImplementedError(

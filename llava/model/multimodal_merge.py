@@ -58,9 +58,6 @@ def assign_images(images_per_row: list[int], image_count: int) -> list[list[int]
     Args:
         images_per_row: number of `<image>` ids in each row.
         image_count: number of images in the batch.
-
-    Raises:
-        ValueError: the number of images matches neither convention.
     """
     wanted = sum(images_per_row)
     rows_without = images_per_row.count(0)

@@ -124,11 +124,7 @@ def safetensors_files(model_path: str) -> list[Path]:
 
 
 def open_safetensors(path: str | Path) -> Any:
-    """Open a safetensors file, whose tensors are read on access.
-
-    Raises:
-        ValueError: it is broken; the message names it.
-    """
+    """Open a safetensors file, whose tensors are read on access."""
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -264,11 +260,7 @@ def from_pretrained_strictly(
 
 
 def require_described(model_class: Any, config: Any, weights_path: str) -> None:
-    """Check a config against the shapes in the weights' headers, before a model of absurd sizes takes the memory.
-
-    Raises:
-        ValueError: the config describes another model, or none.
-    """
+    """Check a config against the shapes in the weights' headers, before a model of absurd sizes takes the memory."""
     shapes: dict[str, tuple[int, ...]] = {}
     for opened in map(open_safetensors, safetensors_files(weights_path)):
         shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
@@ -356,3 +348,13 @@ def load_projector(projector: nn.Module, state: Mapping[str, Tensor], source: st
     """
     hint = "The projector was trained for another LLM, another vision tower or another --mm_projector_type."
     fill_strictly(dict(projector.named_parameters()), projector_state(state), f"The projector in {source}", hint)
+
+
+def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:
+    """The whole of a parameter on the CPU, gathered first if ZeRO-3 has split it up (a collective call)."""
+    if hasattr(param, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([param]):
+            return param.data.detach().cpu().clone()
+    return param.detach().cpu().clone()

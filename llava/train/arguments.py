@@ -48,9 +48,6 @@ def map_retired_flags(arguments: Any) -> None:
     """Map the retired flags of `arguments` to their new names, in place.
 
     Call it before `transformers.TrainingArguments.__post_init__`.
-
-    Raises:
-        ValueError: `--warmup_ratio` is not between 0 and 1.
     """
     for old, new in RENAMED.items():
         value = getattr(arguments, old)
@@ -266,11 +263,7 @@ def parse_arguments(
 
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Reject combinations that would fail, or silently go wrong, after loading.
-
-    Raises:
-        ValueError: names the flag, what was found and what was expected.
-    """
+    """Reject combinations that would fail, or silently go wrong, after loading."""
     templates = ", ".join(sorted(conv_templates))
     if model_args.version is None:
         raise ValueError(
@@ -329,11 +322,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
 
 
 def check_projector_rate(training_args: TrainingArguments) -> None:
-    """Reject `--mm_projector_lr` with a DeepSpeed optimizer, which has one learning rate and would ignore it.
-
-    Raises:
-        ValueError: names the flags and says what to do.
-    """
+    """Reject `--mm_projector_lr` with a DeepSpeed optimizer, which has one learning rate and would ignore it."""
     engine = getattr(training_args, "hf_deepspeed_config", None)
     if training_args.mm_projector_lr is not None and engine is not None and "optimizer" in engine.config:
         raise ValueError(
@@ -343,11 +332,7 @@ def check_projector_rate(training_args: TrainingArguments) -> None:
 
 
 def check_adapter_arguments(model_args: ModelArguments, training_args: TrainingArguments) -> None:
-    """Reject combinations of LoRA and quantised weights that would train nothing, or the wrong weights.
-
-    Raises:
-        ValueError: names the flags and says what to do.
-    """
+    """Reject combinations of LoRA and quantised weights that would train nothing, or the wrong weights."""
     bits = f"--bits {training_args.bits}"
     if training_args.lora_enable and model_args.tune_mm_mlp_adapter:
         raise ValueError(

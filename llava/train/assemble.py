@@ -22,14 +22,13 @@ from llava.data.records import open_records
 from llava.data.sampler import micro_steps_of_kinds
 from llava.mm_utils import parse_grid_pinpoints
 from llava.model.builder import fill_tower, may_come_later, read_config
-from llava.model.checkpoint import TOWER, CheckpointTensors, own_name
+from llava.model.checkpoint import TOWER, CheckpointTensors, own_name, save_config
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.llava_arch import start_at_mean
 from llava.model.multimodal_projector.builder import C_ABSTRACTOR_SETTINGS
 from llava.model.weights import Form, checkpoint_form, differences, from_pretrained_strictly, recorded_base
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.checkpointing import save_config
 from llava.train.lora import freeze_quantized, quantized_loading
 
 logger = logging.getLogger(__name__)
@@ -48,11 +47,7 @@ def show_log_of_first_rank() -> None:
 
 
 def start_engine(training_args: TrainingArguments) -> None:
-    """Shows DeepSpeed the process group, which the Trainer leaves out on CPUs; ZeRO-3 loads models by it.
-
-    Raises:
-        ValueError: DeepSpeed is asked for, but no launcher has set up the process group.
-    """
+    """Shows DeepSpeed the process group, which the Trainer leaves out on CPUs; ZeRO-3 loads models by it."""
     if training_args.deepspeed and "RANK" not in os.environ:
         raise ValueError(
             "--deepspeed needs a launcher: start the script with `deepspeed` or `torchrun --nproc_per_node 1` in place "
@@ -84,9 +79,6 @@ def choose_attention(flag: str, asked: str | None, training_args: TrainingArgume
         flag: `--attn_implementation`; anything but `auto` is taken at its word.
         asked: what the entry point would like (`train_mem` asks for flash attention); given up where it cannot be had.
         training_args: read for precision and device.
-
-    Raises:
-        ValueError: the flag demands flash attention where it cannot be had.
     """
     wanted = flag if flag != "auto" else asked
     if wanted not in (None, FLASH):
@@ -186,11 +178,7 @@ def load_language_model(model_args: ModelArguments, training_args: TrainingArgum
 
 
 def check_continued(config: Any, model_args: ModelArguments) -> None:
-    """Refuses flags that contradict the LLaVA which training goes on from: its projector was trained for these.
-
-    Raises:
-        ValueError: names the flag and the value to give.
-    """
+    """Refuses flags that contradict the LLaVA which training goes on from: its projector was trained for these."""
     checkpoint = model_args.model_name_or_path
     if model_args.vision_tower is None:
         raise ValueError(f"{checkpoint} is a LLaVA: add --vision_tower {config.mm_vision_tower}.")
@@ -280,11 +268,7 @@ def log_trained_parts(model: Any) -> None:
 
 
 def check_reads_back(model: Any) -> None:
-    """Checks before the first step that a model of the config that will be saved has the weights that will be saved.
-
-    Raises:
-        ValueError: names or shapes differ, so that nothing could load what the run saves.
-    """
+    """Checks before the first step that a model of the config that will be saved has the weights that will be saved."""
     with TemporaryDirectory() as folder:
         save_config(model.config, Path(folder))
         config = read_config(folder)

@@ -6,35 +6,32 @@ folder of that name is always complete. deepspeed is imported only where it is i
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
 import json
 import logging
-import math
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_pt_utils import safe_globals
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import cached_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from llava.command import RUN_FILE, RunRecord, changed_flags, read_record
-from llava.model.weights import PROJECTOR_FILE, fill_strictly, read_tensors
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.utils import sha256
+from llava.model.checkpoint import save_config, save_tensors
+from llava.model.weights import PROJECTOR_FILE, fill_strictly, maybe_zero_3, read_tensors
+from llava.train.lora import RESUMING_HINT, is_adapted, load_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
 
 STAGING_FOLDER = ".unfinished"
 PROJECTOR_KEYS = ("mm_projector", "vision_resampler", "image_newline")
-RESUMING_HINT = "Give the flags that its run was started with; to start anew, give another --output_dir."
 EMBEDDING_KEYS = ("embed_tokens", "embed_in")
 STATE_FILES = (("optimizer.pt", "latest"), ("trainer_state.json",))
 """A checkpoint to resume from holds one file of each group; `latest` is DeepSpeed's."""
@@ -46,23 +43,6 @@ DEEPSPEED_OBJECTS = (
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 """What DeepSpeed pickles beside tensors and plain values."""
-
-SAME_IN_A_RUN = ("seed", "data_seed", "global_batch_size", "group_by_modality_length", "train_sampling_strategy",
-                 "lora_alpha")  # fmt: skip
-"""What a resumed run must not change, beside the model's and the data's flags and the files that flags name."""
-MAY_CHANGE = {"attn_implementation", "image_folder", "on_error", "lazy_preprocess", "is_multimodal"}
-"""Flags of model and data that a resumed run may change."""
-NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir", "local_rank", "trust_checkpoint")
-
-
-def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:
-    """The whole of a parameter on the CPU, gathered first if ZeRO-3 has split it up (a collective call)."""
-    if hasattr(param, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([param]):
-            return param.data.detach().cpu().clone()
-    return param.detach().cpu().clone()
 
 
 def get_mm_adapter_state_maybe_zero_3(
@@ -91,28 +71,8 @@ def save_projector(model: nn.Module, path: Path, *, is_writer: bool) -> None:
         save_tensors(state, path)
 
 
-def save_tensors(state: dict[str, Tensor], path: Path) -> None:
-    """Writes a pickled dict of tensors, upstream's format, in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
-def save_config(config: Any, folder: Path) -> None:
-    """Writes `config.json` beside weights that are not quantised, though the frozen ones may be while training."""
-    config = copy.copy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.save_pretrained(folder)
-
-
 def load_projector_weights(model: nn.Module, path: Path) -> None:
-    """Reads what `save_projector` wrote back into `model`, strictly.
-
-    Raises:
-        ValueError: names or shapes differ from the model's; the message shows both.
-    """
+    """Reads what `save_projector` wrote back into `model`, strictly."""
     keys = projector_keys(model.config)
     params = {name: param for name, param in model.named_parameters() if any(key in name for key in keys)}
     fill_strictly(params, read_tensors(path), path, RESUMING_HINT)
@@ -155,12 +115,7 @@ class _StandIn:
 
 
 def check_state_files(folder: Path) -> None:
-    """Looks for code in the pickles that a run resumes from, as DeepSpeed reads its own without a look.
-
-    Raises:
-        ValueError: a file holds other objects than the Trainer and DeepSpeed write, or cannot be read, or `latest`
-            leads out of the folder.
-    """
+    """Looks for code in the pickles that a run resumes from, as DeepSpeed reads its own without a look."""
     files = [file for pattern in ("*.pt", "*.pth") for file in folder.glob(pattern)]
     if (folder / "latest").exists():
         tag = (folder / "latest").read_text().strip()
@@ -193,12 +148,7 @@ def set_aside_from(output_dir: str | Path, step: int) -> str:
 
 
 def checkpoint_to_resume(named: str | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint that a run goes on from: the one it names, else the last complete one of its folder, if any.
-
-    Raises:
-        ValueError: the named one cannot be resumed from. The Trainer would pass over what it lacks: without a state it
-            begins at step 0, without an optimizer at moments of zero.
-    """
+    """The checkpoint that a run goes on from: the one it names, else the last complete one of its folder, if any."""
     if not named:
         return last_complete_checkpoint(output_dir)
     if missing := missing_from_checkpoint(Path(named)):
@@ -207,58 +157,6 @@ def checkpoint_to_resume(named: str | None, output_dir: str | Path) -> Path | No
             "leave the flag out: a run goes on from the last complete checkpoint of its --output_dir."
         )
     return Path(named)
-
-
-def describe_run(
-    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, plugin_args: Any, resumes: bool
-) -> RunRecord:
-    """The `run.json` of a training. The first rank alone hashes the files that flags name, and writes."""
-    of_plugin = {} if plugin_args is None else dataclasses.asdict(plugin_args)
-    flags = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **args.to_dict(), **of_plugin}
-    named, is_first = {}, args.process_index == 0
-    if is_first:
-        named = {name: flags[name] for name in ("data_path", "pretrain_mm_mlp_adapter", *of_plugin)}
-        for name in ("model_name_or_path", "vision_tower"):
-            with contextlib.suppress(OSError, ValueError):  # loading it says what is wrong
-                named[name] = flags[name] and cached_file(flags[name], "config.json", cache_dir=args.cache_dir)
-    hashes = {
-        name: sha256(Path(file)) for name, file in named.items() if isinstance(file, str) and Path(file).is_file()
-    }
-    flags["global_batch_size"] = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    return RunRecord(Path(args.output_dir), flags, hashes, resumes=resumes, is_writer=is_first)
-
-
-def check_same_run(record: RunRecord, checkpoint: Path) -> None:
-    """Compares a run with the record beside the checkpoint that it resumes from, and names what has changed.
-
-    Raises:
-        ValueError: the checkpoint is of the run's own folder, and model, data or their order are others.
-    """
-    before = read_record(checkpoint.parent) if record.is_writer else {}
-    changed = {
-        name: f"{name}: {was} before, {now} now"
-        for name, (was, now) in changed_flags(before, record.run).items()
-        if name not in NOT_COMPARED
-    }
-    of_model_and_data = {field.name for kind in (ModelArguments, DataArguments) for field in dataclasses.fields(kind)}
-    fixed = {*before.get("sha256", ()), *SAME_IN_A_RUN, *of_model_and_data} - MAY_CHANGE
-    refused = "; ".join(text for name, text in changed.items() if name in fixed)
-    if refused and checkpoint.resolve().parent == record.folder.resolve():
-        raise ValueError(
-            f"{record.folder} holds another run, up to {checkpoint.name}. {refused}. Give what its run.json has, or "
-            f"another --output_dir; with --resume_from_checkpoint {checkpoint} too, that run starts from this one."
-        )
-    if changed:
-        logger.warning("Changed since %s: %s.", checkpoint.parent / RUN_FILE, "; ".join(changed.values()))
-
-
-def steps_of_run(args: Any, samples: int) -> int:
-    """Optimizer steps of a whole run over `samples`, as the Trainer counts them."""
-    if args.max_steps > 0:
-        return args.max_steps
-    rows = args.train_batch_size * args.world_size
-    batches = samples // rows if args.dataloader_drop_last else math.ceil(samples / rows)
-    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
 
 
 def finished_step(output_dir: str | Path) -> int:
@@ -306,3 +204,184 @@ def safe_save_model_for_hf_trainer(trainer: Any, output_dir: str) -> None:
         save_projector(trainer.model, path, is_writer=trainer.args.should_save)
         return
     trainer.save_model(output_dir)
+
+
+class CheckpointingTrainer(Trainer):
+    """Trainer that writes `checkpoint-N` folders atomically, without frozen weights in stage 1 and with LoRA.
+
+    In stage 1 (`config.tune_mm_mlp_adapter`) a checkpoint contains `mm_projector.bin` and `config.json`, like
+    upstream's, and in addition the optimizer, the schedule, random states and the position in the data.
+    """
+
+    model: Any
+    model_wrapped: Any
+    args: Any
+    lr_scheduler: Any
+    optimizer: Any
+    train_dataset: Any
+
+    _run_dir: Path | None = None
+    _resumed_from: Path | None = None
+    result_is_saved = False
+
+    @property
+    def saves_projector_only(self) -> bool:
+        """Whether this is stage 1, whose checkpoints omit the frozen weights."""
+        return bool(getattr(self.model.config, "tune_mm_mlp_adapter", False))
+
+    @property
+    def rank_suffix(self) -> str:
+        """Suffix of per-rank files; empty on the first rank."""
+        return f"_rank{self.args.process_index}" if self.args.process_index else ""
+
+    def log_state(self) -> dict[str, Any]:
+        """Return the state of the current logging window, so that a resumed run logs the same values."""
+        return {"loss_sum": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        """Restore the output of `log_state`."""
+        self._tr_loss += state["loss_sum"]
+        self._globalstep_last_logged = state["last_logged_step"]
+
+    def restore_log_state(self) -> None:
+        """Load the log state of the checkpoint that the run resumes from, if there is one."""
+        if self._resumed_from is not None and self._log_state_file(self._resumed_from).exists():
+            self.load_log_state(json.loads(self._log_state_file(self._resumed_from).read_text()))
+
+    def _log_state_file(self, folder: Path) -> Path:
+        return folder / f"log_state{self.rank_suffix}.json"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._run_dir) if self._run_dir is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write to a staging folder, and rename it when all ranks are done. The last one comes after the result."""
+        output_dir = Path(super()._get_output_dir(trial))
+        if self.state.global_step >= self.state.max_steps:
+            self.save_result()
+            self.model.config.use_cache = False
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._run_dir = output_dir / STAGING_FOLDER
+        staged = self._run_dir / name
+        try:
+            with self._unwritten_named(staged, name, copies=4):  # weights, and the optimizer's in float32
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._run_dir = None
+        staged.mkdir(parents=True, exist_ok=True)
+        self._log_state_file(staged).write_text(json.dumps(self.log_state()))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish_checkpoint(staged, output_dir / name)
+            rotate_checkpoints(str(output_dir), self.args.save_total_limit, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def save_result(self) -> None:
+        """Save what the run has trained, once; its state last, to say that the weights beside it are those of its step.
+
+        A checkpoint takes three times as much room, and is not needed any more: a full disk must not cost the result.
+        """
+        if not self.result_is_saved:
+            self.model.config.use_cache = True
+            with self._unwritten_named(Path(self.args.output_dir), "the result", copies=1):
+                safe_save_model_for_hf_trainer(trainer=self, output_dir=self.args.output_dir)
+                self.save_state()
+            self.result_is_saved = True
+
+    @contextmanager
+    def _unwritten_named(self, folder: Path, what: str, copies: int) -> Iterator[None]:
+        """Name what cannot be written; `copies` of the trained weights estimate its size."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not (isinstance(error, OSError) or re.search("writ|No space|quota|I/O", str(error))):
+                raise
+            trained = [param for param in self.model.parameters() if param.requires_grad]
+            size = sum(getattr(param, "ds_numel", param.numel()) * param.element_size() for param in trained)
+            existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+            last = last_complete_checkpoint(self.args.output_dir)
+            safe = (
+                f"{last} is complete: free some room, and the same command continues from it."
+                if last
+                else "Nothing is saved yet: free some room, or give another --output_dir."
+            )
+            raise OSError(
+                f"{folder}: {what} cannot be written ({' '.join(str(error).split())[:200]}). It takes about "
+                f"{copies * size / 1e9:.1f} GB, and {shutil.disk_usage(existing).free / 1e9:.1f} GB are free. {safe}"
+            ) from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the projector and config (stage 1), the adapter (LoRA, see `llava.train.lora`) or the full model."""
+        self.check_state_is_finite()
+        folder = Path(output_dir or self.args.output_dir)
+        if self.saves_projector_only:
+            save_projector(self.model, folder / PROJECTOR_FILE, is_writer=self.args.should_save)
+            if self.args.should_save:
+                save_config(self.model.config, folder)
+            return
+        if is_adapted(self.model):
+            save_adapter(self.model, folder, is_writer=self.args.should_save)
+            return
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            copy_tokenizer_model(self.processing_class, folder)
+
+    def check_state_is_finite(self) -> None:
+        """Stops before weights or moments that are not finite are saved, or trained on."""
+        state = [getattr(param, "ds_tensor", param) for param in self.model.parameters() if param.requires_grad]
+        for moments in (getattr(self.optimizer, "state", None) or {}).values():
+            state += [value for value in moments.values() if isinstance(value, Tensor)]
+        if not all(tensor.isfinite().all() for tensor in state):
+            step = self.state.global_step
+            raise ValueError(
+                f"Step {step}: weights or the optimizer's moments are not finite, so they are not saved. Lower "
+                f"--learning_rate. {set_aside_from(self.args.output_dir, step)}"
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.saves_projector_only:
+            load_projector_weights(self.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
+        elif is_adapted(self.model):
+            load_adapter(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *others: Any) -> tuple[int, int]:
+        """As the Trainer does, but no epoch is left once all steps are done: it would train the last epoch's rest."""
+        reached = super()._init_training_state(max_steps, steps_per_epoch, epochs, *others)
+        return (epochs, 0) if self.state.global_step >= max_steps else reached
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import DeepSpeedSchedulerWrapper  # exists only if deepspeed is installed
+
+        # Frozen weights are in their own checkpoints. With them, each save of stage 1 would be as large as the LLM.
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer does, but a rate that has changed since counts: the checkpoint's would, without a word."""
+        rates = list(getattr(self.lr_scheduler, "base_lrs", []))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        before = list(getattr(self.lr_scheduler, "base_lrs", []))
+        if before == rates:
+            return
+        logger.warning("The learning rate is %s now, it was %s in %s.", rates, before, checkpoint)
+        self.lr_scheduler.base_lrs = rates
+        for group, rate, old in zip(self.optimizer.param_groups, rates, before, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * (group["lr"] / old if old else 1.0)
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if not (self.is_deepspeed_enabled and resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        # Not strict: the checkpoint has no frozen weights.
+        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        return prepared

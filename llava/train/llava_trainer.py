@@ -1,13 +1,14 @@
-"""LLaVA's Trainer: parameter groups, data order, plugin losses, and checkpoints in every stage."""
+"""LLaVA's Trainer: losses, data order, parameter groups, and what it tracks over a logging window and a run.
+
+What it saves is in `llava.train.checkpointing`.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,12 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import TrainerCallback
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.dataset import LARGEST_SHARE, too_many_are_lost
 from llava.data.sampler import (
+    EpochSampler,
     LengthGroupedSampler,
     get_length_grouped_indices,
     get_modality_length_grouped_indices,
@@ -36,409 +35,14 @@ from llava.data.sampler import (
 from llava.model.weights import gathered
 from llava.plugin import TrainingPlugin
 from llava.train.checkpointing import (
-    PROJECTOR_FILE,
     STAGING_FOLDER,
-    copy_tokenizer_model,
+    CheckpointingTrainer,
     get_mm_adapter_state_maybe_zero_3,
-    last_complete_checkpoint,
-    load_projector_weights,
-    publish_checkpoint,
-    safe_save_model_for_hf_trainer,
-    save_config,
-    save_projector,
     set_aside_from,
 )
-from llava.train.lora import is_adapted, load_adapter, save_adapter
 from llava.train.stopping import start_worker, stop_request
-from llava.utils import unwritten_named
 
 logger = logging.getLogger(__name__)
-
-
-class CheckpointingTrainer(Trainer):
-    """Trainer that writes `checkpoint-N` folders atomically, without frozen weights in stage 1 and with LoRA.
-
-    In stage 1 (`config.tune_mm_mlp_adapter`) a checkpoint contains `mm_projector.bin` and `config.json`, like
-    upstream's, and in addition the optimizer, the schedule, random states and the position in the data.
-    """
-
-    model: Any
-    model_wrapped: Any
-    args: Any
-    lr_scheduler: Any
-    optimizer: Any
-    train_dataset: Any
-
-    _run_dir: Path | None = None
-    _resumed_from: Path | None = None
-    result_is_saved = False
-
-    @property
-    def saves_projector_only(self) -> bool:
-        """Whether this is stage 1, whose checkpoints omit the frozen weights."""
-        return bool(getattr(self.model.config, "tune_mm_mlp_adapter", False))
-
-    @property
-    def rank_suffix(self) -> str:
-        """Suffix of per-rank files; empty on the first rank."""
-        return f"_rank{self.args.process_index}" if self.args.process_index else ""
-
-    def log_state(self) -> dict[str, Any]:
-        """Return the state of the current logging window, so that a resumed run logs the same values."""
-        return {"loss_sum": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
-
-    def load_log_state(self, state: dict[str, Any]) -> None:
-        """Restore the output of `log_state`."""
-        self._tr_loss += state["loss_sum"]
-        self._globalstep_last_logged = state["last_logged_step"]
-
-    def restore_log_state(self) -> None:
-        """Load the log state of the checkpoint that the run resumes from, if there is one."""
-        if self._resumed_from is not None and self._log_state_file(self._resumed_from).exists():
-            self.load_log_state(json.loads(self._log_state_file(self._resumed_from).read_text()))
-
-    def _log_state_file(self, folder: Path) -> Path:
-        return folder / f"log_state{self.rank_suffix}.json"
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._run_dir) if self._run_dir is not None else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write to a staging folder, and rename it when all ranks are done. The last one comes after the result."""
-        output_dir = Path(super()._get_output_dir(trial))
-        if self.state.global_step >= self.state.max_steps:
-            self.save_result()
-            self.model.config.use_cache = False
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._run_dir = output_dir / STAGING_FOLDER
-        staged = self._run_dir / name
-        try:
-            with self._unwritten_named(staged, name, copies=4):  # weights, and the optimizer's in float32
-                super()._save_checkpoint(model, trial)
-        finally:
-            self._run_dir = None
-        staged.mkdir(parents=True, exist_ok=True)
-        self._log_state_file(staged).write_text(json.dumps(self.log_state()))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            publish_checkpoint(staged, output_dir / name)
-            rotate_checkpoints(str(output_dir), self.args.save_total_limit, use_mtime=True)
-        self.accelerator.wait_for_everyone()
-
-    def save_result(self) -> None:
-        """Save what the run has trained, once; its state last, to say that the weights beside it are those of its step.
-
-        A checkpoint takes three times as much room, and is not needed any more: a full disk must not cost the result.
-        """
-        if not self.result_is_saved:
-            self.model.config.use_cache = True
-            with self._unwritten_named(Path(self.args.output_dir), "the result", copies=1):
-                safe_save_model_for_hf_trainer(trainer=self, output_dir=self.args.output_dir)
-                self.save_state()
-            self.result_is_saved = True
-
-    def _unwritten_named(self, folder: Path, what: str, copies: int) -> AbstractContextManager[None]:
-        """Name what cannot be written; `copies` of the trained weights estimate its size."""
-        trained = [param for param in self.model.parameters() if param.requires_grad]
-        size = sum(getattr(param, "ds_numel", param.numel()) * param.element_size() for param in trained)
-        last = last_complete_checkpoint(self.args.output_dir)
-        safe = (
-            f"{last} is complete: free some room, and the same command continues from it."
-            if last
-            else ("Nothing is saved yet: free some room, or give another --output_dir.")
-        )
-        return unwritten_named(folder, what, copies * size, safe)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the projector and config (stage 1), the adapter (LoRA, see `llava.train.lora`) or the full model."""
-        self.check_state_is_finite()
-        folder = Path(output_dir or self.args.output_dir)
-        if self.saves_projector_only:
-            save_projector(self.model, folder / PROJECTOR_FILE, is_writer=self.args.should_save)
-            if self.args.should_save:
-                save_config(self.model.config, folder)
-            return
-        if is_adapted(self.model):
-            save_adapter(self.model, folder, is_writer=self.args.should_save)
-            return
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            copy_tokenizer_model(self.processing_class, folder)
-
-    def check_state_is_finite(self) -> None:
-        """Stops before weights or moments that are not finite are saved, or trained on.
-
-        Raises:
-            ValueError: some are not; the message names the last good checkpoint.
-        """
-        state = [getattr(param, "ds_tensor", param) for param in self.model.parameters() if param.requires_grad]
-        for moments in (getattr(self.optimizer, "state", None) or {}).values():
-            state += [value for value in moments.values() if isinstance(value, Tensor)]
-        if not all(tensor.isfinite().all() for tensor in state):
-            step = self.state.global_step
-            raise ValueError(
-                f"Step {step}: weights or the optimizer's moments are not finite, so they are not saved. Lower "
-                f"--learning_rate. {set_aside_from(self.args.output_dir, step)}"
-            )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.saves_projector_only:
-            load_projector_weights(self.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
-        elif is_adapted(self.model):
-            load_adapter(self.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *others: Any) -> tuple[int, int]:
-        """As the Trainer does, but no epoch is left once all steps are done: it would train the last epoch's rest."""
-        reached = super()._init_training_state(max_steps, steps_per_epoch, epochs, *others)
-        return (epochs, 0) if self.state.global_step >= max_steps else reached
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        from accelerate.utils import DeepSpeedSchedulerWrapper  # exists only if deepspeed is installed
-
-        # Frozen weights are in their own checkpoints. With them, each save of stage 1 would be as large as the LLM.
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer does, but a rate that has changed since counts: the checkpoint's would, without a word."""
-        rates = list(getattr(self.lr_scheduler, "base_lrs", []))
-        super()._load_optimizer_and_scheduler(checkpoint)
-        before = list(getattr(self.lr_scheduler, "base_lrs", []))
-        if before == rates:
-            return
-        logger.warning("The learning rate is %s now, it was %s in %s.", rates, before, checkpoint)
-        self.lr_scheduler.base_lrs = rates
-        for group, rate, old in zip(self.optimizer.param_groups, rates, before, strict=True):
-            group["initial_lr"], group["lr"] = rate, rate * (group["lr"] / old if old else 1.0)
-        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        if not (self.is_deepspeed_enabled and resume_from_checkpoint):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        # Not strict: the checkpoint has no frozen weights.
-        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        self._load_scaler(resume_from_checkpoint)
-        return prepared
-
-
-FIRST_BATCH = "first_batch"
-
-
-def undo_normalisation(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Convert the tower's input `[N, 3, H, W]` back to 0..1."""
-    shift, scale = (torch.tensor(channel, dtype=torch.float32).view(1, 3, 1, 1) for channel in (mean, std))
-    return (images.detach().float().cpu() * scale + shift).clamp(0, 1)
-
-
-def save_first_batch(trainer: LLaVATrainer, inputs: dict[str, Any]) -> None:
-    """Pass the first micro-batch of the first rank to the plugin's `describe_first_batch`.
-
-    The picture reveals a wrong geometry before hours are spent on it. anyres: base tiles only. Batches without images
-    have no picture.
-    """
-    images = inputs.get("images")
-    if trainer.plugin is None or not trainer.args.should_save or images is None:
-        return
-    if trainer.model.reads_features:  # no pixels are at hand
-        if trainer.epoch_sampler is None:
-            return
-        uncached = copy(trainer.train_dataset)
-        uncached.features = None
-        first = trainer.epoch_sampler.order(0)[: trainer.args.train_batch_size]
-        inputs = trainer.data_collator([uncached[index] for index in first])
-        images = inputs["images"]
-    images = torch.stack([image if image.dim() == 3 else image[0] for image in images])  # [N, 3, H, W]
-    tower = trainer.model.get_vision_tower()
-    processor, side = tower.image_processor, tower.seen_side
-    path = Path(trainer.args.output_dir) / FIRST_BATCH
-    pixels = undo_normalisation(images[..., :side, :side], processor.image_mean, processor.image_std)
-    trainer.plugin.describe_first_batch(pixels, trainer.model.visual_grid, inputs.get("plugin_batch") or {}, path)
-    logger.info("The first batch as the plugin sees it: %s.*", path)
-
-
-Sums = dict[str, tuple[float, float]]
-
-
-class MetricWindow:
-    """Running means of named scalars over a logging window. NaN means "nothing to report" and is skipped.
-
-    Values stay on their device until the window is read, so that adding them does not synchronise.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # each [2]: sum and count
-
-    def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Add one value per name."""
-        for name, value in values.items():
-            value = torch.as_tensor(value).detach().double().reshape(())
-            present = ~value.isnan()
-            entry = torch.stack([value.nan_to_num(posinf=torch.inf, neginf=-torch.inf), present.double()])
-            before = self._sums.get(name)
-            self._sums[name] = entry if before is None else before.to(entry.device) + entry
-
-    def sums(self) -> Sums:
-        """Return sum and count of each name on this rank."""
-        return {name: (entry[0].item(), entry[1].item()) for name, entry in self._sums.items()}
-
-    def restore(self, sums: Sums) -> None:
-        """Restore the output of `sums`."""
-        self._sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in sums.items()}
-
-    def drain(self, gather: Callable[[Sums], list[Sums]]) -> dict[str, float]:
-        """Empty the window and return means over all ranks, in order of first appearance, without empty names.
-
-        Args:
-            gather: gathers the sums of all ranks (a collective call).
-        """
-        totals: Sums = {}
-        for sums in gather(self.sums()):
-            for name, (total, count) in sums.items():
-                before = totals.get(name, (0.0, 0.0))
-                totals[name] = (before[0] + total, before[1] + count)
-        self._sums = {}
-        return {name: total / count for name, (total, count) in totals.items() if count}
-
-
-# Counts samples that contribute nothing to the loss, and stops a run that has too many of them.
-
-
-def supervised_tokens(input_ids: Tensor, labels: Tensor, visual_tokens: Tensor, max_length: int | None) -> Tensor:
-    """Count the labelled tokens of each row after images are inserted and the row is truncated, `[B]`.
-
-    Args:
-        input_ids: `[B, T]`, right-padded, IMAGE_TOKEN_INDEX for an image.
-        labels: `[B, T]`.
-        visual_tokens: `[N]`, number of visual tokens of each image, in the order of the rows.
-        max_length: length to which the model truncates rows, if it does.
-    """
-    supervised = labels != IGNORE_INDEX  # [B, T]
-    if max_length is not None:
-        lengths = (input_ids != IMAGE_TOKEN_INDEX).long()
-        lengths[input_ids == IMAGE_TOKEN_INDEX] = visual_tokens
-        supervised = supervised & (lengths.cumsum(1) <= max_length)
-    return supervised[:, 1:].sum(1)  # [B]; the first position is not predicted
-
-
-class UnsupervisedSamples:
-    """Tracks samples that contribute nothing to the loss, and stops a run that has too many of them.
-
-    A sample is lost if none of its tokens has a label, or if `--on_error skip` skipped it. Those without labels are
-    listed in `path` as JSON lines (the dataset lists the others), and both are counted.
-
-    Args:
-        path: the list of this rank; created with the first entry.
-        sum_over_ranks: sums a list of counts over all ranks.
-    """
-
-    def __init__(self, path: Path, sum_over_ranks: Callable[[list[int]], list[int]]):
-        self.path = path
-        self.sum_over_ranks = sum_over_ranks
-        self.seen = 0
-        self.unsupervised = 0
-        self._step = [0, 0]  # samples, and lost ones
-
-    def add(self, sample_ids: list[str], supervised_tokens: list[int], step: int, skipped: int = 0) -> None:
-        """Record one micro-batch: its samples, the number of labelled tokens of each, and how many were skipped."""
-        empty = [name for name, count in zip(sample_ids, supervised_tokens, strict=True) if count == 0]
-        self._step[0] += len(sample_ids) + skipped
-        self._step[1] += len(empty) + skipped
-        if empty:
-            logger.warning("No supervised token in %s; listed in %s.", ", ".join(empty), self.path)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.writelines(json.dumps({"step": step, "id": name}) + "\n" for name in empty)
-
-    def close_step(self, step: int) -> None:
-        """Check all samples so far, after the last micro-batch of a step. All ranks must call it.
-
-        Raises:
-            ValueError: too large a share of them contributes nothing.
-        """
-        seen, lost = self.sum_over_ranks(self._step)
-        self._step = [0, 0]
-        self.seen += seen
-        self.unsupervised += lost
-        if too_many_are_lost(self.unsupervised, self.seen):
-            raise ValueError(f"Step {step}: {self.summary()}, more than {LARGEST_SHARE:.0%}. {self._advice()}")
-
-    def close_run(self) -> None:
-        """Log how many samples a run has lost.
-
-        Raises:
-            ValueError: all of them.
-        """
-        if self.seen and self.unsupervised == self.seen:
-            raise ValueError(f"{self.summary()}, so nothing was trained and nothing is saved. {self._advice()}")
-        if self.unsupervised:
-            logger.warning("%s. They are listed in %s.", self.summary(), self.path.parent)
-
-    def summary(self) -> str:
-        """Describe the counts in one sentence."""
-        return f"{self.unsupervised} of {self.seen} samples were skipped or have no supervised token"
-
-    def _advice(self) -> str:
-        return (
-            f"They are listed in {self.path.parent}. Check --image_folder, that --version fits the LLM, that "
-            "answers are not empty and --model_max_length leaves room for them; or take them out of --data_path."
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counts, to be saved in a checkpoint."""
-        return {"seen": self.seen, "unsupervised": self.unsupervised}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the counts of a checkpoint."""
-        self.seen, self.unsupervised = state["seen"], state["unsupervised"]
-
-
-class EpochSampler(Sampler[int]):
-    """Samples in an order that depends on seed and epoch only, so it is equal on all ranks and after a restart.
-
-    Args:
-        draw_order: draws an order from torch's global generator, which is seeded before and restored afterwards.
-        length: number of samples.
-        seed: seed of the data order.
-    """
-
-    def __init__(self, draw_order: Callable[[], list[int]], length: int, seed: int):
-        self.draw_order = draw_order
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
-        self._drawn: tuple[int, list[int]] | None = None  # of one epoch: drawing half a million takes seconds
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def order(self, epoch: int) -> list[int]:
-        """Return the sample indices of an epoch, in order."""
-        if self._drawn is None or self._drawn[0] != epoch:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.seed + epoch)  # torch.manual_seed would also seed the GPUs
-                self._drawn = (epoch, self.draw_order())
-        return self._drawn[1]
-
-    def fingerprint(self, epoch: int) -> str:
-        """Return a short hash of an epoch's order."""
-        return hashlib.sha256(" ".join(map(str, self.order(epoch))).encode()).hexdigest()[:12]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order(self.epoch))
-
 
 __all__ = [
     "LLaVATrainer",
@@ -453,37 +57,6 @@ __all__ = [
 def run_progress(step: int, max_steps: int) -> float:
     """Return the progress at zero-based optimizer step `step`: 0 at the first, 1 at the last (and in a 1-step run)."""
     return min(step / (max_steps - 1), 1.0) if max_steps > 1 else 1.0
-
-
-class RunBookkeeping(TrainerCallback):
-    """Callback that sets the sampler's epoch and restores logging windows on resume."""
-
-    def __init__(self, trainer: LLaVATrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove unfinished checkpoints of a killed run, and restore the checkpoint's logging windows."""
-        if args.should_save:
-            shutil.rmtree(Path(args.output_dir) / STAGING_FOLDER, ignore_errors=True)
-        self.trainer.accelerator.wait_for_everyone()
-        self.trainer.restore_log_state()
-        self.trainer.check_state_is_finite()
-        if state.global_step == 0:
-            self.trainer.record_initial_metrics()
-
-        stop_request.can_save = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Saves and ends the run after a signal, at the step on which the ranks agreed."""
-        if self.trainer.is_told_to_stop and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = self.trainer.was_stopped = True
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the sampler's epoch: accelerate does not set it on several ranks after a restart."""
-        sampler, epoch = self.trainer.epoch_sampler, int(state.epoch or 0)
-        if sampler is not None:
-            sampler.set_epoch(epoch)
-            logger.info("Epoch %d: order of the data %s.", epoch, sampler.fingerprint(epoch))
 
 
 class LLaVATrainer(CheckpointingTrainer):
@@ -557,7 +130,7 @@ class LLaVATrainer(CheckpointingTrainer):
         ids = inputs.get("sample_ids") or [f"row {row}" for row in range(len(inputs["input_ids"]))]
         if self._first_batch_pending and self.state.global_step == 0:
             self._first_batch_pending = False
-            save_first_batch(self, inputs)
+            self._describe_first_batch(inputs)
         skipped = inputs.pop("skipped", 0)
         outputs = model(**inputs)
         loss, logs = self._weighted_sum(outputs, "auxiliary_only" not in inputs)
@@ -565,6 +138,30 @@ class LLaVATrainer(CheckpointingTrainer):
             self._check_samples(inputs, ids, loss, logs, skipped)
             self.window.add({**logs, **(outputs.auxiliary_metrics or {})})
         return (loss, outputs) if return_outputs else loss
+
+    def _describe_first_batch(self, inputs: dict[str, Any]) -> None:
+        """Pass the first micro-batch of the first rank to the plugin, whose picture of it reveals a wrong geometry.
+
+        anyres: base tiles only. Batches without images have no picture.
+        """
+        if self.plugin is None or not self.args.should_save or inputs.get("images") is None:
+            return
+        if self.model.reads_features:  # no pixels are at hand
+            if self.epoch_sampler is None:
+                return
+            uncached = copy(self.train_dataset)
+            uncached.features = None
+            first = self.epoch_sampler.order(0)[: self.args.train_batch_size]
+            inputs = self.data_collator([uncached[index] for index in first])
+        tower = self.model.get_vision_tower()
+        processor, side = tower.image_processor, tower.seen_side
+        base_tiles = [image if image.dim() == 3 else image[0] for image in inputs["images"]]
+        pixels = torch.stack(base_tiles)[..., :side, :side].detach().float().cpu()  # [N, 3, H, W]
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
+        path = Path(self.args.output_dir) / "first_batch"
+        plugin_batch = inputs.get("plugin_batch") or {}
+        self.plugin.describe_first_batch((pixels * std + mean).clamp(0, 1), self.model.visual_grid, plugin_batch, path)
+        logger.info("The first batch as the plugin sees it: %s.*", path)
 
     def record_initial_metrics(self) -> None:
         """Log what the plugin says of the run before its first step. All ranks must call it."""
@@ -634,11 +231,7 @@ class LLaVATrainer(CheckpointingTrainer):
         return loader
 
     def get_batch_samples(self, *arguments: Any) -> Any:
-        """As the Trainer does; says what the workers of the data loader were reading where one is lost or stopped.
-
-        Raises:
-            RuntimeError: a worker died, or brought nothing within `--dataloader_timeout` seconds.
-        """
+        """As the Trainer does; says what the workers of the data loader were reading where one is lost or stopped."""
         try:
             return super().get_batch_samples(*arguments)
         except RuntimeError as error:
@@ -728,11 +321,7 @@ class LLaVATrainer(CheckpointingTrainer):
         }
 
     def load_log_state(self, state: dict[str, Any]) -> None:
-        """Restore `log_state`, and warn if the data's order differs from the checkpoint's.
-
-        Raises:
-            ValueError: the checkpoint is of another phase.
-        """
+        """Restore `log_state`, and warn if the data's order differs from the checkpoint's."""
         if (phase := state.get("phase", "run")) != self.phase:
             raise ValueError(
                 f"{self._resumed_from}: found a checkpoint of the {phase}, expected one of the {self.phase}. Leave "
@@ -757,3 +346,160 @@ class LLaVATrainer(CheckpointingTrainer):
             "samples_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
             "order": None if sampler is None else sampler.fingerprint(int(self.state.epoch or 0)),
         }
+
+
+class RunBookkeeping(TrainerCallback):
+    """Callback that sets the sampler's epoch and restores logging windows on resume."""
+
+    def __init__(self, trainer: LLaVATrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove unfinished checkpoints of a killed run, and restore the checkpoint's logging windows."""
+        if args.should_save:
+            shutil.rmtree(Path(args.output_dir) / STAGING_FOLDER, ignore_errors=True)
+        self.trainer.accelerator.wait_for_everyone()
+        self.trainer.restore_log_state()
+        self.trainer.check_state_is_finite()
+        if state.global_step == 0:
+            self.trainer.record_initial_metrics()
+
+        stop_request.can_save = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saves and ends the run after a signal, at the step on which the ranks agreed."""
+        if self.trainer.is_told_to_stop and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.trainer.was_stopped = True
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the sampler's epoch: accelerate does not set it on several ranks after a restart."""
+        sampler, epoch = self.trainer.epoch_sampler, int(state.epoch or 0)
+        if sampler is not None:
+            sampler.set_epoch(epoch)
+            logger.info("Epoch %d: order of the data %s.", epoch, sampler.fingerprint(epoch))
+
+
+Sums = dict[str, tuple[float, float]]
+"""Sum and count of each name."""
+
+
+class MetricWindow:
+    """Running means of named scalars over a logging window. NaN means "nothing to report" and is skipped.
+
+    Values stay on their device until the window is read, so that adding them does not synchronise.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # each [2]: sum and count
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Add one value per name."""
+        for name, value in values.items():
+            value = torch.as_tensor(value).detach().double().reshape(())
+            present = ~value.isnan()
+            entry = torch.stack([value.nan_to_num(posinf=torch.inf, neginf=-torch.inf), present.double()])
+            before = self._sums.get(name)
+            self._sums[name] = entry if before is None else before.to(entry.device) + entry
+
+    def sums(self) -> Sums:
+        """Return sum and count of each name on this rank."""
+        return {name: (entry[0].item(), entry[1].item()) for name, entry in self._sums.items()}
+
+    def restore(self, sums: Sums) -> None:
+        """Restore the output of `sums`."""
+        self._sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in sums.items()}
+
+    def drain(self, gather: Callable[[Sums], list[Sums]]) -> dict[str, float]:
+        """Empty the window and return means over all ranks, in order of first appearance, without empty names.
+
+        Args:
+            gather: gathers the sums of all ranks (a collective call).
+        """
+        totals: Sums = {}
+        for sums in gather(self.sums()):
+            for name, (total, count) in sums.items():
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = (before[0] + total, before[1] + count)
+        self._sums = {}
+        return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+def supervised_tokens(input_ids: Tensor, labels: Tensor, visual_tokens: Tensor, max_length: int | None) -> Tensor:
+    """Count the labelled tokens of each row after images are inserted and the row is truncated, `[B]`.
+
+    Args:
+        input_ids: `[B, T]`, right-padded, IMAGE_TOKEN_INDEX for an image.
+        labels: `[B, T]`.
+        visual_tokens: `[N]`, number of visual tokens of each image, in the order of the rows.
+        max_length: length to which the model truncates rows, if it does.
+    """
+    supervised = labels != IGNORE_INDEX  # [B, T]
+    if max_length is not None:
+        lengths = (input_ids != IMAGE_TOKEN_INDEX).long()
+        lengths[input_ids == IMAGE_TOKEN_INDEX] = visual_tokens
+        supervised = supervised & (lengths.cumsum(1) <= max_length)
+    return supervised[:, 1:].sum(1)  # [B]; the first position is not predicted
+
+
+class UnsupervisedSamples:
+    """Tracks samples that contribute nothing to the loss, and stops a run that has too many of them.
+
+    A sample is lost if none of its tokens has a label, or if `--on_error skip` skipped it. Those without labels are
+    listed in `path` as JSON lines (the dataset lists the others), and both are counted.
+
+    Args:
+        path: the list of this rank; created with the first entry.
+        sum_over_ranks: sums a list of counts over all ranks.
+    """
+
+    def __init__(self, path: Path, sum_over_ranks: Callable[[list[int]], list[int]]):
+        self.path = path
+        self.sum_over_ranks = sum_over_ranks
+        self.seen = 0
+        self.unsupervised = 0
+        self._step = [0, 0]  # samples, and lost ones
+
+    def add(self, sample_ids: list[str], supervised_tokens: list[int], step: int, skipped: int = 0) -> None:
+        """Record one micro-batch: its samples, the number of labelled tokens of each, and how many were skipped."""
+        empty = [name for name, count in zip(sample_ids, supervised_tokens, strict=True) if count == 0]
+        self._step[0] += len(sample_ids) + skipped
+        self._step[1] += len(empty) + skipped
+        if empty:
+            logger.warning("No supervised token in %s; listed in %s.", ", ".join(empty), self.path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.writelines(json.dumps({"step": step, "id": name}) + "\n" for name in empty)
+
+    def close_step(self, step: int) -> None:
+        """Check all samples so far, after the last micro-batch of a step. All ranks must call it."""
+        seen, lost = self.sum_over_ranks(self._step)
+        self._step = [0, 0]
+        self.seen += seen
+        self.unsupervised += lost
+        if too_many_are_lost(self.unsupervised, self.seen):
+            raise ValueError(f"Step {step}: {self.summary()}, more than {LARGEST_SHARE:.0%}. {self._advice()}")
+
+    def close_run(self) -> None:
+        """Log how many samples a run has lost."""
+        if self.seen and self.unsupervised == self.seen:
+            raise ValueError(f"{self.summary()}, so nothing was trained and nothing is saved. {self._advice()}")
+        if self.unsupervised:
+            logger.warning("%s. They are listed in %s.", self.summary(), self.path.parent)
+
+    def summary(self) -> str:
+        """Describe the counts in one sentence."""
+        return f"{self.unsupervised} of {self.seen} samples were skipped or have no supervised token"
+
+    def _advice(self) -> str:
+        return (
+            f"They are listed in {self.path.parent}. Check --image_folder, that --version fits the LLM, that "
+            "answers are not empty and --model_max_length leaves room for them; or take them out of --data_path."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts, to be saved in a checkpoint."""
+        return {"seen": self.seen, "unsupervised": self.unsupervised}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the counts of a checkpoint."""
+        self.seen, self.unsupervised = state["seen"], state["unsupervised"]

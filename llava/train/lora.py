@@ -15,10 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from llava.model.builder import NOT_QUANTISED
-from llava.model.weights import ADAPTER_FILES, NON_LORA_FILE, fill_strictly, find_file, read_tensors
+from llava.model.checkpoint import save_config, save_tensors
+from llava.model.weights import ADAPTER_FILES, NON_LORA_FILE, fill_strictly, find_file, maybe_zero_3, read_tensors
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpointing import RESUMING_HINT, maybe_zero_3, save_config, save_tensors
 from llava.utils import follow_umask
+
+RESUMING_HINT = "Give the flags that its run was started with; to start a new run, give another --output_dir."
+VISION_PARTS = ("mm_projector", "vision_tower", "vision_resampler")
+ADAPTER = "default"
+"""peft's name of the one adapter. It stands in the names of parameters, not in those of files."""
 
 # Packages that come with the extra `train` and are imported where a flag asks for them.
 
@@ -31,11 +36,6 @@ def require(package: str, flag: str) -> None:
     """
     if find_spec(package) is None:
         raise ImportError(f"{flag} needs the package {package}. Install it with: pip install -e '.[train]'")
-
-
-VISION_PARTS = ("mm_projector", "vision_tower", "vision_resampler")
-ADAPTER = "default"
-"""peft's name of the one adapter. It stands in the names of parameters, not in those of files."""
 
 
 def find_all_linear_names(model: nn.Module) -> list[str]:
@@ -177,11 +177,7 @@ def name_in_file(model: Any, name: str) -> str:
 
 
 def quantized_loading(training_args: TrainingArguments, compute_dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that quantise the LLM's linear layers; none with `--bits 16`.
-
-    Raises:
-        ImportError: bitsandbytes is not installed.
-    """
+    """Arguments of `from_pretrained` that quantise the LLM's linear layers; none with `--bits 16`."""
     if training_args.bits == 16:
         return {}
     require("bitsandbytes", f"--bits {training_args.bits}")

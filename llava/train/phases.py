@@ -1,17 +1,22 @@
-"""Phases of a training: the run itself, and before it a warm-up of the projector by the plugin's losses alone."""
+"""A training run: its record, and its phases. A warm-up of the projector by the plugin's losses may come first."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava.command import RunRecord
+from transformers.utils import cached_file
+
+from llava.command import RUN_FILE, RunRecord, changed_flags, read_record
 from llava.plugin import TrainingPlugin
-from llava.train.arguments import TrainingArguments
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.checkpointing import (
     PROJECTOR_FILE,
     check_state_files,
@@ -21,19 +26,72 @@ from llava.train.checkpointing import (
 )
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.stopping import stop_request
+from llava.utils import sha256
 
 logger = logging.getLogger(__name__)
+
+SAME_IN_A_RUN = ("seed", "data_seed", "global_batch_size", "group_by_modality_length", "train_sampling_strategy",
+                 "lora_alpha")  # fmt: skip
+"""What a resumed run must not change, beside the model's and the data's flags and the files that flags name."""
+MAY_CHANGE = {"attn_implementation", "image_folder", "on_error", "lazy_preprocess", "is_multimodal"}
+"""Flags of model and data that a resumed run may change."""
+NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir", "local_rank", "trust_checkpoint")
+"""Flags of a run that say nothing about what it trains."""
 
 RAMP = 0.03
 """Share of a warm-up's steps in which the learning rate rises; then it is constant."""
 
 
-def run_phase(trainer: LLaVATrainer, checkpoint: Path | None, record: RunRecord) -> None:
-    """Train to the last step, from a checkpoint if one is given, and save. `record` is told where a signal stops it.
+def describe_run(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, plugin_args: Any, resumes: bool
+) -> RunRecord:
+    """The `run.json` of a training. The first rank alone hashes the files that flags name, and writes."""
+    of_plugin = {} if plugin_args is None else dataclasses.asdict(plugin_args)
+    flags = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **args.to_dict(), **of_plugin}
+    named, is_first = {}, args.process_index == 0
+    if is_first:
+        named = {name: flags[name] for name in ("data_path", "pretrain_mm_mlp_adapter", *of_plugin)}
+        for name in ("model_name_or_path", "vision_tower"):
+            with suppress(OSError, ValueError):  # loading it says what is wrong
+                named[name] = flags[name] and cached_file(flags[name], "config.json", cache_dir=args.cache_dir)
+    hashes = {
+        name: sha256(Path(file)) for name, file in named.items() if isinstance(file, str) and Path(file).is_file()
+    }
+    flags["global_batch_size"] = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    return RunRecord(Path(args.output_dir), flags, hashes, resumes=resumes, is_writer=is_first)
 
-    Raises:
-        SystemExit: a signal stopped the phase, which was saved.
-    """
+
+def check_same_run(record: RunRecord, checkpoint: Path) -> None:
+    """Compares a run with the record beside the checkpoint that it resumes from, and names what has changed."""
+    before = read_record(checkpoint.parent) if record.is_writer else {}
+    changed = {
+        name: f"{name}: {was} before, {now} now"
+        for name, (was, now) in changed_flags(before, record.run).items()
+        if name not in NOT_COMPARED
+    }
+    of_model_and_data = {field.name for kind in (ModelArguments, DataArguments) for field in dataclasses.fields(kind)}
+    fixed = {*before.get("sha256", ()), *SAME_IN_A_RUN, *of_model_and_data} - MAY_CHANGE
+    refused = "; ".join(text for name, text in changed.items() if name in fixed)
+    if refused and checkpoint.resolve().parent == record.folder.resolve():
+        raise ValueError(
+            f"{record.folder} holds another run, up to {checkpoint.name}. {refused}. Give what its run.json has, or "
+            f"another --output_dir; with --resume_from_checkpoint {checkpoint} too, that run starts from this one."
+        )
+    if changed:
+        logger.warning("Changed since %s: %s.", checkpoint.parent / RUN_FILE, "; ".join(changed.values()))
+
+
+def steps_of_run(args: Any, samples: int) -> int:
+    """Optimizer steps of a whole run over `samples`, as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    rows = args.train_batch_size * args.world_size
+    batches = samples // rows if args.dataloader_drop_last else math.ceil(samples / rows)
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def run_phase(trainer: LLaVATrainer, checkpoint: Path | None, record: RunRecord) -> None:
+    """Train to the last step, from a checkpoint if one is given, and save. `record` is told where a signal stops it."""
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.was_stopped:
         record.end()

@@ -23,6 +23,7 @@ from llava.data.tokenization import (
     preprocess_v1,
 )
 from llava.model.builder import stop_at_end_mark
+from llava.model.weights import maybe_zero_3
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import (
     DataArguments,
@@ -47,15 +48,11 @@ from llava.train.assemble import (
 )
 from llava.train.cache_features import cache_features
 from llava.train.checkpointing import (
-    check_same_run,
     check_state_files,
     checkpoint_to_resume,
-    describe_run,
     finished_step,
     get_mm_adapter_state_maybe_zero_3,
-    maybe_zero_3,
     safe_save_model_for_hf_trainer,
-    steps_of_run,
 )
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.lora import (
@@ -65,7 +62,7 @@ from llava.train.lora import (
     get_peft_state_non_lora_maybe_zero_3,
     load_adapter,
 )
-from llava.train.phases import begun_warm_up, run_phase, warm_up
+from llava.train.phases import begun_warm_up, check_same_run, describe_run, run_phase, steps_of_run, warm_up
 from llava.train.stopping import stop_request
 from llava.utils import rank0_print
 

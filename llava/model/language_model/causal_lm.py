@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,6 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         cache: Any = None,
         auxiliary_only: bool = False,
         turns: Tensor | None = None,
-        **unused: Any,
     ) -> LlavaOutput | tuple[Any, ...]:
         """Run the LLM on text and images.
 
@@ -115,8 +115,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 since under ZeRO-3 all ranks must run the same modules.
             turns: `[B, T]`, the number of the question that each id belongs to, 0 before all questions: questions then
                 do not see each other. For prompts padded on the right; flash attention cannot.
-            cache_position, unused: unused; callers written for other versions of transformers pass them, and
-                `generate` what it was called with, such as the tokenizer of `stop_strings`.
+            cache_position: unused; callers written for other versions of transformers pass it.
 
         Returns:
             `LlavaOutput`. In training mode with labels, `logits` is None: `lm_head` runs on supervised positions only,
@@ -282,6 +281,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             position_ids=merged.position_ids,
             **kwargs,
         )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return what `forward` takes of it: `generate` also passes on what it was called with, such as a tokenizer."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return {name: value for name, value in inputs.items() if name in signature(self.forward).parameters}
 
     def _mask_of_unmasked_batch(self, input_ids: Tensor, padding: int | None) -> Tensor | None:
         """The mask that padding at the ends of rows implies; None, with a warning, where no id stands for it alone."""

@@ -60,12 +60,7 @@ def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any)
 
 
 def build_c_abstractor(config: Any) -> CAbstractor:
-    """Builds a C-Abstractor.
-
-    Raises:
-        ValueError: the config does not say how many patches the tower has, keeps the CLS token among the features, or
-            asks for a number of queries that is no square.
-    """
+    """Builds a C-Abstractor."""
     patches = getattr(config, "mm_num_patches", None)
     if patches is None:
         raise ValueError(

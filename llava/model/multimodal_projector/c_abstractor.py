@@ -117,11 +117,7 @@ def stage(depth: int, width_in: int, width: int) -> nn.Sequential:
 
 
 def square_side(name: str, count: int) -> int:
-    """Root of a square number.
-
-    Raises:
-        ValueError: `count` is none; the message begins with `name`.
-    """
+    """Root of a square number."""
     side = math.isqrt(count) if count > 0 else 0
     if not side or side * side != count:
         raise ValueError(

@@ -6,7 +6,7 @@ usage: killed_run.py FLAG... - dies while the checkpoint of step 6 is being writ
 import os
 import signal
 
-from llava.train.llava_trainer import CheckpointingTrainer
+from llava.train.checkpointing import CheckpointingTrainer
 from llava.train.train import train
 
 save_optimizer = CheckpointingTrainer._save_optimizer_and_scheduler

@@ -22,7 +22,6 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.train.checkpointing import (
     check_state_files,
     checkpoint_to_resume,
-    describe_run,
     last_complete_checkpoint,
     load_projector_weights,
     publish_checkpoint,
@@ -30,6 +29,7 @@ from llava.train.checkpointing import (
     save_projector,
 )
 from llava.train.llava_trainer import LLaVATrainer
+from llava.train.phases import describe_run
 
 # Four samples, three epochs: saved in the middle of an epoch, and of a logging window.
 LONG_RUN = "--per_device_train_batch_size 1 --num_train_epochs 3 --save_strategy steps --save_steps 3 --logging_steps 2"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava.train.llava_trainer import EpochSampler, MetricWindow
+from llava.data.sampler import EpochSampler
+from llava.train.llava_trainer import MetricWindow
 
 
 def sampler(seed: int = 0) -> EpochSampler:

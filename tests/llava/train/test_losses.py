@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llava.plugin import AlignmentContext, AuxiliaryOutput, TrainingPlugin
-from llava.train.llava_trainer import CheckpointingTrainer, LLaVATrainer, run_progress
+from llava.train.checkpointing import CheckpointingTrainer
+from llava.train.llava_trainer import LLaVATrainer, run_progress
 
 
 class SquaresPlugin(TrainingPlugin):
