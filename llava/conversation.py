@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from io import BytesIO
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-# How turns of a dialogue are set apart: each style writes them as the pieces of a prompt, answers marked.
-
-
 class SeparatorStyle(Enum):
-    """The names of the styles. The first five are upstream's; the others carry LLaVA-NeXT's names."""
+    """How turns of a dialogue are set apart. The first five are upstream's; the others have LLaVA-NeXT's names."""
 
     SINGLE = auto()
     TWO = auto()
@@ -48,81 +45,6 @@ class Segment(NamedTuple):
 
     text: str
     supervised: bool = False
-
-
-Turns = list[tuple[str, "str | None"]]
-
-
-def _render_named(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
-    """`SINGLE` and `TWO`: "ROLE: text" and a separator; `TWO` has one for each side."""
-    separators = (conversation.sep, conversation.sep)
-    if conversation.sep_style is SeparatorStyle.TWO:
-        separators = (conversation.sep, conversation.sep2 or "")
-    yield Segment(conversation.system + separators[0])
-    for position, (role, text) in enumerate(turns):
-        yield Segment(f"{role}:")
-        if text:
-            yield Segment(f" {text}{separators[position % 2]}", supervised=position % 2 == 1)
-
-
-def _render_mpt(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
-    """`MPT`, also ChatML: roles bring their own opening mark and line break."""
-    yield Segment(conversation.system + conversation.sep)
-    for position, (role, text) in enumerate(turns):
-        yield Segment(role)
-        if text:
-            yield Segment(text + conversation.sep, supervised=position % 2 == 1)
-
-
-def _render_llama_2(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
-    """`LLAMA_2`: "[INST] ... [/INST]", the system text inside the first one; the tokenizer adds the first "<s>"."""
-    if turns and (not turns[0][1] or turns[0][0] != conversation.roles[0]):
-        raise ValueError(f"a LLAMA_2 conversation starts with text of {conversation.roles[0]!r}, found {turns[0]!r}")
-    system = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""
-    for position, (_, text) in enumerate(turns):
-        if not text:
-            continue
-        if position % 2:
-            yield Segment(f" {text} {conversation.sep2}", supervised=True)
-        else:
-            opening = f"[INST] {system}" if position == 0 else f"{conversation.sep}[INST] "
-            yield Segment(f"{opening}{text} [/INST]")
-
-
-def _render_plain(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
-    """`PLAIN`: texts and separators, no roles."""
-    yield Segment(conversation.system)
-    separators = (conversation.sep, conversation.sep2 or conversation.sep)
-    for position, (_, text) in enumerate(turns):
-        if text:
-            yield Segment(text + separators[position % 2], supervised=position % 2 == 1)
-
-
-def _render_headed(conversation: Conversation, turns: Turns) -> Iterator[Segment]:
-    """`LLAMA_3` and `CHATML`: roles bring a header of their own; without a system text there is no system turn.
-
-    Texts are trimmed, as Llama 3's own template does: a line break at an answer's start would become one token with
-    the header's, which at inference stands there already. ChatML breaks the line after each turn.
-    """
-    line_break = "\n" if conversation.sep_style is SeparatorStyle.CHATML else ""
-    if conversation.system:
-        yield Segment(conversation.system + conversation.sep + line_break)
-    for position, (role, text) in enumerate(turns):
-        yield Segment(role)
-        if trimmed := (text or "").strip():
-            yield Segment(trimmed + conversation.sep, supervised=position % 2 == 1)
-            yield Segment(line_break)
-
-
-RENDERERS: dict[SeparatorStyle, Callable[[Conversation, Turns], Iterator[Segment]]] = {
-    SeparatorStyle.SINGLE: _render_named,
-    SeparatorStyle.TWO: _render_named,
-    SeparatorStyle.MPT: _render_mpt,
-    SeparatorStyle.PLAIN: _render_plain,
-    SeparatorStyle.LLAMA_2: _render_llama_2,
-    SeparatorStyle.LLAMA_3: _render_headed,
-    SeparatorStyle.CHATML: _render_headed,
-}
 
 
 # Texts that open the conversation templates, character by character as checkpoints were trained on them.
@@ -190,7 +112,7 @@ QWEN_2_5_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful ass
 
 @dataclass
 class Conversation:
-    """A dialogue and the template it is written in. Copy an entry of `conv_templates` and append messages.
+    """A dialogue and its template. Copy an entry of `conv_templates` and append messages.
 
     Attributes:
         system: text before the first turn.
@@ -214,31 +136,75 @@ class Conversation:
     skip_next: bool = False
 
     def segments(self) -> Iterator[Segment]:
-        """The prompt in pieces, answers marked.
+        """Yield the prompt in pieces, with answers marked.
 
         Raises:
             ValueError: for an unknown style, or a `LLAMA_2` conversation that does not start with the asker's text.
         """
-        if self.sep_style not in RENDERERS:
-            raise ValueError(f"sep_style: found {self.sep_style!r}, expected one of {[s.name for s in SeparatorStyle]}")
-        turns = [(role, message[0] if isinstance(message, tuple) else message) for role, message in self._messages()]
-        return RENDERERS[self.sep_style](self, turns)
+        texts = [(role, message[0] if isinstance(message, tuple) else message) for role, message in self._messages()]
+        turns = [(role, text, number % 2 == 1) for number, (role, text) in enumerate(texts)]
+        match self.sep_style:
+            case SeparatorStyle.SINGLE | SeparatorStyle.TWO:  # "ROLE: text" and a separator; TWO has one for each side
+                closing = (self.sep2 or "") if self.sep_style is SeparatorStyle.TWO else self.sep
+                yield Segment(self.system + self.sep)
+                for role, text, is_answer in turns:
+                    yield Segment(f"{role}:")
+                    if text:
+                        yield Segment(f" {text}{closing if is_answer else self.sep}", supervised=is_answer)
+            case SeparatorStyle.MPT:  # also ChatML: roles bring their own opening mark and line break
+                yield Segment(self.system + self.sep)
+                for role, text, is_answer in turns:
+                    yield Segment(role)
+                    if text:
+                        yield Segment(text + self.sep, supervised=is_answer)
+            case SeparatorStyle.PLAIN:  # texts and separators, no roles
+                yield Segment(self.system)
+                for _, text, is_answer in turns:
+                    if text:
+                        yield Segment(text + (self.sep2 or self.sep if is_answer else self.sep), supervised=is_answer)
+            case (
+                SeparatorStyle.LLAMA_2
+            ):  # the system text is inside the first "[INST]"; the tokenizer adds the first "<s>"
+                if turns and (not turns[0][1] or turns[0][0] != self.roles[0]):
+                    raise ValueError(
+                        f"a LLAMA_2 conversation starts with text of {self.roles[0]!r}, found {turns[0][:2]!r}"
+                    )
+                opening = f"[INST] <<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else "[INST] "
+                for _, text, is_answer in turns:
+                    if text and is_answer:
+                        yield Segment(f" {text} {self.sep2}", supervised=True)
+                    elif text:
+                        yield Segment(f"{opening}{text} [/INST]")
+                    opening = f"{self.sep}[INST] "
+            case SeparatorStyle.LLAMA_3 | SeparatorStyle.CHATML:  # roles bring a header; no system turn without a text
+                # Texts are trimmed, as Llama 3's own template does: a line break at the start of an answer would become
+                # one token with the header's, which is in the prompt already at inference.
+                line_break = "\n" if self.sep_style is SeparatorStyle.CHATML else ""
+                if self.system:
+                    yield Segment(self.system + self.sep + line_break)
+                for role, text, is_answer in turns:
+                    yield Segment(role)
+                    if trimmed := (text or "").strip():
+                        yield Segment(trimmed + self.sep, supervised=is_answer)
+                        yield Segment(line_break)
+            case unknown:
+                raise ValueError(f"sep_style: found {unknown!r}, expected one of {[s.name for s in SeparatorStyle]}")
 
     def get_prompt(self) -> str:
-        """The dialogue as one string, ending where the model is to go on if the last turn is open."""
+        """Return the dialogue as one string, which ends where the model continues if the last turn is open."""
         return "".join(segment.text for segment in self.segments())
 
     @property
     def stop_string(self) -> str:
-        """What closes an answer: generation that has written it is done."""
+        """The text that ends an answer, and with it generation."""
         return self.sep2 if self.sep2 and self.sep_style is not SeparatorStyle.SINGLE else self.sep
 
     def append_message(self, role: str, message: Any) -> None:
-        """Adds a turn at the end."""
+        """Append a turn."""
         self.messages.append([role, message])
 
     def _messages(self) -> list[tuple[str, Any]]:
-        """Messages with the image of the first one, if it carries one, written as text."""
+        """Return the messages, with the image of the first one, if it has one, as text."""
         messages = [(role, message) for role, message in self.messages]
         if not messages or not isinstance(messages[0][1], tuple):
             return messages

@@ -59,16 +59,7 @@ chat template writes the BOS token: where you render it to text first, tokenise 
 def write_model_card(
     folder: Path, source: str, base: str | None, config: Any, conversation: str, tower_type: str
 ) -> None:
-    """Writes `README.md` into a folder that is complete otherwise.
-
-    Args:
-        folder: the converted checkpoint.
-        source: the checkpoint it was made from.
-        base: the LLM that the source needed, or None.
-        config: LLaVA's config of the checkpoint.
-        conversation: name of its template.
-        tower_type: model type of its vision tower.
-    """
+    """Write `README.md` into a converted folder that is complete otherwise; `base` is the LLM that `source` needed."""
     facts = {
         "converted from": shown(source),
         "language model": shown(base) if base else "part of the checkpoint",
@@ -93,12 +84,12 @@ def write_model_card(
 
 
 def shown(name: str) -> str:
-    """A hub name, or the last part of a local path: where that lies on this machine is nobody else's business."""
+    """Return a hub name, or the last part of a local path: a card must not leak local paths."""
     return Path(name).name if Path(name).exists() else name
 
 
 def training_stage(source: str, base: str | None) -> str:
-    """Which stage left the checkpoint behind, by its files."""
+    """Describe the training stage that wrote the checkpoint, by its files."""
     llm = shown(base or "")
     form = checkpoint_form(source)
     if form is Form.ADAPTER:

@@ -84,12 +84,7 @@ def image_settings(image_processor: Any) -> dict[str, Any]:
 
 
 def llava_image_processor(image_processor: Any, pads: bool) -> LlavaImageProcessorPil:
-    """Hugging Face's image processor with the pixels of `process_images`.
-
-    Args:
-        image_processor: the tower's.
-        pads: whether images are padded to a square of the mean colour (`image_aspect_ratio: pad`) or cropped.
-    """
+    """Hugging Face's image processor with the pixels of `process_images`; `pads` is `image_aspect_ratio: pad`."""
     settings = image_settings(image_processor)
     if not settings.get("do_center_crop", False):  # SigLIP squeezes. Engines still ask for the crop's size.
         settings |= {"do_center_crop": False, "crop_size": settings["size"]}
@@ -108,16 +103,7 @@ def add_image_token(tokenizer: Any) -> int:
 def llava_processor(
     tokenizer: Any, image_processor: Any, patch_size: int, has_cls: bool, strategy: str, template: str | None
 ) -> LlavaProcessor:
-    """The processor that expands `<image>` to as many tokens as the model has for an image.
-
-    Args:
-        tokenizer: with `<image>` among its tokens.
-        image_processor: from `llava_image_processor`.
-        patch_size: side of a patch, pixels.
-        has_cls: whether the tower puts a CLS token before the patches.
-        strategy: `default` drops the first token, `full` keeps all.
-        template: chat template, or None.
-    """
+    """The processor that expands `<image>` to visual tokens. Strategy `default` drops the first one, `full` none."""
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -249,13 +235,9 @@ def require_counterpart(config: Any) -> None:
 
 
 def add_vocabulary_rows(weights: dict[str, Tensor], needed: int) -> int:
-    """Makes room for `needed` word embeddings; returns the number of rows then.
+    """Pad both tables `[M, D]` of `weights` to at least `needed` rows. Returns the number of rows.
 
-    New rows are the mean of the others. So a new token's logit is the mean of all logits and never the greatest: greedy
-    answers stay what they were.
-
-    Args:
-        weights: under file names; both tables `[M, D]` are replaced in place where they are too short.
+    New rows are the mean of the others, so that a new token's logit is the mean of all logits and never the greatest.
     """
     tables = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
     rows = len(weights[tables[0]])

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,70 +22,41 @@ from llava.eval.vqa_files import checked_field, read_answers, read_jsonl, requir
 LABEL_FILES = "coco_pope_*.json"
 
 
-@dataclass(frozen=True)
-class PopeScores:
-    """Counts of answers by what they say and what is right, and what follows. A share of nothing is 0."""
-
-    tp: int
-    fp: int
-    tn: int
-    fn: int
-
-    @classmethod
-    def of(cls, says_yes: Sequence[bool], is_yes: Sequence[bool]) -> PopeScores:
-        """Counts of pairs."""
-        pairs = list(zip(says_yes, is_yes, strict=True))
-        return cls(*(pairs.count(pair) for pair in ((True, True), (True, False), (False, False), (False, True))))
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return _share(self.tp + self.tn, self.tp + self.fp + self.tn + self.fn)
-
-    @property
-    def precision(self) -> float:
-        """Share of right ones among answers that say yes."""
-        return _share(self.tp, self.tp + self.fp)
-
-    @property
-    def recall(self) -> float:
-        """Share of objects in the picture that the answers see."""
-        return _share(self.tp, self.tp + self.fn)
-
-    @property
-    def f1(self) -> float:
-        """Harmonic mean of precision and recall."""
-        return _share(2 * self.precision * self.recall, self.precision + self.recall)
-
-    @property
-    def yes_ratio(self) -> float:
-        """Share of answers that say yes."""
-        return _share(self.tp + self.fp, self.tp + self.fp + self.tn + self.fn)
-
-    def as_dict(self) -> dict[str, float]:
-        """Counts and shares by name."""
-        shares = {name: getattr(self, name) for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")}
-        return {**asdict(self), **shares}
-
-    def text(self) -> str:
-        """What upstream prints."""
-        shares = (self.f1, self.accuracy, self.precision, self.recall, self.yes_ratio)
-        return "\n".join(
-            [
-                "TP\tFP\tTN\tFN\t",
-                f"{self.tp}\t{self.fp}\t{self.tn}\t{self.fn}",
-                f"Accuracy: {self.accuracy}",
-                f"Precision: {self.precision}",
-                f"Recall: {self.recall}",
-                f"F1 score: {self.f1}",
-                f"Yes ratio: {self.yes_ratio}",
-                ", ".join(f"{share:.3f}" for share in shares),
-            ]
-        )
+def scores_of(says_yes: Sequence[bool], is_yes: Sequence[bool]) -> dict[str, float]:
+    """Return counts and shares of answers, by name; a share of nothing is 0."""
+    pairs = list(zip(says_yes, is_yes, strict=True))
+    tp, fp, tn, fn = (pairs.count(pair) for pair in ((True, True), (True, False), (False, False), (False, True)))
+    precision, recall = _share(tp, tp + fp), _share(tp, tp + fn)
+    return {
+        "tp": tp,
+        "fp": fp,
+        "tn": tn,
+        "fn": fn,
+        "accuracy": _share(tp + tn, len(pairs)),
+        "precision": precision,
+        "recall": recall,
+        "f1": _share(2 * precision * recall, precision + recall),
+        "yes_ratio": _share(tp + fp, len(pairs)),
+    }
 
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
+
+
+def text_of(scores: Mapping[str, float]) -> str:
+    """Format scores as upstream prints them."""
+    lines = ["TP\tFP\tTN\tFN\t", "\t".join(str(scores[name]) for name in ("tp", "fp", "tn", "fn"))]
+    titles = {
+        "Accuracy": "accuracy",
+        "Precision": "precision",
+        "Recall": "recall",
+        "F1 score": "f1",
+        "Yes ratio": "yes_ratio",
+    }
+    lines += [f"{title}: {scores[name]}" for title, name in titles.items()]
+    lines.append(", ".join(f"{scores[name]:.3f}" for name in ("f1", "accuracy", "precision", "recall", "yes_ratio")))
+    return "\n".join(lines)
 
 
 def says_yes(text: str) -> bool:
@@ -127,7 +97,7 @@ def read_labels(path: Path, questions: Sequence[dict[str, Any]], question_file: 
     return labels
 
 
-def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, PopeScores]:
+def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, dict[str, float]]:
     """Scores of each category, in the order of their names."""
     label_files = sorted(Path(annotation_dir).expanduser().glob(LABEL_FILES))
     if not label_files:
@@ -155,7 +125,7 @@ def score_files(annotation_dir: str, question_file: str, result_file: str) -> di
         category = path.stem.removeprefix("coco_pope_")
         asked = [(question, text) for question, text in answered if question["category"] == category]
         labels = read_labels(path, [question for question, _ in asked], question_file)
-        scores[category] = PopeScores.of([says_yes(text) for _, text in asked], labels)
+        scores[category] = scores_of([says_yes(text) for _, text in asked], labels)
     if strange := {question["category"] for question in questions} - scores.keys():
         raise FileNotFoundError(f"--annotation-dir {annotation_dir}: no labels for category {', '.join(strange)}")
     return scores
@@ -165,11 +135,10 @@ def main(args: argparse.Namespace) -> None:
     """Prints the scores."""
     scores = score_files(args.annotation_dir, args.question_file, args.result_file)
     for category, score in scores.items():
-        print(f"Category: {category}, # samples: {score.tp + score.fp + score.tn + score.fn}")
-        print(score.text())
+        print(f"Category: {category}, # samples: {sum(score[name] for name in ('tp', 'fp', 'tn', 'fn'))}")
+        print(text_of(score))
         print("====================================")
-    result = {category: score.as_dict() for category, score in scores.items()}
-    write_result(args.output_result, result, args.result_file, args.question_file)
+    write_result(args.output_result, scores, args.result_file, args.question_file)
 
 
 if __name__ == "__main__":

@@ -45,12 +45,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def read_table(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a tab-separated table with a header, quoted as CSV is.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a column is missing, or a row is short of cells.
-    """
+    """Read the rows of a tab-separated table with a header, quoted as CSV is."""
     csv.field_size_limit(sys.maxsize)  # an image is a cell
     text = read_text(path, "MMBench's table, tab-separated (--question-file)")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
@@ -64,14 +59,7 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
 
 
 def rounds_of(row: dict[str, str], where: str, all_rounds: bool, option_letter: str) -> list[Question]:
-    """A row's question, or with `all_rounds` one for each place of its options.
-
-    Args:
-        row: of the table.
-        where: names the row in errors.
-        all_rounds: ask once for each option.
-        option_letter: closes each question; empty for none.
-    """
+    """Return a row's question, or with `all_rounds` one for each rotation of its options. `option_letter` ends each."""
     options: list[str] = []
     for letter in LETTERS:
         if is_empty(row[letter]):

@@ -1,10 +1,9 @@
-"""Prompts that begin alike have their beginning computed once.
+"""Prefix sharing: compute the common prefix of a batch's prompts once.
 
-Questions about one image begin alike: the template's system text, then the hundreds of visual tokens; what differs
-between them is a line of text. So a batch is read in two steps: first each distinct beginning, up to its last image,
-once; then, on top of a copy of its keys and values, what follows in each row.
+Questions about one image share the template's system text and hundreds of visual tokens, and differ in a line of text.
+So each distinct prefix, up to its last image, runs once, and the rest of each row continues from a copy of its cache.
 
-Letters: B rows, U distinct beginnings, P length of the longest beginning, R length of the longest rest, D width.
+Letters: B rows, U distinct prefixes, P length of the longest prefix, R length of the longest rest, D width.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ def generate_sharing(
     images_of_row: list[list[int]],
     **options: Any,
 ) -> Tensor:
-    """As `model.generate`, with the work on what prompts have in common done once.
+    """Generate as `model.generate` does, with each common prefix computed once.
 
     Args:
         model: a LLaVA of this package.
         prompts: ids of each row, IMAGE_TOKEN_INDEX where an image belongs.
         images: pixels of the distinct images, `[3, H, W]` or `[t, 3, H, W]`.
         image_sizes: width and height of each of them before processing.
-        images_of_row: for each row which of `images` it shows, in order; two rows may show the same one.
+        images_of_row: indices of each row's images, in order; rows may share images.
         **options: of `generate`.
 
     Returns:
@@ -90,9 +89,9 @@ def generate(model: Any, **options: Any) -> Any:
 
 
 def beginnings(prompts: list[list[int]], images_of_row: list[list[int]]) -> list[int]:
-    """How many ids of each prompt can be shared: up to its last image; without images, what all such prompts share.
+    """Return the length of each prompt's shared prefix: up to its last image, or what all prompts without images share.
 
-    0 for a prompt that ends there: something must be left over whose logits choose the answer's first word.
+    0 for a prompt that ends there: a token must remain whose logits choose the first new one.
     """
     texts = [prompt for prompt, shown in zip(prompts, images_of_row, strict=True) if not shown]
     alike = (len(set(column)) == 1 for column in zip(*texts, strict=False))
@@ -105,10 +104,10 @@ def beginnings(prompts: list[list[int]], images_of_row: list[list[int]]) -> list
 
 
 def can_share(model: Any, options: dict[str, Any]) -> bool:
-    """Whether a cache may be copied to rows, with padding between what is shared and the rest.
+    """Whether a cache may be copied to rows, with padding between the prefix and the rest.
 
-    Not in a beam search, where `generate` copies all but the cache; nor with a window of attention, which counts the
-    padding; nor with flash attention, which is not tested with it.
+    Not in beam search, where `generate` copies all but the cache; not with sliding windows, which count the padding;
+    and not with flash attention, which is not tested with it.
     """
     attention = getattr(model.config, "_attn_implementation", "sdpa")
     has_window = getattr(model.config, "sliding_window", None) is not None
@@ -124,13 +123,7 @@ def encode(model: Any, images: list[Tensor], image_sizes: list[tuple[int, int]])
 
 
 def merged(model: Any, prompts: list[list[int]], image_tokens: list[Tensor]) -> MergedBatch:
-    """Prompts as a batch of embeddings, padded on the left.
-
-    Args:
-        model: a LLaVA of this package.
-        prompts: ids, IMAGE_TOKEN_INDEX where an image belongs.
-        image_tokens: visual tokens for each of these, in order.
-    """
+    """Return prompts with their images' visual tokens, in order, as a batch of embeddings padded on the left."""
     length = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), length, dtype=torch.long)  # [B, T]
     mask = torch.zeros(len(prompts), length, dtype=torch.bool)

@@ -137,10 +137,10 @@ def load_pretrained_model(
 
 
 def stop_at_end_mark(tokenizer: Any, model: Any, version: str) -> None:
-    """Lets generation stop at what closes the template's answers, beside the ends that the LLM came with.
+    """Add the template's end mark to the tokens that end generation.
 
-    A base LLM knows its end of text alone, and whoever generates from the checkpoint need not know the template. Marks
-    of several tokens (`###`) are left to the caller's stopping criteria.
+    A base LLM knows only its end of text, and callers of `generate` need not know the template. Marks of several tokens
+    (`###`) are left to the caller's stopping criteria.
     """
     mark = tokenizer.get_added_vocab().get(conv_templates[version].stop_string)
     known = model.generation_config.eos_token_id
@@ -227,13 +227,7 @@ def add_image_tokens(tokenizer: Any, model: Any) -> None:
 
 
 def fit_vocabulary(model: Any, vocabulary: int, tokens: int) -> None:
-    """Resize the base's tables to the number of rows in training.
-
-    Args:
-        model: its tables have as many rows as the base, or as the tokenizer.
-        vocabulary: number of rows in training, from the checkpoint's config.
-        tokens: size of the tokenizer.
-    """
+    """Resize the base's tables, of the base's or the tokenizer's size, to `vocabulary`, their rows in training."""
     rows = model.get_input_embeddings().weight.shape[0]
     tokens = min(tokens, rows)  # some tokenizers know more tokens than their LLM
     if vocabulary < tokens:
@@ -246,12 +240,10 @@ def fit_vocabulary(model: Any, vocabulary: int, tokens: int) -> None:
 
 
 def load_tower(model: Any, trained: dict[str, Tensor], weights_path: str) -> None:
-    """Load the vision tower from its own folder, or from the checkpoint if it was trained.
+    """Load the vision tower from its own folder.
 
-    Args:
-        model: its tower has no weights yet.
-        trained: weights trained on top of a base; a tower among them is used.
-        weights_path: full model, whose tower is used if its config says `unfreeze_mm_vision_tower`.
+    A trained tower is in `trained`, the weights on top of a base, or in the full model at `weights_path` if its config
+    says `unfreeze_mm_vision_tower`.
     """
     tower = model.get_vision_tower()
     tower.load_model(device_map=None)

@@ -82,12 +82,8 @@ class CheckpointTensors(Mapping[str, Tensor]):
             path = find_file(self.checkpoint, file)
             if path is None:
                 raise FileNotFoundError(f"{self.checkpoint}: {file} is missing, though the index names it.")
-            self._open[file] = _open_weights(path)
+            self._open[file] = open_safetensors(path) if path.endswith(".safetensors") else read_tensors(path)
         return self._open[file]
-
-
-def _open_weights(path: str) -> Any:
-    return open_safetensors(path) if path.endswith(".safetensors") else read_tensors(path)
 
 
 def require_new_folder(destination: Path) -> None:
@@ -126,7 +122,7 @@ def save_checkpoint(weights: Mapping[str, Tensor], folder: Path, source: str, dt
 
 
 def save_tensors(state: dict[str, Tensor], path: Path) -> None:
-    """Writes a pickled dict of tensors, upstream's format, in one step."""
+    """Write a pickled dict of tensors, upstream's format, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     torch.save(state, partial)
@@ -134,7 +130,7 @@ def save_tensors(state: dict[str, Tensor], path: Path) -> None:
 
 
 def save_config(config: Any, folder: Path) -> None:
-    """Writes `config.json` beside weights that are not quantised, though the frozen ones may be while training."""
+    """Write `config.json` without quantisation: saved weights never are, though frozen ones may be in training."""
     config = copy.copy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -165,13 +161,9 @@ def own_name(name: str) -> str:
 
 
 def fill_trained(model: Any, trained: dict[str, Tensor], to_come: Iterable[str], source: str) -> None:
-    """Load tensors that were trained on top of a frozen LLM into `model`, except those of a vision tower.
+    """Load the output of `read_trained_tensors` into `model`, except a vision tower.
 
-    Args:
-        model: the LLM, with an uninitialised projector.
-        trained: output of `read_trained_tensors`.
-        to_come: names of weights that the LLM's files lack.
-        source: origin of `trained`, for messages.
+    `to_come` are the names of weights that the LLM's files lack. `source` names the origin in messages.
     """
     parameters = dict(model.named_parameters())
     tensors = {name: tensor for name, tensor in trained.items() if not name.startswith(TOWER)}
@@ -194,17 +186,10 @@ def is_of_llm(name: str) -> bool:
 
 
 def apply_adapter(model: Any, adapter_path: str, *, merge: bool) -> Any:
-    """Add a LoRA adapter to `model`, strictly.
+    """Add a LoRA adapter to `model`, strictly, and return it without peft's wrapper.
 
-    Args:
-        model: the model that the adapter was trained on, before its vision tower is loaded: adapters name layers by
-            their last part, and a tower has some of the same names.
-        adapter_path: folder or hub name with `adapter_config.json` and the adapter's weights.
-        merge: merge the adapter into the weights. Do not merge into quantised weights: the sum would be rounded
-            again, and small adapters would be lost.
-
-    Returns:
-        the model without peft's wrapper.
+    Call it before the vision tower is loaded: adapters name layers by their last part, and a tower has some of the same
+    names. Do not merge into quantised weights: the sum would be rounded again, and small adapters would be lost.
     """
     if find_spec("peft") is None:
         raise ImportError("A LoRA adapter needs the package peft. Install it with: pip install -e '.[train]'")

@@ -54,10 +54,6 @@ def assign_images(images_per_row: list[int], image_count: int) -> list[list[int]
 
     The images must match the `<image>` ids one to one, or include a dummy image for each row without one, as in
     upstream's batches. Dummy images are not assigned.
-
-    Args:
-        images_per_row: number of `<image>` ids in each row.
-        image_count: number of images in the batch.
     """
     wanted = sum(images_per_row)
     rows_without = images_per_row.count(0)

@@ -351,7 +351,7 @@ def load_projector(projector: nn.Module, state: Mapping[str, Tensor], source: st
 
 
 def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:
-    """The whole of a parameter on the CPU, gathered first if ZeRO-3 has split it up (a collective call)."""
+    """Copy a parameter to the CPU, gathered first if ZeRO-3 has sharded it (a collective call)."""
     if hasattr(param, "ds_id"):
         import deepspeed
 

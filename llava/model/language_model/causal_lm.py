@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the signature
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return what `forward` takes of it: `generate` also passes on what it was called with, such as a tokenizer."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]

@@ -1,7 +1,4 @@
-"""Which LLMs can be given eyes: the one table of families.
-
-A new family is a file beside this one, which names its classes, and a row here.
-"""
+"""Registry of supported language models. A new family is a file beside this one, and a row here."""
 
 from __future__ import annotations
 

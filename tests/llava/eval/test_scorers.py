@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llava.eval import eval_pope, eval_science_qa, eval_textvqa
-from llava.eval.eval_pope import PopeScores, says_yes
+from llava.eval.eval_pope import says_yes, scores_of
 from llava.eval.eval_science_qa import parse_letter
 from llava.eval.eval_textvqa import prompt_processor
 from llava.eval.m4c_evaluator import CONTRACTIONS, EvalAIAnswerProcessor, TextVQAAccuracyEvaluator
@@ -81,7 +81,7 @@ def test_ids_that_repeat_across_categories_are_joined_by_order_or_refused(tmp_pa
     write_jsonl(tmp_path / "q.jsonl", questions)
     write_jsonl(tmp_path / "a.jsonl", answers)
     scores = eval_pope.score_files(flags[1], flags[3], f"{tmp_path}/a.jsonl")
-    assert {category: score.accuracy for category, score in scores.items()} == {"popular": 1, "random": 0.75}
+    assert {category: score["accuracy"] for category, score in scores.items()} == {"popular": 1, "random": 0.75}
     write_jsonl(tmp_path / "a.jsonl", answers[::-1])
     with pytest.raises(ValueError, match="question_id 1 comes several times"):
         eval_pope.score_files(flags[1], flags[3], f"{tmp_path}/a.jsonl")
@@ -102,8 +102,8 @@ def test_scores_do_not_take_the_place_of_answers(tmp_path: Path) -> None:
 
 
 def test_a_pope_model_that_never_says_yes_has_precision_0() -> None:
-    scores = PopeScores.of([False, False], [True, False])
-    assert (scores.precision, scores.recall, scores.f1, scores.accuracy) == (0, 0, 0, 0.5)
+    scores = scores_of([False, False], [True, False])
+    assert [scores[name] for name in ("precision", "recall", "f1", "accuracy")] == [0, 0, 0, 0.5]
 
 
 def test_pope_questions_without_image_and_text_are_taken_by_their_place(tmp_path: Path) -> None:

@@ -53,6 +53,12 @@ def test_answers_at_batch_8_equal_those_one_by_one(model: LlavaLlamaForCausalLM)
     assert together.tolist() == torch.stack(alone).tolist()
 
 
+def test_a_misspelt_keyword_is_refused(model: LlavaLlamaForCausalLM) -> None:
+    ids, _ = prompts([3], [1])
+    with pytest.raises(TypeError, match="image_size"):
+        model(ids, images=pixels(1), image_size=[(56, 56)])
+
+
 def test_the_side_of_the_prompt_padding_is_free(model: LlavaLlamaForCausalLM) -> None:
     ids, mask = prompts([3, 9], [1, 1])
     left_ids, left_mask = ids.roll(-int(ids.shape[1]), 1).clone(), mask.clone()
