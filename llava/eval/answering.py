@@ -1,6 +1,4 @@
-"""The one generation loop: questions about images go in, answers come out in their order, whatever the batch.
-
-Everything in this package that lets a checkpoint answer a list of questions goes through `answer_questions`.
+"""The generation loop: `answer_questions` answers questions about images in their order, at any batch size.
 
 Letters: B questions of a batch, T length of the longest prompt.
 """
@@ -35,15 +33,15 @@ WINDOW_BATCHES = 16
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are generated.
+    """Settings of generation.
 
     Attributes:
-        temperature: 0 takes the likeliest token; above, tokens are drawn.
-        top_p: draws come from the likeliest tokens with this share of the probability; None leaves that bound out.
-            Those of transformers hold besides: the 50 likeliest, unless the checkpoint's generation config has others.
+        temperature: 0 is greedy; above, tokens are sampled.
+        top_p: sample from the likeliest tokens with this share of the probability; None for all. The limits of the
+            generation config apply too: by default, transformers samples from the 50 likeliest.
         num_beams: width of the beam search; 1 is none.
-        max_new_tokens: where an answer is cut off.
-        seed: of the draws. A batch's draws depend on it and on the batch's first question.
+        max_new_tokens: maximum length of an answer.
+        seed: of the sampling, together with the first question of each batch.
     """
 
     temperature: float = 0.0
@@ -71,7 +69,7 @@ class GenerationSettings:
 
 
 def require_positive(**counts: int) -> None:
-    """Raises `ValueError` naming the first of `counts` that is below 1."""
+    """Raise `ValueError` naming the first of `counts` that is below 1."""
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}: found {count}, expected 1 or more")
@@ -88,20 +86,20 @@ def answer_questions(
     batch_size: int = 1,
     workers: int = 4,
 ) -> Iterator[Answer]:
-    """Answers in the order of the questions. Greedy answers do not depend on the batch size.
+    """Return the answers, in the order of the questions. Greedy answers do not depend on the batch size.
 
-    Questions that share their images share the work on them where they fall into one batch: see `shared_beginnings`.
+    Questions of a batch that share their images share the computation on them: see `prefix_sharing`.
 
     Args:
         questions: with images or without, in any mixture.
         tokenizer, model, image_processor: as `load_pretrained_model` returns them.
         conversation: an entry of `conv_templates`, such as `conv_templates["plain"]` after stage 1.
-        settings: how to generate; greedy by default.
-        batch_size: questions answered at once; halved, with a warning, where the device's memory does not suffice.
-        workers: threads that read and process the images of the next batches meanwhile.
+        settings: settings of generation; greedy by default.
+        batch_size: questions answered at once; halved, with a warning, if the device runs out of memory.
+        workers: threads that read and process the images of the next batches.
 
     Raises:
-        FileNotFoundError: an image is not there. Asked of all images before the first answer, as the next is.
+        FileNotFoundError: an image is missing; checked before the first answer, as is the next.
         ValueError: a number is below 1, or the model has no vision tower.
     """
     require_positive(batch_size=batch_size, workers=workers)
@@ -115,20 +113,20 @@ def answer_questions(
 
 
 class _Row(NamedTuple):
-    """A question on its way: its place among all, its prompt and the prompt's ids."""
+    """A question with its index, its prompt and the prompt's ids."""
 
-    place: int
+    index: int
     question: Question
     prompt: str
     ids: list[int]
 
 
 _Loading = dict[Any, Future[tuple[Tensor, tuple[int, int]]]]
-"""Images of a batch by `key_of`, each once: pixels for the tower, and width and height of the image as it came."""
+"""Distinct images of a batch by `key_of`: pixels for the tower, and width and height of the original."""
 
 
 class _Answerer:
-    """What stays the same over all batches."""
+    """State shared by all batches."""
 
     def __init__(
         self, tokenizer: Any, model: Any, image_processor: Any, conversation: Conversation, settings: GenerationSettings
@@ -137,7 +135,7 @@ class _Answerer:
         self.model = model
         self.image_processor = image_processor
         self.settings = settings
-        self.at_once = sys.maxsize  # questions; fewer than a batch has, once memory did not suffice
+        self.at_once = sys.maxsize  # questions; fewer than a batch after running out of memory
         self.longest = getattr(model.config, "max_position_embeddings", sys.maxsize)
         ends = model.generation_config.eos_token_id
         self.ends = ends if isinstance(ends, list) else [ends]
@@ -149,31 +147,31 @@ class _Answerer:
     def answers(
         self, questions: Sequence[Question], prompts: Sequence[str], batch_size: int, workers: int
     ) -> Iterator[Answer]:
-        """Answers in order; those that come early wait for their turn."""
+        """Yield answers in order; batches may be in another."""
         early: dict[int, Answer] = {}
-        next_place = 0
+        next_index = 0
         for rows, loading in self._with_images(self._batches(questions, prompts, batch_size), workers):
             for row, text in zip(rows, self._texts(rows, loading), strict=True):
-                early[row.place] = Answer(row.question, row.prompt, text)
-            while next_place in early:
-                yield early.pop(next_place)
-                next_place += 1
+                early[row.index] = Answer(row.question, row.prompt, text)
+            while next_index in early:
+                yield early.pop(next_index)
+                next_index += 1
 
     def _batches(self, questions: Sequence[Question], prompts: Sequence[str], batch_size: int) -> Iterator[list[_Row]]:
-        """Batches of questions with equally many images, where there are enough of them nearby: least padding."""
+        """Yield batches of questions that are close together and have equally many images, for little padding."""
         window = batch_size * WINDOW_BATCHES
         for start in range(0, len(questions), window):
             rows = [
-                _Row(place, questions[place], prompts[place], tokenizer_image_token(prompts[place], self.tokenizer))  # type: ignore[arg-type]
-                for place in range(start, min(start + window, len(questions)))
+                _Row(index, questions[index], prompts[index], tokenizer_image_token(prompts[index], self.tokenizer))  # type: ignore[arg-type]
+                for index in range(start, min(start + window, len(questions)))
             ]
-            # Text alone is sorted by length; questions about one image, which stand together, are left together.
+            # Sort text by length. Questions about one image stay together.
             rows.sort(key=lambda row: (len(row.question.images), 0 if row.question.images else len(row.ids)))
             for first in range(0, len(rows), batch_size):
                 yield rows[first : first + batch_size]
 
     def _with_images(self, batches: Iterator[list[_Row]], workers: int) -> Iterator[tuple[list[_Row], _Loading]]:
-        """Batches with their images, which threads prepare while earlier batches are answered."""
+        """Yield batches with their images, which threads prepare while earlier batches are answered."""
         waiting: deque[tuple[list[_Row], _Loading]] = deque()
         pool = ThreadPoolExecutor(workers)
         try:
@@ -215,7 +213,7 @@ class _Answerer:
         self._warn_of_long_prompts(rows, [[images[i][1] for i in row] for row in images_of_row])
         options = self.settings.options()
         if self.stop_string is not None:
-            no_prompt = torch.empty(len(rows), 0, dtype=torch.long)  # `generate` hands over new tokens alone
+            no_prompt = torch.empty(len(rows), 0, dtype=torch.long)  # `generate` passes only new tokens
             options["stopping_criteria"] = [KeywordsStoppingCriteria([self.stop_string], self.tokenizer, no_prompt)]
         cuda = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):
@@ -234,10 +232,10 @@ class _Answerer:
     def _warn_of_long_prompts(self, rows: list[_Row], image_sizes: list[list[tuple[int, int]]]) -> None:
         for row, sizes in zip(rows, image_sizes, strict=True):
             length = len(row.ids) + sum(self.model.visual_tokens_of(size) - 1 for size in sizes)
-            if length > self.longest:  # so that a file of long prompts is not a file of warnings
+            if length > self.longest:  # warn once per record length, not for each long prompt
                 logger.warning(
                     "question %r: its prompt has %d tokens, images included, and the model knows %d positions; "
-                    "answers to such prompts are of little worth",
+                    "answers will be unreliable",
                     row.question.question_id,
                     length,
                     self.model.config.max_position_embeddings,
@@ -245,8 +243,8 @@ class _Answerer:
                 self.longest = length
 
     def _text(self, ids: list[int]) -> str:
-        """An answer's ids as text, up to what ended it; after that there is only padding."""
-        ended = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        """Decode an answer's ids up to its end; after that there is only padding."""
+        ended = next((index for index, token in enumerate(ids) if token in self.ends), len(ids))
         text = self.tokenizer.decode(ids[:ended], skip_special_tokens=True)
         return (text.split(self.stop_string)[0] if self.stop_string is not None else text).strip()
 

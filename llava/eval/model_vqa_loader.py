@@ -4,7 +4,7 @@
         --question-file questions.jsonl --image-folder images --answers-file answers.jsonl
 
 A question has `question_id`, `image` and `text`; an answer `question_id`, `prompt`, `text`, `answer_id`, `model_id` and
-`metadata`. A killed run goes on where it stopped.
+`metadata`. A killed run continues where it stopped.
 """
 
 from __future__ import annotations

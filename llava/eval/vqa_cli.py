@@ -1,4 +1,4 @@
-"""What the commands that answer a file of questions have in common: flags, loading, and the way to the answers file."""
+"""Shared by the commands that answer a file of questions: flags, loading, and the answers file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llava.model.builder import load_pretrained_model
 logger = logging.getLogger(__name__)
 
 LONG_ANSWER = 1024
-"""Upstream's bound on new tokens where it has no flag for it."""
+"""Upstream's limit of new tokens in commands without a flag for it."""
 
 
 def question_parser(module: str, description: str | None, max_new_tokens: int = LONG_ANSWER) -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def question_parser(module: str, description: str | None, max_new_tokens: int = 
     parser.add_argument("--image-folder", default="", help="where the questions' images lie")
     parser.add_argument("--question-file", default="tables/question.jsonl", help="default: %(default)s")
     parser.add_argument(
-        "--answers-file", default="answer.jsonl", help="JSONL; a killed run goes on. default: %(default)s"
+        "--answers-file", default="answer.jsonl", help="JSONL; a killed run continues. default: %(default)s"
     )
     parser.add_argument("--conv-mode", help="template; default: the checkpoint's own")
     parser.add_argument("--num-chunks", type=int, default=1, help="parts to split the questions into")
@@ -61,7 +61,7 @@ def add_generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -
 
 
 def with_defaults(args: Any, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """`args` with the parser's defaults for what it lacks: from Python, any object with some of the flags will do."""
+    """Fill in the parser's defaults: from Python, `args` may be any object with some of the flags."""
     names = {action.dest: action.default for action in parser._actions if action.dest != "help"}
     return argparse.Namespace(**{name: getattr(args, name, default) for name, default in names.items()})
 
@@ -72,7 +72,7 @@ def settings_of(args: argparse.Namespace) -> GenerationSettings:
 
 
 def answer_to_file(args: argparse.Namespace, questions: Sequence[Question]) -> None:
-    """Answers questions with the checkpoint that `args` name, into `args.answers_file`."""
+    """Answer questions with the checkpoint that `args` name, into `args.answers_file`."""
     if args.conv_mode is not None:
         template_named(args.conv_mode)
     require_positive(batch_size=args.batch_size, workers=args.workers)
@@ -107,7 +107,7 @@ def answer_to_file(args: argparse.Namespace, questions: Sequence[Question]) -> N
 def answers_of(
     args: argparse.Namespace, model_path: str, questions: Sequence[Question], settings: GenerationSettings
 ) -> Iterator[Answer]:
-    """Answers by the checkpoint at `model_path`, which is loaded at once; they come as they are asked for."""
+    """Load the checkpoint at `model_path`, and return an iterator that generates the answers."""
     model_name = get_model_name_from_path(model_path)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         model_path, args.model_base, model_name, device=args.device

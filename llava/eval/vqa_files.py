@@ -1,4 +1,4 @@
-"""Reads files of questions and answers, and says what is wrong with them before any model is loaded."""
+"""Files of questions and answers, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from llava.conversation import Conversation, SeparatorStyle
 from llava.mm_utils import UnreadableImageError, load_rgb_image, require_image_tokens, upright_rgb
 from llava.utils import sha256
 
-# Questions about images, their answers, and the prompts that a template makes of them.
+# Questions about images, their answers, and their prompts in a template.
 
 ImageSource = str | Path | bytes | Image.Image
 """A path, the bytes of an image file, or a picture."""
 
 _READING = Lock()
-"""Held while a picture reads its file, which it opens lazily and without a thought of threads."""
+"""PIL opens images lazily and is not thread-safe while doing so."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked.
+    """A question about images or text.
 
     Attributes:
-        question_id: what the answer is joined to.
-        text: may place its images by `<image>`; otherwise they come first, each on a line of its own.
-        images: none for a question about nothing but its text.
-        metadata: whatever the caller wants to find again at the answer.
+        question_id: identifies the answer.
+        text: may place its images by `<image>`; otherwise they come first, each on its own line.
+        images: empty for a question about text.
+        metadata: values of the caller, returned with the answer.
 
     Raises:
         ValueError: the text has some `<image>`, but not one for each image.
@@ -63,11 +63,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered.
+    """An answer of a model.
 
     Attributes:
-        question: as it was asked.
-        prompt: the whole text that the model was given, template and `<image>` included.
+        question: the question.
+        prompt: the full prompt, with template and `<image>`.
         text: the answer without special tokens, the template's closing mark and outer white space.
     """
 
@@ -77,10 +77,10 @@ class Answer:
 
 
 def prompt_of(question: Question, conversation: Conversation, mm_use_im_start_end: bool = False) -> str:
-    """The question in the template, with an open turn for the answer.
+    """Return the question in the template, with an open turn for the answer.
 
-    Under a plain template the prompt is the images and then the text, without a break: what stage 1 trains, where a
-    caption follows its image. A caption is asked for by an empty text.
+    A plain template gives the images and then the text, without a break, as stage 1 trains captions. An empty text asks
+    for a caption.
     """
     text = question.text
     mark = f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
@@ -101,7 +101,7 @@ def prompt_of(question: Question, conversation: Conversation, mm_use_im_start_en
 
 
 def require_images(questions: Sequence[Question]) -> None:
-    """Checks that all image files are there."""
+    """Raise `FileNotFoundError` naming the first missing image file, its question, and how many are missing."""
     asked_by: dict[str, Question] = {}
     for question in questions:
         for image in question.images:
@@ -116,11 +116,7 @@ def require_images(questions: Sequence[Question]) -> None:
 
 
 def open_image(source: ImageSource, where: str = "an image") -> Image.Image:
-    """The picture, as RGB.
-
-    Args:
-        source: where it comes from. A picture that is not read yet is read once, even by threads that share it.
-        where: names it in errors, where it has no path.
+    """Read an image as RGB. `where` names it in errors if it has no path. Threads may share one picture.
 
     Raises:
         OSError: it cannot be read.
@@ -144,15 +140,11 @@ _NAMES = {str: "a text", int: "a number", list: "a list", dict: "an object", typ
 
 
 def read_jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line; empty lines are passed over.
-
-    Args:
-        path: the file; `~` is the home folder.
-        what: what the file holds, for the errors.
+    """Read the objects of a JSON lines file, without empty lines. `what` describes the content in errors.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line holds no JSON object; the message names the line.
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is not a JSON object; the message names it.
     """
     records = []
     for number, line in enumerate(read_text(path, what).split("\n"), start=1):
@@ -161,7 +153,7 @@ def read_jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no JSON ({error.msg}); expected one object a line") from None
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); expected one object a line") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: found {_NAMES.get(type(record), 'a value')}, expected an object")
         records.append(record)
@@ -169,39 +161,29 @@ def read_jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
 
 
 def read_json(path: str | Path, what: str, kind: type) -> Any:
-    """The JSON value in a file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or not of `kind`.
-    """
+    """Read a JSON file whose value is of `kind`. `what` describes the content in errors."""
     try:
         value = json.loads(read_text(path, what))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON ({error}); expected {what}") from None
+        raise ValueError(f"{path}: not JSON ({error}); expected {what}") from None
     if not isinstance(value, kind):
         raise ValueError(f"{path}: found {_NAMES.get(type(value), 'a value')}, expected {_NAMES[kind]}: {what}")
     return value
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """The text of a file, without a byte order mark.
-
-    Raises:
-        FileNotFoundError: naming `what` was to be there.
-        ValueError: it is no UTF-8.
-    """
+    """Read a UTF-8 file, without a byte order mark. `what` describes the content in errors."""
     place = Path(path).expanduser()
     if not place.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {what}")
     try:
         return place.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no UTF-8 ({error.reason} at byte {error.start}); expected {what}") from None
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); expected {what}") from None
 
 
 def checked_field(record: Mapping[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """A field of a record."""
+    """Return a field of a record, or raise `ValueError` if it is missing or of another kind."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     expected = " or ".join(_NAMES.get(k, k.__name__) for k in kinds)
     if name not in record:
@@ -212,11 +194,7 @@ def checked_field(record: Mapping[str, Any], name: str, kind: type | tuple[type,
 
 
 def image_path(name: str, image_folder: str | Path, where: str) -> Path:
-    """Where the image of a record lies.
-
-    Raises:
-        ValueError: its path leaves the image folder. Without a folder any path is taken as it is.
-    """
+    """Return the path of a record's image, which must not leave the image folder, if one is given."""
     path = Path(name)
     if str(image_folder) and (path.anchor or ".." in path.parts):
         raise ValueError(
@@ -226,12 +204,9 @@ def image_path(name: str, image_folder: str | Path, where: str) -> Path:
 
 
 def vqa_questions(path: str | Path, image_folder: str | Path) -> list[Question]:
-    """Questions of LLaVA's JSONL: `question_id`, `image` (null for a question about text alone) and `text`.
+    """Read questions of LLaVA's JSONL: `question_id`, `image` (null for a question about text alone) and `text`.
 
-    An id may come several times: in MME and TextVQA it names the image.
-
-    Raises:
-        ValueError: a field is missing or of another kind.
+    Ids may repeat: in MME and TextVQA they name the image.
     """
     questions = []
     for number, record in enumerate(read_jsonl(path, "questions, one JSON object a line (--question-file)"), start=1):
@@ -245,7 +220,7 @@ def vqa_questions(path: str | Path, image_folder: str | Path) -> list[Question]:
 
 
 def chunk_of(items: Sequence[Item], num_chunks: int, chunk_idx: int) -> list[Item]:
-    """Chunk `chunk_idx` of `num_chunks`: all of one size, rounded up, and the last ones smaller or empty."""
+    """Return chunk `chunk_idx` of `num_chunks`: all of one size, rounded up, and the last ones smaller or empty."""
     if not 0 <= chunk_idx < num_chunks:
         raise ValueError(f"--chunk-idx {chunk_idx}: expected 0 to {num_chunks - 1}, as --num-chunks is {num_chunks}")
     size = math.ceil(len(items) / num_chunks)
@@ -253,12 +228,7 @@ def chunk_of(items: Sequence[Item], num_chunks: int, chunk_idx: int) -> list[Ite
 
 
 def read_answers(path: str | Path) -> list[dict[str, Any]]:
-    """Answers that the commands here have written: `question_id`, `prompt` and `text`. Warns of empty ones.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds none, or a field is missing or of another kind.
-    """
+    """Read the answers that the commands here write: `question_id`, `prompt` and `text`. Warns of empty ones."""
     answers = read_jsonl(path, "answers, one JSON object a line (--result-file)")
     for number, answer in enumerate(answers, start=1):
         where = f"{path}, record {number}"
@@ -272,14 +242,7 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
 
 
 def require_all_answered(asked: Iterable[Any], answered: Iterable[Any], path: str | Path, questions: str) -> None:
-    """Checks that each question has its answer, once.
-
-    Args:
-        asked: what names each question.
-        answered: the same for each answer.
-        path: of the answers, for the errors.
-        questions: where the questions are from, for the errors.
-    """
+    """Check that each question has exactly one answer; `path` and `questions` name the two files in errors."""
     wanted, found = Counter(iter(asked)), Counter(iter(answered))  # of a dict, its keys
     missing, surplus = wanted - found, found - wanted
     strange = [name for name in surplus if name not in wanted]
@@ -294,12 +257,12 @@ def require_all_answered(asked: Iterable[Any], answered: Iterable[Any], path: st
     if missing:
         raise ValueError(
             f"{path}: {missing.total()} of {wanted.total()} questions in {questions} have no answer, such as "
-            f"{next(iter(missing))!r}; run the command that answers them again, it goes on where it stopped"
+            f"{next(iter(missing))!r}; run the command that answers them again, it continues where it stopped"
         )
 
 
 def write_result(path: str | None, result: Mapping[str, Any], *inputs: str) -> None:
-    """Writes a result as JSON where a path is given, but not over the inputs that it is made of."""
+    """Write a result as JSON if a path is given, but never over one of the inputs."""
     if path:
         place = Path(path).expanduser()
         if place.resolve() in {Path(name).expanduser().resolve() for name in inputs}:
@@ -308,21 +271,20 @@ def write_result(path: str | None, result: Mapping[str, Any], *inputs: str) -> N
         place.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-# A file of answers that a killed run leaves fit to be continued.
+# A resumable file of answers.
 #
-# Answers are written in the order of the questions, one JSON object a line, each at once. Beside them lies
-# `ANSWERS.run.json`, which describes the run: questions, checkpoint, template and settings. A run of the same
-# description goes on where the file ends; any other starts it anew, as upstream always does, and sets what it held
-# aside as `ANSWERS.old`, `ANSWERS.old1` and so on. So answers of two runs never mix, and those of a checkpoint that
-# has since been trained on are not taken for new ones. `ANSWERS.lock`, which is left behind, keeps a second process
-# out: two would write their lines among each other's.
+# Answers are appended in the order of the questions, one JSON object a line. `ANSWERS.run.json` beside them describes
+# the run: questions, checkpoint, template and settings. A run of the same description continues at the end of the file.
+# Any other starts from the first question, as upstream always does, and renames the old file to `ANSWERS.old`,
+# `ANSWERS.old1` and so on: answers of two runs, or of two states of a checkpoint, never mix. `ANSWERS.lock`, which
+# stays, keeps out a second process, whose lines would be written in between.
 
 
 @contextmanager
 def open_answers(
     path: str | Path, questions: Sequence[Question], model_id: str, run: Mapping[str, Any]
 ) -> Iterator[AnswersFile]:
-    """A run's `AnswersFile`, into which no other process can answer as long as it is open."""
+    """Open a run's `AnswersFile`, locked against other processes."""
     place = Path(path).expanduser()
     if place.is_dir():
         raise IsADirectoryError(f"--answers-file {path}: found a folder, expected a file")
@@ -339,18 +301,13 @@ def open_answers(
 
 
 class AnswersFile:
-    """The file and what it holds already, for one process: see `open_answers`.
-
-    Nothing is changed before the first answer is to be written.
+    """A file of answers; use `open_answers`. Nothing is changed before `writer` opens it.
 
     Args:
-        path: of the answers.
-        questions: all of this run, in order.
+        path: the file.
+        questions: all questions of the run, in order.
         model_id: written to each answer.
         run: describes checkpoint, template and settings; JSON values.
-
-    Attributes:
-        kept: how many of the questions, from the first on, are answered in the file.
     """
 
     def __init__(self, path: Path, questions: Sequence[Question], model_id: str, run: Mapping[str, Any]):
@@ -365,7 +322,7 @@ class AnswersFile:
 
     @property
     def kept(self) -> int:
-        """Number of questions that need not be asked again."""
+        """Number of questions, from the first on, that the file answers."""
         return len(self.kept_lines)
 
     def _kept_lines(self, questions: Sequence[Question]) -> list[bytes]:
@@ -385,12 +342,14 @@ class AnswersFile:
         return lines
 
     def _none_kept(self, reason: str) -> list[bytes]:
-        logger.warning("%s is started anew, what it holds set aside as %s: %s", self.path, self.old_path, reason)
+        logger.warning(
+            "%s starts from the first question, its content moves to %s: %s", self.path, self.old_path, reason
+        )
         return []
 
     @contextmanager
     def writer(self) -> Iterator[Callable[[Answer], None]]:
-        """A function that appends an answer, as long as it is open. What is not kept is set aside or cut off first."""
+        """Yield a function that appends an answer, after moving or cutting off what is not kept."""
         kept_bytes = sum(len(line) for line in self.kept_lines)
         if self.path.is_file() and b"\n" in self.path.read_bytes()[kept_bytes:]:  # more than a killed run's last line
             shutil.copyfile(self.path, self.old_path)
@@ -409,9 +368,9 @@ class AnswersFile:
 
 
 def answer_line(answer: Answer, model_id: str) -> dict[str, Any]:
-    """An answer with upstream's keys; `prompt` and a benchmark's own keys come from the question's metadata.
+    """Return an answer with upstream's keys; the question's metadata may replace `prompt` and add keys.
 
-    The answer's id follows from question and model, where upstream draws one: runs can be compared byte by byte.
+    The id is a hash of question and model, where upstream draws one, so that runs can be compared byte by byte.
     """
     question = answer.question
     name = json.dumps([question.question_id, question.text, dict(question.metadata), model_id])
@@ -427,24 +386,21 @@ def answer_line(answer: Answer, model_id: str) -> dict[str, Any]:
 
 
 def complete_lines(content: bytes) -> list[bytes]:
-    """Lines that were written whole: what a killed run was writing last is left out."""
+    """Return the complete lines, without the one that a killed run was writing."""
     lines = []
     for line in content.splitlines(keepends=True):
-        if not line.endswith(b"\n") or not _is_object(line):
+        try:
+            is_object = line.endswith(b"\n") and isinstance(json.loads(line), dict)
+        except ValueError:  # also for bytes that are not text
+            is_object = False
+        if not is_object:
             break
         lines.append(line)
     return lines
 
 
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:  # also for bytes that are no text
-        return False
-
-
 def hash_of_questions(questions: Sequence[Question]) -> str:
-    """SHA-256 over ids, texts, images' places (or bytes) and metadata, in order."""
+    """SHA-256 over ids, texts, paths of images (or their bytes) and metadata, in order."""
     digest = hashlib.sha256()
     for question in questions:
         images = [
@@ -457,7 +413,7 @@ def hash_of_questions(questions: Sequence[Question]) -> str:
 
 
 def model_hashes(name: str | None) -> dict[str, str] | str | None:
-    """SHA-256 of the weights and configs of a checkpoint's folder, by file; a hub name is taken as it is."""
+    """SHA-256 of the weights and configs in a checkpoint's folder, by file; a hub name is returned unchanged."""
     if name is None or not Path(name).expanduser().is_dir():
         return name
     files = sorted(Path(name).expanduser().iterdir())

@@ -1,4 +1,4 @@
-"""Puts model, tokenizer and vision modules together for training, and says what of them is trained."""
+"""Assemble model, tokenizer, vision modules and data for training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LLAMA_3_PADDING = "<|finetune_right_pad_id|>"
 
 
 def show_log_of_first_rank() -> None:
-    """Sends this package's log to stderr: all of it on the first rank, warnings from the others."""
+    """Log to stderr: everything on the first rank, warnings from the others."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(format=f"[rank {rank}] %(name)s: %(message)s" if rank else "%(name)s: %(message)s")
     for package in ("llava", "patch_aligned"):
@@ -47,7 +47,7 @@ def show_log_of_first_rank() -> None:
 
 
 def start_engine(training_args: TrainingArguments) -> None:
-    """Shows DeepSpeed the process group, which the Trainer leaves out on CPUs; ZeRO-3 loads models by it."""
+    """Set up DeepSpeed's process group, which the Trainer omits on CPUs and ZeRO-3 needs to load models."""
     if training_args.deepspeed and "RANK" not in os.environ:
         raise ValueError(
             "--deepspeed needs a launcher: start the script with `deepspeed` or `torchrun --nproc_per_node 1` in place "
@@ -60,7 +60,7 @@ def start_engine(training_args: TrainingArguments) -> None:
 
 
 def flash_attention_obstacle(training_args: TrainingArguments) -> str | None:
-    """Why flash attention cannot be used here, in a few words; None where it can."""
+    """Return why flash attention cannot be used here, or None."""
     if training_args.use_cpu or not torch.cuda.is_available():
         return "there is no CUDA device"
     if torch.cuda.get_device_capability()[0] < 8:
@@ -73,12 +73,9 @@ def flash_attention_obstacle(training_args: TrainingArguments) -> str | None:
 
 
 def choose_attention(flag: str, asked: str | None, training_args: TrainingArguments) -> str:
-    """The attention implementation of a run.
+    """Return the attention implementation: `flag` unless it is `auto`, else what the entry point `asked` for.
 
-    Args:
-        flag: `--attn_implementation`; anything but `auto` is taken at its word.
-        asked: what the entry point would like (`train_mem` asks for flash attention); given up where it cannot be had.
-        training_args: read for precision and device.
+    Flash attention that is only asked for is replaced where it cannot be used; a flag that demands it raises.
     """
     wanted = flag if flag != "auto" else asked
     if wanted not in (None, FLASH):
@@ -94,28 +91,24 @@ def choose_attention(flag: str, asked: str | None, training_args: TrainingArgume
 
 
 def weights_dtype(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
-    """Dtype the language model is loaded in: that of mixed precision, if it is frozen or under DeepSpeed.
+    """Return the dtype to load the language model in: that of mixed precision, if it is frozen or under DeepSpeed.
 
-    DeepSpeed keeps a float32 copy of what it trains. Without it, weights that are trained stay in float32: steps of
-    2e-5 are lost in bfloat16's eight bits, and float16 gradients cannot be unscaled.
+    DeepSpeed keeps a float32 copy of what it trains. Without it, trained weights stay in float32: steps of 2e-5 are
+    lost in bfloat16's eight bits, and float16 gradients cannot be unscaled.
     """
     is_frozen = model_args.tune_mm_mlp_adapter or training_args.lora_enable
     return mixed_precision_dtype(training_args) if is_frozen or training_args.deepspeed else torch.float32
 
 
 def mixed_precision_dtype(training_args: TrainingArguments) -> torch.dtype:
-    """Dtype that mixed precision computes in; float32 without it."""
+    """Return the dtype of mixed precision; float32 without it."""
     if training_args.bf16:
         return torch.bfloat16
     return torch.float16 if training_args.fp16 else torch.float32
 
 
 def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
-    """The language model's tokenizer, padding on the right.
-
-    Raises:
-        ValueError: the folder holds no whole model.
-    """
+    """Load the language model's tokenizer, padding on the right. Raises `ValueError` for a projector or an adapter."""
     name = str(model_args.model_name_or_path)
     form = checkpoint_form(name)
     if form is not Form.WHOLE_MODEL:
@@ -134,10 +127,10 @@ def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments)
 
 
 def give_padding_token(tokenizer: Any, model: PreTrainedModel, version: str | None) -> None:
-    """Pads with `<unk>`, as upstream's checkpoints do (template `v0`: with a new `[PAD]`, where there is none).
+    """Pad with `<unk>`, as upstream's checkpoints do (template `v0`: with a new `[PAD]` if there is no padding token).
 
-    A vocabulary without `<unk>` keeps its own padding token, or takes the one that Llama 3.1 holds but does not name,
-    or else the end of text.
+    A vocabulary without `<unk>` keeps its padding token, or takes the one that Llama 3.1 has but does not name, or the
+    end of text.
     """
     if version == "v0":
         if tokenizer.pad_token is None:
@@ -150,12 +143,7 @@ def give_padding_token(tokenizer: Any, model: PreTrainedModel, version: str | No
 
 
 def load_language_model(model_args: ModelArguments, training_args: TrainingArguments, attention: str) -> Any:
-    """The language model with LLaVA's forward pass; without vision modules yet, unless it is a LLaVA already.
-
-    Raises:
-        ValueError: weights are missing, superfluous or of another shape, or flags contradict a LLaVA that training goes
-            on from.
-    """
+    """Load the language model with LLaVA's forward pass; without vision modules yet, unless it is a LLaVA already."""
     config = llava_config(read_config(str(model_args.model_name_or_path), cache_dir=training_args.cache_dir))
     if getattr(config, "mm_vision_tower", None):
         check_continued(config, model_args)
@@ -178,7 +166,7 @@ def load_language_model(model_args: ModelArguments, training_args: TrainingArgum
 
 
 def check_continued(config: Any, model_args: ModelArguments) -> None:
-    """Refuses flags that contradict the LLaVA which training goes on from: its projector was trained for these."""
+    """Raise `ValueError` for flags that contradict the LLaVA to train further: its projector was trained for these."""
     checkpoint = model_args.model_name_or_path
     if model_args.vision_tower is None:
         raise ValueError(f"{checkpoint} is a LLaVA: add --vision_tower {config.mm_vision_tower}.")
@@ -197,7 +185,7 @@ def check_continued(config: Any, model_args: ModelArguments) -> None:
 def smart_tokenizer_and_embedding_resize(
     special_tokens_dict: dict[str, str], tokenizer: Any, model: PreTrainedModel
 ) -> None:
-    """Adds special tokens, and rows for them that start as the mean of the others."""
+    """Add special tokens, and rows for them that start as the mean of the others."""
     added = tokenizer.add_special_tokens(special_tokens_dict)
     model.resize_token_embeddings(len(tokenizer))
     tables: list[Any] = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
@@ -207,7 +195,7 @@ def smart_tokenizer_and_embedding_resize(
 def add_vision(
     model: Any, tokenizer: Any, model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
 ) -> None:
-    """Builds tower and projector, freezes what the stage does not train, and records all of it in the config."""
+    """Build tower and projector, freeze what the stage does not train, and record all of it in the config."""
     model.get_model().initialize_vision_modules(model_args=model_args)
     tower, adapter = model.get_vision_tower(), adapter_weights(model.get_model())
     half = mixed_precision_dtype(training_args)
@@ -244,13 +232,13 @@ def add_vision(
 
 
 def adapter_weights(decoder: Any) -> list[nn.Parameter]:
-    """What stage 1 trains: the projector, and the vector that closes rows of tiles where there is one."""
+    """Return what stage 1 trains: the projector, and the vector that ends rows of tiles if there is one."""
     newline = getattr(decoder, "image_newline", None)
     return [*decoder.mm_projector.parameters(), *([] if newline is None else [newline])]
 
 
 def log_trained_parts(model: Any) -> None:
-    """One line a module: how many of its weights are trained."""
+    """Log for each module how many of its weights are trained."""
     decoder = model.get_model()
     parts: dict[str, Iterable[nn.Parameter]] = {
         "word embeddings": model.get_input_embeddings().parameters(),
@@ -268,7 +256,7 @@ def log_trained_parts(model: Any) -> None:
 
 
 def check_reads_back(model: Any) -> None:
-    """Checks before the first step that a model of the config that will be saved has the weights that will be saved."""
+    """Raise `ValueError` before the first step if the config to be saved does not describe the weights to be saved."""
     with TemporaryDirectory() as folder:
         save_config(model.config, Path(folder))
         config = read_config(folder)
@@ -283,14 +271,14 @@ def check_reads_back(model: Any) -> None:
 
 
 def _shapes_beside_layers(model: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes by names in files, without adapters, the tower, and the LLM's layers, which were read by this config."""
+    """Return shapes by name, without adapters, the tower, and the LLM's layers, which were read with this config."""
     named = {own_name(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
     shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in named.items()}
     return {name: shape for name, shape in shapes.items() if not name.startswith(("model.layers.", TOWER))}
 
 
 def count_samples(data_args: DataArguments, training_args: TrainingArguments, plugin: TrainingPlugin | None) -> int:
-    """Samples of an epoch, before the model is loaded."""
+    """Count the samples of an epoch, before the model is loaded."""
     records = open_records(str(data_args.data_path))
     is_auxiliary = auxiliary_only(records, plugin)  # [rows]
     broken = sum(not is_auxiliary[row] for row in records.problems()) if data_args.on_error == "skip" else 0
@@ -310,12 +298,7 @@ def make_data(
     training_args: TrainingArguments,
     plugin: TrainingPlugin | None,
 ) -> dict[str, Any]:
-    """Training set and collator, as keyword arguments of the trainer.
-
-    Raises:
-        ValueError: no record can be used, `--model_max_length` has no room for an image and some text, or records
-            without text or a warm-up come to a run that trains more than the projector.
-    """
+    """Return training set and collator, as keyword arguments of the trainer."""
     tower = model.get_vision_tower()
     grid = model.visual_grid if tower is not None else None
     if grid is not None:

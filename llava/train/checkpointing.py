@@ -1,7 +1,7 @@
-"""What a training run leaves on disk: `mm_projector.bin`, whole checkpoints, and checkpoints that survive a kill.
+"""Save and resume training: `mm_projector.bin`, full models, and atomic checkpoints.
 
-A `checkpoint-N` folder is written beside the others under another name and renamed when all ranks are done, so that a
-folder of that name is always complete. deepspeed is imported only where it is in use.
+A `checkpoint-N` folder is written under another name and renamed when all ranks are done, so that a folder of that name
+is always complete. deepspeed is imported only if it is in use.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DEEPSPEED_OBJECTS = (
 def get_mm_adapter_state_maybe_zero_3(
     named_params: Iterable[tuple[str, Tensor]], keys_to_match: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Whole copies of the parameters whose name contains one of `keys_to_match`."""
+    """Copy the parameters whose name contains one of `keys_to_match` to the CPU, gathered under ZeRO-3."""
     return {
         name: maybe_zero_3(param, ignore_status=True)
         for name, param in named_params
@@ -57,29 +57,26 @@ def get_mm_adapter_state_maybe_zero_3(
 
 
 def projector_keys(config: Any) -> tuple[str, ...]:
-    """Parts of parameter names that `mm_projector.bin` holds; word embeddings are among them if stage 1 trains them."""
+    """Return what names in `mm_projector.bin` contain; word embeddings are among them if stage 1 trains them."""
     return PROJECTOR_KEYS + (EMBEDDING_KEYS if getattr(config, "mm_use_im_start_end", False) else ())
 
 
 def save_projector(model: nn.Module, path: Path, *, is_writer: bool) -> None:
-    """Writes the projector as upstream does: a pickled dict of whole tensors in the dtype of training.
-
-    Called by all ranks (under ZeRO-3 the weights are gathered); `is_writer` says which of them writes.
-    """
+    """Write the projector as upstream does: a pickled dict of tensors in their own dtype. All ranks must call it."""
     state = get_mm_adapter_state_maybe_zero_3(model.named_parameters(), projector_keys(model.config))
     if is_writer:
         save_tensors(state, path)
 
 
 def load_projector_weights(model: nn.Module, path: Path) -> None:
-    """Reads what `save_projector` wrote back into `model`, strictly."""
+    """Load the output of `save_projector` into `model`, strictly."""
     keys = projector_keys(model.config)
     params = {name: param for name, param in model.named_parameters() if any(key in name for key in keys)}
     fill_strictly(params, read_tensors(path), path, RESUMING_HINT)
 
 
 def missing_from_checkpoint(folder: Path) -> list[str]:
-    """What a `checkpoint-N` folder lacks to be resumed from; empty for a complete one."""
+    """Return what a `checkpoint-N` folder lacks to be resumed from; empty for a complete one."""
     missing = [" or ".join(group) for group in STATE_FILES if not any((folder / name).exists() for name in group)]
     weights = [*folder.glob("*.safetensors"), folder / PROJECTOR_FILE, folder / "latest"]
     if not any(file.exists() for file in weights):
@@ -93,7 +90,7 @@ def missing_from_checkpoint(folder: Path) -> list[str]:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The `checkpoint-N` of the largest N that a run can be resumed from; incomplete ones are named and passed over."""
+    """Return the last `checkpoint-N` that a run can resume from, with a warning for each later, incomplete one."""
     numbered = []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
@@ -103,19 +100,19 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
         missing = missing_from_checkpoint(folder)
         if not missing:
             return folder
-        logger.warning("%s is passed over: it cannot be resumed from, as it lacks %s.", folder, ", ".join(missing))
+        logger.warning("%s is skipped: it lacks %s, so a run cannot resume from it.", folder, ", ".join(missing))
     return None
 
 
 class _StandIn:
-    """Takes the place of what DeepSpeed writes beside tensors while its files are looked through."""
+    """Replaces DeepSpeed's own objects while its files are checked."""
 
     def __init__(self, *args: Any) -> None:
         pass
 
 
 def check_state_files(folder: Path) -> None:
-    """Looks for code in the pickles that a run resumes from, as DeepSpeed reads its own without a look."""
+    """Raise `ValueError` for a pickle that may run code: DeepSpeed reads its files without a check."""
     files = [file for pattern in ("*.pt", "*.pth") for file in folder.glob(pattern)]
     if (folder / "latest").exists():
         tag = (folder / "latest").read_text().strip()
@@ -137,7 +134,7 @@ def check_state_files(folder: Path) -> None:
 
 
 def set_aside_from(output_dir: str | Path, step: int) -> str:
-    """Renames the checkpoint of a state that spoiled a run, so that it goes on from the one before; says which."""
+    """Rename the checkpoint of a state that is not finite, so that runs resume from the one before. Returns text."""
     spoiled = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     aside, kept = spoiled.with_name(f"spoiled-{spoiled.name}"), ""
     if spoiled.is_dir():
@@ -148,19 +145,23 @@ def set_aside_from(output_dir: str | Path, step: int) -> str:
 
 
 def checkpoint_to_resume(named: str | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint that a run goes on from: the one it names, else the last complete one of its folder, if any."""
+    """Return the checkpoint to resume from: the one that is named, else the last complete one of the folder, if any.
+
+    A named one must be complete: without a state the Trainer would begin at step 0, without an optimizer at moments of
+    zero.
+    """
     if not named:
         return last_complete_checkpoint(output_dir)
     if missing := missing_from_checkpoint(Path(named)):
         raise ValueError(
             f"--resume_from_checkpoint {named}: it lacks {', '.join(missing)}. Give a checkpoint-N folder of a run, or "
-            "leave the flag out: a run goes on from the last complete checkpoint of its --output_dir."
+            "leave the flag out: a run resumes from the last complete checkpoint of its --output_dir."
         )
     return Path(named)
 
 
 def finished_step(output_dir: str | Path) -> int:
-    """The step after which a run saved its weights in `output_dir` and ended; 0 if it has not."""
+    """Return the step at which a run saved its result in `output_dir` and ended; 0 if it has not."""
     state = Path(output_dir) / "trainer_state.json"
     saved = (PROJECTOR_FILE, "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
     if not (state.is_file() and any((state.parent / name).exists() for name in saved)):
@@ -169,7 +170,7 @@ def finished_step(output_dir: str | Path) -> int:
 
 
 def publish_checkpoint(staged: Path, final: Path) -> None:
-    """Moves a finished checkpoint to its name in one step, in place of an older one of that name."""
+    """Rename a finished checkpoint to its final name, replacing an older one of that name."""
     if final.exists():
         old = staged.with_name(f"replaced-{final.name}")
         final.replace(old)
@@ -181,10 +182,7 @@ def publish_checkpoint(staged: Path, final: Path) -> None:
 
 
 def copy_tokenizer_model(tokenizer: Any, output_dir: Path) -> None:
-    """Puts the SentencePiece file beside the tokenizer that transformers 5 writes without it.
-
-    Software written for transformers 4 opens a checkpoint through that file alone.
-    """
+    """Copy the SentencePiece file, which transformers 5 does not save and software for transformers 4 needs."""
     source = getattr(tokenizer, "vocab_file", None)
     if not (source and Path(source).is_file()):
         source = Path(getattr(tokenizer, "name_or_path", "") or "") / "tokenizer.model"
@@ -194,7 +192,7 @@ def copy_tokenizer_model(tokenizer: Any, output_dir: Path) -> None:
 
 
 def safe_save_model_for_hf_trainer(trainer: Any, output_dir: str) -> None:
-    """Saves at the end of a run: in stage 1 the projector and the config, otherwise the whole model.
+    """Save at the end of a run: in stage 1 the projector and the config, otherwise the full model.
 
     upstream parity: with `output_dir` named `checkpoint-N`, stage 1 writes `<parent>/mm_projector/checkpoint-N.bin`.
     """
@@ -277,9 +275,9 @@ class CheckpointingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_result(self) -> None:
-        """Save what the run has trained, once; its state last, to say that the weights beside it are those of its step.
+        """Save the result once. Its trainer state comes last, and marks the weights as those of its step.
 
-        A checkpoint takes three times as much room, and is not needed any more: a full disk must not cost the result.
+        Call it before the last checkpoint, which takes three times the room: a full disk must not cost the result.
         """
         if not self.result_is_saved:
             self.model.config.use_cache = True
@@ -327,7 +325,7 @@ class CheckpointingTrainer(Trainer):
             copy_tokenizer_model(self.processing_class, folder)
 
     def check_state_is_finite(self) -> None:
-        """Stops before weights or moments that are not finite are saved, or trained on."""
+        """Raise `ValueError` before weights or moments that are not finite are saved or trained."""
         state = [getattr(param, "ds_tensor", param) for param in self.model.parameters() if param.requires_grad]
         for moments in (getattr(self.optimizer, "state", None) or {}).values():
             state += [value for value in moments.values() if isinstance(value, Tensor)]
@@ -347,7 +345,7 @@ class CheckpointingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *others: Any) -> tuple[int, int]:
-        """As the Trainer does, but no epoch is left once all steps are done: it would train the last epoch's rest."""
+        """As the Trainer, but a finished run has no epoch left: the Trainer would train the rest of the last one."""
         reached = super()._init_training_state(max_steps, steps_per_epoch, epochs, *others)
         return (epochs, 0) if self.state.global_step >= max_steps else reached
 
@@ -363,7 +361,7 @@ class CheckpointingTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer does, but a rate that has changed since counts: the checkpoint's would, without a word."""
+        """As the Trainer, but keep a learning rate that was changed: the Trainer would silently restore the old one."""
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))
         super()._load_optimizer_and_scheduler(checkpoint)
         before = list(getattr(self.lr_scheduler, "base_lrs", []))

@@ -23,23 +23,17 @@ from llava.utils import follow_umask
 RESUMING_HINT = "Give the flags that its run was started with; to start a new run, give another --output_dir."
 VISION_PARTS = ("mm_projector", "vision_tower", "vision_resampler")
 ADAPTER = "default"
-"""peft's name of the one adapter. It stands in the names of parameters, not in those of files."""
-
-# Packages that come with the extra `train` and are imported where a flag asks for them.
+"""peft's name of the one adapter, part of the names of parameters, but not of those in files."""
 
 
 def require(package: str, flag: str) -> None:
-    """Checks that a package of the extra `train` is there.
-
-    Raises:
-        ImportError: it is not installed; the message says which flag needs it and how to install it.
-    """
+    """Raise `ImportError` if a package of the extra `train`, which `flag` needs, is not installed."""
     if find_spec(package) is None:
         raise ImportError(f"{flag} needs the package {package}. Install it with: pip install -e '.[train]'")
 
 
 def find_all_linear_names(model: nn.Module) -> list[str]:
-    """Names of the LLM's linear layers, which LoRA adapts: vision modules and the lm_head stay out."""
+    """Return the names of the LLM's linear layers, which LoRA adapts: without vision modules and the lm_head."""
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
@@ -49,13 +43,10 @@ def find_all_linear_names(model: nn.Module) -> list[str]:
 
 
 def add_lora(model: Any, training_args: TrainingArguments) -> Any:
-    """Freezes the LLM and puts adapters beside its linear layers; vision modules are added afterwards.
+    """Freeze the LLM, add adapters to its linear layers, and return it in peft's wrapper. Vision modules come later.
 
-    Adapters are float32, as weights that are trained are, except under DeepSpeed, which keeps a float32 copy of its
-    own and wants one dtype.
-
-    Returns:
-        the model in peft's wrapper.
+    Adapters are float32, as trained weights are, except under DeepSpeed, which keeps its own float32 copy and wants one
+    dtype.
 
     Raises:
         ImportError: peft is not installed.
@@ -80,11 +71,7 @@ def is_adapted(model: Any) -> bool:
 
 
 def get_peft_state_maybe_zero_3(named_params: Iterable[tuple[str, Tensor]], bias: str) -> dict[str, Tensor]:
-    """Whole copies of LoRA's parameters, and of the biases that `bias` asks for.
-
-    Args:
-        named_params: of the wrapped model.
-        bias: `none`, `all`, or `lora_only` (biases of layers that carry LoRA weights).
+    """Copy LoRA's parameters to the CPU, with the biases `none`, `all` or `lora_only` (of layers with LoRA weights).
 
     Raises:
         NotImplementedError: another value of `bias`.
@@ -106,7 +93,7 @@ def get_peft_state_maybe_zero_3(named_params: Iterable[tuple[str, Tensor]], bias
 def get_peft_state_non_lora_maybe_zero_3(
     named_params: Iterable[tuple[str, Tensor]], require_grad_only: bool = True
 ) -> dict[str, Tensor]:
-    """Whole copies of what is not LoRA's (the trained ones alone, unless told otherwise)."""
+    """Copy the parameters that are not LoRA's to the CPU; by default only the trained ones."""
     return {
         name: maybe_zero_3(param, ignore_status=True)
         for name, param in named_params
@@ -115,10 +102,7 @@ def get_peft_state_non_lora_maybe_zero_3(
 
 
 def save_adapter(model: Any, folder: Path, *, is_writer: bool) -> None:
-    """Writes the adapter, what else was trained, and the config.
-
-    Called by all ranks (under ZeRO-3 the weights are gathered); `is_writer` says which of them writes.
-    """
+    """Write the adapter, other trained weights, and the config. All ranks must call it; `is_writer` writes."""
     named = list(model.named_parameters())
     of_llm = [(name, param) for name, param in named if not any(part in name for part in VISION_PARTS)]
     adapter = get_peft_state_maybe_zero_3(of_llm, model.peft_config[ADAPTER].bias)
@@ -133,7 +117,7 @@ def save_adapter(model: Any, folder: Path, *, is_writer: bool) -> None:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Reads what `save_adapter` (or upstream's training) wrote back into a model in training, strictly.
+    """Load the output of `save_adapter` (or of upstream's training) into a model in training, strictly.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -155,10 +139,10 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 
 def tables_of_image_marks(model: Any) -> dict[str, nn.Parameter]:
-    """Word embeddings and lm_head, by name, if they have rows for the marks around an image (`mm_use_im_start_end`).
+    """Return word embeddings and lm_head, by name, if they have rows for the marks around an image.
 
-    The rows are no base's: they come from stage 1, or were drawn when this run began. So they are saved, with the
-    tables that they are part of, though LoRA does not train them.
+    No base has these rows: they come from stage 1 or from the start of this run. So the tables are saved, though LoRA
+    does not train them.
     """
     if not getattr(model.config, "mm_use_im_start_end", False):
         return {}
@@ -167,17 +151,17 @@ def tables_of_image_marks(model: Any) -> dict[str, nn.Parameter]:
 
 
 def name_in_file(model: Any, name: str) -> str:
-    """The name under which a folder holds the parameter that the wrapped model calls `name`."""
+    """Return the name in files of the parameter that the wrapped model calls `name`."""
     tower = model.get_vision_tower()
     name = name.replace(f".{ADAPTER}.", ".") if "lora_" in name else name
     return tower.checkpoint_name(name) if tower is not None else name
 
 
-# `--bits 4|8`: the LLM's linear layers are kept in few bits and frozen; what is trained stands beside them (QLoRA).
+# `--bits 4|8` (QLoRA): the LLM's linear layers are quantised and frozen; trained weights are beside them.
 
 
 def quantized_loading(training_args: TrainingArguments, compute_dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that quantise the LLM's linear layers; none with `--bits 16`."""
+    """Return the arguments of `from_pretrained` that quantise the LLM's linear layers; none with `--bits 16`."""
     if training_args.bits == 16:
         return {}
     require("bitsandbytes", f"--bits {training_args.bits}")

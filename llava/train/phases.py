@@ -45,7 +45,7 @@ RAMP = 0.03
 def describe_run(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, plugin_args: Any, resumes: bool
 ) -> RunRecord:
-    """The `run.json` of a training. The first rank alone hashes the files that flags name, and writes."""
+    """Return the `run.json` of a training. Only the first rank hashes the files that flags name, and writes."""
     of_plugin = {} if plugin_args is None else dataclasses.asdict(plugin_args)
     flags = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **args.to_dict(), **of_plugin}
     named, is_first = {}, args.process_index == 0
@@ -62,7 +62,7 @@ def describe_run(
 
 
 def check_same_run(record: RunRecord, checkpoint: Path) -> None:
-    """Compares a run with the record beside the checkpoint that it resumes from, and names what has changed."""
+    """Compare a run with the record beside the checkpoint that it resumes from, and name what has changed."""
     before = read_record(checkpoint.parent) if record.is_writer else {}
     changed = {
         name: f"{name}: {was} before, {now} now"
@@ -82,7 +82,7 @@ def check_same_run(record: RunRecord, checkpoint: Path) -> None:
 
 
 def steps_of_run(args: Any, samples: int) -> int:
-    """Optimizer steps of a whole run over `samples`, as the Trainer counts them."""
+    """Return the optimizer steps of a run over `samples`, as the Trainer counts them."""
     if args.max_steps > 0:
         return args.max_steps
     rows = args.train_batch_size * args.world_size

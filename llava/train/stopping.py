@@ -1,4 +1,4 @@
-"""Lets a run that is told to stop save first: SIGTERM, Slurm's warning SIGUSR1, and Ctrl-C."""
+"""Save before stopping on SIGTERM, Slurm's warning SIGUSR1, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ONE_SIGNAL_SECONDS = 1.0
-"""Within this time signals count as one: launchers pass on what a terminal or Slurm has sent to all processes."""
+"""Within this time signals count as one: launchers forward what a terminal or Slurm has sent to all processes."""
 
 
 class StopRequest(ContextDecorator):

@@ -1,8 +1,8 @@
-"""Trains LLaVA: stage 1 (`--tune_mm_mlp_adapter True`, the projector alone) and stage 2 (all but the vision tower, or
+"""Train LLaVA: stage 1 (`--tune_mm_mlp_adapter True`, the projector alone) and stage 2 (all but the vision tower, or
 with `--lora_enable True` adapters on the LLM).
 
-`train` below is the whole story, from the command line to the saved weights. Names that forks import from this module
-are re-exported.
+`train` is the complete recipe, from the command line to the saved weights. Names that forks import from this module are
+re-exported.
 """
 
 from __future__ import annotations
@@ -96,17 +96,17 @@ __all__ = [
 
 @stop_request
 def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None = None) -> LLaVATrainer | None:
-    """Runs one stage of training as the command line says.
+    """Run one stage of training, as the command line says.
 
-    A run whose `--output_dir` holds checkpoints goes on from the last complete one; a finished one is left as it is.
+    A run whose `--output_dir` has checkpoints resumes from the last complete one; a finished run does nothing.
 
     Args:
-        attn_implementation: attention that the entry point would like; `--attn_implementation` outranks it, and flash
-            attention is given up where it cannot be had.
+        attn_implementation: the entry point's choice of attention; `--attn_implementation` takes precedence, and flash
+            attention is replaced where it cannot be used.
         plugin: adds losses and the flags of its `arguments_class`; None is plain LLaVA.
 
     Returns:
-        the trainer, after saving; None where the run had finished before.
+        the trainer, after saving; None if the run had finished before.
 
     Raises:
         SystemExit: a signal stopped the run, which was saved; status 143, or 130 after Ctrl-C.

@@ -22,7 +22,7 @@ GOOD = '{"question_id": 1, "image": "a.png", "text": "?"}'
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question_id": 1', "line 2: no JSON"),
+        ('{"question_id": 1', "line 2: not JSON"),
         ("[1]", "line 2: found a list, expected an object"),
         ('{"question_id": 1, "text": "?"}', "record 2: no field `image` (there are question_id, text)"),
         ('{"question_id": 1, "image": "a.png"}', "record 2: no field `text`"),
@@ -59,7 +59,7 @@ def test_files_of_windows_editors_are_read_and_others_than_utf8_are_named(tmp_pa
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n')
     assert read_jsonl(path, "texts") == [{"text": "a"}]
     path.write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match=r"q\.jsonl: no UTF-8 \(.+ at byte 13\); expected texts"):
+    with pytest.raises(ValueError, match=r"q\.jsonl: not UTF-8 \(.+ at byte 13\); expected texts"):
         read_jsonl(path, "texts")
 
 

@@ -243,7 +243,7 @@ def test_the_last_complete_checkpoint_counts(tmp_path: Path, caplog: pytest.LogC
     half.mkdir()
     (half / "mm_projector.bin").touch()
     assert last_complete_checkpoint(tmp_path) == ten
-    assert "checkpoint-11 is passed over" in caplog.text and "trainer_state.json" in caplog.text
+    assert "checkpoint-11 is skipped" in caplog.text and "trainer_state.json" in caplog.text
     complete(tmp_path / "checkpoint-tmp")
     assert last_complete_checkpoint(tmp_path) == ten
 
