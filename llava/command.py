@@ -1,4 +1,4 @@
-"""How commands begin and end: those of `argparse`, which keep LLaVA's names, and those of `typer`; what they record."""
+"""Command lines (argparse for LLaVA's commands, typer for ours), their error messages, and the record of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WRONG_INPUT = (ImportError, OSError, ValueError)
 
 
 def command_parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser for `python -m module`, whose help is the module's docstring as it is written."""
+    """Return a parser for `python -m module` that prints the module's docstring unchanged as help."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
@@ -35,7 +35,7 @@ def command_parser(module: str, description: str | None) -> argparse.ArgumentPar
 def run_command(
     command: Callable[[Any], object], parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> None:
-    """Parses the command line and runs; wrong input ends with one sentence, Ctrl-C with none, bugs with tracebacks."""
+    """Parse the command line and run. Wrong input ends with one sentence, Ctrl-C with none, bugs with a traceback."""
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -47,7 +47,7 @@ def run_command(
 
 
 def typer_app(help_text: str | None = None, **settings: Any) -> typer.Typer:
-    """An app for commands under `clear_errors`; their flags may be spelled with underscores, as LLaVA's are."""
+    """Return an app for commands under `clear_errors`. Flags may be spelled with underscores, as LLaVA's are."""
     context_settings = {"token_normalize_func": lambda token: token.replace("_", "-"), "obj": {"debug": False}}
     return typer.Typer(
         help=help_text,
@@ -60,7 +60,7 @@ def typer_app(help_text: str | None = None, **settings: Any) -> typer.Typer:
 
 
 def typer_app_with_debug(help_text: str) -> typer.Typer:
-    """A `typer_app` of several commands, with an option `--debug` before them."""
+    """Return a `typer_app` of several commands, with an option `--debug` before them."""
     app = typer_app(help_text, no_args_is_help=True)
 
     @app.callback()
@@ -75,7 +75,7 @@ def typer_app_with_debug(help_text: str) -> typer.Typer:
 
 
 def clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a command end with one sentence and exit code 2 where its input is wrong; bugs keep their traceback."""
+    """Let a command end with one sentence and exit code 2 if its input is wrong; bugs keep their traceback."""
 
     @functools.wraps(command)
     def wrapped(context: typer.Context, **arguments: Any) -> Any:
@@ -178,7 +178,7 @@ def _now() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, `-dirty` where files differ from it; None where there is no checkout or no git."""
+    """Return the checkout's commit, with `-dirty` if files differ; None without a checkout or git."""
     root = Path(__file__).parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError):

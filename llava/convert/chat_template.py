@@ -1,4 +1,4 @@
-"""A conversation template as a Jinja chat template that gives the same token ids."""
+"""Convert a conversation template to a Jinja chat template that gives the same token ids."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(conversation: Conversation) -> Layout:
-    """Reads the layout off rendered dialogues, so that every style of separator is covered by the one renderer."""
+    """Derive the layout from rendered dialogues, which works for every separator style."""
     asker, assistant = conversation.roles
     closed = [(asker, _QUESTION), (assistant, _ANSWER), (asker, _QUESTION), (assistant, _ANSWER)]
     start, before_answer, before_question, _, end = re.split(
@@ -81,7 +81,7 @@ def layout_of(conversation: Conversation) -> Layout:
 
 
 def image_text(conversation: Conversation, has_start_and_end: bool, gap: str) -> str:
-    """What stands for an image in front of a question, with the marks that the checkpoint was trained with."""
+    """Return the text of an image before a question, with the marks that the checkpoint was trained with."""
     mark = DEFAULT_IMAGE_TOKEN + gap
     if has_start_and_end:
         mark = f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{gap}{DEFAULT_IM_END_TOKEN}"
@@ -89,12 +89,12 @@ def image_text(conversation: Conversation, has_start_and_end: bool, gap: str) ->
 
 
 def chat_template(conversation: Conversation, tokenizer: Any, has_start_and_end: bool = False) -> str:
-    """A Jinja template whose prompts have the ids that `tokenizer_image_token` gives for `conversation`.
+    """Return a Jinja template whose prompts have the ids that `tokenizer_image_token` gives for `conversation`.
 
-    The template writes the BOS token itself, where the tokenizer has one: serving engines tokenise the result of a
-    chat template without adding any. A SentencePiece tokenizer treats text after a token such as `<image>` or BOS as
-    the middle of a sentence, where LLaVA tokenises it as a beginning; a space after the token makes up for it. Which
-    of this a tokenizer needs is found by trying.
+    The template writes the BOS token itself, if the tokenizer has one: serving engines tokenise the result of a chat
+    template without adding any. A SentencePiece tokenizer treats text after a token such as `<image>` or BOS as the
+    middle of a sentence, where LLaVA tokenises it as a beginning; a space after the token compensates. All combinations
+    are tried.
 
     Args:
         conversation: an entry of `conv_templates`.

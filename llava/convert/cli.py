@@ -26,7 +26,7 @@ class Dtype(str, Enum):
 
 
 class AspectRatio(str, Enum):
-    """What happens to an image that is no square."""
+    """How an image is made square."""
 
     SQUARE = "square"
     PAD = "pad"

@@ -1,4 +1,4 @@
-"""From a folder of `LlavaForConditionalGeneration` to a LLaVA checkpoint."""
+"""Convert a folder of `LlavaForConditionalGeneration` to a LLaVA checkpoint."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def llava_config_of(config: Any, tokenizer: Any, pads: bool) -> Any:
 
 
 def vocabulary_rows(tokenizer: Any, image_id: int) -> int:
-    """Rows that the word embeddings have without `<image>`, and without a `<pad>` that was added right after it."""
+    """Count the rows of the word embeddings without `<image>` and a `<pad>` that was added right after it."""
     added = {image_id}
     if tokenizer.convert_ids_to_tokens(image_id + 1) == "<pad>":
         added.add(image_id + 1)
@@ -174,7 +174,7 @@ def require_same_tower(config: Any, weights: dict[str, Tensor]) -> None:
 
 
 def forget_image_token(folder: Path, rows: int) -> None:
-    """Removes `<image>` and tokens without an embedding from a saved tokenizer: LLaVA cuts prompts at `<image>`."""
+    """Remove `<image>` and tokens without an embedding from a saved tokenizer: LLaVA splits prompts at `<image>`."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     gone = {token["content"] for token in tokenizer["added_tokens"] if token["id"] >= rows} | {DEFAULT_IMAGE_TOKEN}

@@ -1,4 +1,4 @@
-"""From a LLaVA checkpoint to a folder of `LlavaForConditionalGeneration`."""
+"""Convert a LLaVA checkpoint to a folder of `LlavaForConditionalGeneration`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ IMAGE_SETTINGS = (
 
 
 def image_settings(image_processor: Any) -> dict[str, Any]:
-    """What an image processor does to an image, as far as LLaVA's towers need any of it; values that JSON can hold."""
+    """Return an image processor's settings that LLaVA's towers use, as JSON values."""
     values = image_processor.to_dict()
     return {name: values[name] for name in IMAGE_SETTINGS if values.get(name) is not None}
 
@@ -92,7 +92,7 @@ def llava_image_processor(image_processor: Any, pads: bool) -> LlavaImageProcess
 
 
 def add_image_token(tokenizer: Any) -> int:
-    """Adds `<image>` to the tokenizer and returns its id; fits the tokenizer for generation in batches."""
+    """Add `<image>` to the tokenizer, set it up for generation in batches, and return the id of `<image>`."""
     tokenizer.add_tokens([AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)])
     tokenizer.padding_side = "left"  # new tokens follow the prompt
     if tokenizer.pad_token is None:
@@ -195,7 +195,7 @@ def to_hf(
     hf_config.save_pretrained(destination)
     adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     if adds_bos:
-        tokenizer.add_bos_token = False  # the chat template writes it: who renders and then tokenises would have two
+        tokenizer.add_bos_token = False  # the chat template writes it, and prompts must not have two
     own = {**model.config.to_dict(), "conversation_version": mode, ADDS_BOS: adds_bos}
     own.pop("_name_or_path", None)
     (destination / ORIGINAL_CONFIG).write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -260,13 +260,13 @@ def text_config(model: Any, rows: int, dtype: torch.dtype) -> Any:
 
 
 def without_place(config: Any) -> Any:
-    """A copy of a config that does not say where on this machine it was read from."""
+    """Copy a config without its local path."""
     values = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "model_type")}
     return type(config)(**values)
 
 
 def generation_config(tokenizer: Any, conversation: Conversation) -> GenerationConfig:
-    """Ends an answer at EOS and, where it is a token, at the mark that closes answers in the template."""
+    """End an answer at EOS and at the template's end mark, if that is one token."""
     ends = [tokenizer.eos_token_id]
     mark = tokenizer(conversation.stop_string, add_special_tokens=False).input_ids
     if len(mark) == 1 and mark[0] not in ends and tokenizer.convert_ids_to_tokens(mark[0]) == conversation.stop_string:

@@ -55,7 +55,7 @@ class ImageChat:
         self.image_size = image.size
 
     def prompt(self, message: str) -> str:
-        """The whole prompt with the user's message and an open turn. The image goes before the first message."""
+        """Return the full prompt, with the user's message and an open turn. The image is before the first message."""
         if len(self.conversation.messages) == self.conversation.offset:
             image = DEFAULT_IMAGE_TOKEN
             if getattr(self.model.config, "mm_use_im_start_end", False):
@@ -66,7 +66,7 @@ class ImageChat:
         return self.conversation.get_prompt()
 
     def answer(self, prompt: str, *, temperature: float, max_new_tokens: int, streamer: Any = None) -> str:
-        """Generates the answer to an open turn and closes the turn with it."""
+        """Generate the answer to an open turn, and close the turn with it."""
         ids = torch.tensor([tokenizer_image_token(prompt, self.tokenizer)], device=self.model.device)  # [1, T]
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         new_ids = self.model.generate(
@@ -85,7 +85,7 @@ class ImageChat:
 
 
 def speaker_name(role: str) -> str:
-    """A template's role as a person reads it: without marks such as `<|im_start|>`."""
+    """Return a template's role without marks such as `<|im_start|>`."""
     return re.sub(r"<\|.*?\|>", "", role).strip() or "-"
 
 

@@ -223,7 +223,7 @@ class LLaVATrainer(CheckpointingTrainer):
     # Data order and optimizer
 
     def get_train_dataloader(self) -> Any:
-        """As the Trainer does; a signal to all processes leaves the workers alone."""
+        """As the Trainer, with workers that ignore SIGTERM and a timeout for batches."""
         loader = super().get_train_dataloader()
         base = getattr(loader, "base_dataloader", loader)  # accelerate iterates over the loader that it wraps
         base.worker_init_fn = partial(start_worker, base.worker_init_fn)
@@ -231,7 +231,7 @@ class LLaVATrainer(CheckpointingTrainer):
         return loader
 
     def get_batch_samples(self, *arguments: Any) -> Any:
-        """As the Trainer does; says what the workers of the data loader were reading where one is lost or stopped."""
+        """As the Trainer, but name what the workers were reading if one died or exceeded `--dataloader_timeout`."""
         try:
             return super().get_batch_samples(*arguments)
         except RuntimeError as error:
@@ -363,11 +363,10 @@ class RunBookkeeping(TrainerCallback):
         self.trainer.check_state_is_finite()
         if state.global_step == 0:
             self.trainer.record_initial_metrics()
-
         stop_request.can_save = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Saves and ends the run after a signal, at the step on which the ranks agreed."""
+        """Save and end the run after a signal, at the step on which the ranks agreed."""
         if self.trainer.is_told_to_stop and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.trainer.was_stopped = True
 
@@ -410,11 +409,7 @@ class MetricWindow:
         self._sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in sums.items()}
 
     def drain(self, gather: Callable[[Sums], list[Sums]]) -> dict[str, float]:
-        """Empty the window and return means over all ranks, in order of first appearance, without empty names.
-
-        Args:
-            gather: gathers the sums of all ranks (a collective call).
-        """
+        """Empty the window and return means over all ranks, which `gather` collects, without empty names."""
         totals: Sums = {}
         for sums in gather(self.sums()):
             for name, (total, count) in sums.items():
@@ -445,11 +440,7 @@ class UnsupervisedSamples:
     """Tracks samples that contribute nothing to the loss, and stops a run that has too many of them.
 
     A sample is lost if none of its tokens has a label, or if `--on_error skip` skipped it. Those without labels are
-    listed in `path` as JSON lines (the dataset lists the others), and both are counted.
-
-    Args:
-        path: the list of this rank; created with the first entry.
-        sum_over_ranks: sums a list of counts over all ranks.
+    listed in `path`, one file per rank, as JSON lines (the dataset lists the others), and both are counted.
     """
 
     def __init__(self, path: Path, sum_over_ranks: Callable[[list[int]], list[int]]):

@@ -1,4 +1,4 @@
-"""Chooses the vision tower by the kind of encoder that the named folder or hub repository holds."""
+"""Choose the class of a vision tower by the model type of its folder or hub repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all vision towers share: a pretrained encoder, of which one hidden layer's patch features are used.
+"""Base class of vision towers: the patch features of one hidden layer of a pretrained encoder.
 
 Letters: B images, S patches, C width of the tower.
 """
@@ -18,14 +18,14 @@ FLAT, NESTED = "vision_tower.vision_tower.", "vision_tower.vision_tower.vision_m
 
 
 class VisionTower(nn.Module):
-    """A vision encoder with upstream's interface, frozen unless a run trains it; one subclass a kind of encoder.
+    """A vision encoder with upstream's interface, frozen unless a run trains it; one subclass for each kind of encoder.
 
-    A frozen tower stays in evaluation mode: some encoders (DINOv3) move their positions about in training mode.
+    A frozen tower stays in evaluation mode: some encoders (DINOv3) jitter their positions in training mode.
 
     Args:
         vision_tower: hub name or local folder of the encoder.
         args: read for `mm_vision_select_layer`, `mm_vision_select_feature` (`patch` drops the CLS token, `cls_patch`
-            keeps it). Register tokens never stay.
+            keeps it). Register tokens are always dropped.
         delay_load: read only the configuration now; `load_model` reads the weights.
 
     Raises:
@@ -76,7 +76,7 @@ class VisionTower(nn.Module):
             self.load_model()
 
     def load_model(self, device_map: Any = None) -> None:
-        """Reads the weights; a second call does nothing."""
+        """Read the weights; a second call does nothing."""
         if self.is_loaded:
             return
         with broken_files_named(self.vision_tower_name):
@@ -88,23 +88,19 @@ class VisionTower(nn.Module):
             self.register_load_state_dict_pre_hook(drop_nested_prefix)
 
     def feature_select(self, image_forward_outs: Any) -> Tensor:
-        """Features of the chosen hidden layer: the patches `[B, S, C]`, or with CLS in front `[B, 1 + S, C]`."""
+        """Return features of the selected layer: the patches `[B, S, C]`, or with CLS in front `[B, 1 + S, C]`."""
         features = image_forward_outs.hidden_states[self.select_layer]  # [B, CLS and registers + S, C]
         patches = features[:, self.tokens_in_front :]  # [B, S, C]
         return patches if self.select_feature == "patch" else torch.cat([features[:, :1], patches], dim=1)
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Features `[B, S, C]` of images `[B, 3, H, W]`, in the images' dtype; a list of images gives a list."""
+        """Return features `[B, S, C]` of images `[B, 3, H, W]`, in the images' dtype; a list of images gives a list."""
         if isinstance(images, list):
             return [self.encode(image[None]).to(image.dtype) for image in images]
         return self.encode(images).to(images.dtype)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Features `[B, S, C]` in the tower's own dtype. Gradients flow only where the tower is trained.
-
-        Raises:
-            ValueError: the tower's weights are not loaded.
-        """
+        """Return features `[B, S, C]` in the tower's dtype, with gradients only if the tower is trained."""
         if not self.is_loaded:
             raise ValueError(
                 "The vision tower is not loaded: call model.get_vision_tower().load_model() and move it to the model's "
@@ -115,11 +111,11 @@ class VisionTower(nn.Module):
             return self.feature_select(outputs)
 
     def train(self, mode: bool = True) -> VisionTower:
-        """Switches to training mode where the tower is trained."""
+        """Switch to training mode, but only if the tower is trained."""
         return super().train(mode and self.is_loaded and self.is_trained)
 
     def checkpoint_name(self, name: str) -> str:
-        """The name under which a checkpoint of the whole model holds the tensor that the model calls `name`."""
+        """Return the name in checkpoints of the tensor that the model calls `name`."""
         return name.replace(FLAT, NESTED) if self.was_nested and FLAT in name and NESTED not in name else name
 
     @property
@@ -179,7 +175,7 @@ class VisionTower(nn.Module):
 
 
 def drop_nested_prefix(module: VisionTower, state_dict: dict[str, Tensor], prefix: str, *unused: Any) -> None:
-    """Lets `load_state_dict` read the names that checkpoints use."""
+    """Convert names of checkpoints for `load_state_dict`."""
     nested, flat = prefix + "vision_tower.vision_model.", prefix + "vision_tower."
     for name in [name for name in state_dict if name.startswith(nested)]:
         state_dict[flat + name.removeprefix(nested)] = state_dict.pop(name)
