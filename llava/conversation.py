@@ -136,11 +136,7 @@ class Conversation:
     skip_next: bool = False
 
     def segments(self) -> Iterator[Segment]:
-        """Yield the prompt in pieces, with answers marked.
-
-        Raises:
-            ValueError: for an unknown style, or a `LLAMA_2` conversation that does not start with the asker's text.
-        """
+        """Yield the prompt in pieces, with answers marked."""
         texts = [(role, message[0] if isinstance(message, tuple) else message) for role, message in self._messages()]
         turns = [(role, text, number % 2 == 1) for number, (role, text) in enumerate(texts)]
         match self.sep_style:
@@ -224,7 +220,7 @@ class Conversation:
         max_len: int = 1344,
         min_len: int = 672,
     ) -> Image | str:
-        """Prepares an image for display or for sending: shaped by mode, and made smaller if longer than `max_len`.
+        """Prepare an image to be shown or sent: shaped by mode, and made smaller if longer than `max_len`.
 
         Args:
             image: the picture.
@@ -239,7 +235,9 @@ class Conversation:
             ValueError: for another mode.
         """
         if image_process_mode == "Pad":
-            image = _centred_on_square(image, (122, 116, 104))
+            from llava.mm_utils import expand2square  # torch, which templates do not need
+
+            image = expand2square(image, (122, 116, 104) if len(image.getbands()) == 3 else 122)
         elif image_process_mode == "Resize":
             image = image.resize((336, 336))
         elif image_process_mode not in ("Default", "Crop"):
@@ -258,12 +256,12 @@ class Conversation:
         return base64.b64encode(buffer.getvalue()).decode()
 
     def get_images(self, return_pil: bool = False) -> list[Image | str]:
-        """Images of the asker's messages, prepared by `process_image`."""
+        """Return the images of the asker's messages, prepared by `process_image`."""
         asked = [message for _, message in self.messages[self.offset :][::2]]
         return [self.process_image(m[1], m[2], return_pil=return_pil) for m in asked if isinstance(m, tuple)]
 
     def to_gradio_chatbot(self) -> list[list[str | None]]:
-        """Pairs of question and answer, images as HTML, as a chat window shows them."""
+        """Return pairs of question and answer for a chat window, with images as HTML."""
         pairs: list[list[str | None]] = []
         for position, (_, message) in enumerate(self.messages[self.offset :]):
             if position % 2:
@@ -278,14 +276,14 @@ class Conversation:
         return pairs
 
     def copy(self) -> Conversation:
-        """A conversation of its own: appending to it leaves this one as it is."""
+        """Return a copy with its own messages."""
         messages = [[role, message] for role, message in self.messages]
         return Conversation(
             self.system, self.roles, messages, self.offset, self.sep_style, self.sep, self.sep2, self.version
         )
 
     def dict(self) -> Mapping[str, Any]:
-        """Fields that can be written as JSON; of messages with an image, the text."""
+        """Return the fields as JSON values; of messages with an image, the text."""
         messages = [[role, message[0] if isinstance(message, tuple) else message] for role, message in self.messages]
         return {
             "system": self.system,
@@ -295,15 +293,6 @@ class Conversation:
             "sep": self.sep,
             "sep2": self.sep2,
         }
-
-
-def _centred_on_square(image: Image, colour: tuple[int, int, int]) -> Image:
-    from PIL import Image
-
-    side = max(image.size)
-    square = Image.new(image.mode, (side, side), colour if len(image.getbands()) == 3 else colour[0])
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def _llama_2(system: str, sep: str = "<s>") -> Conversation:
@@ -382,11 +371,7 @@ NAME_RULES = (
 
 
 def template_named(mode: str) -> Conversation:
-    """The template of that name.
-
-    Raises:
-        ValueError: there is none; the message lists them, and says which is nearest.
-    """
+    """Return the template of a name, or raise `ValueError` with all names and the nearest one."""
     if mode not in conv_templates:
         near = difflib.get_close_matches(mode, conv_templates, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -395,13 +380,11 @@ def template_named(mode: str) -> Conversation:
 
 
 def conversation_mode(model_name: str, config: Any) -> str:
-    """Name of the template to talk to a checkpoint in.
+    """Return the name of a checkpoint's template.
 
-    Args:
-        model_name: of the checkpoint, as `get_model_name_from_path` gives it.
-        config: the model's; `conversation_version` in it, which training writes, comes first, then whether it is of
-            stage 1, which upstream trains in `plain` and records nothing, then its `model_type`, then the name. A
-            Mistral whose name says nothing gets `mistral_instruct`, any other LLM `llava_v0`.
+    The config's `conversation_version`, which training writes, comes first, then `plain` for stage 1, for which
+    upstream records nothing, then the config's `model_type`, then the name (of `get_model_name_from_path`). The last
+    resort is `mistral_instruct` for Mistral, and `llava_v0` for other LLMs.
     """
     version = getattr(config, "conversation_version", None)
     if version in conv_templates:
@@ -416,4 +399,4 @@ def conversation_mode(model_name: str, config: Any) -> str:
 
 
 default_conversation = _v1
-"""Read only by code that names no template, as upstream's scripts do; this package always passes one explicitly."""
+"""For code that names no template, as upstream's scripts; this package always passes one explicitly."""

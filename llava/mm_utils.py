@@ -311,11 +311,7 @@ def processed_side(processor: Any) -> int:
 
 
 def require_image_tokens(prompt: str, images: int, where: str) -> None:
-    """Check that a prompt has one `<image>` for each image.
-
-    Raises:
-        ValueError: the numbers differ; the message names `where`, found and expected.
-    """
+    """Check that a prompt has one `<image>` for each image."""
     found = prompt.count(DEFAULT_IMAGE_TOKEN)
     if found != images:
         raise ValueError(

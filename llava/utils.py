@@ -1,4 +1,4 @@
-"""Small functions that code written against LLaVA imports from here."""
+"""Logging, hashes and file permissions. LLaVA's names are kept."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ def follow_umask(folder: Path) -> None:
 
 
 def disable_torch_init() -> None:
-    """Does nothing.
+    """Does nothing: loading skips initialisation by itself today.
 
-    Upstream's version switched off the initialisation of linear and normalisation layers to save seconds at loading,
-    for the rest of the process: layers built later, a projector for instance, kept whatever was in memory. Loading
-    skips initialisation by itself today.
+    Upstream's version disabled the initialisation of linear and normalisation layers for the rest of the process, so
+    that layers built later, such as a projector, kept whatever was in memory.
     """
 
 

@@ -77,7 +77,7 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Lines of *.py that a folder may hold.
 BUDGETS = {
-    "llava": 10519,
+    "llava": 10397,
     "patch_aligned": 17226,
     "patch_aligned/analysis": 4512,
     "patch_aligned/annotate": 4225,
@@ -88,7 +88,6 @@ BUDGETS = {
 LONGEST_FILE = 500
 # Files that are longer, with the length they must not exceed; each gets shorter or is split.
 LONGER_FILES = {
-    "llava/train/llava_trainer.py": 505,
     "patch_aligned/annotate/folder.py": 652,
     "patch_aligned/annotate/ram/model.py": 548,
     "patch_aligned/annotate/run.py": 673,

@@ -5,31 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from llava.command import clear_errors, typer_app_with_debug
 
 app = typer_app_with_debug("LLaVA checkpoints to Hugging Face's LlavaForConditionalGeneration, and back.")
-
-
-class Dtype(str, Enum):
-    """Dtype of the written weights."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
-
-class AspectRatio(str, Enum):
-    """How an image is made square."""
-
-    SQUARE = "square"
-    PAD = "pad"
 
 
 def _shard_size(text: str) -> str:
@@ -51,7 +34,10 @@ def to_hf_command(
         str | None,
         typer.Option(metavar="PATH", help="The language model, where SRC is a projector alone or a LoRA adapter."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights; `auto` is that of SRC's config.")] = Dtype.AUTO,
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        typer.Option(help="Dtype of the weights; `auto` is that of SRC's config."),
+    ] = "auto",
     conv_mode: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Conversation template. Default: what SRC records, else by its name."),
@@ -73,7 +59,7 @@ def to_hf_command(
     from llava.convert.to_hf import to_hf
 
     try:
-        to_hf(source, destination, base, dtype.value, conv_mode, max_shard_size)
+        to_hf(source, destination, base, dtype, conv_mode, max_shard_size)
     except (ValueError, FileNotFoundError) as error:  # other commands call it --model-base
         raise type(error)(str(error).replace("--model-base", "--base")) from error
     _report(destination, "load or serve it as its README.md says; before you publish it, fill in the licence there.")
@@ -94,7 +80,7 @@ def from_hf_command(
         ),
     ] = None,
     image_aspect_ratio: Annotated[
-        AspectRatio | None,
+        Literal["square", "pad"] | None,
         typer.Option(
             help="How images are made square. Default: what SRC's image processor does. The published llava-1.5 "
             "folders crop, though the models were trained with `pad`."
@@ -117,8 +103,7 @@ def from_hf_command(
     """
     from llava.convert.from_hf import from_hf
 
-    ratio = image_aspect_ratio.value if image_aspect_ratio else None
-    from_hf(source, destination, vision_tower, ratio, conv_mode, max_shard_size)
+    from_hf(source, destination, vision_tower, image_aspect_ratio, conv_mode, max_shard_size)
     flags = f"--model-path {destination} --image-file IMAGE"
     if json.loads((destination / "config.json").read_text(encoding="utf-8")).get("conversation_version") == "plain":
         caption = f"python -m llava.eval.run_llava {flags} --query ''"

@@ -112,9 +112,6 @@ def check_sequence_budget(model_max_length: int, visual_tokens: int, images: int
         model_max_length: maximum sequence length, including images.
         visual_tokens: number of tokens of one image.
         images: maximum number of images per sample.
-
-    Raises:
-        ValueError: if fewer than `SMALLEST_TEXT_BUDGET` tokens are left for text.
     """
     needed = visual_tokens * images + SMALLEST_TEXT_BUDGET
     if model_max_length < needed:

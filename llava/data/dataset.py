@@ -174,11 +174,7 @@ class LazySupervisedDataset(Dataset):
         return {worker: f"{self.records.where(row)}, {image_names(self.records[row])}" for worker, row in rows}
 
     def without_text(self) -> LazySupervisedDataset:
-        """Return all images that the plugin supervises, as auxiliary-only samples.
-
-        Raises:
-            ValueError: if there are none.
-        """
+        """Return all images that the plugin supervises, as auxiliary-only samples."""
         images = copy(self)
         with_image = self.records.has_image() | self.records.is_textless()
         images.rows = self.rows[_supervised(self.records, self.rows[with_image[self.rows]], self.plugin)[self.rows]]
@@ -235,11 +231,7 @@ class LazySupervisedDataset(Dataset):
         return self.load_pixels(name, row) if cached is None else cached
 
     def load_pixels(self, name: str, row: int) -> tuple[Tensor, tuple[int, int]]:
-        """Return what the tower sees of an image, and its width and height.
-
-        Raises:
-            RecordError: the file cannot be read.
-        """
+        """Return what the tower sees of an image, and its width and height."""
         folder = Path(self.data_args.image_folder or "")
         try:
             # Symbolic links inside the folder may point elsewhere, since the user made them. A data file may not.

@@ -1,8 +1,8 @@
 """Outputs of a frozen vision tower on disk, so that training neither reads images nor runs the tower.
 
-A folder holds safetensors shards, each written whole: `features` `[n, S, C]`, `keys` `[n]`, `sizes_wh` `[n, 2]`. A key
+A folder holds safetensors shards, written atomically: `features` `[n, S, C]`, `keys` `[n]`, `sizes_wh` `[n, 2]`. A key
 is a hash of an image's path, size in bytes and time of change, so that a changed image counts as new. The folder's name
-says which tower and processor made it. Shards are only ever added; one image in two shards is harmless.
+identifies tower and processor. Shards are only ever added; one image in two shards is harmless.
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ _SUFFIX = ".safetensors"
 
 
 class FeatureCache:
-    """Features of images, memory-mapped. Cheap to fork, and to send to a worker.
-
-    Args:
-        folder: the shards.
-        image_folder: folder that names of images are relative to.
-    """
+    """Memory-mapped features of images by name, relative to `image_folder`. Cheap to fork, and to send to a worker."""
 
     def __init__(self, folder: Path, image_folder: str | Path | None) -> None:
         self.folder, self.image_folder = folder, Path(image_folder or "")
@@ -47,11 +42,7 @@ class FeatureCache:
         self._keys, self._shard, self._row = keys[order], shard[order], row[order]
 
     def key(self, name: str) -> int:
-        """Return the key of an image.
-
-        Raises:
-            OSError: there is no such file.
-        """
+        """Return the key of an image, or raise `OSError` if there is no such file."""
         status = (self.image_folder / name).stat()
         text = f"{name}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogatepass")
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)

@@ -209,11 +209,7 @@ def tokenize_segments(segments: Iterable[Segment], tokenizer: Any, has_image: bo
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int | None) -> Tensor:
-    """Pad rows with `value` on the right to one int64 tensor `[B, L]`.
-
-    Raises:
-        ValueError: if rows need padding and `value` is None.
-    """
+    """Pad rows with `value` on the right to one int64 tensor `[B, L]`."""
     length = max((len(row) for row in rows), default=0)
     if value is None and any(len(row) < length for row in rows):
         raise ValueError("tokenizer.pad_token_id is None, expected an id to pad with; set tokenizer.pad_token first")

@@ -76,7 +76,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def read_labels(path: Path, questions: Sequence[dict[str, Any]], question_file: str) -> list[bool]:
-    """Whether the right answer is yes, for each question of the file's category."""
+    """Read whether the right answer is yes, for each question of the file's category."""
     labels = []
     records = read_jsonl(path, "POPE's labels")
     if len(records) != len(questions):
@@ -98,7 +98,7 @@ def read_labels(path: Path, questions: Sequence[dict[str, Any]], question_file: 
 
 
 def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, dict[str, float]]:
-    """Scores of each category, in the order of their names."""
+    """Return the scores of each category, in the order of their names."""
     label_files = sorted(Path(annotation_dir).expanduser().glob(LABEL_FILES))
     if not label_files:
         raise FileNotFoundError(f"--annotation-dir {annotation_dir}: found no {LABEL_FILES}")
@@ -132,7 +132,7 @@ def score_files(annotation_dir: str, question_file: str, result_file: str) -> di
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints the scores."""
+    """Print the scores."""
     scores = score_files(args.annotation_dir, args.question_file, args.result_file)
     for category, score in scores.items():
         print(f"Category: {category}, # samples: {sum(score[name] for name in ('tp', 'fp', 'tn', 'fn'))}")

@@ -34,7 +34,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def letters(text: str) -> list[str]:
-    """The letters of `--options`, as `ABCDE` or with commas or spaces between them."""
+    """Parse `--options`: letters such as `ABCDE`, with or without commas or spaces in between."""
     found = list(re.sub(r"[\s,]", "", text))
     if len(set(found)) < max(len(found), 2):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected different letters, such as ABCDE")
@@ -42,7 +42,7 @@ def letters(text: str) -> list[str]:
 
 
 def parse_letter(text: str, options: Sequence[str]) -> str:
-    """The letter that an answer chooses: it says nothing else, begins by `A. `, or says once "The answer is A."."""
+    """Return the letter of an answer that is the letter, begins with `A. `, or says "The answer is A." once."""
     if text in options:
         return text
     if len(text) >= 3 and text[0] in options and text[1:3] == ". ":
@@ -55,13 +55,7 @@ def parse_letter(text: str, options: Sequence[str]) -> str:
 def score(
     problems: dict[str, Any], answers: dict[str, Any], options: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores of answers, and each answer with what was made of it, as upstream writes them.
-
-    Args:
-        problems: by id, with `choices` and `answer`, the index of the right one.
-        answers: by the same ids.
-        options: letters of the choices.
-    """
+    """Return scores, and correct and incorrect answers as upstream writes them. Problems and answers are by id."""
     sides: dict[str, list[dict[str, Any]]] = {"correct": [], "incorrect": []}
     chosen_of: dict[str, int] = {}
     for problem_id, problem in problems.items():
@@ -92,14 +86,7 @@ def score(
 
 
 def read_split(base_dir: str, split: str, answered: Sequence[str], most: int = 5) -> dict[str, Any]:
-    """Problems of a split by id.
-
-    Args:
-        base_dir: folder of ScienceQA's files.
-        split: name in `pid_splits.json`.
-        answered: ids of the answers, which may tell that another split is meant.
-        most: choices that a problem may have.
-    """
+    """Read a split's problems by id, with at most `most` choices. `answered` are ids, which may be of another split."""
     splits_file, problems_file = Path(base_dir) / "pid_splits.json", Path(base_dir) / "problems.json"
     ids_of = read_json(splits_file, "ids of each split of ScienceQA", dict)
     if split not in ids_of:
@@ -125,7 +112,7 @@ def read_split(base_dir: str, split: str, answered: Sequence[str], most: int = 5
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints the accuracies and writes the files."""
+    """Print the accuracies and write the files."""
     answers = read_answers(args.result_file)
     for number, answer in enumerate(answers, start=1):
         checked_field(answer, "prompt", str, f"{args.result_file}, record {number}")

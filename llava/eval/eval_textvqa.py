@@ -31,7 +31,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def prompt_processor(prompt: str) -> str:
-    """The question in a prompt, in lower case; the prompts of LLaVA's question files are known.
+    """Return the question of a prompt of LLaVA's question files, in lower case.
 
     Raises:
         ValueError: the prompt is of none of these forms.
@@ -52,11 +52,7 @@ def prompt_processor(prompt: str) -> str:
 
 
 def read_annotations(path: str) -> list[tuple[Key, list[str]]]:
-    """Image and question, and the human answers.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is no TextVQA split with answers.
-    """
+    """Read the human answers, by image and question, in order."""
     data = checked_field(read_json(path, "TextVQA's annotations", dict), "data", list, path)
     annotations = []
     for number, record in enumerate(data, start=1):
@@ -70,7 +66,7 @@ def read_annotations(path: str) -> list[tuple[Key, list[str]]]:
 
 
 def key_of(answer: dict[str, Any], where: str) -> Key:
-    """What an answer is joined by."""
+    """Return image and question of an answer, which identify it."""
     try:
         return str(answer["question_id"]), prompt_processor(checked_field(answer, "prompt", str, where))
     except ValueError as error:
@@ -78,11 +74,7 @@ def key_of(answer: dict[str, Any], where: str) -> Key:
 
 
 def eval_single(annotation_file: str, result_file: str) -> float:
-    """Prints and returns the accuracy, 0 to 1, of one file of answers.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or do not belong together.
-    """
+    """Print and return the accuracy, 0 to 1, of one file of answers."""
     annotations = read_annotations(annotation_file)
     answers = read_answers(result_file)
     keys = [key_of(answer, f"{result_file}, record {number}") for number, answer in enumerate(answers, start=1)]
@@ -98,7 +90,7 @@ def eval_single(annotation_file: str, result_file: str) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Scores what the flags name."""
+    """Score the files that the flags name."""
     if args.result_file is None and args.result_dir is None:
         raise ValueError("nothing to score: pass --result-file or --result-dir")
     accuracies = {}

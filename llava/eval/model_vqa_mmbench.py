@@ -94,7 +94,7 @@ def is_empty(cell: str) -> bool:
 
 
 def eval_model(args: Any) -> None:
-    """Answers `args.question_file` into `args.answers_file`; flags that `args` lacks have their defaults."""
+    """Answer `args.question_file` into `args.answers_file`; flags that `args` lacks have their defaults."""
     args = with_defaults(args, argument_parser())
     letter = (OPTION_LETTER_CN if args.lang == "cn" else OPTION_LETTER) if args.single_pred_prompt else ""
     rows = list(enumerate(read_table(args.question_file), start=1))

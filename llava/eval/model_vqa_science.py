@@ -50,7 +50,7 @@ def science_questions(path: str | Path, image_folder: str | Path, option_letter:
 
 
 def eval_model(args: Any) -> None:
-    """Answers `args.question_file` into `args.answers_file`; flags that `args` lacks have their defaults."""
+    """Answer `args.question_file` into `args.answers_file`; flags that `args` lacks have their defaults."""
     args = with_defaults(args, argument_parser())
     questions = science_questions(args.question_file, args.image_folder, args.single_pred_prompt)
     answer_to_file(args, chunk_of(questions, args.num_chunks, args.chunk_idx))

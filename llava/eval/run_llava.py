@@ -40,16 +40,12 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def image_parser(args: Any) -> list[str]:
-    """The image files that the flags name."""
+    """Return the image files that the flags name."""
     return args.image_file.split(args.sep)
 
 
 def load_image(image_file: str) -> Image.Image:
-    """The image at a path or an http(s) address, as RGB.
-
-    Raises:
-        OSError: it cannot be fetched or read.
-    """
+    """Load the image at a path or an http(s) address as RGB. Raises `OSError` if it cannot be fetched or read."""
     if not image_file.startswith(("http://", "https://")):
         return load_rgb_image(image_file)
     import requests
@@ -60,16 +56,12 @@ def load_image(image_file: str) -> Image.Image:
 
 
 def load_images(image_files: Sequence[str]) -> list[Image.Image]:
-    """The images at paths or addresses."""
+    """Load the images at paths or addresses."""
     return [load_image(image_file) for image_file in image_files]
 
 
 def eval_model(args: Any) -> str:
-    """Prints the answer to `args.query`, and returns it; flags that `args` lacks have their defaults.
-
-    Raises:
-        OSError, ValueError: images, template or checkpoint are not as they should be.
-    """
+    """Print and return the answer to `args.query`; flags that `args` lacks have their defaults."""
     args = with_defaults(args, argument_parser())
     if args.conv_mode is not None:
         template_named(args.conv_mode)

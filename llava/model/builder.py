@@ -255,11 +255,7 @@ def load_tower(model: Any, trained: dict[str, Tensor], weights_path: str) -> Non
 
 
 def fill_tower(tower: Any, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy a trained tower's weights from a checkpoint's `tensors` into `tower`.
-
-    Raises:
-        ValueError: weights are missing, unexpected, or have the wrong shape; the message names `source`.
-    """
+    """Copy a trained tower's weights from a checkpoint's `tensors` into `tower`."""
     # Older versions of transformers also saved `position_ids`.
     own = {name: tensors[name] for name in tensors if name.startswith(TOWER) and not name.endswith("position_ids")}
     parameters = {tower.checkpoint_name(TOWER + name): p for name, p in tower.named_parameters()}

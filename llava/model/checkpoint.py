@@ -219,8 +219,6 @@ def apply_adapter(model: Any, adapter_path: str, *, merge: bool) -> Any:
 
 # Configs of checkpoints of all ages and kinds.
 
-DEFAULT_CONTEXT_LENGTH = 2048
-
 
 def choose_config(model_path: str, weights_path: str, customized: Any, overwrites: dict[str, Any]) -> Any:
     """Return the config to build the model from. If it names a vision tower, it is a LLaVA config."""
@@ -281,4 +279,4 @@ def tower_place(tower: str, model_path: str) -> str:
 
 def context_length(config: Any) -> int:
     """Return the config's `max_sequence_length`, else 2048 (upstream's rule)."""
-    return getattr(config, "max_sequence_length", None) or DEFAULT_CONTEXT_LENGTH
+    return getattr(config, "max_sequence_length", None) or 2048

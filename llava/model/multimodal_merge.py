@@ -234,9 +234,6 @@ def arrange_tiles(
         tile_grid: returns columns and rows of tiles; called only if there is more than one tile.
         original_size: width and height of the original image, for `spatial_unpad`.
         newline: `[D]`, the learned row separator of `spatial_unpad`.
-
-    Raises:
-        ValueError: the merge type is unknown.
     """
     if merge_type == "flat":
         return tiles.flatten(0, 1)

@@ -141,11 +141,7 @@ def lfs_hint(path: str | Path) -> str:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors or torch file, in their stored dtype, on the CPU.
-
-    Raises:
-        ValueError: the file cannot be read, or contains other objects than tensors.
-    """
+    """Read the tensors of a safetensors or torch file, in their stored dtype, on the CPU."""
     path = Path(path)
     if path.suffix == ".safetensors":
         opened = open_safetensors(path)
@@ -191,9 +187,6 @@ def fill_strictly(
         tensors: of any dtype.
         source: origin of the tensors, for messages.
         hint: the likely reason and the next step, for messages.
-
-    Raises:
-        ValueError: a name is missing on one side, or shapes differ; the message names both sides.
     """
     expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -234,9 +227,6 @@ def from_pretrained_strictly(
 
     Returns:
         the model, and the names of the weights that are still missing.
-
-    Raises:
-        ValueError: the weights do not match the config; the message names them.
     """
     with broken_files_named(weights_path):
         if not {"quantization_config"} & kwargs.keys() and not hasattr(kwargs["config"], "quantization_config"):

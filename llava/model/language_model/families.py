@@ -32,7 +32,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def llava_config(config: Any) -> Any:
-    """The LLaVA config of an LLM, from the plain LLM's own; a LLaVA config comes back as it is.
+    """Convert an LLM's config to that of its LLaVA; a LLaVA config is returned unchanged.
 
     Raises:
         ValueError: there is no family for the LLM's architecture.

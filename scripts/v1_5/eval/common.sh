@@ -3,7 +3,7 @@
 #   bash scripts/v1_5/eval/gqa.sh CHECKPOINT [flags of `python -m eval.run`]
 #
 # Every value in capitals is a default: set the variable of that name to change it. Of two equal flags the last wins.
-# Paths count from the root of the repository. The same command again goes on where it was stopped.
+# Paths are relative to the root of the repository. The same command continues a stopped run.
 #
 #   NUM_GPUS=N                  one process a GPU, which share the rows; with 1, a process without a launcher
 #   BATCH_SIZE=8                rows a process and call
