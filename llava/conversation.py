@@ -235,9 +235,7 @@ class Conversation:
             ValueError: for another mode.
         """
         if image_process_mode == "Pad":
-            from llava.mm_utils import expand2square  # torch, which templates do not need
-
-            image = expand2square(image, (122, 116, 104) if len(image.getbands()) == 3 else 122)
+            image = _centred_on_square(image, (122, 116, 104))
         elif image_process_mode == "Resize":
             image = image.resize((336, 336))
         elif image_process_mode not in ("Default", "Crop"):
@@ -293,6 +291,15 @@ class Conversation:
             "sep": self.sep,
             "sep2": self.sep2,
         }
+
+
+def _centred_on_square(image: Image, colour: tuple[int, int, int]) -> Image:
+    from PIL import Image
+
+    side = max(image.size)
+    square = Image.new(image.mode, (side, side), colour if len(image.getbands()) == 3 else colour[0])
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def _llama_2(system: str, sep: str = "<s>") -> Conversation:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llava.train import checkpointing
+from llava.train import phases
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.checkpointing import (
     check_state_files,
@@ -148,7 +148,7 @@ def test_the_first_rank_alone_hashes_and_writes(golden_world: Path, monkeypatch:
     arguments = ModelArguments("tiny-vicuna"), DataArguments("data_plain.json"), TrainingArguments("run", use_cpu=True)
     assert describe_run(*arguments, None, False).run["sha256"].keys() == {"data_path", "model_name_or_path"}
     monkeypatch.setattr(TrainingArguments, "process_index", 1)
-    monkeypatch.setattr(checkpointing, "sha256", lambda path: pytest.fail(f"{path} was hashed"))
+    monkeypatch.setattr(phases, "sha256", lambda path: pytest.fail(f"{path} was hashed"))
     describe_run(*arguments, None, False).begin()
     assert not Path("run").exists()
 
