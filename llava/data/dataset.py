@@ -309,9 +309,10 @@ class LazySupervisedDataset(Dataset):
                 f"`image` or `images` of a record (found here: {', '.join(self.records[0])}); correct the file, or "
                 "leave --vision_tower out"
             )
-        # The first rank alone looks for files: it stops the run for all. `--on_error skip` lists what this run cannot
-        # read when it is reached.
-        met_later = dict(self._problems_in_this_run(is_auxiliary)) if os.environ.get("RANK", "0") == "0" else {}
+        # Only the first rank of each machine looks for files: it stops the run for all. With `--on_error skip`, samples
+        # that only this run cannot read are listed when they are reached.
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        met_later = dict(self._problems_in_this_run(is_auxiliary)) if is_first else {}
         described = [f"{self.records.where(row)}, {problem}" for row, problem in (problems | met_later).items()]
         if described and (self.on_error == "fail" or too_many_are_lost(len(described), len(rows))):
             listing = "\n  ".join(described[:5])

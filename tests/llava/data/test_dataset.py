@@ -268,6 +268,17 @@ def test_what_cannot_be_trained_is_named_before_the_first_step(
     assert "bad" in Path("run/skipped_samples.jsonl").read_text()
 
 
+def test_only_the_first_rank_of_a_machine_looks_for_files(
+    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_data([record("bad") | {"image": "none.png"}])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert len(make_dataset(path)) == 1
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(RecordError, match=r"none\.png"):
+        make_dataset(path)
+
+
 def test_a_text_that_leaves_no_room_for_its_image_is_skipped(
     make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], tokenizer: Any
 ) -> None:
