@@ -213,7 +213,7 @@ def to_hf(
 def require_counterpart(config: Any) -> None:
     """Raises `ValueError` naming the first key of a checkpoint's config that Hugging Face's Llava has no match for."""
     if not getattr(config, "mm_vision_tower", None):
-        raise ValueError(f"The checkpoint is no LLaVA: config.json has no `mm_vision_tower` ({config.model_type}).")
+        raise ValueError(f"The checkpoint is not a LLaVA: config.json has no `mm_vision_tower` ({config.model_type}).")
     expected = {
         "mm_projector_type": (getattr(config, "mm_projector_type", "linear"), ("mlp2x_gelu",)),
         "mm_patch_merge_type": (getattr(config, "mm_patch_merge_type", "flat"), ("flat",)),

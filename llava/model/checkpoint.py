@@ -263,7 +263,7 @@ def read_config(model_path: str, **kwargs: Any) -> Any:
             config = AutoConfig.from_pretrained(model_path, **kwargs)
         if tower := getattr(config, "mm_vision_tower", None):
             config.mm_vision_tower = tower_place(tower, model_path)
-    except (ValueError, ArithmeticError, TypeError, StrictDataclassError) as error:  # values that are no such values
+    except (ValueError, ArithmeticError, TypeError, StrictDataclassError) as error:  # invalid values
         raise ValueError(
             f"The config.json of {model_path} has model type `{model_type}`, which cannot be read: "
             f"{' '.join(str(error).split())[:300]}"

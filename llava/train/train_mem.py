@@ -1,4 +1,4 @@
-"""Trains LLaVA with flash attention where it can be had, and with torch's own elsewhere."""
+"""Train LLaVA with flash attention if it can be used, else with torch's own attention."""
 
 import runpy
 from pathlib import Path

@@ -256,7 +256,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
 
         Raises:
             NotImplementedError: `inputs_embeds` is given.
-            ValueError: the ids are no batch, or the numbers of `<image>` tokens and of images differ.
+            ValueError: the ids are not a batch, or the numbers of `<image>` tokens and of images differ.
         """
         if kwargs.pop("inputs_embeds", None) is not None:
             raise NotImplementedError("`inputs_embeds` is not supported: pass ids and images.")

@@ -53,7 +53,7 @@ def llava_model_class(config: Any) -> type[LlavaCausalLM]:
     """The model that reads the LLaVA config `config`.
 
     Raises:
-        ValueError: it is no LLaVA config.
+        ValueError: it is not a LLaVA config.
     """
     for family in FAMILIES.values():
         if isinstance(config, family.config_class):

@@ -28,7 +28,7 @@ TOWER_OF_MODEL_TYPE: dict[str, type[VisionTower]] = {
 """Model types of transformers. SigLIP 2's models of fixed resolution are of type `siglip`, too."""
 NOT_SUPPORTED = {
     "siglip2": "a SigLIP 2 model of variable resolution (naflex), which has no square grid of patches",
-    "dinov3_convnext": "a convolutional DINOv3, whose hidden layers are no patches of one size",
+    "dinov3_convnext": "a convolutional DINOv3, whose hidden layers are not patches of one size",
 }
 NOT_SUPPORTED["siglip2_vision_model"] = NOT_SUPPORTED["siglip2"]
 
@@ -53,7 +53,7 @@ def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> VisionTower:
     try:
         model_type = AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError) as error:
-        where = "It is no folder here" if not Path(name).exists() else "The folder holds no readable config.json"
+        where = "It is not a folder here" if not Path(name).exists() else "The folder holds no readable config.json"
         raise ValueError(
             f"Unknown vision tower: {name}. {where}, and the hub gave: {str(error).splitlines()[0]} "
             "Pass --vision_tower a local folder or a hub name such as openai/clip-vit-large-patch14-336."

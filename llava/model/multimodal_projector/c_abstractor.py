@@ -27,7 +27,7 @@ class CAbstractor(nn.Module):
         hidden_size: H.
 
     Raises:
-        ValueError: `patches` or `queries` is no square number.
+        ValueError: `patches` or `queries` is not a square number.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ def square_side(name: str, count: int) -> int:
     side = math.isqrt(count) if count > 0 else 0
     if not side or side * side != count:
         raise ValueError(
-            f"{name} is {count}, which is no square number: the C-Abstractor maps a square of patches to a square of "
-            f"visual tokens, such as 144 (12 x 12) or 256 (16 x 16)."
+            f"{name} is {count}, which is not a square number: the C-Abstractor maps a square of patches to a square "
+            f"of visual tokens, such as 144 (12 x 12) or 256 (16 x 16)."
         )
     return side

@@ -22,7 +22,7 @@ def test_there_and_back_says_what_was_written_and_what_is_next(golden_world: Pat
 def test_wrong_input_ends_with_one_sentence_and_code_2(golden_world: Path) -> None:
     result = CliRunner().invoke(app, ["to-hf", "tiny-vicuna", "hf"])
     assert result.exit_code == 2
-    assert result.output.startswith("Error: The checkpoint is no LLaVA")
+    assert result.output.startswith("Error: The checkpoint is not a LLaVA")
     result = CliRunner().invoke(app, ["to-hf", "tiny-llava", "hf", "--conv-mode", "v9"])
     assert result.exit_code == 2
     assert "--conv-mode v9: no such template" in result.output

@@ -106,7 +106,7 @@ def test_bfloat16_follows_float32() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mm_projector_num_queries": 200}, "mm_projector_num_queries is 200, which is no square number"),
+        ({"mm_projector_num_queries": 200}, "mm_projector_num_queries is 200, which is not a square number"),
         ({"mm_projector_num_queries": 0}, "mm_projector_num_queries is 0"),
         ({"mm_num_patches": 577}, "577"),
         ({"mm_num_patches": None}, "lacks `mm_num_patches`"),
