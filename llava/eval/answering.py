@@ -113,9 +113,9 @@ def answer_questions(
 
 
 class _Row(NamedTuple):
-    """A question with its index, its prompt and the prompt's ids."""
+    """A question with its position, its prompt and the prompt's ids."""
 
-    index: int
+    position: int
     question: Question
     prompt: str
     ids: list[int]
@@ -149,13 +149,13 @@ class _Answerer:
     ) -> Iterator[Answer]:
         """Yield answers in order; batches may be in another."""
         early: dict[int, Answer] = {}
-        next_index = 0
+        next_position = 0
         for rows, loading in self._with_images(self._batches(questions, prompts, batch_size), workers):
             for row, text in zip(rows, self._texts(rows, loading), strict=True):
-                early[row.index] = Answer(row.question, row.prompt, text)
-            while next_index in early:
-                yield early.pop(next_index)
-                next_index += 1
+                early[row.position] = Answer(row.question, row.prompt, text)
+            while next_position in early:
+                yield early.pop(next_position)
+                next_position += 1
 
     def _batches(self, questions: Sequence[Question], prompts: Sequence[str], batch_size: int) -> Iterator[list[_Row]]:
         """Yield batches of questions that are close together and have equally many images, for little padding."""

@@ -284,7 +284,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         )
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the signature
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return what `forward` takes of it: `generate` also passes on what it was called with, such as a tokenizer."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         return {name: value for name, value in inputs.items() if name in signature(self.forward).parameters}
