@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models
-from patch_aligned.analysis.regions import Resampling
+from patch_aligned.intervals import Resampling
 from patch_aligned.pad import read_annotations, write_annotations
 
 MODELS = Path("playground/mini/cache/models")

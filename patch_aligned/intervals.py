@@ -9,9 +9,22 @@ Letters: I images, F metrics, N resamples, S seeds of training.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+import pandas as pd
 
 _ELEMENTS_AT_ONCE = 1 << 22  # per chunk of draws: 32 MB
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are taken: number and seed of the draws of images, and the share of them in the interval."""
+
+    resamples: int = 2000
+    seed: int = 0
+    confidence: float = 0.95
 
 
 def resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -53,3 +66,26 @@ def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[fl
         return float("nan"), float("nan")
     low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def ratios_of(sums: np.ndarray, counts: np.ndarray, resampling: Resampling, names: Sequence[str]) -> pd.DataFrame:
+    """Ratios of sums and counts over all images, `[I, F]` each: a row for each of the F names, as in `metrics_of`."""
+    draws = resampled_ratios(sums, counts, resampling)  # [N, F]
+    rows = []
+    for column in range(len(names)):
+        low, high = percentile_interval(draws[:, column], resampling.confidence)
+        value = ratio_of(sums[:, column], counts[:, column])
+        rows.append({"value": value, "low": low, "high": high, "images": int((counts[:, column] > 0).sum())})
+    return pd.DataFrame(rows, index=pd.Index(names, name="metric"))
+
+
+def resampled_ratios(sums: np.ndarray, counts: np.ndarray, resampling: Resampling) -> np.ndarray:
+    """Resampled means `[N, F]` over the images that count; no draw if these are fewer than two."""
+    some = (counts > 0).any(axis=1)
+    resamples = resampling.resamples if some.sum() > 1 else 0
+    return resampled_means(sums[some], counts[some], resamples, resampling.seed)
+
+
+def ratio_of(sums: np.ndarray, counts: np.ndarray) -> float:
+    """Return the mean over all images; NaN where no row counts."""
+    return float(sums.sum() / counts.sum()) if counts.any() else float("nan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -149,7 +150,6 @@ def analyze(
 
     from patch_aligned.analysis.localisation import require_matplotlib
     from patch_aligned.analysis.names import STEMS, NameSettings, read_name_file
-    from patch_aligned.analysis.regions import Resampling
     from patch_aligned.analysis.report import (
         headline_table,
         health_table,
@@ -162,6 +162,7 @@ def analyze(
     from patch_aligned.analysis.words import token_maps as find_words
     from patch_aligned.files import sha256_of
     from patch_aligned.images import image_path
+    from patch_aligned.intervals import Resampling
     from patch_aligned.models.load import load_models
 
     measure = MeasureSettings(
@@ -325,8 +326,9 @@ def reads(
     """
     from rich.console import Console
 
-    from patch_aligned.analysis import reads as of_captions
-    from patch_aligned.analysis.regions import Resampling
+    from patch_aligned.intervals import Resampling
+    from patch_aligned.models import reads as of_captions
+    from patch_aligned.tables import Cell, Table, number
 
     captions = of_captions.read_captions(_require_file("--data", data))
     chosen = random.Random(seed).sample(captions, min(limit, len(captions)))
@@ -336,7 +338,9 @@ def reads(
     with _progress("Reading captions", console) as on_images:
         rows = of_captions.measure_reads(reader, chosen, image_folder, seed, lambda done: on_images(done, len(chosen)))
     metrics = of_captions.reads_metrics(rows, Resampling(seed=seed))
-    console.print(of_captions.reads_table(f"{Path(model).name}: {len(rows)} captions", metrics).text())
+    columns = [f"nats, of at most {math.log(of_captions.PICTURES):.2f}", *metrics]
+    cells = [[Cell(name), *(Cell(number(value)) for value in row)] for name, *row in metrics.itertuples()]
+    console.print(Table(f"{Path(model).name}: {len(rows)} captions", columns, cells).text())
     if output is not None:
         report = of_captions.reads_json({"model": model, "data": str(data), "seed": seed}, metrics, rows)
         output.write_text(report, encoding="utf-8")

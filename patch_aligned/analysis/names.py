@@ -19,23 +19,15 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from patch_aligned.analysis.regions import Resampling, ratios_of
 from patch_aligned.analysis.sets import MeasuredSet, MeasureSettings, open_image
+from patch_aligned.intervals import Resampling, ratios_of
 from patch_aligned.models.base import VisionLanguageModel
-from patch_aligned.models.language import LanguageModel
+from patch_aligned.models.language import LanguageModel, name_bounds
 
 STEMS = ("A picture of a", "A picture with the")
 
 
 # The scores, each of a matrix `[P, N]` of natural log-probabilities.
-
-
-def name_bounds(log_p: np.ndarray) -> np.ndarray:
-    """Log of a name's probability after a picture over its mean after all pictures: nats, 0 is blind, at most `log P`.
-
-    Its mean over the names that pictures show is a lower bound on what name and picture tell of each other (InfoNCE).
-    """
-    return log_p - np.logaddexp.reduce(log_p, axis=0) + np.log(len(log_p))
 
 
 def name_information(log_p: np.ndarray) -> np.ndarray:

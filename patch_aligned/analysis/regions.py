@@ -15,14 +15,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from patch_aligned.analysis.alignment import SCORES_BY_AREA, SCORES_BY_TOKEN, THRESHOLD_RULES
-from patch_aligned.intervals import percentile_interval, resampled_means
+from patch_aligned.intervals import Resampling, percentile_interval, ratio_of, ratios_of, resampled_ratios
 
 SCORES_BY_NAME = ("name_bound", "name_information", "name_auc")
 """Scores of names, see `names`: at the largest region of a name in a picture, and NaN where no LLM was run."""
@@ -128,15 +127,6 @@ HEADLINES = (
 """The metrics of breakdowns by size, label and caption."""
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are taken: number and seed of the draws of images, and the share of them in the interval."""
-
-    resamples: int = 2000
-    seed: int = 0
-    confidence: float = 0.95
-
-
 def rules_of(threshold_rule: str, min_coverage: float, seed: int, label_count: int) -> dict[str, str]:
     """Return the rule of every metric in words, with the settings of a run."""
     settings = {
@@ -187,17 +177,6 @@ def metrics_of(regions: pd.DataFrame, resampling: Resampling, names: Sequence[st
     return found
 
 
-def ratios_of(sums: np.ndarray, counts: np.ndarray, resampling: Resampling, names: Sequence[str]) -> pd.DataFrame:
-    """Ratios of sums and counts over all images, `[I, F]` each: a row for each of the F names, as in `metrics_of`."""
-    draws = _draws(sums, counts, resampling)  # [N, F]
-    rows = []
-    for column in range(len(names)):
-        low, high = percentile_interval(draws[:, column], resampling.confidence)
-        value = _mean(sums[:, column], counts[:, column])
-        rows.append({"value": value, "low": low, "high": high, "images": int((counts[:, column] > 0).sum())})
-    return pd.DataFrame(rows, index=pd.Index(names, name="metric"))
-
-
 def metrics_by_size(
     regions: pd.DataFrame, resampling: Resampling, names: Sequence[str] = HEADLINES
 ) -> dict[str, pd.DataFrame]:
@@ -243,9 +222,9 @@ def differences(
         )
     of_both = [_per_image(frame, names) for frame in (first, second)]
     sums, counts = (np.hstack(parts) for parts in zip(*of_both, strict=True))  # [I, 2 F] each
-    draws = _draws(sums, counts, resampling)
+    draws = resampled_ratios(sums, counts, resampling)
     draws = draws[:, : len(names)] - draws[:, len(names) :]  # [N, 2 F] -> [N, F]
-    values = [_mean(sums[:, column], counts[:, column]) for column in range(2 * len(names))]
+    values = [ratio_of(sums[:, column], counts[:, column]) for column in range(2 * len(names))]
     rows = []
     for column in range(len(names)):
         defined = draws[:, column][~np.isnan(draws[:, column])]
@@ -301,17 +280,6 @@ def _per_image(regions: pd.DataFrame, names: Sequence[str]) -> tuple[np.ndarray,
             sums[:, column] /= np.maximum(counts[:, column], 1)
             counts[:, column] = np.minimum(counts[:, column], 1)
     return sums, counts
-
-
-def _draws(sums: np.ndarray, counts: np.ndarray, resampling: Resampling) -> np.ndarray:
-    """Resampled means `[N, F]` over the images that count; no draw if these are fewer than two."""
-    some = (counts > 0).any(axis=1)
-    resamples = resampling.resamples if some.sum() > 1 else 0
-    return resampled_means(sums[some], counts[some], resamples, resampling.seed)
-
-
-def _mean(sums: np.ndarray, counts: np.ndarray) -> float:
-    return float(sums.sum() / counts.sum()) if counts.any() else float("nan")
 
 
 def permute_labels(labels: Sequence[Hashable], seed: int) -> list[int | None]:

@@ -34,7 +34,6 @@ from patch_aligned.analysis.regions import (
     MEASURED_SCORES,
     METRICS,
     SIZE_LIMITS_PX,
-    Resampling,
     count_regions,
     differences,
     mean_and_sd,
@@ -47,6 +46,7 @@ from patch_aligned.analysis.regions import (
 from patch_aligned.analysis.sets import MeasuredSet, MeasureSettings, open_image, read_set
 from patch_aligned.analysis.words import dictionary_of
 from patch_aligned.cells import Layout, TokenGrid
+from patch_aligned.intervals import Resampling
 from patch_aligned.masks import token_coverage_of_regions
 from patch_aligned.models.base import Encoder, VisionLanguageModel
 from patch_aligned.pad import AnnotatedImage

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
@@ -109,6 +110,14 @@ class LanguageModel:
     def _words(self, ids: Tensor) -> Tensor:
         table = self.model.get_input_embeddings()
         return table(ids.to(table.weight.device))
+
+
+def name_bounds(log_p: np.ndarray) -> np.ndarray:
+    """Log of a name's probability after a picture over its mean after all pictures: nats, 0 is blind, at most `log P`.
+
+    Its mean over the names that pictures show is a lower bound on what name and picture tell of each other (InfoNCE).
+    """
+    return log_p - np.logaddexp.reduce(log_p, axis=0) + np.log(len(log_p))
 
 
 def _precise(logits: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ import typer
 from tqdm import tqdm
 
 from patch_aligned.analysis.names import NameSettings
-from patch_aligned.analysis.regions import Resampling
 from patch_aligned.analysis.run import Analysis, AnalysisSettings, analyse, plain_json
 from patch_aligned.analysis.sets import MeasureSettings
 from patch_aligned.files import written_whole
+from patch_aligned.intervals import Resampling
 from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings
 from patch_aligned.models.load import load_models
 from patch_aligned.pad import read_annotations

@@ -10,10 +10,10 @@ import typer
 from pycocotools import mask as coco_mask
 
 from patch_aligned.analysis.localisation import HEAT_MAP, PictureRow, bare, localise
-from patch_aligned.analysis.regions import Resampling
 from patch_aligned.analysis.run import AnalysisSettings, analyse
 from patch_aligned.analysis.sets import MeasureSettings
 from patch_aligned.images import image_path
+from patch_aligned.intervals import Resampling
 from patch_aligned.models.base import VisionLanguageModel
 from patch_aligned.models.load import load_models
 from patch_aligned.pad import AnnotatedImage, read_annotations

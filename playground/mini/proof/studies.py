@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llava.train.phases import RAMP
-from patch_aligned.analysis.names import STEMS, name_auc, name_bounds
+from patch_aligned.analysis.names import STEMS, name_auc
 from patch_aligned.files import written_whole
 from patch_aligned.images import decode_image, image_path
 from patch_aligned.loss import patch_loss, region_cosines, region_embeddings
 from patch_aligned.masks import covered_tokens_of_regions
 from patch_aligned.models.base import VisionLanguageModel, seeded
+from patch_aligned.models.language import name_bounds
 from patch_aligned.models.load import load_models
 from patch_aligned.pad import read_annotations
 from patch_aligned.tables import Cell, Table

@@ -14,8 +14,9 @@ import torch
 
 from llava.convert.to_hf import to_hf
 from patch_aligned.analysis.alignment import THRESHOLD_RULES
-from patch_aligned.analysis.regions import METRICS, SCORES, Resampling, mean_and_sd
+from patch_aligned.analysis.regions import METRICS, SCORES, mean_and_sd
 from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettings, analyse
+from patch_aligned.intervals import Resampling
 from patch_aligned.models.load import load_models
 from patch_aligned.pad import AnnotatedImage, read_annotations
 

@@ -15,9 +15,9 @@ from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models, localise, token_maps
-from patch_aligned.analysis.regions import Resampling
 from patch_aligned.analysis.words import PursuitSettings
 from patch_aligned.cli import app
+from patch_aligned.intervals import Resampling
 from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.tokens import image_inputs, visual_tokens
 from tests.patch_aligned.models.families import FAMILIES, save_tiny

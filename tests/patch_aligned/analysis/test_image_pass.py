@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from patch_aligned.analysis.localisation import save_localisation_figure
-from patch_aligned.analysis.regions import Resampling
 from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettings, analyse
+from patch_aligned.intervals import Resampling
 from patch_aligned.models.load import load_models
 
 

@@ -18,15 +18,16 @@ from patch_aligned.analysis.names import (
     NameSettings,
     caption_metrics,
     name_auc,
-    name_bounds,
     name_finder,
     name_information,
     read_names,
 )
-from patch_aligned.analysis.regions import SCORES_BY_NAME, Resampling
+from patch_aligned.analysis.regions import SCORES_BY_NAME
 from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettings, analyse
+from patch_aligned.intervals import Resampling
 from patch_aligned.models import language as language_module
 from patch_aligned.models.base import VisionLanguageModel
+from patch_aligned.models.language import name_bounds
 from patch_aligned.models.llava import LlavaEncoder
 from patch_aligned.models.load import load_models
 

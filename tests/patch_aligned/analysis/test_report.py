@@ -14,7 +14,7 @@ import pytest
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models, token_maps, write_report
 from patch_aligned.analysis.alignment import THRESHOLD_RULES
 from patch_aligned.analysis.names import NameSettings
-from patch_aligned.analysis.regions import METRICS, SCORES_BY_NAME, Resampling
+from patch_aligned.analysis.regions import METRICS, SCORES_BY_NAME
 from patch_aligned.analysis.report import (
     MOST_BROKEN_IMAGES,
     ON_PAGE,
@@ -29,6 +29,7 @@ from patch_aligned.analysis.report import (
 )
 from patch_aligned.analysis.run import Analysis
 from patch_aligned.analysis.words import PursuitSettings
+from patch_aligned.intervals import Resampling
 from patch_aligned.tables import Cell, number
 
 SPECIFICATIONS = ("random=random:1", "start=train_init/mm_projector.bin")

@@ -9,7 +9,6 @@ Letters: P pictures, N captions, L tokens of a row, C tokens of the longest capt
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +19,14 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from patch_aligned.analysis.names import name_bounds
-from patch_aligned.analysis.regions import Resampling, ratios_of
 from patch_aligned.images import decode_image, image_path
+from patch_aligned.intervals import Resampling, ratios_of
 from patch_aligned.models.base import VisionLanguageModel
-from patch_aligned.models.language import LanguageModel
+from patch_aligned.models.language import LanguageModel, name_bounds
 from patch_aligned.models.llava import CAPTION_REQUEST
 from patch_aligned.models.load import load_models
 from patch_aligned.models.transformers import is_of_transformers
 from patch_aligned.pad import iter_records
-from patch_aligned.tables import Cell, Table, number
 
 PICTURES = 9
 """Pictures that a caption is read after, its own among them."""
@@ -84,7 +81,6 @@ def llava_reader(model: VisionLanguageModel, language: LanguageModel) -> Reader:
 
 def transformers_reader(model: Any, processor: Any) -> Reader:
     """Return a reader of any family. Captions follow the request of its chat template, or without one the picture."""
-    processor.tokenizer.padding_side = "left"  # so that all captions end with the row
     prompt = processor.image_token
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": CAPTION_REQUEST}]
@@ -94,7 +90,8 @@ def transformers_reader(model: Any, processor: Any) -> Reader:
 
     def inputs(image: Image.Image, captions: Sequence[str]) -> Any:
         texts, images = [prompt + caption for caption in captions], [[image]] * len(captions)
-        made = processor(text=texts, images=images, padding=True, return_tensors="pt")
+        # On the left, so that all captions end with the row.
+        made = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
         return made.to(model.device, model.dtype)
 
     @torch.inference_mode()
@@ -150,12 +147,6 @@ def reads_metrics(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
     names = ("reads_per_caption", "reads_per_token", "loss_per_token")
     found = ratios_of(sums.to_numpy(float), counts.to_numpy(float), resampling, names)
     return found.drop(columns="images")
-
-
-def reads_table(title: str, metrics: pd.DataFrame) -> Table:
-    """Return the metrics as a table."""
-    rows = [[Cell(name), *(Cell(number(value)) for value in row)] for name, *row in metrics.itertuples()]
-    return Table(title, [f"nats, of at most {math.log(PICTURES):.2f}", *metrics], rows)
 
 
 def reads_json(settings: Mapping[str, Any], metrics: pd.DataFrame, rows: pd.DataFrame) -> str:

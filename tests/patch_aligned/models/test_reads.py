@@ -15,7 +15,13 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from patch_aligned.analysis.reads import (
+from patch_aligned.cli import app
+from patch_aligned.intervals import Resampling
+from patch_aligned.models.base import VisionLanguageModel
+from patch_aligned.models.language import LanguageModel
+from patch_aligned.models.llava import CAPTION_REQUEST
+from patch_aligned.models.load import load_models
+from patch_aligned.models.reads import (
     PICTURES,
     Caption,
     llava_reader,
@@ -24,12 +30,6 @@ from patch_aligned.analysis.reads import (
     reads_metrics,
     transformers_reader,
 )
-from patch_aligned.analysis.regions import Resampling
-from patch_aligned.cli import app
-from patch_aligned.models.base import VisionLanguageModel
-from patch_aligned.models.language import LanguageModel
-from patch_aligned.models.llava import CAPTION_REQUEST
-from patch_aligned.models.load import load_models
 from patch_aligned.models.tiny import tiny_config
 from tests.patch_aligned.models.families import FAMILIES
 
