@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,16 +14,18 @@ from datasets import Dataset, Features, Image, List, Value
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
+from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from llava.command import RunRecord, changed_flags, read_record
 from patch_aligned.files import sha256_of
 from patch_aligned.images import image_path
+from patch_aligned.intervals import Resampling
+from patch_aligned.models.reads import PICTURES, Caption, measure_reads, reads_metrics, transformers_reader
 from patch_aligned.pad import AnnotationIndex
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.objective import Grids, open_regions
-from patch_aligned.train.trainer import PatchAlignment, train_projector_only
+from patch_aligned.train.trainer import PatchAlignment, last_checkpoint, resume_by_name, train_projector_only
 
 # As LLaVA's stage 1, where TRL's defaults are others.
 DEFAULTS = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "num_train_epochs": 1}
@@ -46,13 +51,24 @@ class TrainArguments:
         default="projector", metadata={"help": "'projector' freezes vision encoder and LLM."}
     )
     grids: Grids = field(default="all", metadata={"help": "Grids of tokens that the patch loss trains."})
+    eval_reads_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Log what `patch-aligned reads` measures: before the first step, every so many optimizer steps, "
+            "and after the last (default: never)."
+        },
+    )
+    eval_reads_captions: int = field(
+        default=90,
+        metadata={"help": "Captions that it is measured on: their images are chosen once, and not trained on."},
+    )
 
 
 def train(arguments: Sequence[str]) -> Path:
     """Train as a command line says: MODEL, then flags of `TrainArguments`, `PatchArguments` and TRL's `SFTConfig`.
 
     The last checkpoint in `--output_dir` is resumed. The folder gets the model, a card and `run.json`; beside them
-    `projector.safetensors` where the projector alone is trained.
+    `projector.safetensors` where the projector alone is trained, and `held_out.jsonl` with `--eval_reads_steps`.
 
     Raises:
         ImportError: TRL is not installed.
@@ -77,7 +93,7 @@ def train(arguments: Sequence[str]) -> Path:
     index = open_regions(patch, own.data, output)
     arm = asdict(own) | asdict(patch) | {"seed": args.seed}
     record = RunRecord(output, args.to_dict() | arm, {"data": sha256_of(index.source)}, is_writer=args.should_save)
-    checkpoint = args.resume_from_checkpoint or (get_last_checkpoint(output) if output.is_dir() else None)
+    checkpoint = args.resume_from_checkpoint or last_checkpoint(output)
     changed = changed_flags(read_record(output), record.run)
     if checkpoint and (other := {name: values for name, values in changed.items() if name in arm}):
         raise ValueError(f"{checkpoint}: it was trained with other flags {other} (then, now). Name a new --output_dir.")
@@ -87,13 +103,19 @@ def train(arguments: Sequence[str]) -> Path:
             print(f"{output}: finished, {state.global_step} of {state.max_steps} steps; nothing to do.")
             return output
 
-    trainer: Any = SFTTrainer(model=own.model, args=args, train_dataset=captioned_images(index, own))
+    held_out = _held_out_rows(index, own.eval_reads_captions) if own.eval_reads_steps else ()
+    trainer: Any = SFTTrainer(model=own.model, args=args, train_dataset=captioned_images(index, own, held_out))
     if own.train_what == "projector":
         train_projector_only(trainer.model)
-    if not own.captions_only:
+    if own.captions_only:
+        resume_by_name(trainer)
+    else:
         settings = {name.removeprefix("patch_"): value for name, value in asdict(patch).items()}
         beta = settings.pop("beta_start"), settings.pop("beta_end")
         PatchAlignment(own.data, beta, grids=own.grids, **settings).attach(trainer)
+    if held_out:
+        captions = [Caption(image.image_id, image.caption.strip()) for image in map(index.__getitem__, held_out)]
+        trainer.add_callback(_ReadsCallback(trainer, captions, Path(own.images), own.eval_reads_steps))
     record.begin()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -109,22 +131,66 @@ def train(arguments: Sequence[str]) -> Path:
     return output
 
 
-def captioned_images(index: AnnotationIndex, own: TrainArguments) -> Dataset:
+class _ReadsCallback(TrainerCallback):
+    """Logs how much likelier held-out captions are after their own pictures, as `patch-aligned reads` has it."""
+
+    def __init__(self, trainer: Any, captions: Sequence[Caption], image_folder: Path, steps: int) -> None:
+        self.trainer, self.captions, self.image_folder, self.steps = trainer, captions, image_folder, steps
+        self.read = transformers_reader(trainer.model, trainer.processing_class)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            lines = [json.dumps({"image_id": image_id, "caption": text}) for image_id, text in self.captions]
+            Path(args.output_dir, "held_out.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if not state.global_step:
+            self._measure()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (state.max_steps, state.global_step // self.steps * self.steps):
+            is_loss_due = control.should_log
+            self._measure()
+            control.should_log = is_loss_due  # which logging has cleared
+
+    def _measure(self) -> None:
+        model = self.trainer.model.eval()
+        with self.trainer.compute_loss_context_manager():
+            rows = measure_reads(self.read, self.captions, self.image_folder)  # on each rank, which may have parts
+        found = reads_metrics(rows, Resampling()).loc["reads_per_caption"]
+        logs = {"reads": found["value"], "reads/low": found["low"], "reads/high": found["high"]}
+        self.trainer.log({name: float(value) for name, value in logs.items()})  # TRL adds to it what is to be logged
+        model.train()
+
+
+def _held_out_rows(index: AnnotationIndex, count: int) -> tuple[int, ...]:
+    """Choose images with a caption, the same whatever the seed of the run."""
+    order = random.Random(0).sample(range(len(index)), len(index))
+    rows = tuple(islice((row for row in order if index[row].caption.strip()), max(count, 0)))
+    if not PICTURES <= len(rows) < len(index):
+        raise ValueError(
+            f"--eval_reads_captions {count}: found {len(rows)} captions to hold out in {len(index)} records, expected "
+            f"at least {PICTURES}, and records that are left for training."
+        )
+    return rows
+
+
+def captioned_images(index: AnnotationIndex, own: TrainArguments, left_out: Sequence[int] = ()) -> Dataset:
     """Return the images of a PAD file with their captions as answers, memory-mapped beside its conversion."""
     if not len(index):
         raise ValueError(f"--data {own.data}: found no records, expected images with captions and regions")
     folder = Path(own.images).resolve()
     if not image_path(folder, index[0].image_id).is_file():
         raise ValueError(f"--images {own.images}: found no {index[0].image_id}, the first image_id of {own.data}")
-    made_of = {"index": index, "folder": folder, "captions_only": own.captions_only}
+    made_of = {"index": index, "folder": folder, "captions_only": own.captions_only, "left_out": frozenset(left_out)}
     try:
         return Dataset.from_generator(_samples, features=_FEATURES, gen_kwargs=made_of, cache_dir=str(index.folder))
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
 
 
-def _samples(index: AnnotationIndex, folder: Path, captions_only: bool) -> Iterator[dict[str, Any]]:
-    for row in range(len(index)):
+def _samples(
+    index: AnnotationIndex, folder: Path, captions_only: bool, left_out: frozenset[int]
+) -> Iterator[dict[str, Any]]:
+    for row in sorted(set(range(len(index))) - left_out):
         image = index[row]
         if captions_only and not image.caption.strip():
             where = f"{index.source}: image_id {image.image_id!r}"

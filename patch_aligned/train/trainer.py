@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback
+from transformers import DefaultFlowCallback, PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from patch_aligned.labels import LabelTokenizer
 from patch_aligned.models.layouts import layouts_of
@@ -30,7 +31,7 @@ _WARMUP: dict[str, Any] = {
     "warmup_steps": 0.03,
     "ddp_find_unused_parameters": True,
 }
-_WARMUP |= {"save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
+_WARMUP |= {"push_to_hub": False, "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
 
 
 class PatchAlignment:
@@ -68,7 +69,8 @@ class PatchAlignment:
     def attach(self, trainer: Any) -> None:
         """Attach to a `transformers.Trainer`, or one that descends from it, before `train()`.
 
-        Its `data_collator`, `compute_loss` and `log` are wrapped; the model's code is not touched.
+        Its `data_collator`, `compute_loss` and `log` are wrapped, and how it loads the weights of checkpoints; the
+        model's code is not touched.
 
         Raises:
             ValueError: the data set lacks regions or image ids, nothing that the loss reaches is trained, the model's
@@ -95,6 +97,7 @@ class PatchAlignment:
         )
         trainer.compute_loss = partial(self._compute_loss, trainer.compute_loss)
         trainer.log = partial(self._log, trainer.log)
+        resume_by_name(trainer)
         if self.arguments.patch_warmup_steps:
             trainer.train = partial(self._train, trainer.train)
         trainer.patch_alignment = self
@@ -192,27 +195,60 @@ class PatchAlignment:
     # Warm-up
 
     def _train(self, train: Callable[..., Any], resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Train by the patch loss alone first, without the layers of the LLM. A resumed run has done so."""
-        if not resume_from_checkpoint:
-            trainer, handler = self._trainer, self._trainer.callback_handler
-            changed = _WARMUP | {"max_steps": self.arguments.patch_warmup_steps}
+        """Train by the patch loss alone first, without the layers of the LLM: a run of its own, resumed as any."""
+        trainer, handler = self._trainer, self._trainer.callback_handler
+        folder, found = Path(trainer.args.output_dir, WARMUP_FOLDER), resume_from_checkpoint
+        if found is True:
+            found = last_checkpoint(trainer.args.output_dir)
+        if not resume_from_checkpoint or (found and Path(found).parent.name == WARMUP_FOLDER):
+            changed = _WARMUP | {"max_steps": self.arguments.patch_warmup_steps, "output_dir": str(folder)}
             kept = {name: getattr(trainer.args, name) for name in changed}
             callbacks, optimizers = handler.callbacks, (trainer.optimizer, trainer.lr_scheduler)
             shown = (DefaultFlowCallback, ProgressCallback, PrinterCallback)
-            handler.callbacks = [callback for callback in callbacks if isinstance(callback, shown)]
+            handler.callbacks = [callback for callback in callbacks if isinstance(callback, shown)] + [_SkipLastSave()]
             vars(trainer.args).update(changed)
             self._is_warm_up = True
-            train()
-            self._is_warm_up = False
+            train(resume_from_checkpoint=found or None)
+            self._is_warm_up, resume_from_checkpoint = False, None
             vars(trainer.args).update(kept)
             handler.callbacks, (trainer.optimizer, trainer.lr_scheduler) = callbacks, optimizers
             if trainer.args.should_save:
-                folder = Path(trainer.args.output_dir) / WARMUP_FOLDER
                 folder.mkdir(parents=True, exist_ok=True)
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
             trainer.model_wrapped = trainer.model
         return train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+class _SkipLastSave(TrainerCallback):
+    """Leaves the last step unsaved: the Trainer would take one more from there."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_save and state.global_step < state.max_steps
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the last checkpoint of a run; of its warm-up where the run itself has none yet."""
+    folders = (Path(output_dir), Path(output_dir, WARMUP_FOLDER))
+    return next((found for folder in folders if folder.is_dir() and (found := get_last_checkpoint(folder))), None)
+
+
+def resume_by_name(trainer: Any) -> None:
+    """Let a Trainer read the weights of its checkpoints as `from_pretrained` does.
+
+    Families such as InternVL and Qwen2.5-VL are saved under other names than their modules have. The Trainer takes the
+    names in the file for those of the modules, warns, and would go on from the weights before the first step.
+    """
+    trainer._load_from_checkpoint = partial(_load_weights, trainer, trainer._load_from_checkpoint)
+
+
+@torch.random.fork_rng(devices=[])
+def _load_weights(trainer: Any, load: Callable[..., None], checkpoint: str, model: Any = None) -> None:
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or not isinstance(trainer.model, PreTrainedModel):
+        load(checkpoint, model)  # the engine's own files, or adapters
+    else:
+        saved = type(trainer.model).from_pretrained(checkpoint, dtype=trainer.model.dtype)
+        trainer.model.load_state_dict(saved.state_dict())
 
 
 class PatchAlignedMixin:

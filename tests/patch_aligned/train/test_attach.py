@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +210,28 @@ def test_regions_without_caption_and_the_warm_up_do_not_run_the_llm(tmp_path: Pa
     loss = trainer.compute_loss(trainer.model, batch)
     assert loss.item() == pytest.approx(5 * expected["loss/patch"], rel=1e-6)
     assert "loss/caption" not in metrics_of(trainer)
+
+
+def test_a_warm_up_that_was_killed_resumes_exactly(tmp_path: Path) -> None:
+    def trainer_in(folder: str) -> Any:
+        rows = captioned("internvl", [sample_of(number, (64, 64)) for number in range(6)])
+        saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+        shuffled: dict[str, Any] = {"train_sampling_strategy": "random", "per_device_train_batch_size": 2}
+        return trainer_of("internvl", tmp_path / folder, rows=rows, max_steps=2, warmup_steps=6, **saving, **shuffled)
+
+    def warm_losses(folder: str) -> list[float]:
+        state = json.loads((tmp_path / folder / "patch_warmup" / "trainer_state.json").read_text())
+        return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+    whole, killed = trainer_in("whole"), trainer_in("killed")
+    whole.train()
+    place = Path("patch_warmup", "checkpoint-4")  # in the second epoch; that of the last step is not kept
+    shutil.copytree(tmp_path / "whole" / place, tmp_path / "killed" / place)
+    killed.train(resume_from_checkpoint=True)
+    assert len(warm_losses("whole")) == 6 and warm_losses("killed") == warm_losses("whole")
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 2
+    for one, other in zip(killed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 TEMPLATE = """{% for turn in messages %}{% if turn.content is string %}{{ turn.content }}{% else %}

@@ -15,6 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from patch_aligned.cli import app
+from patch_aligned.intervals import Resampling
+from patch_aligned.models.reads import measure_reads, open_reader, read_captions, reads_metrics
 from patch_aligned.models.stitch import stitch
 from tests.patch_aligned.train.world import SIZE, sample_of
 
@@ -62,8 +64,8 @@ def run(world: Path, output: Path, *flags: str, data: str = "pad.jsonl", images:
     return CliRunner().invoke(app, [*words, "--output_dir", str(output), *FLAGS, *flags])
 
 
-def trained(world: Path, output: Path, *flags: str) -> Path:
-    result = run(world, output, *flags)
+def trained(world: Path, output: Path, *flags: str, data: str = "pad.jsonl") -> Path:
+    result = run(world, output, *flags, data=data)
     assert result.exit_code == 0, result.output
     return output
 
@@ -133,6 +135,32 @@ def test_the_output_is_a_plain_model_of_which_the_projector_alone_is_new(world: 
     assert "loss/patch" in card.text and "| seed | 7 |" in card.text
 
 
+def test_reads_of_held_out_captions_are_those_of_the_command_and_change_nothing_else(
+    world: Path, tmp_path: Path
+) -> None:
+    records = [record_of(number, world / "images") for number in range(24)]
+    records[3]["caption"] = " "
+    write_pad(world / "more.jsonl", records)
+    flags = ("--eval_reads_steps", "4", "--eval_reads_captions", "18", "--patch_warmup_steps", "1")
+    reading = trained(world, tmp_path / "reading", *flags, data="more.jsonl")
+    captions = read_captions(reading / "held_out.jsonl")
+    held_out = {caption.image_id for caption in captions}
+    assert len(held_out) == 18 and "3.png" not in held_out
+
+    state = json.loads((reading / "checkpoint-6" / "trainer_state.json").read_text())
+    logged = {line["step"]: line for line in state["log_history"] if "reads" in line}
+    assert list(logged) == [0, 4, 6]
+    rows = measure_reads(open_reader(str(reading)), captions, world / "images")
+    found = reads_metrics(rows, Resampling()).loc["reads_per_caption"]
+    assert [logged[6][name] for name in ("reads", "reads/low", "reads/high")] == pytest.approx(found[:3].tolist())
+    assert logged[6]["reads/low"] < logged[6]["reads"] < logged[6]["reads/high"]
+
+    write_pad(world / "less.jsonl", [record for record in records if record["image_id"] not in held_out])
+    silent = trained(world, tmp_path / "silent", "--patch_warmup_steps", "1", data="less.jsonl")
+    assert losses(silent) == losses(reading)
+    assert_equal(weights(silent), weights(reading))
+
+
 def test_all_weights_train_on_request(world: Path, tmp_path: Path) -> None:
     output = trained(
         world,
@@ -164,6 +192,7 @@ def test_wrong_input_is_named_before_the_first_step(world: Path, tmp_path: Path)
         ((), {"data": "no_caption.jsonl"}, "caption"),
         (("--captions_only",), {"data": "silent.jsonl"}, "found an empty caption"),
         (("--patch_regions_only_ratio", "1"), {}, "--patch_regions_only_ratio"),
+        (("--eval_reads_steps", "1"), {}, "found 8 captions"),
     ):
         result = run(world, tmp_path / "out", *flags, **places)
         assert result.exit_code == 2, (expected, result.output)
