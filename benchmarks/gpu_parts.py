@@ -99,6 +99,24 @@ def stage_2(report: Report) -> None:
     timed("the same, activations kept", step, against=plain, detail=f"no gradient checkpointing, {states}")
 
 
+def vlm_step(report: Report) -> None:
+    """A step of a model of transformers whose projector is trained, with the patch loss and without."""
+    from vlm_step import seconds_of, steps_of
+
+    size = 2 if report.is_tiny else 8
+    steps = steps_of("tiny" if report.is_tiny else "2b", report.device, size)
+    timed = partial(report.time, count=size, unit="images/s")
+    detail = f"{steps.visual_tokens // size} visual tokens an image" + ", gradient checkpointing" * (not report.is_tiny)
+    plain = timed("plain: captions alone", steps.captions, detail=detail)
+    ours = timed("with the patch loss", steps.aligned, against=plain, detail=detail)
+    hook = timed("the hook alone, with gradients", steps.hook, repeats=10)
+    collator = seconds_of(steps.collator, 10, "cpu")
+    report.measured("what the collator adds, on one core", collator, size, "images/s", None)
+    if ours and ours.seconds and hook and hook.seconds:
+        share = (hook.seconds + collator) / ours.seconds
+        report.say("ok", "share of hook and collator in a step", f"{share:.3%}")
+
+
 def training_step(model: Any, optimizer: Any, batch: dict[str, Any]) -> None:
     """Forward, backward and update, after gradients are dropped that a step without enough memory may have left."""
     optimizer.zero_grad()
@@ -321,6 +339,7 @@ PARTS: dict[str, tuple[Callable[[Report], None], int]] = {
     "tests": (gpu_tests, 60),
     "stage_1": (stage_1, 100),
     "stage_2": (stage_2, 90),
+    "vlm_step": (vlm_step, 40),
     "patch_loss": (patch_loss, 30),
     "pursuit": (pursuit, 30),
     "masks": (masks, 20),

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = {"tests", "stage_1", "stage_2", "patch_loss", "pursuit", "masks", "answering", "annotation", "attention"}
+PARTS = {
+    "tests", "stage_1", "stage_2", "vlm_step", "patch_loss", "pursuit", "masks", "answering", "annotation", "attention",
+}  # fmt: skip
 TYPES = {
     "part": str, "name": str, "status": str, "seconds": float, "rate": float, "unit": str, "baseline": str,
     "speedup": float, "peak_gib": float, "peak_share": float, "detail": str,
