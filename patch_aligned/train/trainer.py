@@ -226,6 +226,8 @@ class _SkipLastSave(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = control.should_save and state.global_step < state.max_steps
 
+    on_epoch_end = on_step_end
+
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """Return the last checkpoint of a run; of its warm-up where the run itself has none yet."""
@@ -247,7 +249,8 @@ def _load_weights(trainer: Any, load: Callable[..., None], checkpoint: str, mode
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or not isinstance(trainer.model, PreTrainedModel):
         load(checkpoint, model)  # the engine's own files, or adapters
     else:
-        saved = type(trainer.model).from_pretrained(checkpoint, dtype=trainer.model.dtype)
+        widest = max((weight.dtype for weight in trainer.model.parameters()), key=lambda dtype: dtype.itemsize)
+        saved = type(trainer.model).from_pretrained(checkpoint, dtype=widest)
         trainer.model.load_state_dict(saved.state_dict())
 
 
