@@ -95,9 +95,10 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
     two_hours_ago = time.time() - 7200  # a younger one may be another process's
     os.utime(left_behind, (two_hours_ago, two_hours_ago))
 
-    said = finish(start(annotate_arguments(output)))
+    resumed = CliRunner().invoke(app, annotate_arguments(output))
+    assert resumed.exit_code == 0, resumed.output
     left = folder.num_shards - len(done) + 1
-    assert f"{left} shards are left for this process" in said.replace("\n", " ")
+    assert f"{left} shards are left for this process" in resumed.output.replace("\n", " ")
     assert deciding_files(output) == deciding_files(finished_run)
 
 
