@@ -108,7 +108,7 @@ def steps_of(shape: Shape, device: str, count: int) -> Steps:
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, use_cpu=device == "cpu", bf16=False, report_to="none", max_steps=1,
                                  remove_unused_columns=False)  # fmt: skip
-        trainer: Any = Trainer(model, args, collate, samples, processing_class=processor)  # type: ignore[arg-type]
+        trainer: Any = Trainer(model, args, collate, samples, processing_class=processor)
         own_loss = trainer.compute_loss
         PatchAlignment("regions", beta=(5, 5)).attach(trainer)
         collator = trainer.data_collator
