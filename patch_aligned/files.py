@@ -21,12 +21,13 @@ _BLOCK_BYTES = 1 << 22
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex."""
+def sha256_of(path: Path, on_block: Callable[[int], None] = lambda size: None) -> str:
+    """Return the SHA-256 of a file's bytes, in hex; `on_block` is called with the size of each block that is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
+            on_block(len(block))
     return digest.hexdigest()
 
 
@@ -61,7 +62,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
-    """Raises `ValueError` where a file to be written is one of those that it is made of: it would be lost."""
+    """Raise `ValueError` if an output file is one of the inputs, which would be overwritten."""
     if output.resolve() in {path.resolve() for path in inputs}:
         raise ValueError(f"{output}: is read by this command too, and would be overwritten. Name another output")
 
@@ -146,16 +147,14 @@ def checkpoint_hash(path: Path | str, progress: Callable[[int, int], None] | Non
     files = _files_of(path)
     total = sum(file.stat().st_size for file in files)
     done = 0
-    hashes = {}
-    for file in files:
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
-                done += len(block)
-                if progress:
-                    progress(done, total)
-        hashes[file.name] = digest.hexdigest()
+
+    def on_block(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress:
+            progress(done, total)
+
+    hashes = {file.name: sha256_of(file, on_block) for file in files}
     lines = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
     return CheckpointHash(hashlib.sha256(lines.encode()).hexdigest(), hashes, total)
 
