@@ -18,13 +18,14 @@ import io
 import json
 import logging
 import os
-import shutil
+import re
 import sys
+import tempfile
 import time
-import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -72,6 +73,7 @@ SETTINGS_SUFFIX = ".settings.json"
 """Suffix of the file with the settings that produced a merged file."""
 _RECORDS_PER_BATCH = 512
 _BLANKS = " \t\r\n"  # JSON's whitespace; Python's is a larger set
+_skip_blanks = re.compile(f"[{_BLANKS}]*").match
 _BEGINNING_BYTES = 1 << 12
 _BROKEN_FILE = (EOFError, gzip.BadGzipFile, zlib.error)
 _CHUNK_CHARACTERS = 1 << 22
@@ -131,7 +133,7 @@ def beginning_of(path: Path) -> str:
 
 
 def write_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
-    """Write records atomically; returns their number.
+    """Write records atomically; returns their number. Equal records give equal bytes.
 
     Raises:
         RecordFileError: for an unknown suffix.
@@ -139,7 +141,32 @@ def write_records(records: Iterable[Mapping[str, Any]], path: Path) -> int:
     kind = _kind_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary, temporary.open("wb") as file:
-        return _write(records, file, kind)
+        return (_write_parquet if kind == ".parquet" else _write_json)(records, file, kind)
+
+
+def _write_parquet(records: Iterable[Mapping[str, Any]], file: IO[bytes], kind: str) -> int:
+    count = 0
+    rows = iter(records)
+    with pq.ParquetWriter(file, PAD_SCHEMA, compression="zstd") as writer:
+        while chunk := list(islice(rows, _RECORDS_PER_BATCH)):
+            writer.write_batch(records_to_batch(chunk))
+            count += len(chunk)
+    return count
+
+
+def _write_json(records: Iterable[Mapping[str, Any]], file: IO[bytes], kind: str) -> int:
+    is_array = ".jsonl" not in kind
+    opening, between, closing = (b"[\n", b",\n", b"\n]\n") if is_array else (b"", b"\n", b"\n")
+    count = 0
+    # No timestamp and no file name in the gzip header.
+    zipped: Any = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) if kind.endswith(".gz") else None
+    with zipped or nullcontext(file) as stream:
+        stream.write(opening)
+        for record in records:
+            stream.write((between if count else b"") + json.dumps(record, ensure_ascii=False).encode())
+            count += 1
+        stream.write(closing if count or is_array else b"")
+    return count
 
 
 def records_to_batch(records: Iterable[Mapping[str, Any]]) -> pa.RecordBatch:
@@ -224,7 +251,7 @@ def _iter_json_array(binary: IO[bytes], path: Path) -> Iterator[Any]:
     decode = json.JSONDecoder().raw_decode
     position, count = 1, 0
     while True:
-        position = _skip_blanks(text, position)
+        position = _skip_blanks(text, position).end()
         if text[position : position + 1] == "]":
             if rest := (text[position + 1 :] + file.read(100)).strip(_BLANKS):
                 raise RecordFileError(f"{path}: found {rest[:20]!r} after the end of the array; expected nothing")
@@ -232,7 +259,7 @@ def _iter_json_array(binary: IO[bytes], path: Path) -> Iterator[Any]:
         try:
             if count and text[position : position + 1] != ",":
                 raise json.JSONDecodeError("expected ',' or ']'", text, position)
-            record, end = decode(text, _skip_blanks(text, position + (1 if count else 0)))
+            record, end = decode(text, _skip_blanks(text, position + (1 if count else 0)).end())
         except json.JSONDecodeError as error:
             # Most likely the record continues beyond the text read so far.
             more = file.read(_CHUNK_CHARACTERS) if len(text) - position < _LONGEST_RECORD_CHARACTERS else ""
@@ -247,39 +274,6 @@ def _iter_json_array(binary: IO[bytes], path: Path) -> Iterator[Any]:
             raise RecordFileError(f"{path}: record {count}: {error}") from error
         yield record
         position, count = end, count + 1
-
-
-def _skip_blanks(text: str, position: int) -> int:
-    while position < len(text) and text[position] in _BLANKS:
-        position += 1
-    return position
-
-
-def _write(records: Iterable[Mapping[str, Any]], file: IO[bytes], kind: str) -> int:
-    count = 0
-    if kind == ".parquet":
-        rows = iter(records)
-        with pq.ParquetWriter(file, PAD_SCHEMA, compression="zstd") as writer:
-            while chunk := list(islice(rows, _RECORDS_PER_BATCH)):
-                writer.write_batch(records_to_batch(chunk))
-                count += len(chunk)
-        return count
-    # No timestamp and no file name, so that equal records give equal bytes.
-    stream: Any = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) if kind.endswith(".gz") else file
-    text = io.TextIOWrapper(stream, encoding="utf-8")
-    opening, between, closing = ("", "\n", "\n") if ".jsonl" in kind else ("[\n", ",\n", "\n]\n")
-    text.write(opening)
-    for record in records:
-        text.write(between if count else "")
-        text.write(json.dumps(record, ensure_ascii=False))
-        count += 1
-    text.write(closing if count or ".jsonl" not in kind else "")
-    text.flush()
-    if stream is not file:
-        text.close()
-    else:
-        text.detach()
-    return count
 
 
 def _fold_extra(mapping: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:
@@ -476,29 +470,29 @@ def _checked(
 def _parse(record: Any, source: str | Path, index: int) -> AnnotatedImage:
     """Run all checks except those of the masks' content, which are batched over records."""
     image_id = record.get("image_id", "?") if isinstance(record, Mapping) else "?"
-    place = _Place(source, index, image_id if _is_text(image_id) else _quoted(image_id))
+    place = _Place(source, index, image_id if is_text(image_id) else _quoted(image_id))
     place.require(_RECORD_KEYS, record, "record")
     image_id, size, caption, labels = (record[key] for key in _RECORD_KEYS)
-    if not _is_text(image_id) or not image_id:
+    if not is_text(image_id) or not image_id:
         place.wrong("image_id", image_id, "the image's path below the image folder")
     if image_id.startswith("/") or ".." in image_id.split("/") or "\0" in image_id:
         place.wrong("image_id", image_id, "a path that does not lead out of the image folder")
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(map(is_side, size)):
         place.wrong("size", size, f"[width, height], two whole numbers of pixels, 1 to {_LARGEST_SIDE}")
-    if not _is_text(caption):
+    if not is_text(caption):
         place.wrong("caption", caption, "a string")
     if not isinstance(labels, list | tuple):
         place.wrong("labels", labels, "a list of {tag, bbox, rle_mask}; an empty list for an image without regions")
-    regions = tuple(_parse_region(label, position, place) for position, label in enumerate(labels))
-    extra = _extra(record, _RECORD_KEYS, "", place)
-    return AnnotatedImage(image_id, (int(size[0]), int(size[1])), caption, regions, extra)
+    for position, label in enumerate(labels):
+        _check_label(label, f"labels[{position}]", place)
+    _check_extra(record, _RECORD_KEYS, "", place)
+    return _image_of(record)
 
 
-def _parse_region(label: Any, position: int, place: _Place) -> Region:
-    where = f"labels[{position}]"
+def _check_label(label: Any, where: str, place: _Place) -> None:
     place.require(_LABEL_KEYS, label, where)
     tag, bbox, rle_mask = (label[key] for key in _LABEL_KEYS)
-    if not _is_text(tag) or not tag.strip():
+    if not is_text(tag) or not tag.strip():
         place.wrong(f"{where}.tag", tag, "the label in words, not empty")
     if not isinstance(bbox, list | tuple) or len(bbox) != 4 or not all(map(is_finite_number, bbox)):
         place.wrong(f"{where}.bbox", bbox, "[x1, y1, x2, y2], four finite numbers in pixels")
@@ -507,8 +501,34 @@ def _parse_region(label: Any, position: int, place: _Place) -> Region:
     if not isinstance(rle_mask, str):
         hint = "Take the object's 'counts'." if isinstance(rle_mask, Mapping) else ""
         place.wrong(f"{where}.rle_mask", rle_mask, "a COCO compressed RLE string", hint)
-    extra = _extra(label, _LABEL_KEYS, f"{where}.", place)
-    return Region(tag, (float(bbox[0]), float(bbox[1]), float(bbox[2]), float(bbox[3])), rle_mask, extra)
+    _check_extra(label, _LABEL_KEYS, f"{where}.", place)
+
+
+def _check_extra(mapping: Mapping[str, Any], known: tuple[str, ...], prefix: str, place: _Place) -> None:
+    """Require that JSON can express the additional keys."""
+    extra = _extra(mapping, known)
+    if EXTRA_KEY in extra:
+        place.wrong(prefix + EXTRA_KEY, extra[EXTRA_KEY], "JSON text of an object; the key is Parquet's own")
+    if extra and not _is_json(extra):
+        key = next((key for key in extra if not _is_json({key: extra[key]})), "")
+        place.wrong(
+            prefix + _printable(str(key)), extra.get(key), "a value that JSON can express, not nested too deeply"
+        )
+
+
+def _extra(mapping: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in known} if len(mapping) > len(known) else {}
+
+
+def _image_of(record: Mapping[str, Any]) -> AnnotatedImage:
+    """Build an image from a valid record."""
+    regions = []
+    for label in record["labels"]:
+        x1, y1, x2, y2 = map(float, label["bbox"])
+        regions.append(Region(label["tag"], (x1, y1, x2, y2), label["rle_mask"], _extra(label, _LABEL_KEYS)))
+    width, height = record["size"]
+    extra = _extra(record, _RECORD_KEYS)
+    return AnnotatedImage(record["image_id"], (width, height), record["caption"], tuple(regions), extra)
 
 
 def _first_broken_masks(images: list[tuple[int, AnnotatedImage]], source: str | Path) -> dict[int, AnnotationError]:
@@ -528,21 +548,6 @@ def _first_broken_masks(images: list[tuple[int, AnnotatedImage]], source: str | 
     return broken
 
 
-def _extra(mapping: Mapping[str, Any], known: tuple[str, ...], prefix: str, place: _Place) -> dict[str, Any]:
-    """Return the additional keys, which must be expressible in JSON."""
-    if len(mapping) == len(known):
-        return {}
-    extra = {key: value for key, value in mapping.items() if key not in known}
-    if EXTRA_KEY in extra:
-        place.wrong(prefix + EXTRA_KEY, extra[EXTRA_KEY], "JSON text of an object; the key is Parquet's own")
-    if not _is_json(extra):
-        key = next((key for key in extra if not _is_json({key: extra[key]})), "")
-        place.wrong(
-            prefix + _printable(str(key)), extra.get(key), "a value that JSON can express, not nested too deeply"
-        )
-    return extra
-
-
 def _is_json(value: Any) -> bool:
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -551,7 +556,7 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether a value is a string without lone surrogates, which JSON can express but UTF-8 files cannot hold."""
     return isinstance(value, str) and (value.isascii() or _printable(value) == value)
 
@@ -668,10 +673,10 @@ class AnnotationIndex:
         if known.is_file():
             asked, with_regions = json.loads(known.read_text())
             return int(asked), int(with_regions)
-        counts = self.count_images_with_regions(_image_ids_of(training_file))
-        temporary = known.with_name(f".{known.name}.{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps(counts))
-        temporary.replace(known)
+        image_ids = (image_id_of(record) for record in iter_records(training_file) if isinstance(record, dict))
+        counts = self.count_images_with_regions(image_id for image_id in image_ids if image_id is not None)
+        with written_whole(known) as temporary:
+            temporary.write_text(json.dumps(counts))
         return counts
 
     def rejection_message(self) -> str:
@@ -715,11 +720,10 @@ def _convert(source: Path, folder: Path) -> None:
     """Convert atomically: write to a temporary folder, then rename it to `folder`."""
     logger.info("Converting %s to %s (done once)", source, folder)
     started = time.monotonic()
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        with (temporary / _REJECTED).open("w", encoding="utf-8") as rejected:
-            images = _write_conversion(source, temporary, rejected)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
+        temporary = Path(parent) / folder.name
+        temporary.mkdir()
+        images = _write_conversion(source, temporary)
         if folder.name != f"{source.name}-{_identity(source)}":
             raise RecordFileError(f"{source}: changed while it was read; start again once it is completely written")
         try:
@@ -727,21 +731,23 @@ def _convert(source: Path, folder: Path) -> None:
         except OSError:
             if not folder.is_dir():  # else another process converted it: locks may not work on network drives
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     logger.info("Converted %d records of %s in %.0f s", images, source, time.monotonic() - started)
 
 
-def _write_conversion(source: Path, folder: Path, rejected: IO[str]) -> int:
+def _write_conversion(source: Path, folder: Path) -> int:
     hashes: list[int] = []
     region_counts: list[int] = []
+    with (
+        (folder / _REJECTED).open("w", encoding="utf-8") as rejected,
+        pa.OSFile(str(folder / _RECORDS), "wb") as file,
+        pa.ipc.new_file(file, PAD_SCHEMA) as writer,
+    ):
 
-    def reject(error: AnnotationError) -> None:
-        entry = {"record": error.record_index, "image_id": error.image_id, "error": str(error)}
-        rejected.write(json.dumps(entry) + "\n")
+        def reject(error: AnnotationError) -> None:
+            entry = {"record": error.record_index, "image_id": error.image_id, "error": str(error)}
+            rejected.write(json.dumps(entry) + "\n")
 
-    images = read_annotations(source, on_error=reject)
-    with pa.OSFile(str(folder / _RECORDS), "wb") as file, pa.ipc.new_file(file, PAD_SCHEMA) as writer:
+        images = read_annotations(source, on_error=reject)
         while chunk := list(islice(images, _ROWS_PER_BATCH)):
             writer.write_batch(records_to_batch(image.to_record() for image in chunk))
             hashes.extend(_hash(image.image_id) for image in chunk)
@@ -754,29 +760,12 @@ def _write_conversion(source: Path, folder: Path, rejected: IO[str]) -> int:
     return len(hashes)
 
 
-def _image_ids_of(training_file: Path) -> Iterator[str]:
-    for record in iter_records(training_file):
-        if isinstance(record, dict) and (image_id := image_id_of(record)) is not None:
-            yield image_id
-
-
 def image_id_of(record: Any) -> str | None:
     """Return the path of a training record's (first) image: `image_id` in PAD, `image` in LLaVA's JSON."""
     image_id = record.get("image_id", record.get("image"))
     if isinstance(image_id, list | tuple):
         image_id = image_id[0] if image_id else None
     return image_id if isinstance(image_id, str) else None
-
-
-def _image_of(record: dict[str, Any]) -> AnnotatedImage:
-    """Build an image from a record that was validated during conversion."""
-    record, labels = dict(record), record["labels"]
-    regions = tuple(
-        Region(label.pop("tag"), tuple(label.pop("bbox")), label.pop("rle_mask"), label) for label in labels
-    )
-    del record["labels"]
-    width, height = record.pop("size")
-    return AnnotatedImage(record.pop("image_id"), (width, height), record.pop("caption"), regions, record)
 
 
 def _hash(image_id: str) -> int:
