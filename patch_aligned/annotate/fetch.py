@@ -1,8 +1,8 @@
-"""The models' files: where they are published, and bringing them here or saying what to put where.
+"""The models' files: download them, or say which file to put where; and load what transformers has.
 
-RAM's files are pinned by their hashes, the tag list and its thresholds by the commit as well. The default Grounding
-DINO and SAM are pinned by their commits; others are taken at the revision that is given, or at what `main` is now. The
-commit is written down, and every annotation run records it with the hashes of the files that it read.
+RAM's files are pinned by their hashes, the tag list and its thresholds by their commit as well. The default Grounding
+DINO and SAM are pinned by their commits; others are taken at the revision that is given, or at the current `main`. The
+commit is stored, and every annotation run records it with the hashes of the files that it read.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import urllib.request
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -21,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
+from patch_aligned.annotate.options import DETECTOR, SAM
 from patch_aligned.files import sha256_of, written_whole
 
 _logger = logging.getLogger(__name__)
@@ -34,16 +34,8 @@ _TIMEOUT_SECONDS = 60
 _FETCHED = "fetched.json"
 
 
-@dataclass(frozen=True)
-class PinnedFile:
-    """One published file.
-
-    Attributes:
-        name: what it is called here too.
-        url: where it is published.
-        sha256: of its content.
-        repository: on the hub, None for a file from elsewhere.
-    """
+class PinnedFile(NamedTuple):
+    """One published file. `name` is its name here too; `repository` is on the hub, None for a file from elsewhere."""
 
     name: str
     url: str
@@ -79,206 +71,197 @@ TAG_FILES = (
         "b6f81d0de1bc7f9c251af512c413eae976c77dbfbadf700d4e3d90510f4c6447",
     ),
 )
-
-
 PINNED_REVISIONS = {
-    "IDEA-Research/grounding-dino-tiny": "a2bb814dd30d776dcf7e30523b00659f4f141c71",
-    "facebook/sam-vit-huge": "87aecf0df4ce6b30cd7de76e87673c49644bdf67",
+    DETECTOR: "a2bb814dd30d776dcf7e30523b00659f4f141c71",
+    SAM: "87aecf0df4ce6b30cd7de76e87673c49644bdf67",
 }
 """Commits of the default checkpoints on the hub."""
 
 
-def revision_of(repository: str, asked: str | None) -> str:
-    """The revision to take of a checkpoint: what is asked for, else the pinned one, else what the hub has now."""
-    return asked or PINNED_REVISIONS.get(repository, "main")
+def revision_of(repository: str, given: str | None) -> str:
+    """Return the revision to take of a checkpoint: the given one, else the pinned one, else the current `main`."""
+    return given or PINNED_REVISIONS.get(repository, "main")
 
 
-@dataclass(frozen=True)
-class HubCheckpoint:
-    """A checkpoint in transformers' format on the hub: its repository and revision."""
-
-    repository: str
-    revision: str = "main"
-
-    @property
-    def folder_name(self) -> str:
-        """What its folder is called here."""
-        return self.repository.rsplit("/", 1)[-1]
+def folder_name(repository: str) -> str:
+    """Return the name of a checkpoint's folder here."""
+    return repository.rsplit("/", 1)[-1]
 
 
-def fetch_models(output: Path, pinned: Sequence[PinnedFile], checkpoints: Sequence[HubCheckpoint]) -> None:
-    """Brings all files into `output`; those that are there stay, and wrong ones are named.
+def fetch_models(output: Path, pinned: Sequence[PinnedFile], checkpoints: Mapping[str, str | None]) -> None:
+    """Download all files into `output`. Existing files stay; wrong ones are named.
 
     Args:
-        output: folder, made if need be.
-        pinned: files that go there as they are.
-        checkpoints: each goes into a folder of its own, with `fetched.json`, which names the commit.
+        output: folder, created if it does not exist.
+        pinned: files that are stored as they are.
+        checkpoints: revision of each repository, None for the default. Each gets a folder of its own, with
+            `fetched.json`, which names the commit.
 
     Raises:
-        ValueError: lists all that is missing, with its address and its place, if something can't be fetched.
+        ValueError: lists all that is missing, with its address and its place, if something cannot be downloaded.
     """
     output.mkdir(parents=True, exist_ok=True)
     missing: list[str] = []
     problems: list[str] = []
     for file in pinned:
         path = output / file.name
-        is_there = path.is_file()
         try:
-            if not is_there:
-                _download(file, path)
-            _check(file, path, is_there)
+            _fetch_file(file, path)
         except _UNREACHABLE as error:
             problems.append(f"{file.name}: {_first_line(error)}")
             missing.append(f"{file.url}\n      -> {path}   (sha256 {file.sha256})")
-    for checkpoint in checkpoints:
-        folder = output / checkpoint.folder_name
+    for repository, given in checkpoints.items():
+        folder, revision = output / folder_name(repository), revision_of(repository, given)
         try:
-            _fetch_checkpoint(checkpoint, folder)
+            _fetch_checkpoint(repository, revision, folder)
         except _UNREACHABLE as error:
-            problems.append(f"{checkpoint.repository}: {_first_line(error)}")
+            problems.append(f"{repository}: {_first_line(error)}")
             missing.append(
-                f"https://huggingface.co/{checkpoint.repository}/tree/{checkpoint.revision}   "
-                f"({', '.join(_CHECKPOINT_FILES)})\n      -> {folder}/"
+                f"https://huggingface.co/{repository}/tree/{revision}   ({', '.join(_CHECKPOINT_FILES)})\n"
+                f"      -> {folder}/"
             )
     if missing:
         raise ValueError(
-            "not everything could be fetched:\n  "
+            "not everything could be downloaded:\n  "
             + "\n  ".join(problems)
-            + "\nPut these there by hand, from a machine that can reach them, and call this again to check:\n    "
+            + "\nCopy these files here from a machine that can reach them, and run this command again to check:\n    "
             + "\n    ".join(missing)
         )
 
 
-def checkpoint_folder(name_or_folder: str, revision: str, flag: str) -> Path:
-    """The folder of a checkpoint; one of the hub is fetched into the hub's cache, unless it is there.
-
-    Args:
-        name_or_folder: as it was given.
-        revision: of a checkpoint of the hub.
-        flag: the option it was given with, for the message.
-
-    Raises:
-        ValueError: neither a folder nor to be had from the hub.
-    """
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{flag} {folder}: found no config.json in it, expected a checkpoint's folder")
-        return folder
-    try:
-        return Path(snapshot_download(name_or_folder, revision=revision, allow_patterns=list(_CHECKPOINT_FILES)))
-    except _UNREACHABLE as error:
-        raise ValueError(
-            f"{flag} {name_or_folder}: found no such folder, and the hub didn't give it ({_first_line(error)}). "
-            "`patch-aligned models fetch` says which files belong where"
-        ) from error
+def _fetch_file(file: PinnedFile, path: Path) -> None:
+    was_there = path.is_file()
+    if not was_there and file.repository:
+        hf_hub_download(file.repository, file.name, local_dir=path.parent)
+    elif not was_there:
+        with written_whole(path) as temporary, urllib.request.urlopen(file.url, timeout=_TIMEOUT_SECONDS) as answer:
+            temporary.write_bytes(answer.read())
+    if (found := sha256_of(path)) != file.sha256:
+        if not was_there:
+            path.unlink()
+        outcome = "it stays; move it away to download it again" if was_there else "the file was removed again"
+        raise ValueError(f"found sha256 {found}, expected {file.sha256}; {outcome}")
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a checkpoint that decides its results, by name."""
-    paths = {path for pattern in _CHECKPOINT_FILES for path in folder.glob(pattern) if path.name != _FETCHED}
-    return {path.name: sha256_of(path) for path in sorted(paths)}
-
-
-def commit_of(folder: Path, *, is_from_hub: bool) -> str | None:
-    """The hub's commit that a checkpoint's folder holds; None for a folder that was put there by hand."""
-    if is_from_hub:  # a folder of the hub's cache is called by its commit
-        return folder.name
-    if not (folder / _FETCHED).is_file():
-        return None
-    commit: str | None = json.loads((folder / _FETCHED).read_text(encoding="utf-8")).get("commit")
-    return commit
-
-
-def _fetch_checkpoint(checkpoint: HubCheckpoint, folder: Path) -> None:
-    wanted = {"repository": checkpoint.repository, "revision": checkpoint.revision}
+def _fetch_checkpoint(repository: str, revision: str, folder: Path) -> None:
+    wanted = {"repository": repository, "revision": revision}
     if (folder / _FETCHED).is_file():
         fetched = json.loads((folder / _FETCHED).read_text(encoding="utf-8"))
         now, then = file_hashes(folder), fetched["files_sha256"]
         if changed := [name for name in now if now[name] != then.get(name)]:
-            raise ValueError(f"{folder}: found {', '.join(changed)} not as fetched; move the folder away")
+            raise ValueError(f"{folder}: found {', '.join(changed)} changed since the download; move the folder away")
         if fetched.items() >= wanted.items() and now == then:
             _logger.info("%s is there", folder)
             return
-    elif _is_whole(folder):
-        _logger.info("%s is there; it was put there by hand, so its revision isn't known", folder)
+    elif _is_complete(folder):
+        _logger.info("%s is there; it was not downloaded by this command, so its revision is not known", folder)
         return
-    of_config = snapshot_download(checkpoint.repository, revision=checkpoint.revision, allow_patterns="config.json")
-    commit = commit_of(Path(of_config), is_from_hub=True)
-    snapshot_download(checkpoint.repository, revision=commit, allow_patterns=list(_CHECKPOINT_FILES), local_dir=folder)
+    of_config = snapshot_download(repository, revision=revision, allow_patterns="config.json")
+    commit = Path(of_config).name  # a folder of the hub's cache has the name of its commit
+    snapshot_download(repository, revision=commit, allow_patterns=list(_CHECKPOINT_FILES), local_dir=folder)
     with written_whole(folder / _FETCHED) as temporary:
         fetched = {**wanted, "commit": commit, "files_sha256": file_hashes(folder)}
         temporary.write_text(json.dumps(fetched, indent=1) + "\n", encoding="utf-8")
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether it has weights and is no download that was interrupted, which the hub's client marks."""
+def _is_complete(folder: Path) -> bool:
+    """Whether it has weights and is no interrupted download, which the hub's client marks."""
     has_all = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
     return has_all and not any(folder.rglob("*.incomplete"))
-
-
-def _download(file: PinnedFile, path: Path) -> None:
-    if file.repository:
-        hf_hub_download(file.repository, file.name, local_dir=path.parent)
-        return
-    with written_whole(path) as temporary, urllib.request.urlopen(file.url, timeout=_TIMEOUT_SECONDS) as answer:
-        temporary.write_bytes(answer.read())
-
-
-def _check(file: PinnedFile, path: Path, was_there: bool) -> None:
-    if (found := sha256_of(path)) != file.sha256:
-        if not was_there:
-            path.unlink()
-        outcome = "it stays; move it away to have another fetched" if was_there else "the file was removed again"
-        raise ValueError(f"found sha256 {found}, expected {file.sha256}; {outcome}")
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-# Checkpoints of transformers for a stage: which kind they are, and their model, whole and in float32.
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a checkpoint that determines its results, by name."""
+    paths = {path for pattern in _CHECKPOINT_FILES for path in folder.glob(pattern) if path.name != _FETCHED}
+    return {path.name: sha256_of(path) for path in sorted(paths)}
 
 
-def kind_of_checkpoint(name_or_folder: str, revision: str, kinds: Iterable[str]) -> str:
-    """The `model_type` of a checkpoint's config.
-
-    Args:
-        name_or_folder: on the hub, or here.
-        revision: of the hub's repository.
-        kinds: those that will do.
+def checkpoint_folder(name_or_folder: str, revision: str | None, flag: str) -> Path:
+    """Return a checkpoint's folder; a name on the hub is downloaded into the hub's cache unless it is there.
 
     Raises:
-        ValueError: for another kind.
+        ValueError: names `flag` if it is neither a folder nor available on the hub.
     """
-    config, _ = PreTrainedConfig.get_config_dict(name_or_folder, revision=revision)
-    kind = config.get("model_type")
-    if kind not in (expected := list(kinds)):
-        raise ValueError(f"{name_or_folder}: found a model of type {kind!r}, expected {', '.join(expected)}")
-    return str(kind)
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{flag} {folder}: found no config.json in it, expected a checkpoint's folder")
+        return folder
+    revision = revision_of(name_or_folder, revision)
+    try:
+        return Path(snapshot_download(name_or_folder, revision=revision, allow_patterns=list(_CHECKPOINT_FILES)))
+    except _UNREACHABLE as error:
+        raise ValueError(
+            f"{flag} {name_or_folder}: found no such folder, and the hub did not deliver it ({_first_line(error)}). "
+            "`patch-aligned models fetch` says which files to put where"
+        ) from error
 
 
-def load_whole_model(model_class: Any, name_or_folder: str, revision: str) -> Any:
-    """The model of a checkpoint, in float32 whatever its file is in: that is what half precision falls back to.
+def identity_of(name_or_folder: str, folder: Path) -> dict[str, Any]:
+    """Return what settings.json records of a checkpoint: its name, commit (None if not known) and files' hashes."""
+    is_local, fetched = Path(name_or_folder) == folder, folder / _FETCHED
+    commit = None if is_local else folder.name
+    if is_local and fetched.is_file():
+        commit = json.loads(fetched.read_text(encoding="utf-8")).get("commit")
+    model = folder.resolve().name if is_local else name_or_folder
+    return {"model": model, "revision": commit, "files_sha256": file_hashes(folder)}
 
-    Args:
-        model_class: of transformers.
-        name_or_folder: on the hub, or here.
-        revision: of the hub's repository.
+
+def class_of_checkpoint(folder: str | Path, classes: Mapping[str, Any]) -> Any:
+    """Return the entry of `classes` for the `model_type` of a checkpoint.
 
     Raises:
-        ValueError: where weights are missing or cut off.
+        ValueError: for another type of model.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(folder)
+    kind = config.get("model_type")
+    if kind not in classes:
+        raise ValueError(f"{folder}: found a model of type {kind!r}, expected {', '.join(classes)}")
+    return classes[kind]
+
+
+def load_model(model_class: Any, folder: str | Path) -> Any:
+    """Load a checkpoint of transformers in float32, whatever type it is stored in: half precision falls back to it.
+
+    Raises:
+        ValueError: weights are missing or truncated.
     """
     try:
-        model, loading = model_class.from_pretrained(
-            name_or_folder, revision=revision, dtype=torch.float32, output_loading_info=True
-        )
+        model, loading = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except SafetensorError as error:
-        raise ValueError(
-            f"{name_or_folder}: weights that can't be read ({error}). Fetch the checkpoint again"
-        ) from error
+        raise ValueError(f"{folder}: weights that cannot be read ({error}). Download the checkpoint again") from error
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
-            f"{name_or_folder}: {len(missing)} weights are missing, among them {missing[0]}. Fetch the checkpoint again"
+            f"{folder}: {len(missing)} weights are missing, among them {missing[0]}. Download the checkpoint again"
         )
     return model
+
+
+class DeviceModel:
+    """A model for inference on one device.
+
+    Attributes:
+        model: its weights must not change.
+        dtype: what autocast computes in, float32 for none; by default bfloat16 on a GPU and float32 on a CPU.
+        settings: all that determines the results, as plain values for settings.json.
+    """
+
+    settings: dict[str, Any]
+
+    def __init__(self, model: Any, device: torch.device | str, dtype: torch.dtype | None) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.model = model.requires_grad_(False).eval().to(self.device)
+
+    @property
+    def dtype_name(self) -> str:
+        """The type as settings.json has it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def autocast(self, dtype: torch.dtype) -> torch.autocast:
+        """Compute in a type; float32 for none."""
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)

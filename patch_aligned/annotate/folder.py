@@ -1,9 +1,13 @@
 """The output folder of an annotation run: its manifest, its settings, and its shards.
 
-manifest.jsonl      the images, one line each
-settings.json       what decides the records: models with the hashes of their weights, thresholds, versions
+manifest.jsonl      the images, one a line: {"image_id": "00000/1.jpg", "caption": "..."}
+settings.json       what determines the records: models with the hashes of their weights, thresholds, versions
 shards/00000.jsonl.gz ...
+                    a header, then one record a line, in the manifest's order
 logs/               how long each shard took; nothing reads it
+
+Every image of the manifest gets exactly one record, whatever happens to it. Files are written atomically, and the same
+records give the same bytes: nothing of when, where or how fast they were made is in them.
 """
 
 from __future__ import annotations
@@ -18,55 +22,52 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from PIL import Image
 
 from patch_aligned.files import refuse_inputs, written_whole
-from patch_aligned.pad import SETTINGS_SUFFIX, SKIPPED_SUFFIX, iter_records, write_records
-
-# The manifest of a run: which images are annotated, in which order, and what is known of them before.
-#
-# It is the first file of the output folder, `manifest.jsonl`, one line an image: {"image_id": "00000/1.jpg", "caption":
-# "..."}. Every id of it gets exactly one record in the shards, whatever happens to the image.
+from patch_aligned.pad import SETTINGS_SUFFIX, SKIPPED_SUFFIX, is_text, iter_records, write_records
 
 _logger = logging.getLogger(__name__)
 
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS))
-"""Files of a folder that are taken for images: those of formats that Pillow reads on this machine."""
+"""Suffixes of the files of a folder that count as images: formats that Pillow reads on this machine."""
 
 _LIST_SUFFIXES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 _CAPTION_KEYS = ("caption", "blip_caption")  # the second is that of LLaVA-Pretrain's blip_laion_cc_sbu_558k_meta.json
 _ANSWERERS = ("gpt", "assistant")
+_GZIP_LEVEL = 6
+_LEFT_BEHIND_SECONDS = 3600  # age of a temporary file; writing one takes seconds
+_SHOWN = 5
+_ORIGINS = ("model", "revision", "checkpoint")  # settings that say where files are from; their content decides
+_ANOTHER = "Use the same ones, or name another --output"
+
+Record = dict[str, Any]
+"""A PAD record with `status`, `reason`, `tags` and `candidates` beside its own keys."""
 
 
-@dataclass(frozen=True)
-class ManifestEntry:
-    """One image to annotate.
+class ManifestEntry(NamedTuple):
+    """One image to annotate."""
 
-    Attributes:
-        image_id: its path below the image folder, with forward slashes; joins the record with the training JSON.
-        caption: its caption, empty where none is known.
-    """
-
-    image_id: str
-    caption: str = ""
+    image_id: str  # path below the image folder, with forward slashes; joins the record with the training JSON
+    caption: str = ""  # empty where none is known
 
 
 def list_images(images: Path, image_folder: Path | None = None) -> tuple[list[ManifestEntry], Path]:
-    """The images of a folder or of a list, each once.
+    """List the images of a folder or of a list, each once.
 
     Args:
-        images: a folder, searched to the bottom and sorted by path; or a list, in its order: `.txt` with one path a
+        images: a folder, searched recursively and sorted by path; or a list, in its order: `.txt` with one path a
             line, or records (JSON, JSON lines, either gzipped, Parquet) with `image_id` or `image` and perhaps a
-            caption, such as LLaVA's training JSON, whose first answer is taken for the caption.
-        image_folder: what a list's paths count from. A folder's own paths count from itself.
+            caption, such as LLaVA's training JSON, whose first answer is the caption.
+        image_folder: folder that a list's paths start from. Those of a folder start from itself.
 
     Returns:
-        The entries and the image folder. Images that a list names again keep their first caption.
+        The entries and the image folder. An image that a list names again keeps its first caption.
 
     Raises:
         ValueError: no images, a path that leaves the image folder, or a list without `image_folder`.
@@ -74,65 +75,25 @@ def list_images(images: Path, image_folder: Path | None = None) -> tuple[list[Ma
     if images.is_dir():
         if image_folder is not None and image_folder.resolve() != images.resolve():
             raise ValueError(
-                f"--image_folder {image_folder}: found another folder than --images {images}; "
-                "paths count from the folder of images itself, so leave --image_folder out"
+                f"--image_folder {image_folder}: found another folder than --images {images}, which paths start from; "
+                "leave --image_folder out"
             )
-        return _listed_images(_paths_below(images), images), images
-    if not images.name.lower().endswith(_LIST_SUFFIXES):
+        named, image_folder = _paths_below(images), images
+    elif not images.name.lower().endswith(_LIST_SUFFIXES):
         raise ValueError(
             f"--images {images}: found no folder; expected one, or a list ending in {', '.join(_LIST_SUFFIXES)}"
         )
-    if image_folder is None or not image_folder.is_dir():
+    elif image_folder is None or not image_folder.is_dir():
         raise ValueError(
-            f"--image_folder: found {image_folder or 'none'}, expected the folder that the paths of {images} count from"
+            f"--image_folder: found {image_folder or 'none'}, expected the folder that the paths of {images} start from"
         )
-    named = _lines_of(images) if images.suffix.lower() == ".txt" else _images_of_records(images)
-    return _listed_images(named, images), image_folder
-
-
-def write_manifest(entries: Iterable[ManifestEntry], path: Path) -> None:
-    """Writes `manifest.jsonl`, whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_bytes(manifest_bytes(entries))
-
-
-def manifest_bytes(entries: Iterable[ManifestEntry]) -> bytes:
-    """The file's content: equal images give equal bytes."""
-    return "".join(
-        json.dumps(
-            {"image_id": entry.image_id} | ({"caption": entry.caption} if entry.caption else {}), ensure_ascii=False
-        )
-        + "\n"
-        for entry in entries
-    ).encode("utf-8")
-
-
-def read_manifest(path: Path) -> list[ManifestEntry]:
-    """The entries of `manifest.jsonl` in order.
-
-    Raises:
-        ValueError: a line that is no entry, or an id that stands there twice.
-        RecordFileError: a file that is missing or no JSON lines.
-    """
-    entries: dict[str, ManifestEntry] = {}
-    for index, record in enumerate(iter_records(path)):
-        image_id = record.get("image_id") if isinstance(record, Mapping) else None
-        if not isinstance(image_id, str) or image_id in entries:
-            raise ValueError(
-                f"{path}: record {index}, field 'image_id': found {image_id!r}, expected an id that stands there once. "
-                "Was the file edited? `patch-aligned annotate` writes it anew into another --output"
-            )
-        entries[image_id] = ManifestEntry(image_id, record.get("caption", ""))
-    return list(entries.values())
-
-
-def _listed_images(named: Iterable[tuple[str, str, str]], source: Path) -> list[ManifestEntry]:
-    """Entries of (place, path, caption), each path checked and once."""
+    else:
+        named = _lines_of(images) if images.suffix.lower() == ".txt" else _images_of_records(images)
     entries: dict[str, ManifestEntry] = {}
     repeated = 0
     for place, name, caption in named:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or not _is_utf8(name):
+        if path.is_absolute() or ".." in path.parts or not path.parts or not is_text(name):
             raise ValueError(
                 f"{place}: found image {name!r}, expected a path below the image folder, without '..', in UTF-8"
             )
@@ -140,48 +101,44 @@ def _listed_images(named: Iterable[tuple[str, str, str]], source: Path) -> list[
         repeated += image_id in entries
         entries.setdefault(image_id, ManifestEntry(image_id, caption))
     if not entries:
-        raise ValueError(f"--images {source}: found no images; expected at least one ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"--images {images}: found no images; expected at least one ({', '.join(IMAGE_SUFFIXES)})")
     if repeated:
-        _logger.info("%s names %d images again; each is annotated once", source, repeated)
-    return list(entries.values())
-
-
-def _is_utf8(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)  # what Python makes of other bytes
+        _logger.info("%s names %d images again; each is annotated once", images, repeated)
+    return list(entries.values()), image_folder
 
 
 def _paths_below(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Images below a folder, sorted by path. Links are followed; what has no image's suffix is counted."""
-    left_alone: Counter[str] = Counter()
+    """Yield (place, path, caption) of the images below a folder, sorted by path. Other files are counted."""
+    ignored: Counter[str] = Counter()
     names = []
     for path in _files_below(folder, (folder.resolve(),)):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
-            left_alone[path.suffix.lower() or "no suffix"] += 1
+            ignored[path.suffix.lower() or "no suffix"] += 1
         elif path.exists() and not path.is_file():
-            left_alone["pipe or device"] += 1
+            ignored["pipe or device"] += 1
         else:
             names.append(path.relative_to(folder).as_posix())
-    if left_alone:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_alone.most_common(8))
-        _logger.warning("%s: %d files are no images by their suffix and are left alone: %s", folder,
-                        left_alone.total(), kinds)  # fmt: skip
+    if ignored:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common(8))
+        _logger.warning(
+            "%s: %d files are no images by their suffix and are ignored: %s", folder, ignored.total(), kinds
+        )
     for name in sorted(names):
         yield str(folder), name, ""
 
 
 def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """All that is no folder below `folder`; `above` are the real paths of it and of those it was reached through."""
+    """Yield the files below `folder`, following links; `above` are the real paths from the top down to it."""
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        for entry in entries:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             path = Path(entry.path)
             if not entry.is_dir():
                 yield path
                 continue
-            place = path.resolve() if entry.is_symlink() else above[-1] / entry.name
-            if place in above:
-                raise ValueError(f"{path}: found a link that leads back to {place}; remove it")
-            yield from _files_below(path, (*above, place))
+            real_path = path.resolve() if entry.is_symlink() else above[-1] / entry.name
+            if real_path in above:
+                raise ValueError(f"{path}: found a link that leads back to {real_path}; remove it")
+            yield from _files_below(path, (*above, real_path))
     except OSError as error:
         raise ValueError(
             f"{error.filename}: found a folder or link that cannot be read ({error.strerror}); expected all folders "
@@ -191,7 +148,7 @@ def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 def _lines_of(path: Path) -> Iterator[tuple[str, str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a path may hold what else ends a line
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a path may contain other line separators
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: found text that is not UTF-8 ({error}); save it as UTF-8") from error
     for number, line in enumerate(lines, start=1):
@@ -200,7 +157,7 @@ def _lines_of(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _images_of_records(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Images of records; a record of text alone, as LLaVA's JSON has them, names none."""
+    """Yield the images of records; a record of text alone, as in LLaVA's JSON, has none."""
     for index, record in enumerate(iter_records(path)):
         place = f"{path}: record {index}"
         if not isinstance(record, Mapping):
@@ -209,7 +166,7 @@ def _images_of_records(path: Path) -> Iterator[tuple[str, str, str]]:
         if images is None and "conversations" in record:
             continue
         caption = _caption_of(record)
-        if not _is_utf8(caption):
+        if not is_text(caption):
             raise ValueError(f"{place}: found caption {caption!r}, expected text in UTF-8. Correct or remove it")
         for image in images if isinstance(images, list) else [images]:
             if not isinstance(image, str):
@@ -228,132 +185,19 @@ def _caption_of(record: Mapping[str, Any]) -> str:
     return ""
 
 
-# Shards: the records of some thousand images in one file that appears whole or not at all.
-#
-# The first line is a header, then comes one record a line, in the manifest's order. The same records give the same
-# bytes: nothing of when, where or how fast they were made is in them.
-#
-#     {"shard": 0, "first": 0, "count": 2, "settings_sha256": "...", "counts": {"ok": 2}, "records_sha256": "..."}
-#     {"image_id": "a.jpg", "size": [640, 480], "caption": "", "labels": [...], "status": "ok", "reason": null, ...}
-
-SHARDS_FOLDER = "shards"
-_GZIP_LEVEL = 6
-_LEFT_BEHIND_SECONDS = 3600  # of a temporary file's age; to write one takes seconds
-_SUFFIX = ".jsonl.gz"
-
-Record = dict[str, Any]
-"""A PAD record with `status`, `reason`, `tags` and `candidates` beside its own keys."""
-
-
 class ShardError(ValueError):
-    """A shard that is missing, cut off or changed, or was made with other settings."""
+    """A shard that is missing, damaged, or of another run."""
 
 
-@dataclass(frozen=True)
-class ShardHeader:
-    """What a shard says of itself.
-
-    Attributes:
-        shard: its number.
-        first: row of its first image in the manifest.
-        count: its images.
-        settings_sha256: hash of the run's settings.json, so that shards of different runs can't be mixed up.
-        counts: records by status, sorted by status.
-        records_sha256: hash of the lines behind the header.
-    """
+class ShardHeader(NamedTuple):
+    """The first line of a shard."""
 
     shard: int
-    first: int
-    count: int
-    settings_sha256: str
-    counts: dict[str, int]
-    records_sha256: str
-
-
-def shard_path(output: Path, shard: int) -> Path:
-    """Where shard number `shard` of an output folder is or goes."""
-    return output / SHARDS_FOLDER / f"{shard:05d}{_SUFFIX}"
-
-
-def write_shard(path: Path, records: Sequence[Record], *, shard: int, first: int, settings_sha256: str) -> ShardHeader:
-    """Writes a shard, whole or not at all.
-
-    Raises:
-        ValueError: a number that isn't finite, which JSON can't hold.
-    """
-    lines = b"".join(_line(record) for record in records)
-    counts = Counter(record["status"] for record in records)
-    header = ShardHeader(
-        shard=shard,
-        first=first,
-        count=len(records),
-        settings_sha256=settings_sha256,
-        counts={status: counts[status] for status in sorted(counts)},
-        records_sha256=hashlib.sha256(lines).hexdigest(),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        temporary.write_bytes(gzip.compress(_line(asdict(header)) + lines, compresslevel=_GZIP_LEVEL, mtime=0))
-    _remove_left_behind(path)
-    return header
-
-
-def read_header(path: Path) -> ShardHeader:
-    """The header alone, without a look at the records.
-
-    Raises:
-        ShardError: no such file, or no shard.
-    """
-    try:
-        with gzip.open(path, "rb") as file:
-            return _header(file.readline(), path)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _damaged(path, str(error)) from error
-    except FileNotFoundError:
-        raise ShardError(f"{path}: found no such file; expected a shard. `patch-aligned annotate` makes it") from None
-
-
-def read_shard(path: Path) -> tuple[ShardHeader, list[Record]]:
-    """A shard's header and records, with the hash checked.
-
-    Raises:
-        ShardError: no such file, or one that isn't as it was written.
-    """
-    header = read_header(path)
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _damaged(path, str(error)) from error
-    lines = content[content.index(b"\n") + 1 :]
-    if (found := hashlib.sha256(lines).hexdigest()) != header.records_sha256:
-        raise _damaged(path, f"found records of sha256 {found}, expected {header.records_sha256}")
-    return header, [json.loads(line) for line in lines.splitlines()]
-
-
-def _remove_left_behind(path: Path) -> None:
-    """Removes what processes left that were killed while they wrote; what is young may be another's, still at work."""
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - temporary.stat().st_mtime > _LEFT_BEHIND_SECONDS:
-                temporary.unlink()
-
-
-def _line(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
-
-
-def _header(line: bytes, path: Path) -> ShardHeader:
-    try:
-        return ShardHeader(**json.loads(line))
-    except (TypeError, ValueError) as error:
-        raise _damaged(path, f"found no header in its first line ({error})") from error
-
-
-def _damaged(path: Path, problem: str) -> ShardError:
-    return ShardError(f"{path}: {problem}. Remove it and call `patch-aligned annotate` again, which makes it anew")
-
-
-_NAMES_SHOWN = 5
+    first: int  # row of its first image in the manifest
+    count: int  # images
+    settings_sha256: str  # of the run's settings.json, so that shards of different runs are not mixed up
+    counts: dict[str, int]  # records by status, sorted by status
+    records_sha256: str  # of the other lines
 
 
 class RunFolder:
@@ -362,60 +206,63 @@ class RunFolder:
     Attributes:
         path: the folder.
         entries: the manifest's, in order.
-        settings: what settings.json says.
+        settings: content of settings.json.
         settings_sha256: its hash, which every shard carries.
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads a run's manifest and settings.
+        """Read a run's manifest and settings.
 
         Raises:
-            ValueError: no run's folder, or a manifest that isn't the one of the settings; or a broken manifest.
+            ValueError: it is no run's folder, or the manifest is not that of the settings.
         """
         self.path = path
-        settings_path, manifest_path = _settings_path(path), _manifest_path(path)
-        for file in (settings_path, manifest_path):
+        self.settings_path, self.manifest_path = path / "settings.json", path / "manifest.jsonl"
+        for file in (self.settings_path, self.manifest_path):
             if not file.is_file():
                 raise ValueError(f"{file}: found no such file; expected the output folder of `patch-aligned annotate`")
-        content = settings_path.read_bytes()
+        content, manifest = self.settings_path.read_bytes(), self.manifest_path.read_bytes()
         try:
             self.settings: dict[str, Any] = json.loads(content)
             self.shard_size: int = self.settings["shard_size"]
             expected = self.settings["manifest_sha256"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{settings_path}: found no settings of a run ({error!r})") from error
-        self.settings_sha256 = hashlib.sha256(content).hexdigest()
-        self.entries: list[ManifestEntry] = read_manifest(manifest_path)
-        found = hashlib.sha256(manifest_path.read_bytes()).hexdigest()
-        if found != expected:
+            raise ValueError(f"{self.settings_path}: found no settings of a run ({error!r})") from error
+        if (found := hashlib.sha256(manifest).hexdigest()) != expected:
             raise ValueError(
-                f"{manifest_path}: found sha256 {found}, expected {expected} as in settings.json. Was it edited? "
+                f"{self.manifest_path}: found sha256 {found}, expected {expected} as in settings.json. Was it edited? "
                 "Annotate into another --output"
             )
+        self.settings_sha256 = hashlib.sha256(content).hexdigest()
+        self.entries = [ManifestEntry(**json.loads(line)) for line in manifest.splitlines()]
 
     @classmethod
     def start(cls, path: Path, entries: list[ManifestEntry], settings: Mapping[str, Any], shard_size: int) -> RunFolder:
-        """Makes the folder, or goes on with one that was made with the same images and settings.
+        """Create the folder, or open one that was made with the same images and settings.
 
-        Several processes may do so at once: all of them write the same bytes. The run has begun once its settings are
-        there: a manifest without them is what a call left that was killed in between, and is written anew.
+        Several processes may do so at once: all of them write the same bytes. A run has begun once its settings are
+        there; a manifest without them is left from a call that was killed in between, and is overwritten.
 
         Raises:
             ValueError: names each setting that differs from the folder's.
         """
-        content = manifest_bytes(entries)
-        wanted = {"shard_size": shard_size, "manifest_sha256": hashlib.sha256(content).hexdigest(), **settings}
+        manifest = b"".join(
+            _line({"image_id": entry.image_id} | ({"caption": entry.caption} if entry.caption else {}))
+            for entry in entries
+        )
+        wanted = {"shard_size": shard_size, "manifest_sha256": hashlib.sha256(manifest).hexdigest(), **settings}
+        text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
         path.mkdir(parents=True, exist_ok=True)
-        if not _settings_path(path).exists():
-            write_manifest(entries, _manifest_path(path))
-            with written_whole(_settings_path(path)) as temporary:
-                temporary.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        if not (path / "settings.json").exists():
+            for name, content in (("manifest.jsonl", manifest), ("settings.json", text.encode("utf-8"))):
+                with written_whole(path / name) as temporary:
+                    temporary.write_bytes(content)
         folder = cls(path)
         if folder.entries != entries:
             raise ValueError(f"{path}: {_difference_of_images(folder.entries, entries)}. {_ANOTHER}")
         differences = [
             f"{name}: the folder has {was!r}, this call {now!r}"
-            for name, was, now in _differences(folder.settings, json.loads(json.dumps(wanted)))
+            for name, was, now in _differences(folder.settings, json.loads(text))
         ]
         if differences:
             raise ValueError(
@@ -431,34 +278,75 @@ class RunFolder:
         return -(-len(self.entries) // self.shard_size)
 
     def first_of(self, shard: int) -> int:
-        """Row of the shard's first image in the manifest."""
+        """Return the row of the shard's first image in the manifest."""
         return shard * self.shard_size
 
     def entries_of(self, shard: int) -> list[ManifestEntry]:
-        """The images of a shard."""
+        """Return the images of a shard."""
         return self.entries[self.first_of(shard) : self.first_of(shard + 1)]
 
     def shard_path(self, shard: int) -> Path:
-        """Its file, which is there if it is done."""
-        return shard_path(self.path, shard)
+        """Return a shard's file, which exists if it is done."""
+        return self.path / "shards" / f"{shard:05d}.jsonl.gz"
 
     def files(self) -> list[Path]:
-        """What the run consists of, there or not."""
-        shards = map(self.shard_path, range(self.num_shards))
-        return [_settings_path(self.path), _manifest_path(self.path), *shards]
+        """Return all files of the run, existing or not."""
+        return [self.settings_path, self.manifest_path, *map(self.shard_path, range(self.num_shards))]
 
-    def read_shard(self, shard: int) -> tuple[ShardHeader, list[Record]]:
-        """A finished shard: its header and one record for each of its images, in order.
+    def write_shard(self, shard: int, records: Sequence[Record]) -> ShardHeader:
+        """Write a shard atomically.
 
         Raises:
-            ShardError: it is missing, not as it was written, of other settings, or of other images.
+            ValueError: a number is not finite, which JSON cannot express.
+        """
+        lines = b"".join(map(_line, records))
+        counts = Counter(record["status"] for record in records)
+        header = ShardHeader(
+            shard=shard,
+            first=self.first_of(shard),
+            count=len(records),
+            settings_sha256=self.settings_sha256,
+            counts={status: counts[status] for status in sorted(counts)},
+            records_sha256=hashlib.sha256(lines).hexdigest(),
+        )
+        path = self.shard_path(shard)
+        path.parent.mkdir(exist_ok=True)
+        with written_whole(path) as temporary:
+            temporary.write_bytes(gzip.compress(_line(header._asdict()) + lines, compresslevel=_GZIP_LEVEL, mtime=0))
+        # Remove what killed processes left; a younger file may belong to another process that is still writing.
+        for left_behind in path.parent.glob(f".{path.name}.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left_behind.stat().st_mtime > _LEFT_BEHIND_SECONDS:
+                    left_behind.unlink()
+        return header
+
+    def read_header(self, shard: int) -> ShardHeader:
+        """Read the header alone, and not the records.
+
+        Raises:
+            ShardError: it is missing, or no shard.
         """
         path = self.shard_path(shard)
-        header, records = read_shard(path)
+        with _shard_errors(path), gzip.open(path, "rb") as file:
+            return ShardHeader(**json.loads(file.readline()))
+
+    def read_shard(self, shard: int) -> tuple[ShardHeader, list[Record]]:
+        """Read a finished shard: its header and one record for each of its images, in order.
+
+        Raises:
+            ShardError: it is missing, damaged, of other settings, or of other images.
+        """
+        path = self.shard_path(shard)
+        with _shard_errors(path):
+            first, lines = gzip.decompress(path.read_bytes()).split(b"\n", 1)
+            header = ShardHeader(**json.loads(first))
+            if (found := hashlib.sha256(lines).hexdigest()) != header.records_sha256:
+                raise ValueError(f"found records of sha256 {found}, expected {header.records_sha256}")
+            records: list[Record] = [json.loads(line) for line in lines.splitlines()]
         if header.settings_sha256 != self.settings_sha256:
             raise ShardError(
                 f"{path}, field 'settings_sha256': found {header.settings_sha256}, expected {self.settings_sha256} of "
-                f"{_settings_path(self.path)}. It belongs to another run; remove it and annotate again"
+                f"{self.settings_path}. It belongs to another run; remove it and annotate again"
             )
         expected = [entry.image_id for entry in self.entries_of(shard)]
         if [record.get("image_id") for record in records] != expected or header.shard != shard:
@@ -468,50 +356,43 @@ class RunFolder:
             )
         return header, records
 
-    def is_done(self, shard: int) -> bool:
-        """Whether the shard is there and sound."""
+    def finished_records(self, shard: int) -> list[Record] | None:
+        """Return a shard's records, or None where it is missing or damaged and so has to be made."""
         try:
-            self.read_shard(shard)
+            return self.read_shard(shard)[1]
         except ShardError as error:
             if self.shard_path(shard).exists():
-                _logger.warning("Made anew: %s", error)
-            return False
-        return True
+                _logger.warning("Made again: %s", error)
+            return None
 
     def is_left(self, shard: int, retry: Collection[str] = ()) -> bool:
-        """Whether the shard is still to be done, or has records of the statuses that are to be tried again."""
-        return not self.is_done(shard) or any(status in retry for status in read_header(self.shard_path(shard)).counts)
+        """Whether the shard has to be made, or has records of the statuses that are to be tried again."""
+        records = self.finished_records(shard)
+        return records is None or any(record["status"] in retry for record in records)
 
     def missing_shards(self) -> list[int]:
-        """Numbers of the shards that aren't there. Those that are there aren't read."""
+        """Return the shards without a file. Existing files are not read."""
         return [shard for shard in range(self.num_shards) if not self.shard_path(shard).is_file()]
 
-    def iter_records(self) -> Iterator[Record]:
-        """All records in the manifest's order; one shard is held at a time.
 
-        Raises:
-            ShardError: see `read_shard`.
-        """
-        for shard in range(self.num_shards):
-            yield from self.read_shard(shard)[1]
+def _line(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
-_ORIGINS = ("model", "revision", "checkpoint")
-"""Settings that say where a model's files are from; what is in them decides."""
-
-_ANOTHER = "Go on with the same ones, or name another --output"
-
-
-def _settings_path(path: Path) -> Path:
-    return path / "settings.json"
-
-
-def _manifest_path(path: Path) -> Path:
-    return path / "manifest.jsonl"
+@contextmanager
+def _shard_errors(path: Path) -> Iterator[None]:
+    """Name the shard in whatever is raised while it is read."""
+    again = "`patch-aligned annotate` makes it again"
+    try:
+        yield
+    except FileNotFoundError:
+        raise ShardError(f"{path}: found no such file, expected a shard; {again}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error, TypeError, ValueError) as error:
+        raise ShardError(f"{path}: found a damaged shard ({error}). Remove it; {again}") from error
 
 
 def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Name, old and new value of each leaf that differs."""
+    """Yield name, old and new value of each leaf that differs."""
     if isinstance(was, dict) and isinstance(now, dict):
         origins = _ORIGINS if any(key.endswith("sha256") for key in was) else ()
         for key in sorted({*was, *now} - {*origins}):
@@ -521,10 +402,10 @@ def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any,
 
 
 def _difference_of_images(was: list[ManifestEntry], now: list[ManifestEntry]) -> str:
-    old, new = ({entry.image_id: entry.caption for entry in entries} for entries in (was, now))
+    old, new = dict(was), dict(now)
     if old.keys() != new.keys():
         parts = [
-            f"{len(names)} {what} ({_first_of(names)})"
+            f"{len(names)} {what} ({_listed(names)})"
             for names, what in (
                 (new.keys() - old.keys(), "that the manifest lacks"),
                 (old.keys() - new.keys(), "of the manifest that are gone"),
@@ -533,39 +414,25 @@ def _difference_of_images(was: list[ManifestEntry], now: list[ManifestEntry]) ->
         ]
         return f"found other images than the run began with: {' and '.join(parts)}"
     if changed := {name for name, caption in old.items() if caption != new[name]}:
-        return f"found other captions than the run began with: of {len(changed)} images ({_first_of(changed)})"
+        return f"found other captions than the run began with: of {len(changed)} images ({_listed(changed)})"
     return f"the manifest has the same {len(old)} images in another order"
 
 
-def _first_of(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 # From the shards of a finished run to one PAD file, with a list of the images that are not in it.
 
 
-_SHOWN = 5
+class Merged(NamedTuple):
+    """What became of the images of a run."""
 
-
-@dataclass(frozen=True)
-class Merged:
-    """What became of the images of a run.
-
-    Attributes:
-        output: the PAD file.
-        images: of the manifest.
-        written: records of the PAD file.
-        regions: of the PAD file.
-        counts: images by status.
-        skipped: lists the images that are not in the PAD file, with their status and reason.
-    """
-
-    output: Path
-    images: int
-    written: int
-    regions: int
-    counts: dict[str, int]
-    skipped: Path
+    images: int  # of the manifest
+    written: int  # records of the PAD file
+    regions: int  # of the PAD file
+    counts: dict[str, int]  # images by status
+    skipped: Path  # lists the images that are not in the PAD file, with their status and reason
 
 
 def merge(
@@ -576,15 +443,16 @@ def merge(
     keep_candidates: bool = False,
     watch: Callable[[Iterator[Record]], Iterable[Record]] = iter,
 ) -> Merged:
-    """Writes the records of all shards in the manifest's order, whole or not at all; one shard is held at a time.
+    """Write the records of all shards to one PAD file, atomically and in the manifest's order.
 
-    Beside `output` go `<output>.skipped.jsonl` and `<output>.settings.json`, a copy of the run's settings.
+    One shard is in memory at a time. `<output>.skipped.jsonl` and `<output>.settings.json`, a copy of the run's
+    settings, are written beside `output`.
 
     Args:
         run: the output folder of `patch-aligned annotate`.
         output: a `.json`, `.jsonl`, `.json.gz`, `.jsonl.gz` or `.parquet` file.
-        keep_all: take every image that could be read, not only those that ended `ok`: they have no regions. An image
-            that could not be read has no size and is in no PAD file.
+        keep_all: take every image that could be read, also without regions. An image that could not be read has no
+            size and is in no PAD file.
         keep_candidates: keep the boxes before NMS too.
         watch: passes the records on, one by one; it may show the progress.
 
@@ -614,24 +482,22 @@ def merge(
     with written_whole(skipped_path) as temporary, temporary.open("w", encoding="utf-8") as skipped:
         written = write_records(kept(skipped), output)
     with written_whole(output.with_name(output.name + SETTINGS_SUFFIX)) as temporary:
-        temporary.write_bytes((run.path / "settings.json").read_bytes())
-    return Merged(output, len(run.entries), written, regions, dict(sorted(counts.items())), skipped_path)
+        temporary.write_bytes(run.settings_path.read_bytes())
+    return Merged(len(run.entries), written, regions, dict(sorted(counts.items())), skipped_path)
 
 
 def _all_records(run: RunFolder) -> Iterator[Record]:
-    """Records of all shards; damaged shards are gathered, so that the error at the end names all of them."""
-    damaged: list[int] = []
-    problems: list[str] = []
+    """Yield the records of all shards; one error at the end names all damaged shards."""
+    problems: dict[int, str] = {}
     for shard in range(run.num_shards):
         try:
             _, records = run.read_shard(shard)
         except ShardError as error:
-            damaged.append(shard)
-            problems.append(str(error))
+            problems[shard] = str(error)
             continue
         yield from records
-    if damaged:
-        raise _incomplete(run, damaged, problems, "are damaged")
+    if problems:
+        raise _incomplete(run, list(problems), list(problems.values()), "are damaged")
 
 
 def _incomplete(run: RunFolder, shards: list[int], problems: list[str], what: str) -> ValueError:
@@ -645,8 +511,8 @@ def _incomplete(run: RunFolder, shards: list[int], problems: list[str], what: st
     if len(shards) > _SHOWN:
         lines.append(f"  and {len(shards) - _SHOWN} more: {', '.join(map(str, shards[_SHOWN:]))}")
     lines += [f"  {problem}" for problem in problems[:_SHOWN]]
-    way_on = "`patch-aligned annotate` with the options of this run makes what is missing and leaves the rest"
     return ValueError(
         f"{run.path}: {len(shards)} of {run.num_shards} shards {what}, {images:,} of {len(run.entries):,} images; "
-        f"expected all of the manifest. Nothing was written. {way_on}:\n" + "\n".join(lines)
+        "expected all of the manifest. Nothing was written. `patch-aligned annotate` with the options of this run "
+        "makes the missing shards and leaves the others:\n" + "\n".join(lines)
     )

@@ -1,10 +1,10 @@
-"""`patch-aligned reselect`: other thresholds, NMS or labels for images that are annotated already, without a model.
+"""`patch-aligned reselect`: other thresholds, NMS or labels for annotated images, without a model.
 
-Records keep all of the detector's candidates, but masks of those alone that became regions. So a new choice may rename
-regions and leave some out. Where it adds a box that has no mask it is refused, and the boxes are named: lower
-thresholds do that, a higher `nms_iou`, and a lower one where it takes away a box that had suppressed others. After
-`annotate --segment_candidates` every candidate has its mask, and any choice will do. A region that is left out hands
-its mask to its candidate, and so can come back.
+Records keep all of the detector's candidates, but masks only of those that became regions. So a new choice may rename
+regions and drop some. If it adds a box that has no mask it is refused, and the error lists the boxes: lower thresholds
+do that, a higher `nms_iou`, and a lower one if it drops a box that had suppressed others. After `annotate
+--segment_candidates` every candidate has its mask, and any choice is possible. A region that is dropped leaves its mask
+with its candidate, so that it can become a region again.
 """
 
 from __future__ import annotations
@@ -16,15 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from patch_aligned.annotate.folder import Record, RunFolder, merge
-from patch_aligned.annotate.regions import (
-    Candidate,
-    CandidateError,
-    CandidateThresholds,
-    Selection,
-    mask_fields,
-    mask_of_label,
-    select,
-)
+from patch_aligned.annotate.options import CandidateThresholds, Selection
+from patch_aligned.annotate.regions import Candidate, mask_of_candidate, mask_of_label, select
 from patch_aligned.files import refuse_inputs, written_whole
 from patch_aligned.pad import SETTINGS_SUFFIX, read_annotations, write_records
 
@@ -34,20 +27,14 @@ _SHOWN = 5
 
 @dataclass
 class Counts:
-    """What a choice of candidates gives.
+    """What a choice of candidates gives."""
 
-    Attributes:
-        images: those with regions.
-        regions: of all images.
-        tags: different ones.
-    """
-
-    images: int = 0
+    images: int = 0  # with regions
     regions: int = 0
-    tags: set[str] = field(default_factory=set)
+    tags: set[str] = field(default_factory=set)  # different ones
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Counts a record's labels."""
+        """Count a record's labels."""
         self.images += bool(record["labels"])
         self.regions += len(record["labels"])
         self.tags.update(label["tag"] for label in record["labels"])
@@ -56,29 +43,29 @@ class Counts:
 def reselect(
     source: Path, output: Path, changes: Mapping[str, Any], *, keep_candidates: bool = False
 ) -> tuple[Counts, Counts]:
-    """Writes a PAD file with the labels that another selection gives.
+    """Write a PAD file with the labels that another selection gives.
 
     Args:
-        source: the output folder of `patch-aligned annotate`: what `merge` would take of it is written. Or a PAD file
-            that was merged with its candidates: all its records are, some perhaps without regions.
-        output: a `.json`, `.jsonl`, `.json.gz`, `.jsonl.gz` or `.parquet` file. Beside it goes
-            `<output>.settings.json`, the run's settings with the new `selection`.
+        source: the output folder of `patch-aligned annotate`, of which what `merge` would take is written; or a PAD
+            file that was merged with its candidates, of which all records are written, some perhaps without regions.
+        output: a `.json`, `.jsonl`, `.json.gz`, `.jsonl.gz` or `.parquet` file. `<output>.settings.json` is written
+            beside it: the run's settings with the new `selection`.
         changes: attributes of `Selection` that differ from the run's.
         keep_candidates: so that the output can be reselected again.
 
     Returns:
-        What the labels were, and what they are.
+        Counts before and after.
 
     Raises:
-        ValueError: for thresholds below those of the candidates; or records without candidates, or boxes without a
-            mask; or an output that is the source. Nothing is written then.
-        AnnotationError: for a record of a PAD file that breaks the format.
+        ValueError: thresholds are below those of the candidates, records lack candidates, boxes lack a mask, or the
+            output is the source. Nothing is written.
+        AnnotationError: a record of a PAD file breaks the format.
     """
     if not source.exists():
         raise ValueError(f"{source}: found no such file or folder, expected a run's folder or a PAD file")
     refuse_inputs(output, [source])
     run = RunFolder(source) if source.is_dir() else None
-    settings = dict(run.settings) if run else _settings_beside(source)
+    settings = run.settings if run else _settings_beside(source)
     if "detector" not in settings:
         raise ValueError(f"{source}: found no detector in its settings, expected candidates that a detector found")
     selection = replace(Selection(**settings["selection"]), **changes)
@@ -94,7 +81,7 @@ def reselect(
             images += bool(without_mask)
             before.add(record)
             after.add(new)
-            if not keep_candidates and run is None:  # merge sees to it itself
+            if not keep_candidates and run is None:  # merge removes them itself
                 del new["candidates"]
             yield new
         if unsegmented:
@@ -111,60 +98,55 @@ def reselect(
 
 
 def reselected(record: Record, selection: Selection, source: str | Path = "record") -> tuple[Record, list[str]]:
-    """A record with the labels that another selection gives, and its boxes that would be labels but have no mask.
+    """Return a record with the labels of another selection, and the boxes that would be labels but have no mask.
 
-    Images that were never detected in (unreadable ones and others) stay as they are.
+    Images without detection (unreadable ones and others) stay as they are.
 
     Raises:
-        ValueError: for a record without candidates, or broken ones.
+        ValueError: a record without candidates, or with broken ones.
     """
     place = f"{source}: image_id {record.get('image_id')!r}"
-    if not isinstance(record.get("candidates"), list):
+    entries = record.get("candidates")
+    if not isinstance(entries, list):
         raise ValueError(
             f"{place}, field 'candidates': found none, expected the detector's boxes. Give the run's folder, or a file "
             "merged with --keep_candidates"
         )
     if record.get("status") not in _RESELECTABLE:
         return dict(record), []
-    try:
-        candidates = [
-            Candidate.from_record(entry, f"candidates[{position}]")
-            for position, entry in enumerate(record["candidates"])
-        ]
-    except CandidateError as error:
-        raise ValueError(f"{place}, {error}. Annotate the image again") from error
-    masks = {position: mask_fields(entry) for position, entry in enumerate(record["candidates"])}
+    candidates = [
+        Candidate.from_record(entry, f"{place}, candidates[{position}]") for position, entry in enumerate(entries)
+    ]
+    masks = dict(enumerate(map(mask_of_candidate, entries)))
     for number, label in enumerate(record["labels"]):
         position = label.get("candidate")
         if type(position) is not int or position not in masks:
             raise ValueError(
-                f"{place}, field 'labels[{number}].candidate': found {position!r}, expected the place of the region's "
-                "box among the candidates. Give the run's folder, or the file as `patch-aligned merge` wrote it"
+                f"{place}, field 'labels[{number}].candidate': found {position!r}, expected the position of the "
+                "region's box among the candidates. Give the run's folder, or the file as `patch-aligned merge` "
+                "wrote it"
             )
         masks[position] = mask_of_label(label)
-    empty = {position for position, mask in masks.items() if mask.get("area_px") == 0} | set(
-        record.get("empty_masks", ())
-    )
+    empty = {position for position, mask in masks.items() if mask.get("area_px") == 0}
+    empty.update(record.get("empty_masks", ()))
     chosen = select(candidates, selection, record["size"])
     labels = []
     without_mask = []
-    for selected in chosen:
-        if selected.position in empty:
+    for position in chosen:
+        candidate = candidates[position]
+        if position in empty:
             continue
-        if mask := masks[selected.position]:
-            labels.append(selected.to_label(mask))
+        if mask := masks[position]:
+            labels.append(candidate.to_label(position, selection, mask))
         else:
-            box = ", ".join(f"{number:.0f}" for number in selected.candidate.bbox_xyxy_px)
-            without_mask.append(
-                f"{record['image_id']}: {selected.tag!r} at [{box}], score {selected.candidate.score:.3f}"
-            )
+            box = ", ".join(f"{number:.0f}" for number in candidate.bbox_xyxy_px)
+            tag = candidate.tag(selection)
+            without_mask.append(f"{record['image_id']}: {tag!r} at [{box}], score {candidate.score:.3f}")
     labelled = {label["candidate"] for label in labels}
-    entries = [  # what is no region any more hands its mask back to the candidate, so that it can be one again
-        entry if position in labelled else {**entry, **masks[position]}
-        for position, entry in enumerate(record["candidates"])
-    ]
+    # A region that is dropped leaves its mask with its candidate.
+    kept = [entry if at in labelled else {**entry, **masks[at]} for at, entry in enumerate(entries)]
     status = "ok" if labels else "no_masks" if chosen else "no_boxes"
-    return {**record, "labels": labels, "candidates": entries, "status": status, "reason": None}, without_mask
+    return {**record, "labels": labels, "candidates": kept, "status": status, "reason": None}, without_mask
 
 
 def _settings_beside(pad: Path) -> dict[str, Any]:

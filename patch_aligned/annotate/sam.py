@@ -1,7 +1,7 @@
-"""Masks for boxes, by SAM or SAM 2: pictures and their boxes in, run lengths out.
+"""Masks for boxes, by SAM or SAM 2.
 
 Images are encoded once, those without boxes never. The boxes of all images are then decoded in one flat list, each with
-its own image's embedding, so that images may have any number of them; a box's mask doesn't depend on the others.
+its own image's embedding, so that images may have any number of them; a box's mask does not depend on the others.
 
 Letters: B images that have boxes, N boxes of all images together, n boxes of one step.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,41 +20,23 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from transformers import Sam2ImageProcessor, Sam2Model, SamImageProcessorPil, SamModel
 
-from patch_aligned.annotate.fetch import kind_of_checkpoint, load_whole_model
-from patch_aligned.annotate.regions import NonFiniteScoresError
+from patch_aligned.annotate.fetch import DeviceModel, class_of_checkpoint, load_model
+from patch_aligned.annotate.regions import Mask, NonFiniteScoresError
 from patch_aligned.masks import areas_px
 
 Box = Sequence[float]
-"""Corners x1, y1, x2, y2 in pixels of the picture."""
+"""Corners x1, y1, x2, y2 in pixels of the image."""
 
 _MASK_MODELS: dict[str, Any] = {
     "sam": SamModel,
     "sam2": Sam2Model,
     "sam2_video": Sam2Model,
 }  # SAM 2 is published as a video model
-_LARGEST_STEP_PX = 1 << 26  # of masks in the pictures' own size at a time: 256 MiB in float32
+_LARGEST_STEP_PX = 1 << 26  # of masks in the images' own size at a time: 256 MiB in float32
 
 
-class Mask(NamedTuple):
-    """The mask of one box.
-
-    Attributes:
-        rle: COCO compressed RLE string, of the picture's size.
-        area_px: its pixels; 0 where the model found nothing.
-        predicted_iou: the model's own guess of how good the mask is.
-    """
-
-    rle: str
-    area_px: int
-    predicted_iou: float
-
-
-class SamSegmenter:
-    """SAM or SAM 2 on one device.
-
-    Attributes:
-        settings: what decides the masks, as plain values for a manifest.
-    """
+class SamSegmenter(DeviceModel):
+    """SAM or SAM 2 on one device."""
 
     def __init__(
         self,
@@ -64,70 +47,50 @@ class SamSegmenter:
         dtype: torch.dtype | None = None,
         boxes_per_step: int = 64,
     ) -> None:
-        """Places the model.
+        """Place the model and its image processor on a device; for `dtype` see `DeviceModel`.
 
-        Args:
-            model: SAM or SAM 2.
-            image_processor: the one that belongs to it.
-            device: where it runs.
-            dtype: what autocast computes in, float32 for none; by default bfloat16 on a GPU, float32 on a CPU.
-            boxes_per_step: boxes decoded at a time. Each takes a copy of its image's embedding (4 MB for SAM, 16 MB for
-                SAM 2, in float32).
+        Each of the `boxes_per_step` boxes that are decoded at a time takes a copy of its image's embedding: 4 MB for
+        SAM, 16 MB for SAM 2, in float32.
         """
-        self.device = torch.device(device)
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self.model = model.requires_grad_(False).eval()
-        self.model.to(device=self.device)
+        super().__init__(model, device, dtype)
         self.image_processor = image_processor
         self.boxes_per_step = boxes_per_step
         self._pads = isinstance(model, SamModel)  # SAM keeps the aspect and pads, SAM 2 squashes
         self._side: int = image_processor.size["longest_edge"] if self._pads else image_processor.size["height"]
-        self.settings: dict[str, Any] = {
+        self.settings = {
             "kind": "sam" if self._pads else "sam2",
             "image_size": self._side,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.dtype_name,
         }
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str, *, revision: str = "main", **options: Any) -> SamSegmenter:
-        """A segmenter of the hub (facebook/sam-vit-huge, facebook/sam2.1-hiera-large) or of a folder.
-
-        Args:
-            name_or_folder: of a checkpoint in transformers' format.
-            revision: of the hub's repository.
-            options: the constructor's.
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> SamSegmenter:
+        """Load a checkpoint in transformers' format (facebook/sam-vit-huge, facebook/sam2.1-hiera-large).
 
         Raises:
             ValueError: for another kind of model, or where weights or SAM 2's torchvision are missing.
         """
-        kind = kind_of_checkpoint(name_or_folder, revision, _MASK_MODELS)
-        if kind != "sam" and find_spec("torchvision") is None:
+        model_class = class_of_checkpoint(folder, _MASK_MODELS)
+        if model_class is Sam2Model and find_spec("torchvision") is None:
             raise ValueError(
-                f"{name_or_folder}: the image processor of SAM 2 needs torchvision, which isn't installed: pip install "
+                f"{folder}: the image processor of SAM 2 needs torchvision, which is not installed: pip install "
                 "'patch-aligned-llava[annotate]'"
             )
-        model = load_whole_model(_MASK_MODELS[kind], name_or_folder, revision)
-        # SAM's default processor needs torchvision, this one doesn't. SAM 2 has only one, which does.
-        processor_class: Any = SamImageProcessorPil if kind == "sam" else Sam2ImageProcessor
-        processor = processor_class.from_pretrained(name_or_folder, revision=revision)
-        segmenter = cls(model, processor, **options)
-        segmenter.settings |= {"model": name_or_folder, "revision": revision}
-        return segmenter
+        # SAM's default processor needs torchvision, this one does not. SAM 2 has only one, which does.
+        processor_class: Any = Sam2ImageProcessor if model_class is Sam2Model else SamImageProcessorPil
+        return cls(load_model(model_class, folder), processor_class.from_pretrained(folder), **options)
 
     @torch.inference_mode()
     def segment(self, images: Sequence[Image.Image], boxes_xyxy_px: Sequence[Sequence[Box]]) -> list[list[Mask]]:
-        """The mask of each box.
+        """Return the masks of each image's boxes, in the boxes' order.
 
         Args:
-            images: pictures of any size. All that have boxes are encoded at once: the caller decides how many.
-            boxes_xyxy_px: of each image, any number of them. What leaves the picture is cut off for the prompt.
-
-        Returns:
-            Masks in the boxes' order, for each image.
+            images: of any size. All that have boxes are encoded at once.
+            boxes_xyxy_px: of each image, any number of them. They are cut at the image's border for the prompt.
 
         Raises:
-            ValueError: for other counts, or a box with a number that isn't finite.
-            NonFiniteScoresError: where an image's masks aren't finite. Before that it is tried again in float32.
+            ValueError: for other counts, or a box with a number that is not finite.
+            NonFiniteScoresError: an image's masks are not finite, in float32 either.
         """
         if len(images) != len(boxes_xyxy_px):
             raise ValueError(f"boxes_xyxy_px: found those of {len(boxes_xyxy_px)} images, expected {len(images)}")
@@ -155,9 +118,9 @@ class SamSegmenter:
     def _masks(
         self, pictures: Sequence[Image.Image], prompts: Sequence[Tensor], dtype: torch.dtype
     ) -> list[list[Mask] | None]:
-        """Masks of each picture's boxes `[boxes, 4]`; None for a picture whose numbers are not finite in this dtype."""
+        """Return the masks of each image's boxes `[boxes, 4]`; None for an image whose numbers are not finite."""
         pixel_values = self.image_processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self.device)
-        with self._autocast(dtype):
+        with self.autocast(dtype):
             embeddings = self.model.get_image_embeddings(pixel_values)  # SAM [B, C, h, w], SAM 2 a list of three
         image_of_box = torch.tensor(
             [row for row, boxes in enumerate(prompts) for _ in boxes], device=self.device
@@ -179,14 +142,14 @@ class SamSegmenter:
     def _decoded(
         self, embeddings: Tensor | list[Tensor], rows: Tensor, boxes: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Mask logits `[n, h, w]` in the decoder's size and predicted IoUs `[n]`, float32."""
+        """Return mask logits `[n, h, w]` in the decoder's size and predicted IoUs `[n]`, float32."""
         own = [level[rows] for level in embeddings] if isinstance(embeddings, list) else embeddings[rows]  # -> [n, ...]
-        with self._autocast(dtype):
+        with self.autocast(dtype):
             output = self.model(image_embeddings=own, input_boxes=boxes[:, None], multimask_output=False)
         return output.pred_masks[:, 0, 0].float(), output.iou_scores[:, 0, 0].float()  # [n, 1, 1, h, w] -> [n, h, w]
 
     def _encoded(self, low_resolution: Tensor, predicted_iou: Tensor, size_wh: tuple[int, int]) -> list[Mask]:
-        """Masks of one picture, from logits `[n, h, w]`."""
+        """Return the masks of one image, from logits `[n, h, w]`."""
         encoded: list[dict[str, Any]] = []
         for logits in low_resolution.split(max(1, _LARGEST_STEP_PX // (size_wh[0] * size_wh[1]))):
             is_mask = self._upsampled(logits, size_wh) > 0  # [n, height, width]
@@ -198,25 +161,22 @@ class SamSegmenter:
         ]
 
     def _upsampled(self, logits: Tensor, size_wh: tuple[int, int]) -> Tensor:
-        """Logits `[n, h, w]` in the picture's size, `[n, height, width]`."""
+        """Resize logits `[n, h, w]` to the image: `[n, height, width]`."""
         if self._pads:  # in two steps, as SAM's authors do it: to the padded square, then without the padding
             height, width = self._resized_hw(size_wh)
             logits = _resize(logits, (self._side, self._side))[:, :height, :width]
         return _resize(logits, (size_wh[1], size_wh[0]))
 
     def _resized_hw(self, size_wh: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of a picture in the model's square."""
+        """Return height and width of an image in the model's square."""
         if not self._pads:
             return self._side, self._side
         scale = self._side / max(size_wh)
         return int(size_wh[1] * scale + 0.5), int(size_wh[0] * scale + 0.5)
 
-    def _autocast(self, dtype: torch.dtype) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
-
 
 def _scaled(boxes: Sequence[Box], size_wh: tuple[int, int], resized_hw: tuple[int, int], position: int) -> Tensor:
-    """Boxes within the picture, in pixels of the model's square: `[boxes, 4]` float32."""
+    """Return the boxes within the image, in pixels of the model's square: `[boxes, 4]` float32."""
     corners = torch.tensor([[float(number) for number in box] for box in boxes], dtype=torch.float64)
     if corners.ndim != 2 or corners.shape[1] != 4 or not corners.isfinite().all():
         raise ValueError(f"boxes of image {position}: found {list(boxes)}, expected four finite numbers each")

@@ -30,9 +30,8 @@ from transformers import (
     SwinConfig,
 )
 
-from patch_aligned.annotate.ram.model import ConvertedCheckpoint, RamConfig, RamModel, save_converted
-from patch_aligned.annotate.regions import Selection
-from patch_aligned.annotate.run import ModelRecipe
+from patch_aligned.annotate.options import ModelOptions
+from patch_aligned.annotate.ram.model import Conversion, PublishedFile, RamConfig, RamModel, save_converted
 
 DEFAULT_OUT = Path(__file__).parent / "cache" / "annotation_models"
 _NAMES = Path(__file__).parent / "assets" / "sprite_names.csv"
@@ -59,20 +58,14 @@ def write_models(out: Path) -> None:
             part.save_pretrained(out / "sam")
 
 
-def recipe_of(folder: Path, box_threshold: float) -> ModelRecipe:
-    """What annotates with the models that `write_models` wrote to a folder.
-
-    Args:
-        folder: of them.
-        box_threshold: for them it is near 1, as what they find is noise.
-    """
-    return ModelRecipe(
+def options_of(folder: Path) -> ModelOptions:
+    """The options that name the models that `write_models` wrote to a folder."""
+    return ModelOptions(
         ram=folder / "ram.converted.safetensors",
         ram_tag_list=folder / "ram_tag_list.txt",
         ram_thresholds=folder / "ram_thresholds.txt",
         detector=str(folder / "grounding_dino"),
         sam=str(folder / "sam"),
-        selection=Selection(box_threshold=box_threshold),
     )
 
 
@@ -94,10 +87,9 @@ def _write_ram(out: Path, tags: list[str]) -> None:
     threshold = scores.quantile(1 - _SHARE_OF_TAGS).item()
     (out / "ram_tag_list.txt").write_text("".join(f"{tag}\n" for tag in tags), encoding="utf-8")
     (out / "ram_thresholds.txt").write_text(f"{threshold:.6f}\n" * len(tags), encoding="utf-8")
-    checkpoint = ConvertedCheckpoint(
-        out / "ram.converted.safetensors", config, "random", 0, hashlib.sha256(b"random").hexdigest()
-    )
-    save_converted(model.state_dict(), checkpoint)
+    source = PublishedFile(name="random", bytes=0, sha256=hashlib.sha256(b"random").hexdigest())
+    conversion = Conversion(config=config, source=source)
+    save_converted(model.state_dict(), out / "ram.converted.safetensors", conversion)
 
 
 def spread_out(model: RamModel) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +14,11 @@ import typer
 from pycocotools import mask as coco_mask
 
 from llava.command import clear_errors, typer_app
-from patch_aligned.annotate.pipeline import ImageInWork, Stages, Workload
-from patch_aligned.annotate.ram.tagger import Tag
-from patch_aligned.annotate.regions import Candidate, Selected
-from patch_aligned.annotate.run import run_annotate, statuses_named
-from patch_aligned.annotate.sam import Mask
+from patch_aligned.annotate.folder import list_images
+from patch_aligned.annotate.options import Selection, Workload
+from patch_aligned.annotate.pipeline import ImageInWork
+from patch_aligned.annotate.regions import Candidate, Mask, Tag
+from patch_aligned.annotate.run import AnnotationJob, run_annotate, statuses_named
 from patch_aligned.files import sha256_of
 from patch_aligned.pad import Region, read_annotations
 
@@ -29,7 +28,9 @@ app = typer_app()
 class ReplayStages:
     """Answers from a PAD file, which is held in memory. Images that it doesn't have get no tags."""
 
-    segment_candidates = False  # all of them are selected anyway
+    # All candidates are selected: true boxes may overlap.
+    selection = Selection(box_threshold=0, nms_iou=1, label_mode="best_tag", min_box_area_px=0)
+    segment_candidates = False
 
     def __init__(self, pad: Path) -> None:
         self._pad = pad
@@ -56,13 +57,6 @@ class ReplayStages:
             for item in items
         ]
 
-    def select(self, item: ImageInWork) -> list[Selected]:
-        """All of them: true boxes may overlap."""
-        return [
-            Selected(position, candidate, candidate.best_tag, candidate.best_tag)
-            for position, candidate in enumerate(item.candidates)
-        ]
-
     def segment(self, items: Sequence[ImageInWork]) -> list[list[Mask]]:
         """The regions' masks."""
         return [[self._mask(region, item) for region in self._regions(item)] for item in items]
@@ -82,17 +76,6 @@ class ReplayStages:
         width, height = item.image.size
         area = coco_mask.area({"size": [height, width], "counts": region.rle_mask.encode("ascii")})
         return Mask(region.rle_mask, int(area), 1.0)
-
-
-@dataclass(frozen=True)
-class ReplayRecipe:
-    """A PAD file as the recipe of an annotation run."""
-
-    pad: Path
-
-    def build(self, device: str) -> Stages:
-        """Reads the file; there is nothing to place on a device."""
-        return ReplayStages(self.pad)
 
 
 @app.command()
@@ -120,18 +103,11 @@ def replay(
     `python -m playground.mini.replay --images scenes/train.json --image_folder scenes --pad scenes/pad.json
     --output runs/replay`
     """
-    run_annotate(
-        images=images,
-        image_folder=image_folder,
-        output=output,
-        recipe=ReplayRecipe(pad.resolve()),
-        workload=Workload(allow_missing=allow_missing),
-        engine="local",
-        shard_size=shard_size,
-        device="cpu",
-        ray_workers=None,
-        retry=frozenset() if retry is None else statuses_named(retry),
-    )
+    statuses = statuses_named(retry)
+    entries, root = list_images(images, image_folder)
+    workload = Workload(allow_missing=allow_missing)
+    job = AnnotationJob(entries, root, output, lambda device: ReplayStages(pad), workload, shard_size, statuses)
+    run_annotate(job, device="cpu")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""RAM and RAM++: a Swin encoder, and a decoder in which each tag looks at the image.
+"""RAM and RAM++: a Swin encoder, and a decoder in which each tag attends to the image.
 
 Both score a fixed list of tags. RAM's query of a tag is the embedding of its name; RAM++ has several descriptions of
-each tag and mixes their embeddings by how well they suit the image. Two layers of cross-attention follow, then one
-logit a tag. Queries never look at each other, so a tag's score doesn't depend on which others are in the list.
+each tag and mixes their embeddings by their similarity to the image. Two layers of cross-attention follow, then one
+logit a tag. Queries do not attend to each other, so a tag's score does not depend on the other tags of the list.
 Architecture: Zhang et al., "Recognize Anything" (arXiv 2306.03514), Huang et al., "Open-Set Image Tagging with
 Multi-Grained Text Supervision" (arXiv 2310.15200).
 
@@ -20,13 +20,15 @@ import pickle
 import re
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -43,32 +45,18 @@ _ENCODER_NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class RamConfig:
-    """Sizes of a model, all that its weights don't say by themselves included.
+    """Sizes of a model, including those that its weights do not determine."""
 
-    Attributes:
-        kind: `ram`, or `ram_plus` with several descriptions a tag.
-        image_size: side of the square input in pixels.
-        window_size: side of an attention window of the encoder in patches.
-        embed_dim: width of the encoder's first stage; it doubles from stage to stage.
-        depths: blocks of each stage.
-        num_heads: attention heads of each stage.
-        num_tags: T.
-        label_width: C.
-        hidden_size: H.
-        intermediate_size: width of the decoder's feed-forward layers.
-        decoder_layers: number of layers of the decoder.
-    """
-
-    kind: Literal["ram", "ram_plus"]
-    image_size: int
-    window_size: int
-    embed_dim: int
-    depths: tuple[int, ...]
-    num_heads: tuple[int, ...]
-    num_tags: int
-    label_width: int
-    hidden_size: int
-    intermediate_size: int
+    kind: Literal["ram", "ram_plus"]  # RAM++ has several descriptions a tag
+    image_size: int  # side of the square input in pixels
+    window_size: int  # side of an attention window of the encoder in patches
+    embed_dim: int  # width of the encoder's first stage; it doubles from stage to stage
+    depths: tuple[int, ...]  # blocks of each stage
+    num_heads: tuple[int, ...]  # attention heads of each stage
+    num_tags: int  # T
+    label_width: int  # C
+    hidden_size: int  # H
+    intermediate_size: int  # width of the decoder's feed-forward layers
     decoder_layers: int
 
     @property
@@ -83,7 +71,7 @@ class RamConfig:
 
 
 class TagQueries(NamedTuple):
-    """The decoder's input: one query a tag, and what the first layer asks with it. `B'` is 1 or B."""
+    """The decoder's input: one query a tag, and its projection by the first layer. `B'` is 1 or B."""
 
     hidden: Tensor  # [B', T, H]
     projected: Tensor  # [B', T, H]
@@ -105,15 +93,9 @@ class TagDecoderLayer(nn.Module):
         self.output_norm = nn.LayerNorm(hidden, eps=_DECODER_NORM_EPS)
 
     def forward(self, hidden: Tensor, image_tokens: Tensor, projected: Tensor | None = None) -> Tensor:
-        """One layer.
+        """Apply the layer to `hidden` `[B', T, H]` (`B'` is 1 or B) and image tokens `[B, P, C]`: `[B, T, H]`.
 
-        Args:
-            hidden: `[B', T, H]`, `B'` is 1 or B.
-            image_tokens: `[B, P, C]`.
-            projected: `self.query(hidden)` where it is known.
-
-        Returns:
-            `[B, T, H]`.
+        `projected` is `self.query(hidden)` where it is known.
         """
         key = _split_heads(self.key(image_tokens))  # [B, P, C] -> [B, heads, P, H / heads]
         value = _split_heads(self.value(image_tokens))
@@ -128,8 +110,8 @@ class TagDecoderLayer(nn.Module):
 class RamModel(nn.Module):
     """RAM or RAM++ for inference.
 
-    `tag_queries` of RAM doesn't depend on the image: a caller who holds the weights fixed computes it once and passes
-    it to every `forward`.
+    `tag_queries` of RAM does not depend on the image: while the weights stay the same, compute it once and pass it to
+    every `forward`.
     """
 
     def __init__(self, config: RamConfig) -> None:
@@ -156,24 +138,17 @@ class RamModel(nn.Module):
         self.fc = nn.Linear(config.hidden_size, 1)
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Tokens of normalised images `[B, 3, image_size, image_size]`, the mean token first: `[B, P, C]`."""
+        """Encode normalised images `[B, 3, image_size, image_size]`: `[B, P, C]`, the mean token first."""
         output = self.visual_encoder(pixel_values)
         tokens = torch.cat([output.pooler_output[:, None], output.last_hidden_state], dim=1)  # [B, P, image_width]
         return self.image_proj(tokens)  # -> [B, P, C]
 
     def tag_queries(self, mean_token: Tensor | None = None) -> TagQueries:
-        """The decoder's queries.
-
-        Args:
-            mean_token: `[B, C]`, the first of `image_tokens`. RAM++ needs it, RAM has no use for it.
-        """
+        """Compute the decoder's queries; those of RAM++ depend on `mean_token` `[B, C]`, the first image token."""
         if self.config.kind == "ram":
             labels = self.label_embed[None]  # [1, T, C]
         else:
-            if mean_token is None:
-                raise ValueError(
-                    "mean_token: found None, expected the images' mean tokens: RAM++ mixes its queries by them"
-                )
+            assert mean_token is not None, "RAM++ mixes its queries by the images' mean tokens"
             labels = self._mixed_descriptions(mean_token)  # [B, T, C]
         hidden = F.relu(self.wordvec_proj(labels.to(self.wordvec_proj.weight.dtype)))  # -> [B', T, H]
         first = self.decoder[0]
@@ -181,7 +156,7 @@ class RamModel(nn.Module):
         return TagQueries(hidden, first.query(hidden))
 
     def tag_logits(self, image_tokens: Tensor, queries: TagQueries | None = None) -> Tensor:
-        """Logits `[B, T]` of image tokens `[B, P, C]`; `queries` as from `tag_queries`, computed where not given."""
+        """Return logits `[B, T]` of image tokens `[B, P, C]`; `queries` are computed where not given."""
         if queries is None:
             queries = self.tag_queries(image_tokens[:, 0])
         hidden, projected = queries
@@ -190,19 +165,19 @@ class RamModel(nn.Module):
         return self.fc(hidden)[..., 0]  # -> [B, T]
 
     def forward(self, pixel_values: Tensor, queries: TagQueries | None = None) -> Tensor:
-        """Logits `[B, T]` of normalised images `[B, 3, image_size, image_size]`."""
+        """Return logits `[B, T]` of normalised images `[B, 3, image_size, image_size]`."""
         return self.tag_logits(self.image_tokens(pixel_values), queries)
 
     def _mixed_descriptions(self, mean_token: Tensor) -> Tensor:
-        """Embeddings of each tag's descriptions, mixed by a softmax over their likeness to the image, `[B, T, C]`."""
+        """Mix each tag's descriptions by a softmax over their similarity to the image: `[B, T, C]`."""
         # The scale sharpens small differences, so only the two products run in the (perhaps half) type of the table.
         with torch.autocast(mean_token.device.type, enabled=False):
             table = self.label_embed
             exact = torch.promote_types(table.dtype, torch.float32)
             direction = mean_token.to(exact) / mean_token.to(exact).norm(dim=-1, keepdim=True)
-            likeness = self.reweight_scale.exp() * (direction.to(table.dtype) @ table.T).to(exact)  # [B, T * K]
+            similarity = self.reweight_scale.exp() * (direction.to(table.dtype) @ table.T).to(exact)  # [B, T * K]
             sizes = (self.config.num_tags, self.config.descriptions_per_tag)
-            weights = likeness.unflatten(1, sizes).softmax(dim=-1).to(table.dtype)  # -> [B, T, K]
+            weights = similarity.unflatten(1, sizes).softmax(dim=-1).to(table.dtype)  # -> [B, T, K]
             return torch.einsum("btk,tkc->btc", weights, table.unflatten(0, sizes))
 
 
@@ -210,8 +185,7 @@ def _split_heads(states: Tensor) -> Tensor:
     return states.unflatten(-1, (DECODER_HEADS, -1)).transpose(1, 2)  # [B, N, H] -> [B, heads, N, H / heads]
 
 
-# The published RAM checkpoints' tensors: their names against `RamModel`'s, and the model's sizes read off them.
-
+# The published checkpoints' tensors: renamed to `RamModel`'s, and the model's sizes from their shapes.
 
 # Parts of the training objective (captioning), and tables that the encoder derives from its sizes.
 _UNUSED = re.compile(r"(tag_encoder|text_decoder)\.|.*\.(relative_position_index|attn_mask)$")
@@ -243,9 +217,9 @@ _QKV = re.compile(_BLOCK + r"attn\.qkv\.(weight|bias)")
 
 
 def renamed_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict under `RamModel`'s names: unused parts left out, q, k and v taken apart.
+    """Rename a published state dict to `RamModel`'s names, without unused parts and with q, k and v split.
 
-    Names that aren't known are kept, so that a strict comparison reports them.
+    Unknown names are kept, so that a strict comparison reports them.
     """
     state = {}
     for name, tensor in _used(published).items():
@@ -275,83 +249,66 @@ def _renamed(name: str) -> str:
 
 
 def config_of(published: Mapping[str, Tensor]) -> RamConfig:
-    """Sizes of the model that a published state dict belongs to.
+    """Read the model's sizes off a published state dict.
 
     Raises:
-        ValueError: names the tensor that is missing, or whose shape fits no such model.
+        ValueError: it is no RAM model, or names the tensor that is missing.
     """
     state = _used(published)
-    depths = _lengths(state, _BLOCK)
-    layers = _count(state, _LAYER)
-    if not depths or not layers:
+    blocks = sorted({(int(match[1]), int(match[2])) for name in state if (match := re.match(_BLOCK, name))})
+    layers = {match[1] for name in state if (match := re.match(_LAYER, name))}
+    if not blocks or not layers:
         raise ValueError(
             "found no blocks of a Swin encoder (visual_encoder.layers.*) or no layers of a tag decoder "
             "(tagging_head.encoder.layer.*); expected a RAM or RAM++ model. Tag2Text is another one"
         )
+    depths = tuple(Counter(stage for stage, _ in blocks).values())
     kind: Literal["ram", "ram_plus"] = "ram_plus" if "reweight_scale" in state else "ram"
-    labels, label_width = _shape(state, "label_embed", 2)
+    try:
+        labels, label_width = state["label_embed"].shape
+        tables = [
+            state[f"visual_encoder.layers.{stage}.blocks.0.attn.relative_position_bias_table"].shape
+            for stage in range(len(depths))
+        ]
+        embed_dim = state["visual_encoder.patch_embed.proj.weight"].shape[0]
+        hidden_size = state["wordvec_proj.weight"].shape[0]
+        intermediate_size = state["tagging_head.encoder.layer.0.intermediate.dense.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]}: missing; expected it, as RAM and RAM++ have it") from error
     if labels % DESCRIPTIONS_PER_TAG[kind]:
         raise ValueError(
             f"label_embed: found {labels} rows, expected a multiple of {DESCRIPTIONS_PER_TAG[kind]} descriptions a tag"
         )
-    tables = [
-        _shape(state, f"visual_encoder.layers.{stage}.blocks.0.attn.relative_position_bias_table", 2)
-        for stage in range(len(depths))
-    ]
     window_size = (math.isqrt(tables[0][0]) + 1) // 2  # a table has (2 * window - 1) ** 2 rows
+    # The first shifted block masks all windows of the image; without it there is one window in the last stage.
+    mask = published.get("visual_encoder.layers.0.blocks.1.attn_mask")
+    windows_a_side = math.isqrt(mask.shape[0]) if mask is not None else 2 ** (len(depths) - 1)
     return RamConfig(
         kind=kind,
-        image_size=_image_size(published, window_size, len(depths)),
+        image_size=windows_a_side * window_size * PATCH_PX,
         window_size=window_size,
-        embed_dim=_shape(state, "visual_encoder.patch_embed.proj.weight", 4)[0],
+        embed_dim=embed_dim,
         depths=depths,
         num_heads=tuple(heads for _, heads in tables),
         num_tags=labels // DESCRIPTIONS_PER_TAG[kind],
         label_width=label_width,
-        hidden_size=_shape(state, "wordvec_proj.weight", 2)[0],
-        intermediate_size=_shape(state, "tagging_head.encoder.layer.0.intermediate.dense.weight", 2)[0],
-        decoder_layers=layers,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        decoder_layers=len(layers),
     )
-
-
-def _image_size(published: Mapping[str, Tensor], window_size: int, stages: int) -> int:
-    """Side in pixels: by the windows that the first shifted block masks, else one window in the last stage."""
-    mask = published.get("visual_encoder.layers.0.blocks.1.attn_mask")
-    windows_a_side = math.isqrt(mask.shape[0]) if mask is not None else 2 ** (stages - 1)
-    return windows_a_side * window_size * PATCH_PX
-
-
-def _lengths(names: Mapping[str, Tensor], pattern: str) -> tuple[int, ...]:
-    """Blocks of each stage."""
-    found = {(int(match[1]), int(match[2])) for match in (re.match(pattern, name) for name in names) if match}
-    stages = 1 + max((stage for stage, _ in found), default=-1)
-    return tuple(1 + max((block for other, block in found if other == stage), default=-1) for stage in range(stages))
-
-
-def _count(names: Mapping[str, Tensor], pattern: str) -> int:
-    return 1 + max((int(match[1]) for match in (re.match(pattern, name) for name in names) if match), default=-1)
-
-
-def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    if name not in state:
-        raise ValueError(f"{name}: missing; expected a tensor of {dimensions} dimensions, as RAM and RAM++ have")
-    shape = tuple(state[name].shape)
-    if len(shape) != dimensions:
-        raise ValueError(f"{name}: found shape {list(shape)}, expected {dimensions} dimensions")
-    return shape
 
 
 # Reading RAM's weights: the published .pth is converted once to safetensors, which is read from then on.
 #
 # The published files hold the optimizer's state and unused parts besides the weights (5.6 GB for RAM, of which 0.85 GB
-# are used). They are pickles, so they are read as tensors only, never as Python objects.
+# are used). They are pickles, and only tensors are read from them, never Python objects.
 
 _logger = logging.getLogger(__name__)
 
 _FORMAT = "patch_aligned ram 1"
 _CONVERTED = ".converted.safetensors"
 _NAMES_SHOWN = 5
-# Bytes that are no pickle are run as one: they ask for what isn't there, or call what can't be called.
+# Raised for bytes that are no pickle, while they are run as one.
 _BROKEN_PICKLE_ERRORS = (
     pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
     ArithmeticError, struct.error,
@@ -368,64 +325,57 @@ _FOUND_OBJECTS = (
 )
 
 
-@dataclass(frozen=True)
-class ConvertedCheckpoint:
-    """A converted file, as the JSON beside it describes it.
+class PublishedFile(BaseModel):
+    """The file that weights come from. The hash says which weights made an annotation."""
 
-    Attributes:
-        weights: the safetensors file.
-        config: sizes of the model.
-        source_name: name of the published file.
-        source_bytes: its size.
-        source_sha256: its hash, which says which weights made an annotation.
-    """
+    name: str
+    bytes: int
+    sha256: str
 
-    weights: Path
+
+class Conversion(BaseModel):
+    """The JSON beside a converted file."""
+
+    format: Literal["patch_aligned ram 1"] = "patch_aligned ram 1"
     config: RamConfig
-    source_name: str
-    source_bytes: int
-    source_sha256: str
+    source: PublishedFile
 
 
-def load_ram(path: Path, converted_folder: Path | None = None) -> tuple[RamModel, ConvertedCheckpoint]:
-    """The model of a published .pth (converted at the first time) or of a converted safetensors file.
+def load_ram(path: Path) -> tuple[RamModel, PublishedFile]:
+    """Load a published .pth, which is converted at the first time, or a converted safetensors file.
 
     Args:
         path: `*.pth`, or `*.converted.safetensors` with its JSON beside it.
-        converted_folder: where the converted file of a .pth is or goes; beside it by default.
 
     Returns:
-        The model on the CPU in float32, in eval mode and without gradients, and where it comes from.
+        The model on the CPU in float32, in eval mode and without gradients, and the published file.
 
     Raises:
         ValueError: names the file and what is missing, unexpected or unreadable.
     """
     if not path.is_file():
         raise ValueError(f"{path}: found no such file; expected the weights of RAM or RAM++. {_WHERE}")
-    if path.suffix == ".safetensors":
-        checkpoint = _described(path)
-    else:
-        weights = (converted_folder or path.parent) / f"{path.stem}{_CONVERTED}"
-        checkpoint = _described(weights) if _is_current(weights, path) else convert_checkpoint(path, weights)
+    weights = path
+    if path.suffix != ".safetensors":
+        weights = path.with_name(path.stem + _CONVERTED)
+        if not _is_current(weights, path):
+            convert_checkpoint(path, weights)
+    conversion = _read_conversion(weights)
     try:
-        state = load_file(checkpoint.weights)
+        state = load_file(weights)
     except SafetensorError as error:
-        raise ValueError(f"{checkpoint.weights}: {error}. Remove it, so that it is converted again") from error
-    model = RamModel(checkpoint.config)
-    _check_fit(state, model, checkpoint.weights)
+        raise ValueError(f"{weights}: {error}. Remove it, so that it is converted again") from error
+    model = RamModel(conversion.config)
+    _check_fit(state, model, weights)
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval(), checkpoint
+    return model.requires_grad_(False).eval(), conversion.source
 
 
-def convert_checkpoint(source: Path, weights: Path) -> ConvertedCheckpoint:
-    """Writes the part of a published checkpoint that inference needs, and the JSON that describes it.
-
-    Args:
-        source: the published .pth.
-        weights: the file to write, `*.converted.safetensors`. The JSON goes beside it, last.
+def convert_checkpoint(source: Path, weights: Path) -> None:
+    """Write the part of a published .pth that inference needs to `*.converted.safetensors`, and its JSON.
 
     Raises:
-        ValueError: if the file isn't a RAM checkpoint, with what is missing or unexpected in it.
+        ValueError: the file is no RAM checkpoint, with what is missing or unexpected in it.
     """
     _logger.info("Converting %s to %s. This happens once.", source, weights)
     published = _read_published(source)
@@ -433,50 +383,39 @@ def convert_checkpoint(source: Path, weights: Path) -> ConvertedCheckpoint:
         config = config_of(published)
     except ValueError as error:
         raise ValueError(f"{source}: {error}. {_WHERE}") from error
-    # A copy of each: parts of one tensor, or of a mapped file, can't be saved.
+    # A copy of each: parts of one tensor, or of a mapped file, cannot be saved.
     state = {name: tensor.to(torch.float32, copy=True) for name, tensor in renamed_state(published).items()}
     with torch.device("meta"):
         _check_fit(state, RamModel(config), source)
-    checkpoint = ConvertedCheckpoint(weights, config, source.name, source.stat().st_size, sha256_of(source))
-    save_converted(state, checkpoint)
-    return checkpoint
+    file = PublishedFile(name=source.name, bytes=source.stat().st_size, sha256=sha256_of(source))
+    save_converted(state, weights, Conversion(config=config, source=file))
 
 
-def save_converted(state: Mapping[str, Tensor], checkpoint: ConvertedCheckpoint) -> None:
-    """Writes weights under `RamModel`'s names to `checkpoint.weights`, and last the JSON that describes them.
+def save_converted(state: Mapping[str, Tensor], weights: Path, conversion: Conversion) -> None:
+    """Write weights under `RamModel`'s names, and after them the JSON that describes them.
 
     Raises:
-        ValueError: if the folder can't be written.
+        ValueError: the folder cannot be written.
     """
-    weights = checkpoint.weights
-    described = {
-        "format": _FORMAT,
-        "config": asdict(checkpoint.config),
-        "source": {
-            "name": checkpoint.source_name,
-            "bytes": checkpoint.source_bytes,
-            "sha256": checkpoint.source_sha256,
-        },
-    }
     try:
-        weights.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(weights) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
         with written_whole(_sidecar(weights)) as temporary:
-            temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(conversion.model_dump(mode="json"), indent=1)
+            temporary.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise ValueError(
-            f"{weights}: can't be written ({error}). Make room there or the folder writable, or copy the .pth to "
-            "another one"
+            f"{weights}: cannot be written ({error}). Free some room there or make the folder writable, or copy the "
+            ".pth to another one"
         ) from error
 
 
 def _read_published(path: Path) -> dict[str, Tensor]:
-    """The state dict under the key `model`. Mapped, so that the optimizer's state is never read."""
+    """Return the state dict under the key `model`. It is mapped, so that the optimizer's state is never read."""
     is_zip = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         if not is_zip and file.read(2) == b"PK":
-            raise ValueError(f"{path}: cut off after {path.stat().st_size} bytes. Download it again. {_WHERE}")
+            raise ValueError(f"{path}: truncated after {path.stat().st_size} bytes. Download it again. {_WHERE}")
     with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments, plain values
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -509,7 +448,7 @@ def _check_fit(state: Mapping[str, Tensor], model: RamModel, path: Path) -> None
     if wrong:
         problems.append(_listed(wrong))
     if problems:
-        raise ValueError(f"{path}: doesn't fit {model.config.kind}: {'; '.join(problems)}. {_WHERE}")
+        raise ValueError(f"{path}: does not fit {model.config.kind}: {'; '.join(problems)}. {_WHERE}")
 
 
 def _sidecar(weights: Path) -> Path:
@@ -520,26 +459,19 @@ def _is_current(weights: Path, source: Path) -> bool:
     """Whether a conversion of this very source was finished."""
     if not weights.is_file() or not _sidecar(weights).is_file():
         return False
-    described = _described(weights)
-    return described.source_bytes == source.stat().st_size and described.source_sha256 == sha256_of(source)
+    file = _read_conversion(weights).source
+    return file.bytes == source.stat().st_size and file.sha256 == sha256_of(source)
 
 
-def _described(weights: Path) -> ConvertedCheckpoint:
+def _read_conversion(weights: Path) -> Conversion:
     sidecar = _sidecar(weights)
     again = "Remove it and give the published .pth, which is then converted"
     if not sidecar.is_file():
         raise ValueError(f"{weights}: found no {sidecar.name} beside it, which holds the model's sizes. {again}")
     try:
-        described: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
-        if described["format"] != _FORMAT:
-            raise ValueError(f"{sidecar}: found format {described['format']!r}, expected {_FORMAT!r}. {again}")
-        sizes: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in described["config"].items()
-        }
-        source = described["source"]
-        return ConvertedCheckpoint(weights, RamConfig(**sizes), source["name"], source["bytes"], source["sha256"])
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{sidecar}: found no description of a converted RAM model ({error!r}). {again}") from error
+        return Conversion.model_validate_json(sidecar.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{sidecar}: found no description of a converted RAM model ({error}). {again}") from error
 
 
 def _listed(names: Iterable[str]) -> str:

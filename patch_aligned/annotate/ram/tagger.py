@@ -1,31 +1,31 @@
-"""Tagging images with RAM: pictures in, tags with their probabilities out."""
+"""Tags for images, with their probabilities, by RAM or RAM++."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from patch_aligned.annotate.fetch import DeviceModel
+from patch_aligned.annotate.options import Resample
 from patch_aligned.annotate.ram.model import RamModel, load_ram
-from patch_aligned.annotate.regions import NonFiniteScoresError
+from patch_aligned.annotate.regions import NonFiniteScoresError, Tag
 from patch_aligned.files import sha256_of
 
-# RAM's two text files: the tags in the order of the model's queries, and the threshold of each.
-#
-# Neither is shipped with this package.
+# RAM's two text files: the tags in the order of the model's queries, and the threshold of each. Neither is shipped
+# with this package.
 
-_WHERE = "It is ram/data/{name} of https://github.com/xinyu1205/recognize-anything: fetch it and name it with {flag}"
+_WHERE = "It is ram/data/{name} of https://github.com/xinyu1205/recognize-anything: download it and name it with {flag}"
 _WHERE_TAGS = _WHERE.format(name="ram_tag_list.txt", flag="--ram_tag_list")
 _WHERE_THRESHOLDS = _WHERE.format(name="ram_tag_list_threshold.txt", flag="--ram_thresholds")
 
 
 def read_tag_list(path: Path) -> list[str]:
-    """Tags, one a line.
+    """Read tags, one a line.
 
     Raises:
         ValueError: names the file and the line of an empty or repeated tag.
@@ -41,10 +41,10 @@ def read_tag_list(path: Path) -> list[str]:
 
 
 def read_thresholds(path: Path) -> list[float]:
-    """Thresholds of the tags' probabilities, one a line, in the tags' order. A tag with 1.0 is never given.
+    """Read thresholds of the tags' probabilities, one a line, in the tags' order. 1.0 disables a tag.
 
     Raises:
-        ValueError: names the file and the line of what isn't a number from 0 to 1.
+        ValueError: names the file and the line of what is not a number from 0 to 1.
     """
     thresholds = []
     for number, line in enumerate(_lines(path, _WHERE_THRESHOLDS), start=1):
@@ -58,20 +58,6 @@ def read_thresholds(path: Path) -> list[float]:
     return thresholds
 
 
-def check_counts(tags: list[str], thresholds: list[float], num_tags: int) -> None:
-    """Refuses tags or thresholds that are more or fewer than the model's queries.
-
-    Raises:
-        ValueError: names both counts.
-    """
-    for what, found, where in (
-        ("tags", len(tags), _WHERE_TAGS),
-        ("thresholds", len(thresholds), _WHERE_THRESHOLDS),
-    ):
-        if found != num_tags:
-            raise ValueError(f"found {found} {what}, expected {num_tags}, as many as the model scores. {where}")
-
-
 def _lines(path: Path, where: str) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path}: found no such file. {where}")
@@ -82,28 +68,19 @@ def _lines(path: Path, where: str) -> list[str]:
     return [line.strip() for line in text.splitlines()]
 
 
-Resample = Literal["bilinear", "bicubic"]
-
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in 0..1
 _DEVIATION = (0.229, 0.224, 0.225)
 
 
-class Tag(NamedTuple):
-    """A tag of an image and its probability."""
-
-    name: str
-    score: float
-
-
 def preprocess(images: Sequence[Image.Image], size: int, resample: Resample = "bilinear") -> Tensor:
-    """Pictures as RAM takes them: squashed to a square, whatever their aspect, and normalised.
+    """Prepare images as RAM takes them: squashed to a square, whatever their aspect, and normalised.
 
     Args:
-        images: pictures of any size and mode.
+        images: of any size and mode.
         size: side of the square in pixels.
         resample: `bilinear` as in RAM's own repository; `bicubic` as in the demo of Grounded-SAM, which resizes the
-            picture before it hands it over.
+            image beforehand.
 
     Returns:
         `[B, 3, size, size]` float32.
@@ -117,14 +94,8 @@ def _channels(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values)[:, None, None]  # [3, 1, 1]
 
 
-class RamTagger:
-    """RAM or RAM++ with its tag list, on one device, its weights fixed.
-
-    Attributes:
-        model: the model. Its weights may not change: what doesn't depend on the image was computed once.
-        tags: names, in the order of the model's queries.
-        settings: all that decides which tags an image gets, as plain values for a manifest.
-    """
+class RamTagger(DeviceModel):
+    """RAM or RAM++ with its tag list, on one device. `tags` are in the order of the model's queries."""
 
     def __init__(
         self,
@@ -136,38 +107,37 @@ class RamTagger:
         dtype: torch.dtype | None = None,
         resample: Resample = "bilinear",
     ) -> None:
-        """Places the model.
+        """Place the model on a device.
 
         Args:
-            model: see `load_ram`.
+            model: see `load_ram`. What does not depend on the image is computed here, once.
             tags: one a query.
             thresholds: of probabilities, one a query.
-            device: where the model runs.
-            dtype: what autocast computes in, float32 for none; by default bfloat16 on a GPU, float32 on a CPU.
+            device: of the model.
+            dtype: see `DeviceModel`.
             resample: see `preprocess`.
 
         Raises:
-            ValueError: if the counts differ from the model's number of tags; or for an unknown filter.
+            ValueError: the counts differ from the model's number of tags.
         """
-        check_counts(list(tags), list(thresholds), model.config.num_tags)
-        if resample not in _FILTERS:
-            raise ValueError(f"resample: found {resample!r}, expected one of {', '.join(_FILTERS)}")
-        self.device = torch.device(device)
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        num_tags = model.config.num_tags
+        for what, found, where in (("tags", tags, _WHERE_TAGS), ("thresholds", thresholds, _WHERE_THRESHOLDS)):
+            if len(found) != num_tags:
+                raise ValueError(f"found {len(found)} {what}, expected {num_tags}, as many as the model has. {where}")
+        super().__init__(model, device, dtype)
         self.resample: Resample = resample
         self.tags = list(tags)
-        self.model = model.to(self.device).requires_grad_(False).eval()
         if model.config.kind == "ram_plus" and self.dtype != torch.float32:
             # More than a third of RAM++. float16, since it keeps three bits more than bfloat16 of numbers of this size.
             model.label_embed.data = model.label_embed.data.half()
         self._thresholds = torch.tensor(thresholds, dtype=torch.float32)
         with torch.inference_mode():
             self._queries = self.model.tag_queries() if model.config.kind == "ram" else None
-        self.settings: dict[str, Any] = {
+        self.settings = {
             "kind": model.config.kind,
             "image_size": model.config.image_size,
             "resample": resample,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.dtype_name,
         }
 
     @classmethod
@@ -180,56 +150,35 @@ class RamTagger:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         resample: Resample = "bilinear",
-        converted_folder: Path | None = None,
     ) -> RamTagger:
-        """A tagger of published weights.
-
-        Args:
-            path: .pth or converted safetensors, see `load_ram`.
-            tag_list: RAM's ram_tag_list.txt.
-            thresholds: RAM's ram_tag_list_threshold.txt.
-            device: see the constructor.
-            dtype: see the constructor.
-            resample: see `preprocess`.
-            converted_folder: see `load_ram`.
+        """Load published weights, with RAM's ram_tag_list.txt and ram_tag_list_threshold.txt.
 
         Raises:
-            ValueError: if the weights can't be read.
-            ValueError: if the lists can't be read, or don't belong to the weights.
+            ValueError: the weights or the lists cannot be read, or do not belong together.
         """
         names, limits = read_tag_list(tag_list), read_thresholds(thresholds)  # first: cheaper to fail on
-        model, checkpoint = load_ram(path, converted_folder)
+        model, published = load_ram(path)
         tagger = cls(model, names, limits, device=device, dtype=dtype, resample=resample)
         tagger.settings |= {
-            "checkpoint": checkpoint.source_name,
-            "checkpoint_sha256": checkpoint.source_sha256,
+            "checkpoint": published.name,
+            "checkpoint_sha256": published.sha256,
             "tag_list_sha256": sha256_of(tag_list),
             "thresholds_sha256": sha256_of(thresholds),
         }
         return tagger
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures as this model takes them: `[B, 3, image_size, image_size]` float32 on the CPU."""
+        """Prepare images as this model takes them: `[B, 3, image_size, image_size]` float32 on the CPU."""
         return preprocess(images, self.model.config.image_size, self.resample)
 
     @torch.inference_mode()
     def scores(self, pixel_values: Tensor) -> Tensor:
-        """Probability of each tag.
-
-        Args:
-            pixel_values: `[B, 3, image_size, image_size]` from `preprocess`.
-
-        Returns:
-            `[B, T]` float32 on the CPU.
+        """Return the probability of each tag, `[B, T]` float32 on the CPU, for images from `preprocess`.
 
         Raises:
-            ValueError: for another shape.
-            NonFiniteScoresError: where an image has no finite scores. Before that it is tried again in float32.
+            NonFiniteScoresError: an image has no finite scores, in float32 either.
         """
-        side = self.model.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, side, side):
-            raise ValueError(f"pixel_values: found shape {list(pixel_values.shape)}, expected [B, 3, {side}, {side}]")
-        pixel_values = pixel_values.to(self.device)
+        pixel_values = pixel_values.to(self.device)  # [B, 3, image_size, image_size]
         logits = self._logits(pixel_values, self.dtype)
         again = _rows_not_finite(logits)
         if again and self.dtype != torch.float32:
@@ -240,13 +189,13 @@ class RamTagger:
         return logits.sigmoid()
 
     def tag(self, images: Sequence[Image.Image]) -> list[list[Tag]]:
-        """Tags of each picture whose probability is above their threshold, in the tag list's order."""
+        """Return each image's tags whose probability is above their threshold, in the tag list's order."""
         if not images:
             return []
         return self.select(self.scores(self.preprocess(images)))
 
     def select(self, scores: Tensor) -> list[list[Tag]]:
-        """Tags of each row of `scores` `[B, T]` that are strictly above their threshold, in the tag list's order."""
+        """Return the tags of each row of `scores` `[B, T]` that are strictly above their threshold."""
         tags: list[list[Tag]] = [[] for _ in scores]
         rows, queries = torch.nonzero(scores > self._thresholds, as_tuple=True)
         for row, query in zip(rows.tolist(), queries.tolist(), strict=True):
@@ -254,7 +203,7 @@ class RamTagger:
         return tags
 
     def _logits(self, pixel_values: Tensor, dtype: torch.dtype) -> Tensor:
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with self.autocast(dtype):
             return self.model(pixel_values, self._queries).float().cpu()  # [B, T]
 
 

@@ -12,7 +12,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
-from patch_aligned.annotate.folder import ManifestEntry, RunFolder, merge, write_shard
+from patch_aligned.annotate.folder import ManifestEntry, RunFolder, merge
 from patch_aligned.cli import app
 from patch_aligned.pad import RecordFileError, read_annotations
 
@@ -42,8 +42,7 @@ def run(tmp_path: Path) -> RunFolder:
     for shard in range(3):
         rows = slice(2 * shard, 2 * shard + 2)
         records = [record_of(name, status) for name, status in zip(names[rows], STATUSES[rows], strict=True)]
-        path = folder.shard_path(shard)
-        write_shard(path, records, shard=shard, first=2 * shard, settings_sha256=folder.settings_sha256)
+        folder.write_shard(shard, records)
     return folder
 
 

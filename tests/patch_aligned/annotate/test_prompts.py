@@ -91,8 +91,3 @@ def test_another_tokenizer_than_the_models_is_refused() -> None:
     tokenizer = BertTokenizer(vocab={token: number for number, token in enumerate(tokens)})
     with pytest.raises(ValueError, match=r"found the ids \{'\[CLS\]': 2, .*expected \{'\[CLS\]': 101, "):
         PromptBuilder(tokenizer)
-
-
-def test_another_join_is_refused(tiny_tokenizer: BertTokenizer) -> None:
-    with pytest.raises(ValueError, match=r"prompt_join: found '; ', expected one of ', ', '. '"):
-        PromptBuilder(tiny_tokenizer, join="; ")  # type: ignore[arg-type]

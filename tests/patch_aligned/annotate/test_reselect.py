@@ -16,12 +16,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
-from patch_aligned.annotate.folder import ManifestEntry, RunFolder, write_shard
-from patch_aligned.annotate.pipeline import ImageInWork, StageClock, Workload, annotate_images
-from patch_aligned.annotate.ram.tagger import Tag
-from patch_aligned.annotate.regions import Candidate, Selected, Selection, select
+from patch_aligned.annotate.folder import ManifestEntry, RunFolder
+from patch_aligned.annotate.options import Selection, Workload
+from patch_aligned.annotate.pipeline import ImageInWork, StageClock, annotate_images
+from patch_aligned.annotate.regions import Candidate, Mask, Tag, select
 from patch_aligned.annotate.reselect import reselect, reselected
-from patch_aligned.annotate.sam import Mask
 from patch_aligned.cli import app
 from patch_aligned.pad import AnnotationError, read_annotations
 
@@ -47,7 +46,11 @@ def record(
 ) -> dict[str, Any]:
     """What `annotate` writes of an image with these candidates; masks at the positions `empty` have no pixel."""
     chosen = select(candidates, Selection(), SIZE_WH)
-    labels = [one.to_label(mask_of(one.candidate)) for one in chosen if one.position not in empty]
+    labels = [
+        candidates[position].to_label(position, Selection(), mask_of(candidates[position]))
+        for position in chosen
+        if position not in empty
+    ]
     return {
         "image_id": image_id,
         "size": list(SIZE_WH),
@@ -78,14 +81,7 @@ def write_run(path: Path, records: list[dict[str, Any]], selection: Selection = 
     settings = SETTINGS | {"selection": asdict(selection)}
     folder = RunFolder.start(path, [ManifestEntry(one["image_id"]) for one in records], settings, shard_size=2)
     for shard in range(folder.num_shards):
-        first = folder.first_of(shard)
-        write_shard(
-            folder.shard_path(shard),
-            records[first : first + 2],
-            shard=shard,
-            first=first,
-            settings_sha256=folder.settings_sha256,
-        )
+        folder.write_shard(shard, records[2 * shard : 2 * shard + 2])
     return path
 
 
@@ -197,6 +193,7 @@ class NoModels:
 
     def __init__(self, candidates: list[Candidate], *, segment_candidates: bool) -> None:
         self.settings: dict[str, Any] = {}
+        self.selection = Selection()
         self.candidates = candidates
         self.segment_candidates = segment_candidates
         self.segmented = 0
@@ -209,9 +206,6 @@ class NoModels:
 
     def detect(self, items: Sequence[ImageInWork]) -> list[list[Candidate]]:
         return [self.candidates for _ in items]
-
-    def select(self, item: ImageInWork) -> list[Selected]:
-        return select(item.candidates, Selection(), item.image.size)
 
     def segment(self, items: Sequence[ImageInWork]) -> list[list[Mask]]:
         chosen = [[mask_of(item.candidates[position]) for position in item.to_segment] for item in items]

@@ -106,7 +106,7 @@ def test_masks_equal_those_of_transformers(kind: str, segmenter: SamSegmenter, i
     for image, masks, expected, ious in zip(images, found, expected_masks, expected_ious, strict=True):
         for mask, pixels, iou in zip(masks, expected[:, 0].numpy(), ious[:, 0].tolist(), strict=True):
             assert 0 < pixels.mean() < 1  # or the comparison would show nothing
-            assert np.array_equal(decoded(mask.rle, image.size), pixels)
+            assert np.array_equal(decoded(mask.rle_mask, image.size), pixels)
             assert mask.area_px == pixels.sum()
             assert mask.predicted_iou == pytest.approx(iou, rel=1e-5)
 
@@ -123,7 +123,7 @@ def test_images_may_have_any_number_of_boxes(
     for image, masks, own_boxes in zip(images, found, boxes, strict=False):
         for mask, box in zip(masks, own_boxes, strict=True):
             alone = segmenter.segment([image], [[box]])[0][0]
-            assert mask.rle == alone.rle
+            assert mask.rle_mask == alone.rle_mask
             assert mask.predicted_iou == pytest.approx(alone.predicted_iou, rel=1e-5)
 
 
@@ -159,8 +159,8 @@ def test_a_mask_without_pixels_is_valid_and_has_no_area(
     monkeypatch.setattr(segmenter.model, "forward", blind)
     empty, other = segmenter.segment(images[:1], BOXES[:1])[0]
     assert empty.area_px == 0 < other.area_px
-    assert decoded(empty.rle, images[0].size).shape == (60, 90)
-    assert not decoded(empty.rle, images[0].size).any()
+    assert decoded(empty.rle_mask, images[0].size).shape == (60, 90)
+    assert not decoded(empty.rle_mask, images[0].size).any()
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA"])
@@ -175,7 +175,7 @@ def test_bfloat16_gives_the_masks_of_transformers_in_bfloat16(kind: str, images:
     found = SamSegmenter(*TINY[kind](), dtype=torch.bfloat16).segment(images, BOXES)
     for image, masks, expected in zip(images, found, expected_masks, strict=True):
         for mask, pixels in zip(masks, expected[:, 0].numpy(), strict=True):
-            assert (decoded(mask.rle, image.size) == pixels).mean() > 0.98
+            assert (decoded(mask.rle_mask, image.size) == pixels).mean() > 0.98
 
 
 def overflow(segmenter: SamSegmenter, monkeypatch: pytest.MonkeyPatch, where: str, *, only_rough: bool) -> None:
@@ -201,7 +201,7 @@ def test_what_overflows_in_bfloat16_is_tried_again_in_float32(
     overflow(segmenter, monkeypatch, where, only_rough=True)
     found = rough.segment([images[0], images[0], images[1]], [[], *BOXES])
     assert found[0] == []
-    assert [mask.rle for mask in found[1]] == [mask.rle for mask in exact]
+    assert [mask.rle_mask for mask in found[1]] == [mask.rle_mask for mask in exact]
     assert [mask.predicted_iou for mask in found[1]] == pytest.approx([mask.predicted_iou for mask in exact], rel=1e-5)
     assert found[2] == unharmed
 
@@ -254,7 +254,7 @@ def test_other_models_and_missing_weights_are_refused(segmenter: SamSegmenter, t
     with pytest.raises(ValueError, match=f"1 weights are missing, among them {lost}"):
         SamSegmenter.from_pretrained(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"weights that can't be read \(.*\)\. Fetch the checkpoint again"):
+    with pytest.raises(ValueError, match=r"weights that cannot be read \(.*\)\. Download the checkpoint again"):
         SamSegmenter.from_pretrained(str(tmp_path))
 
 

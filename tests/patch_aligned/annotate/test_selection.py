@@ -11,14 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 
-from patch_aligned.annotate.regions import (
-    Candidate,
-    CandidateThresholds,
-    Selection,
-    mask_of_label,
-    non_maximum_suppression,
-    select,
-)
+from patch_aligned.annotate.options import CandidateThresholds, Selection
+from patch_aligned.annotate.regions import Candidate, mask_of_label, non_maximum_suppression, select
 
 SIZE_WH = (100, 80)
 
@@ -72,25 +66,24 @@ def test_nms_keeps_the_first_of_equal_boxes_and_an_overlap_at_the_threshold() ->
 
 def test_overlapping_boxes_suppress_each_other_whatever_they_show() -> None:
     found = [candidate(0.3, best_tag="cat"), candidate(0.8, (11, 10, 50, 50)), candidate(0.5, (60, 10, 90, 50))]
-    assert [selected.position for selected in select(found, Selection(), SIZE_WH)] == [1, 2]
+    assert select(found, Selection(), SIZE_WH) == [1, 2]
 
 
 def test_scores_have_to_be_above_the_threshold() -> None:
     found = [candidate(0.25), candidate(0.250001, (60, 10, 90, 50))]
-    assert [selected.position for selected in select(found, Selection(), SIZE_WH)] == [1]
+    assert select(found, Selection(), SIZE_WH) == [1]
     assert select(found, Selection(box_threshold=0.3), SIZE_WH) == []
     assert select([], Selection(), SIZE_WH) == []
 
 
 def test_an_unlikely_box_suppresses_nothing() -> None:
     found = [candidate(0.2, (0, 0, 50, 50)), candidate(0.9, (0, 0, 50, 49))]
-    assert [selected.position for selected in select(found, Selection(), SIZE_WH)] == [1]
+    assert select(found, Selection(), SIZE_WH) == [1]
 
 
 def test_the_area_counts_within_the_image() -> None:
     found = [candidate(0.9, (-50, 0, 5, 10)), candidate(0.8, (90, 0, 101, 10))]  # 50 and 100 px in it
-    kept = [selected.position for selected in select(found, Selection(min_box_area_px=100), SIZE_WH)]
-    assert kept == [1]
+    assert select(found, Selection(min_box_area_px=100), SIZE_WH) == [1]
     assert len(select(found, Selection(), SIZE_WH)) == 2
 
 
@@ -106,15 +99,14 @@ def test_the_area_counts_within_the_image() -> None:
 def test_a_region_is_named_by_phrase_or_by_best_tag(
     label_mode: Any, text_threshold: float, tag: str, phrase: str
 ) -> None:
-    found = [candidate(0.6, tokens=(("tennis", 0.4), ("racket", 0.6)))]
-    (selected,) = select(found, Selection(text_threshold=text_threshold, label_mode=label_mode), SIZE_WH)
-    assert (selected.tag, selected.phrase) == (tag, phrase)
+    found = candidate(0.6, tokens=(("tennis", 0.4), ("racket", 0.6)))
+    label = found.to_label(0, Selection(text_threshold=text_threshold, label_mode=label_mode), {"rle_mask": ""})
+    assert (label["tag"], label["phrase"]) == (tag, phrase)
 
 
 def test_a_label_has_both_names_their_scores_and_its_mask() -> None:
-    (selected,) = select([candidate(0.1), candidate(0.6)], Selection(), SIZE_WH)
     mask = {"rle_mask": "0`o0", "area_px": 3, "predicted_iou": 0.5}
-    label = selected.to_label(mask)
+    label = candidate(0.6).to_label(1, Selection(), mask)
     assert label == {
         "tag": "racket", "bbox": [10, 10, 50, 50], "score": 0.6, "phrase": "racket", "best_tag": "tennis racket",
         "best_tag_score": 0.3, "candidate": 1, **mask,
@@ -128,7 +120,6 @@ def test_a_label_has_both_names_their_scores_and_its_mask() -> None:
         ({"box_threshold": 1.5}, "box_threshold: found 1.5, expected 0 to 1"),
         ({"nms_iou": float("nan")}, "nms_iou: found nan"),
         ({"min_box_area_px": -1}, "min_box_area_px: found -1, expected 0 or more"),
-        ({"label_mode": "tag"}, "label_mode: found 'tag', expected one of phrase, best_tag"),
     ],
 )
 def test_selections_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:

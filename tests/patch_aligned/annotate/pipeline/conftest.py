@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from patch_aligned.annotate.folder import list_images
-from patch_aligned.annotate.pipeline import Workload
-from patch_aligned.annotate.run import AnnotationJob, ModelRecipe, ShardWorker
+from patch_aligned.annotate.options import ModelOptions, Selection, Workload
+from patch_aligned.annotate.pipeline import Stages
+from patch_aligned.annotate.run import AnnotationJob, ShardWorker, build_stages
 
 SCENES = 20
 
@@ -28,11 +30,17 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def recipe(tiny_models: Path) -> ModelRecipe:
-    """The tiny models, at a threshold that some of their boxes pass."""
-    from playground.mini.annotation_models import recipe_of
+def models(tiny_models: Path) -> ModelOptions:
+    """The options of the tiny models."""
+    from playground.mini.annotation_models import options_of
 
-    return recipe_of(tiny_models, box_threshold=0.99)
+    return options_of(tiny_models)
+
+
+@pytest.fixture(scope="session")
+def build(models: ModelOptions) -> Callable[[str], Stages]:
+    """Builds the tiny models on a device, with a threshold that some of their boxes pass."""
+    return partial(build_stages, models, Selection(box_threshold=0.99))
 
 
 @pytest.fixture(scope="session")
@@ -54,15 +62,16 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_run(recipe: ModelRecipe, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(build: Callable[[str], Stages], scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of one process that was never interrupted: five shards of four images."""
     entries, folder = list_images(scenes / "train.json", scenes)
-    job = AnnotationJob(entries, folder, tmp_path_factory.mktemp("run"), recipe, Workload(decode_workers=2), 4)
+    job = AnnotationJob(entries, folder, tmp_path_factory.mktemp("run"), build, Workload(decode_workers=2), 4)
     # One thread, as the processes that are compared with it have: on some CPUs sums of two round otherwise.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         worker = ShardWorker(job, "cpu")
+        worker.load()
         for shard in range(worker.folder.num_shards):
             worker.process(shard)
     finally:
@@ -71,12 +80,12 @@ def finished_run(recipe: ModelRecipe, scenes: Path, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture
-def annotate_arguments(recipe: ModelRecipe, scenes: Path) -> Callable[[Path], list[str]]:
+def annotate_arguments(models: ModelOptions, scenes: Path) -> Callable[[Path], list[str]]:
     """Arguments of `patch-aligned` that repeat `finished_run` into another folder."""
     return lambda output: [
         "annotate", "--images", str(scenes / "train.json"), "--image_folder", str(scenes), "--output", str(output),
-        "--ram", str(recipe.ram), "--ram_tag_list", str(recipe.ram_tag_list),
-        "--ram_thresholds", str(recipe.ram_thresholds), "--detector", recipe.detector, "--sam", recipe.sam,
+        "--ram", str(models.ram), "--ram_tag_list", str(models.ram_tag_list),
+        "--ram_thresholds", str(models.ram_thresholds), "--detector", models.detector, "--sam", models.sam,
         "--box_threshold", "0.99", "--shard_size", "4", "--decode_workers", "2",
     ]  # fmt: skip
 

@@ -18,8 +18,8 @@ from llava.eval.vqa_files import open_image
 from llava.mm_utils import UnreadableImageError as UnreadableInTraining
 from llava.mm_utils import load_rgb_image
 from patch_aligned.annotate.folder import list_images
-from patch_aligned.annotate.pipeline import StageClock, Workload, annotate_images
-from patch_aligned.annotate.run import ModelRecipe
+from patch_aligned.annotate.options import Workload
+from patch_aligned.annotate.pipeline import StageClock, Stages, annotate_images
 from patch_aligned.images import UnreadableImageError, decode_image, stored_size_wh
 from patch_aligned.pad import parse_annotation
 
@@ -159,7 +159,7 @@ def test_all_formats_are_known_before_threads_open_pictures() -> None:
 
 
 @pytest.fixture
-def records(recipe: ModelRecipe, tmp_path: Path) -> dict[str, dict[str, Any]]:
+def records(build: Callable[[str], Stages], tmp_path: Path) -> dict[str, dict[str, Any]]:
     """Records of all the pictures above and of some odd sizes, by name, from the tiny models."""
     for name, save in {**READABLE, **{name: save for name, (save, _) in BROKEN.items()}}.items():
         save(tmp_path / name)
@@ -168,7 +168,7 @@ def records(recipe: ModelRecipe, tmp_path: Path) -> dict[str, dict[str, Any]]:
     names = [*READABLE, *BROKEN, "pixel.png", "line.png", "small.png"]
     (tmp_path / "list.txt").write_text("\n".join(names))
     entries, folder = list_images(tmp_path / "list.txt", tmp_path)
-    found = annotate_images(entries, recipe.build("cpu"), folder, Workload(), StageClock())
+    found = annotate_images(entries, build("cpu"), folder, Workload(), StageClock())
     assert [record["image_id"] for record in found] == names
     return {record["image_id"]: record for record in found}
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,16 +21,10 @@ from typer.testing import CliRunner
 
 from patch_aligned.annotate import run as engines
 from patch_aligned.annotate.folder import RunFolder, list_images
-from patch_aligned.annotate.pipeline import Workload
-from patch_aligned.annotate.run import (
-    AnnotationJob,
-    ModelRecipe,
-    Place,
-    place_of,
-    run_with_ray,
-)
+from patch_aligned.annotate.options import ModelOptions, Selection, Workload
+from patch_aligned.annotate.pipeline import Stages
+from patch_aligned.annotate.run import AnnotationJob, Rank, build_stages, rank_of, run_with_ray
 from patch_aligned.cli import app
-from playground.mini.replay import ReplayRecipe
 
 ROOT = Path(__file__).parents[4]
 PATIENCE_SECONDS = 300
@@ -127,7 +122,8 @@ class Silent:
 
 
 def test_rays_actors_give_what_one_process_gives(
-    recipe: ModelRecipe,
+    models: ModelOptions,
+    build: Callable[[str], Stages],
     scenes: Path,
     finished_run: Path,
     tmp_path: Path,
@@ -140,14 +136,15 @@ def test_rays_actors_give_what_one_process_gives(
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000)
     try:
         entries, images = list_images(scenes / "train.json", scenes)
-        job = AnnotationJob(entries, images, tmp_path / "run", recipe, Workload(decode_workers=2), 4)
+        job = AnnotationJob(entries, images, tmp_path / "run", build, Workload(decode_workers=2), 4)
         watcher = Silent()
         run_with_ray(job, 2, "cpu", watcher)
         assert watcher.todo == [0, 1, 2, 3, 4]
         assert deciding_files(job.output) == deciding_files(finished_run)
         run_with_ray(job, 1, "cpu", watcher)
         assert watcher.todo == []
-        broken = replace(job, recipe=replace(recipe, ram=tmp_path / "no.pth"), output=tmp_path / "other")
+        no_ram = partial(build_stages, replace(models, ram=tmp_path / "no.pth"), Selection())
+        broken = replace(job, build=no_ram, output=tmp_path / "other")
         with pytest.raises(ValueError, match=r"^\S*no.pth: found no such file") as refused:
             run_with_ray(broken, 1, "cpu", watcher)
         assert "Traceback" not in str(refused.value)
@@ -185,7 +182,7 @@ def stub_ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.fixture
 def nothing(tmp_path: Path) -> AnnotationJob:
-    return AnnotationJob([], tmp_path, tmp_path, ReplayRecipe(tmp_path), Workload())
+    return AnnotationJob([], tmp_path, tmp_path, lambda device: pytest.fail("nothing to load"), Workload())
 
 
 def test_more_of_rays_actors_than_gpus_are_refused_as_they_would_wait_for_ever(
@@ -207,7 +204,9 @@ def test_an_actor_that_dies_again_and_again_ends_the_run_with_what_to_do(
     stub_ray: SimpleNamespace, nothing: AnnotationJob
 ) -> None:
     stub_ray.outcome = RayError("The actor died unexpectedly.\nMuch more.")
-    with pytest.raises(ValueError, match=r"\(The actor died unexpectedly\.\)\. What is done stays.* --ray_workers"):
+    with pytest.raises(
+        ValueError, match=r"\(The actor died unexpectedly\.\)\. Finished shards are kept.* --ray_workers"
+    ):
         run_with_ray(nothing, 1, "auto", Silent())
 
 
@@ -229,50 +228,50 @@ def test_ray_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, noth
 
 
 def test_ranks_come_from_torchruns_variables() -> None:
-    assert place_of("local", "cpu", {}) == Place(0, 1, "cpu")
-    assert place_of("torchrun", "cpu", {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Place(3, 4, "cpu")
+    assert rank_of("local", "cpu", {}) == Rank(0, 1, "cpu")
+    assert rank_of("torchrun", "cpu", {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Rank(3, 4, "cpu")
     with pytest.raises(ValueError, match="each of 4 processes would do all the work"):
-        place_of("local", "cpu", {"RANK": "3", "WORLD_SIZE": "4"})
+        rank_of("local", "cpu", {"RANK": "3", "WORLD_SIZE": "4"})
     with pytest.raises(ValueError, match="found WORLD_SIZE abc"):
-        place_of("local", "cpu", {"WORLD_SIZE": "abc"})
+        rank_of("local", "cpu", {"WORLD_SIZE": "abc"})
     with pytest.raises(ValueError, match="found '0' and 'abc'"):
-        place_of("torchrun", "cpu", {"RANK": "0", "WORLD_SIZE": "abc"})
+        rank_of("torchrun", "cpu", {"RANK": "0", "WORLD_SIZE": "abc"})
     with pytest.raises(ValueError, match="LOCAL_RANK: found 'x'"):
-        place_of("torchrun", "cpu", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"})
+        rank_of("torchrun", "cpu", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"})
     with pytest.raises(ValueError, match="found no RANK and WORLD_SIZE"):
-        place_of("torchrun", "cpu", {})
+        rank_of("torchrun", "cpu", {})
     with pytest.raises(ValueError, match="found '4' and '4', expected 0 to WORLD_SIZE - 1"):
-        place_of("torchrun", "cpu", {"RANK": "4", "WORLD_SIZE": "4"})
+        rank_of("torchrun", "cpu", {"RANK": "4", "WORLD_SIZE": "4"})
 
 
 def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 8)
-    assert place_of("torchrun", "auto", {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}).device == "cuda:5"
-    assert place_of("torchrun", "cuda", {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}).device == "cuda:5"
-    assert place_of("local", "auto", {}).device == "cuda:0"
-    assert place_of("local", "cuda:3", {}).device == "cuda:3"
+    assert rank_of("torchrun", "auto", {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}).device == "cuda:5"
+    assert rank_of("torchrun", "cuda", {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}).device == "cuda:5"
+    assert rank_of("local", "auto", {}).device == "cuda:0"
+    assert rank_of("local", "cuda:3", {}).device == "cuda:3"
     with pytest.raises(ValueError, match="--device cuda:8: found 8 GPUs here, expected cuda:0 to cuda:7"):
-        place_of("local", "cuda:8", {})
+        rank_of("local", "cuda:8", {})
     monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 1)  # a Slurm array task sees its own GPU alone
-    assert place_of("torchrun", "auto", {"RANK": "13", "WORLD_SIZE": "16"}).device == "cuda:0"
+    assert rank_of("torchrun", "auto", {"RANK": "13", "WORLD_SIZE": "16"}).device == "cuda:0"
 
 
 def test_devices_that_are_none_or_not_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines.torch.cuda, "is_available", lambda: False)
-    assert place_of("local", "auto", {}).device == "cpu"
+    assert rank_of("local", "auto", {}).device == "cpu"
     for device in ("gpu", "cuda:x", ""):
         with pytest.raises(ValueError, match=f"--device: found '{device}', expected `auto`"):
-            place_of("local", device, {})
+            rank_of("local", device, {})
     with pytest.raises(ValueError, match="--device cuda:1: torch sees no CUDA device here"):
-        place_of("local", "cuda:1", {})
+        rank_of("local", "cuda:1", {})
 
 
 def test_every_shard_has_one_owner() -> None:
     class Shards:
         num_shards = 11
 
-    owned = [Place(rank, 4, "cpu").shards(Shards()) for rank in range(4)]  # type: ignore[arg-type]
+    owned = [Rank(rank, 4, "cpu").shards(Shards()) for rank in range(4)]  # type: ignore[arg-type]
     assert sorted(shard for shards in owned for shard in shards) == list(range(11))
 
 

@@ -10,13 +10,7 @@ from typing import Any
 
 import pytest
 
-from patch_aligned.annotate.folder import (
-    ManifestEntry,
-    list_images,
-    manifest_bytes,
-    read_manifest,
-    write_manifest,
-)
+from patch_aligned.annotate.folder import ManifestEntry, RunFolder, list_images
 
 
 def test_a_folder_is_listed_by_path_without_what_is_no_image(tmp_path: Path) -> None:
@@ -116,14 +110,5 @@ def test_what_names_no_images_is_refused(tmp_path: Path) -> None:
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     entries = [ManifestEntry("ä/1.jpg", "a “caption”\u2028of two lines"), ManifestEntry("2.jpg")]
-    path = tmp_path / "manifest.jsonl"
-    write_manifest(entries, path)
-    assert read_manifest(path) == entries
-    assert path.read_bytes() == manifest_bytes(read_manifest(path))
-
-
-def test_a_manifest_with_an_id_twice_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "manifest.jsonl"
-    write_manifest([ManifestEntry("1.jpg"), ManifestEntry("1.jpg")], path)
-    with pytest.raises(ValueError, match=r"record 1, field 'image_id': found '1.jpg', expected an id .* once"):
-        read_manifest(path)
+    RunFolder.start(tmp_path, entries, {}, shard_size=2)
+    assert RunFolder(tmp_path).entries == entries

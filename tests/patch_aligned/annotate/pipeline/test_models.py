@@ -14,18 +14,17 @@ from typer.testing import CliRunner
 
 from patch_aligned.annotate import fetch as models
 from patch_aligned.annotate.fetch import (
-    HubCheckpoint,
     PinnedFile,
     checkpoint_folder,
-    commit_of,
     fetch_models,
     file_hashes,
+    identity_of,
     revision_of,
 )
 from patch_aligned.cli import app
 
 COMMIT = "0123abc"
-DETECTOR = HubCheckpoint("someone/detector", "v1")
+DETECTOR = {"someone/detector": "v1"}
 
 
 def pinned(content: bytes = b"weights") -> PinnedFile:
@@ -74,12 +73,12 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_files_are_fetched_once_and_checkpoints_by_their_commit(hub: Hub, tmp_path: Path) -> None:
     output = tmp_path / "models"
-    fetch_models(output, [pinned()], [DETECTOR])
+    fetch_models(output, [pinned()], DETECTOR)
     assert hub.calls == ["ram.pth", ("someone/detector", "v1"), ("someone/detector", COMMIT)]
     fetched = json.loads((output / "detector" / "fetched.json").read_text())
     assert (fetched["commit"], fetched["files_sha256"]) == (COMMIT, file_hashes(output / "detector"))
     assert set(fetched["files_sha256"]) == {"config.json", "model.safetensors"}
-    fetch_models(output, [pinned()], [DETECTOR])
+    fetch_models(output, [pinned()], DETECTOR)
     assert len(hub.calls) == 3
 
 
@@ -90,32 +89,34 @@ def test_revisions_are_pinned_where_none_is_asked_for() -> None:
 
 
 def test_settings_name_the_commit_so_that_another_one_is_another_run(hub: Hub, tmp_path: Path) -> None:
-    fetch_models(tmp_path, [], [DETECTOR])
-    assert commit_of(tmp_path / "detector", is_from_hub=False) == COMMIT
-    (tmp_path / "detector" / "fetched.json").unlink()
-    assert commit_of(tmp_path / "detector", is_from_hub=False) is None
+    fetch_models(tmp_path, [], DETECTOR)
+    folder = tmp_path / "detector"
+    hashes = file_hashes(folder)
+    assert identity_of(str(folder), folder) == {"model": "detector", "revision": COMMIT, "files_sha256": hashes}
+    (folder / "fetched.json").unlink()
+    assert identity_of(str(folder), folder)["revision"] is None
     from_cache = checkpoint_folder("someone/detector", "v1", "--detector")
-    assert commit_of(from_cache, is_from_hub=True) == COMMIT
+    assert identity_of("someone/detector", from_cache)["revision"] == COMMIT
 
 
 def test_files_of_ones_own_are_named_and_stay(hub: Hub, tmp_path: Path) -> None:
-    fetch_models(tmp_path, [pinned()], [DETECTOR])
+    fetch_models(tmp_path, [pinned()], DETECTOR)
     own = {tmp_path / "ram.pth": b"weigh", tmp_path / "detector" / "model.safetensors": b"trained on"}
     for path, content in own.items():
         path.write_bytes(content)
     for revision in ("v1", "v2"):
-        with pytest.raises(ValueError, match=r"ram.pth: found sha256 (.|\n)*found model.safetensors not as fetched"):
-            fetch_models(tmp_path, [pinned()], [HubCheckpoint("someone/detector", revision)])
+        with pytest.raises(ValueError, match=r"ram.pth: found sha256 (.|\n)*found model.safetensors changed"):
+            fetch_models(tmp_path, [pinned()], {"someone/detector": revision})
         assert own == {path: path.read_bytes() for path in own}
     (tmp_path / "detector" / "model.safetensors").unlink()
-    fetch_models(tmp_path, [], [HubCheckpoint("someone/detector", "v2")])
+    fetch_models(tmp_path, [], {"someone/detector": "v2"})
     assert ("someone/detector", "v2") in hub.calls
 
 
 def test_a_file_with_another_hash_is_not_kept(hub: Hub, tmp_path: Path) -> None:
     hub.content = b"something else"
     with pytest.raises(ValueError, match=r"ram.pth: found sha256 .*, expected "):
-        fetch_models(tmp_path, [pinned()], [])
+        fetch_models(tmp_path, [pinned()], {})
     assert not (tmp_path / "ram.pth").exists()
 
 
@@ -138,9 +139,9 @@ def test_files_that_were_put_there_by_hand_are_taken(tmp_path: Path) -> None:
     (tmp_path / "detector").mkdir()
     (tmp_path / "detector" / "config.json").touch()
     with pytest.raises(ValueError, match="someone/detector: Cannot reach the hub"):
-        fetch_models(tmp_path, [pinned()], [DETECTOR])  # no weights yet
+        fetch_models(tmp_path, [pinned()], DETECTOR)  # no weights yet
     (tmp_path / "detector" / "model.safetensors").touch()
-    fetch_models(tmp_path, [pinned()], [DETECTOR])
+    fetch_models(tmp_path, [pinned()], DETECTOR)
 
 
 def test_a_download_that_was_interrupted_is_gone_on_with(hub: Hub, tmp_path: Path) -> None:
@@ -148,13 +149,13 @@ def test_a_download_that_was_interrupted_is_gone_on_with(hub: Hub, tmp_path: Pat
     unfinished.parent.mkdir(parents=True)
     for path in (unfinished, tmp_path / "detector" / "config.json", tmp_path / "detector" / "model-1.safetensors"):
         path.touch()
-    fetch_models(tmp_path, [], [DETECTOR])
+    fetch_models(tmp_path, [], DETECTOR)
     assert ("someone/detector", COMMIT) in hub.calls
 
 
 @pytest.mark.usefixtures("offline")
 def test_a_checkpoint_that_is_nowhere_is_refused_by_its_flag(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--sam someone/sam: found no such folder, and the hub didn't"):
+    with pytest.raises(ValueError, match=r"--sam someone/sam: found no such folder, and the hub did not"):
         checkpoint_folder("someone/sam", "main", "--sam")
     with pytest.raises(ValueError, match=r"--sam .*: found no config.json in it"):
         checkpoint_folder(str(tmp_path), "main", "--sam")

@@ -15,15 +15,10 @@ from pycocotools import mask as coco_mask
 
 from patch_aligned.annotate import pipeline as annotate_images_module
 from patch_aligned.annotate.folder import RunFolder, list_images
-from patch_aligned.annotate.pipeline import (
-    ImageInWork,
-    StageClock,
-    Stages,
-    Workload,
-    annotate_images,
-)
+from patch_aligned.annotate.options import ModelOptions, Selection, Workload
+from patch_aligned.annotate.pipeline import ImageInWork, StageClock, Stages, annotate_images
 from patch_aligned.annotate.regions import NonFiniteScoresError
-from patch_aligned.annotate.run import ModelRecipe, process_shard
+from patch_aligned.annotate.run import build_stages, process_shard
 from patch_aligned.images import decode_image
 from patch_aligned.pad import parse_annotation, read_annotations, write_annotations
 from playground.mini.replay import ReplayStages
@@ -32,8 +27,8 @@ Record = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def stages(recipe: ModelRecipe) -> Stages:
-    return recipe.build("cpu")
+def stages(build: Callable[[str], Stages]) -> Stages:
+    return build("cpu")
 
 
 @pytest.fixture
@@ -55,7 +50,7 @@ class Watched:
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
         self.settings = stages.settings
-        self.select = stages.select
+        self.selection = stages.selection
         self.bucket = stages.bucket
         self.batches: dict[str, list[list[str]]] = {"tag": [], "detect": [], "segment": []}
 
@@ -177,7 +172,7 @@ def test_memory_that_runs_out_for_one_image_costs_that_image_alone(
     header = process_shard(folder, 0, OutOfMemory(stages), images, Workload())
     assert header.counts["out_of_memory"] == 1
     assert attempts == {too_large: 2, sometimes: 2}  # once within the shard, once with the device for itself
-    for record in folder.iter_records():
+    for record in folder.read_shard(0)[1]:
         if record["image_id"] == too_large:
             assert (record["status"], record["labels"], record["candidates"]) == ("out_of_memory", [], [])
             assert record["reason"] == "detect: does not fit in memory, even alone"
@@ -240,10 +235,11 @@ def test_empty_masks_are_no_regions(stages: Stages, annotate: Callable[..., list
 
 
 def test_candidates_keep_their_masks_where_that_is_asked_for(
-    recipe: ModelRecipe, annotate: Callable[..., list[Record]]
+    models: ModelOptions, annotate: Callable[..., list[Record]]
 ) -> None:
     usual = annotate()
-    for record, expected in zip(annotate(replace(recipe, segment_candidates=True).build("cpu")), usual, strict=True):
+    stages = build_stages(replace(models, segment_candidates=True), Selection(box_threshold=0.99), "cpu")
+    for record, expected in zip(annotate(stages), usual, strict=True):
         assert (record["status"], record["labels"]) == (expected["status"], expected["labels"])
         selected = {label["candidate"] for label in record["labels"]}
         with_mask = {position for position, one in enumerate(record["candidates"]) if "rle_mask" in one}

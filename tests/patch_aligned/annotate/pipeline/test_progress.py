@@ -12,17 +12,18 @@ from rich.console import Console
 
 from patch_aligned.annotate import run as progress_module
 from patch_aligned.annotate.folder import ManifestEntry, RunFolder, ShardHeader, list_images
-from patch_aligned.annotate.pipeline import StageClock, StageTime, Workload, annotate_images
-from patch_aligned.annotate.run import ModelRecipe, Place, ProgressReport
+from patch_aligned.annotate.options import Workload
+from patch_aligned.annotate.pipeline import StageClock, Stages, StageTime, annotate_images
+from patch_aligned.annotate.run import ProgressReport, Rank
 
 Tick = Callable[[float], None]
 
 
-def test_each_image_is_told_of_once_whatever_becomes_of_it(recipe: ModelRecipe, scenes: Path) -> None:
+def test_each_image_is_told_of_once_whatever_becomes_of_it(build: Callable[[str], Stages], scenes: Path) -> None:
     entries, folder = list_images(scenes / "train.json", scenes)
     entries.append(ManifestEntry("gone.jpg"))
     told = count()
-    records = annotate_images(entries, recipe.build("cpu"), folder, Workload(), StageClock(lambda: next(told)))
+    records = annotate_images(entries, build("cpu"), folder, Workload(), StageClock(lambda: next(told)))
     assert {record["status"] for record in records} == {"ok", "no_tags", "no_boxes", "unreadable"}
     assert next(told) == len(entries)
 
@@ -44,7 +45,7 @@ def said(tmp_path: Path, tick: Tick) -> Iterator[tuple[ProgressReport, io.String
     """A report to a log, of ten images in two shards, and what it said."""
     folder = RunFolder.start(tmp_path, [ManifestEntry(f"{number}.jpg") for number in range(10)], {}, shard_size=5)
     log = io.StringIO()
-    with ProgressReport(Console(file=log), Place(0, 1, "cpu")) as report:
+    with ProgressReport(Console(file=log), Rank(0, 1, "cpu")) as report:
         report.opened(folder, [0, 1])
         log.seek(0)
         log.truncate()

@@ -12,14 +12,7 @@ from typing import Any
 import pytest
 
 from patch_aligned.annotate import folder as run_folder_module
-from patch_aligned.annotate.folder import (
-    ManifestEntry,
-    RunFolder,
-    ShardError,
-    read_header,
-    read_shard,
-    write_shard,
-)
+from patch_aligned.annotate.folder import ManifestEntry, RunFolder, ShardError
 
 ENTRIES = [ManifestEntry(f"{number}.jpg", "ein Bär\u2028") for number in range(5)]
 SETTINGS: dict[str, Any] = {"sam": {"model": "a", "sizes": [1, 2]}, "versions": {"torch": "2"}}
@@ -35,9 +28,8 @@ def write(folder: RunFolder, shard: int) -> Path:
         {"image_id": entry.image_id, "caption": entry.caption, "status": "no_tags" if row else "ok"}
         for row, entry in enumerate(folder.entries_of(shard))
     ]
-    path = folder.shard_path(shard)
-    write_shard(path, records, shard=shard, first=folder.first_of(shard), settings_sha256=folder.settings_sha256)
-    return path
+    folder.write_shard(shard, records)
+    return folder.shard_path(shard)
 
 
 def test_shards_hold_the_manifests_records_in_order(folder: RunFolder) -> None:
@@ -45,11 +37,12 @@ def test_shards_hold_the_manifests_records_in_order(folder: RunFolder) -> None:
     for shard in (2, 0, 1):
         write(folder, shard)
     assert folder.missing_shards() == []
-    assert [record["image_id"] for record in folder.iter_records()] == [entry.image_id for entry in ENTRIES]
+    records = [record for shard in range(3) for record in folder.read_shard(shard)[1]]
+    assert [record["image_id"] for record in records] == [entry.image_id for entry in ENTRIES]
     header, records = folder.read_shard(1)
     assert (header.shard, header.first, header.count, header.counts) == (1, 2, 2, {"no_tags": 1, "ok": 1})
     assert records[0]["caption"] == "ein Bär\u2028"
-    assert header == read_header(folder.shard_path(1))
+    assert header == folder.read_header(1)
 
 
 def test_the_same_records_give_the_same_bytes(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,10 +59,10 @@ def test_what_a_killed_process_left_behind_is_cleared_and_what_another_writes_is
         temporary.write_bytes(b"half a shard")
     two_hours_ago = time.time() - 7200
     os.utime(old, (two_hours_ago, two_hours_ago))
-    assert not folder.is_done(0)
+    assert folder.is_left(0)
     write(folder, 0)
     assert sorted(path.parent.iterdir()) == sorted([path, young])
-    assert folder.is_done(0)
+    assert not folder.is_left(0)
 
 
 def test_damaged_shards_are_not_done(folder: RunFolder) -> None:
@@ -86,11 +79,11 @@ def test_damaged_shards_are_not_done(folder: RunFolder) -> None:
     }
     for what, content in damaged.items():
         path.write_bytes(content)
-        assert not folder.is_done(0), what
-        with pytest.raises(ShardError, match=r"Remove it and call `patch-aligned annotate` again"):
-            read_shard(path)
+        assert folder.is_left(0), what
+        with pytest.raises(ShardError, match="Remove it; `patch-aligned annotate` makes it again"):
+            folder.read_shard(0)
     path.write_bytes(sound)
-    assert folder.is_done(0)
+    assert not folder.is_left(0)
 
 
 def test_shards_of_another_run_or_place_are_not_done(folder: RunFolder, tmp_path: Path) -> None:
@@ -102,14 +95,14 @@ def test_shards_of_another_run_or_place_are_not_done(folder: RunFolder, tmp_path
     folder.shard_path(0).write_bytes(write(folder, 1).read_bytes())
     with pytest.raises(ShardError, match="other images than those of the manifest's rows 0 to 1"):
         folder.read_shard(0)
-    assert not folder.is_done(0)
+    assert folder.is_left(0)
 
 
-def test_numbers_that_are_not_finite_never_reach_a_shard(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_never_reach_a_shard(folder: RunFolder) -> None:
     records = [{"image_id": "a", "status": "ok", "tags": [{"score": float("nan")}]}]
     with pytest.raises(ValueError, match="JSON"):
-        write_shard(tmp_path / "0", records, shard=0, first=0, settings_sha256="")
-    assert list(tmp_path.iterdir()) == []
+        folder.write_shard(0, records)
+    assert folder.missing_shards() == [0, 1, 2]
 
 
 def test_a_folder_goes_on_only_with_its_own_settings(folder: RunFolder) -> None:

@@ -27,12 +27,12 @@ def test_a_converted_checkpoint_computes_what_the_published_one_does(
     golden: dict[str, Tensor], model: RamModel, published_file: PublishedFile
 ) -> None:
     path = published_file(golden)
-    loaded, checkpoint = load_ram(path)
-    assert loaded.config == model.config == checkpoint.config
+    loaded, published = load_ram(path)
+    assert loaded.config == model.config
     assert not loaded.training
     assert_close(loaded(golden["input.image"]), model(golden["input.image"]), rtol=0, atol=0)
     described = json.loads(path.with_name("ram_mini.converted.json").read_text(encoding="utf-8"))
-    assert described["source"] == {
+    assert described["source"] == published.model_dump() == {
         "name": "ram_mini.pth", "bytes": path.stat().st_size, "sha256": sha256_of(path)
     }  # fmt: skip
 
@@ -63,14 +63,13 @@ def test_another_published_file_of_the_same_name_is_converted_anew(
     assert load_ram(path)[0].fc.bias.item() == 7
 
 
-def test_the_converted_file_goes_where_it_is_told_and_may_be_read_by_all_who_may_read_its_folder(
+def test_the_converted_file_may_be_read_by_all_who_may_read_its_folder(
     ram_golden: dict[str, Tensor], published_file: PublishedFile, tmp_path: Path
 ) -> None:
     path = published_file(ram_golden)
-    load_ram(path, tmp_path / "models")
-    files = sorted((tmp_path / "models").iterdir())
-    assert [file.name for file in files] == ["ram_mini.converted.json", CONVERTED]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["models", "ram_mini.pth"]
+    load_ram(path)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["ram_mini.converted.json", CONVERTED, path.name]
     assert files[1].stat().st_mode == files[0].stat().st_mode
 
 
@@ -92,7 +91,7 @@ def test_tensors_that_are_missing_unexpected_or_of_another_shape_are_named(
         ram_golden, {"fc.bias": None, "mystery.weight": torch.zeros(1), "image_proj.bias": torch.zeros(3)}
     )
     message = (
-        r"ram_mini\.pth: doesn't fit ram: missing fc\.bias; unexpected mystery\.weight; "
+        r"ram_mini\.pth: does not fit ram: missing fc\.bias; unexpected mystery\.weight; "
         r"image_proj\.bias of shape \[3\] instead of \[512\]"
     )
     with pytest.raises(ValueError, match=message):
@@ -116,7 +115,7 @@ def test_files_that_hold_no_model_are_refused(
         load_ram(path)
     whole = published_file(ram_golden).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=f"cut off after {len(whole) // 2} bytes. Download it again"):
+    with pytest.raises(ValueError, match=f"truncated after {len(whole) // 2} bytes. Download it again"):
         load_ram(path)
     for text in ("<html>Not found</html>", "hello", "0", "", "Not found"):
         path.write_text(text, encoding="utf-8")
@@ -145,7 +144,7 @@ def test_a_converted_file_that_is_broken_or_undescribed_says_what_to_do(
         load_ram(path)
     sidecar = path.with_name("ram_mini.converted.json")
     sidecar.write_text('{"format": "other"}', encoding="utf-8")
-    with pytest.raises(ValueError, match="found format 'other'"):
+    with pytest.raises(ValueError, match="format"):
         load_ram(weights)
     sidecar.write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="found no description of a converted RAM model"):
@@ -158,6 +157,6 @@ def test_a_converted_file_that_is_broken_or_undescribed_says_what_to_do(
 def test_a_place_that_cannot_be_written_is_named(
     ram_golden: dict[str, Tensor], published_file: PublishedFile, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"can't be written.*copy the .pth to another one"):
-        load_ram(published_file(ram_golden), tmp_path / "file")
+    (tmp_path / CONVERTED).mkdir()
+    with pytest.raises(ValueError, match=r"cannot be written.*copy the .pth to another one"):
+        load_ram(published_file(ram_golden))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from patch_aligned.annotate.ram.tagger import check_counts, read_tag_list, read_thresholds
+from patch_aligned.annotate.ram.tagger import read_tag_list, read_thresholds
 
 
 def test_the_last_line_may_end_without_a_newline(tmp_path: Path) -> None:
@@ -54,11 +54,3 @@ def test_missing_files_say_where_they_come_from(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="binary: found no UTF-8 text"):
         read_tag_list(tmp_path / "binary")
-
-
-def test_counts_must_be_the_models() -> None:
-    check_counts(["cat", "dog"], [0.5, 0.5], 2)
-    with pytest.raises(ValueError, match=r"found 1 tags, expected 2.*--ram_tag_list"):
-        check_counts(["cat"], [0.5, 0.5], 2)
-    with pytest.raises(ValueError, match=r"found 3 thresholds, expected 2.*--ram_thresholds"):
-        check_counts(["cat", "dog"], [0.5, 0.5, 0.5], 2)

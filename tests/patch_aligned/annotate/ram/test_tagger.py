@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from patch_aligned.annotate.ram.model import RamModel
-from patch_aligned.annotate.ram.tagger import RamTagger, Tag, preprocess
-from patch_aligned.annotate.regions import NonFiniteScoresError
+from patch_aligned.annotate.ram.tagger import RamTagger, preprocess
+from patch_aligned.annotate.regions import NonFiniteScoresError, Tag
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -112,11 +112,11 @@ def test_a_tagger_reads_all_it_needs_from_files(
         RamTagger.from_checkpoint(path, ram_goldens / "tags_32.txt", thresholds)
 
 
-def test_wrong_shapes_and_filters_are_refused(ram: RamModel) -> None:
-    with pytest.raises(ValueError, match=r"found shape \[1, 3, 64, 96\], expected \[B, 3, 96, 96\]"):
-        tagger_of(ram).scores(torch.zeros(1, 3, 64, 96))
-    with pytest.raises(ValueError, match="resample: found 'nearest', expected one of bilinear, bicubic"):
-        tagger_of(ram, resample="nearest")
+def test_lists_of_another_length_than_the_models_are_refused(ram: RamModel) -> None:
+    with pytest.raises(ValueError, match=r"found 1 tags, expected 32.*--ram_tag_list"):
+        RamTagger(ram, ["cat"], [0.5] * 32)
+    with pytest.raises(ValueError, match=r"found 3 thresholds, expected 32.*--ram_thresholds"):
+        RamTagger(ram, [f"tag {number}" for number in range(32)], [0.5] * 3)
 
 
 def test_half_precision_halves_the_descriptions_and_keeps_their_mixture(ram_plus: RamModel) -> None:
