@@ -156,16 +156,19 @@ def _write_parquet(records: Iterable[Mapping[str, Any]], file: IO[bytes], kind: 
 
 def _write_json(records: Iterable[Mapping[str, Any]], file: IO[bytes], kind: str) -> int:
     is_array = ".jsonl" not in kind
-    opening, between, closing = (b"[\n", b",\n", b"\n]\n") if is_array else (b"", b"\n", b"\n")
+    opening, between, closing = ("[\n", ",\n", "\n]\n") if is_array else ("", "\n", "\n")
     count = 0
     # No timestamp and no file name in the gzip header.
     zipped: Any = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) if kind.endswith(".gz") else None
     with zipped or nullcontext(file) as stream:
-        stream.write(opening)
+        text = io.TextIOWrapper(stream, encoding="utf-8")
+        text.write(opening)
         for record in records:
-            stream.write((between if count else b"") + json.dumps(record, ensure_ascii=False).encode())
+            text.write(between if count else "")
+            text.write(json.dumps(record, ensure_ascii=False))
             count += 1
-        stream.write(closing if count or is_array else b"")
+        text.write(closing if count or is_array else "")
+        text.detach()
     return count
 
 

@@ -78,7 +78,7 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
 # Lines of *.py that a folder may hold.
 BUDGETS = {
     "llava": 10949,
-    "patch_aligned": 17121,
+    "patch_aligned": 17124,
     "patch_aligned/analysis": 4512,
     "patch_aligned/annotate": 3553,
     "patch_aligned/dataset": 1584,
@@ -90,7 +90,7 @@ LONGEST_FILE = 500
 LONGER_FILES = {
     "llava/train/llava_trainer.py": 759,
     "patch_aligned/annotate/folder.py": 518,
-    "patch_aligned/pad.py": 785,
+    "patch_aligned/pad.py": 788,
 }
 # Distributions that come with an extra. No module needs them to be imported.
 OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "tensorboard", "wandb", "flash_attn", "lmms_eval",
