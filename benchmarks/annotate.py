@@ -37,7 +37,7 @@ from transformers import (
 from patch_aligned.annotate.fetch import RAM_WEIGHTS, TAG_FILES
 from patch_aligned.annotate.folder import ManifestEntry, RunFolder, list_images
 from patch_aligned.annotate.grounding_dino import GroundingDetector
-from patch_aligned.annotate.options import CandidateThresholds, ModelOptions, Selection, Workload
+from patch_aligned.annotate.options import CandidateThresholds, Dtype, ModelOptions, Selection, Workload
 from patch_aligned.annotate.pipeline import ImageInWork, ModelStages, StageClock, Stages, StageTimes
 from patch_aligned.annotate.ram.model import RamConfig, RamModel
 from patch_aligned.annotate.ram.tagger import RamTagger
@@ -61,14 +61,14 @@ SAM_HUGE = SamVisionConfig(
 SCENE_SIZES = ((448, 336), (336, 448), (500, 336))
 
 
-def tiny_stages(folder: Path, device: str, dtype: str = "auto") -> ModelStages:
+def tiny_stages(folder: Path, device: str, dtype: Dtype = "auto") -> ModelStages:
     """Tiny random models, written to `folder`."""
     write_models(folder)
     selection = Selection(box_threshold=TINY_BOX_THRESHOLD)
     return build_stages(replace(options_of(folder), dtype=dtype), selection, device)
 
 
-def real_stages(folder: Path, device: str, dtype: str = "auto") -> ModelStages:
+def real_stages(folder: Path, device: str, dtype: Dtype = "auto") -> ModelStages:
     """What `patch-aligned models fetch --output FOLDER` downloaded."""
     models = ModelOptions(
         ram=folder / RAM_WEIGHTS["ram"].name,

@@ -18,7 +18,6 @@ import io
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import time
@@ -73,7 +72,6 @@ SETTINGS_SUFFIX = ".settings.json"
 """Suffix of the file with the settings that produced a merged file."""
 _RECORDS_PER_BATCH = 512
 _BLANKS = " \t\r\n"  # JSON's whitespace; Python's is a larger set
-_skip_blanks = re.compile(f"[{_BLANKS}]*").match
 _BEGINNING_BYTES = 1 << 12
 _BROKEN_FILE = (EOFError, gzip.BadGzipFile, zlib.error)
 _CHUNK_CHARACTERS = 1 << 22
@@ -254,7 +252,7 @@ def _iter_json_array(binary: IO[bytes], path: Path) -> Iterator[Any]:
     decode = json.JSONDecoder().raw_decode
     position, count = 1, 0
     while True:
-        position = _skip_blanks(text, position).end()
+        position = _skip_blanks(text, position)
         if text[position : position + 1] == "]":
             if rest := (text[position + 1 :] + file.read(100)).strip(_BLANKS):
                 raise RecordFileError(f"{path}: found {rest[:20]!r} after the end of the array; expected nothing")
@@ -262,7 +260,7 @@ def _iter_json_array(binary: IO[bytes], path: Path) -> Iterator[Any]:
         try:
             if count and text[position : position + 1] != ",":
                 raise json.JSONDecodeError("expected ',' or ']'", text, position)
-            record, end = decode(text, _skip_blanks(text, position + (1 if count else 0)).end())
+            record, end = decode(text, _skip_blanks(text, position + (1 if count else 0)))
         except json.JSONDecodeError as error:
             # Most likely the record continues beyond the text read so far.
             more = file.read(_CHUNK_CHARACTERS) if len(text) - position < _LONGEST_RECORD_CHARACTERS else ""
@@ -277,6 +275,12 @@ def _iter_json_array(binary: IO[bytes], path: Path) -> Iterator[Any]:
             raise RecordFileError(f"{path}: record {count}: {error}") from error
         yield record
         position, count = end, count + 1
+
+
+def _skip_blanks(text: str, position: int) -> int:
+    while position < len(text) and text[position] in _BLANKS:
+        position += 1
+    return position
 
 
 def _fold_extra(mapping: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def class_of_checkpoint(folder: str | Path, classes: Mapping[str, Any]) -> Any:
         ValueError: for another type of model.
     """
     config, _ = PreTrainedConfig.get_config_dict(folder)
-    kind = config.get("model_type")
+    kind: Any = config.get("model_type")
     if kind not in classes:
         raise ValueError(f"{folder}: found a model of type {kind!r}, expected {', '.join(classes)}")
     return classes[kind]

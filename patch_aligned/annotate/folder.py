@@ -23,6 +23,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -189,7 +190,8 @@ class ShardError(ValueError):
     """A shard that is missing, damaged, or of another run."""
 
 
-class ShardHeader(NamedTuple):
+@dataclass(frozen=True)
+class ShardHeader:
     """The first line of a shard."""
 
     shard: int
@@ -312,7 +314,7 @@ class RunFolder:
         path = self.shard_path(shard)
         path.parent.mkdir(exist_ok=True)
         with written_whole(path) as temporary:
-            temporary.write_bytes(gzip.compress(_line(header._asdict()) + lines, compresslevel=_GZIP_LEVEL, mtime=0))
+            temporary.write_bytes(gzip.compress(_line(asdict(header)) + lines, compresslevel=_GZIP_LEVEL, mtime=0))
         # Remove what killed processes left; a younger file may belong to another process that is still writing.
         for left_behind in path.parent.glob(f".{path.name}.*.tmp"):
             with contextlib.suppress(FileNotFoundError):
