@@ -331,6 +331,8 @@ def reads(
     from patch_aligned.tables import Cell, Table, number
 
     captions = of_captions.read_captions(_require_file("--data", data))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)  # before the work that it is for
     chosen = random.Random(seed).sample(captions, min(limit, len(captions)))
     console = Console(markup=False)
     with console.status("Loading the model"):

@@ -21,8 +21,8 @@ from PIL import Image
 
 from patch_aligned.analysis.sets import MeasuredSet, MeasureSettings, open_image
 from patch_aligned.intervals import Resampling, ratios_of
-from patch_aligned.models.base import VisionLanguageModel
-from patch_aligned.models.language import LanguageModel, name_bounds
+from patch_aligned.models.base import ReadingModel, VisionLanguageModel
+from patch_aligned.models.language import name_bounds
 
 STEMS = ("A picture of a", "A picture with the")
 
@@ -143,7 +143,7 @@ def read_name_file(path: Path) -> dict[str, tuple[str, ...]]:
 @torch.no_grad()
 def read_names(
     model: VisionLanguageModel,
-    language: LanguageModel,
+    language: ReadingModel,
     batches: Iterable[Sequence[Image.Image]],
     names: Sequence[str],
     settings: NameSettings,
@@ -164,21 +164,12 @@ def read_names(
     log_p: list[list[np.ndarray]] = [[] for _ in settings.stems]
     captions: list[str] = []
     for images in batches:
-        tokens = torch.stack(list(model.visual_tokens(model.encode(images))))  # [B, T, D]
+        seen = language.see(model, images)
         for stem, found in zip(settings.stems, log_p, strict=True):
-            found.append(language.log_probabilities(tokens, stem, ids).cpu().numpy())
+            found.append(language.log_probabilities(seen, stem, ids).cpu().numpy())
         if settings.max_new_tokens:
-            captions += language.captions(tokens, settings.max_new_tokens)
+            captions += language.captions(seen, settings.max_new_tokens)
     return [np.concatenate(found) for found in log_p], captions
-
-
-def require_languages(models: Sequence[VisionLanguageModel]) -> None:
-    """Raise `ValueError` if the LLM of a model cannot be run."""
-    if silent := [model.name for model in models if model.language is None]:
-        raise ValueError(
-            f"--names: found no LLM to ask behind {', '.join(silent)}; expected checkpoints or projectors of LLaVA. "
-            "Measure other models without --names."
-        )
 
 
 def analyse_names(
@@ -202,20 +193,22 @@ def analyse_names(
     present = np.zeros((len(images), len(names)), dtype=bool)
     present[places] = True
 
-    def batches(done: int) -> Iterator[list[Image.Image]]:
-        for start in range(0, len(images), measure.batch_size):
-            batch = images[start : start + measure.batch_size]
+    def batches(done: int, size: int) -> Iterator[list[Image.Image]]:
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
             yield [open_image(image, measure) for image in batch]
             on_images(done + start + len(batch))
 
     source = language = None
     for number, model in enumerate(models):
-        assert model.language is not None, "require_languages comes first"
+        assert model.language is not None  # whatever `load_models` loads has one
         if model.language != source:
             language = None  # before the next is loaded: memory may not hold two
             source, language = model.language, model.language.load()
         assert language is not None
-        log_p, captions = read_names(model, language, batches(number * len(images)), names, settings)
+        size = measure.batch_size if model.encoder.takes_batches else 1
+        log_p, captions = read_names(model, language, batches(number * len(images), size), names, settings)
+        captions = captions or [""] * len(images)
         scores = {name: score[places] for name, score in name_scores(log_p, present).items()}
         mentioned = np.array([[name in found for name in names] for found in map(find, captions)])
         caption_of = dict(zip((image.image_id for image in images), captions, strict=True))

@@ -29,7 +29,7 @@ from patch_aligned.analysis.alignment import over_grids, score_regions
 from patch_aligned.analysis.entropy import EntropyAccumulator
 from patch_aligned.analysis.localisation import PictureCell, PictureRow, picture_cell
 from patch_aligned.analysis.matching_pursuit import WordDictionary, matching_pursuit
-from patch_aligned.analysis.names import NameAnalysis, NameSettings, analyse_names, require_languages
+from patch_aligned.analysis.names import NameAnalysis, NameSettings, analyse_names
 from patch_aligned.analysis.regions import (
     MEASURED_SCORES,
     METRICS,
@@ -240,8 +240,6 @@ def analyse(
             record's.
     """
     measure = settings.measure
-    if settings.names is not None:
-        require_languages(models)
     measured = read_set(measure)
     encoders = {id(model.encoder): model.encoder for model in models}
     passes = len(encoders) + (len(models) if settings.names else 0)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from patch_aligned.cells import Layout
 from patch_aligned.labels import LabelTokenizer
-from patch_aligned.models.language import LanguageModel
 
 
 class WordEmbeddings:
@@ -109,8 +108,24 @@ class Encoder(Protocol):
 class LanguageSource(Protocol):
     """Where an LLM is loaded from; equal sources load the same LLM."""
 
-    def load(self) -> LanguageModel:
+    def load(self) -> ReadingModel:
         """Load the LLM with its prompts."""
+
+
+class ReadingModel(Protocol):
+    """An LLM that answers about images: `language.LanguageModel`, or `whole.WholeModel`."""
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Return the token ids of an answer as it stands behind the prompt."""
+
+    def see(self, model: VisionLanguageModel, images: Sequence[Image.Image]) -> Any:
+        """Read images; one alone if the encoder takes no batches."""
+
+    def log_probabilities(self, seen: Any, stem: str, continuations: Sequence[Sequence[int]], /) -> Tensor:
+        """Return the log-probability of each continuation after each image and a beginning of the answer, `[B, N]`."""
+
+    def captions(self, seen: Any, max_new_tokens: int, /) -> list[str]:
+        """Return greedy answers, one an image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +141,7 @@ class VisionLanguageModel:
         build: builds an untrained projector of the same shape, using torch's global random state.
         projector_modules: names of the projector's modules in the full model.
         pictured: whether pictures show its maps.
-        language: the whole LLM, which only name scores need; None where its family's is not supported.
+        language: the whole LLM, which only name scores need; None in models that were put together by hand.
     """
 
     name: str

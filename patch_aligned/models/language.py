@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
@@ -41,6 +42,10 @@ class LanguageModel:
         (_, after), (_, after_and_answer) = self.prompt_ids(""), self.prompt_ids(text)
         return after_and_answer[len(after) :]
 
+    def see(self, model: Any, images: Sequence[Image.Image]) -> Tensor:
+        """Return the visual tokens of images by a `VisionLanguageModel`, `[B, T, D]`."""
+        return torch.stack(list(model.visual_tokens(model.encode(images))))
+
     @torch.inference_mode()
     def log_probabilities(self, visual_tokens: Tensor, stem: str, continuations: Sequence[Sequence[int]]) -> Tensor:
         """Log-probability of each continuation after image and stem: the sum over its tokens, teacher forced.
@@ -58,7 +63,7 @@ class LanguageModel:
         prompt = self._prompt(visual_tokens, stem)  # [B, P, D]
         batch, length = prompt.shape[:2]
         read = self.model(inputs_embeds=prompt, use_cache=True, logits_to_keep=1)
-        first = _precise(read.logits[:, -1]).log_softmax(dim=-1)  # [B, M]
+        first = precise(read.logits[:, -1]).log_softmax(dim=-1)  # [B, M]
         found = first[:, [ids[0] for ids in continuations]]  # [B, N]
         longer = [number for number, ids in enumerate(continuations) if len(ids) > 1]
         for numbers in (longer[i : i + _NAMES_AT_ONCE] for i in range(0, len(longer), _NAMES_AT_ONCE)):
@@ -79,7 +84,7 @@ class LanguageModel:
                 use_cache=True,
             ).logits  # [B, C, M]
             read.past_key_values.crop(-len(of))
-            logits = _precise(logits)
+            logits = precise(logits)
             chosen = logits.gather(2, target.expand(batch, -1).unsqueeze(2)).squeeze(2) - logits.logsumexp(dim=2)
             found.index_add_(1, of, chosen)  # [B, C] -> [B, N]
         return found.double()
@@ -120,5 +125,6 @@ def name_bounds(log_p: np.ndarray) -> np.ndarray:
     return log_p - np.logaddexp.reduce(log_p, axis=0) + np.log(len(log_p))
 
 
-def _precise(logits: Tensor) -> Tensor:
+def precise(logits: Tensor) -> Tensor:
+    """Return logits in float32, or in float64 if they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

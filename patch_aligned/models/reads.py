@@ -3,7 +3,7 @@
 A caption is read after nine pictures, its own and eight others. Its score is the log of its probability after its own
 less the log of its mean probability after all nine: 0 is blind, log 9 is the most. No masks are needed.
 
-Letters: P pictures, N captions, L tokens of a row, C tokens of the longest caption, M vocabulary.
+Letters: P pictures, N captions.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from patch_aligned.images import decode_image, image_path
 from patch_aligned.intervals import Resampling, ratios_of
-from patch_aligned.models.base import VisionLanguageModel
-from patch_aligned.models.language import LanguageModel, name_bounds
-from patch_aligned.models.llava import CAPTION_REQUEST
+from patch_aligned.models.base import ReadingModel, VisionLanguageModel
+from patch_aligned.models.language import name_bounds
 from patch_aligned.models.load import load_models
 from patch_aligned.models.transformers import is_of_transformers
+from patch_aligned.models.whole import TransformersSource, WholeModel
 from patch_aligned.pad import iter_records
 
 PICTURES = 9
@@ -60,54 +59,31 @@ def open_reader(model: str, base: str | None = None, vision_tower: str | None = 
     """Load a whole model: a folder of LLaVA, with `base` and `vision_tower` as `load_models` takes them, or a folder or
     hub name of a model of transformers."""
     if is_of_transformers(model):
-        whole: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
-        return transformers_reader(whole.to(device).eval(), AutoProcessor.from_pretrained(model))
+        return transformers_reader(TransformersSource(model, device).load())
     [loaded] = load_models([f"model={model}"], base, vision_tower, device=device)
     assert loaded.language is not None  # all of LLaVA's have one
     return llava_reader(loaded, loaded.language.load())
 
 
-def llava_reader(model: VisionLanguageModel, language: LanguageModel) -> Reader:
+def llava_reader(model: VisionLanguageModel, language: ReadingModel) -> Reader:
     """Return a reader of LLaVA. Captions stand where stage 1, or the checkpoint's template, has them."""
 
     @torch.inference_mode()
     def read(images: Sequence[Image.Image], captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        tokens = torch.stack(list(model.visual_tokens(model.encode(images))))  # [P, T, D]
         ids = [language.answer_ids(caption) for caption in captions]
-        return language.log_probabilities(tokens, "", ids).cpu().numpy(), np.array([len(of_one) for of_one in ids])
+        log_p = language.log_probabilities(language.see(model, images), "", ids)  # [P, N]
+        return log_p.cpu().numpy(), np.array([len(of_one) for of_one in ids])
 
     return read
 
 
-def transformers_reader(model: Any, processor: Any) -> Reader:
-    """Return a reader of any family. Captions follow the request of its chat template, or without one the picture."""
-    prompt = processor.image_token
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": CAPTION_REQUEST}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        prompt = prompt.removeprefix(processor.tokenizer.bos_token or "")  # the processor adds it
-        prompt += "" if prompt[-1].isspace() else " "
+def transformers_reader(model: WholeModel) -> Reader:
+    """Return a reader of any family."""
 
-    def inputs(image: Image.Image, captions: Sequence[str]) -> Any:
-        texts, images = [prompt + caption for caption in captions], [[image]] * len(captions)
-        # On the left, so that all captions end with the row.
-        made = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
-        return made.to(model.device, model.dtype)
-
-    @torch.inference_mode()
     def read(images: Sequence[Image.Image], captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        rows = []
-        for image in images:
-            given = inputs(image, captions)
-            tokens = given["attention_mask"].sum(dim=1) - inputs(image, [""])["attention_mask"].sum()  # [N]
-            longest = int(tokens.max())
-            logits = model(**given, logits_to_keep=longest + 1).logits[:, -longest - 1 : -1]  # [N, C, M]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            target = given["input_ids"][:, -longest:, None]  # [N, L] -> [N, C, 1]
-            log_p = logits.log_softmax(dim=-1).gather(2, target).squeeze(2).double()  # [N, C]
-            is_caption = torch.arange(longest, 0, -1, device=tokens.device) <= tokens[:, None]  # [N, C]
-            rows.append(log_p.where(is_caption, 0).sum(dim=1))
-        return torch.stack(rows).cpu().numpy(), tokens.cpu().numpy()
+        ids = [model.answer_ids(caption) for caption in captions]
+        rows = [model.log_probabilities(model.see(None, [image]), "", ids) for image in images]  # [1, N] each
+        return torch.cat(rows).cpu().numpy(), np.array([len(of_one) for of_one in ids])
 
     return read
 

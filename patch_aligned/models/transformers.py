@@ -24,6 +24,7 @@ from patch_aligned.models.base import Encoded, VisionLanguageModel
 from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.llava import lazy_tensors, load_words, read_config
 from patch_aligned.models.tokens import PROJECTORS, image_inputs, image_token_id, visual_tokens
+from patch_aligned.models.whole import TransformersSource
 
 
 def is_of_transformers(place: str) -> bool:
@@ -70,7 +71,8 @@ def load_transformers(name: str, place: str, device: str = "cpu") -> VisionLangu
     config, projector = encoder.config, encoder.projector
     words = load_words(place, placeholder=image_token_id(config))
     modules = PROJECTORS[config.model_type]
-    return VisionLanguageModel(name, place, encoder, projector, words, projector.untrained, modules)
+    language = TransformersSource(place, device)
+    return VisionLanguageModel(name, place, encoder, projector, words, projector.untrained, modules, True, language)
 
 
 class TransformersEncoder:

@@ -22,6 +22,7 @@ from patch_aligned.files import sha256_of
 from patch_aligned.images import image_path
 from patch_aligned.intervals import Resampling
 from patch_aligned.models.reads import PICTURES, Caption, measure_reads, reads_metrics, transformers_reader
+from patch_aligned.models.whole import WholeModel
 from patch_aligned.pad import AnnotationIndex
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.objective import Grids, open_regions
@@ -136,7 +137,7 @@ class _ReadsCallback(TrainerCallback):
 
     def __init__(self, trainer: Any, captions: Sequence[Caption], image_folder: Path, steps: int) -> None:
         self.trainer, self.captions, self.image_folder, self.steps = trainer, captions, image_folder, steps
-        self.read = transformers_reader(trainer.model, trainer.processing_class)
+        self.read = transformers_reader(WholeModel(trainer.model, trainer.processing_class, request=""))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,8 +148,12 @@ class PatchAlignment:
         is_alone = self._is_warm_up or (not targets["has_text"] and trainer.args.world_size == 1)
         caption: Any = None
         if is_alone:
-            with _without_layers(_base_model(trainer.model).get_decoder()):
-                outputs = model(**{name: inputs[name] for name in inputs if name != "labels"}, use_cache=False)
+            given = {name: inputs[name] for name in inputs if name != "labels"} | {"use_cache": False}
+            own_model = _base_model(trainer.model)
+            if "logits_to_keep" in inspect.signature(own_model.forward).parameters:
+                given["logits_to_keep"] = 1  # the head would cost more than all else
+            with _without_layers(own_model.get_decoder()):
+                outputs = model(**given)
         else:
             caption = own(model, inputs, return_outputs, num_items_in_batch)
             caption, outputs = caption if return_outputs else (caption, None)

@@ -6,6 +6,7 @@
 #   bash playground/mini/reproduce.sh --budget primary   the arms of the primary outcomes, three seeds: some 80 minutes
 #   bash playground/mini/reproduce.sh --budget evening   the same, and stage 2 of C, P and R to 300 steps, one seed
 #   bash playground/mini/reproduce.sh --budget nights    all arms with five seeds, stage 2 with three
+#   bash playground/mini/reproduce.sh --budget internvl  C, P and R of a stitched model of transformers, two seeds
 #   bash playground/mini/reproduce.sh --budget tiny      the same steps in small, in minutes
 #   bash playground/mini/reproduce.sh --list             what is done and what is to do
 #
@@ -13,6 +14,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
-use_environment mini,analysis gguf onnx matplotlib
+case " $* " in
+    *internvl*) use_environment mini,analysis,train,dinov3 gguf onnx matplotlib trl torchvision ;;  # its processor's
+    *)          use_environment mini,analysis gguf onnx matplotlib ;;
+esac
 
 exec python -m playground.mini.proof.reproduce "$@"

@@ -8,7 +8,7 @@ the same cosines with each other and the same cosine to the mean as the words ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,24 +34,38 @@ class RotatedWordsPlugin(PatchAlignedPlugin):
 
     arguments_class = RotatedWordsArguments
 
-    label_ids: list[tuple[int, ...]]
-    rotation: Tensor | None = None
+    rotated: RotatedWords
 
     def setup(self, arguments: RotatedWordsArguments, tokenizer: Any, **paths: Any) -> None:  # type: ignore[override]
         """Open the PAD file and collect its labels."""
         super().setup(arguments, tokenizer, **paths)
-        labels = LabelTokenizer(tokenizer)
-        records = (self.index[row] for row in range(len(self.index)))
-        tags = sorted({region.tag for record in records for region in record.regions})
-        self.label_ids = [labels(tag) for tag in tags]
+        self.rotated = RotatedWords(self.index.tag_counts(), LabelTokenizer(tokenizer), arguments.patch_rotation_seed)
 
     def auxiliary_losses(self, context: AlignmentContext, batch: Mapping[str, Tensor]) -> AuxiliaryOutput:
-        """Return `patch`, as towards an LLM whose word table is rotated: a label's mean commutes with the rotation."""
-        embed_words = context.embed_words
+        """Return `patch`, as towards an LLM whose word table is rotated."""
+        return super().auxiliary_losses(replace(context, embed_words=self.rotated(context.embed_words)), batch)
+
+
+class RotatedWords:
+    """Rotates an LLM's word table about the mean of labels. A label's mean commutes with the rotation.
+
+    Args:
+        tags: the labels, each once.
+        labels: of the LLM's tokenizer.
+        seed: of the rotation.
+    """
+
+    def __init__(self, tags: Iterable[str], labels: LabelTokenizer, seed: int):
+        self.label_ids = [labels(tag) for tag in sorted(tags)]
+        self.seed = seed
+        self.rotation: Tensor | None = None
+
+    def __call__(self, embed_words: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return the rotated table, as a function of ids `[...]` -> `[..., D]`."""
         if self.rotation is None:
             # In the first step on every rank alike, since the table may be sharded.
             mean = label_embeddings(*pad_label_ids(self.label_ids), embed_words).mean(dim=0)  # [L, D] -> [D]
-            self.rotation = rotation_about(mean, self.arguments.patch_rotation_seed)  # type: ignore[attr-defined]
+            self.rotation = rotation_about(mean, self.seed)
         rotation = self.rotation
 
         def embed_rotated(ids: Tensor) -> Tensor:
@@ -59,7 +73,7 @@ class RotatedWordsPlugin(PatchAlignedPlugin):
             words = words.to(torch.promote_types(words.dtype, torch.float32))
             return words @ rotation.T.to(words)
 
-        return super().auxiliary_losses(replace(context, embed_words=embed_rotated), batch)
+        return embed_rotated
 
 
 def rotation_about(axis: Tensor, seed: int) -> Tensor:

@@ -101,7 +101,7 @@ def test_a_run_trains_towards_rotated_words(golden_world: Path, monkeypatch: pyt
     plugin = RotatedWordsPlugin()
     trainer = train(plugin=plugin)
     table = trainer.model.get_input_embeddings().weight.detach()
-    mean = torch.stack([table[list(ids)].double().mean(dim=0) for ids in plugin.label_ids]).mean(dim=0)
-    assert plugin.rotation is not None
-    torch.testing.assert_close(plugin.rotation, rotation_about(mean, 4), rtol=0, atol=1e-6)
+    mean = torch.stack([table[list(ids)].double().mean(dim=0) for ids in plugin.rotated.label_ids]).mean(dim=0)
+    assert plugin.rotated.rotation is not None
+    torch.testing.assert_close(plugin.rotated.rotation, rotation_about(mean, 4), rtol=0, atol=1e-6)
     assert sum("loss/patch" in entry for entry in trainer.state.log_history) == 2

@@ -19,6 +19,9 @@ RATES = (3e-4, 1e-3, 3e-3)
 RATE = 1e-3
 BETA = 5.0
 
+TILE_PX = 224
+"""Of a model like InternVL, which merges 2 x 2 patches: 64 visual tokens, as LLaVA has with pictures of 112 px."""
+
 STAGE_2_RATE = 1e-4
 STAGE_2_TEMPLATE = "chatml_direct"
 STAGE_2_STEPS = (30, 100, 300)
@@ -99,6 +102,8 @@ class Budget:
         stage_2: arms whose projectors stage 2 starts from.
         stage_2_seeds: of stage 1 and 2.
         stage_2_steps: steps after which stage 2 is measured.
+        like: architecture of transformers that `patch-aligned stitch` puts together and `patch-aligned train` trains;
+            None for LLaVA's own.
     """
 
     seeds: tuple[int, ...]
@@ -110,6 +115,7 @@ class Budget:
     stage_2: tuple[str, ...] = ()
     stage_2_seeds: tuple[int, ...] = ()
     stage_2_steps: tuple[int, ...] = STAGE_2_STEPS
+    like: str | None = None
 
 
 BUDGETS = {
@@ -119,6 +125,7 @@ BUDGETS = {
         seeds=(0,), arms=("C", "P", "R", "D"), curve=(300, 1000), stage_2=("C", "P", "R"), stage_2_seeds=(0,)
     ),
     "nights": Budget(seeds=(0, 1, 2, 3, 4), curve=(300, 1000), stage_2=("C", "P", "R"), stage_2_seeds=(0, 1, 2)),
+    "internvl": Budget(seeds=(0, 1), arms=("C", "P", "R"), curve=(), warmup_steps=800, like="internvl"),
     "tiny": Budget(
         seeds=(0, 1),
         arms=("C", "P", "R", "D"),

@@ -42,6 +42,7 @@ def main(
     scenes: Annotated[Path, typer.Option(help="Folder of the scenes to measure on.")],
     targets: Annotated[Path, typer.Option(help="PAD file that the run was trained on.")],
     output: Annotated[Path, typer.Option(help="Path of what is written, without suffix.")],
+    objects_only: Annotated[bool, typer.Option("--objects-only", help="Neither captions nor backgrounds.")] = False,
 ) -> None:
     """Measure a run; writes OUTPUT.json with its metrics, and OUTPUT.parquet with the scores of each object."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -49,10 +50,10 @@ def main(
     [model] = load_models([f"{arm}={run}"], base=LLM)
     objects = MeasureSettings(scenes / "pad.json", scenes, region_kind="object", picture_rows=0)
     names = NameSettings(
-        {sprite.name: (sprite.plural,) for sprite in load_sprites(simple_only=True)}, max_new_tokens=CAPTION_TOKENS
+        {sprite.name: (sprite.plural,) for sprite in load_sprites(simple_only=True)},
+        max_new_tokens=0 if objects_only else CAPTION_TOKENS,
     )
     found = measure(model, objects, names)
-    background = measure(model, replace(objects, region_kind="background"))
     own = found
     if chosen.rotated:
         labels = {region.tag for image in read_annotations(targets) for region in image.regions}
@@ -62,8 +63,7 @@ def main(
         write_arm(scenes, "deranged", deranged, seed)
         own = measure(model, replace(objects, data=deranged / "pad.json"), names)
 
-    of_run, of_background = found.models[arm], background.models[arm]
-    assert of_run.names is not None
+    of_run = found.models[arm]
     numbers = {
         "arm": arm,
         "seed": seed,
@@ -72,9 +72,12 @@ def main(
         "cosine_floor": of_run.cosine_floor,
         "entropy_before_nats": of_run.entropy_before.entropy_nats,
         "entropy_after_nats": of_run.entropy_after.entropy_nats,
-        "captions": of_run.names.captions["value"].to_dict(),
-        "background": of_background.metrics["value"][["cosine", "contrast", "retrieval_top1"]].to_dict(),
     }
+    if not objects_only:
+        assert of_run.names is not None
+        of_background = measure(model, replace(objects, region_kind="background")).models[arm]
+        numbers["captions"] = of_run.names.captions["value"].to_dict()
+        numbers["background"] = of_background.metrics["value"][["cosine", "contrast", "retrieval_top1"]].to_dict()
     scores = found.regions[["image", "label", "in_caption", *SCORES]]
     frame = pd.concat([scores, own.regions[[*SCORES]].add_prefix("own_")], axis=1)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,18 @@ from typing import Annotated
 
 import typer
 
-from playground.mini.proof.experiment import ARMS, BUDGETS, PRIMARY, RATE, RATES, Arm, Budget
+from playground.mini.proof.experiment import (
+    ARMS,
+    BUDGETS,
+    LLM,
+    PRIMARY,
+    RATE,
+    RATES,
+    TILE_PX,
+    TOWER,
+    Arm,
+    Budget,
+)  # fmt: skip
 from playground.mini.proof.steps import Step, StepError, Steps, file_name
 
 BudgetName = Enum("BudgetName", {name: name for name in BUDGETS})  # type: ignore[misc]
@@ -25,6 +36,8 @@ def steps_of(budget: Budget, name: str) -> list[Step]:
     steps = [Step("models", ("bash", "scripts/prepare_mini.sh"))]
     for seed in budget.seeds:
         steps += [_scenes(budget, place, seed) for place in ("train", "test")]
+    if budget.like is not None:
+        return steps + _stitched(budget, budget.like, name)
 
     captions, first = ARMS["C"], budget.seeds[0]
     steps.append(_scenes(budget, "development", first))
@@ -81,12 +94,18 @@ def _scenes(budget: Budget, place: str, seed: int) -> Step:
 def _run(budget: Budget, arm: Arm, seed: int, run: str, joint_steps: int, rate: str, scenes: str) -> tuple[Step, Step]:
     """A training of stage 1 and its measures."""
     folder = f"{{state}}/runs/{file_name(run)}"
+    program = ["playground.mini.proof.train"]
+    if budget.like is not None:
+        program = ["playground.mini.proof.train_any_vlm", "--model", _model(seed)]
     training = _step(
         f"train {run}",
-        *("playground.mini.proof.train", "--arm", arm.name, "--seed", str(seed), "--steps", str(joint_steps)),
+        *(*program, "--arm", arm.name, "--seed", str(seed), "--steps", str(joint_steps)),
         *("--warmup-steps", str(budget.warmup_steps), "--rate", rate),
         *("--scenes", f"{{state}}/scenes/train-{seed}", "--features", "{state}/features", "--output", folder),
-        needs=["models", f"scenes: train-{seed}"] + (["choose the rate of C"] if rate.startswith("{") else []),
+        needs=[
+            *("models" if budget.like is None else f"stitch, seed {seed}", f"scenes: train-{seed}"),
+            *(["choose the rate of C"] if rate.startswith("{") else []),
+        ],
         kind=f"train {joint_steps} steps",
         minutes=joint_steps * 4.4 / 60 + 1,
     )
@@ -95,11 +114,45 @@ def _run(budget: Budget, arm: Arm, seed: int, run: str, joint_steps: int, rate: 
         *("playground.mini.proof.measure", folder, "--arm", arm.name, "--seed", str(seed)),
         *("--targets", f"{{state}}/scenes/train-{seed}/pad.json"),
         *("--scenes", f"{{state}}/scenes/{scenes}-{seed}", "--output", f"{{state}}/measures/{file_name(run)}"),
+        *(() if budget.like is None else ("--objects-only",)),
         needs=[training.name, f"scenes: {scenes}-{seed}"],
         kind="measure" + " own" * (arm.rotated or arm.variant == "deranged"),
         minutes=4,
     )
     return training, measure
+
+
+def _stitched(budget: Budget, like: str, name: str) -> list[Step]:
+    """All of a model of transformers: stitching, trainings, measures and the report."""
+    steps = [_step("tower", "playground.mini.prepare_models", "--image_size", str(TILE_PX), needs=["models"])]
+    measured: list[str] = []
+    for seed in budget.seeds:
+        parts = ("--vision", f"{TOWER}-{TILE_PX}", "--llm", LLM, "--like", like, "--seed", str(seed))
+        command = ("patch_aligned.cli", "stitch", *parts, "--output", _model(seed))
+        steps.append(_step(f"stitch, seed {seed}", *command, needs=["tower"], kind="stitch"))
+        test, measures = f"{{state}}/scenes/test-{seed}", list[Step]()
+        for arm in budget.arms:
+            run = f"{arm}, seed {seed}"
+            training, measure = _run(budget, ARMS[arm], seed, run, budget.joint_steps, str(RATE), "test")
+            reads = _step(
+                f"reads {run}",
+                *("patch_aligned.cli", "reads", f"{{state}}/runs/{file_name(run)}", "--limit", "90"),
+                *("--data", f"{test}/pad.json", "--image-folder", test),
+                *("--output", f"{{state}}/measures/{file_name(run)}_reads.json"),
+                needs=list(measure.needs),
+                kind="reads",
+                minutes=2,
+            )
+            steps.append(training)
+            measures += [reads, measure]
+        steps += measures
+        measured += [step.name for step in measures]
+    report = ("playground.mini.proof.report_any_vlm", "--budget", name, "--state", "{state}")
+    return [*steps, _step("report", *report, needs=measured, minutes=0.2)]
+
+
+def _model(seed: int) -> str:
+    return f"{{state}}/models/seed_{seed}"
 
 
 def _stage_2(budget: Budget, run: str, seed: int) -> list[Step]:

@@ -26,10 +26,11 @@ from patch_aligned.analysis.regions import SCORES_BY_NAME
 from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettings, analyse
 from patch_aligned.intervals import Resampling
 from patch_aligned.models import language as language_module
-from patch_aligned.models.base import VisionLanguageModel
 from patch_aligned.models.language import name_bounds
-from patch_aligned.models.llava import LlavaEncoder
+from patch_aligned.models.llava import CAPTION_REQUEST, LlavaEncoder
 from patch_aligned.models.load import load_models
+from patch_aligned.models.whole import TransformersSource, WholeModel
+from tests.patch_aligned.models.families import save_tiny
 
 START, STEM = "start=train_init/mm_projector.bin", "A picture of a"
 PICTURES, NAMES = 5, 4
@@ -149,6 +150,45 @@ def test_the_prompt_is_that_of_training(golden_world: Path):
         assert language.tokenizer.decode(last).endswith(STEM)
 
 
+@pytest.mark.parametrize("name", ["internvl", "qwen3_vl"])
+def test_log_probabilities_of_a_family_equal_a_forward_pass_for_each_name(name: str, tmp_path: Path):
+    """In float64; the second family counts positions in three directions."""
+    save_tiny(name, tmp_path)
+    [model] = load_models([f"tiny={tmp_path}"])
+    assert model.language is not None
+    language = model.language.load()
+    assert isinstance(language, WholeModel)
+    whole, processor = language.model.double(), language.processor
+    names, stem = ["cat", "is a cat", "what is", "is"], "what is a"
+    ids = [model.words.token_ids(name) for name in names]
+    noise = np.random.default_rng(0).integers(0, 256, (2, 60, 90, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels) for pixels in noise]
+    settings = NameSettings(stems=(stem,), max_new_tokens=3)
+    [log_p], captions = read_names(model, language, [[image] for image in images], names, settings)
+    for row, image in enumerate(images):
+        for column, of_name in enumerate(ids):
+            text = f"{processor.image_token} {stem} {names[column]}"
+            inputs = processor(text=[text], images=[[image]], return_tensors="pt").to("cpu", torch.float64)
+            with torch.no_grad():
+                log_shares = whole(**inputs).logits[0].log_softmax(dim=-1)
+            places = range(-len(of_name) - 1, -1)
+            expected = sum(float(log_shares[p, i]) for p, i in zip(places, of_name, strict=True))
+            assert log_p[row, column] == pytest.approx(expected, rel=1e-9)
+    given = processor(text=[processor.image_token], images=[[images[1]]], return_tensors="pt").to("cpu", torch.float64)
+    new = whole.generate(**given, do_sample=False, max_new_tokens=3)[0, given["input_ids"].shape[1] :]
+    assert captions[1] == processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_the_prompt_of_a_family_is_that_of_stage_1_directly_after_it(tmp_path: Path):
+    save_tiny("internvl", tmp_path)
+    template = "{% for part in messages[0].content %}{{ part.text or '<image>' }}{% endfor %} is"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    source = TransformersSource(str(tmp_path), "cpu")
+    assert source.load().prompt == f"<image>{CAPTION_REQUEST} is"
+    (tmp_path / "projector.safetensors").touch()
+    assert source.load().prompt == "<image> is"
+
+
 def test_captions_are_those_of_the_whole_model(golden_world: Path):
     """Greedy tokens of `LlavaLlamaForCausalLM.generate` on ids and pixels."""
     [model] = load_models(["full=tiny-llava"], None, None, image_aspect_ratio="square")
@@ -212,10 +252,3 @@ def test_names_of_the_caption_and_others_stand_apart(golden_world: Path, write_p
         "in the caption": 2, "not named": 3,
     }  # fmt: skip
     assert run(write_pad(regions)).models["start"].by_caption == {}
-
-
-def test_models_without_an_llm_are_named(golden_world: Path, pad: Path):
-    [model] = load_models([START], "tiny-vicuna", "tiny-clip")
-    silent = VisionLanguageModel(**{**vars(model), "name": "quiet", "language": None})
-    with pytest.raises(ValueError, match=r"--names: found no LLM to ask behind quiet"):
-        analyse([silent], AnalysisSettings(MeasureSettings(pad, pad.parent / "pictures"), names=NameSettings()))

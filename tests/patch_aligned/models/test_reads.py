@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
@@ -31,6 +33,7 @@ from patch_aligned.models.reads import (
     transformers_reader,
 )
 from patch_aligned.models.tiny import tiny_config
+from patch_aligned.models.whole import WholeModel
 from tests.patch_aligned.models.families import FAMILIES
 
 WORDS = ("dog", "red car", "a tree", "two birds", "the sea", "my house", "old man", "blue sky", "hot tea", "a lamp")
@@ -81,18 +84,23 @@ def test_llava_reads_a_caption_as_stage_1_writes_it(tiny_llava: tuple[VisionLang
 TEMPLATE = """<s>USER: {% for part in messages[0].content %}{{ part.text or IMAGE }} {% endfor %}ASSISTANT:"""
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "smolvlm"])
-@pytest.mark.parametrize("has_template", [True, False])
-def test_a_family_reads_captions_of_several_lengths_at_once(name: str, has_template: bool):
-    processor = FAMILIES[name].make_processor()
+@pytest.mark.parametrize(
+    ("name", "has_template", "adds_bos"),
+    [("qwen3_vl", True, False), ("internvl", True, True), ("internvl", False, False), ("smolvlm", True, False)],
+)
+def test_a_family_reads_captions_of_several_lengths_at_once(name: str, has_template: bool, adds_bos: bool):
+    processor = copy.deepcopy(FAMILIES[name].make_processor())
     prompt = image_token = processor.image_token
     if has_template:
         processor.chat_template = TEMPLATE.replace("IMAGE", repr(image_token))
-        prompt = f"USER: {image_token} {CAPTION_REQUEST} ASSISTANT: "
+        prompt = f"{'' if adds_bos else '<s>'}USER: {image_token} {CAPTION_REQUEST} ASSISTANT: "
+    if adds_bos:
+        bos = ("<s>", processor.tokenizer.bos_token_id)
+        processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(tiny_config(FAMILIES[name].make_config())).double().eval()
     captions, images = ["a cat", "what is a cat", "cat"], NOISE[:2]
-    log_p, tokens = transformers_reader(model, processor)(images, captions)
+    log_p, tokens = transformers_reader(WholeModel(model, processor))(images, captions)
     assert tokens.tolist() == [2, 4, 1]
     for row, image in enumerate(images):
         for column, caption in enumerate(captions):
