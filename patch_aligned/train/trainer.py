@@ -213,10 +213,13 @@ class PatchAlignment:
             handler.callbacks = [callback for callback in callbacks if isinstance(callback, shown)] + [_SkipLastSave()]
             vars(trainer.args).update(changed)
             self._is_warm_up = True
-            train(resume_from_checkpoint=found or None)
-            self._is_warm_up, resume_from_checkpoint = False, None
-            vars(trainer.args).update(kept)
-            handler.callbacks, (trainer.optimizer, trainer.lr_scheduler) = callbacks, optimizers
+            try:
+                train(resume_from_checkpoint=found or None)
+            finally:  # after an error too, so that the trainer of a notebook stays what it was
+                self._is_warm_up = False
+                vars(trainer.args).update(kept)
+                handler.callbacks, (trainer.optimizer, trainer.lr_scheduler) = callbacks, optimizers
+            resume_from_checkpoint = None
             if trainer.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
@@ -395,6 +398,8 @@ def _without_layers(decoder: Any) -> Iterator[None]:
     layers = decoder._modules.get("layers")
     if layers is not None:
         decoder._modules["layers"] = nn.ModuleList()
-    yield
-    if layers is not None:
-        decoder._modules["layers"] = layers
+    try:
+        yield
+    finally:
+        if layers is not None:
+            decoder._modules["layers"] = layers

@@ -234,6 +234,19 @@ def test_a_warm_up_that_was_killed_resumes_exactly(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+def test_a_warm_up_that_fails_leaves_model_and_trainer_as_they_were(tmp_path: Path, monkeypatch: Any) -> None:
+    trainer = trainer_of("internvl", tmp_path, max_steps=2, warmup_steps=2)
+    layers = list(trainer.model.get_decoder().layers)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.patch_alignment._objective, "loss", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+    assert list(trainer.model.get_decoder().layers) == layers
+    assert (trainer.args.output_dir, trainer.args.max_steps) == (str(tmp_path), 2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 TEMPLATE = """{% for turn in messages %}{% if turn.content is string %}{{ turn.content }}{% else %}
 {% for part in turn.content %}{{ part.text if part.type == "text" else "<image_token>" }}{% endfor %}{% endif %}
 {% endfor %}"""
