@@ -60,6 +60,7 @@ def ours(meteors: list[Any]) -> CaptionScores:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meteor, "Meteor", Watched)
+        patch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")  # writes numbers with a comma
         return score_captions(REFERENCES, ANSWERS, "no jars")
 
 
