@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,6 +120,17 @@ def test_generation_stops_at_the_templates_end_mark(known: Any, version: str, en
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize(
+    ("folder", "flag"), [("ckpt_stage1", "--pretrain_mm_mlp_adapter"), ("ckpt_lora", "--lora_weight_path")]
+)
+def test_a_folder_without_a_whole_model_is_told_where_it_belongs(
+    folder: str, flag: str, goldens: Path, golden_world: Path, run_stage_1: Callable[..., Any]
+) -> None:
+    shutil.copytree(goldens / folder, folder)
+    with pytest.raises(ValueError, match=f"--model_name_or_path {folder} holds .* {flag} {folder}"):
+        run_stage_1("run", f"--model_name_or_path {folder}")
+
+
 def test_layers_for_lora(run_stage_1: Any, goldens: Path) -> None:
     model = run_stage_1("run", "--max_steps 1").model
     recorded = json.loads((goldens / "g_projectors.json").read_text())["find_all_linear_names/after_tower"]
