@@ -77,7 +77,7 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Lines of *.py that a folder may hold.
 BUDGETS = {
-    "llava": 10405,
+    "llava": 10412,
     "patch_aligned": 16813,
     "patch_aligned/analysis": 4300,
     "patch_aligned/annotate": 3586,

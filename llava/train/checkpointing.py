@@ -111,6 +111,13 @@ class _StandIn:
         pass
 
 
+def _enum_member(kind: Any, name: Any) -> _StandIn:
+    """Replace `getattr`, with which early releases of Python 3.11 pickle the member of an enum."""
+    if kind is not _StandIn or not isinstance(name, str) or name.startswith("_"):
+        raise pickle.UnpicklingError("GLOBAL getattr")
+    return _StandIn()
+
+
 def check_state_files(folder: Path) -> None:
     """Raise `ValueError` for a pickle that may run code: DeepSpeed reads its files without a check."""
     files = [file for pattern in ("*.pt", "*.pth") for file in folder.glob(pattern)]
@@ -119,7 +126,7 @@ def check_state_files(folder: Path) -> None:
         if Path(tag).name != tag or tag == "..":
             raise ValueError(f"{folder / 'latest'}: found {tag!r}, expected the name of a folder beside it.")
         files += [file for file in (folder / tag).rglob("*") if file.is_file()]
-    stand_ins: list[Any] = [(_StandIn, name) for name in DEEPSPEED_OBJECTS]
+    stand_ins: list[Any] = [(_enum_member, "builtins.getattr"), *((_StandIn, name) for name in DEEPSPEED_OBJECTS)]
     for file in files:
         try:
             with safe_globals(), torch.serialization.safe_globals(stand_ins):  # the Trainer's are numpy's

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -334,6 +335,40 @@ def test_code_in_a_checkpoint_is_not_run(run_stage_1: Any, name: str) -> None:
     with pytest.raises(ValueError, match=Path(name).name):
         run_stage_1("run", "--save_strategy steps")
     assert not Path("ran").exists()
+
+
+class Attribute:
+    """Pickled as early releases of Python 3.11 pickle the member of an enum."""
+
+    def __init__(self, *of: Any) -> None:
+        self.of = of
+
+    def __call__(self) -> None:
+        raise AssertionError
+
+    def __reduce__(self) -> Any:
+        return getattr, self.of
+
+
+class Call(Attribute):
+    def __reduce__(self) -> Any:
+        return Attribute(*self.of), ()
+
+
+def test_members_of_deepspeeds_enums_are_read_and_no_other_attribute(tmp_path: Path) -> None:
+    enum = pytest.importorskip("deepspeed.runtime.zero.config", reason="needs the extra `train`").ZeroStageEnum
+    folder = complete(tmp_path / "checkpoint-1")
+    torch.save({"stage": Attribute(enum, "gradients")}, folder / "optimizer.pt")
+    check_state_files(folder)
+    for refused in (
+        Attribute(enum, "__init_subclass__"),
+        Attribute(Attribute(enum, "gradients"), "name"),
+        Attribute(OrderedDict, "fromkeys"),
+        Call(enum, "gradients"),
+    ):
+        torch.save({"stage": refused}, folder / "optimizer.pt")
+        with pytest.raises(ValueError, match=r"optimizer\.pt"):
+            check_state_files(folder)
 
 
 def test_deepspeeds_files_stay_in_the_checkpoint(tmp_path: Path) -> None:
