@@ -118,8 +118,8 @@ class ReadingModel(Protocol):
     def answer_ids(self, text: str) -> list[int]:
         """Return the token ids of an answer as it stands behind the prompt."""
 
-    def see(self, model: VisionLanguageModel, images: Sequence[Image.Image]) -> Any:
-        """Read images; one alone if the encoder takes no batches."""
+    def see(self, model: VisionLanguageModel | None, images: Sequence[Image.Image]) -> Any:
+        """Read images by the encoder and projector of `model`, or one image by those of its own."""
 
     def log_probabilities(self, seen: Any, stem: str, continuations: Sequence[Sequence[int]], /) -> Tensor:
         """Return the log-probability of each continuation after each image and a beginning of the answer, `[B, N]`."""

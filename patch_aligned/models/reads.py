@@ -24,7 +24,7 @@ from patch_aligned.models.base import ReadingModel, VisionLanguageModel
 from patch_aligned.models.language import name_bounds
 from patch_aligned.models.load import load_models
 from patch_aligned.models.transformers import is_of_transformers
-from patch_aligned.models.whole import TransformersSource, WholeModel
+from patch_aligned.models.whole import TransformersSource
 from patch_aligned.pad import iter_records
 
 PICTURES = 9
@@ -59,31 +59,27 @@ def open_reader(model: str, base: str | None = None, vision_tower: str | None = 
     """Load a whole model: a folder of LLaVA, with `base` and `vision_tower` as `load_models` takes them, or a folder or
     hub name of a model of transformers."""
     if is_of_transformers(model):
-        return transformers_reader(TransformersSource(model, device).load())
+        return reader_of(TransformersSource(model, device).load())
     [loaded] = load_models([f"model={model}"], base, vision_tower, device=device)
     assert loaded.language is not None  # all of LLaVA's have one
-    return llava_reader(loaded, loaded.language.load())
+    return reader_of(loaded.language.load(), loaded)
 
 
-def llava_reader(model: VisionLanguageModel, language: ReadingModel) -> Reader:
-    """Return a reader of LLaVA. Captions stand where stage 1, or the checkpoint's template, has them."""
+def reader_of(language: ReadingModel, model: VisionLanguageModel | None = None) -> Reader:
+    """Return a reader. Captions stand where the LLM's template, or stage 1, has them.
+
+    Args:
+        language: the whole LLM.
+        model: encoder and projector before it, which take pictures together; None if `language` reads pictures itself,
+            one at a time.
+    """
 
     @torch.inference_mode()
     def read(images: Sequence[Image.Image], captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         ids = [language.answer_ids(caption) for caption in captions]
-        log_p = language.log_probabilities(language.see(model, images), "", ids)  # [P, N]
-        return log_p.cpu().numpy(), np.array([len(of_one) for of_one in ids])
-
-    return read
-
-
-def transformers_reader(model: WholeModel) -> Reader:
-    """Return a reader of any family."""
-
-    def read(images: Sequence[Image.Image], captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = [model.answer_ids(caption) for caption in captions]
-        rows = [model.log_probabilities(model.see(None, [image]), "", ids) for image in images]  # [1, N] each
-        return torch.cat(rows).cpu().numpy(), np.array([len(of_one) for of_one in ids])
+        groups = [[image] for image in images] if model is None else [images]
+        log_p = torch.cat([language.log_probabilities(language.see(model, group), "", ids) for group in groups])
+        return log_p.cpu().numpy(), np.array([len(of_one) for of_one in ids])  # [P, N], [N]
 
     return read
 

@@ -21,7 +21,7 @@ from llava.command import RunRecord, changed_flags, read_record
 from patch_aligned.files import sha256_of
 from patch_aligned.images import image_path
 from patch_aligned.intervals import Resampling
-from patch_aligned.models.reads import PICTURES, Caption, measure_reads, reads_metrics, transformers_reader
+from patch_aligned.models.reads import PICTURES, Caption, measure_reads, reader_of, reads_metrics
 from patch_aligned.models.whole import WholeModel
 from patch_aligned.pad import AnnotationIndex
 from patch_aligned.train.arguments import PatchArguments
@@ -137,7 +137,7 @@ class _ReadsCallback(TrainerCallback):
 
     def __init__(self, trainer: Any, captions: Sequence[Caption], image_folder: Path, steps: int) -> None:
         self.trainer, self.captions, self.image_folder, self.steps = trainer, captions, image_folder, steps
-        self.read = transformers_reader(WholeModel(trainer.model, trainer.processing_class, request=""))
+        self.read = reader_of(WholeModel(trainer.model, trainer.processing_class, request=""))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
@@ -147,7 +147,7 @@ class _ReadsCallback(TrainerCallback):
             self._measure()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in (state.max_steps, state.global_step // self.steps * self.steps):
+        if state.global_step == state.max_steps or state.global_step % self.steps == 0:
             is_loss_due = control.should_log
             self._measure()
             control.should_log = is_loss_due  # which logging has cleared

@@ -247,7 +247,7 @@ def resume_by_name(trainer: Any) -> None:
     """Let a Trainer read the weights of its checkpoints as `from_pretrained` does.
 
     Families such as InternVL and Qwen2.5-VL are saved under other names than their modules have. The Trainer takes the
-    names in the file for those of the modules, warns, and would go on from the weights before the first step.
+    names in the file for those of the modules, warns, and would keep the weights from before the first step.
     """
     trainer._load_from_checkpoint = partial(_load_weights, trainer, trainer._load_from_checkpoint)
 

@@ -26,11 +26,10 @@ from patch_aligned.models.load import load_models
 from patch_aligned.models.reads import (
     PICTURES,
     Caption,
-    llava_reader,
     measure_reads,
     read_captions,
+    reader_of,
     reads_metrics,
-    transformers_reader,
 )
 from patch_aligned.models.tiny import tiny_config
 from patch_aligned.models.whole import WholeModel
@@ -67,7 +66,7 @@ def log_share(logits: torch.Tensor, ids: list[int]) -> float:
 
 def test_llava_reads_a_caption_as_stage_1_writes_it(tiny_llava: tuple[VisionLanguageModel, LanguageModel]):
     model, language = tiny_llava
-    log_p, tokens = llava_reader(model, language)(NOISE[:3], WORDS[:4])
+    log_p, tokens = reader_of(language, model)(NOISE[:3], WORDS[:4])
     words = language.model.get_input_embeddings()
     # The tower runs in float32, where a picture's tokens round by its batch on some CPUs.
     tokens_of = [tokens.double() for tokens in model.visual_tokens(model.encode(NOISE[:3]))]
@@ -100,7 +99,7 @@ def test_a_family_reads_captions_of_several_lengths_at_once(name: str, has_templ
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(tiny_config(FAMILIES[name].make_config())).double().eval()
     captions, images = ["a cat", "what is a cat", "cat"], NOISE[:2]
-    log_p, tokens = transformers_reader(WholeModel(model, processor))(images, captions)
+    log_p, tokens = reader_of(WholeModel(model, processor))(images, captions)
     assert tokens.tolist() == [2, 4, 1]
     for row, image in enumerate(images):
         for column, caption in enumerate(captions):
@@ -117,7 +116,7 @@ def test_constant_visual_tokens_are_blind(
     model, language = tiny_llava
     for parameter in model.projector.parameters():
         torch.nn.init.constant_(parameter, 0.01 * (parameter.ndim == 1))
-    rows = measure_reads(llava_reader(model, language), pairs, tmp_path)
+    rows = measure_reads(reader_of(language, model), pairs, tmp_path)
     assert len(rows) == 10
     assert rows["reads_nats"].abs().max() < 1e-9
     assert (rows["loss_nats"] > 0).all()
@@ -141,7 +140,7 @@ def test_a_model_that_learned_its_captions_reads(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    rows = measure_reads(llava_reader(model, language), pairs, tmp_path)
+    rows = measure_reads(reader_of(language, model), pairs, tmp_path)
     assert 1 < rows["reads_nats"].mean() <= math.log(PICTURES)
 
 
