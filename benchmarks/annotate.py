@@ -35,8 +35,9 @@ from transformers import (
 )
 
 from patch_aligned.annotate.fetch import RAM_WEIGHTS, TAG_FILES
-from patch_aligned.annotate.folder import ManifestEntry, RunFolder, list_images
+from patch_aligned.annotate.folder import RunFolder
 from patch_aligned.annotate.grounding_dino import GroundingDetector
+from patch_aligned.annotate.manifest import ManifestEntry, list_images
 from patch_aligned.annotate.options import CandidateThresholds, Dtype, ModelOptions, Selection, Workload
 from patch_aligned.annotate.pipeline import ImageInWork, ModelStages, StageClock, Stages, StageTimes
 from patch_aligned.annotate.ram.model import RamConfig, RamModel

@@ -258,7 +258,7 @@ def annotation(report: Report) -> None:
     """RAM++, Grounding DINO and SAM in batches, against one image at a time, on scenes of the miniature."""
     import annotate
 
-    from patch_aligned.annotate.folder import list_images
+    from patch_aligned.annotate.manifest import list_images
     from patch_aligned.annotate.options import Workload
 
     count = 4 if report.is_tiny else 64

@@ -18,7 +18,19 @@ OUTSIDE = ("scripts", "playground", "benchmarks", "tests")
 
 CORE = tuple(
     f"patch_aligned.{name}"
-    for name in ("cells", "masks", "labels", "loss", "files", "images", "intervals", "pad", "segmentation")
+    for name in (
+        "cells",
+        "masks",
+        "labels",
+        "loss",
+        "files",
+        "images",
+        "intervals",
+        "segmentation",
+        "record_files",
+        "pad",
+        "annotation_index",
+    )
 )
 PAGES = ("patch_aligned.tables", "patch_aligned.web")
 GROUND = tuple(f"llava.{name}" for name in ("constants", "command", "conversation", "plugin", "mm_utils", "utils"))
@@ -78,19 +90,14 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
 # Lines of *.py that a folder may hold.
 BUDGETS = {
     "llava": 10412,
-    "patch_aligned": 16809,
+    "patch_aligned": 16849,
     "patch_aligned/analysis": 4300,
-    "patch_aligned/annotate": 3586,
+    "patch_aligned/annotate": 3605,
     "patch_aligned/dataset": 1335,
     "patch_aligned/results": 1306,
     "eval": 3441,
 }
 LONGEST_FILE = 500
-# Files that are longer, with the length they must not exceed; each gets shorter or is split.
-LONGER_FILES = {
-    "patch_aligned/annotate/folder.py": 520,
-    "patch_aligned/pad.py": 792,
-}
 # Distributions that come with an extra. No module needs them to be imported.
 OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "tensorboard", "wandb", "flash_attn", "lmms_eval",
             "pycocoevalcap", "ray", "trl", "torchvision", "skimage", "matplotlib", "spellchecker", "nltk", "gguf",
@@ -283,8 +290,7 @@ def test_folder_keeps_its_budget(folder: str) -> None:
 def test_files_are_as_long_as_their_topic() -> None:
     sources = [path for path in own_text_files() if path.suffix in (".py", ".sh")]
     lengths = {path.relative_to(ROOT).as_posix(): lines_of(path) for path in sources}
-    assert not {name: length for name, length in lengths.items() if length > LONGER_FILES.get(name, LONGEST_FILE)}
-    assert not {name for name in LONGER_FILES if lengths.get(name, 0) <= LONGEST_FILE}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
 
 
 def test_no_file_names_a_place_of_one_machine() -> None:

@@ -16,7 +16,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
 from patch_aligned.files import validated
 from patch_aligned.images import ImageFileError, image_path
-from patch_aligned.pad import beginning_of, iter_records, read_document
+from patch_aligned.record_files import beginning_of, iter_records, read_document
 
 KARPATHY_SPLIT = "test"
 

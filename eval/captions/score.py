@@ -15,7 +15,7 @@ from eval.captions.references import CaptionedImage, named, read_references
 from eval.captions.run import REFERENCES_HELP, SpiceJarsOption, SpiceJavaOption, SplitOption
 from llava.command import clear_errors, typer_app
 from patch_aligned.files import refuse_inputs, validated
-from patch_aligned.pad import iter_records
+from patch_aligned.record_files import iter_records
 
 app = typer_app()
 

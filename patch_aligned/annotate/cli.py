@@ -70,7 +70,7 @@ def annotate(
     --ram models/ram_swin_large_14m.pth --ram_tag_list models/ram_tag_list.txt
     --ram_thresholds models/ram_tag_list_threshold.txt`
     """
-    from patch_aligned.annotate.folder import list_images
+    from patch_aligned.annotate.manifest import list_images
     from patch_aligned.annotate.run import AnnotationJob, build_stages, run_annotate, statuses_named
 
     build, statuses = partial(build_stages, models.resolved(), selection), statuses_named(retry)

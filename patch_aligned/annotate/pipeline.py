@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from PIL import Image
 
-from patch_aligned.annotate.folder import ManifestEntry, Record
+from patch_aligned.annotate.folder import Record
 from patch_aligned.annotate.grounding_dino import GroundingDetector
+from patch_aligned.annotate.manifest import ManifestEntry
 from patch_aligned.annotate.options import Selection, Workload
 from patch_aligned.annotate.ram.tagger import RamTagger
 from patch_aligned.annotate.regions import Candidate, Mask, NonFiniteScoresError, Tag, select

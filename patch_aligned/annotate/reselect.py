@@ -19,7 +19,8 @@ from patch_aligned.annotate.folder import Record, RunFolder, merge
 from patch_aligned.annotate.options import CandidateThresholds, Selection
 from patch_aligned.annotate.regions import Candidate, mask_of_candidate, mask_of_label, select
 from patch_aligned.files import refuse_inputs, written_whole
-from patch_aligned.pad import SETTINGS_SUFFIX, read_annotations, write_records
+from patch_aligned.pad import read_annotations
+from patch_aligned.record_files import SETTINGS_SUFFIX, write_records
 
 _RESELECTABLE = ("ok", "no_boxes", "no_masks")
 _SHOWN = 5

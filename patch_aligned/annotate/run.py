@@ -24,8 +24,9 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from patch_aligned.annotate.fetch import checkpoint_folder, identity_of
-from patch_aligned.annotate.folder import ManifestEntry, Record, RunFolder, ShardHeader
+from patch_aligned.annotate.folder import Record, RunFolder, ShardHeader
 from patch_aligned.annotate.grounding_dino import GroundingDetector
+from patch_aligned.annotate.manifest import ManifestEntry
 from patch_aligned.annotate.options import Engine, ModelOptions, Selection, Workload
 from patch_aligned.annotate.pipeline import ModelStages, StageClock, Stages, StageTimes, annotate_images
 from patch_aligned.annotate.ram.tagger import RamTagger

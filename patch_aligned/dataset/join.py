@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from patch_aligned.files import refuse_inputs
-from patch_aligned.pad import AnnotatedImage, iter_records, normal_path, read_annotations, write_annotations
+from patch_aligned.pad import AnnotatedImage, normal_path, read_annotations, write_annotations
+from patch_aligned.record_files import iter_records
 
 UNMATCHED_SUFFIX = ".unmatched.jsonl"
 _ANSWERERS = ("gpt", "assistant")

@@ -13,7 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from patch_aligned.dataset.stats import TokenSettings, as_markdown, gather_statistics, write_statistics
-from patch_aligned.pad import SETTINGS_SUFFIX, AnnotatedImage, read_annotations, write_annotations
+from patch_aligned.pad import AnnotatedImage, read_annotations, write_annotations
+from patch_aligned.record_files import SETTINGS_SUFFIX
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 

@@ -19,7 +19,8 @@ from pycocotools import mask as coco_mask
 
 from patch_aligned.cells import TokenGrid, Treatment, square_grid
 from patch_aligned.masks import areas_px, covered_tokens_of_regions
-from patch_aligned.pad import SKIPPED_SUFFIX, AnnotatedImage, iter_records, read_annotations
+from patch_aligned.pad import AnnotatedImage, read_annotations
+from patch_aligned.record_files import SKIPPED_SUFFIX, iter_records
 from patch_aligned.tables import Cell, Table
 
 if TYPE_CHECKING:

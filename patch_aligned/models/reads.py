@@ -25,7 +25,7 @@ from patch_aligned.models.language import name_bounds
 from patch_aligned.models.load import load_models
 from patch_aligned.models.transformers import is_of_transformers
 from patch_aligned.models.whole import TransformersSource
-from patch_aligned.pad import iter_records
+from patch_aligned.record_files import iter_records
 
 PICTURES = 9
 """Pictures that a caption is read after, its own among them."""

@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from llava.plugin import AlignmentContext, AuxiliaryOutput, ImageView, TrainingPlugin
+from patch_aligned.annotation_index import AnnotationIndex, image_id_of
 from patch_aligned.images import ImageFileError, UnreadableImageError, decode_image, image_path
 from patch_aligned.labels import LabelTokenizer
 from patch_aligned.models.llava import layout_of
-from patch_aligned.pad import AnnotatedImage, AnnotationIndex, image_id_of, iter_records
+from patch_aligned.pad import AnnotatedImage
+from patch_aligned.record_files import iter_records
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.objective import NO_RECORD, PatchObjective, open_regions
 from patch_aligned.train.picture import PicturedImage, PicturedRegion, save_picture

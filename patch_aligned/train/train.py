@@ -18,12 +18,12 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from llava.command import RunRecord, changed_flags, read_record
+from patch_aligned.annotation_index import AnnotationIndex
 from patch_aligned.files import sha256_of
 from patch_aligned.images import image_path
 from patch_aligned.intervals import Resampling
 from patch_aligned.models.reads import PICTURES, Caption, measure_reads, reader_of, reads_metrics
 from patch_aligned.models.whole import WholeModel
-from patch_aligned.pad import AnnotationIndex
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.objective import Grids, open_regions
 from patch_aligned.train.trainer import PatchAlignment, last_checkpoint, resume_by_name, train_projector_only

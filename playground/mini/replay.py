@@ -14,7 +14,7 @@ import typer
 from pycocotools import mask as coco_mask
 
 from llava.command import clear_errors, typer_app
-from patch_aligned.annotate.folder import list_images
+from patch_aligned.annotate.manifest import list_images
 from patch_aligned.annotate.options import Selection, Workload
 from patch_aligned.annotate.pipeline import ImageInWork
 from patch_aligned.annotate.regions import Candidate, Mask, Tag

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from patch_aligned.annotate.folder import list_images
+from patch_aligned.annotate.manifest import list_images
 from patch_aligned.files import validated, written_whole
 from patch_aligned.images import UnreadableImageError, decode_image
-from patch_aligned.pad import write_records
+from patch_aligned.record_files import write_records
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name_and_then_the_name_is(

@@ -15,7 +15,7 @@ from eval.captions.references import (
     image_files,
     read_references,
 )
-from patch_aligned.pad import RecordFileError
+from patch_aligned.record_files import RecordFileError
 
 TWO = (CaptionedImage("9", "val/9.jpg", ("A dog.", "One dog.")), CaptionedImage("4", "val/4.jpg", ("Cats.",)))
 COCO = {

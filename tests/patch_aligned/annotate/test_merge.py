@@ -12,9 +12,11 @@ import pytest
 from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
-from patch_aligned.annotate.folder import ManifestEntry, RunFolder, merge
+from patch_aligned.annotate.folder import RunFolder, merge
+from patch_aligned.annotate.manifest import ManifestEntry
 from patch_aligned.cli import app
-from patch_aligned.pad import RecordFileError, read_annotations
+from patch_aligned.pad import read_annotations
+from patch_aligned.record_files import RecordFileError
 
 STATUSES = ["ok", "no_boxes", "ok", "unreadable", "ok"]
 

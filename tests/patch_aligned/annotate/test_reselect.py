@@ -16,7 +16,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
-from patch_aligned.annotate.folder import ManifestEntry, RunFolder
+from patch_aligned.annotate.folder import RunFolder
+from patch_aligned.annotate.manifest import ManifestEntry
 from patch_aligned.annotate.options import Selection, Workload
 from patch_aligned.annotate.pipeline import ImageInWork, StageClock, annotate_images
 from patch_aligned.annotate.regions import Candidate, Mask, Tag, select

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from patch_aligned.annotate.folder import list_images
+from patch_aligned.annotate.manifest import list_images
 from patch_aligned.annotate.options import ModelOptions, Selection, Workload
 from patch_aligned.annotate.pipeline import Stages
 from patch_aligned.annotate.run import AnnotationJob, ShardWorker, build_stages

@@ -17,7 +17,7 @@ from PIL import Image
 from llava.eval.vqa_files import open_image
 from llava.mm_utils import UnreadableImageError as UnreadableInTraining
 from llava.mm_utils import load_rgb_image
-from patch_aligned.annotate.folder import list_images
+from patch_aligned.annotate.manifest import list_images
 from patch_aligned.annotate.options import Workload
 from patch_aligned.annotate.pipeline import StageClock, Stages, annotate_images
 from patch_aligned.images import UnreadableImageError, decode_image, stored_size_wh

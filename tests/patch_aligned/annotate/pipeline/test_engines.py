@@ -20,7 +20,8 @@ import pytest
 from typer.testing import CliRunner
 
 from patch_aligned.annotate import run as engines
-from patch_aligned.annotate.folder import RunFolder, list_images
+from patch_aligned.annotate.folder import RunFolder
+from patch_aligned.annotate.manifest import list_images
 from patch_aligned.annotate.options import ModelOptions, Selection, Workload
 from patch_aligned.annotate.pipeline import Stages
 from patch_aligned.annotate.run import AnnotationJob, Rank, build_stages, rank_of, run_with_ray

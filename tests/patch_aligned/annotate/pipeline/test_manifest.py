@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from patch_aligned.annotate.folder import ManifestEntry, RunFolder, list_images
+from patch_aligned.annotate.folder import RunFolder
+from patch_aligned.annotate.manifest import ManifestEntry, list_images
 
 
 def test_a_folder_is_listed_by_path_without_what_is_no_image(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from patch_aligned.annotate import pipeline as annotate_images_module
-from patch_aligned.annotate.folder import RunFolder, list_images
+from patch_aligned.annotate.folder import RunFolder
+from patch_aligned.annotate.manifest import list_images
 from patch_aligned.annotate.options import ModelOptions, Selection, Workload
 from patch_aligned.annotate.pipeline import ImageInWork, StageClock, Stages, annotate_images
 from patch_aligned.annotate.regions import NonFiniteScoresError

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from patch_aligned.annotate import run as progress_module
-from patch_aligned.annotate.folder import ManifestEntry, RunFolder, ShardHeader, list_images
+from patch_aligned.annotate.folder import RunFolder, ShardHeader
+from patch_aligned.annotate.manifest import ManifestEntry, list_images
 from patch_aligned.annotate.options import Workload
 from patch_aligned.annotate.pipeline import StageClock, Stages, StageTime, annotate_images
 from patch_aligned.annotate.run import ProgressReport, Rank

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from patch_aligned.annotate import folder as run_folder_module
-from patch_aligned.annotate.folder import ManifestEntry, RunFolder, ShardError
+from patch_aligned.annotate.folder import RunFolder, ShardError
+from patch_aligned.annotate.manifest import ManifestEntry
 
 ENTRIES = [ManifestEntry(f"{number}.jpg", "ein Bär\u2028") for number in range(5)]
 SETTINGS: dict[str, Any] = {"sam": {"model": "a", "sizes": [1, 2]}, "versions": {"torch": "2"}}
