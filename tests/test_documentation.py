@@ -110,3 +110,30 @@ def test_launch_recipe_that_the_guide_quotes_is_the_scripts() -> None:
     assert quoted is not None
     for line in quoted.group(1).splitlines():
         assert line.strip() == "..." or line in script
+
+
+def messages_of_the_code() -> list[str]:
+    """Every string of the packages and scripts, with `…` where a value is put in."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(text, node.values))
+        return str(node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+    files = [path for package in ("llava", "patch_aligned", "scripts") for path in (ROOT / package).rglob("*.py")]
+    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    strings = [text(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant)]
+    shell = [
+        re.sub(r"\$\([^)]*\)|\$\w+|\$\{[^}]*\}", "…", path.read_text()) for path in (ROOT / "scripts").rglob("*.sh")
+    ]
+    return [re.sub(r"%\w|\{\w*\}", "…", string) for string in strings] + shell
+
+
+def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) + re.findall(r"`([^`]*…[^`]*)`", page)
+    assert len(quoted) > 30
+    code = messages_of_the_code()
+    for message in quoted:
+        pattern = re.compile(".*".join(map(re.escape, filter(None, (part.strip() for part in message.split("…"))))))
+        assert any(pattern.search(text) for text in code), message
