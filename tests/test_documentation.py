@@ -186,5 +186,6 @@ def test_five_pictures_of_the_page_become_a_file_that_training_takes(
     assert make_scenes.main(shlex.split(scenes)) == 0
     [block] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     exec(block, {})
-    found = verify_file(tmp_path / "my" / "mine.jsonl", VerifySettings(image_folder=tmp_path / "my"))
+    folder = tmp_path / "playground" / "data" / "my"
+    found = verify_file(folder / "mine.jsonl", VerifySettings(folder))
     assert (found.records, found.regions, found.errors) == (5, 10, 0)
