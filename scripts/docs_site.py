@@ -1,14 +1,19 @@
-"""Hooks of mkdocs.yml: README is the first page, and links to files outside of docs/ show their paths."""
+"""Hooks of mkdocs.yml: README is the first page, links out of docs/ show paths, flags come from the code."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # `eval` and this folder are not installed
+
+from scripts.docs_reference import filled  # noqa: E402
+
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
@@ -33,4 +38,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         path = target.relative_to(ROOT)
         return link[1] if str(path) in link[1] else f"{link[1]} (`{path}`)"
 
-    return LINK.sub(shown, markdown)
+    return filled(LINK.sub(shown, markdown))

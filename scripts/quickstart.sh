@@ -8,6 +8,7 @@
 #   WARMUP_STEPS=1600 patch steps before them, where there is a patch loss; they need no LLM, so they take seconds
 #   RUN=FOLDER        where the results go; an empty folder starts a new run
 #   SEED=42           of initialisation and order
+#   TORCH=cpu         installs torch without CUDA's libraries; DRY_RUN=1 prints the commands that install, and stops
 #   UPDATE_DOCS=1     also copies table and pictures to docs/quickstart, and the table into the README
 set -euo pipefail
 cd "$(dirname "$0")/.."

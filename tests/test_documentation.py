@@ -110,3 +110,82 @@ def test_launch_recipe_that_the_guide_quotes_is_the_scripts() -> None:
     assert quoted is not None
     for line in quoted.group(1).splitlines():
         assert line.strip() == "..." or line in script
+
+
+def messages_of_the_code() -> list[str]:
+    """Every string of the packages and scripts, with `…` where a value is put in."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(text, node.values))
+        return str(node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+    files = [path for package in ("llava", "patch_aligned", "scripts") for path in (ROOT / package).rglob("*.py")]
+    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    strings = [text(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant)]
+    shell = [
+        re.sub(r"\$\([^)]*\)|\$\w+|\$\{[^}]*\}", "…", path.read_text()) for path in (ROOT / "scripts").rglob("*.sh")
+    ]
+    return [re.sub(r"%\w|\{\w*\}", "…", string) for string in strings] + shell
+
+
+def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) + re.findall(r"`([^`]*…[^`]*)`", page)
+    assert len(quoted) > 30
+    code = messages_of_the_code()
+    for message in quoted:
+        pattern = re.compile(
+            ".*".join(map(re.escape, filter(None, (part.strip() for part in message.split("…"))))), re.DOTALL
+        )
+        assert any(pattern.search(text) for text in code), message
+
+
+def test_reference_lists_every_command_flag_and_variable() -> None:
+    from scripts.docs_reference import filled
+
+    page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    scripts = [*(ROOT / "scripts" / "v1_5").glob("*.sh"), ROOT / "scripts" / "v1_5" / "eval" / "common.sh"]
+    assert not [script for script in scripts if f"script {script.relative_to(ROOT)} -->" not in page]
+    parsers = [path for package in ("llava", "eval") for path in (ROOT / package).rglob("*.py")
+               if "\ndef argument_parser(" in path.read_text(encoding="utf-8")]  # fmt: skip
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in parsers]
+    assert not [module for module in modules if f"argparse {module} -->" not in page]
+    shown = filled(page)
+    assert "| `--patch_beta_end` | Weight of the patch loss at the last step;" in shown
+    assert "| `--threshold-rule <mid_range\\|otsu\\|mean_std\\|top_area>` | Which tokens" in shown
+    assert "| `MODEL_MAX_LENGTH` | `2048` |" in shown
+    assert "| `GLOBAL_BATCH_SIZE` | `8` or `4` |" in shown
+    assert "### `patch-aligned models fetch`" in shown
+
+
+def test_python_names_that_documents_import_are_in_the_reference() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)", page, re.MULTILINE)}
+    imported = set()
+    for document in DOCUMENTS:
+        for block in re.findall(
+            r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        ):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("llava", "patch_aligned"):
+                    imported |= {alias.name for alias in node.names}
+    assert len(imported) > 15
+    assert not imported - listed
+
+
+def test_five_pictures_of_the_page_become_a_file_that_training_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from patch_aligned.dataset.verify import VerifySettings, verify_file
+    from playground.mini import make_scenes
+
+    page = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    [scenes] = re.findall(r"^python -m playground.mini.make_scenes (.*)$", page, re.MULTILINE)
+    assert make_scenes.main(shlex.split(scenes)) == 0
+    [block] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    folder = tmp_path / "playground" / "data" / "my"
+    found = verify_file(folder / "mine.jsonl", VerifySettings(folder))
+    assert (found.records, found.regions, found.errors) == (5, 10, 0)

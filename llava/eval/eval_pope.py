@@ -69,7 +69,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags, and where to write the scores."""
     parser = command_parser("llava.eval.eval_pope", __doc__)
     parser.add_argument("--annotation-dir", required=True, help=f"folder of {LABEL_FILES}")
-    parser.add_argument("--question-file", required=True)
+    parser.add_argument("--question-file", required=True, help="the questions, JSON lines")
     parser.add_argument("--result-file", required=True, help="answers, by llava.eval.model_vqa_loader")
     parser.add_argument("--output-result", help="JSON file for the scores of each category")
     return parser

@@ -23,7 +23,7 @@ Key = tuple[str, str]
 def argument_parser() -> argparse.ArgumentParser:
     """Upstream's flags, and where to write the scores."""
     parser = command_parser("llava.eval.eval_textvqa", __doc__)
-    parser.add_argument("--annotation-file", required=True)
+    parser.add_argument("--annotation-file", required=True, help="TextVQA's own JSON")
     parser.add_argument("--result-file", help="answers, by llava.eval.model_vqa_loader")
     parser.add_argument("--result-dir", help="score each *.jsonl in this folder")
     parser.add_argument("--output-result", help="JSON file for the accuracies by result file")

@@ -54,8 +54,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """How answers are generated; upstream's spelling."""
     parser.add_argument("--temperature", type=float, default=0.2, help="0 answers greedily; default: %(default)s")
-    parser.add_argument("--top_p", type=float)
-    parser.add_argument("--num_beams", type=int, default=1)
+    parser.add_argument("--top_p", type=float, help="of nucleus sampling")
+    parser.add_argument("--num_beams", type=int, default=1, help="of beam search; default: %(default)s")
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the draws, where temperature is above 0")
 

@@ -38,8 +38,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="template; default: the checkpoint's own")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 answers greedily; default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s")
-    parser.add_argument("--load-8bit", action="store_true")
-    parser.add_argument("--load-4bit", action="store_true")
+    parser.add_argument("--load-8bit", action="store_true", help="quantise the LLM to 8 bits")
+    parser.add_argument("--load-4bit", action="store_true", help="quantise the LLM to 4 bits")
     parser.add_argument("--debug", action="store_true", help="print each prompt as the model sees it")
     return parser
 

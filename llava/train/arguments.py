@@ -101,9 +101,9 @@ class ModelArguments:
             "3, `mistral_instruct` for Mistral, `qwen_2` for Qwen2 and Qwen2.5, `qwen_3` for Qwen3."
         },
     )
-    freeze_backbone: bool = False
+    freeze_backbone: bool = field(default=False, metadata={"help": "Stage 2: keep the LLM frozen."})
     tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Stage 1: train only the projector."})
-    vision_tower: str | None = None
+    vision_tower: str | None = field(default=None, metadata={"help": "Folder or hub name of the vision tower."})
     mm_vision_select_layer: int = field(default=-1, metadata={"help": "Hidden layer of the tower; LLaVA-1.5 uses -2."})
     pretrain_mm_mlp_adapter: str | None = field(
         default=None, metadata={"help": "mm_projector.bin to initialise the projector from."}
@@ -118,10 +118,10 @@ class ModelArguments:
         default=3, metadata={"help": "Number of blocks of a C-Abstractor before its pooling, and again after it."}
     )
     mm_projector_hidden_size: int = field(default=1024, metadata={"help": "Width of a C-Abstractor's convolutions."})
-    mm_use_im_start_end: bool = False
-    mm_use_im_patch_token: bool = True
-    mm_patch_merge_type: str | None = "flat"
-    mm_vision_select_feature: str | None = "patch"
+    mm_use_im_start_end: bool = field(default=False, metadata={"help": "Put marks around images."})
+    mm_use_im_patch_token: bool = field(default=True, metadata={"help": "Add a token that marks patches."})
+    mm_patch_merge_type: str | None = field(default="flat", metadata={"help": "`flat`, or `spatial_unpad`."})
+    mm_vision_select_feature: str | None = field(default="patch", metadata={"help": "`cls_patch` keeps CLS in front."})
     unfreeze_mm_vision_tower: bool = field(default=False, metadata={"help": "Stage 2: also train the vision tower."})
     attn_implementation: str = field(
         default="auto",
@@ -135,7 +135,7 @@ class DataArguments:
 
     data_path: str | None = field(default=None, metadata={"help": "Training JSON."})
     lazy_preprocess: bool = field(default=False, metadata={"help": "No effect: samples are always prepared lazily."})
-    is_multimodal: bool = False
+    is_multimodal: bool = field(default=False, metadata={"help": "No effect: a vision tower says so."})
     image_folder: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     image_aspect_ratio: str = field(
         default="square",
@@ -178,11 +178,11 @@ class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
     """
 
     output_dir: str = field(default="", metadata={"help": "Output folder of checkpoints and trained weights."})
-    cache_dir: str | None = None
-    optim: str = "adamw_torch"
-    remove_unused_columns: bool = False
-    freeze_mm_mlp_adapter: bool = False
-    mpt_attn_impl: str | None = "triton"
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for weights from the hub."})
+    optim: str = field(default="adamw_torch", metadata={"help": "The optimizer."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Refused: it drops images."})
+    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Stage 2: keep the projector frozen."})
+    mpt_attn_impl: str | None = field(default="triton", metadata={"help": "No effect."})
     model_max_length: int = field(
         default=512, metadata={"help": "Maximum sequence length, including visual tokens. Longer ones are truncated."}
     )
@@ -196,15 +196,15 @@ class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
     lora_enable: bool = field(
         default=False, metadata={"help": "Train LoRA adapters on the LLM's linear layers instead of the LLM."}
     )
-    lora_r: int = 64
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "Their scale is this number over the rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
     lora_weight_path: str = field(default="", metadata={"help": "Output folder of a LoRA run to start from."})
     lora_bias: Literal["none", "all", "lora_only"] = field(
         default="none", metadata={"help": "Biases of the LLM to train in addition."}
     )
-    mm_projector_lr: float | None = None
-    group_by_modality_length: bool = False
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector alone."})
+    group_by_modality_length: bool = field(default=False, metadata={"help": "Batches of like length and kind."})
     dataloader_timeout: int = field(default=1800, metadata={"help": "Seconds to wait for a batch of a worker."})
     trust_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from DeepSpeed's files without looking for code in them."}

@@ -28,10 +28,10 @@ def load_models(
     """Load the models given by `--projector`, in order.
 
     Args:
-        specifications: `NAME=PATH` or `NAME=random[:SEED]`. PATH is LLaVA's (see `ProjectorSource`), or the folder or
-            hub name of a model of transformers.
+        specifications: `NAME=PATH` or `NAME=random[:SEED]`; PATH is LLaVA's, or a folder or hub name of transformers.
         base: the LLM whose word embeddings LLaVA's projectors are compared with; full models have their own.
-        vision_tower, image_aspect_ratio: override the configs of LLaVA's projectors.
+        vision_tower: overrides the configs of LLaVA's projectors.
+        image_aspect_ratio: likewise.
         device: device of towers and projectors.
 
     Raises:

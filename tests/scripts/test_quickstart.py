@@ -91,6 +91,22 @@ def test_an_interrupted_training_is_taken_up(tmp_path: Path) -> None:
     assert only[1] == "patch_aligned/train_mem.py"
 
 
+def test_torch_without_cuda_is_installed_before_what_depends_on_it(tmp_path: Path) -> None:
+    def printed(**variables: str) -> list[str]:
+        environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", **variables}
+        command = ["bash", "scripts/quickstart.sh"]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        return [line for line in result.stdout.splitlines() if line.startswith("python -m pip install")]
+
+    torch, project = printed(TORCH="cpu")
+    assert torch.endswith("--no-deps --index-url https://download.pytorch.org/whl/cpu torch torchvision")
+    assert "--constraint constraints.txt" in torch  # the tested version
+    assert project.endswith("-e .[mini,analysis]")
+    assert printed() == [project]
+    [torch, _] = printed(TORCH="cpu", VIRTUAL_ENV=str(tmp_path))
+    assert "constraints.txt" not in torch  # an environment of the user's keeps its versions
+
+
 def test_the_room_that_packages_need_and_have_is_said(tmp_path: Path) -> None:
     command = ["bash", "-c", 'set -eu; source scripts/environment.sh; say_room "$1"', "bash", str(tmp_path)]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -58,7 +58,7 @@ def draw(scene: AnnotatedImage, rows: list[PictureRow], path: Path) -> None:
                 axis.set_title(row.label, fontsize=11)
     figure.subplots_adjust(left=0.05, right=0.9, top=0.9, bottom=0.02, wspace=0.06, hspace=0.06)
     figure.colorbar(drawn, cax=figure.add_axes((0.915, 0.1, 0.012, 0.72)), label="cosine")
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)  # or few words cut the label of the scale
 
 
 def main(
