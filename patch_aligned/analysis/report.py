@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import math
@@ -15,6 +14,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from patch_aligned.analysis.localisation import (
+    data_uri,
     drawable,
     font_families,
     panel_jpegs,
@@ -357,7 +357,7 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         captions=breakdown_table("Captions", "Region", by_caption) if all(by_caption.values()) else None,
         labels=breakdown_table("Labels", "Label", by_label),
         most_labels=MOST_LABELS,
-        picture=[(row, {key: _data_uri(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture],
+        picture=[(row, {key: data_uri(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture],
         maps=maps,
         map_panels=map_panels,
         counts=counts_table(analysis),
@@ -366,10 +366,6 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         settings={key: value for key, value in settings.items() if value},
         number=number,
     )
-
-
-def _data_uri(jpeg: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
 def report_markdown(analysis: Analysis) -> str:
