@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from markupsafe import Markup
 
+from patch_aligned.analysis.headline import PLOTTED, finding, scale_of
 from patch_aligned.analysis.localisation import (
     data_uri,
     drawable,
@@ -343,6 +344,11 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         measure=measure,
         confidence=f"{resampling.confidence:.0%}",
         regions=max(model.counts["regions"] for model in analysis.models.values()),
+        finding=finding(analysis),
+        plotted={metric: PLOTTED[metric] for metric in measured_of(analysis, tuple(PLOTTED))},
+        scale=scale_of(analysis),
+        colours=colours_of(analysis),
+        untrained=_untrained(analysis),
         headline=headline_table(analysis),
         health=health_table(analysis),
         names=names_table(analysis),
@@ -387,6 +393,8 @@ def report_markdown(analysis: Analysis) -> str:
     lines = [
         "# Analysis of projectors",
         "",
+        finding(analysis),
+        "",
         headline_table(analysis).markdown(),
         "",
         f"{analysis.images} images, {counts['regions']} regions{kind}: {outside}{counts['regions_without_token']} "
@@ -420,6 +428,11 @@ _THINNEST, _THICKEST, _STEP = 1.4, 5.6, 1.4  # widths of lines, points
 _LOWEST = 1e-9  # shares below it are rounding
 
 
+def colours_of(analysis: Analysis) -> dict[str, str]:
+    """The colour of each model in plots."""
+    return dict(zip(analysis.models, itertools.cycle(_COLOURS), strict=False))
+
+
 def save_spectra_figure(analysis: Analysis, path: Path) -> None:
     """Plot the eigenvalues of every entropy, both axes logarithmic, as SVG; a shared tower is plotted once.
 
@@ -431,7 +444,7 @@ def save_spectra_figure(analysis: Analysis, path: Path) -> None:
     towers: dict[str, tuple[str, Entropy]] = {}
     for name, model in analysis.models.items():
         towers.setdefault(model.tower, (name, model.entropy_before))
-    colours = dict(zip(analysis.models, itertools.cycle(_COLOURS), strict=False))
+    colours = colours_of(analysis)
     height = 3.6 + 0.2 * (len(towers) + len(analysis.models))  # inches, of them 0.2 a line of the legend
     figure = Figure(figsize=(6.2, height), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
