@@ -17,7 +17,6 @@ PLOTTED = {
     "retrieval_top1": "retrieval@1", "name_auc": "names: AUC",
 }  # fmt: skip
 """Metrics between −1 and 1 that share a scale."""
-_WIDEST = 0.6  # of a scale with a tick at each tenth
 
 
 def finding(analysis: Analysis) -> str:
@@ -46,14 +45,7 @@ def _interval(analysis: Analysis, low: float, high: float) -> str:
     return f" ({analysis.settings.resampling.confidence:.0%} interval {number(low)} … {number(high)})"
 
 
-def scale_of(analysis: Analysis) -> tuple[float, float, list[float]]:
-    """Return the ends of a scale that holds the plotted metrics with their intervals, in tenths, and its ticks."""
-    found = [model.metrics.loc[list(PLOTTED), ["value", "low", "high"]] for model in analysis.models.values()]
-    spreads = [model.untrained.metrics for model in analysis.models.values() if model.untrained is not None]
-    found += [
-        (spread["mean"] + sign * spread["sd"].fillna(0)).loc[list(PLOTTED)] for spread in spreads for sign in (-1, 1)
-    ]
-    values = np.concatenate([np.ravel(part) for part in found])
-    first, last = math.floor(10 * min(0, np.nanmin(values))), math.ceil(10 * max(0.1, np.nanmax(values)))
-    step = 1 if last - first <= 10 * _WIDEST else 2
-    return first / 10, last / 10, [tenth / 10 for tenth in range(first, last + 1) if tenth % step == 0]
+def lowest_of(analysis: Analysis) -> float:
+    """Return where a scale up to 1 begins that holds 0 and the plotted metrics with their intervals, in tenths."""
+    lows = [model.metrics.loc[list(PLOTTED), ["value", "low"]].min().min() for model in analysis.models.values()]
+    return min(0, math.floor(10 * np.nanmin(lows))) / 10

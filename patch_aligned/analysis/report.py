@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from markupsafe import Markup
 
-from patch_aligned.analysis.headline import PLOTTED, finding, scale_of
+from patch_aligned.analysis.headline import PLOTTED, finding, lowest_of
 from patch_aligned.analysis.localisation import (
     data_uri,
     drawable,
@@ -346,7 +346,7 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         regions=max(model.counts["regions"] for model in analysis.models.values()),
         finding=finding(analysis),
         plotted={metric: PLOTTED[metric] for metric in measured_of(analysis, tuple(PLOTTED))},
-        scale=scale_of(analysis),
+        lowest=lowest_of(analysis),
         colours=colours_of(analysis),
         untrained=_untrained(analysis),
         headline=headline_table(analysis),

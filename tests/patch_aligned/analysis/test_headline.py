@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models
-from patch_aligned.analysis.headline import PLOTTED, finding, scale_of
+from patch_aligned.analysis.headline import PLOTTED, finding, lowest_of
 from patch_aligned.analysis.report import report_markdown, report_page
 from patch_aligned.analysis.run import Comparison
 from patch_aligned.intervals import Resampling
@@ -40,9 +40,8 @@ def test_a_difference_is_told_from_the_better_models_side(is_later: bool) -> Non
 
 def test_an_interval_that_holds_0_tells_no_model_apart() -> None:
     told = finding(analysis_of({"a": metrics(0.2), "b": metrics(0.21)}, ("b", "a", metrics(0.01, -0.02, 0.04))))
-    assert told == (
-        "b and a cannot be told apart: they differ by 0.010 in Align(V, W) (90% interval −0.020 … 0.040); the interval holds 0."
-    )
+    differ = "they differ by 0.010 in Align(V, W) (90% interval −0.020 … 0.040); the interval holds 0."
+    assert told == f"b and a cannot be told apart: {differ}"
 
 
 def test_of_several_models_the_best_is_compared_with_the_next() -> None:
@@ -65,10 +64,9 @@ def test_one_model_stands_beside_another_regions_label_and_one_image_has_no_inte
     assert told.endswith("cannot be told apart: they differ by 0.100 in Align(V, W) (no interval: too few images).")
 
 
-def test_the_scale_holds_all_values_with_their_intervals_and_0() -> None:
-    assert scale_of(analysis_of({"a": metrics(0.3, 0.2, 0.41)})) == (0, 0.5, [0, 0.1, 0.2, 0.3, 0.4, 0.5])
-    found = scale_of(analysis_of({"a": metrics(0.3, 0.2, 0.88), "b": metrics(NAN), "c": metrics(0, -0.11, 0.1)}))
-    assert found == (-0.2, 0.9, [-0.2, 0, 0.2, 0.4, 0.6, 0.8])
+def test_the_scale_holds_0_and_all_values_with_their_intervals() -> None:
+    assert lowest_of(analysis_of({"a": metrics(0.3, 0.2, 0.41), "b": metrics(NAN)})) == 0
+    assert lowest_of(analysis_of({"a": metrics(0.3), "b": metrics(0, -0.11, 0.1)})) == -0.2
 
 
 def test_the_page_begins_with_the_finding_and_places_dots_on_the_scale(
@@ -83,9 +81,9 @@ def test_the_page_begins_with_the_finding_and_places_dots_on_the_scale(
     assert page.index(finding(analysis)) < page.index('class="plot"') < page.index("<nav>")
     assert page.index('id="where-labels-are-found"') < page.index('id="three-measures"')
     assert finding(analysis) in report_markdown(analysis)
-    first, last, _ = scale_of(analysis)
+    first = lowest_of(analysis)
     centres = [float(place) for place in re.findall(r'<circle cx="([\d.]+)%"', page)]
     assert len(centres) == 5 * (2 + 1)  # measures, models and untrained ones
     value = analysis.models["start"].metrics.loc["align_px", "value"]
-    assert centres[1] == pytest.approx(2 + 96 * (value - first) / (last - first), abs=0.01)
+    assert centres[1] == pytest.approx(2 + 96 * (value - first) / (1 - first), abs=0.01)
     assert page.count('class="hollow"') == 5
