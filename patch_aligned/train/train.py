@@ -107,7 +107,10 @@ def train(arguments: Sequence[str]) -> Path:
             print(f"{output}: finished, {state.global_step} of {state.max_steps} steps; nothing to do.")
             return output
 
-    held_out = _captions_to_read(own, index) if own.eval_reads_steps else ()
+    held_out: tuple[int, ...] = ()
+    if own.eval_reads_steps:
+        flag, count = "eval_reads_captions", own.eval_reads_captions
+        held_out = held_out_rows(index, flag, count, PICTURES, lambda image: image.caption.strip())
     watched = rows_to_watch(patch, index, Path(own.images))
     data = captioned_images(index, own, {*held_out, *watched})
     trainer: Any = SFTTrainer(model=own.model, args=args, train_dataset=data)
@@ -160,11 +163,6 @@ class _ReadsCallback(HeldOutCallback):
         found = reads_metrics(rows, Resampling()).loc["reads_per_caption"]
         logs = {"reads": found["value"], "reads/low": found["low"], "reads/high": found["high"]}
         self.trainer.log({name: float(value) for name, value in logs.items()})
-
-
-def _captions_to_read(own: TrainArguments, index: AnnotationIndex) -> tuple[int, ...]:
-    has_caption = lambda image: bool(image.caption.strip())  # noqa: E731
-    return held_out_rows(index, "eval_reads_captions", own.eval_reads_captions, PICTURES, has_caption)
 
 
 def _seen_by(trainer: Any) -> See:

@@ -50,7 +50,7 @@ See = Callable[[Image.Image], tuple[Layout, Callable[[], Tensor]]]
 
 
 def held_out_rows(
-    index: AnnotationIndex, flag: str, count: int, least: int, is_usable: Callable[[AnnotatedImage], bool]
+    index: AnnotationIndex, flag: str, count: int, least: int, is_usable: Callable[[AnnotatedImage], Any]
 ) -> tuple[int, ...]:
     """Choose `count` rows by `SEED`. Raises `ValueError` if there are fewer than `least`, or none is left to train."""
     order = random.Random(SEED).sample(range(len(index)), len(index))
@@ -148,8 +148,8 @@ class AlignmentWatch(HeldOutCallback):
         labels = label_embeddings(ids, lengths, self.trainer.model.get_input_embeddings()).to(tokens[0])
         directions = F.normalize(labels, dim=-1)  # [L, D]
         if self.is_due(self._arguments.eval_align_steps):
-            pairs = zip(self._watched, tokens, strict=True)
-            scores = [_scores(watched, of_image, directions, self._arguments) for watched, of_image in pairs]
+            pairs, least = zip(self._watched, tokens, strict=True), self._arguments.patch_min_coverage
+            scores = [_scores(watched, of_image, directions, least) for watched, of_image in pairs]
             means = {name: torch.cat([of[score] for of in scores]).nanmean().item() for name, score in _SCORES.items()}
             self.trainer.log({name: mean for name, mean in means.items() if not math.isnan(mean)})
         if self.is_due(self._arguments.patch_picture_steps) and self.trainer.state.is_world_process_zero:
@@ -178,17 +178,14 @@ class AlignmentWatch(HeldOutCallback):
     def _write(self, column: Mapping[str, Any]) -> None:
         """Write the page with one more column. A resumed run keeps the columns up to its checkpoint."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        page, file = self._folder / PAGE, self._folder / COLUMNS
+        file = self._folder / COLUMNS
         before = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else [])
         columns = [one for one in before if one["step"] < column["step"] and one["of"] == column["of"]] + [column]
         rows = [(watched.row, data_uri(place_jpeg(watched.row))) for watched in self._pictured]
         values = {"title": f"Training {self._folder.name}", "columns": columns, "rows": rows}
-        for path, text in (
-            (file, "".join(json.dumps(one) + "\n" for one in columns)),
-            (page, render(__package__, "strip.html.j2", **values)),
-        ):
-            with written_whole(path) as unfinished:
-                unfinished.write_text(text, encoding="utf-8")
+        with written_whole(self._folder / PAGE) as page, written_whole(file) as lines:
+            page.write_text(render(__package__, "strip.html.j2", **values), encoding="utf-8")
+            lines.write_text("".join(json.dumps(one) + "\n" for one in columns), encoding="utf-8")
 
 
 def _watched(image: AnnotatedImage, image_folder: Path, tags: Sequence[str], see: See) -> _Watched:
@@ -205,10 +202,10 @@ def _watched(image: AnnotatedImage, image_folder: Path, tags: Sequence[str], see
     return _Watched(visual_tokens, pairs, own, row, largest)
 
 
-def _scores(watched: _Watched, tokens: Tensor, directions: Tensor, arguments: PatchArguments) -> dict[str, Tensor]:
+def _scores(watched: _Watched, tokens: Tensor, directions: Tensor, min_coverage: float) -> dict[str, Tensor]:
     """Score the regions of an image by its tokens `[T, D]`: `[R]` each."""
-    own, min_coverage = watched.own.to(tokens.device), arguments.patch_min_coverage
-    of_grids = ((tokens[grid.tokens.ravel()], coverage.to(tokens.device)) for grid, coverage in watched.grids)
-    return over_grids(
-        [score_regions(seen, directions, own, share, rule=_RULE, min_coverage=min_coverage) for seen, share in of_grids]
-    )
+    own, of_grids = watched.own.to(tokens.device), []
+    for grid, coverage in watched.grids:
+        seen, share = tokens[grid.tokens.ravel()], coverage.to(tokens.device)  # [S, D], [R, rows, cols]
+        of_grids.append(score_regions(seen, directions, own, share, rule=_RULE, min_coverage=min_coverage))
+    return over_grids(of_grids)

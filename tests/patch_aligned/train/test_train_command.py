@@ -183,7 +183,8 @@ def test_align_of_held_out_images_is_that_of_an_analysis_and_changes_nothing_els
     settings = AnalysisSettings(MeasureSettings(tmp_path / "held_out.jsonl", world / "images"), Resampling(2), ())
     found = analyse(load_models((f"p={watched}",)), settings).models["p"].metrics["value"]
     for key, name in (("align", "align_px"), ("contrast", "contrast"), ("retrieval", "retrieval_top1")):
-        assert logged[6][f"eval/{key}"] == pytest.approx(found[name], rel=1e-4), key
+        # An analysis resizes images by PIL, this training by the processor's default, torchvision.
+        assert logged[6][f"eval/{key}"] == pytest.approx(found[name], rel=1e-3), key
 
     write_pad(world / "others.jsonl", [record for record in records if record["image_id"] not in held_out])
     silent = trained(world, tmp_path / "silent", *arm, data="others.jsonl")
