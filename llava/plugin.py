@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+    from transformers import TrainerCallback
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,9 @@ class TrainingPlugin:
     warmup_folder: str = "warmup"
     """Name of the warm-up's folder inside the run's."""
 
+    held_out: frozenset[str] = frozenset()
+    """Images (normal paths inside the image folder) whose records are left out of training. Known after `setup`."""
+
     def setup(
         self,
         arguments: Any,
@@ -132,6 +136,10 @@ class TrainingPlugin:
         Logged as `<name>/beta`.
         """
         return {}
+
+    def callbacks(self, trainer: Any) -> Sequence[TrainerCallback]:
+        """Return callbacks of a run, not of its warm-up. `trainer` is made but for them."""
+        return ()
 
     def describe_first_batch(self, images: Tensor, grid: tuple[int, int], batch: Mapping[str, Any], path: Path) -> None:
         """Save a picture of the first batch, so that misplaced regions are noticed early.

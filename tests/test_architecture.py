@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         (f"patch_aligned.train.{name}" for name in ("cli", "regions", "train", "trainer")),
         (*CORE, "patch_aligned.train", "patch_aligned.models"),
     ),
+    "patch_aligned.train.watch": (*CORE, *PAGES, "patch_aligned.train", "patch_aligned.analysis"),
     "patch_aligned.train.plugin": (*CORE, "patch_aligned.train", "patch_aligned.models", "llava"),
     "patch_aligned.models": (*CORE, "patch_aligned.models"),
     "patch_aligned.models.llava": (*CORE, "patch_aligned.models", "llava"),

@@ -320,13 +320,12 @@ class LazySupervisedDataset(Dataset):
                 f"{len(described)} of {len(rows)} records cannot be read or trained on, the first being\n  {listing}\n"
                 f"Correct them; --on_error skip leaves out up to {LARGEST_SHARE:.0%} (or {GRACE_SAMPLES})"
             )
-        if not problems:
-            return rows, is_auxiliary
         for row, reason in zip(problems, described, strict=False):
             self.skipped.add(self.records.sample_id(row), reason)
-        usable = np.setdiff1d(rows, list(problems))
+        usable = np.setdiff1d(rows[~held_out(self.records, self.plugin)], list(problems))
         if not len(usable):
-            raise RecordError(f"{self.records.source}: none of {len(rows)} records can be trained on: {described[0]}")
+            reason = described[0] if described else "all show images that are held out"
+            raise RecordError(f"{self.records.source}: none of {len(rows)} records can be trained on: {reason}")
         return usable, is_auxiliary[usable]
 
 
@@ -355,6 +354,16 @@ def missing_files(records: RecordTable, image_folder: Path) -> Iterator[tuple[in
         # Some drives find files by other spellings than the listed ones.
         if listing is not None and file not in listing and not (listing and (image_folder / name).exists()):
             yield row, f"field image: {image_folder / name}: no such file; is --image_folder the right one?"
+
+
+def held_out(records: RecordTable, plugin: TrainingPlugin | None) -> np.ndarray:
+    """Return which records show an image that the plugin holds out: bool `[rows]`."""
+    found = np.zeros(len(records), dtype=bool)
+    if plugin is not None and plugin.held_out:
+        names = pc.list_flatten(records.table["images"]).to_pylist()
+        is_held = np.array([os.path.normpath(name) in plugin.held_out for name in names], dtype=bool)
+        found[pc.list_parent_indices(records.table["images"]).to_numpy()[is_held]] = True
+    return found
 
 
 def auxiliary_only(records: RecordTable, plugin: TrainingPlugin | None) -> np.ndarray:

@@ -17,7 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from llava.conversation import conv_templates
 from llava.data.collate import check_sequence_budget
-from llava.data.dataset import auxiliary_only, make_supervised_data_module
+from llava.data.dataset import auxiliary_only, held_out, make_supervised_data_module
 from llava.data.records import open_records
 from llava.data.sampler import micro_steps_of_kinds
 from llava.mm_utils import parse_grid_pinpoints
@@ -280,10 +280,10 @@ def _shapes_beside_layers(model: Any) -> dict[str, tuple[int, ...]]:
 def count_samples(data_args: DataArguments, training_args: TrainingArguments, plugin: TrainingPlugin | None) -> int:
     """Count the samples of an epoch, before the model is loaded."""
     records = open_records(str(data_args.data_path))
-    is_auxiliary = auxiliary_only(records, plugin)  # [rows]
-    broken = sum(not is_auxiliary[row] for row in records.problems()) if data_args.on_error == "skip" else 0
-    auxiliary = int(is_auxiliary.sum())
-    text = len(records) - auxiliary - broken
+    is_auxiliary, is_kept = auxiliary_only(records, plugin), ~held_out(records, plugin)  # [rows]
+    is_text = ~is_auxiliary & is_kept
+    broken = sum(is_text[row] for row in records.problems()) if data_args.on_error == "skip" else 0
+    auxiliary, text = int((is_auxiliary & is_kept).sum()), int(is_text.sum()) - broken
     if plugin is None or not auxiliary:
         return text
     size = training_args.train_batch_size * training_args.world_size

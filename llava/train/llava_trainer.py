@@ -102,6 +102,8 @@ class LLaVATrainer(CheckpointingTrainer):
         )
         self._first_batch_pending = plugin is not None
         self.add_callback(RunBookkeeping(self))
+        for callback in plugin.callbacks(self) if plugin is not None and phase == "run" else ():
+            self.add_callback(callback)
 
     def save_result(self) -> None:
         """As `CheckpointingTrainer` does, if the run has trained on anything."""

@@ -5,6 +5,7 @@ The layout of the paper's Figure 1 (left): one row an image and label, one pair 
 
 from __future__ import annotations
 
+import base64
 import functools
 import importlib.util
 import io
@@ -192,22 +193,28 @@ def panel_jpegs(row: PictureRow) -> dict[str | tuple[str, str], bytes]:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    found: dict[str | tuple[str, str], bytes] = {"truth": place_jpeg(row)}
+    for name, cell in row.cells.items():
+        found[name, "cosine"] = place_jpeg(row, cell)
+        found[name, "prediction"] = _jpeg_of(_draw_prediction, row, cell=cell)
+    return found
+
+
+def place_jpeg(row: PictureRow, cell: PictureCell | None = None) -> bytes:
+    """The image, or a model's cosine map over it, with the region's outline."""
+    return _jpeg_of(_draw_heat, row, cell=cell) if cell else _jpeg_of(_draw_truth, row)
+
+
+def _jpeg_of(draw: Callable[..., None], row: PictureRow, **what: Any) -> bytes:
     height, width = row.truth.shape
     size_inches = (PANEL_INCHES * width / max(width, height), PANEL_INCHES * height / max(width, height))
 
-    def jpeg(draw: Callable[..., None], **what: Any) -> bytes:
-        def draw_image_alone(axes: Axes) -> None:
-            draw(axes, row=row, **what)
-            axes.set_xlim(0, width)
-            axes.set_ylim(height, 0)
+    def draw_image_alone(axes: Axes) -> None:
+        draw(axes, row=row, **what)
+        axes.set_xlim(0, width)
+        axes.set_ylim(height, 0)
 
-        return panel_jpeg(draw_image_alone, size_inches)
-
-    found: dict[str | tuple[str, str], bytes] = {"truth": jpeg(_draw_truth)}
-    for name, cell in row.cells.items():
-        found[name, "cosine"] = jpeg(_draw_heat, cell=cell)
-        found[name, "prediction"] = jpeg(_draw_prediction, cell=cell)
-    return found
+    return panel_jpeg(draw_image_alone, size_inches)
 
 
 def panel_jpeg(draw: Callable[[Axes], None], size_inches: tuple[float, float]) -> bytes:
@@ -219,6 +226,11 @@ def panel_jpeg(draw: Callable[[Axes], None], size_inches: tuple[float, float]) -
     content = io.BytesIO()
     figure.savefig(content, format="jpeg", pil_kwargs={"quality": 85})
     return content.getvalue()
+
+
+def data_uri(jpeg: bytes) -> str:
+    """The address of a picture that is part of an HTML page."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
 def _head_columns(figure: Any, truth_axes: Axes, first: str, pairs: dict[str, tuple[Axes, Axes]], head: float) -> None:

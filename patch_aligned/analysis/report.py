@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import math
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from markupsafe import Markup
 
+from patch_aligned.analysis.headline import PLOTTED, finding, lowest_of
 from patch_aligned.analysis.localisation import (
+    data_uri,
     drawable,
     font_families,
     panel_jpegs,
@@ -343,6 +344,11 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         measure=measure,
         confidence=f"{resampling.confidence:.0%}",
         regions=max(model.counts["regions"] for model in analysis.models.values()),
+        finding=finding(analysis),
+        plotted={metric: PLOTTED[metric] for metric in measured_of(analysis, tuple(PLOTTED))},
+        lowest=lowest_of(analysis),
+        colours=colours_of(analysis),
+        untrained=_untrained(analysis),
         headline=headline_table(analysis),
         health=health_table(analysis),
         names=names_table(analysis),
@@ -357,7 +363,7 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         captions=breakdown_table("Captions", "Region", by_caption) if all(by_caption.values()) else None,
         labels=breakdown_table("Labels", "Label", by_label),
         most_labels=MOST_LABELS,
-        picture=[(row, {key: _data_uri(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture],
+        picture=[(row, {key: data_uri(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture],
         maps=maps,
         map_panels=map_panels,
         counts=counts_table(analysis),
@@ -366,10 +372,6 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         settings={key: value for key, value in settings.items() if value},
         number=number,
     )
-
-
-def _data_uri(jpeg: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
 def report_markdown(analysis: Analysis) -> str:
@@ -390,6 +392,8 @@ def report_markdown(analysis: Analysis) -> str:
     differing = f" (of {first}; the page has the counts of all)" if analysis.counts_differ else ""
     lines = [
         "# Analysis of projectors",
+        "",
+        finding(analysis),
         "",
         headline_table(analysis).markdown(),
         "",
@@ -424,6 +428,11 @@ _THINNEST, _THICKEST, _STEP = 1.4, 5.6, 1.4  # widths of lines, points
 _LOWEST = 1e-9  # shares below it are rounding
 
 
+def colours_of(analysis: Analysis) -> dict[str, str]:
+    """The colour of each model in plots."""
+    return dict(zip(analysis.models, itertools.cycle(_COLOURS), strict=False))
+
+
 def save_spectra_figure(analysis: Analysis, path: Path) -> None:
     """Plot the eigenvalues of every entropy, both axes logarithmic, as SVG; a shared tower is plotted once.
 
@@ -435,7 +444,7 @@ def save_spectra_figure(analysis: Analysis, path: Path) -> None:
     towers: dict[str, tuple[str, Entropy]] = {}
     for name, model in analysis.models.items():
         towers.setdefault(model.tower, (name, model.entropy_before))
-    colours = dict(zip(analysis.models, itertools.cycle(_COLOURS), strict=False))
+    colours = colours_of(analysis)
     height = 3.6 + 0.2 * (len(towers) + len(analysis.models))  # inches, of them 0.2 a line of the legend
     figure = Figure(figsize=(6.2, height), facecolor="white", layout="constrained")
     axes = figure.add_subplot()

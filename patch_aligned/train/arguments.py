@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass
 class PatchArguments:
-    """Flags of the patch loss; all start with `patch_`."""
+    """Flags of the patch loss, which start with `patch_`, and of what is measured on held-out images beside it."""
 
     patch_data_path: str | None = field(
         default=None,
@@ -64,6 +64,17 @@ class PatchArguments:
             "help": "Cache folder of converted PAD files (default: $PATCH_ALIGNED_CACHE, else ~/.cache/patch_aligned)."
         },
     )
+    patch_picture_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Draw where labels are found in held-out images, before the first step, every so many, and after "
+            "the last (default: never): patch_pictures.html, TensorBoard, W&B."
+        },
+    )
+    eval_align_steps: int = field(
+        default=0, metadata={"help": "Log Align, contrast and retrieval of held-out images so often (default: never)."}
+    )
+    eval_align_images: int = field(default=32, metadata={"help": "Images that both hold out, the same for all seeds."})
 
     def beta(self, progress: float) -> float:
         """Return the weight of the patch loss: linear in progress, exact at 0 and 1."""

@@ -14,16 +14,19 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from llava.mm_utils import image_view_of, process_images
 from llava.plugin import AlignmentContext, AuxiliaryOutput, ImageView, TrainingPlugin
 from patch_aligned.annotation_index import AnnotationIndex, image_id_of
+from patch_aligned.cells import Layout
 from patch_aligned.images import ImageFileError, UnreadableImageError, decode_image, image_path
 from patch_aligned.labels import LabelTokenizer
 from patch_aligned.models.llava import layout_of
-from patch_aligned.pad import AnnotatedImage
+from patch_aligned.pad import AnnotatedImage, normal_path
 from patch_aligned.record_files import iter_records
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.objective import NO_RECORD, PatchObjective, open_regions
 from patch_aligned.train.picture import PicturedImage, PicturedRegion, save_picture
+from patch_aligned.train.watch import AlignmentWatch, rows_to_watch
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class PatchAlignedPlugin(TrainingPlugin):
     index: AnnotationIndex
     objective: PatchObjective
     image_folder: Path | None
+    _watched: Sequence[AnnotatedImage] = ()
 
     def setup(
         self,
@@ -61,6 +65,8 @@ class PatchAlignedPlugin(TrainingPlugin):
         source = arguments.patch_data_path or _annotated_training_file(data_path)
         self.index = open_regions(arguments, source, output_dir)
         self.objective = PatchObjective(arguments, LabelTokenizer(tokenizer), self.index)
+        self._watched = [self.index[row] for row in rows_to_watch(arguments, self.index, self.image_folder or Path())]
+        self.held_out = frozenset(normal_path(image.image_id) for image in self._watched)
         if data_path is not None:
             self._report_share(Path(data_path))
 
@@ -93,6 +99,22 @@ class PatchAlignedPlugin(TrainingPlugin):
     def loss_weights(self, progress: float) -> dict[str, float]:
         """Return beta, interpolated linearly from start to end of the run, exact at both."""
         return {"patch": self.arguments.beta(progress)}
+
+    def callbacks(self, trainer: Any) -> list[AlignmentWatch]:
+        """Return what watches the held-out images, of anyres the base tiles; nothing if none are."""
+        if not self._watched:
+            return []
+        model, folder, labels = trainer.model, self.image_folder or Path(), self.objective.labels
+        tower, config = model.get_vision_tower(), model.config
+
+        def see(image: Image.Image) -> tuple[Layout, Callable[[], Tensor]]:
+            processor, ratio = tower.image_processor, config.image_aspect_ratio
+            view = image_view_of(image.size, processor, ratio, model.visual_grid, tower.seen_side)
+            pixels = process_images([image], processor, config)[0]
+            base_tile = pixels[:1] if pixels.dim() == 4 else pixels[None]  # [1, 3, H, W]
+            return layout_of(view), lambda: model.encode_images(base_tile)[0]
+
+        return [AlignmentWatch(trainer, self.arguments, self._watched, folder, labels, see)]
 
     def describe_first_batch(self, images: Tensor, grid: tuple[int, int], batch: Mapping[str, Any], path: Path) -> None:
         """Save images, masks, covered tokens and labels of the first batch as `path`.png."""

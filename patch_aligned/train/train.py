@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,22 +12,27 @@ from datasets import Dataset, Features, Image, List, Value
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
-from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from llava.command import RunRecord, changed_flags, read_record
 from patch_aligned.annotation_index import AnnotationIndex
+from patch_aligned.cells import Layout
 from patch_aligned.files import sha256_of
 from patch_aligned.images import image_path
 from patch_aligned.intervals import Resampling
+from patch_aligned.labels import LabelTokenizer
+from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.reads import PICTURES, Caption, measure_reads, reader_of, reads_metrics
+from patch_aligned.models.tokens import image_inputs, visual_tokens
 from patch_aligned.models.whole import WholeModel
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.objective import Grids, open_regions
 from patch_aligned.train.trainer import PatchAlignment, last_checkpoint, resume_by_name, train_projector_only
+from patch_aligned.train.watch import AlignmentWatch, HeldOutCallback, See, held_out_rows, rows_to_watch
 
 # As LLaVA's stage 1, where TRL's defaults are others.
 DEFAULTS = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "num_train_epochs": 1}
+_WATCH = ("patch_picture_steps", "eval_align_steps", "eval_align_images")
 _FEATURES = Features(
     image_id=Value("string"),
     images=List(Image(mode="RGB")),  # decoded when a sample is read, rotated as its EXIF says
@@ -104,19 +107,27 @@ def train(arguments: Sequence[str]) -> Path:
             print(f"{output}: finished, {state.global_step} of {state.max_steps} steps; nothing to do.")
             return output
 
-    held_out = _held_out_rows(index, own.eval_reads_captions) if own.eval_reads_steps else ()
-    trainer: Any = SFTTrainer(model=own.model, args=args, train_dataset=captioned_images(index, own, held_out))
+    held_out: tuple[int, ...] = ()
+    if own.eval_reads_steps:
+        flag, count = "eval_reads_captions", own.eval_reads_captions
+        held_out = held_out_rows(index, flag, count, PICTURES, lambda image: image.caption.strip())
+    watched = rows_to_watch(patch, index, Path(own.images))
+    data = captioned_images(index, own, {*held_out, *watched})
+    trainer: Any = SFTTrainer(model=own.model, args=args, train_dataset=data)
     if own.train_what == "projector":
         train_projector_only(trainer.model)
     if own.captions_only:
         resume_by_name(trainer)
     else:
-        settings = {name.removeprefix("patch_"): value for name, value in asdict(patch).items()}
+        settings = {name.removeprefix("patch_"): of for name, of in asdict(patch).items() if name not in _WATCH}
         beta = settings.pop("beta_start"), settings.pop("beta_end")
         PatchAlignment(own.data, beta, grids=own.grids, **settings).attach(trainer)
     if held_out:
         captions = [Caption(image.image_id, image.caption.strip()) for image in map(index.__getitem__, held_out)]
         trainer.add_callback(_ReadsCallback(trainer, captions, Path(own.images), own.eval_reads_steps))
+    if watched:
+        labels, shown = LabelTokenizer(trainer.processing_class.tokenizer), [index[row] for row in watched]
+        trainer.add_callback(AlignmentWatch(trainer, patch, shown, Path(own.images), labels, _seen_by(trainer)))
     record.begin()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -132,49 +143,40 @@ def train(arguments: Sequence[str]) -> Path:
     return output
 
 
-class _ReadsCallback(TrainerCallback):
+class _ReadsCallback(HeldOutCallback):
     """Logs how much likelier held-out captions are after their own pictures, as `patch-aligned reads` has it."""
 
     def __init__(self, trainer: Any, captions: Sequence[Caption], image_folder: Path, steps: int) -> None:
-        self.trainer, self.captions, self.image_folder, self.steps = trainer, captions, image_folder, steps
+        super().__init__(trainer, steps)
+        self.captions, self.image_folder = captions, image_folder
         self.read = reader_of(WholeModel(trainer.model, trainer.processing_class, request=""))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
             lines = [json.dumps({"image_id": image_id, "caption": text}) for image_id, text in self.captions]
             Path(args.output_dir, "held_out.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        if not state.global_step:
-            self._measure()
+        super().on_train_begin(args, state, control, **kwargs)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == state.max_steps or state.global_step % self.steps == 0:
-            is_loss_due = control.should_log
-            self._measure()
-            control.should_log = is_loss_due  # which logging has cleared
-
-    def _measure(self) -> None:
-        model = self.trainer.model.eval()
+    def measure(self) -> None:
         with self.trainer.compute_loss_context_manager():
-            rows = measure_reads(self.read, self.captions, self.image_folder)  # on each rank, which may have parts
+            rows = measure_reads(self.read, self.captions, self.image_folder)
         found = reads_metrics(rows, Resampling()).loc["reads_per_caption"]
         logs = {"reads": found["value"], "reads/low": found["low"], "reads/high": found["high"]}
-        self.trainer.log({name: float(value) for name, value in logs.items()})  # TRL adds to it what is to be logged
-        model.train()
+        self.trainer.log({name: float(value) for name, value in logs.items()})
 
 
-def _held_out_rows(index: AnnotationIndex, count: int) -> tuple[int, ...]:
-    """Choose images with a caption, the same whatever the seed of the run."""
-    order = random.Random(0).sample(range(len(index)), len(index))
-    rows = tuple(islice((row for row in order if index[row].caption.strip()), max(count, 0)))
-    if not PICTURES <= len(rows) < len(index):
-        raise ValueError(
-            f"--eval_reads_captions {count}: found {len(rows)} captions to hold out in {len(index)} records, expected "
-            f"at least {PICTURES}, and records that are left for training."
-        )
-    return rows
+def _seen_by(trainer: Any) -> See:
+    """Return how the trainer's model reads an image, without its LLM."""
+
+    def see(image: Any) -> tuple[Layout, Any]:
+        [layout] = layouts_of(trainer.processing_class, [image])
+        inputs = image_inputs(trainer.processing_class, [[image]]).to(trainer.args.device)
+        return layout, lambda: visual_tokens(trainer.model, inputs)
+
+    return see
 
 
-def captioned_images(index: AnnotationIndex, own: TrainArguments, left_out: Sequence[int] = ()) -> Dataset:
+def captioned_images(index: AnnotationIndex, own: TrainArguments, left_out: Collection[int] = ()) -> Dataset:
     """Return the images of a PAD file with their captions as answers, memory-mapped beside its conversion."""
     if not len(index):
         raise ValueError(f"--data {own.data}: found no records, expected images with captions and regions")

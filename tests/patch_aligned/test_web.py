@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import patch_aligned
 from patch_aligned.web import render
 
 PAGES = [
@@ -45,6 +47,17 @@ def test_a_page_without_a_script_may_run_none(tmp_path: Path):
 def test_data_that_json_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="JSON compliant"):
         render("patch_aligned.dataset", "view.html.j2", title="", data=[float("nan")])
+
+
+@pytest.mark.parametrize(
+    "style", sorted(Path(patch_aligned.__file__).parent.rglob("*.css")), ids=lambda path: path.name
+)
+def test_every_block_of_a_style_is_closed(style: Path) -> None:
+    text = style.read_text()
+    depths = list(itertools.accumulate({"{": 1, "}": -1}.get(character, 0) for character in text))
+    assert depths[-1] == 0 and min(depths) == 0
+    # An open block would swallow the rules for paper: they stand at the top.
+    assert all(depths[match.start() - 1] == 0 for match in re.finditer("@media print", text) if match.start())
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
+from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models
 from patch_aligned.cli import app
 from patch_aligned.intervals import Resampling
 from patch_aligned.models.reads import measure_reads, open_reader, read_captions, reads_metrics
@@ -159,6 +160,36 @@ def test_reads_of_held_out_captions_are_those_of_the_command_and_change_nothing_
     silent = trained(world, tmp_path / "silent", "--patch_warmup_steps", "1", data="less.jsonl")
     assert losses(silent) == losses(reading)
     assert_equal(weights(silent), weights(reading))
+
+
+@pytest.mark.parametrize(
+    "arm", [(), ("--captions_only", "--gradient_accumulation_steps", "2")], ids=["patch", "captions"]
+)
+def test_align_of_held_out_images_is_that_of_an_analysis_and_changes_nothing_else(
+    world: Path, tmp_path: Path, arm: tuple[str, ...]
+) -> None:
+    flags = ("--eval_align_steps", "4", "--eval_align_images", "2", "--patch_picture_steps", "3", *arm)
+    watched = trained(world, tmp_path / "watched", *flags)
+    state = json.loads((watched / "checkpoint-6" / "trainer_state.json").read_text())
+    logged = {line["step"]: line for line in state["log_history"] if "eval/align" in line}
+    assert list(logged) == [0, 4, 6]
+    columns = [json.loads(line) for line in (watched / "patch_pictures.jsonl").read_text().splitlines()]
+    assert [column["step"] for column in columns] == [0, 3, 6]
+    held_out = {image_id for image_id, _ in columns[0]["of"]}
+    records = [record_of(number, world / "images") for number in range(8)]
+    assert len(held_out) == 2
+
+    write_pad(tmp_path / "held_out.jsonl", [record for record in records if record["image_id"] in held_out])
+    settings = AnalysisSettings(MeasureSettings(tmp_path / "held_out.jsonl", world / "images"), Resampling(2), ())
+    found = analyse(load_models((f"p={watched}",)), settings).models["p"].metrics["value"]
+    for key, name in (("align", "align_px"), ("contrast", "contrast"), ("retrieval", "retrieval_top1")):
+        # An analysis resizes images by PIL, this training by the processor's default, torchvision.
+        assert logged[6][f"eval/{key}"] == pytest.approx(found[name], rel=1e-3), key
+
+    write_pad(world / "others.jsonl", [record for record in records if record["image_id"] not in held_out])
+    silent = trained(world, tmp_path / "silent", *arm, data="others.jsonl")
+    assert losses(silent) == losses(watched) and losses(silent, "entropy") == losses(watched, "entropy")
+    assert_equal(weights(silent), weights(watched))
 
 
 def test_all_weights_train_on_request(world: Path, tmp_path: Path) -> None:
