@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from llava.command import RunRecord, changed_flags, read_record
+from llava.command import RunRecord, changed_flags, flags_with_config, read_record
 from patch_aligned.files import sha256_of
 from patch_aligned.images import image_path
 from patch_aligned.intervals import Resampling
@@ -85,7 +85,8 @@ def train(arguments: Sequence[str]) -> Path:
     parser = TrlParser(kinds, prog="patch-aligned train MODEL")
     parser.set_defaults(**DEFAULTS, max_length=None)
     named = bool(arguments) and not arguments[0].startswith("-")
-    own, patch, args = parser.parse_args_and_config(["--model", *arguments] if named else list(arguments))
+    words = flags_with_config(parser, ["--model", *arguments] if named else arguments)
+    own, patch, args = parser.parse_args_into_dataclasses(words)
     for name in ("patch_data_path", "patch_regions_only_ratio"):
         if getattr(patch, name) is not None:
             raise ValueError(f"--{name} belongs to LLaVA's training and has no effect here. Leave it out.")
