@@ -51,13 +51,9 @@ def run_command(
 
 
 def flags_with_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
-    """Replace `--config FILE.yaml` in a command line by the flags that the file has, and name it in the parser's help.
+    """Replace `--config FILE.yaml` in a command line by the flags in the file, and name it in the parser's help.
 
-    Flags of the command line take precedence over those of the file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no YAML mapping, or has a key that is no flag.
+    Flags of the command line take precedence. Raises `ValueError` naming the file, and the key where it is no flag.
     """
     parser.epilog = "--config FILE.yaml reads flags from a file; those of the command line take precedence."
     option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -65,28 +61,26 @@ def flags_with_config(parser: argparse.ArgumentParser, arguments: Sequence[str])
     found, given = option.parse_known_args(arguments)
     if found.config is None:
         return given
-    text = found.config.read_text(encoding="utf-8")
+    where, text = f"--config {found.config}", found.config.read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text)
         words = yaml.load(text, yaml.BaseLoader)  # `no` and 1e-3 as they stand, for the parser to read
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {found.config}: found no YAML ({error})") from error
+        raise ValueError(f"{where}: found no YAML ({error})") from error
     if not isinstance(words, dict):
-        raise ValueError(f"--config {found.config}: found no mapping; expected lines such as `learning_rate: 1e-3`")
+        raise ValueError(f"{where}: found no mapping; expected lines such as `learning_rate: 1e-3`")
     known = {action.dest for action in parser._actions} - {"help"}
     flags = []
     for name, word in words.items():
-        value = values.get(name)
         if name not in known:
-            near = " or ".join(difflib.get_close_matches(name, known))
-            hint = f"did you mean {near}?" if near else "--help lists all flags"
-            raise ValueError(f"--config {found.config}: found the key {name}, which is no flag; {hint}")
-        if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
+            near = " or ".join(difflib.get_close_matches(name, known)) or "one that --help lists"
+            raise ValueError(f"{where}: found the key {name}, which is no flag; did you mean {near}?")
+        if isinstance(value := values[name], list) and not any(isinstance(item, (list, dict)) for item in value):
             flags += [f"--{name}", *word]
         elif value is not None:
             flags.append(f"--{name}={json.dumps(value) if isinstance(value, (list, dict)) else word}")
     if again := words.keys() & {word[2:].partition("=")[0] for word in given if word.startswith("--")}:
-        logger.warning("--config %s: the command line replaces %s", found.config, ", ".join(sorted(again)))
+        logger.warning("%s: the command line replaces %s", where, ", ".join(sorted(again)))
     return [*flags, *given]
 
 

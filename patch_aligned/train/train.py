@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from datasets import Dataset, Features, Image, List, Value
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
@@ -26,6 +26,7 @@ from patch_aligned.models.whole import WholeModel
 from patch_aligned.pad import AnnotationIndex
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.objective import Grids, open_regions
+from patch_aligned.train.publish import stage_1_card
 from patch_aligned.train.trainer import PatchAlignment, last_checkpoint, resume_by_name, train_projector_only
 
 # As LLaVA's stage 1, where TRL's defaults are others.
@@ -206,16 +207,8 @@ def _samples(
 
 
 def _card(own: TrainArguments, record: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> ModelCard:
-    data = ModelCardData(base_model=own.model, library_name="transformers", pipeline_tag="image-text-to-text")
     arm = "captions" if own.captions_only else "captions and the patch loss"
     what = "the projector; vision encoder and LLM are as they were" if own.train_what == "projector" else "all weights"
     shown = (*asdict(own), *DEFAULTS, "max_steps", "seed", "patch_beta_start", "patch_beta_end")
-    tables = {
-        "Flags (all of them: `run.json`)": {name: record["flags"][name] for name in shown},
-        "Last line of the log": next((line for line in reversed(log) if "loss" in line), {}),
-        "Versions": record["sittings"][-1]["versions"],
-    }
-    text = f"# Stage 1 by {arm}\n\nTrained: {what}.\n"
-    for title, rows in tables.items():
-        text += f"\n## {title}\n\n| | |\n|---|---|\n" + "".join(f"| {name} | {rows[name]} |\n" for name in rows)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    flags = {name: record["flags"][name] for name in shown}
+    return stage_1_card(own.model, f"Stage 1 by {arm}\n\nTrained: {what}.", flags, record, log)
