@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import functools
 import json
 import logging
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
+
+logger = logging.getLogger(__name__)
 
 _WRONG_INPUT = (ImportError, OSError, ValueError)
 
@@ -44,6 +48,40 @@ def run_command(
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def flags_with_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """Replace `--config FILE.yaml` in a command line by the flags in the file, and name it in the parser's help.
+
+    Flags of the command line take precedence. Raises `ValueError` naming the file, and the key where it is no flag.
+    """
+    parser.epilog = "--config FILE.yaml reads flags from a file; those of the command line take precedence."
+    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option.add_argument("--config", type=Path)
+    found, given = option.parse_known_args(arguments)
+    if found.config is None:
+        return given
+    where, text = f"--config {found.config}", found.config.read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+        words = yaml.load(text, yaml.BaseLoader)  # `no` and 1e-3 as they stand, for the parser to read
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: found no YAML ({error})") from error
+    if not isinstance(words, dict):
+        raise ValueError(f"{where}: found no mapping; expected lines such as `learning_rate: 1e-3`")
+    known = {action.dest for action in parser._actions} - {"help"}
+    flags = []
+    for name, word in words.items():
+        if name not in known:
+            near = " or ".join(difflib.get_close_matches(name, known)) or "one that --help lists"
+            raise ValueError(f"{where}: found the key {name}, which is no flag; did you mean {near}?")
+        if isinstance(value := values[name], list) and not any(isinstance(item, (list, dict)) for item in value):
+            flags += [f"--{name}", *word]
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, (list, dict)) else word}")
+    if again := words.keys() & {word[2:].partition("=")[0] for word in given if word.startswith("--")}:
+        logger.warning("%s: the command line replaces %s", where, ", ".join(sorted(again)))
+    return [*flags, *given]
 
 
 def typer_app(help_text: str | None = None, **settings: Any) -> typer.Typer:

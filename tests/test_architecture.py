@@ -259,6 +259,19 @@ def test_constants_cost_no_torch() -> None:
     assert result.returncode == 0, result.stderr or "torch was imported"
 
 
+@pytest.mark.parametrize("package", ["llava", "patch_aligned"])
+def test_packages_offer_functions_and_cost_nothing(package: str) -> None:
+    code = (
+        f"import sys, time; began = time.process_time(); import {package}; spent = time.process_time() - began\n"
+        f"print(spent, *{{'torch', 'transformers', 'numpy', 'PIL'}} & set(sys.modules))\n"
+        f"assert all(callable(getattr({package}, name)) for name in {package}.__all__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, *modules = result.stdout.split()
+    assert not modules
+    assert float(seconds) < 0.3
+
+
 @pytest.mark.parametrize("module", ["cells", "masks", "intervals"])
 def test_places_of_tokens_need_numpy_alone(module: str) -> None:
     code = f"import sys, patch_aligned.{module}; print(*{{'torch', 'transformers', 'llava', 'PIL'}} & set(sys.modules))"

@@ -3,28 +3,25 @@
     python -m llava.eval.run_llava --model-path liuhaotian/llava-v1.5-7b --image-file view.jpg \\
         --query "What should I be cautious about when I visit here?"
 
-From Python: `eval_model(args)` with any object that has these flags.
+From Python: `llava.chat(checkpoint, image, question)`, or `eval_model(args)` with any object that has these flags.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from llava.command import command_parser, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.conversation import conversation_mode, template_named
-from llava.eval.answering import Question, answer_questions
-from llava.eval.vqa_cli import add_generation_flags, add_model_flags, settings_of, with_defaults
+from llava.conversation import template_named
+from llava.eval.answering import Question
+from llava.eval.vqa_cli import add_generation_flags, add_model_flags, answers_of, settings_of, with_defaults
 from llava.eval.vqa_files import open_image
-from llava.mm_utils import get_model_name_from_path, load_rgb_image
-from llava.model.builder import load_pretrained_model
-
-logger = logging.getLogger(__name__)
+from llava.mm_utils import load_rgb_image
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -60,26 +57,34 @@ def load_images(image_files: Sequence[str]) -> list[Image.Image]:
     return [load_image(image_file) for image_file in image_files]
 
 
+def chat(checkpoint: str | Path, image: str | Path | Image.Image, question: str, base: str | None = None) -> str:
+    """Return a checkpoint's greedy answer to a question about an image. Each call loads the checkpoint.
+
+    Args:
+        checkpoint: folder or hub name.
+        image: file, http(s) address, or picture.
+        question: the text. After stage 1 alone the model writes captions: ask the empty question.
+        base: the language model, where the checkpoint is a projector or a LoRA adapter.
+    """
+    given = argparse.Namespace(model_path=str(checkpoint), model_base=base, query=question, temperature=0)
+    shown = [image if isinstance(image, Image.Image) else load_image(str(image))]
+    return _answer(with_defaults(given, argument_parser()), shown)
+
+
 def eval_model(args: Any) -> str:
     """Print and return the answer to `args.query`; flags that `args` lacks have their defaults."""
     args = with_defaults(args, argument_parser())
-    if args.conv_mode is not None:
-        template_named(args.conv_mode)
-    settings = settings_of(args)
-    images = tuple(load_images(image_parser(args)))
-    question = Question("--query", args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN), images)
-    model_name = get_model_name_from_path(args.model_path)
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path, args.model_base, model_name, device=args.device
-    )
-    own_mode = conversation_mode(model_name, model.config)
-    if args.conv_mode not in (None, own_mode):
-        logger.warning("--conv-mode %s is used; the checkpoint's own seems to be %s", args.conv_mode, own_mode)
-    template = template_named(args.conv_mode or own_mode)
-    answers = answer_questions([question], tokenizer, model, image_processor, template, settings)
-    text = next(answers).text
+    text = _answer(args, load_images(image_parser(args)))
     print(text)
     return text
+
+
+def _answer(args: argparse.Namespace, images: Sequence[Image.Image]) -> str:
+    if args.conv_mode is not None:
+        template_named(args.conv_mode)
+    question = Question("--query", args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN), tuple(images))
+    args.batch_size = args.workers = 1
+    return next(answers_of(args, args.model_path, [question], settings_of(args))).text
 
 
 if __name__ == "__main__":

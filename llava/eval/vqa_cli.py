@@ -112,7 +112,10 @@ def answers_of(
     tokenizer, model, image_processor, _ = load_pretrained_model(
         model_path, args.model_base, model_name, device=args.device
     )
-    mode = args.conv_mode or conversation_mode(model_name, model.config)
+    own_mode = conversation_mode(model_name, model.config)
+    if args.conv_mode not in (None, own_mode):
+        logger.warning("--conv-mode %s is used; the checkpoint's own seems to be %s", args.conv_mode, own_mode)
+    mode = args.conv_mode or own_mode
     logger.info("%s answers in the template %s, %d at once", model_name, mode, args.batch_size)
     template = template_named(mode)
     counts = {"batch_size": args.batch_size, "workers": args.workers}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_tf32_available
 
+from llava.command import flags_with_config
 from llava.conversation import conv_templates
 
 logger = logging.getLogger(__name__)
@@ -244,19 +246,20 @@ class TrainingArguments(RetiredFlags, transformers.TrainingArguments):
 def parse_arguments(
     argv: Sequence[str] | None = None, plugin_arguments_class: type | None = None
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments, Any]:
-    """Parse the command line (or `argv`).
+    """Parse the command line (or `argv`), and the file of `--config FILE.yaml` before it.
 
     Returns:
         model, data and training arguments, and an instance of `plugin_arguments_class` (`None` without one).
 
     Raises:
         ValueError: an unknown flag or an invalid combination.
+        OSError: the file of `--config` cannot be read.
     """
     classes: list[Any] = [ModelArguments, DataArguments, TrainingArguments]
     if plugin_arguments_class is not None:
         classes.append(plugin_arguments_class)
     parser = transformers.HfArgumentParser(classes, allow_abbrev=False)
-    parsed = parser.parse_args_into_dataclasses(args=list(argv) if argv is not None else None)
+    parsed = parser.parse_args_into_dataclasses(flags_with_config(parser, sys.argv[1:] if argv is None else argv))
     model_args, data_args, training_args = parsed[:3]
     check_arguments(model_args, data_args, training_args)
     return model_args, data_args, training_args, parsed[3] if plugin_arguments_class is not None else None

@@ -24,6 +24,7 @@ from patch_aligned.analysis.alignment import cosine_maps, iou_by_area, predicted
 from patch_aligned.cells import TokenGrid
 from patch_aligned.masks import rle_of_mask, token_coverage_of_regions
 from patch_aligned.models.base import Encoded, VisionLanguageModel
+from patch_aligned.models.load import load_models
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -323,23 +324,28 @@ def _outline(axes: Axes, mask: np.ndarray, colour: str, width: float = 1.3) -> N
 
 
 def localise(
-    models: Sequence[VisionLanguageModel],
+    models: Sequence[VisionLanguageModel] | Sequence[str],
     image: Path | str,
     label: str,
     mask: np.ndarray | None = None,
     threshold_rule: str = "mid_range",
+    *,
+    base: str | None = None,
+    save: Path | str | None = None,
 ) -> PictureRow:
     """Where each model finds a label in an image; `save_localisation_figure` draws what it returns.
 
     Args:
-        models: what is compared.
+        models: what is compared: loaded models, or `NAME=PATH` of each as `load_models` takes them.
         image: the file.
         label: any text.
         mask: `[height, width]`, the region that the label is about; None where there is no truth, and the IoU is NaN.
         threshold_rule: which tokens of the cosine map are the prediction.
+        base: with paths: the LLM of LLaVA's projectors.
+        save: where the figure goes, such as `rabbit.png`; None draws none.
 
     Raises:
-        OSError: the image is missing or broken.
+        OSError: the image is missing or broken, or there is no such model.
         ValueError: the mask is not of the image's size, the rule needs one, or the label has no token.
     """
     opened = load_rgb_image(image)
@@ -350,9 +356,11 @@ def localise(
     if truth.shape != height_width:
         raise ValueError(f"{image}: the mask is {list(truth.shape)}; expected the image's {list(height_width)}.")
     rle_mask = rle_of_mask(truth)
+    places = [model for model in models if isinstance(model, str)]
+    loaded = load_models(places, base) if places else []
     encoded: dict[int, Encoded] = {}
     cells = {}
-    for model in models:
+    for model in [*loaded, *(model for model in models if not isinstance(model, str))]:
         if id(model.encoder) not in encoded:
             encoded[id(model.encoder)] = model.encode([opened])
         [tokens] = model.visual_tokens(encoded[id(model.encoder)])  # [T, D]
@@ -360,7 +368,10 @@ def localise(
         coverage = torch.from_numpy(token_coverage_of_regions([rle_mask], opened.size, grid)[0])  # [rows, cols]
         direction = model.words.directions_of_labels([label])[0].to(tokens)  # [D]
         cells[model.name] = picture_cell(grid, direction, tokens, coverage.to(tokens.device), threshold_rule)
-    return PictureRow(Path(image).name, label, np.asarray(opened), truth, cells)
+    found = PictureRow(Path(image).name, label, np.asarray(opened), truth, cells)
+    if save is not None:
+        save_localisation_figure([found], Path(save), threshold_rule)
+    return found
 
 
 def picture_cell(

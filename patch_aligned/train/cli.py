@@ -1,4 +1,4 @@
-"""The commands `patch-aligned stitch` and `train`: a model with a fresh projector, and its stage 1."""
+"""The commands `patch-aligned stitch`, `train` and `publish-projector`: a fresh projector, its stage 1, its upload."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llava.command import RunRecord, clear_errors
+from llava.command import RunRecord, clear_errors, read_record
 
 app = typer.Typer(rich_markup_mode="markdown")
 
@@ -51,3 +51,19 @@ def train(context: typer.Context) -> None:
     from patch_aligned.train import train as training
 
     typer.echo(f"Wrote {training.train(context.args)}: the model, its processor, README.md and run.json.")
+
+
+@app.command()
+@clear_errors
+def publish_projector(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="The --output_dir of a stage 1, LLaVA's or `train`'s.")],
+    repo: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload to this repository of the Hugging Face hub.")
+    ] = None,
+) -> None:
+    """Publish the projector of a stage 1 with a model card. Without `--repo` the card is written, to be read first."""
+    from patch_aligned.train import publish
+
+    names = ", ".join(file.name for file in publish.publish_projector(run, read_record(run), repo))
+    typer.echo(f"Uploaded to {repo}: {names}" if repo else f"Read {run / 'README.md'}, then pass --repo: {names}")

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from datasets import Dataset, Features, Image, List, Value
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from transformers.trainer_callback import TrainerState
 
-from llava.command import RunRecord, changed_flags, read_record
+from llava.command import RunRecord, changed_flags, flags_with_config, read_record
 from patch_aligned.annotation_index import AnnotationIndex
 from patch_aligned.cells import Layout
 from patch_aligned.files import sha256_of
@@ -27,6 +27,7 @@ from patch_aligned.models.tokens import image_inputs, visual_tokens
 from patch_aligned.models.whole import WholeModel
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.objective import Grids, open_regions
+from patch_aligned.train.publish import stage_1_card
 from patch_aligned.train.trainer import PatchAlignment, last_checkpoint, resume_by_name, train_projector_only
 from patch_aligned.train.watch import AlignmentWatch, HeldOutCallback, See, held_out_rows, rows_to_watch
 
@@ -88,7 +89,8 @@ def train(arguments: Sequence[str]) -> Path:
     parser = TrlParser(kinds, prog="patch-aligned train MODEL")
     parser.set_defaults(**DEFAULTS, max_length=None)
     named = bool(arguments) and not arguments[0].startswith("-")
-    own, patch, args = parser.parse_args_and_config(["--model", *arguments] if named else list(arguments))
+    words = flags_with_config(parser, ["--model", *arguments] if named else arguments)
+    own, patch, args = parser.parse_args_into_dataclasses(words)
     for name in ("patch_data_path", "patch_regions_only_ratio"):
         if getattr(patch, name) is not None:
             raise ValueError(f"--{name} belongs to LLaVA's training and has no effect here. Leave it out.")
@@ -207,16 +209,8 @@ def _samples(
 
 
 def _card(own: TrainArguments, record: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> ModelCard:
-    data = ModelCardData(base_model=own.model, library_name="transformers", pipeline_tag="image-text-to-text")
     arm = "captions" if own.captions_only else "captions and the patch loss"
     what = "the projector; vision encoder and LLM are as they were" if own.train_what == "projector" else "all weights"
     shown = (*asdict(own), *DEFAULTS, "max_steps", "seed", "patch_beta_start", "patch_beta_end")
-    tables = {
-        "Flags (all of them: `run.json`)": {name: record["flags"][name] for name in shown},
-        "Last line of the log": next((line for line in reversed(log) if "loss" in line), {}),
-        "Versions": record["sittings"][-1]["versions"],
-    }
-    text = f"# Stage 1 by {arm}\n\nTrained: {what}.\n"
-    for title, rows in tables.items():
-        text += f"\n## {title}\n\n| | |\n|---|---|\n" + "".join(f"| {name} | {rows[name]} |\n" for name in rows)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    flags = {name: record["flags"][name] for name in shown}
+    return stage_1_card(own.model, f"Stage 1 by {arm}\n\nTrained: {what}.", flags, record, log)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
+import llava
 from llava.conversation import conv_templates
 from llava.eval import run_llava
 from llava.eval.answering import GenerationSettings, Question, answer_questions
 from llava.eval.run_llava import argument_parser, eval_model, image_parser, load_images
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import LoadedModel
+
+GOLDENS = Path(__file__).parents[2] / "goldens" / "llava"
 
 
 def test_eval_model_takes_the_readmes_arguments(
@@ -48,6 +53,27 @@ def ask(**flags: Any) -> str:
     return eval_model(SimpleNamespace(**common, **flags))
 
 
+def test_chat_gives_the_answer_of_the_command_without_printing_it(
+    golden_world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"model_path": "tiny-llava", "temperature": 0, "query": "What is this?", "image_file": "images/im0.png"}
+    expected = eval_model(SimpleNamespace(**flags))
+    capsys.readouterr()
+    picture = Image.open("images/im0.png")
+    assert expected and llava.chat("tiny-llava", "images/im0.png", "What is this?") == expected
+    assert llava.chat(Path("tiny-llava"), picture, "What is this?") == expected
+    assert not capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
+        llava.chat("tiny-llava", "nothing.png", "?")
+
+
+def test_chat_with_a_projector_captions(golden_world: Path) -> None:
+    shutil.copytree(GOLDENS / "ckpt_stage1", "stage1")
+    flags = {"model_path": "stage1", "model_base": "tiny-vicuna", "temperature": 0, "query": ""}
+    expected = eval_model(SimpleNamespace(**flags, image_file="images/im0.png"))
+    assert llava.chat("stage1", "images/im0.png", "", base="tiny-vicuna") == expected
+
+
 def test_several_images_come_first_or_where_the_query_places_them(tiny: LoadedModel) -> None:
     both = (Path("images/im0.png"), Path("images/im1.png"))
     files = "images/im0.png;images/im1.png"
@@ -63,7 +89,7 @@ def test_several_images_come_first_or_where_the_query_places_them(tiny: LoadedMo
 def test_a_query_that_places_other_than_its_images_is_refused(
     golden_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_llava, "load_pretrained_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    monkeypatch.setattr(run_llava, "answers_of", lambda *args, **kwargs: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match="question '--query': found 1 <image> in the text, expected 2"):
         ask(query="Is <image-placeholder> it?", image_file="images/im0.png,images/im1.png")
 

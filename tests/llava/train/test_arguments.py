@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from llava.train.arguments import (
     parse_arguments,
 )
 from llava.train.assemble import choose_attention, start_engine
+from patch_aligned.train.arguments import PatchArguments
 
 # The flags of LLaVA's scripts/v1_5/pretrain.sh; the other scripts add those of EXTRA. `--deepspeed` needs a file.
 PRETRAIN = """--model_name_or_path lmsys/vicuna-13b-v1.5 --version plain
@@ -61,6 +63,78 @@ def test_defaults_are_upstreams() -> None:
     assert (data_args.image_aspect_ratio, data_args.is_multimodal) == ("square", False)
     assert (training_args.optim, training_args.model_max_length, training_args.bits) == ("adamw_torch", 512, 16)
     assert (training_args.lora_r, training_args.lora_alpha, training_args.lora_dropout) == (64, 16, 0.05)
+
+
+CONFIG = """
+version: plain
+data_path: d.json
+image_folder: i
+vision_tower: t
+output_dir: of_the_file
+use_cpu: true
+save_strategy: no          # a boolean to YAML
+learning_rate: 1e-3        # a text to YAML
+mm_vision_select_layer: -2
+label_names: [labels, more]
+gradient_checkpointing_kwargs: {use_reentrant: false}
+image_grid_pinpoints: [[336, 672], [672, 336]]
+weight_decay:
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "stage 1.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_a_config_file_says_what_the_same_flags_say(config: Path) -> None:
+    words = f"{SHORT} --output_dir of_the_file --save_strategy no --learning_rate 1e-3 --mm_vision_select_layer -2"
+    flags = [*words.split(), "--label_names", "labels", "more"]
+    flags += ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}']
+    flags += ["--image_grid_pinpoints", "[[336, 672], [672, 336]]"]
+    expected = parse_arguments(flags)
+    found = parse_arguments(["--config", str(config)])
+    assert found[:2] == expected[:2]
+    changing = {"logging_dir", "run_name"}
+    assert {name: value for name, value in found[2].to_dict().items() if name not in changing} == {
+        name: value for name, value in expected[2].to_dict().items() if name not in changing
+    }
+    assert (found[2].learning_rate, found[2].save_strategy, found[2].weight_decay) == (1e-3, "no", 0)
+    assert found[2].gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_command_line_outranks_the_config_file_wherever_it_stands(
+    config: Path, before: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = ["--learning_rate", "2e-5", "--output_dir=of_the_line", "--seed", "3"]
+    *_, training_args, _ = parse_arguments([*flags[: 5 * before], f"--config={config}", *flags[5 * before :]])
+    assert (training_args.learning_rate, training_args.output_dir) == (2e-5, "of_the_line")
+    assert "the command line replaces learning_rate, output_dir" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "learning_rat, which is no flag; did you mean learning_rate"),
+        ("patch_beta_end: 5", "patch_beta_end, which is no flag"),
+        ("- learning_rate", "found no mapping"),
+        ("a: [", "found no YAML"),
+    ],
+)
+def test_a_config_file_that_holds_no_flags_is_refused_by_name(config: Path, text: str, message: str) -> None:
+    config.write_text(text)
+    with pytest.raises(ValueError, match=rf"--config .*stage 1\.yaml: .*{message}"):
+        parse_arguments(["--config", str(config)])
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        parse_arguments(["--config", "none.yaml"])
+
+
+def test_a_config_file_has_the_flags_of_the_plugin(config: Path) -> None:
+    config.write_text(f"{CONFIG}patch_beta_end: 3\n")
+    assert parse_arguments(["--config", str(config)], PatchArguments)[3].patch_beta_end == 3
 
 
 # Arguments of transformers 4.37 that later versions lack and launch scripts of LLaVA and its forks give.

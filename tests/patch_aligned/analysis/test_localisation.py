@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+import patch_aligned
 from llava.convert.to_hf import to_hf
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models, localise
 from patch_aligned.analysis.localisation import panel_jpegs, save_localisation_figure
@@ -72,6 +74,25 @@ def test_any_text_can_be_sought_without_a_mask(models: list[VisionLanguageModel]
     with Image.open(tmp_path / "figure.png") as picture:
         assert picture.width > 1000
     assert {key[:1] for key in panel_jpegs(found) if key != "truth"} == {("random",), ("start",)}
+
+
+def test_paths_of_models_give_the_maps_of_loaded_ones_and_the_figure_is_saved(
+    models: list[VisionLanguageModel], pad: Path, tmp_path: Path
+):
+    image = pad.parent / "pictures" / "0.png"
+    start = Path("start")  # beside the projector, the config that names its tower
+    shutil.copytree("train_init", start)
+    (start / "config.json").write_text(json.dumps({"mm_vision_tower": "tiny-clip", "mm_projector_type": "mlp2x_gelu"}))
+    places = ["start=start", "random=random:1"]
+    found = patch_aligned.localise(places, image, "dog", base="tiny-vicuna", save=tmp_path / "dog.png")
+    expected = localise(models, image, "dog")
+    assert list(found.cells) == ["start", "random"]
+    for name, cell in expected.cells.items():
+        assert torch.equal(found.cells[name].cosine, cell.cosine)
+    with Image.open(tmp_path / "dog.png") as picture:
+        assert picture.width > 1000
+    with pytest.raises(ValueError, match="--base is missing"):
+        patch_aligned.localise(places, image, "dog")
 
 
 def test_what_cannot_be_sought_says_why(models: list[VisionLanguageModel], pad: Path):

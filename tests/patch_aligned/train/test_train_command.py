@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -211,9 +212,20 @@ def test_all_weights_train_on_request(world: Path, tmp_path: Path) -> None:
     assert not (output / "projector.safetensors").exists()
 
 
+def test_a_config_file_trains_what_its_flags_train(world: Path, aligned: Path, tmp_path: Path) -> None:
+    places = {"model": "model", "data": "pad.jsonl", "images": "images"}
+    settings = {name: str(world / place) for name, place in places.items()} | SETTINGS | {"max_steps": 60}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    words = ["--config", str(tmp_path / "run.yaml"), "--max_steps", "6", "--output_dir", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, ["train", *words])
+    assert result.exit_code == 0, result.output
+    assert losses(tmp_path / "run") == losses(aligned)
+
+
 def test_wrong_input_is_named_before_the_first_step(world: Path, tmp_path: Path) -> None:
     record = record_of(0, world / "images")
     write_pad(world / "empty.jsonl", [])
+    (world / "misspelt.yaml").write_text("eval_read_steps: 4")
     write_pad(world / "no_caption.jsonl", [{key: record[key] for key in record if key != "caption"}])
     write_pad(world / "silent.jsonl", [record | {"caption": " "}])
     for flags, places, expected in (
@@ -223,6 +235,7 @@ def test_wrong_input_is_named_before_the_first_step(world: Path, tmp_path: Path)
         ((), {"data": "no_caption.jsonl"}, "caption"),
         (("--captions_only",), {"data": "silent.jsonl"}, "found an empty caption"),
         (("--patch_regions_only_ratio", "1"), {}, "--patch_regions_only_ratio"),
+        (("--config", str(world / "misspelt.yaml")), {}, "which is no flag; did you mean eval_reads_steps"),
         (("--eval_reads_steps", "1"), {}, "found 8 captions"),
     ):
         result = run(world, tmp_path / "out", *flags, **places)
