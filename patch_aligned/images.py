@@ -128,3 +128,26 @@ def stored_size_wh(image_folder: Path, image_id: str) -> tuple[int, int]:
         raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
     except BROKEN_IMAGE_ERRORS as error:
         raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; download the file again") from error
+
+
+def thumbnail(image_folder: Path, image_id: str, size_wh: tuple[int, int], side: int) -> Image.Image:
+    """Read an image at a smaller size: at most `side` pixels wide and high.
+
+    Raises:
+        ImageFileError: if it is missing, broken, or not of the size `size_wh` that its record says.
+    """
+    path = image_path(image_folder, image_id)
+    try:
+        with open_image(path) as opened:
+            if (stored_wh := upright_size_wh(opened)) != size_wh:
+                raise ImageFileError(f"{path} of {stored_wh}", f"the record's size {size_wh}")
+            opened.draft("RGB", (side, side))  # JPEG files decode at a smaller size at once
+            smaller = upright_rgb(opened)
+    except FileNotFoundError:
+        raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
+    except ImageFileError:
+        raise
+    except BROKEN_IMAGE_ERRORS as error:
+        raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; download the file again") from error
+    smaller.thumbnail((side, side))
+    return smaller

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import math
@@ -28,7 +27,7 @@ from patch_aligned.analysis.words import TokenMaps
 from patch_aligned.files import checkpoint_hash, written_whole
 from patch_aligned.models.base import VisionLanguageModel
 from patch_aligned.tables import Cell, Table, number
-from patch_aligned.web import render
+from patch_aligned.web import jpeg_address, render
 
 if TYPE_CHECKING:
     from matplotlib.lines import Line2D
@@ -357,7 +356,7 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         captions=breakdown_table("Captions", "Region", by_caption) if all(by_caption.values()) else None,
         labels=breakdown_table("Labels", "Label", by_label),
         most_labels=MOST_LABELS,
-        picture=[(row, {key: _data_uri(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture],
+        picture=[(row, {key: jpeg_address(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture],
         maps=maps,
         map_panels=map_panels,
         counts=counts_table(analysis),
@@ -366,10 +365,6 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         settings={key: value for key, value in settings.items() if value},
         number=number,
     )
-
-
-def _data_uri(jpeg: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
 def report_markdown(analysis: Analysis) -> str:
