@@ -7,6 +7,8 @@ and boxes refer to the image read this way. An image that cannot be read complet
 from __future__ import annotations
 
 import errno
+import io
+import math
 import stat
 import struct
 from pathlib import Path
@@ -71,6 +73,22 @@ def decode_image(path: Path) -> Image.Image:
         if isinstance(error, OSError) and error.errno is not None and error.errno not in ERRORS_OF_A_PATH:
             raise OSError(f"{path}: {error.strerror}. Once it can be read again, run the same command") from error
         raise UnreadableImageError(f"cannot be decoded: {error}".replace(str(path), path.name)) from error
+
+
+def decode_upload(content: bytes, most_pixels: int) -> Image.Image:
+    """Decode an image from the bytes of its file, as `decode_image` does.
+
+    Raises:
+        ValueError: the bytes are no image, a broken one, or one of more pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if (pixels := math.prod(image.size)) <= most_pixels:
+                return upright_rgb(image)
+    except BROKEN_IMAGE_ERRORS as error:
+        reason = "an unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"Found no image in {len(content):,} bytes ({reason}); expected a JPEG or PNG.") from error
+    raise ValueError(f"Found an image of {pixels:,} pixels, expected at most {most_pixels:,}: make it smaller.")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -292,10 +292,8 @@ def _dimmed(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _cells_to_pixels(cells: np.ndarray, grid: TokenGrid) -> np.ndarray:
     """Each pixel of the image takes the value of the cell that its centre lies in: bool `[height, width]`."""
     width, height = grid.image_wh
-    cols = np.searchsorted(grid.x_edges, np.arange(width) + 0.5, side="right") - 1
-    rows = np.searchsorted(grid.y_edges, np.arange(height) + 0.5, side="right") - 1
-    seen = ((rows >= 0) & (rows < grid.rows))[:, None] & ((cols >= 0) & (cols < grid.cols))
-    return cells[rows.clip(0, grid.rows - 1)[:, None], cols.clip(0, grid.cols - 1)] & seen
+    under = grid.cells_under(np.arange(width) + 0.5, np.arange(height) + 0.5)  # [height, width]
+    return cells.ravel()[under] & (under >= 0)
 
 
 def _outline(axes: Axes, mask: np.ndarray, colour: str, width: float = 1.3) -> None:
@@ -372,3 +370,20 @@ def picture_cell(
         predicted=predicted.reshape(coverage.shape).cpu(),
         iou_px=float(iou_by_area(predicted, areas)),
     )
+
+
+def map_difference(one: PictureCell, other: PictureCell) -> tuple[TokenGrid, Tensor]:
+    """Subtract one model's cosine map from another's, where both look; their cells may differ.
+
+    Returns:
+        Cells bounded by the edges of both grids, and `one` less `other` in each, `[rows, cols]`.
+    """
+    edges = []
+    for first, second in ((one.grid.x_edges, other.grid.x_edges), (one.grid.y_edges, other.grid.y_edges)):
+        low, high = max(first[0], second[0]), min(first[-1], second[-1])
+        edges.append(tuple(sorted({round(edge, 6) for edge in (*first, *second) if low <= edge <= high})))
+    centres = [(np.array(of_axis[:-1]) + np.array(of_axis[1:])) / 2 for of_axis in edges]
+    first_map, second_map = (
+        cell.cosine.ravel()[torch.from_numpy(cell.grid.cells_under(*centres))] for cell in (one, other)
+    )
+    return TokenGrid(one.grid.image_wh, *edges), first_map - second_map

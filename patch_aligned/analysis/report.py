@@ -356,7 +356,9 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         captions=breakdown_table("Captions", "Region", by_caption) if all(by_caption.values()) else None,
         labels=breakdown_table("Labels", "Label", by_label),
         most_labels=MOST_LABELS,
-        picture=[(row, {key: jpeg_address(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture],
+        picture=[
+            (row, {key: jpeg_address(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture
+        ],
         maps=maps,
         map_panels=map_panels,
         counts=counts_table(analysis),

@@ -53,7 +53,8 @@ def write_token_map_page(maps: TokenMaps, folder: Path) -> list[Path]:
         edges = [grid_edges(token_map.grid) for token_map in image.maps.values()]
         placed = [{**of_map, "grid": grid} for of_map, grid in zip(entry["maps"], edges, strict=True)]
         height, width = image.image.shape[:2]
-        images.append({**entry, "maps": placed, "size": [width, height], "picture": jpeg_address(Image.fromarray(image.image))})
+        picture = jpeg_address(Image.fromarray(image.image))
+        images.append({**entry, "maps": placed, "size": [width, height], "picture": picture})
     page.write_text(
         render(__package__, "token_map.html.j2", title="Token maps", data={**document, "images": images}),
         encoding="utf-8",
