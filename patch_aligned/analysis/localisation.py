@@ -378,12 +378,14 @@ def map_difference(one: PictureCell, other: PictureCell) -> tuple[TokenGrid, Ten
     Returns:
         Cells bounded by the edges of both grids, and `one` less `other` in each, `[rows, cols]`.
     """
-    edges = []
-    for first, second in ((one.grid.x_edges, other.grid.x_edges), (one.grid.y_edges, other.grid.y_edges)):
-        low, high = max(first[0], second[0]), min(first[-1], second[-1])
-        edges.append(tuple(sorted({round(edge, 6) for edge in (*first, *second) if low <= edge <= high})))
-    centres = [(np.array(of_axis[:-1]) + np.array(of_axis[1:])) / 2 for of_axis in edges]
-    first_map, second_map = (
-        cell.cosine.ravel()[torch.from_numpy(cell.grid.cells_under(*centres))] for cell in (one, other)
-    )
-    return TokenGrid(one.grid.image_wh, *edges), first_map - second_map
+    x_edges = _common_edges(one.grid.x_edges, other.grid.x_edges)
+    y_edges = _common_edges(one.grid.y_edges, other.grid.y_edges)
+    x, y = ((np.array(edges[:-1]) + np.array(edges[1:])) / 2 for edges in (x_edges, y_edges))  # centres
+    values, subtracted = (cell.cosine.ravel()[torch.from_numpy(cell.grid.cells_under(x, y))] for cell in (one, other))
+    return TokenGrid(one.grid.image_wh, x_edges, y_edges), values - subtracted
+
+
+def _common_edges(one: Sequence[float], other: Sequence[float]) -> tuple[float, ...]:
+    """Edges of either, where both reach."""
+    low, high = max(one[0], other[0]), min(one[-1], other[-1])
+    return tuple(sorted({round(edge, 6) for edge in (*one, *other) if low <= edge <= high}))

@@ -40,12 +40,7 @@ class Question:
 
 
 def create_app(session: Session, hosts: Sequence[str]) -> Starlette:
-    """Return the page's server.
-
-    Args:
-        session: answers the questions.
-        hosts: names under which browsers may call, without ports. Another name that leads here is refused.
-    """
+    """Return the page's server. Browsers may call it under the names `hosts`, whatever the port, and no other."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -55,7 +50,15 @@ def create_app(session: Session, hosts: Sequence[str]) -> Starlette:
     from starlette.responses import HTMLResponse, JSONResponse
     from starlette.routing import Route
 
-    page = render(__package__, "explore.html.j2", title="Explore visual tokens", data=page_data(session))
+    settings = {
+        "projectors": sources_of(session.models),
+        "images": 0 if session.index is None else len(session.index),
+        "method": session.settings.described(),
+        "word_list": session.word_list.name if session.word_list else None,
+        "rule": RULE,
+        "min_coverage": MIN_COVERAGE,
+    }
+    page = render(__package__, "explore.html.j2", title="Explore visual tokens", data=settings)
 
     async def show_page(request: Request) -> Response:
         return HTMLResponse(page)
@@ -86,10 +89,8 @@ def create_app(session: Session, hosts: Sequence[str]) -> Starlette:
 
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         if is_foreign(request.headers, request.url.path):
-            message = "Found a request that another page sent, expected one of this page: open its own address."
-            response: Response = JSONResponse({"error": message}, 403)
-        else:
-            response = await call_next(request)
+            return JSONResponse({"error": "Found a request of another page; open the address of this one."}, 403)
+        response = await call_next(request)
         response.headers.update(_HEADERS)
         return response
 
@@ -119,15 +120,3 @@ def is_foreign(headers: Any, path: str) -> bool:
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
     is_other = origin is not None and urlsplit(origin).netloc != headers.get("host")
     return is_other or (site not in ("same-origin", "none") and path != "/")
-
-
-def page_data(session: Session) -> dict[str, Any]:
-    """Return what the page knows from the start."""
-    return {
-        "projectors": sources_of(session.models),
-        "images": 0 if session.index is None else len(session.index),
-        "method": session.settings.described(),
-        "word_list": session.word_list.name if session.word_list else None,
-        "rule": RULE,
-        "min_coverage": MIN_COVERAGE,
-    }

@@ -6,14 +6,15 @@ import importlib.util
 import socket
 import webbrowser
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
 from llava.command import clear_errors
 
 app = typer.Typer(rich_markup_mode="markdown")
-Text, File = str | None, Path | None
+Text: TypeAlias = str | None
+File: TypeAlias = Path | None
 
 
 @app.command(epilog="What the page shows, and how to reach it from another machine: docs/explore.md.")
@@ -79,7 +80,9 @@ def explore(
     with console.status("Loading"):
         index = None if data is None else open_annotation_index(data)
         models = load_models([named(one) for one in model], base, vision_tower, image_aspect_ratio, device)
-        application = create_app(Session(models, index, image_folder, rounds), (host, "127.0.0.1", "localhost"))
+        application = create_app(
+            Session(models, index, image_folder or Path(), rounds), (host, "127.0.0.1", "localhost")
+        )
     if index is not None and index.rejected:
         console.print(index.rejection_message(), soft_wrap=True)
     address = f"http://{host}:{listener.getsockname()[1]}/"
@@ -98,13 +101,8 @@ def named(specification: str) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take a port, before anything is loaded.
-
-    Raises:
-        ValueError: the address stands for all of the machine's, so that Host headers could not be checked.
-        OSError: it is not this machine's, or the port is taken.
-    """
-    if host in ("", "0.0.0.0", "::"):
+    """Take a port, before anything is loaded."""
+    if host in ("", "0.0.0.0", "::"):  # then the Host header could be anything
         raise ValueError(f"--host {host}: expected one address or name, which browsers use. See docs/explore.md.")
     try:
         return socket.create_server((host, port))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections import OrderedDict
@@ -57,39 +58,24 @@ class OpenImage:
         return coco_mask.merge(own)["counts"].decode() if own else None
 
     def described(self) -> dict[str, Any]:
-        """A picture of it, its size, and its annotations."""
+        """A picture of it, its size, and the labels of its annotations."""
         shown = self.image.copy()
         shown.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
-        found = {"image": self.key, "size": list(self.image.size), "picture": jpeg_address(shown)}
-        if self.record is None:
-            return {**found, "caption": "", "labels": []}
-        labels = dict.fromkeys(region.tag for region in self.record.regions)
-        return {**found, "caption": self.record.caption, "labels": list(labels)}
+        labels = dict.fromkeys(region.tag for region in (self.record.regions if self.record else ()))
+        return {"image": self.key, "size": self.image.size, "picture": jpeg_address(shown), "labels": list(labels)}
 
 
 class Session:
-    """Models with a set of images. Models of one tower share its features, those of one LLM its words.
-
-    Args:
-        models: what is compared.
-        index: images to look through; None for uploads alone.
-        image_folder: folder that their ids are relative to.
-        rounds: words of a token or region. Over the whole image each token shows one.
-    """
+    """Models with the images of a set, and with uploads. Models of one tower share its features."""
 
     def __init__(
-        self,
-        models: Sequence[VisionLanguageModel],
-        index: AnnotationIndex | None = None,
-        image_folder: Path | None = None,
-        rounds: int = 5,
+        self, models: Sequence[VisionLanguageModel], index: AnnotationIndex | None, image_folder: Path, rounds: int = 5
     ):
         self.models, self.index, self.image_folder = list(models), index, image_folder
         self.settings, self.word_list = PursuitSettings(rounds), english_words()
-        self._mappers = {
-            words.source: TokenMapper(words, self.settings, self.word_list, device)
-            for words, device in {model.words.source: (model.words, model.encoder.device) for model in models}.values()
-        }
+        tables = {model.words.source: (model.words, model.encoder.device) for model in models}
+        mappers = {name: TokenMapper(words, self.settings, self.word_list, at) for name, (words, at) in tables.items()}
+        self._mappers = {model.name: mappers[model.words.source] for model in models}
         self._open: OrderedDict[str, OpenImage] = OrderedDict()
         self._lock = RLock()  # questions of several tabs are answered one by one
 
@@ -101,29 +87,30 @@ class Session:
             record = self.index[row]  # type: ignore[index]  # total is 0 without an index
             searched = (record.image_id, record.caption, *(region.tag for region in record.regions))
             if any(text.lower() in words.lower() for words in searched):
-                listed.append({"image": record.image_id, "thumbnail": self._thumbnail(record)})
+                picture = None
+                with contextlib.suppress(ImageFileError):  # the reason is said when it is opened
+                    smaller = thumbnail(self.image_folder, record.image_id, record.size_wh, _THUMBNAIL_SIDE)
+                    picture = jpeg_address(smaller)
+                listed.append({"image": record.image_id, "thumbnail": picture})
             row += 1
         return {"images": listed, "next": row if row < total else None}
 
     def upload(self, content: bytes) -> dict[str, Any]:
-        """Open an image from its file's bytes, and describe it.
-
-        Raises:
-            ValueError: the bytes are no image, or one of too many pixels.
-        """
+        """Open an image from its file's bytes, and describe it."""
         image = decode_upload(content, MOST_PIXELS)
         key = _UPLOAD + hashlib.sha256(content).hexdigest()[:32]
         return self._keep(OpenImage(key, image)).described()
 
     def picture(self, image: str) -> dict[str, Any]:
         """Open an image of the set, or an upload again, and describe it. No model runs yet."""
-        return self._opened(image).described()
+        with self._lock:
+            return self._opened(image).described()
 
     def words(self, image: str) -> dict[str, Any]:
         """The first word of each token, in every model."""
         with self._lock:
             opened = self._seen(image)
-            maps = {name: self._map(name, *seen, rounds=1) for name, seen in opened.tokens.items()}
+            maps = {name: self._mappers[name].map(*seen, rounds=1) for name, seen in opened.tokens.items()}
             mapped = MappedImage(image, np.asarray(opened.image), maps)
             opened.colours = colours_of_words(mapped)
             entries = [map_entry(*item, opened.colours) | {"grid": grid_edges(item[1].grid)} for item in maps.items()]
@@ -134,13 +121,7 @@ class Session:
     ) -> dict[str, Any]:
         """The words of the token at a point, or of the mean of the tokens that a polygon covers, in every model.
 
-        Args:
-            image: key of the image.
-            point: x and y, pixels.
-            polygon: x and y of each corner in turn, pixels.
-
-        Raises:
-            ValueError: there are both or neither, or the polygon lies far outside the image.
+        Both are in pixels; a polygon has x and y of each corner in turn, and covers tokens by half, as in training.
         """
         if (point is None) == (polygon is None):
             raise ValueError("Found both or neither of a point and a polygon; expected one of them.")
@@ -149,32 +130,22 @@ class Session:
             rle_masks = [union_rle([polygon], opened.image.size, "region")] if polygon else []
             found = []
             for name, (tokens, grid) in opened.tokens.items():
-                if point is not None:
-                    cells = np.array(
-                        [cell for cell in grid.cells_under(point[:1], point[1:]).ravel() if cell >= 0], int
-                    )
-                else:
-                    covered = covered_tokens_of_regions(rle_masks, grid.image_wh, grid, MIN_COVERAGE, "region")
-                    cells = np.flatnonzero(covered)
+                covered = covered_tokens_of_regions(rle_masks, grid.image_wh, grid, MIN_COVERAGE, "region")
+                cells = grid.cells_under(point[:1], point[1:]).ravel() if point else np.flatnonzero(covered)
+                cells = cells[cells >= 0]
                 entry: dict[str, Any] = {"projector": name, "cells": cells.tolist()}
                 if len(cells):
                     width, height = grid.image_wh
                     mean = tokens[torch.from_numpy(cells)].mean(dim=0, keepdim=True)  # [S, D] -> [1, D]
                     one_cell = TokenGrid(grid.image_wh, (0, width), (0, height))
-                    entry |= map_entry(name, self._map(name, mean, one_cell), opened.colours)
+                    entry |= map_entry(name, self._mappers[name].map(mean, one_cell), opened.colours)
                 found.append(entry)
             return {"regions": found}
 
     def heat(self, image: str, word: str, less: list[str] | None = None) -> dict[str, Any]:
-        """The cosine of a word with each token, in every model; with IoU where the image has a region of this label.
+        """The cosine of a word with each token, in every model; with IoU where the image has regions of this label.
 
-        Args:
-            image: key of the image.
-            word: any text.
-            less: two models, of which the second's map is subtracted from the first's.
-
-        Raises:
-            ValueError: the text has no token, or there is no such model.
+        `less` names two models, of which the second's map is subtracted from the first's.
         """
         names = [model.name for model in self.models]
         if less and (len(less) != 2 or not set(less) <= set(names)):
@@ -190,22 +161,11 @@ class Session:
                 direction = model.words.directions_of_labels([word])[0].to(tokens)  # [D]
                 coverage = torch.from_numpy(areas[0]).to(tokens.device)
                 cells[model.name] = picture_cell(grid, direction, tokens, coverage, RULE)
-        answer = {"truth": truth, "maps": [_heat_entry(name, cell) for name, cell in cells.items()]}
+        answer: dict[str, Any] = {"truth": truth, "maps": [_heat_entry(name, cell) for name, cell in cells.items()]}
         if less:
             grid, values = map_difference(*(cells[name] for name in less))
             answer["difference"] = {"grid": grid_edges(grid), "cosine": values.ravel().tolist()}
         return answer
-
-    def _map(self, name: str, tokens: Tensor, grid: TokenGrid, rounds: int | None = None) -> Any:
-        [model] = [model for model in self.models if model.name == name]
-        return self._mappers[model.words.source].map(tokens, grid, rounds)
-
-    def _thumbnail(self, record: AnnotatedImage) -> str | None:
-        try:
-            picture = thumbnail(self.image_folder or Path(), record.image_id, record.size_wh, _THUMBNAIL_SIDE)
-        except ImageFileError:
-            return None  # the reason is said when it is opened
-        return jpeg_address(picture)
 
     def _opened(self, key: str) -> OpenImage:
         """An image that is open, or one of the set."""
@@ -214,7 +174,7 @@ class Session:
         row = None if self.index is None or key.startswith(_UPLOAD) else self.index.find(key)
         if row is None:
             raise FileNotFoundError(f"{key}: found no such image, expected one of the set; send an upload again.")
-        assert self.index is not None and self.image_folder is not None
+        assert self.index is not None
         record = self.index[row]
         image = decode_image(image_path(self.image_folder, record.image_id))
         if image.size != record.size_wh:
