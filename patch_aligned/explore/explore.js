@@ -167,7 +167,7 @@ function start(data) {
     svg.setAttribute("aria-label", `${map.projector}, ${state.word || "words of the tokens"}`);
     const caption = made("figcaption", null, made("b", map.projector), ...(drawing?.note ?? ["…"]));
     if (map.grid) {
-      const radius = Math.max(...picture.size) / 250;
+      const radius = Math.max(...picture.size) / 160;
       svg.append(svgElement("filter", { id: "outline" },
         svgElement("feMorphology", { operator: "dilate", radius, result: "wide" }),
         svgElement("feComposite", { in: "wide", in2: "SourceGraphic", operator: "out" })));
