@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -60,14 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = f"over {options.words:,} words of width {width}"
         measure(
             f"a word of {options.tokens} tokens {sizes}",
-            lambda t=tokens, d=dictionary: matching_pursuit(t, d, 1),
+            partial(matching_pursuit, tokens, dictionary, 1),
             options.repeats,
         )
-        measure(
-            f"five words of a token {sizes}",
-            lambda t=tokens, d=dictionary: matching_pursuit(t[:1], d, 5),
-            options.repeats,
-        )
+        measure(f"five words of a token {sizes}", partial(matching_pursuit, tokens[:1], dictionary, 5), options.repeats)
     if options.models:
         session, content = Session(load_models(options.models, options.base), None, Path()), options.image.read_bytes()
         number = count()
