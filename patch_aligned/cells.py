@@ -68,6 +68,13 @@ class TokenGrid:
         """Bounding box of all cells. It may extend beyond the image."""
         return self.x_edges[0], self.y_edges[0], self.x_edges[-1], self.y_edges[-1]
 
+    def cells_under(self, x_px: Any, y_px: Any) -> np.ndarray:
+        """Return the cell at each crossing of columns and rows: `[len(y_px), len(x_px)]`, row-major; -1 outside."""
+        cols = np.searchsorted(self.x_edges, x_px, side="right") - 1
+        rows = np.searchsorted(self.y_edges, y_px, side="right") - 1
+        inside = np.logical_and.outer((rows >= 0) & (rows < self.rows), (cols >= 0) & (cols < self.cols))
+        return np.where(inside, np.add.outer(rows * self.cols, cols), -1)
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:

@@ -10,6 +10,7 @@ from patch_aligned.analysis.cli import app as token_map_app
 from patch_aligned.annotate.cli import app as annotate_app
 from patch_aligned.annotate.cli import app as reselect_app
 from patch_aligned.dataset.cli import app as dataset_app
+from patch_aligned.explore.cli import app as explore_app
 from patch_aligned.results.cli import app as results_app
 from patch_aligned.train.cli import app as train_app
 
@@ -22,6 +23,7 @@ app.add_typer(dataset_app)
 app.add_typer(train_app)
 app.add_typer(analyze_app)
 app.add_typer(token_map_app)
+app.add_typer(explore_app)
 app.add_typer(results_app)
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ and boxes refer to the image read this way. An image that cannot be read complet
 from __future__ import annotations
 
 import errno
+import io
+import math
 import stat
 import struct
 from pathlib import Path
@@ -73,6 +75,22 @@ def decode_image(path: Path) -> Image.Image:
         raise UnreadableImageError(f"cannot be decoded: {error}".replace(str(path), path.name)) from error
 
 
+def decode_upload(content: bytes, most_pixels: int) -> Image.Image:
+    """Decode an image from the bytes of its file, as `decode_image` does.
+
+    Raises:
+        ValueError: the bytes are no image, a broken one, or one of more pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if (pixels := math.prod(image.size)) <= most_pixels:
+                return upright_rgb(image)
+    except BROKEN_IMAGE_ERRORS as error:
+        reason = "an unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"Found no image in {len(content):,} bytes ({reason}); expected a JPEG or PNG.") from error
+    raise ValueError(f"Found an image of {pixels:,} pixels, expected at most {most_pixels:,}: make it smaller.")
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB, rotated as its EXIF says. 16-bit greyscale is divided by 256.
 
@@ -128,3 +146,26 @@ def stored_size_wh(image_folder: Path, image_id: str) -> tuple[int, int]:
         raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
     except BROKEN_IMAGE_ERRORS as error:
         raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; download the file again") from error
+
+
+def thumbnail(image_folder: Path, image_id: str, size_wh: tuple[int, int], side: int) -> Image.Image:
+    """Read an image at a smaller size: at most `side` pixels wide and high.
+
+    Raises:
+        ImageFileError: if it is missing, broken, or not of the size `size_wh` that its record says.
+    """
+    path = image_path(image_folder, image_id)
+    try:
+        with open_image(path) as opened:
+            if (stored_wh := upright_size_wh(opened)) != size_wh:
+                raise ImageFileError(f"{path} of {stored_wh}", f"the record's size {size_wh}")
+            opened.draft("RGB", (side, side))  # JPEG files decode at a smaller size at once
+            smaller = upright_rgb(opened)
+    except FileNotFoundError:
+        raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
+    except ImageFileError:
+        raise
+    except BROKEN_IMAGE_ERRORS as error:
+        raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; download the file again") from error
+    smaller.thumbnail((side, side))
+    return smaller

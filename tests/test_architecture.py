@@ -69,6 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patch_aligned.analysis.matching_pursuit": (),
     "patch_aligned.annotate": (*CORE, "patch_aligned.annotate"),
     "patch_aligned.dataset": (*CORE, *PAGES, "patch_aligned.dataset"),
+    "patch_aligned.explore": (*CORE, *PAGES, "patch_aligned.analysis", "patch_aligned.models", "patch_aligned.explore"),
     "patch_aligned.results": (*PAGES, "patch_aligned.files", "patch_aligned.intervals", "patch_aligned.results"),
     "eval": ("eval", *CORE, *PAGES, "patch_aligned.results", "llava"),
 }
@@ -81,6 +82,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "patch_aligned.annotate.cli": ("llava.command",),
     "patch_aligned.cli": ("llava.command",),
     "patch_aligned.dataset.cli": ("llava.command",),
+    "patch_aligned.explore.cli": ("llava.command",),
     "patch_aligned.results.cli": ("llava.command",),
     "patch_aligned.train.cli": ("llava.command",),
     "patch_aligned.train.train": ("llava.command",),
@@ -102,7 +104,7 @@ LONGEST_FILE = 500
 # Distributions that come with an extra. No module needs them to be imported.
 OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "tensorboard", "wandb", "flash_attn", "lmms_eval",
             "pycocoevalcap", "ray", "trl", "torchvision", "skimage", "matplotlib", "spellchecker", "nltk", "gguf",
-            "onnx")  # fmt: skip
+            "onnx", "starlette", "uvicorn")  # fmt: skip
 
 
 def module_name(path: Path) -> str:

@@ -5,7 +5,6 @@ The layout of the paper's Figure 1 (left): one row an image and label, one pair 
 
 from __future__ import annotations
 
-import base64
 import functools
 import importlib.util
 import io
@@ -229,11 +228,6 @@ def panel_jpeg(draw: Callable[[Axes], None], size_inches: tuple[float, float]) -
     return content.getvalue()
 
 
-def data_uri(jpeg: bytes) -> str:
-    """The address of a picture that is part of an HTML page."""
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-
-
 def _head_columns(figure: Any, truth_axes: Axes, first: str, pairs: dict[str, tuple[Axes, Axes]], head: float) -> None:
     """Write headings above the first row: the projector over its pair, the kind of panel over each."""
     top = truth_axes.get_position().y1
@@ -305,10 +299,8 @@ def _dimmed(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _cells_to_pixels(cells: np.ndarray, grid: TokenGrid) -> np.ndarray:
     """Each pixel of the image takes the value of the cell that its centre lies in: bool `[height, width]`."""
     width, height = grid.image_wh
-    cols = np.searchsorted(grid.x_edges, np.arange(width) + 0.5, side="right") - 1
-    rows = np.searchsorted(grid.y_edges, np.arange(height) + 0.5, side="right") - 1
-    seen = ((rows >= 0) & (rows < grid.rows))[:, None] & ((cols >= 0) & (cols < grid.cols))
-    return cells[rows.clip(0, grid.rows - 1)[:, None], cols.clip(0, grid.cols - 1)] & seen
+    under = grid.cells_under(np.arange(width) + 0.5, np.arange(height) + 0.5)  # [height, width]
+    return cells.ravel()[under] & (under >= 0)
 
 
 def _outline(axes: Axes, mask: np.ndarray, colour: str, width: float = 1.3) -> None:
@@ -395,3 +387,22 @@ def picture_cell(
         predicted=predicted.reshape(coverage.shape).cpu(),
         iou_px=float(iou_by_area(predicted, areas)),
     )
+
+
+def map_difference(one: PictureCell, other: PictureCell) -> tuple[TokenGrid, Tensor]:
+    """Subtract one model's cosine map from another's, where both look; their cells may differ.
+
+    Returns:
+        Cells bounded by the edges of both grids, and `one` less `other` in each, `[rows, cols]`.
+    """
+    x_edges = _common_edges(one.grid.x_edges, other.grid.x_edges)
+    y_edges = _common_edges(one.grid.y_edges, other.grid.y_edges)
+    x, y = ((np.array(edges[:-1]) + np.array(edges[1:])) / 2 for edges in (x_edges, y_edges))  # centres
+    values, subtracted = (cell.cosine.ravel()[torch.from_numpy(cell.grid.cells_under(x, y))] for cell in (one, other))
+    return TokenGrid(one.grid.image_wh, x_edges, y_edges), values - subtracted
+
+
+def _common_edges(one: Sequence[float], other: Sequence[float]) -> tuple[float, ...]:
+    """Edges of either, where both reach."""
+    low, high = max(one[0], other[0]), min(one[-1], other[-1])
+    return tuple(sorted({round(edge, 6) for edge in (*one, *other) if low <= edge <= high}))

@@ -15,7 +15,6 @@ from markupsafe import Markup
 
 from patch_aligned.analysis.headline import PLOTTED, finding, lowest_of
 from patch_aligned.analysis.localisation import (
-    data_uri,
     drawable,
     font_families,
     panel_jpegs,
@@ -29,7 +28,7 @@ from patch_aligned.analysis.words import TokenMaps
 from patch_aligned.files import checkpoint_hash, written_whole
 from patch_aligned.models.base import VisionLanguageModel
 from patch_aligned.tables import Cell, Table, number
-from patch_aligned.web import render
+from patch_aligned.web import jpeg_address, render
 
 if TYPE_CHECKING:
     from matplotlib.lines import Line2D
@@ -363,7 +362,9 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         captions=breakdown_table("Captions", "Region", by_caption) if all(by_caption.values()) else None,
         labels=breakdown_table("Labels", "Label", by_label),
         most_labels=MOST_LABELS,
-        picture=[(row, {key: data_uri(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture],
+        picture=[
+            (row, {key: jpeg_address(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture
+        ],
         maps=maps,
         map_panels=map_panels,
         counts=counts_table(analysis),

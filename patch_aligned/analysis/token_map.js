@@ -1,23 +1,3 @@
-const SMALLEST = 0.4, INK = "#212529";
-
-function made(name, text, ...children) {
-  const node = document.createElement(name);
-  if (text !== null) node.textContent = text;
-  node.append(...children);
-  return node;
-}
-
-const number = (value) => value.toFixed(2).replace("-", "−");
-
-/* Width of a text as a multiple of its font size. */
-const ruler = document.createElement("canvas").getContext("2d");
-ruler.font = "600 100px system-ui, sans-serif";
-const widths = new Map();
-function widthOf(text) {
-  if (!widths.has(text)) widths.set(text, Math.max(ruler.measureText(text).width / 100, 0.1));
-  return widths.get(text);
-}
-
 function start(data) {
   const element = (id) => document.getElementById(id);
   const panels = element("panels");
@@ -29,23 +9,16 @@ function start(data) {
     const svg = drawImage(image.size, image.picture, box);
     svg.setAttribute("tabindex", 0);
     svg.setAttribute("aria-label", `${map.projector}, ${map.captions[turn]}`);
-    svg.style.minWidth = `${34 * cellsAcross(image, map)}px`;
+    svg.style.minWidth = `${34 * cellsAcross(image.size, map.grid)}px`;
     svg.append(svgElement("rect", { ...box, fill: "#fff", opacity: heat ? 0.8 : 0.64 }));
-    const shares = map.cosines.map((cosines) => image.top_cosine > 0 ? Math.max(cosines[turn], 0) / image.top_cosine : 0);
+    const shares = sharesOf(map, turn, image.top_cosine);
     svg.append(drawCells(grid, heat ? shares.map((share, cell) => [cell, { fill: "#f59f00", opacity: share }]) : []));
-    map.ids.forEach((ids, cell) => {
-      const word = map.words[ids[turn]], { x, y, width, height } = cellBox(grid, cell);
-      const size = Math.min(0.42 * height * (SMALLEST + (1 - SMALLEST) * shares[cell]), 0.95 * width / widthOf(word.text));
-      svg.append(svgElement("text", {
-        x: x + width / 2, y: y + height / 2, "font-size": size.toFixed(3), fill: word.colour ?? INK,
-        "font-weight": word.colour ? 600 : 400,
-      }, word.text));
-    });
+    svg.append(...drawWords(map, grid, turn, shares));
     const frame = svgElement("rect", { class: "pointed", visibility: "hidden" });
     svg.append(frame);
     const under = (event) => {
-      const { x, y } = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
-      return cellAt(grid, [x, y]) === null ? null : [x, y];
+      const at = pointUnder(svg, event);
+      return cellAt(grid, at) === null ? null : at;
     };
     svg.addEventListener("pointermove", (event) => pinned ?? point(under(event)));
     svg.addEventListener("pointerleave", () => pinned ?? point(null));
@@ -56,25 +29,14 @@ function start(data) {
       point(pinned ?? at);
     });
     svg.addEventListener("keydown", (event) => {
-      const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-      if (!step) return;
+      const next = pointAfterKey(grid, pinned, event.key);
+      if (!next) return;
       event.preventDefault();
-      const { x, y, width, height } = cellBox(grid, (pinned && cellAt(grid, pinned)) ?? 0);
-      const next = pinned ? [x + (step[0] + 0.5) * width, y + (step[1] + 0.5) * height] : [x + width / 2, y + height / 2];
-      if (cellAt(grid, next) !== null) pinned = next;
+      pinned = next;
       point(pinned);
     });
-    svg.mark = (at) => {
-      const cell = at && cellAt(grid, at);
-      frame.setAttribute("visibility", at && cell !== null ? "visible" : "hidden");
-      if (at && cell !== null) for (const [key, value] of Object.entries(cellBox(grid, cell))) frame.setAttribute(key, value);
-    };
+    svg.mark = (at) => frameCell(frame, grid, at);
     return svg;
-  }
-
-  /* How many cells of a map would fit beside each other over the whole drawing. */
-  function cellsAcross(image, map) {
-    return boxAround(image.size, map.grid).width / cellBox(map.grid, 0).width;
   }
 
   /* Show the words of the patches at a point of the image, for every projector. */
@@ -92,29 +54,15 @@ function start(data) {
         patch.append(made("h3", map.projector), made("p", "sees nothing of this part of the image"));
         continue;
       }
-      const table = made("table", null, made("tr", null, ...["word", "coefficient", "cosine", "left"].map((name) => made("th", name))));
-      map.ids[cell].forEach((id, turn) => {
-        const word = map.words[id], name = made("td", null);
-        const swatch = made("span", null);
-        swatch.className = "swatch";
-        swatch.style.background = word.colour ?? INK;
-        name.append(swatch, word.text);
-        if (word.special) name.append(" ", made("i", "special"));
-        else if (!word.starts_word && data.marks_words) name.append(" ", made("i", "no space before"));
-        name.title = `token ${id}`;
-        const left = map.residual_norms[cell][turn + 1] / (map.residual_norms[cell][0] || 1);
-        table.append(made("tr", null, name, made("td", number(map.coefficients[cell][turn])),
-          made("td", number(map.cosines[cell][turn])), made("td", `${Math.round(100 * left)}%`)));
-      });
       const where = `row ${Math.floor(cell / columns) + 1}, column ${cell % columns + 1}, length ${number(map.residual_norms[cell][0])}`;
-      patch.append(made("h3", map.projector), made("p", where), table);
+      patch.append(made("h3", map.projector), made("p", where), wordTable(map, cell, data.marks_words));
     }
   }
 
   function render() {
     const image = data.images[index];
     const shown = round < 0 ? [...Array(rounds).keys()] : [round];
-    const widest = Math.max(...image.maps.map((map) => cellsAcross(image, map)));
+    const widest = Math.max(...image.maps.map((map) => cellsAcross(image.size, map.grid)));
     panels.style.setProperty("--panel-width", `${Math.max(300, widest * 34)}px`);
     panels.style.setProperty("--projectors", image.maps.length);
     panels.className = round < 0 ? "all" : "";

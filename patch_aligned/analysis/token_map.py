@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 import textwrap
@@ -18,13 +16,12 @@ from torch import Tensor
 
 from patch_aligned.analysis.localisation import HEAT_MAP, bare, drawable, font_families, panel_jpeg, require_matplotlib
 from patch_aligned.analysis.words import MappedImage, TokenMap, TokenMaps, TokenText, colours_of_words
-from patch_aligned.web import render
+from patch_aligned.web import grid_edges, jpeg_address, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DIGITS = 4
-_JPEG_QUALITY = 85
 
 
 def token_map_document(maps: TokenMaps) -> dict[str, Any]:
@@ -33,7 +30,7 @@ def token_map_document(maps: TokenMaps) -> dict[str, Any]:
     marks = False
     for image in maps.images:
         colours = colours_of_words(image)
-        of_image = [_map_entry(name, token_map, colours) for name, token_map in image.maps.items()]
+        of_image = [map_entry(name, token_map, colours) for name, token_map in image.maps.items()]
         marks |= any(word["starts_word"] for entry in of_image for word in entry["words"].values())
         entries.append({"image_id": image.image_id, "top_cosine": round(image.top_cosine, _DIGITS), "maps": of_image})
     return {
@@ -53,11 +50,11 @@ def write_token_map_page(maps: TokenMaps, folder: Path) -> list[Path]:
     numbers.write_text(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     images = []
     for entry, image in zip(document["images"], maps.images, strict=True):
-        grids = [token_map.grid for token_map in image.maps.values()]
-        edges = [{"x_edges": _rounded(grid.x_edges), "y_edges": _rounded(grid.y_edges)} for grid in grids]
+        edges = [grid_edges(token_map.grid) for token_map in image.maps.values()]
         placed = [{**of_map, "grid": grid} for of_map, grid in zip(entry["maps"], edges, strict=True)]
         height, width = image.image.shape[:2]
-        images.append({**entry, "maps": placed, "size": [width, height], "picture": _data_uri(image.image)})
+        picture = jpeg_address(Image.fromarray(image.image))
+        images.append({**entry, "maps": placed, "size": [width, height], "picture": picture})
     page.write_text(
         render(__package__, "token_map.html.j2", title="Token maps", data={**document, "images": images}),
         encoding="utf-8",
@@ -65,7 +62,8 @@ def write_token_map_page(maps: TokenMaps, folder: Path) -> list[Path]:
     return [page, numbers]
 
 
-def _map_entry(name: str, token_map: TokenMap, colours: Mapping[str, str]) -> dict[str, Any]:
+def map_entry(name: str, token_map: TokenMap, colours: Mapping[str, str]) -> dict[str, Any]:
+    """Return the words of one model's tokens as JSON; `colours` are by the text in lower case."""
     pursuit = token_map.pursuit
     words: dict[str, dict[str, Any]] = {}
     for token_id, word in token_map.words.items():
@@ -75,8 +73,8 @@ def _map_entry(name: str, token_map: TokenMap, colours: Mapping[str, str]) -> di
             "special": word.special,
             "english": word.english,
         }
-        if word.english:
-            words[str(token_id)]["colour"] = colours[word.text.lower()]
+        if word.english and (colour := colours.get(word.text.lower())):
+            words[str(token_id)]["colour"] = colour
     return {
         "projector": name,
         "grid": list(token_map.grid.shape),
@@ -95,12 +93,6 @@ def _rounded(values: tuple[float, ...]) -> list[float]:
 
 def _rounded_rows(values: Tensor) -> list[list[float]]:
     return [_rounded(row) for row in values.tolist()]
-
-
-def _data_uri(image: np.ndarray) -> str:
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, "JPEG", quality=_JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 INK, FADED = "#212529", "#495057"
@@ -127,8 +119,7 @@ def map_panels(image: MappedImage) -> dict[str, MapPanels]:
         pictures = []
         for turn in range(token_map.pursuit.ids.shape[1]):
             jpeg = panel_jpeg(partial(draw, turn=turn), (inches, inches * height / width))
-            address = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-            pictures.append((token_map.caption(turn), address))
+            pictures.append((token_map.caption(turn), jpeg_address(jpeg)))
         found[name] = MapPanels(pictures, round(22 * across), 3 if across <= 12 else 2)
     return found
 

@@ -292,12 +292,12 @@ class TokenMapper:
         self.dictionary = dictionary_of(words, device, self.settings.unit_length)
         self._words: dict[int, TokenText] = {}
 
-    def map(self, visual_tokens: Tensor, grid: TokenGrid) -> TokenMap:
-        """Decompose one image's visual tokens `[T, D]`, of which the grid names one a cell."""
+    def map(self, visual_tokens: Tensor, grid: TokenGrid, rounds: int | None = None) -> TokenMap:
+        """Decompose one image's visual tokens `[T, D]`, of which the grid names one a cell; None: rounds as set."""
         found = matching_pursuit(
             visual_tokens[torch.from_numpy(grid.tokens).flatten()],  # [T, D] -> [S, D]
             self.dictionary,
-            self.settings.rounds,
+            rounds or self.settings.rounds,
             absolute=self.settings.absolute,
             orthogonal=self.settings.orthogonal,
         )

@@ -1,41 +1,3 @@
-/* Run lengths of COCO's compressed RLE: five bits a character, from the fourth on the difference to the run before the last. */
-function runLengths(text) {
-  const runs = [];
-  for (let place = 0; place < text.length;) {
-    let value = 0, digits = 0, code;
-    do {
-      code = text.charCodeAt(place++) - 48;
-      value += (code & 31) * 2 ** (5 * digits++);
-    } while (code & 32);
-    if (code & 16) value -= 2 ** (5 * digits);
-    if (runs.length > 2) value += runs[runs.length - 2];
-    runs.push(value);
-  }
-  return runs;
-}
-
-/* The mask at another size, 0 or 1 a pixel, row by row: each pixel takes what lies under its centre. */
-function rasterise(runs, width, height, toWidth, toHeight) {
-  const mask = new Uint8Array(toWidth * toHeight);
-  const firstX = (x) => Math.ceil(x * toWidth / width - 0.5);
-  const firstY = (y) => Math.ceil(y * toHeight / height - 0.5);
-  let start = 0;
-  runs.forEach((length, index) => {
-    const end = start + length;
-    if (index % 2 && length) {
-      const last = Math.floor((end - 1) / height);
-      for (let column = Math.floor(start / height); column <= last; column++) {
-        const top = firstY(Math.max(start - column * height, 0));
-        const bottom = firstY(Math.min(end - column * height, height));
-        for (let x = firstX(column); x < firstX(column + 1); x++)
-          for (let y = top; y < bottom; y++) mask[y * toWidth + x] = 1;
-      }
-    }
-    start = end;
-  });
-  return mask;
-}
-
 /* Places of the set bits of a base64 text, the first bit of a byte first. */
 function tokensOf(text) {
   const tokens = [];
@@ -264,4 +226,4 @@ function start(data) {
 }
 
 if (typeof document !== "undefined") start(JSON.parse(document.getElementById("data").textContent));
-else module.exports = { runLengths, rasterise, tokensOf };
+else module.exports = { tokensOf };

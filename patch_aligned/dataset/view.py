@@ -6,7 +6,6 @@ The page draws the masks from their RLE strings. Covered tokens are computed her
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,17 +16,10 @@ from typing import Any
 import numpy as np
 
 from patch_aligned.dataset.stats import TokenSettings
-from patch_aligned.images import (
-    BROKEN_IMAGE_ERRORS,
-    ImageFileError,
-    image_path,
-    open_image,
-    upright_rgb,
-    upright_size_wh,
-)
+from patch_aligned.images import ImageFileError, thumbnail
 from patch_aligned.masks import areas_px
 from patch_aligned.pad import AnnotatedImage, Region, is_finite_number, read_annotations
-from patch_aligned.web import render
+from patch_aligned.web import grid_edges, jpeg_address, render
 
 MOST_IMAGES = 5000
 _JPEG_QUALITY = 82
@@ -140,7 +132,8 @@ def _entry(
     width, height = image.size_wh
     picture, problem = None, None
     try:
-        picture = _picture(image, image_folder, thumbnail_side)
+        smaller = thumbnail(image_folder, image.image_id, image.size_wh, thumbnail_side)
+        picture = jpeg_address(smaller, _JPEG_QUALITY)
     except ImageFileError as error:
         problem = str(error)
     grid = tokens.cells(image.size_wh)
@@ -165,10 +158,7 @@ def _entry(
         "status": image.extra.get("status"),
         "picture": picture,
         "problem": problem,
-        "grid": {
-            "x_edges": [round(edge, 3) for edge in grid.x_edges],
-            "y_edges": [round(edge, 3) for edge in grid.y_edges],
-        },
+        "grid": grid_edges(grid, digits=3),
         "regions": regions,
     }
 
@@ -185,27 +175,6 @@ def _additional(region: Region) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _picture(image: AnnotatedImage, image_folder: Path, side: int) -> str:
-    """The downscaled image as a data URI. Raises `ImageFileError` if it is missing, broken, or of another size."""
-    path = image_path(image_folder, image.image_id)
-    try:
-        with open_image(path) as opened:
-            if (size_wh := upright_size_wh(opened)) != image.size_wh:
-                raise ImageFileError(f"{path} of {size_wh}", f"the record's size {image.size_wh}")
-            opened.draft("RGB", (side, side))  # JPEG files decode at a smaller size at once
-            smaller = upright_rgb(opened)
-    except FileNotFoundError:
-        raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
-    except ImageFileError:
-        raise
-    except BROKEN_IMAGE_ERRORS as error:
-        raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; download the file again") from error
-    smaller.thumbnail((side, side))
-    content = io.BytesIO()
-    smaller.save(content, "JPEG", quality=_JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _page(entries: list[dict[str, Any]], pad: Path, tokens: TokenSettings, pages: list[Path], number: int) -> str:

@@ -49,8 +49,8 @@ def load_models(
         raise ValueError("--base is missing: projectors are compared with the word embeddings of their LLM.")
     models = {name: load_transformers(name, place, device) for name, place in of_transformers.items()}
     if sources:
+        words = load_words(base or str(sources[0].path))  # first: a wrong --base is found before the tower is read
         encoder = load_encoder(sources, vision_tower, image_aspect_ratio, device)
-        words = load_words(base or str(sources[0].path))
         for source in sources:
             models[source.name] = source.build(encoder, words, default_config_of(sources))
     return [models[name] for name in names]

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from patch_aligned.analysis.alignment import over_grids, score_regions
-from patch_aligned.analysis.localisation import PictureRow, data_uri, picture_cell, place_jpeg, require_matplotlib
+from patch_aligned.analysis.localisation import PictureRow, picture_cell, place_jpeg, require_matplotlib
 from patch_aligned.annotation_index import AnnotationIndex
 from patch_aligned.cells import Layout, TokenGrid
 from patch_aligned.files import written_whole
@@ -37,7 +37,7 @@ from patch_aligned.masks import areas_px, token_coverage_of_regions
 from patch_aligned.pad import AnnotatedImage
 from patch_aligned.tables import number
 from patch_aligned.train.arguments import PatchArguments
-from patch_aligned.web import render
+from patch_aligned.web import jpeg_address, render
 
 SEED = 0
 """Of the choice of held-out data: the same for all seeds of the training."""
@@ -166,7 +166,7 @@ class AlignmentWatch(HeldOutCallback):
             jpeg = place_jpeg(watched.row, cell)
             maps[f"pictures/{place} {watched.row.label}"] = Image.open(io.BytesIO(jpeg))
             cosines = f"{number(cell.cosine.min().item(), 2)} … {number(cell.cosine.max().item(), 2)}"
-            cells.append({"jpeg": data_uri(jpeg), "cosines": cosines, "iou": number(cell.iou_px, 2)})
+            cells.append({"jpeg": jpeg_address(jpeg), "cosines": cosines, "iou": number(cell.iou_px, 2)})
         self._write({"step": step, "cells": cells, "of": [[w.row.image_id, w.row.label] for w in self._pictured]})
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
@@ -182,7 +182,7 @@ class AlignmentWatch(HeldOutCallback):
         file = self._folder / COLUMNS
         before = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else [])
         columns = [one for one in before if one["step"] < column["step"] and one["of"] == column["of"]] + [column]
-        rows = [(watched.row, data_uri(place_jpeg(watched.row))) for watched in self._pictured]
+        rows = [(watched.row, jpeg_address(place_jpeg(watched.row))) for watched in self._pictured]
         values = {"title": f"Training {self._folder.name}", "columns": columns, "rows": rows}
         with written_whole(self._folder / PAGE) as page, written_whole(file) as lines:
             page.write_text(render(__package__, "strip.html.j2", **values), encoding="utf-8")

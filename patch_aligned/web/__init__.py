@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from patch_aligned.cells import TokenGrid
 
 
 def render(package: str, template: str, **values: Any) -> str:
@@ -46,3 +53,17 @@ def _environment(package: str) -> Environment:
 def breakable(text: str) -> Markup:
     """Text for HTML in which lines may break after underscores and slashes of long names and paths."""
     return Markup(escape(text).replace("_", Markup("_<wbr>")).replace("/", Markup("/<wbr>")))
+
+
+def jpeg_address(picture: bytes | Image.Image, quality: int = 85) -> str:
+    """Return the `data:` address of a JPEG, or of an image that is saved as one."""
+    if not isinstance(picture, bytes):
+        content = io.BytesIO()
+        picture.save(content, "JPEG", quality=quality)
+        picture = content.getvalue()
+    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+
+
+def grid_edges(grid: TokenGrid, digits: int = 4) -> dict[str, list[float]]:
+    """Return a grid as `grid.js` takes it: the edges of its columns and rows, in pixels of the image."""
+    return {name: [round(edge, digits) for edge in getattr(grid, name)] for name in ("x_edges", "y_edges")}

@@ -52,4 +52,42 @@ function drawCells(grid, fills) {
   return svgElement("g", { class: "cells" }, ...filled, svgElement("path", { d: lines, class: "lines", fill: "none" }));
 }
 
-if (typeof module !== "undefined") module.exports = { cellBox, cellAt, boxAround };
+/* The outline of a set of cells, as a path: each side that no other cell of the set shares. */
+function outlineOf(grid, cells) {
+  const chosen = new Set(cells), columns = columnsOf(grid);
+  return [...chosen].flatMap((cell) => {
+    const { x, y, width, height } = cellBox(grid, cell), column = cell % columns;
+    return [
+      chosen.has(cell - columns) ? "" : `M${x} ${y}h${width}`,
+      chosen.has(cell + columns) ? "" : `M${x} ${y + height}h${width}`,
+      column > 0 && chosen.has(cell - 1) ? "" : `M${x} ${y}v${height}`,
+      column < columns - 1 && chosen.has(cell + 1) ? "" : `M${x + width} ${y}v${height}`,
+    ];
+  }).join("");
+}
+
+/* The point of the image under the pointer. */
+function pointUnder(svg, event) {
+  const { x, y } = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+  return [x, y];
+}
+
+/* The centre of the cell that an arrow key leads to from the cell at a point; of the first cell where there is none.
+   Null for another key; the point itself at the grid's edge. */
+function pointAfterKey(grid, at, key) {
+  const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
+  if (!step) return null;
+  const cell = at && cellAt(grid, at), { x, y, width, height } = cellBox(grid, cell ?? 0);
+  const [across, down] = cell === null ? [0, 0] : step;
+  const next = [x + (across + 0.5) * width, y + (down + 0.5) * height];
+  return cellAt(grid, next) === null ? at : next;
+}
+
+/* Put a frame around the cell at a point, or hide it. */
+function frameCell(frame, grid, at) {
+  const cell = at && cellAt(grid, at);
+  frame.setAttribute("visibility", cell === null ? "hidden" : "visible");
+  if (cell !== null) for (const [key, value] of Object.entries(cellBox(grid, cell))) frame.setAttribute(key, value);
+}
+
+if (typeof module !== "undefined") module.exports = { cellBox, cellAt, boxAround, outlineOf, pointAfterKey };

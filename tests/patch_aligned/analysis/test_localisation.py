@@ -17,7 +17,8 @@ from pycocotools import mask as coco_mask
 import patch_aligned
 from llava.convert.to_hf import to_hf
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models, localise
-from patch_aligned.analysis.localisation import panel_jpegs, save_localisation_figure
+from patch_aligned.analysis.localisation import PictureCell, map_difference, panel_jpegs, save_localisation_figure
+from patch_aligned.cells import Layout, TokenGrid, grid_over_box
 from patch_aligned.models.base import VisionLanguageModel
 
 
@@ -101,3 +102,18 @@ def test_what_cannot_be_sought_says_why(models: list[VisionLanguageModel], pad: 
         localise(models, image, "dog", np.ones((80, 56)))
     with pytest.raises(ValueError, match="'top_area' is told the region's size: pass a mask"):
         localise(models, image, "dog", threshold_rule="top_area")
+
+
+def test_maps_of_other_cells_are_subtracted_where_both_models_look():
+    grids = grid_over_box((60, 40), (0, 0, 60, 40), (2, 3)), grid_over_box((60, 40), (10, -10, 50, 50), (3, 4))
+    maps = [torch.rand(grid.shape, generator=torch.Generator().manual_seed(seed)) for seed, grid in enumerate(grids)]
+    cells = [PictureCell(grid, values, values > 0, math.nan) for grid, values in zip(grids, maps, strict=True)]
+    grid, values = map_difference(*cells)
+    assert grid.x_edges == (10, 20, 30, 40, 50) and grid.y_edges == (0, 10, 20, 30, 40)
+
+    def painted(grid: TokenGrid, values: torch.Tensor) -> np.ndarray:
+        return Layout((grid,), values.numel()).heat_map(values.ravel())
+
+    expected = painted(grids[0], maps[0]) - painted(grids[1], maps[1])
+    np.testing.assert_allclose(painted(grid, values)[:, 10:50], expected[:, 10:50], atol=1e-7)
+    assert map_difference(cells[0], cells[0])[1].abs().max() == 0

@@ -148,8 +148,8 @@ def test_the_command_says_how_to_go_on(write_pad: Make, record: Make, tmp_path: 
 node = pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
 
 
-def in_node(expression: str, *values: Any) -> Any:
-    script = resources.files("patch_aligned.dataset").joinpath("view.js")
+def in_node(expression: str, *values: Any, package: str = "patch_aligned.dataset", name: str = "view.js") -> Any:
+    script = resources.files(package).joinpath(name)
     code = f"const page = require({json.dumps(str(script))}); const v = JSON.parse(process.argv[1]);"
     code += f"console.log(JSON.stringify({expression}))"
     command = [str(shutil.which("node")), "-e", code, json.dumps(values)]
@@ -163,12 +163,13 @@ def test_the_page_draws_masks_as_pycocotools_decodes_them(height: int, width: in
     mask = np.asfortranarray(np.random.default_rng(seed).random((height, width)) < share, dtype=np.uint8)
     rle = coco_mask.encode(mask)["counts"].decode()
     draw = "(([rle, w, h, W, H]) => [...page.rasterise(page.runLengths(rle), w, h, W, H)])(v)"
-    same = np.array(in_node(draw, rle, width, height, width, height)).reshape(height, width)
+    masks = {"package": "patch_aligned.web", "name": "masks.js"}
+    same = np.array(in_node(draw, rle, width, height, width, height, **masks)).reshape(height, width)
     np.testing.assert_array_equal(same, mask)
     to_height, to_width = 2 * height + 1, max(1, width // 2)
     rows = ((2 * np.arange(to_height) + 1) * height) // (2 * to_height)
     cols = ((2 * np.arange(to_width) + 1) * width) // (2 * to_width)
-    other = np.array(in_node(draw, rle, width, height, to_width, to_height)).reshape(to_height, to_width)
+    other = np.array(in_node(draw, rle, width, height, to_width, to_height, **masks)).reshape(to_height, to_width)
     np.testing.assert_array_equal(other, mask[np.ix_(rows, cols)])
 
 
