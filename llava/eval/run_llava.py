@@ -18,11 +18,9 @@ from PIL import Image
 from llava.command import command_parser, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import conversation_mode, template_named
-from llava.eval.answering import Question, answer_questions
-from llava.eval.vqa_cli import add_generation_flags, add_model_flags, settings_of, with_defaults
-from llava.eval.vqa_files import open_image
+from llava.eval.vqa_cli import add_generation_flags, add_model_flags, load_model, settings_of, with_defaults
+from llava.eval.vqa_files import Question, open_image
 from llava.mm_utils import get_model_name_from_path, load_rgb_image
-from llava.model.builder import load_pretrained_model
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +66,10 @@ def eval_model(args: Any) -> str:
     settings = settings_of(args)
     images = tuple(load_images(image_parser(args)))
     question = Question("--query", args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN), images)
-    model_name = get_model_name_from_path(args.model_path)
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path, args.model_base, model_name, device=args.device
-    )
-    own_mode = conversation_mode(model_name, model.config)
+    tokenizer, model, image_processor, _ = load_model(args)
+    from llava.eval.answering import answer_questions  # it needs torch
+
+    own_mode = conversation_mode(get_model_name_from_path(args.model_path), model.config)
     if args.conv_mode not in (None, own_mode):
         logger.warning("--conv-mode %s is used; the checkpoint's own seems to be %s", args.conv_mode, own_mode)
     template = template_named(args.conv_mode or own_mode)

@@ -63,7 +63,7 @@ def test_several_images_come_first_or_where_the_query_places_them(tiny: LoadedMo
 def test_a_query_that_places_other_than_its_images_is_refused(
     golden_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_llava, "load_pretrained_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    monkeypatch.setattr(run_llava, "load_model", lambda *args, **kwargs: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match="question '--query': found 1 <image> in the text, expected 2"):
         ask(query="Is <image-placeholder> it?", image_file="images/im0.png,images/im1.png")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llava.conversation import conv_templates, conversation_mode
+from llava.eval.vqa_cli import load_model
 from llava.model import builder
 from llava.serve.cli import ImageChat, argument_parser, load_image, main, speaker_name
 
@@ -97,9 +98,10 @@ def test_the_template_that_training_recorded_outranks_the_name() -> None:
     assert conversation_mode("llava-v1.5-7b", config) == "chatml_direct"
 
 
-def test_device_defaults_to_what_is_there() -> None:
-    args = argument_parser().parse_args(["--model-path", "x", "--image-file", "y"])
-    assert args.device == ("cuda" if torch.cuda.is_available() else "cpu")
+def test_device_defaults_to_what_is_there(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = argument_parser().parse_args(["--model-path", "tiny-llava", "--image-file", "y"])
+    monkeypatch.setattr(builder, "load_pretrained_model", lambda *args, device, **kwargs: device)
+    assert load_model(args) == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(
