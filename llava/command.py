@@ -90,7 +90,7 @@ def _fields_in_source(package: str, file: str) -> list[str]:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ImportError(f"{package} is not installed, which training needs: pip install 'patch-aligned-llava[train]'")
-    tree = ast.parse(Path(spec.origin).with_name(file).read_text(encoding="utf-8"))
+    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
     targets = [node.target for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
     return [target.id for target in targets if isinstance(target, ast.Name)]
 

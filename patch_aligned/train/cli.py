@@ -73,7 +73,7 @@ def train(context: typer.Context) -> None:
 def _check_command_line(arguments: Sequence[str]) -> None:
     """Refuse what is wrong before torch and TRL are imported, which takes seconds."""
     trainers = {"trl": ["trainer/sft_config.py", "trainer/base_config.py"], "transformers": ["training_args.py"]}
-    flags = parse_known_flags((TrainArguments, PatchArguments), arguments, "patch-aligned train MODEL", **trainers)
+    flags = parse_known_flags((TrainArguments, PatchArguments), arguments, "patch-aligned train", **trainers)
     for name in ("data", "images"):
         if not Path(getattr(flags, name)).exists():
             raise FileNotFoundError(f"--{name} {getattr(flags, name)}: found no such file or folder")
