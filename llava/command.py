@@ -56,7 +56,7 @@ def run_command(
 
 
 def parse_known_flags(
-    classes: Sequence[type], arguments: Sequence[str] | None, prog: str | None = None, **sources: Sequence[str]
+    classes: Sequence[Any], arguments: Sequence[str] | None, prog: str | None = None, **sources: Sequence[str]
 ) -> argparse.Namespace:
     """Parse the flags of dataclasses in a command line that has those of a Trainer's arguments too.
 
@@ -75,7 +75,7 @@ def parse_known_flags(
     from transformers import HfArgumentParser  # without torch
 
     known = {name for package, files in sources.items() for file in files for name in _fields_in_source(package, file)}
-    listed = f"Flags of the Trainer's arguments are taken too: {', '.join(sorted(known))}."
+    listed = f"Flags of the Trainer's arguments are taken too: {', '.join(f'--{name}' for name in sorted(known))}."
     flags, others = HfArgumentParser(classes, prog=prog, allow_abbrev=False, epilog=listed).parse_known_args(arguments)
     for word in others:
         name = word.partition("=")[0].replace("-", "_").removeprefix("__")

@@ -3,7 +3,7 @@
 #
 # An active environment is used as it is; what it lacks is installed at the versions it can take, so that the torch of
 # a GPU image stays. Where none is active, .venv is made with the tested set of constraints.txt.
-source scripts/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 environment_lacks() {
     # -I keeps the current folder, which also holds `llava`, off the path.

@@ -67,7 +67,7 @@ PASSED_OVER: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 @dataclass
-class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
+class TrainingArguments(TrainingFlags, transformers.TrainingArguments):  # type: ignore[misc]
     """The Trainer's arguments with LLaVA's additions and defaults, and retired flags of launch scripts.
 
     Raises:
