@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
-from llava.model.builder import load_pretrained_model
 
 
 class PreflightError(ValueError):
@@ -111,7 +109,7 @@ class AnswerLog:
 # Control characters, which a badly trained model may generate. MMBench's submission file, an Excel sheet, cannot hold
 # them and would fail after all answers are given.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -128,6 +126,8 @@ class ModelRequest:
 
 def default_dtype() -> str:
     """Default type of the weights: float16 on a GPU, float32 on a CPU."""
+    import torch
+
     return "float16" if torch.cuda.is_available() else "float32"
 
 
@@ -136,6 +136,7 @@ def load_adapter(request: ModelRequest) -> Any:
 
     Set `log` to an `AnswerLog` before each task. Afterwards `first_prompt` is the prompt of this process's first row.
     """
+    import torch
     from lmms_eval.models.simple import llava as shipped
 
     class LoggedLlava(shipped.Llava):
@@ -196,10 +197,11 @@ def load_adapter(request: ModelRequest) -> Any:
 @contextmanager
 def _our_loader(shipped: Any, request: ModelRequest) -> Iterator[None]:
     """Pass base and dtype to the loader, for which the adapter has no arguments."""
+    from llava.model.builder import load_pretrained_model
 
     def load(path: str, _: None, name: str, **options: Any) -> Any:
         try:
-            return load_pretrained_model(path, request.base, name, dtype=DTYPES[request.dtype], **options)
+            return load_pretrained_model(path, request.base, name, dtype=request.dtype, **options)
         except TypeError as error:  # the adapter would assume an old loader, hide the error and load again
             raise RuntimeError(f"{path}: {error}") from error
 
@@ -230,6 +232,7 @@ def shared(value: T) -> T:
     """Return the first process's value in all processes; the values of the others are ignored. All wait for it."""
     if rank_and_count()[1] == 1:
         return value
+    import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 

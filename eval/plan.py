@@ -13,17 +13,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from eval.adapter import ModelRequest, PreflightError, default_dtype, processes_here
 from eval.benchmarks import Benchmark, choose
 from eval.hub import Lock, TaskData, find_data
 from eval.judge import check_judge, read_judge
+from llava.checkpoint_files import Form, checkpoint_form, recorded_base, whose_weights
 from llava.command import read_record
 from llava.conversation import conversation_mode
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import read_config, whose_weights
-from llava.model.weights import Form, checkpoint_form, recorded_base
 from patch_aligned.files import checkpoint_hash
 from patch_aligned.results.run import RESULT_FILE, ModelIdentity, RunResult, read_run
 
@@ -171,6 +168,8 @@ def read_llava_config(path: str, base: str | None) -> Any:
     Raises:
         OSError, ValueError: there is no config, or it is not of a LLaVA.
     """
+    from llava.model.builder import read_config
+
     has_config = (Path(path) / "config.json").is_file()  # adapters that peft alone has written have none
     config = read_config(path if has_config or base is None else base)
     if not getattr(config, "mm_vision_tower", None):
@@ -194,6 +193,8 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
     Raises:
         OSError, ValueError: something is missing or wrong; `PreflightError` lists all problems of `check_run`.
     """
+    import torch
+
     benchmarks = choose(arguments.benchmarks.split(","), filter(None, arguments.without.split(",")))
     path = arguments.model_path.rstrip("/")
     folder_name = get_model_name_from_path(path)

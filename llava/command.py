@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import difflib
 import functools
+import importlib.util
 import json
 import logging
+import os
 import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,12 +31,21 @@ _WRONG_INPUT = (ImportError, OSError, ValueError)
 
 def command_parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """Return a parser for `python -m module` that prints the module's docstring unchanged as help."""
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=own_version())
+    return parser
+
+
+def own_version() -> str:
+    """Return name and version of this package."""
+    with contextlib.suppress(PackageNotFoundError):
+        return f"{PACKAGES[0]} {version(PACKAGES[0])}"
+    return f"{PACKAGES[0]}, which is not installed"
 
 
 def run_command(
@@ -42,12 +54,72 @@ def run_command(
     """Parse the command line and run. Wrong input ends with one sentence, Ctrl-C with none, bugs with a traceback."""
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with errors_as_sentences():
         command(args)
-    except _WRONG_INPUT as error:
-        sys.exit(f"error: {error}")
+
+
+def parse_known_flags(
+    classes: Sequence[Any], arguments: Sequence[str] | None, prog: str | None = None, **sources: Sequence[str]
+) -> argparse.Namespace:
+    """Parse the flags of dataclasses in a command line that has those of a Trainer's arguments too.
+
+    The class of the latter would import torch, so that the names of its fields are read from its source.
+
+    Args:
+        classes: the dataclasses.
+        arguments: the command line; None is that of the process.
+        prog: name of the command in its help.
+        **sources: by package, the files of the Trainer's arguments and their base classes.
+
+    Raises:
+        ImportError: a package is not installed.
+        ValueError: neither has such a flag.
+    """
+    from transformers import HfArgumentParser  # without torch
+
+    known = {name for package, files in sources.items() for file in files for name in _fields_in_source(package, file)}
+    names = ", ".join(f"--{name}" for name in sorted(known))
+    listed = f"{_ABOUT_CONFIG} Flags of the Trainer's arguments are taken too: {names}."
+    flags, others = HfArgumentParser(classes, prog=prog, allow_abbrev=False, epilog=listed).parse_known_args(arguments)
+    for word in others:
+        name = word.partition("=")[0].replace("-", "_").removeprefix("__")
+        if word.startswith("--") and not {name, name.removeprefix("no_")} & known:
+            near = difflib.get_close_matches(name, [*vars(flags), *known], 1)
+            hint = f"Did you mean --{near[0]}?" if near else "All flags: --help"
+            raise ValueError(f"--{name}: found no such flag of training. {hint}")
+    return flags
+
+
+def _fields_in_source(package: str, file: str) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{package} is not installed, which training needs: pip install 'patch-aligned-llava[train]'")
+    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    targets = [node.target for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+@contextlib.contextmanager
+def errors_as_sentences() -> Iterator[None]:
+    """End the process with one sentence where input is wrong. TRACEBACK=1 in the environment shows where it arose."""
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except (*_WRONG_INPUT, RuntimeError) as error:
+        is_memory = type(error).__name__ == "OutOfMemoryError"  # torch's: this module costs no torch
+        if os.environ.get("TRACEBACK") or not (is_memory or isinstance(error, _WRONG_INPUT)):
+            raise
+        hint = " Halve the batch size (in training PER_DEVICE_TRAIN_BATCH_SIZE), or set GPU=24g." if is_memory else ""
+        sys.exit(f"error: {error}{hint}")
+
+
+_ABOUT_CONFIG = "--config FILE.yaml reads flags from a file; those of the command line take precedence."
+
+
+def names_config(arguments: Sequence[str]) -> bool:
+    """Whether a command line names a file of flags."""
+    return any(word.partition("=")[0] == "--config" for word in arguments)
 
 
 def flags_with_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
@@ -55,7 +127,7 @@ def flags_with_config(parser: argparse.ArgumentParser, arguments: Sequence[str])
 
     Flags of the command line take precedence. Raises `ValueError` naming the file, and the key where it is no flag.
     """
-    parser.epilog = "--config FILE.yaml reads flags from a file; those of the command line take precedence."
+    parser.epilog = _ABOUT_CONFIG
     option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     option.add_argument("--config", type=Path)
     found, given = option.parse_known_args(arguments)
@@ -89,22 +161,30 @@ def typer_app(help_text: str | None = None, **settings: Any) -> typer.Typer:
     context_settings = {"token_normalize_func": lambda token: token.replace("_", "-"), "obj": {"debug": False}}
     return typer.Typer(
         help=help_text,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
         context_settings=context_settings,
-        **settings,
+        **{"add_completion": False, **settings},
     )
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(own_version())
+        raise typer.Exit
 
 
 def typer_app_with_debug(help_text: str) -> typer.Typer:
     """Return a `typer_app` of several commands, with an option `--debug` before them."""
-    app = typer_app(help_text, no_args_is_help=True)
+    app = typer_app(help_text, no_args_is_help=True, add_completion=True)
 
     @app.callback()
     def options(
         context: typer.Context,
         debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+        version: Annotated[
+            bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+        ] = False,
     ) -> None:
         logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
         context.obj = {"debug": debug}

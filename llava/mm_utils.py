@@ -10,15 +10,17 @@ import math
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
-from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.plugin import ImageView
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava.stopping_criteria import KeywordsStoppingCriteria
 
 __all__ = [
     "KeywordsStoppingCriteria",
@@ -40,6 +42,14 @@ __all__ = [
     "upright_rgb",
     "with_space_prefix",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "KeywordsStoppingCriteria":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llava import stopping_criteria  # it needs torch, which commands import after their arguments
+
+    return stopping_criteria.KeywordsStoppingCriteria
 
 
 _TREATMENTS: dict[str | None, Literal["crop", "pad", "squeeze"]] = {
@@ -204,6 +214,8 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Any
         processor: image processor of the vision tower.
         grid_pinpoints: possible resolutions (width, height), as a list or its text form.
     """
+    import torch
+
     side = processed_side(processor)
     resolution = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints, side))
     edge = _shortest_edge(processor) or side
@@ -222,6 +234,8 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
     Raises:
         ValueError: for another `image_aspect_ratio`.
     """
+    import torch
+
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     if aspect_ratio not in (None, "square", "original", "pad", "anyres"):
         raise ValueError(f"image_aspect_ratio: found {aspect_ratio!r}, expected 'square', 'pad' or 'anyres'")
@@ -359,56 +373,14 @@ def tokenizer_image_token(
             ids.append(image_token_index)
         if piece:
             ids.extend(tokenizer(with_space_prefix(piece, tokenizer), add_special_tokens=False).input_ids)
-    return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
+    if return_tensors is None:
+        return ids
+    import torch
+
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def get_model_name_from_path(model_path: str) -> str:
     """Return the last part of a path; for a training checkpoint `<parent>_checkpoint-N`."""
     *parents, name = model_path.strip("/").split("/")
     return f"{parents[-1]}_{name}" if parents and name.startswith("checkpoint-") else name
-
-
-class KeywordsStoppingCriteria(StoppingCriteria):
-    """Stops a row once its answer ends with a keyword's ids, or its last few tokens decode to text with a keyword.
-
-    Rows of a batch stop independently. `generate` may pass prompt and answer, or the answer alone, as it does when
-    called with embeddings.
-
-    Args:
-        keywords: texts that end an answer.
-        tokenizer: tokenizer of the LLM.
-        input_ids: ids of the prompts, `[rows, prompt length]`.
-    """
-
-    def __init__(self, keywords: Sequence[str], tokenizer: Any, input_ids: Tensor):
-        self.keywords = list(keywords)
-        self.keyword_ids: list[Tensor] = []
-        for keyword in self.keywords:
-            ids = tokenizer(keyword).input_ids
-            if len(ids) > 1 and ids[0] == tokenizer.bos_token_id:
-                ids = ids[1:]
-            self.keyword_ids.append(torch.tensor(ids, dtype=torch.long))
-        self.max_keyword_len = max((len(ids) for ids in self.keyword_ids), default=0)
-        self.tokenizer = tokenizer
-        self.prompt_ids = input_ids
-        self.start_len = input_ids.shape[1]
-
-    def __call__(self, input_ids: Tensor, scores: Any = None, **kwargs: Any) -> Tensor:
-        """Return which answers are complete, bool `[rows]`."""
-        answers = input_ids[:, self.start_len :] if self._has_prompt(input_ids) else input_ids
-        finished = [self._is_finished(answer) for answer in answers]
-        return torch.tensor(finished, dtype=torch.bool, device=input_ids.device)
-
-    def _has_prompt(self, input_ids: Tensor) -> bool:
-        prompts = self.prompt_ids.to(input_ids.device)
-        if not self.start_len or input_ids.shape[1] < self.start_len or input_ids.shape[0] % prompts.shape[0]:
-            return False
-        rows_per_prompt = input_ids.shape[0] // prompts.shape[0]  # beams, or several answers to one prompt
-        return torch.equal(input_ids[:, : self.start_len], prompts.repeat_interleave(rows_per_prompt, dim=0))
-
-    def _is_finished(self, answer: Tensor) -> bool:
-        last = answer[-self.max_keyword_len :].tolist() if self.max_keyword_len else []
-        if any(last[-len(ids) :] == ids.tolist() for ids in self.keyword_ids if len(ids)):
-            return True
-        text = self.tokenizer.decode(last, skip_special_tokens=True)
-        return any(keyword in text for keyword in self.keywords)

@@ -90,7 +90,7 @@ class Job:
 
 
 JOBS = (
-    Job("training", TRAIN, "", r"'loss'", ".unfinished/*/*", lambda f: (losses(f), hashes(f, "mm_projector.bin"))),
+    Job("training", TRAIN, "", r"step +\d", ".unfinished/*/*", lambda f: (losses(f), hashes(f, "mm_projector.bin"))),
     Job("annotation", ANNOTATE, "", r"[1-9]\d*/\d+", "shards/.*.tmp", lambda f: hashes(f, "shards/*.gz")),
     Job("evaluation", ANSWER, "answers.jsonl", r"[1-9]\d*/\d+", None, lambda f: hashes(f, "answers.jsonl")),
 )

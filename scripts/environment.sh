@@ -6,6 +6,7 @@
 #
 #   TORCH=cpu   takes torch from PyTorch's index of CPU wheels: without CUDA's libraries, some 4 GB less
 #   DRY_RUN=1   prints the commands that install, and stops
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 environment_lacks() {
     # -I keeps the current folder, which also holds `llava`, off the path.

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llava.checkpoint_files import NON_LORA_FILE, PROJECTOR_FILE, find_file
 from llava.command import run_command
 from llava.model.checkpoint import CheckpointTensors
-from llava.model.weights import MARK, NON_LORA_FILE, PROJECTOR_FILE, find_file, read_projector_file
+from llava.model.weights import MARK, read_projector_file
 
 PROJECTOR_FILES = (PROJECTOR_FILE, NON_LORA_FILE)
 """Files of a stage-1 or LoRA folder that hold the projector apart from the LLM."""

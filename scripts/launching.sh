@@ -1,4 +1,5 @@
 # What launching scripts share: how they refuse, run or print a command, and how many GPUs there are.
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 die() {
     printf '%s: %s\n' "$(basename "$0")" "$1" >&2

@@ -8,12 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llava.checkpoint_files import Form, checkpoint_form, whose_weights
 from llava.command import run_command
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model, read_config, whose_weights
-from llava.model.checkpoint import require_new_folder
-from llava.model.weights import Form, checkpoint_form
-from llava.train.checkpointing import copy_tokenizer_model
 
 
 def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
@@ -33,6 +30,10 @@ def merge_lora(model_path: str, model_base: str, save_model_path: str) -> None:
     form = checkpoint_form(model_path)
     if form is not Form.ADAPTER:
         raise ValueError(f"--model-path {model_path} holds {form.value}; expected {Form.ADAPTER.value}.")
+    from llava.model.builder import load_pretrained_model, read_config  # after what needs no torch
+    from llava.model.checkpoint import require_new_folder
+    from llava.train.checkpointing import copy_tokenizer_model
+
     require_new_folder(Path(save_model_path))  # an adapter left in it would be read instead of the merged model
     name = get_model_name_from_path(model_path)
     dtype = read_config(whose_weights(form, model_path, model_base)).dtype

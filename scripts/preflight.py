@@ -35,16 +35,17 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.requirements import Requirement
 from transformers import HfArgumentParser
 
+from llava.checkpoint_files import UNSHARDED_FILES
 from llava.mm_utils import parse_grid_pinpoints
 from llava.model.checkpoint import read_config
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import record_projector
-from llava.model.weights import UNSHARDED_FILES
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.assemble import load_tokenizer, make_data
 from llava.train.checkpointing import last_complete_checkpoint
 from llava.train.lora import add_lora
+from llava.train.screen import STEP_LINE
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.plugin import PatchAlignedPlugin
 
@@ -292,7 +293,7 @@ def train(words: Sequence[str], last_step: int, output_dir: Path, log: Path) -> 
         with log.open("a", encoding="utf-8") as file:
             for line in process.stdout:
                 file.write(line)
-                if "'loss':" in line:
+                if STEP_LINE.match(line):
                     ends.append(time.monotonic() - start)
         process.wait()
     finally:
@@ -311,10 +312,10 @@ def reason(log: Path, code: int) -> str:
     text = log.read_text(encoding="utf-8")
     if "out of memory" in text:
         return "a GPU ran out of memory; next: halve PER_DEVICE_TRAIN_BATCH_SIZE, or set GPU=24g"
-    errors = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception): \S.*)", text, re.MULTILINE)
+    errors = re.findall(r"^(?:\[rank\d+\]: )?((?:error|[\w.]*(?:Error|Exception)): \S.*)", text, re.MULTILINE)
     own = [error for error in errors if "CalledProcessError" not in error and "ChildFailedError" not in error]
     if own:
-        return own[-1]
+        return own[-1].removeprefix("error: ")
     return (
         f"exit code {code} without a Python error (-9: killed, mostly for want of main memory); next: read the output"
     )

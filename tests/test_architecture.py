@@ -33,12 +33,15 @@ CORE = tuple(
     )
 )
 PAGES = ("patch_aligned.tables", "patch_aligned.web")
-GROUND = tuple(f"llava.{name}" for name in ("constants", "command", "conversation", "plugin", "mm_utils", "utils"))
+GROUND = tuple(f"llava.{name}" for name in ("constants", "checkpoint_files", "command", "conversation", "plugin",
+                                             "mm_utils", "stopping_criteria", "utils"))  # fmt: skip
 # Module or package -> what it may import of the packages. The longest matching name decides.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "llava": ("llava",),
     "llava.constants": (),
+    "llava.checkpoint_files": (),
     "llava.command": (),
+    "llava.stopping_criteria": (),
     "llava.conversation": ("llava.constants",),
     "llava.plugin": ("llava.constants",),
     "llava.mm_utils": GROUND,
@@ -84,21 +87,21 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "patch_aligned.dataset.cli": ("llava.command",),
     "patch_aligned.explore.cli": ("llava.command",),
     "patch_aligned.results.cli": ("llava.command",),
-    "patch_aligned.train.cli": ("llava.command",),
-    "patch_aligned.train.train": ("llava.command",),
+    "patch_aligned.train.cli": ("llava.checkpoint_files", "llava.command"),
+    "patch_aligned.train.train": ("llava.command", "llava.train.screen"),
 }
 # Modules that are formulas on tensors: torch and the standard library, nothing else.
 TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_aligned.analysis.alignment",
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Lines of *.py that a folder may hold.
 BUDGETS = {
-    "llava": 10412,
-    "patch_aligned": 16849,
-    "patch_aligned/analysis": 4300,
+    "llava": 10815,
+    "patch_aligned": 17768,
+    "patch_aligned/analysis": 4378,
     "patch_aligned/annotate": 3605,
-    "patch_aligned/dataset": 1335,
+    "patch_aligned/dataset": 1301,
     "patch_aligned/results": 1306,
-    "eval": 3441,
+    "eval": 3449,
 }
 LONGEST_FILE = 500
 # Distributions that come with an extra. No module needs them to be imported.
@@ -255,10 +258,19 @@ def test_packages_that_modules_import_are_declared() -> None:
     assert not undeclared
 
 
-def test_constants_cost_no_torch() -> None:
-    code = "import sys, llava, llava.constants, llava.conversation; sys.exit('torch' in sys.modules)"
+# What a command imports before its arguments are read, so that a wrong one is refused at once.
+LIGHT = (
+    "llava", "llava.constants", "llava.conversation", "llava.mm_utils", "llava.train.flags", "llava.serve.cli",
+    "llava.convert.cli", "patch_aligned.cli", "eval.run", "eval.prefetch", "eval.captions.run", "eval.captions.score",
+    *(f"llava.eval.{name}" for name in ("run_llava", "model_vqa", "model_vqa_loader", "model_vqa_mmbench",
+                                        "model_vqa_science", "eval_pope", "eval_textvqa", "eval_science_qa")),
+)  # fmt: skip
+
+
+def test_commands_read_their_arguments_before_they_import_torch() -> None:
+    code = f"import sys, {', '.join(LIGHT)}; sys.exit(' '.join({{'torch', 'transformers'}} & set(sys.modules)) or 0)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr or "torch was imported"
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("package", ["llava", "patch_aligned"])

@@ -11,11 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
-from tqdm import tqdm
 
-from eval.adapter import DTYPES, JsonLog, default_dtype, rank_and_count, shared, wait_for_all
+from eval.adapter import JsonLog, default_dtype, rank_and_count, shared, wait_for_all
 from eval.captions.metrics import (
     CIDER,
     METEOR,
@@ -32,9 +30,8 @@ from eval.captions.references import CaptionedImage, CaptionSet, choose_set, ima
 from eval.plan import check_checkpoint, finished_run, identify, read_llava_config, training_of
 from llava.command import RunRecord, clear_errors, typer_app
 from llava.conversation import SeparatorStyle, conv_templates, conversation_mode
-from llava.eval.answering import GenerationSettings, Question, answer_questions, prompt_of
+from llava.eval.vqa_files import GenerationSettings, Question, prompt_of
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model
 from patch_aligned.files import sha256_of
 from patch_aligned.results.run import (
     RESULT_FILE,
@@ -120,10 +117,10 @@ def main(
     --benchmark captions_coco2014`
     """
     caption_set = choose_set(benchmark, references, image_folder)
-    rank, processes = rank_and_count()
-    device = device_of(int(os.environ.get("LOCAL_RANK", 0)))
     model_path = model_path.rstrip("/")
     check_checkpoint(model_path, model_base)
+    rank, processes = rank_and_count()
+    device = device_of(int(os.environ.get("LOCAL_RANK", 0)))
     if conversation is not None and conversation not in conv_templates:
         raise ValueError(f"--conversation: found {conversation!r}, expected one of {', '.join(sorted(conv_templates))}")
     if not answers_only:  # now, since scoring comes hours later
@@ -207,6 +204,8 @@ def main(
 
 def device_of(local_rank: int) -> str:
     """Device of a process. Raises `ValueError` for more processes than GPUs."""
+    import torch
+
     count = torch.cuda.device_count()
     if count and local_rank >= count:
         raise ValueError(
@@ -298,8 +297,13 @@ def write_captions(
     Raises:
         UnreadableImageError: names a broken image. Earlier captions are kept.
     """
+    from tqdm import tqdm
+
+    from llava.eval.answering import answer_questions
+    from llava.model.builder import load_pretrained_model
+
     tokenizer, model, image_processor, _ = load_pretrained_model(
-        captioner.model.path, captioner.model.base, captioner.model.name, device=device, dtype=DTYPES[captioner.dtype]
+        captioner.model.path, captioner.model.base, captioner.model.name, device=device, dtype=captioner.dtype
     )
     answers = answer_questions(
         [Question(image.id, captioner.prompt, (files[image.id],)) for image in images],

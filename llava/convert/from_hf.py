@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+from llava.checkpoint_files import find_file
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_named
 from llava.convert.to_hf import ADDS_BOS, HAS_CLS, ORIGINAL_CONFIG, OUR_TOWER, image_settings, name_of_module_tensor
 from llava.model.checkpoint import VOCABULARY_TABLES, copy_file, require_new_folder, save_weights
 from llava.model.language_model.families import FAMILIES, llava_config
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.weights import find_file
 from llava.utils import follow_umask
 
 IMAGE_PROCESSOR_OF_TOWER = {

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava.model.weights import Form, checkpoint_form, find_file
+from llava.checkpoint_files import Form, checkpoint_form, find_file
 from llava.utils import sha256
 
 _CARD = """\

@@ -11,7 +11,6 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,16 @@ from torch import Tensor
 
 from llava.conversation import Conversation
 from llava.eval.prefix_sharing import generate_sharing
-from llava.eval.vqa_files import Answer, ImageSource, Question, open_image, prompt_of, require_images
+from llava.eval.vqa_files import (
+    Answer,
+    GenerationSettings,
+    ImageSource,
+    Question,
+    open_image,
+    prompt_of,
+    require_images,
+    require_positive,
+)
 from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token
 
 __all__ = ["Answer", "GenerationSettings", "ImageSource", "Question", "answer_questions", "prompt_of"]
@@ -31,57 +39,13 @@ BATCHES_AHEAD = 2
 WINDOW_BATCHES = 16
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    """Settings of generation.
-
-    Attributes:
-        temperature: 0 is greedy; above, tokens are sampled.
-        top_p: sample from the likeliest tokens with this share of the probability; None for all. The limits of the
-            generation config apply too: by default, transformers samples from the 50 likeliest.
-        num_beams: width of the beam search; 1 is none.
-        max_new_tokens: maximum length of an answer.
-        seed: of the sampling, together with the first question of each batch.
-    """
-
-    temperature: float = 0.0
-    top_p: float | None = None
-    num_beams: int = 1
-    max_new_tokens: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature: found {self.temperature}, expected 0 (greedy) or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: found {self.top_p}, expected more than 0 and at most 1")
-        require_positive(num_beams=self.num_beams, max_new_tokens=self.max_new_tokens)
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of transformers' `generate`."""
-        sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
-        return {
-            "do_sample": self.temperature > 0,
-            "num_beams": self.num_beams,
-            "max_new_tokens": self.max_new_tokens,
-            **sampling,
-        }
-
-
-def require_positive(**counts: int) -> None:
-    """Raise `ValueError` naming the first of `counts` that is below 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}: found {count}, expected 1 or more")
-
-
 def answer_questions(
     questions: Sequence[Question],
     tokenizer: Any,
     model: Any,
     image_processor: Any,
     conversation: Conversation,
-    settings: GenerationSettings = GenerationSettings(),
+    settings: GenerationSettings = GenerationSettings(),  # noqa: B008 - it is frozen
     *,
     batch_size: int = 1,
     workers: int = 4,

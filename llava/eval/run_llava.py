@@ -18,9 +18,8 @@ from PIL import Image
 from llava.command import command_parser, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import template_named
-from llava.eval.answering import Question
 from llava.eval.vqa_cli import add_generation_flags, add_model_flags, answers_of, settings_of, with_defaults
-from llava.eval.vqa_files import open_image
+from llava.eval.vqa_files import Question, open_image
 from llava.mm_utils import load_rgb_image
 
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from llava.checkpoint_files import require_checkpoint
 from llava.command import command_parser
 from llava.conversation import conversation_mode, template_named
-from llava.eval.answering import Answer, GenerationSettings, Question, answer_questions, require_positive
-from llava.eval.vqa_files import model_hashes, open_answers, require_images
+from llava.eval.vqa_files import (
+    Answer,
+    GenerationSettings,
+    Question,
+    model_hashes,
+    open_answers,
+    require_images,
+    require_positive,
+)
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +54,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint, and where it runs."""
     parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
     parser.add_argument("--model-base", help="the LLM that a stage-1 projector or a LoRA adapter belongs to")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--device", help="default: cuda, or cpu where there is no GPU")
 
 
 def add_generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -62,7 +68,7 @@ def add_generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -
 
 def with_defaults(args: Any, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Fill in the parser's defaults: from Python, `args` may be any object with some of the flags."""
-    names = {action.dest: action.default for action in parser._actions if action.dest != "help"}
+    names = {action.dest: action.default for action in parser._actions if action.dest not in ("help", "version")}
     return argparse.Namespace(**{name: getattr(args, name, default) for name, default in names.items()})
 
 
@@ -78,7 +84,8 @@ def answer_to_file(args: argparse.Namespace, questions: Sequence[Question]) -> N
     require_positive(batch_size=args.batch_size, workers=args.workers)
     require_images(questions)
     settings = settings_of(args)
-    model_path = str(Path(args.model_path).expanduser())
+    model_path = os.path.expanduser(args.model_path)  # noqa: PTH111 - a Path would take "." off, and make it a hub name
+    require_checkpoint(model_path, args.model_base)
     run = {
         "model": [model_hashes(model_path), model_hashes(args.model_base)],
         "conv_mode": args.conv_mode,
@@ -104,14 +111,27 @@ def answer_to_file(args: argparse.Namespace, questions: Sequence[Question]) -> N
         logger.warning("%s: %d of %d answers are empty", args.answers_file, empty, len(remaining))
 
 
+def load_model(args: argparse.Namespace, **kwargs: Any) -> Any:
+    """Load the checkpoint that `args` name, as `load_pretrained_model` does; torch is imported no earlier than here."""
+    model_path = os.path.expanduser(args.model_path)  # noqa: PTH111 - a Path would take "." off, and make it a hub name
+    require_checkpoint(model_path, args.model_base)
+    import torch
+
+    from llava.model.builder import load_pretrained_model
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model_name = get_model_name_from_path(model_path)
+    return load_pretrained_model(model_path, args.model_base, model_name, device=device, **kwargs)
+
+
 def answers_of(
     args: argparse.Namespace, model_path: str, questions: Sequence[Question], settings: GenerationSettings
 ) -> Iterator[Answer]:
     """Load the checkpoint at `model_path`, and return an iterator that generates the answers."""
     model_name = get_model_name_from_path(model_path)
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        model_path, args.model_base, model_name, device=args.device
-    )
+    tokenizer, model, image_processor, _ = load_model(args)
+    from llava.eval.answering import answer_questions  # it needs torch
+
     own_mode = conversation_mode(model_name, model.config)
     if args.conv_mode not in (None, own_mode):
         logger.warning("--conv-mode %s is used; the checkpoint's own seems to be %s", args.conv_mode, own_mode)

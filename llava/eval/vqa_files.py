@@ -271,6 +271,53 @@ def write_result(path: str | None, result: Mapping[str, Any], *inputs: str) -> N
         place.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+# How answers are generated.
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Settings of generation.
+
+    Attributes:
+        temperature: 0 is greedy; above, tokens are sampled.
+        top_p: sample from the likeliest tokens with this share of the probability; None for all. The limits of the
+            generation config apply too: by default, transformers samples from the 50 likeliest.
+        num_beams: width of the beam search; 1 is none.
+        max_new_tokens: maximum length of an answer.
+        seed: of the sampling, together with the first question of each batch.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature: found {self.temperature}, expected 0 (greedy) or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: found {self.top_p}, expected more than 0 and at most 1")
+        require_positive(num_beams=self.num_beams, max_new_tokens=self.max_new_tokens)
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of transformers' `generate`."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
+        return {
+            "do_sample": self.temperature > 0,
+            "num_beams": self.num_beams,
+            "max_new_tokens": self.max_new_tokens,
+            **sampling,
+        }
+
+
+def require_positive(**counts: int) -> None:
+    """Raise `ValueError` naming the first of `counts` that is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}: found {count}, expected 1 or more")
+
+
 # A resumable file of answers.
 #
 # Answers are appended in the order of the questions, one JSON object a line. `ANSWERS.run.json` beside them describes

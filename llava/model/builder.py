@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 
+from llava.checkpoint_files import NON_LORA_FILE, PROJECTOR_FILE, Form, checkpoint_form, find_file, whose_weights
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.conversation import conv_templates
 from llava.model.checkpoint import (
@@ -27,16 +28,7 @@ from llava.model.checkpoint import (
 )
 from llava.model.language_model.causal_lm import NOT_QUANTISED
 from llava.model.language_model.families import llava_model_class
-from llava.model.weights import (
-    NON_LORA_FILE,
-    PROJECTOR_FILE,
-    Form,
-    checkpoint_form,
-    fill_strictly,
-    find_file,
-    from_pretrained_strictly,
-    recorded_base,
-)
+from llava.model.weights import fill_strictly, from_pretrained_strictly
 
 logger = logging.getLogger(__name__)
 
@@ -186,27 +178,6 @@ def model_kwargs(
     elif use_flash_attn:
         resolved["attn_implementation"] = "flash_attention_2"
     return resolved
-
-
-def whose_weights(form: Form, model_path: str, model_base: str | None) -> str:
-    """Return the path of the LLM's weights: the checkpoint itself, or its base.
-
-    Raises:
-        ValueError: a required base is missing, or is not a full model.
-    """
-    if form is Form.WHOLE_MODEL:
-        if model_base is not None:
-            logger.warning("%s holds %s: --model-base %s is not read.", model_path, form.value, model_base)
-        return model_path
-    if model_base is None:
-        raise ValueError(
-            f"{model_path} holds {form.value}. Pass the model it was trained on: --model-base FOLDER_OR_HUB_NAME"
-            f"{recorded_base(model_path)}."
-        )
-    base_form = checkpoint_form(model_base)
-    if base_form is not Form.WHOLE_MODEL:
-        raise ValueError(f"--model-base {model_base} holds {base_form.value}; expected {Form.WHOLE_MODEL.value}.")
-    return model_base
 
 
 def may_come_later(name: str) -> bool:

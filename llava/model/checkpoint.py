@@ -16,19 +16,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from llava.checkpoint_files import ADAPTER_FILES, UNSHARDED_FILES, find_file, no_checkpoint, no_config
 from llava.model.language_model.families import llava_config
 from llava.model.language_model.llava_llama import LlavaConfig
-from llava.model.weights import (
-    ADAPTER_FILES,
-    UNSHARDED_FILES,
-    differences,
-    fill_strictly,
-    find_file,
-    no_checkpoint,
-    open_safetensors,
-    projector_state,
-    read_tensors,
-)
+from llava.model.weights import differences, fill_strictly, open_safetensors, projector_state, read_tensors
 from llava.utils import follow_umask
 
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -248,8 +239,8 @@ def read_config(model_path: str, **kwargs: Any) -> Any:
         values, _ = PreTrainedConfig.get_config_dict(model_path, **kwargs)
     except OSError as error:
         raise no_checkpoint(model_path, error) from error
-    if not values and (below := sorted(map(str, Path(model_path).glob("*/config.json")))):
-        raise FileNotFoundError(f"{model_path} holds no config.json. Did you mean a folder in it? {', '.join(below)}")
+    if not values:
+        raise no_config(model_path)
     model_type = values.get("model_type")
     if model_type == "llava" and "text_config" in values:
         raise ValueError(

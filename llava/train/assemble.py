@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
+from llava.checkpoint_files import require_whole_model
 from llava.conversation import conv_templates
 from llava.data.collate import check_sequence_budget
 from llava.data.dataset import auxiliary_only, held_out, make_supervised_data_module
@@ -26,7 +27,7 @@ from llava.model.checkpoint import TOWER, CheckpointTensors, own_name, save_conf
 from llava.model.language_model.families import llava_config, llava_model_class
 from llava.model.llava_arch import start_at_mean
 from llava.model.multimodal_projector.builder import C_ABSTRACTOR_SETTINGS
-from llava.model.weights import Form, checkpoint_form, differences, from_pretrained_strictly, recorded_base
+from llava.model.weights import differences, from_pretrained_strictly
 from llava.plugin import TrainingPlugin
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.lora import freeze_quantized, quantized_loading
@@ -41,7 +42,7 @@ LLAMA_3_PADDING = "<|finetune_right_pad_id|>"
 def show_log_of_first_rank() -> None:
     """Log to stderr: everything on the first rank, warnings from the others."""
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(format=f"[rank {rank}] %(name)s: %(message)s" if rank else "%(name)s: %(message)s")
+    logging.basicConfig(format=f"[rank {rank}] %(message)s" if rank else "%(message)s")
     for package in ("llava", "patch_aligned"):
         logging.getLogger(package).setLevel(logging.WARNING if rank else logging.INFO)
 
@@ -109,14 +110,7 @@ def mixed_precision_dtype(training_args: TrainingArguments) -> torch.dtype:
 
 def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
     """Load the language model's tokenizer, padding on the right. Raises `ValueError` for a projector or an adapter."""
-    name = str(model_args.model_name_or_path)
-    form = checkpoint_form(name)
-    if form is not Form.WHOLE_MODEL:
-        raise ValueError(
-            f"--model_name_or_path {name} holds {form.value}; expected {Form.WHOLE_MODEL.value}. Pass the model it was "
-            f"trained on{recorded_base(name)}; a projector is given as --pretrain_mm_mlp_adapter "
-            f"{name}/mm_projector.bin, an adapter as --lora_weight_path {name}."
-        )
+    require_whole_model(str(model_args.model_name_or_path))
     return AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,
         cache_dir=training_args.cache_dir,

@@ -24,8 +24,9 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from llava.checkpoint_files import PROJECTOR_FILE
 from llava.model.checkpoint import save_config, save_tensors
-from llava.model.weights import PROJECTOR_FILE, fill_strictly, maybe_zero_3, read_tensors
+from llava.model.weights import fill_strictly, maybe_zero_3, read_tensors
 from llava.train.lora import RESUMING_HINT, is_adapted, load_adapter, save_adapter
 
 logger = logging.getLogger(__name__)

@@ -40,6 +40,7 @@ from llava.train.checkpointing import (
     get_mm_adapter_state_maybe_zero_3,
     set_aside_from,
 )
+from llava.train.screen import show_steps
 from llava.train.stopping import start_worker, stop_request
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class LLaVATrainer(CheckpointingTrainer):
         self.add_callback(RunBookkeeping(self))
         for callback in plugin.callbacks(self) if plugin is not None and phase == "run" else ():
             self.add_callback(callback)
+        show_steps(self)
 
     def save_result(self) -> None:
         """As `CheckpointingTrainer` does, if the run has trained on anything."""
@@ -240,7 +242,7 @@ class LLaVATrainer(CheckpointingTrainer):
             if not str(error).startswith("DataLoader"):
                 raise
             reading = [f"worker {number}: {name}" for number, name in self.train_dataset.being_read().items()]
-            raise RuntimeError(f"{error}. Last read, {'; '.join(reading)}") from None
+            raise ChildProcessError(f"{error}. Last read, {'; '.join(reading)}") from None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

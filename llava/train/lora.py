@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava.checkpoint_files import ADAPTER_FILES, NON_LORA_FILE, find_file
 from llava.model.builder import NOT_QUANTISED
 from llava.model.checkpoint import save_config, save_tensors
-from llava.model.weights import ADAPTER_FILES, NON_LORA_FILE, fill_strictly, find_file, maybe_zero_3, read_tensors
+from llava.model.weights import fill_strictly, maybe_zero_3, read_tensors
 from llava.train.arguments import TrainingArguments
 from llava.utils import follow_umask
 

@@ -108,6 +108,16 @@ def run_phase(trainer: LLaVATrainer, checkpoint: Path | None, record: RunRecord)
     trainer.save_state()  # with the figures of the whole run
 
 
+def log_end(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Log what a run has written, and a command that uses it."""
+    written = sorted(path.name for path in Path(args.output_dir).iterdir() if not path.name.startswith("checkpoint-"))
+    logger.info("Wrote %s: %s.", args.output_dir, ", ".join(written))
+    needs_base = model_args.tune_mm_mlp_adapter or args.lora_enable
+    base = ["--model-base", str(model_args.model_name_or_path)] if needs_base else []
+    chat = ["python", "-m", "llava.serve.cli", "--model-path", args.output_dir, *base, "--image-file", "IMAGE"]
+    logger.info("Next, an answer about an image: %s", shlex.join(chat))
+
+
 def begun_warm_up(output_dir: str, plugin: TrainingPlugin | None) -> Path | None:
     """Return the folder of the warm-up if the run has one and has begun it."""
     folder = Path(output_dir) / plugin.warmup_folder if plugin is not None and plugin.warmup_steps else None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from llava.command import errors_as_sentences
 from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
 from llava.data.tokenization import (
@@ -62,7 +63,7 @@ from llava.train.lora import (
     get_peft_state_non_lora_maybe_zero_3,
     load_adapter,
 )
-from llava.train.phases import begun_warm_up, check_same_run, describe_run, run_phase, steps_of_run, warm_up
+from llava.train.phases import begun_warm_up, check_same_run, describe_run, log_end, run_phase, steps_of_run, warm_up
 from llava.train.stopping import stop_request
 from llava.utils import rank0_print
 
@@ -166,8 +167,10 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
 
     run_phase(trainer, checkpoint, record)
     record.end()
+    log_end(model_args, training_args)
     return trainer
 
 
 if __name__ == "__main__":
-    train()
+    with errors_as_sentences():
+        train()

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava.checkpoint_files import ADAPTER_CONFIG_FILE, WEIGHT_FILES
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates, conversation_mode
 from llava.eval.vqa_files import Question, prompt_of
@@ -30,14 +31,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointTensors, tower_place
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.weights import (
-    ADAPTER_CONFIG_FILE,
-    MARK,
-    WEIGHT_FILES,
-    load_projector,
-    projector_state,
-    read_projector_file,
-)
+from llava.model.weights import MARK, load_projector, projector_state, read_projector_file
 from llava.plugin import ImageView
 from patch_aligned.cells import Layout, square_grid
 from patch_aligned.models.base import Encoded, VisionLanguageModel, WordEmbeddings, seeded

@@ -1,10 +1,12 @@
-"""Command-line flags of patch-aligned training, parsed together with LLaVA's."""
+"""Command-line flags of patch-aligned training, parsed together with those of LLaVA or TRL."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+Grids = Literal["all", "whole", "tiles"]
 
 
 @dataclass
@@ -99,3 +101,30 @@ class PatchArguments:
         for name, choices in (("patch_on_error", ("fail", "skip")), ("patch_loss", ("cosine", "cosine+nce"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name}: found {getattr(self, name)!r}; expected {' or '.join(map(repr, choices))}")
+
+
+@dataclass
+class TrainArguments:
+    """What is trained, on what."""
+
+    model: str = field(
+        metadata={"help": "Folder or hub name, such as what `patch-aligned stitch` wrote. May stand first, alone."}
+    )
+    data: str = field(metadata={"help": "PAD file: an image's caption, and its regions for the patch loss."})
+    images: str = field(metadata={"help": "Folder that the file's image_id are relative to."})
+    captions_only: bool = field(default=False, metadata={"help": "The baseline arm: the same without the patch loss."})
+    train_what: Literal["projector", "all"] = field(
+        default="projector", metadata={"help": "'projector' freezes vision encoder and LLM."}
+    )
+    grids: Grids = field(default="all", metadata={"help": "Grids of tokens that the patch loss trains."})
+    eval_reads_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Log what `patch-aligned reads` measures: before the first step, every so many optimizer steps, "
+            "and after the last (default: never)."
+        },
+    )
+    eval_reads_captions: int = field(
+        default=90,
+        metadata={"help": "Captions that it is measured on: their images are chosen once, and not trained on."},
+    )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from llava.command import RunRecord, clear_errors, read_record
+from llava.checkpoint_files import require_checkpoint
+from llava.command import RunRecord, clear_errors, names_config, parse_known_flags, read_record
+from patch_aligned.train.arguments import PatchArguments, TrainArguments
 
 app = typer.Typer(rich_markup_mode="markdown")
 
@@ -37,7 +41,8 @@ def stitch(
     model = stitching.stitch(vision, llm, like, output, seed)
     record.end()
     typer.echo(
-        f"Wrote {output}: {type(model).__name__} with an untrained projector, {model.num_parameters():,} weights."
+        f"Wrote {output}: {type(model).__name__} with an untrained projector, {model.num_parameters():,} weights.\n"
+        f"Next: patch-aligned train {output} --data PAD --images DIR --output_dir {output}-trained"
     )
 
 
@@ -48,9 +53,21 @@ def train(context: typer.Context) -> None:
 
     Example: `patch-aligned train runs/stitched --data pad.jsonl --images DIR --output_dir runs/stage1`
     """
+    arguments = context.args
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
+    if not names_config(arguments):  # the file's keys are read with the flags of TRL
+        _check_command_line(arguments)
     from patch_aligned.train import train as training
 
-    typer.echo(f"Wrote {training.train(context.args)}: the model, its processor, README.md and run.json.")
+    output = training.train(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        flags = read_record(output)["flags"]
+        typer.echo(f"Wrote {output}: the model, its processor, README.md and run.json.")
+        typer.echo(
+            f"Next: patch-aligned analyze --projector trained={output} --data {flags['data']} --image-folder "
+            f"{flags['images']} --output {output}/analysis"
+        )
 
 
 @app.command()
@@ -67,3 +84,13 @@ def publish_projector(
 
     names = ", ".join(file.name for file in publish.publish_projector(run, read_record(run), repo))
     typer.echo(f"Uploaded to {repo}: {names}" if repo else f"Read {run / 'README.md'}, then pass --repo: {names}")
+
+
+def _check_command_line(arguments: Sequence[str]) -> None:
+    """Refuse what is wrong before torch and TRL are imported, which takes seconds."""
+    trainers = {"trl": ["trainer/sft_config.py", "trainer/base_config.py"], "transformers": ["training_args.py"]}
+    flags = parse_known_flags((TrainArguments, PatchArguments), arguments, "patch-aligned train", **trainers)
+    for name in ("data", "images"):
+        if not Path(getattr(flags, name)).exists():
+            raise FileNotFoundError(f"--{name} {getattr(flags, name)}: found no such file or folder")
+    require_checkpoint(flags.model, None)

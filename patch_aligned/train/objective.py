@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from patch_aligned.loss import (
 )
 from patch_aligned.masks import PatchMaskError, covered_tokens_of_grids
 from patch_aligned.pad import AnnotatedImage, AnnotationError
-from patch_aligned.train.arguments import PatchArguments
+from patch_aligned.train.arguments import Grids, PatchArguments
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +41,6 @@ SYNONYM_COSINE = 0.8
 _LABELS_AT_ONCE = 1024
 _SMALLEST_NORM = 1e-6
 """Shorter views get no gradient, since that of a cosine grows as one over the norm. Fresh projectors may be zero."""
-
-Grids = Literal["all", "whole", "tiles"]
 
 
 class PatchObjective:

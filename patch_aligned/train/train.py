@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 from datasets.exceptions import DatasetGenerationError
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers.trainer_callback import TrainerState
 
 from llava.command import RunRecord, changed_flags, flags_with_config, read_record
+from llava.train.screen import show_steps
 from patch_aligned.annotation_index import AnnotationIndex
 from patch_aligned.cells import Layout
 from patch_aligned.files import sha256_of
@@ -25,8 +26,8 @@ from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.reads import PICTURES, Caption, measure_reads, reader_of, reads_metrics
 from patch_aligned.models.tokens import image_inputs, visual_tokens
 from patch_aligned.models.whole import WholeModel
-from patch_aligned.train.arguments import PatchArguments
-from patch_aligned.train.objective import Grids, open_regions
+from patch_aligned.train.arguments import PatchArguments, TrainArguments
+from patch_aligned.train.objective import open_regions
 from patch_aligned.train.publish import stage_1_card
 from patch_aligned.train.trainer import PatchAlignment, last_checkpoint, resume_by_name, train_projector_only
 from patch_aligned.train.watch import AlignmentWatch, HeldOutCallback, See, held_out_rows, rows_to_watch
@@ -42,35 +43,8 @@ _FEATURES = Features(
 )
 
 
-@dataclass
-class TrainArguments:
-    """What is trained, on what."""
-
-    model: str = field(
-        metadata={"help": "Folder or hub name, such as what `patch-aligned stitch` wrote. May stand first, alone."}
-    )
-    data: str = field(metadata={"help": "PAD file: an image's caption, and its regions for the patch loss."})
-    images: str = field(metadata={"help": "Folder that the file's image_id are relative to."})
-    captions_only: bool = field(default=False, metadata={"help": "The baseline arm: the same without the patch loss."})
-    train_what: Literal["projector", "all"] = field(
-        default="projector", metadata={"help": "'projector' freezes vision encoder and LLM."}
-    )
-    grids: Grids = field(default="all", metadata={"help": "Grids of tokens that the patch loss trains."})
-    eval_reads_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Log what `patch-aligned reads` measures: before the first step, every so many optimizer steps, "
-            "and after the last (default: never)."
-        },
-    )
-    eval_reads_captions: int = field(
-        default=90,
-        metadata={"help": "Captions that it is measured on: their images are chosen once, and not trained on."},
-    )
-
-
 def train(arguments: Sequence[str]) -> Path:
-    """Train as a command line says: MODEL, then flags of `TrainArguments`, `PatchArguments` and TRL's `SFTConfig`.
+    """Train as a command line says: flags of `TrainArguments`, `PatchArguments` and TRL's `SFTConfig`.
 
     The last checkpoint in `--output_dir` is resumed. The folder gets the model, a card and `run.json`; beside them
     `projector.safetensors` where the projector alone is trained, and `held_out.jsonl` with `--eval_reads_steps`.
@@ -88,9 +62,7 @@ def train(arguments: Sequence[str]) -> Path:
     kinds: Any = (TrainArguments, PatchArguments, SFTConfig)
     parser = TrlParser(kinds, prog="patch-aligned train MODEL")
     parser.set_defaults(**DEFAULTS, max_length=None)
-    named = bool(arguments) and not arguments[0].startswith("-")
-    words = flags_with_config(parser, ["--model", *arguments] if named else arguments)
-    own, patch, args = parser.parse_args_into_dataclasses(words)
+    own, patch, args = parser.parse_args_into_dataclasses(flags_with_config(parser, arguments))
     for name in ("patch_data_path", "patch_regions_only_ratio"):
         if getattr(patch, name) is not None:
             raise ValueError(f"--{name} belongs to LLaVA's training and has no effect here. Leave it out.")
@@ -106,7 +78,8 @@ def train(arguments: Sequence[str]) -> Path:
     if checkpoint and not {"max_steps", "num_train_epochs"} & changed.keys():
         state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
         if state.global_step >= state.max_steps and (output / "config.json").exists():  # the Trainer would train on
-            print(f"{output}: finished, {state.global_step} of {state.max_steps} steps; nothing to do.")
+            if args.should_save:
+                print(f"{output}: finished, {state.global_step} of {state.max_steps} steps; nothing to do.")
             return output
 
     held_out: tuple[int, ...] = ()
@@ -116,6 +89,7 @@ def train(arguments: Sequence[str]) -> Path:
     watched = rows_to_watch(patch, index, Path(own.images))
     data = captioned_images(index, own, {*held_out, *watched})
     trainer: Any = SFTTrainer(model=own.model, args=args, train_dataset=data)
+    show_steps(trainer)
     if own.train_what == "projector":
         train_projector_only(trainer.model)
     if own.captions_only:

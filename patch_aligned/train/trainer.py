@@ -19,8 +19,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from patch_aligned.labels import LabelTokenizer
 from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.tokens import PROJECTORS, VisualTokenHook, image_token_id
-from patch_aligned.train.arguments import PatchArguments
-from patch_aligned.train.objective import Grids, PatchObjective, open_regions
+from patch_aligned.train.arguments import Grids, PatchArguments
+from patch_aligned.train.objective import PatchObjective, open_regions
 from patch_aligned.train.regions import TARGETS, RegionCollator, listed
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,8 @@
 # and `launch` starts the command, whose flags and hyper-parameters stand in the script.
 #
 # Every value in capitals is a default: set the variable of that name to change it. Any flag of the trainer may follow
-# the script's name; of two equal flags the last wins. Paths are relative to the root of the repository.
+# the script's name; of two equal flags the last wins; `python patch_aligned/train_mem.py --help` lists them. Paths are
+# relative to the root of the repository.
 #
 #   LLM=vicuna7b|vicuna13b|llama31   PROJECTOR=mlp|linear|cabstractor   rows of the paper's tables
 #   GPU=80g|24g   NUM_GPUS=N   what it runs on; the global batch stays, gradient accumulation makes up the rest

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from llava.command import RunRecord, changed_flags, clear_errors, command_parser, run_command, typer_app_with_debug
+from llava.command import (
+    RunRecord,
+    changed_flags,
+    clear_errors,
+    command_parser,
+    errors_as_sentences,
+    run_command,
+    typer_app_with_debug,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +38,28 @@ def test_wrong_input_ends_with_a_sentence_and_an_interrupt_without(raised: BaseE
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(KeyError):
         run_command(lambda args: {}["key"], command_parser("llava.test", None), [])
+
+
+def test_a_full_gpu_ends_with_a_sentence_that_says_what_to_set() -> None:
+    def command(args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(SystemExit, match="PER_DEVICE_TRAIN_BATCH_SIZE"):
+        run_command(command, command_parser("llava.test", None), [])
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(ValueError, match="wrong"), errors_as_sentences():
+        raise ValueError("wrong")
+
+
+def test_the_version_is_shown(app: typer.Typer, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command_parser("llava.test", None).parse_args(["--version"])
+    shown = CliRunner().invoke(app, ["--version"])
+    assert not ended.value.code and not shown.exit_code
+    assert shown.stdout == capsys.readouterr().out == f"patch-aligned-llava {version('patch-aligned-llava')}\n"
 
 
 @pytest.fixture

@@ -283,10 +283,10 @@ history = json.loads(state.read_text())["log_history"] if state.exists() and sys
 assert not flags.get("--cache_features")
 for step in range(0 if history else int(flags.get("--patch_warmup_steps", 0))):
     assert step < 2, "more than a taste of the warm-up"
-    print({"loss": 1.0})
+    print(f"step {step + 1}/9  patch 1.00", flush=True)
 for step in range(len(history) + 1, last + 1):
     history.append({"step": step, "loss": 1 / step})
-    print({"loss": 1 / step})
+    print(f"step {step}/{last}  caption {1 / step:.2f}", flush=True)
     if sys.argv[1] == "fails":
         raise ValueError("a loss of nan")
 (folder / f"checkpoint-{last}").mkdir(exist_ok=True)
@@ -333,6 +333,7 @@ def test_a_step_that_fails_is_named_and_its_output_stays(preflight: ModuleType, 
     [
         ("torch.OutOfMemoryError: CUDA out of memory. Tried\nChildFailedError: \n", "PER_DEVICE_TRAIN_BATCH_SIZE"),
         ("[rank1]: ValueError: one\nsubprocess.CalledProcessError: Command\n", "ValueError: one"),
+        ("step 1/9  caption 2.00\nerror: pad.json, record 3\n", "pad.json, record 3"),
         ("Killed\n", "exit code -9"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llava.conversation import conv_templates, conversation_mode
+from llava.eval.vqa_cli import load_model
 from llava.model import builder
 from llava.serve.cli import ImageChat, argument_parser, load_image, main, speaker_name
 
@@ -48,6 +49,29 @@ def test_the_image_comes_with_the_first_message_alone(golden_world: Path) -> Non
     assert second.count("<image>") == 1
     assert f"{answer}</s>USER: And this? ASSISTANT:" in second
     assert not conv_templates["v1"].messages
+
+
+def test_another_image_and_a_reset_start_the_conversation_again(
+    golden_world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["What?", "/image no.png", "/images", "And?", "/image images/im0.png", "What?", "/reset", "What?"]
+    lines, prompts = iter([*asked, ""]), []
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    pixels: list[torch.Tensor] = []
+
+    def answer(self: ImageChat, prompt: str, **kwargs: object) -> None:
+        prompts.append(prompt.count("What?"))
+        pixels.append(self.images)
+        self.conversation.messages[-1][1] = "A cat."
+
+    monkeypatch.setattr(ImageChat, "answer", answer)
+    main(argument_parser().parse_args(arguments("--conv-mode", "v1")))
+    printed = capsys.readouterr().out
+    assert prompts == [1, 1, 1, 1]  # the second one has "What?" from the first, as an unreadable image changes nothing
+    assert torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[2], pixels[3])
+    assert not torch.equal(pixels[1], pixels[2])
+    assert "Ctrl-D leaves" in printed.splitlines()[0]
+    assert "no.png: no such image file" in printed and "/images: no such command" in printed
 
 
 def test_a_missing_image_is_one_clear_error(golden_world: Path) -> None:
@@ -97,9 +121,10 @@ def test_the_template_that_training_recorded_outranks_the_name() -> None:
     assert conversation_mode("llava-v1.5-7b", config) == "chatml_direct"
 
 
-def test_device_defaults_to_what_is_there() -> None:
-    args = argument_parser().parse_args(["--model-path", "x", "--image-file", "y"])
-    assert args.device == ("cuda" if torch.cuda.is_available() else "cpu")
+def test_device_defaults_to_what_is_there(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = argument_parser().parse_args(["--model-path", "tiny-llava", "--image-file", "y"])
+    monkeypatch.setattr(builder, "load_pretrained_model", lambda *args, device, **kwargs: device)
+    assert load_model(args) == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch
 from llava.data.dataset import LazySupervisedDataset
 from llava.train.checkpointing import missing_from_checkpoint
 from llava.train.llava_trainer import LLaVATrainer
+from llava.train.screen import STEP_LINE
 
 LAUNCHING = Path(__file__).parents[3] / "scripts" / "launching.sh"
 RUN = "--per_device_train_batch_size 1 --num_train_epochs 3 --save_strategy no --logging_steps 2"
@@ -83,7 +84,7 @@ def test_a_second_signal_ends_it_at_once(golden_world: Path, stage_1_flags: Any)
     assert not list(Path("run").glob("checkpoint-*"))
 
 
-def signal_script(launcher: str, is_ready: Callable[[str], bool], number: int) -> tuple[int, str]:
+def signal_script(launcher: str, is_ready: Callable[[str], object], number: int) -> tuple[int, str]:
     """Runs a launcher as scripts do, and signals the script once the log says so; returns exit code and log."""
     script = f"set -euo pipefail; source {LAUNCHING}; supervise {launcher}"
     log = Path("log")
@@ -129,7 +130,7 @@ def test_ranks_that_a_script_signals_save_one_checkpoint(golden_world: Path, sta
         launcher = f"torchrun --nproc_per_node 2 --master_port {probe.getsockname()[1]}"
     flags = stage_1_flags("run", "--per_device_train_batch_size 1 --num_train_epochs 5000")
     command = f"{launcher} -m llava.train.train {' '.join(flags)}"
-    status, log = signal_script(command, lambda log: "'loss'" in log, signal.SIGINT)
+    status, log = signal_script(command, STEP_LINE.search, signal.SIGINT)
     assert status == 130, log
     [saved] = Path("run").glob("checkpoint-*")
     assert missing_from_checkpoint(saved) == [] and (saved / "rng_state_1.pth").exists()
@@ -144,6 +145,6 @@ def test_a_lost_worker_of_the_data_loader_is_named_with_its_file(
         os.kill(os.getpid(), sent)
 
     monkeypatch.setattr(LazySupervisedDataset, "_load_image", lose)
-    with pytest.raises(RuntimeError, match=r"worker 0: data_plain.json, record \d.*\.png"):
+    with pytest.raises(ChildProcessError, match=r"worker 0: data_plain.json, record \d.*\.png"):
         run_stage_1("run", "--dataloader_num_workers 1 --dataloader_timeout 3")
     assert not multiprocessing.active_children()
