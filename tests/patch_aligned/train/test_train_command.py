@@ -229,7 +229,8 @@ def test_wrong_input_is_named_before_the_first_step(world: Path, tmp_path: Path)
     write_pad(world / "no_caption.jsonl", [{key: record[key] for key in record if key != "caption"}])
     write_pad(world / "silent.jsonl", [record | {"caption": " "}])
     for flags, places, expected in (
-        ((), {"images": "elsewhere"}, "found no 0.png"),
+        ((), {"images": "elsewhere"}, "elsewhere: found no such file or folder"),
+        ((), {"images": "."}, "found no 0.png"),
         ((), {"data": "absent.jsonl"}, "absent.jsonl"),
         ((), {"data": "empty.jsonl"}, "found no records"),
         ((), {"data": "no_caption.jsonl"}, "caption"),
