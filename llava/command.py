@@ -56,11 +56,11 @@ def flags_with_config(parser: argparse.ArgumentParser, arguments: Sequence[str])
     Flags of the command line take precedence. Raises `ValueError` naming the file, and the key where it is no flag.
     """
     parser.epilog = "--config FILE.yaml reads flags from a file; those of the command line take precedence."
+    if not any(word.partition("=")[0] == "--config" for word in arguments):
+        return list(arguments)
     option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     option.add_argument("--config", type=Path)
     found, given = option.parse_known_args(arguments)
-    if found.config is None:
-        return given
     where, text = f"--config {found.config}", found.config.read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text)
