@@ -128,11 +128,11 @@ def flags_with_config(parser: argparse.ArgumentParser, arguments: Sequence[str])
     Flags of the command line take precedence. Raises `ValueError` naming the file, and the key where it is no flag.
     """
     parser.epilog = _ABOUT_CONFIG
+    if not names_config(arguments):
+        return list(arguments)
     option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     option.add_argument("--config", type=Path)
     found, given = option.parse_known_args(arguments)
-    if found.config is None:
-        return given
     where, text = f"--config {found.config}", found.config.read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text)
