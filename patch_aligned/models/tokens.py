@@ -69,6 +69,8 @@ def visual_tokens(model: Any, inputs: Mapping[str, Any]) -> Tensor:
         for name, value in inputs.items()
         if name in accepted and name not in ("input_ids", "attention_mask")
     }
+    if "kwargs" in accepted and "image_sizes" in inputs:  # Pixtral's tower reads it to leave out what pads an image
+        given["image_sizes"] = inputs["image_sizes"]
     features = model.get_image_features(**given, return_dict=True)
     if features.pooler_output is None:  # Llama 4
         return _joined(model.multi_modal_projector(features.last_hidden_state))

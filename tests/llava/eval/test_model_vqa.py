@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(flags: dict[str, Any], mo
         asked.extend(question.question_id for question in questions)
         return answer_questions(questions, *rest, **options)
 
-    monkeypatch.setattr(answering_command, "answer_questions", watched)
+    monkeypatch.setattr("llava.eval.answering.answer_questions", watched)
     model_vqa_loader.eval_model(SimpleNamespace(**flags))
     assert asked == [3, "none", 9]
     assert path.read_bytes() == whole

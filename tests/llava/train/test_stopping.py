@@ -89,7 +89,13 @@ def signal_script(launcher: str, is_ready: Callable[[str], object], number: int)
     script = f"set -euo pipefail; source {LAUNCHING}; supervise {launcher}"
     log = Path("log")
     with log.open("w") as file:
-        process = subprocess.Popen(["bash", "-c", script], stdout=file, stderr=subprocess.STDOUT)
+        # Where the tests run in the background, SIGINT is ignored, which children inherit and bash cannot undo.
+        process = subprocess.Popen(
+            ["bash", "-c", script],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while not is_ready(log.read_text()) and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(number)
