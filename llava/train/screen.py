@@ -20,6 +20,8 @@ SHOWN = {
     "patch/contrast": "contrast {:.2f}",
     "patch/beta": "beta {:.1f}",
 }
+ALL_SHOWN = 10
+"""Steps of a sitting that are all shown. After them comes at most one line a second: a patch warm-up has thousands."""
 TOTAL_GROWS = "The total loss grows with beta: watch caption and patch."
 
 
@@ -31,7 +33,7 @@ def show_steps(trainer: Any) -> None:
 
 
 class StepLines(PrinterCallback):
-    """Prints a line for each step that is logged, on the first rank."""
+    """Prints a line for each step that is logged, but at most one a second, on the first rank."""
 
     total_is_explained = False
 
@@ -43,6 +45,8 @@ class StepLines(PrinterCallback):
         """Print the line. The closing dictionary of a run is left out."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
+        if "loss" in logs and self._is_too_soon(state):
+            return
         if {"loss/caption", "loss/patch"} <= logs.keys() and not self.total_is_explained:
             print(TOTAL_GROWS)
             self.total_is_explained = True
@@ -50,6 +54,10 @@ class StepLines(PrinterCallback):
         if "loss" in logs:
             columns += self._times(state.global_step, state.max_steps)
         print("  ".join(columns), flush=True)
+
+    def _is_too_soon(self, state: Any) -> bool:
+        is_among_first = state.global_step - self._begin[0] <= ALL_SHOWN
+        return not (is_among_first or state.global_step == state.max_steps) and time.monotonic() < self._last[1] + 1
 
     def _times(self, step: int, max_steps: int) -> list[str]:
         """Return the seconds of a step since the last line, and the time left at the pace of this sitting."""

@@ -19,7 +19,7 @@ PATCH_LOG = {
 def lines_of(
     capsys: pytest.CaptureFixture[str], *logs: dict[str, Any], step: int = 1, is_first: bool = True
 ) -> list[str]:
-    lines, state = StepLines(), SimpleNamespace(global_step=0, max_steps=12345, is_world_process_zero=is_first)
+    lines, state = StepLines(), SimpleNamespace(global_step=step - 1, max_steps=12345, is_world_process_zero=is_first)
     lines.on_train_begin(None, state, None)
     for number, log in enumerate(logs):
         state.global_step = step + number
@@ -45,6 +45,14 @@ def test_without_the_patch_loss_caption_and_rate_are_shown(capsys: pytest.Captur
 def test_what_is_logged_apart_is_shown_and_the_closing_dictionary_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     [line] = lines_of(capsys, {"reads": 0.25, "epoch": 1.0}, {"train_runtime": 3.0})
     assert line == "step     1/12345  reads 0.25"
+
+
+def test_after_ten_steps_a_line_comes_at_most_every_second_and_the_last_one_always(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava.train.screen.time", SimpleNamespace(monotonic=lambda: 0.0))
+    lines = lines_of(capsys, *[{"loss": 2.5, "learning_rate": 2e-5}] * 13, step=12333)
+    assert [int(line.split("/")[0].split()[1]) for line in lines] == [*range(12333, 12343), 12345]
 
 
 def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
