@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 
 from patch_aligned.analysis.regions import SIZE_LIMITS_PX, SIZES
 from patch_aligned.cells import Layout, TokenGrid
@@ -19,6 +19,7 @@ from patch_aligned.models.impulse import ImpulseResult, impulse_test
 from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.tiny import tiny_copy
 from patch_aligned.models.tokens import PROJECTORS, image_token_id
+from patch_aligned.models.whole import processor_of
 from patch_aligned.pad import read_annotations
 
 # Model pixels that a change spreads over: where images are resized three times, and where tokens are interpolated.
@@ -60,7 +61,7 @@ def inspect_model(model: str, image_wh: tuple[int, int]) -> Inspection:
         OSError: there is no such model.
         ValueError: its visual tokens have no place, or its processor is unknown.
     """
-    config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
+    processor, config = processor_of(model), AutoConfig.from_pretrained(model)
     token_id = image_token_id(config)
     [layout] = layouts_of(processor, [image_wh])
     copy, name = tiny_copy(config), type(processor.image_processor).__name__
@@ -126,7 +127,7 @@ def coverage_of_models(
     Returns:
         A row for each model and kind of grid (`any` for all of them), columns `small`, `medium`, `large` and `all`.
     """
-    processors: dict[str, Any] = {model: AutoProcessor.from_pretrained(model) for model in models}
+    processors: dict[str, Any] = {model: processor_of(model) for model in models}
     rows: list[dict[str, Any]] = []
     for done, image in enumerate(read_annotations(data)):
         if done == limit:

@@ -24,6 +24,13 @@ _ROWS_AT_ONCE = 9
 """Continuations that are read together, each with its own copy of what the LLM keeps of the prompt."""
 
 
+def processor_of(place: str) -> Any:
+    """Return the processor of a model, a folder or a hub name. Raises `FileNotFoundError` if it can be neither."""
+    if not Path(place).is_dir() and (place.count("/") > 1 or place.startswith(("/", ".", "~"))):
+        raise FileNotFoundError(f"{place}: found no such folder; expected a model's folder, or its hub name OWNER/NAME")
+    return AutoProcessor.from_pretrained(place)
+
+
 @dataclass(frozen=True)
 class TransformersSource:
     """Where a whole model of transformers is loaded from.
@@ -38,9 +45,10 @@ class TransformersSource:
 
     def load(self) -> WholeModel:
         """Load it. Images stand alone in the prompt directly after stage 1, else the request for a caption follows."""
+        processor = processor_of(self.place)
         model: Any = AutoModelForImageTextToText.from_pretrained(self.place, dtype="auto")
         request = "" if Path(self.place, "projector.safetensors").is_file() else CAPTION_REQUEST
-        return WholeModel(model.to(self.device).eval(), AutoProcessor.from_pretrained(self.place), request)
+        return WholeModel(model.to(self.device).eval(), processor, request)
 
 
 @dataclass(frozen=True)

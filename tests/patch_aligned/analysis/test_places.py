@@ -53,6 +53,13 @@ def test_inspect_refuses_a_size_that_is_none_and_a_model_that_reads_no_images(fo
         inspect_model(str(tmp_path / "llama"), (640, 480))
 
 
+def test_a_folder_that_is_not_there_is_named_and_not_sought_on_the_hub(tmp_path: Path, write_pad: Callable):
+    place = str(tmp_path / "nothing")
+    for ask in (lambda: inspect_model(place, (640, 480)), lambda: coverage_of_models([place], write_pad())):
+        with pytest.raises(FileNotFoundError, match=r"nothing: found no such folder; expected a model's folder"):
+            ask()
+
+
 def test_coverage_counts_the_regions_that_keep_a_token(folder: Callable, write_pad: Callable, rectangle: Any):
     """Images of 80 x 56: a cell of Qwen2-VL takes 27 x 28 pixels, so the cat keeps no token."""
     pad = write_pad(
