@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -283,3 +284,54 @@ def _unfold_extra(mapping: dict[str, Any]) -> None:
         mapping.update(extra)
     else:
         mapping[EXTRA_KEY] = text
+
+
+# Values of a record.
+
+LARGEST_SIDE = 1 << 20
+"""Pixels: beyond any image format, and its square is far from overflowing."""
+_LONGEST_QUOTE = 80
+_LARGEST_NUMBER = sys.float_info.max
+
+
+def is_json(value: Any) -> bool:
+    """Whether JSON can express a value, and a file hold it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a string without lone surrogates, which JSON can express but UTF-8 files cannot hold."""
+    return isinstance(value, str) and (value.isascii() or printable(value) == value)
+
+
+def printable(text: str) -> str:
+    """Return text with lone surrogates written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def is_side(number: Any) -> bool:
+    """Whether a JSON value is a width or height in pixels."""
+    return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= LARGEST_SIDE
+
+
+def is_finite_number(number: Any) -> bool:
+    """Whether a JSON value is a finite number: not NaN, not a boolean, and within the range of floats."""
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    return is_number and -_LARGEST_NUMBER <= number <= _LARGEST_NUMBER
+
+
+def quoted(value: Any) -> str:
+    """Return a value as messages show it."""
+    try:
+        return shortened(repr(value))
+    except (ValueError, RecursionError):  # a number too long, or a list too deep, to be printed
+        return f"a {type(value).__name__} that cannot be printed"
+
+
+def shortened(text: str) -> str:
+    """Return text as messages show it, cut where it is long."""
+    return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."

@@ -12,7 +12,7 @@ from typing import Any
 from pycocotools import mask as coco_mask
 
 from patch_aligned.masks import rle_problems
-from patch_aligned.pad import is_finite_number
+from patch_aligned.record_files import is_finite_number
 
 _POINTLESS = (0, 2, 4)
 """Numbers of a polygon that encloses nothing: none, one corner or two, as exports of boxes and points have them."""

@@ -33,12 +33,15 @@ sys.addaudithook(note)
 import llava, patch_aligned
 from typer.testing import CliRunner
 from patch_aligned.cli import app
+from patch_aligned.web import render
 
 for package in (llava, patch_aligned):
     assert os.path.realpath(package.__file__).startswith(site + os.sep), package.__file__
 for line in sys.stdin:
     result = CliRunner().invoke(app, shlex.split(line))
     assert result.exit_code == 0, (line, result.output, result.exception)
+render("patch_aligned.train", "strip.html.j2", title="", columns=[], rows=[])  # in a training
+render("patch_aligned.explore", "explore.html.j2", title="", data={})  # by a server
 print(*sorted(os.path.relpath(file, site) for file in opened if file.startswith(site + os.sep)), sep="\\n")
 """
 COMMANDS = """

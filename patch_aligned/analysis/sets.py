@@ -27,8 +27,8 @@ from llava.mm_utils import UnreadableImageError, load_rgb_image
 from patch_aligned.analysis.regions import permute_labels, region_frame
 from patch_aligned.images import image_path, stored_size_wh
 from patch_aligned.masks import areas_px
-from patch_aligned.pad import AnnotatedImage, Region, is_side, parse_annotation, read_annotations
-from patch_aligned.record_files import beginning_of, iter_records, read_document
+from patch_aligned.pad import AnnotatedImage, Region, parse_annotation, read_annotations
+from patch_aligned.record_files import beginning_of, is_side, iter_records, read_document
 from patch_aligned.segmentation import has_mask, shortened, union_rle
 
 FORMATS = ("auto", "pad", "coco", "grandf")

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from patch_aligned.pad import is_text
-from patch_aligned.record_files import iter_records
+from patch_aligned.record_files import is_text, iter_records
 
 _logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from pycocotools import mask as coco_mask
 from patch_aligned.cells import box_iou
 from patch_aligned.images import ImageFileError, stored_size_wh
 from patch_aligned.masks import areas_px
-from patch_aligned.pad import AnnotatedImage, AnnotationError, Region, is_finite_number, read_annotations
-from patch_aligned.record_files import RecordFileError
+from patch_aligned.pad import AnnotatedImage, AnnotationError, Region, read_annotations
+from patch_aligned.record_files import RecordFileError, is_finite_number
 from patch_aligned.tables import Cell, Table
 
 Box = tuple[float, float, float, float]

@@ -18,7 +18,8 @@ import numpy as np
 from patch_aligned.dataset.stats import TokenSettings
 from patch_aligned.images import ImageFileError, thumbnail
 from patch_aligned.masks import areas_px
-from patch_aligned.pad import AnnotatedImage, Region, is_finite_number, read_annotations
+from patch_aligned.pad import AnnotatedImage, Region, read_annotations
+from patch_aligned.record_files import is_finite_number
 from patch_aligned.web import grid_edges, jpeg_address, render
 
 MOST_IMAGES = 5000

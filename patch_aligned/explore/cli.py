@@ -70,10 +70,10 @@ def explore(
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
-    from patch_aligned.annotation_index import open_annotation_index
     from patch_aligned.explore.app import create_app
     from patch_aligned.explore.session import Session
     from patch_aligned.models.load import load_models
+    from patch_aligned.pad import open_annotation_index
 
     console = Console(markup=False)
     transformers_logging.disable_progress_bar()

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patch_aligned.annotation_index import AnnotationIndex, open_annotation_index
 from patch_aligned.cells import Layout
 from patch_aligned.labels import LabelTokenizer, label_embeddings, pad_label_ids
 from patch_aligned.loss import (
@@ -30,7 +29,7 @@ from patch_aligned.loss import (
     region_embeddings,
 )
 from patch_aligned.masks import PatchMaskError, covered_tokens_of_grids
-from patch_aligned.pad import AnnotatedImage, AnnotationError
+from patch_aligned.pad import AnnotatedImage, AnnotationError, AnnotationIndex, open_annotation_index
 from patch_aligned.train.arguments import Grids, PatchArguments
 
 logger = logging.getLogger(__name__)

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from llava.mm_utils import image_view_of, process_images
 from llava.plugin import AlignmentContext, AuxiliaryOutput, ImageView, TrainingPlugin
-from patch_aligned.annotation_index import AnnotationIndex, image_id_of
 from patch_aligned.cells import Layout
 from patch_aligned.images import ImageFileError, UnreadableImageError, decode_image, image_path
 from patch_aligned.labels import LabelTokenizer
 from patch_aligned.models.llava import layout_of
-from patch_aligned.pad import AnnotatedImage, normal_path
+from patch_aligned.pad import AnnotatedImage, AnnotationIndex, image_id_of, normal_path
 from patch_aligned.record_files import iter_records
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.objective import NO_RECORD, PatchObjective, open_regions

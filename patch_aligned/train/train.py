@@ -16,7 +16,6 @@ from transformers.trainer_callback import TrainerState
 
 from llava.command import RunRecord, changed_flags, flags_with_config, read_record
 from llava.train.screen import show_steps
-from patch_aligned.annotation_index import AnnotationIndex
 from patch_aligned.cells import Layout
 from patch_aligned.files import sha256_of
 from patch_aligned.images import image_path
@@ -26,6 +25,7 @@ from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.reads import PICTURES, Caption, measure_reads, reader_of, reads_metrics
 from patch_aligned.models.tokens import image_inputs, visual_tokens
 from patch_aligned.models.whole import WholeModel
+from patch_aligned.pad import AnnotationIndex
 from patch_aligned.train.arguments import PatchArguments, TrainArguments
 from patch_aligned.train.objective import open_regions
 from patch_aligned.train.publish import stage_1_card

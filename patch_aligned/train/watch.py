@@ -28,13 +28,12 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from patch_aligned.analysis.alignment import over_grids, score_regions
 from patch_aligned.analysis.localisation import PictureRow, picture_cell, place_jpeg, require_matplotlib
-from patch_aligned.annotation_index import AnnotationIndex
 from patch_aligned.cells import Layout, TokenGrid
 from patch_aligned.files import written_whole
 from patch_aligned.images import ImageFileError, decode_image, image_path, stored_size_wh
 from patch_aligned.labels import LabelTokenizer, label_embeddings, pad_label_ids
 from patch_aligned.masks import areas_px, token_coverage_of_regions
-from patch_aligned.pad import AnnotatedImage
+from patch_aligned.pad import AnnotatedImage, AnnotationIndex
 from patch_aligned.tables import number
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.web import jpeg_address, render

@@ -19,9 +19,14 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from patch_aligned import record_files
-from patch_aligned.annotation_index import open_annotation_index
 from patch_aligned.masks import rle_problems, run_lengths
-from patch_aligned.pad import AnnotationError, parse_annotation, read_annotations, write_annotations
+from patch_aligned.pad import (
+    AnnotationError,
+    open_annotation_index,
+    parse_annotation,
+    read_annotations,
+    write_annotations,
+)
 from patch_aligned.record_files import RecordFileError
 
 
@@ -253,7 +258,7 @@ def test_the_index_takes_spellings_of_one_path_for_one_image(tmp_path: Path):
 
 
 def test_images_of_equal_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("patch_aligned.annotation_index._hash", lambda image_id: len(image_id))
+    monkeypatch.setattr("patch_aligned.pad._hash", lambda image_id: len(image_id))
     records = [make_record(name) for name in ("aa", "b", "cc")]
     index = open_annotation_index(write_json(tmp_path / "pad.json", records), tmp_path / "cache")
     assert index[index.find("cc")].image_id == "cc"
@@ -262,7 +267,7 @@ def test_images_of_equal_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest
 
 
 def test_hashes_that_no_float64_tells_apart_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("patch_aligned.annotation_index._hash", lambda image_id: 2**62 + int(image_id[:-4]))
+    monkeypatch.setattr("patch_aligned.pad._hash", lambda image_id: 2**62 + int(image_id[:-4]))
     records = [make_record(f"{number}.jpg") for number in range(5)]
     index = open_annotation_index(write_json(tmp_path / "pad.json", records), tmp_path / "cache")
     assert [index.find(record["image_id"]) for record in records] == [0, 1, 2, 3, 4]

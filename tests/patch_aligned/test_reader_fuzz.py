@@ -26,8 +26,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from patch_aligned.annotation_index import open_annotation_index
-from patch_aligned.pad import AnnotationError, parse_annotation, read_annotations, write_annotations
+from patch_aligned.pad import (
+    AnnotationError,
+    open_annotation_index,
+    parse_annotation,
+    read_annotations,
+    write_annotations,
+)
 from patch_aligned.record_files import PAD_SCHEMA, RecordFileError
 
 CHOSEN = os.environ.get("PATCH_ALIGNED_FUZZ")

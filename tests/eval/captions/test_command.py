@@ -16,11 +16,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from eval.captions import run as command
-from eval.captions import run as generate
 from eval.captions import score
 from eval.captions.__main__ import app
 from eval.captions.metrics import BLEU, METRICS, SPICE, CaptionScores, MetricScore
 from eval.captions.run import METEOR_MEAN, CaptionLog
+from llava.eval.answering import answer_questions
 from patch_aligned.results.run import read_run, read_samples
 
 pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is part of the extra `eval`")
@@ -121,7 +121,6 @@ class StoppedError(Exception):
 
 def test_a_run_that_was_stopped_goes_on_with_the_captions_it_has(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    answer_questions = generate.answer_questions
     keep = CaptionLog.keep
 
     def watch(questions: Sequence[Any], *arguments: Any, **options: Any) -> Any:
@@ -133,7 +132,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_captions_it_has(world: Path, mo
             raise StoppedError
         keep(self, image, text)
 
-    monkeypatch.setattr(generate, "answer_questions", watch)
+    monkeypatch.setattr("llava.eval.answering.answer_questions", watch)
     with monkeypatch.context() as patch:
         patch.setattr(CaptionLog, "keep", stop_at_the_fourth)
         assert isinstance(caption(*STAGE_2).exception, StoppedError)
@@ -215,7 +214,7 @@ def test_images_of_the_same_names_have_captions_of_their_own(world: Path) -> Non
 
 
 def test_what_is_wrong_is_told_before_the_model_is_loaded(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "load_pretrained_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("llava.model.builder.load_pretrained_model", lambda *_, **__: pytest.fail("it was loaded"))
 
     def no_java() -> None:
         raise OSError("java: found no such program")
