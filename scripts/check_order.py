@@ -12,7 +12,7 @@ from typing import Any
 FIGURES = ("align_px", "cosine")
 
 
-def orders(analysis: dict[str, Any], names: Sequence[str]) -> list[tuple[str, bool]]:
+def orders(analysis: dict[str, Any], names: Sequence[str]) -> list[str]:
     """For each figure a line with its values, and whether they rise in the order of the names.
 
     Raises:
@@ -26,16 +26,14 @@ def orders(analysis: dict[str, Any], names: Sequence[str]) -> list[tuple[str, bo
         values = [models[name]["figures"][figure]["value"] for name in names]
         rises = None not in values and all(low < high for low, high in pairwise(values))
         line = " < ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True) if value is not None)
-        found.append((f"{figure}: {line}: {'holds' if rises else 'does not hold'}", rises))
+        found.append(f"{figure}: {line}: {'holds' if rises else 'does not hold'}")
     return found
 
 
-def main(path: str, *names: str) -> int:
-    """Prints the lines; 1 if an order is broken."""
-    found = orders(json.loads(Path(path).read_text(encoding="utf-8")), names)
-    print("\n".join(line for line, _ in found))
-    return int(not all(rises for _, rises in found))
+def main(path: str, *names: str) -> None:
+    """Prints the lines. An order that does not hold is a result, not an error: untrained projectors differ by chance."""
+    print("\n".join(orders(json.loads(Path(path).read_text(encoding="utf-8")), names)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])
