@@ -31,7 +31,7 @@ def orders(analysis: dict[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def main(path: str, *names: str) -> None:
-    """Prints the lines. An order that does not hold is a result, not an error: untrained projectors differ by chance."""
+    """Prints the lines. An order that does not hold is a result and no error: untrained projectors differ by chance."""
     print("\n".join(orders(json.loads(Path(path).read_text(encoding="utf-8")), names)))
 
 

@@ -10,11 +10,16 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # `eval` and this folder are not installed
+sys.path.insert(0, str(ROOT))  # `eval` and this folder are not installed; undone when the hooks are loaded
 
 from scripts.docs_reference import filled  # noqa: E402
 
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
+
+
+def on_config(config: Any) -> None:
+    """Let pages import `eval`, as the line above does for this file."""
+    sys.path.insert(0, str(ROOT))
 
 
 def on_files(files: Any, config: Any) -> Any:
