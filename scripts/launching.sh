@@ -79,7 +79,8 @@ supervise() {
     trap 'code=143; signal_ranks TERM' TERM
     trap 'code=143; signal_ranks USR1' USR1
     trap 'code=130; signal_ranks INT' INT
-    until wait "$launcher_pid" && status=0 || status=$?; ! kill -0 "$launcher_pid" 2>/dev/null; do :; done
+    until wait "$launcher_pid" || true; ! kill -0 "$launcher_pid" 2>/dev/null; do :; done
+    wait "$launcher_pid" && status=0 || status=$?  # a signal ends a wait with its own number; this one finds the launcher's
     if ((status)); then exit "${code:-$status}"; fi
     exit 0
 }
