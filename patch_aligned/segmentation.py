@@ -12,7 +12,7 @@ from typing import Any
 from pycocotools import mask as coco_mask
 
 from patch_aligned.masks import rle_problems
-from patch_aligned.record_files import is_finite_number
+from patch_aligned.record_files import is_finite_number, quoted
 
 _POINTLESS = (0, 2, 4)
 """Numbers of a polygon that encloses nothing: none, one corner or two, as exports of boxes and points have them."""
@@ -37,24 +37,18 @@ def union_rle(segmentation: Any, size_wh: tuple[int, int], place: str) -> str:
     """
     parts = _parts(segmentation)
     if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
-        raise ValueError(f"{place}: found {shortened(segmentation)}, expected polygons or an RLE; correct the record.")
+        raise ValueError(f"{place}: found {quoted(segmentation)}, expected polygons or an RLE; correct the record.")
     encoded = []
     for part in parts:
         try:
             encoded.append(_encoded(part, *size_wh))
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
-                f"{place}: found {shortened(part)} ({error}), expected a polygon [x1, y1, x2, y2, x3, y3, ...] or an "
+                f"{place}: found {quoted(part)} ({error}), expected a polygon [x1, y1, x2, y2, x3, y3, ...] or an "
                 "RLE; correct the record."
             ) from error
     rle_mask = encoded[0]["counts"] if len(encoded) == 1 else coco_mask.merge(encoded)["counts"]
     return rle_mask.decode("ascii") if isinstance(rle_mask, bytes) else rle_mask
-
-
-def shortened(value: Any) -> str:
-    """Return a value as Python writes it, at most 60 characters of it."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "…"
 
 
 def _parts(segmentation: Any) -> Any:

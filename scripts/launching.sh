@@ -79,10 +79,15 @@ supervise() {
     trap 'code=143; signal_ranks TERM' TERM
     trap 'code=143; signal_ranks USR1' USR1
     trap 'code=130; signal_ranks INT' INT
-    until wait "$launcher_pid" || true; ! kill -0 "$launcher_pid" 2>/dev/null; do :; done
-    wait "$launcher_pid" && status=0 || status=$?  # a signal ends a wait with its own number; this one finds the launcher's
+    wait_to_the_end "$launcher_pid" && status=0 || status=$?
     if ((status)); then exit "${code:-$status}"; fi
     exit 0
+}
+
+# wait_to_the_end PID: waits for a background process and returns its status, whatever signals come meanwhile.
+wait_to_the_end() {
+    until wait "$1" || true; ! kill -0 "$1" 2>/dev/null; do :; done
+    wait "$1" # a signal ends a wait with its own number; this one finds that of the process
 }
 
 # signal_ranks NAME: signals the processes below the launcher that it gave a rank; the launcher while there are none.

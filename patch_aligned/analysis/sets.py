@@ -28,8 +28,8 @@ from patch_aligned.analysis.regions import permute_labels, region_frame
 from patch_aligned.images import image_path, stored_size_wh
 from patch_aligned.masks import areas_px
 from patch_aligned.pad import AnnotatedImage, Region, parse_annotation, read_annotations
-from patch_aligned.record_files import beginning_of, is_side, iter_records, read_document
-from patch_aligned.segmentation import has_mask, shortened, union_rle
+from patch_aligned.record_files import beginning_of, is_side, iter_records, quoted, read_document
+from patch_aligned.segmentation import has_mask, union_rle
 
 FORMATS = ("auto", "pad", "coco", "grandf")
 _ODD_VALUE = (AttributeError, IndexError, KeyError, TypeError)
@@ -270,7 +270,7 @@ def _read_entry(read: Callable[[Any, str], Any], entry: Any, place: str) -> Any:
     try:
         return read(entry, place)
     except _ODD_VALUE as error:
-        raise ValueError(f"{place}: found a value of another kind ({error}) in {shortened(entry)}") from error
+        raise ValueError(f"{place}: found a value of another kind ({error}) in {quoted(entry)}") from error
 
 
 def _name_and_size(image: Mapping[str, Any], place: str) -> tuple[str, tuple[int, int]]:
@@ -282,7 +282,7 @@ def _name_and_size(image: Mapping[str, Any], place: str) -> tuple[str, tuple[int
 def _sides(sides: Sequence[Any], place: str) -> tuple[int, int]:
     whole = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sides]
     if len(whole) != 2 or not all(map(is_side, whole)):
-        raise ValueError(f"{place}: found {shortened(sides)}, expected two whole numbers of pixels; correct them.")
+        raise ValueError(f"{place}: found {quoted(sides)}, expected two whole numbers of pixels; correct them.")
     return whole[0], whole[1]
 
 
@@ -295,7 +295,7 @@ def _box_xyxy_px(rle_mask: str, size_wh: tuple[int, int]) -> tuple[float, float,
 def _required(record: Any, key: str, place: str, kind: Any) -> Any:
     found = record.get(key) if isinstance(record, Mapping) else None
     if not isinstance(found, kind):
-        value = "none" if found is None else shortened(found)
+        value = "none" if found is None else quoted(found)
         raise ValueError(f"{place}, field '{key}': found {value}, expected one as in COCO's files; correct the record.")
     return found
 

@@ -24,7 +24,7 @@ from patch_aligned.models.base import Encoded, VisionLanguageModel
 from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.llava import lazy_tensors, load_words, read_config
 from patch_aligned.models.tokens import PROJECTORS, image_inputs, image_token_id, visual_tokens
-from patch_aligned.models.whole import TransformersSource
+from patch_aligned.models.whole import TransformersSource, may_be_hub_name
 
 
 def is_of_transformers(place: str) -> bool:
@@ -36,7 +36,7 @@ def is_of_transformers(place: str) -> bool:
     """
     if (file := Path(place, "config.json")).is_file():
         config = read_config(file)
-    elif Path(place).exists() or place.count("/") != 1 or place.startswith(("/", ".", "~")):
+    elif not may_be_hub_name(place):
         return False
     else:
         try:

@@ -24,9 +24,14 @@ _ROWS_AT_ONCE = 9
 """Continuations that are read together, each with its own copy of what the LLM keeps of the prompt."""
 
 
+def may_be_hub_name(place: str) -> bool:
+    """Whether a place is no path here and has the form of a hub name, OWNER/NAME."""
+    return not Path(place).exists() and place.count("/") == 1 and not place.startswith(("/", ".", "~"))
+
+
 def processor_of(place: str) -> Any:
     """Return the processor of a model, a folder or a hub name. Raises `FileNotFoundError` if it can be neither."""
-    if not Path(place).is_dir() and (place.count("/") > 1 or place.startswith(("/", ".", "~"))):
+    if not Path(place).is_dir() and not may_be_hub_name(place):
         raise FileNotFoundError(f"{place}: found no such folder; expected a model's folder, or its hub name OWNER/NAME")
     return AutoProcessor.from_pretrained(place)
 
