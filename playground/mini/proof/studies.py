@@ -4,16 +4,19 @@
 - `exactness`: how near to its word must a token be, and how long, for a frozen LLM to read it? Nothing is trained.
 - `unseen`: half of the names is aligned; is the other half found?
 
+The CSV file gets a row as each setting is done; the same command continues after an interruption.
+
 Letters: I images, S visual tokens, d width of the tower, D width of the LLM, R regions of an image, L names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -42,6 +45,8 @@ BATCH = 8
 LEAST_COVERAGE = 0.5
 SEEDS = (0, 1, 2)
 Place = Literal["mask", "box", "tag"]
+Run = tuple[dict[str, Any], Callable[[], dict[str, float]]]
+"""A setting of a study, and what measures it."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,13 @@ def train(
         batch, order = order[:BATCH], order[BATCH:]
         regions = torch.tensor([len(targets[number]) for number in batch])
         region_image = torch.arange(BATCH).repeat_interleave(regions)  # [R of the batch]
-        region_tokens = torch.cat([scenes.tokens[place][number] for number in batch])
+        region_tokens = torch.cat([scenes.tokens[place][number] for number in batch])  # [R of the batch, S]
         wanted = torch.stack([vector for number in batch for vector in targets[number]])  # [R of the batch, D]
-        means = region_embeddings(projector(scenes.features[batch]), region_image, region_tokens)
+        features = scenes.features[batch]  # [BATCH, S, d]
+        is_read = torch.zeros(features.shape[:2], dtype=torch.long).index_add(0, region_image, region_tokens.long()) > 0
+        tokens = features.new_zeros(*features.shape[:2], wanted.shape[1])  # [BATCH, S, D]; no region reads the others
+        tokens = tokens.index_put((is_read,), projector(features[is_read]))
+        means = region_embeddings(tokens, region_image, region_tokens)
         loss = patch_loss(region_cosines(means, wanted), region_image, BATCH)
         optimizer.zero_grad()
         loss.backward()
@@ -149,30 +158,33 @@ def retrieval(projector: nn.Module, scenes: Scenes, table: Tensor, names: Sequen
     return float(np.mean(hits))
 
 
-def study_supervision(model: VisionLanguageModel, train_on: Scenes, test_on: Scenes, steps: int) -> pd.DataFrame:
+def study_supervision(model: VisionLanguageModel, train_on: Scenes, test_on: Scenes, steps: int) -> Iterator[Run]:
     """Retrieval after training on masks, boxes or tags, wrong labels among them, on few or many images."""
     names = sorted({name for own in [*train_on.names, *test_on.names] for name in own})
     word = dict(zip(names, model.words.of_labels(names), strict=True))
     table = torch.stack([word[name] for name in names])
     sizes = [size for size in (50, 200, 800, 3200) if size <= len(train_on.names)]
-    rows = []
-    for place, noise, images, seed in tqdm(list(product(("mask", "box", "tag"), (0.0, 0.1, 0.3, 0.5), sizes, SEEDS))):
+
+    def measure(place: Place, noise: float, images: int, seed: int) -> dict[str, float]:
         generator = np.random.default_rng(seed)
         given = [
             [str(generator.choice(names)) if generator.random() < noise else name for name in own]
             for own in train_on.names[:images]
         ]
         projector = train(model, train_on, place, [[word[name] for name in own] for own in given], steps, seed)
-        found = retrieval(projector, test_on, table, names, set(names))
-        rows.append({"supervision": place, "wrong labels": noise, "images": images, "seed": seed, "retrieval": found})
-    return pd.DataFrame(rows)
+        return {"retrieval": retrieval(projector, test_on, table, names, set(names))}
+
+    places: tuple[Place, ...] = ("mask", "box", "tag")
+    for place, noise, images, seed in product(places, (0.0, 0.1, 0.3, 0.5), sizes, SEEDS):
+        setting = {"supervision": place, "wrong labels": noise, "images": images, "seed": seed}
+        yield setting, partial(measure, place, noise, images, seed)
 
 
-def study_unseen(model: VisionLanguageModel, train_on: Scenes, test_on: Scenes, steps: int) -> pd.DataFrame:
+def study_unseen(model: VisionLanguageModel, train_on: Scenes, test_on: Scenes, steps: int) -> Iterator[Run]:
     """Retrieval of the half of the names that no target had, towards words, rotated words and deranged names."""
     names = sorted({name for own in [*train_on.names, *test_on.names] for name in own})
-    rows = []
-    for arm, seed in tqdm(list(product(("P", "R", "D"), SEEDS))):
+
+    def measure(arm: str, seed: int) -> dict[str, float]:
         half = set(np.random.default_rng(seed).permutation(names)[: len(names) // 2].tolist())
         wrong = derange_names(seed, None)
         table = model.words.of_labels([wrong[name] if arm == "D" else name for name in names])  # [L, D]
@@ -184,16 +196,14 @@ def study_unseen(model: VisionLanguageModel, train_on: Scenes, test_on: Scenes, 
         projector = train(model, _only(train_on, kept), "mask", _chosen(targets, kept), steps, seed)
         other = [name for name in names if name not in half]
         of_other = torch.stack([target[name] for name in other])
-        rows.append(
-            {
-                "arm": arm,
-                "seed": seed,
-                "aligned half": retrieval(projector, test_on, table, names, half),
-                "other half": retrieval(projector, test_on, table, names, set(other)),
-                "other half, among itself": retrieval(projector, test_on, of_other, other, set(other)),
-            }
-        )
-    return pd.DataFrame(rows)
+        return {
+            "aligned half": retrieval(projector, test_on, table, names, half),
+            "other half": retrieval(projector, test_on, table, names, set(other)),
+            "other half, among itself": retrieval(projector, test_on, of_other, other, set(other)),
+        }
+
+    for arm, seed in product(("P", "R", "D"), SEEDS):
+        yield {"arm": arm, "seed": seed}, partial(measure, arm, seed)
 
 
 def _chosen(rows: Sequence[Sequence[Tensor]], kept: Sequence[Sequence[bool]]) -> list[list[Tensor]]:
@@ -208,7 +218,7 @@ def _only(scenes: Scenes, kept: Sequence[Sequence[bool]]) -> Scenes:
     return Scenes(scenes.features, tokens, scenes.names)
 
 
-def study_exactness(model: VisionLanguageModel, scenes: Scenes, background: Sequence[str]) -> pd.DataFrame:
+def study_exactness(model: VisionLanguageModel, scenes: Scenes, background: Sequence[str]) -> Iterator[Run]:
     """Name scores of a frozen LLM that reads tokens made of words, at several cosines and lengths.
 
     Args:
@@ -225,8 +235,8 @@ def study_exactness(model: VisionLanguageModel, scenes: Scenes, background: Sequ
     present = np.zeros((len(scenes.names), len(names)), dtype=bool)
     for row, own in enumerate(scenes.names):
         present[row, [column[name] for name in own]] = True
-    rows = []
-    for cosine, words in tqdm(list(product((1.0, 0.9, 0.8, 0.7, 0.56, 0.4), (0.5, 1, 2, 6)))):
+
+    def measure(cosine: float, words: float) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
         log_p = []
         for own, covered, behind in zip(scenes.names, scenes.tokens["mask"], background, strict=True):
@@ -238,15 +248,24 @@ def study_exactness(model: VisionLanguageModel, scenes: Scenes, background: Sequ
             tokens = (cosine * directions + (1 - cosine**2) ** 0.5 * noise) * length * words  # [S, D]
             log_p.append(language.log_probabilities(tokens[None], STEMS[0], ids)[0].numpy())
         found = np.stack(log_p)  # [I, L]
-        rows.append(
-            {
-                "cosine": cosine,
-                "length in words": words,
-                "name score (i)": float(name_bounds(found)[present].mean()),
-                "AUC": float(name_auc(found, present)[present].mean()),
-            }
-        )
-    return pd.DataFrame(rows)
+        return {
+            "name score (i)": float(name_bounds(found)[present].mean()),
+            "AUC": float(name_auc(found, present)[present].mean()),
+        }
+
+    for cosine, words in product((1.0, 0.9, 0.8, 0.7, 0.56, 0.4), (0.5, 1, 2, 6)):
+        yield {"cosine": cosine, "length in words": words}, partial(measure, cosine, words)
+
+
+def run_all(runs: Sequence[Run], path: Path) -> pd.DataFrame:
+    """Measure the settings that the CSV file `path` does not have yet. It has all of them afterwards."""
+    found = pd.read_csv(path).to_dict("records") if path.is_file() else []
+    for setting, measure in tqdm(runs, desc=path.stem):
+        if not any(setting.items() <= row.items() for row in found):
+            found.append(setting | measure())
+            with written_whole(path) as whole:
+                pd.DataFrame(found).to_csv(whole, index=False, float_format="%.4f")
+    return pd.DataFrame(found)
 
 
 def summarise(found: pd.DataFrame, values: Sequence[str], by: Sequence[str]) -> Table:
@@ -296,20 +315,19 @@ def main(
     [model] = load_models(["projector=random:0"], base=LLM, vision_tower=TOWER)
     tested = read_scenes(model, test_on)
     output.mkdir(parents=True, exist_ok=True)
-    picture = output / f"{study}.png"
+    picture, csv = output / f"{study}.png", output / f"{study}.csv"
     if study == "exactness":
-        found = study_exactness(model, tested, background_of(test_on))
+        found = run_all(list(study_exactness(model, tested, background_of(test_on))), csv)
         table = summarise(found, ["name score (i)", "AUC"], ["cosine", "length in words"])
         draw(found, "cosine", "name score (i)", None, "length in words", picture)
     elif study == "unseen":
-        found = study_unseen(model, read_scenes(model, train_on), tested, steps)
+        found = run_all(list(study_unseen(model, read_scenes(model, train_on), tested, steps)), csv)
         table = summarise(found, ["aligned half", "other half", "other half, among itself"], ["arm"])
         draw(found, "aligned half", "other half, among itself", None, "arm", picture)
     else:
-        found = study_supervision(model, read_scenes(model, train_on), tested, steps)
+        found = run_all(list(study_supervision(model, read_scenes(model, train_on), tested, steps)), csv)
         table = summarise(found, ["retrieval"], ["supervision", "wrong labels", "images"])
         draw(found, "images", "retrieval", "supervision", "wrong labels", picture)
-    found.to_csv(output / f"{study}.csv", index=False, float_format="%.4f")
     with written_whole(output / f"{study}.md") as path:
         path.write_text(table.markdown() + "\n", encoding="utf-8")
     print(table.markdown())
