@@ -1,4 +1,4 @@
-"""Commands on PAD files: `patch-aligned verify`, `stats`, `view`, `join` and `publish`."""
+"""Commands on PAD files: `patch-aligned verify`, `stats`, `view`, `quality`, `join` and `publish`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode="markdown")
 
+File = Path | None
 PadFile = Annotated[Path, typer.Argument(metavar="PAD", help="JSON, JSON lines, either gzipped, or Parquet.")]
 Grid = Annotated[int, typer.Option(min=1, help="Rows and columns of visual tokens.")]
 Side = Annotated[int, typer.Option(min=1, help="Width and height of the model's image, pixels.")]
@@ -153,6 +154,75 @@ def view(
         typer.echo(f"Not among the chosen records: {', '.join(viewed.not_found)}")
     if viewed.next_record is not None:
         typer.echo(f"There are more. Continue with --start {viewed.next_record}")
+
+
+@app.command(epilog="What the figures mean, and whether labels of a quality are worth training on: docs/quality.md.")
+@clear_errors
+def quality(
+    context: typer.Context,
+    pad: PadFile,
+    truth: Annotated[File, typer.Option(metavar="FILE", help="Masks that people drew: COCO instances, or PAD.")] = None,
+    against: Annotated[File, typer.Option(metavar="FILE", help="Another PAD file of the same images.")] = None,
+    spot_check: Annotated[File, typer.Option(metavar="DIR", help="Judge regions by eye; answers go there.")] = None,
+    image_folder: Annotated[File, typer.Option(metavar="DIR", help="The ids are below it. Default: PAD's.")] = None,
+    output: Annotated[File, typer.Option(metavar="DIR", help="Where the report goes. Default: PAD.quality")] = None,
+    synonyms: Annotated[File, typer.Option(metavar="JSON", help="Names that mean the same: {name: [name]}.")] = None,
+    words: Annotated[str | None, typer.Option(metavar="LLM", help="Compare names by its word embeddings.")] = None,
+    min_cosine: Annotated[float, typer.Option(min=-1, max=1, help="From which --words means the same.")] = 0.5,
+    count: Annotated[int, typer.Option(min=1, help="Regions to judge by eye.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of their draw, uniform over all regions.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page to judge on; 0 takes a free one.")] = 8301,
+) -> None:
+    """Measure how good labels and masks are: against a truth, against another PAD file, or by eye.
+
+    Writes `quality.json`, `quality.html` and `worst.html`. `--spot-check` serves a page on this machine instead, which
+    saves each answer at once; the same command continues.
+    """
+    if sum(mode is not None for mode in (truth, against, spot_check)) != 1:
+        raise ValueError("Expected one of --truth, --against and --spot-check.")
+    if synonyms and words:
+        raise ValueError("Found --synonyms and --words; expected one rule for names.")
+    from patch_aligned.pad import open_annotation_index
+
+    image_folder = image_folder or pad.parent
+    if spot_check is not None:
+        from patch_aligned.dataset.spot_check import SpotCheck, create_app
+        from patch_aligned.web.server import listen, run_server
+
+        listener = listen("127.0.0.1", port)
+        check = SpotCheck(open_annotation_index(pad), image_folder, spot_check, count, seed)
+        typer.echo(f"Judge {check.count:,} regions: http://127.0.0.1:{listener.getsockname()[1]}/ (Ctrl-C ends)")
+        run_server(create_app(check, ("127.0.0.1", "localhost")), listener)
+        return
+    from patch_aligned.analysis.sets import open_annotated_set
+    from patch_aligned.dataset.quality import compare, figures, name_rule, worst_images, write_report
+    from patch_aligned.pad import write_annotations
+
+    files, output = ("PAD", "truth") if truth else ("A", "B"), output or pad.with_name(pad.name + ".quality")
+    paths = [pad, truth or against or pad]
+    annotated = open_annotated_set(paths[1], image_folder, crowds=True)
+    if annotated.format != "pad":
+        paths[1] = output / "truth.parquet"
+        write_annotations(annotated, paths[1])
+    indices = [open_annotation_index(path) for path in paths]
+    for index in indices:
+        if index.rejected:
+            typer.echo(index.rejection_message())
+    rule, same = name_rule(synonyms, words, min_cosine)
+    regions, images = compare(indices, files, same, partial(_progress, desc="Comparing"))
+    alone = {f"images only in {file}": len(index) - len(images) for file, index in zip(files, indices, strict=True)}
+    about = {**dict(zip(files, map(str, paths), strict=True)), "names": rule, "images in both": len(images), **alone}
+    judged = regions[regions["file"] == "truth"] if truth else regions
+    worst = worst_images(indices, files, images, judged, same)
+    numbers = figures(regions, images)
+    _show(write_report(numbers, about, worst, image_folder, output))
+    if truth:
+        value = numbers["value"].xs("overall", level="by").droplevel("name")
+        typer.echo(
+            f"Recall of instances {value['truth', 'matched']:.3f}, precision of labels {value['PAD', 'same name']:.3f}"
+        )
+    typer.echo("; ".join(f"{name}: {value}" for name, value in about.items()))
+    typer.echo(f"Written: {output / 'quality.html'}, quality.json{', worst.html' if worst else ''}")
 
 
 @app.command()
