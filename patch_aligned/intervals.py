@@ -93,9 +93,7 @@ def ratio_of(sums: np.ndarray, counts: np.ndarray) -> float:
 
 
 def wilson_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of the share of hits among independent trials; (NaN, NaN) without a trial."""
-    if not trials:
-        return float("nan"), float("nan")
+    """Return Wilson's score interval of the share of hits among independent trials, at least one."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, weight = hits / trials, z * z / trials
     middle, half = share + weight / 2, z * (share * (1 - share) / trials + weight / (4 * trials)) ** 0.5

@@ -178,49 +178,43 @@ def quality(
     Writes `quality.json`, `quality.html` and `worst.html`. `--spot-check` serves a page on this machine instead, which
     saves each answer at once; the same command continues.
     """
-    if sum(mode is not None for mode in (truth, against, spot_check)) != 1:
-        raise ValueError("Expected one of --truth, --against and --spot-check.")
-    if synonyms and words:
-        raise ValueError("Found --synonyms and --words; expected one rule for names.")
-    from patch_aligned.pad import open_annotation_index
+    if sum(mode is not None for mode in (truth, against, spot_check)) != 1 or (synonyms and words):
+        raise ValueError(
+            "Expected one of --truth, --against and --spot-check, and at most one of --synonyms and --words."
+        )
+    from patch_aligned.pad import open_annotation_index, write_annotations
 
-    image_folder = image_folder or pad.parent
+    image_folder, output = image_folder or pad.parent, output or pad.with_name(pad.name + ".quality")
     if spot_check is not None:
         from patch_aligned.dataset.spot_check import SpotCheck, create_app
-        from patch_aligned.web.server import listen, run_server
+        from patch_aligned.web import listen, run_server
 
         listener = listen("127.0.0.1", port)
         check = SpotCheck(open_annotation_index(pad), image_folder, spot_check, count, seed)
         typer.echo(f"Judge {check.count:,} regions: http://127.0.0.1:{listener.getsockname()[1]}/ (Ctrl-C ends)")
-        run_server(create_app(check, ("127.0.0.1", "localhost")), listener)
+        run_server(create_app(check), listener)
         return
     from patch_aligned.analysis.sets import open_annotated_set
     from patch_aligned.dataset.quality import compare, figures, name_rule, worst_images, write_report
-    from patch_aligned.pad import write_annotations
 
-    files, output = ("PAD", "truth") if truth else ("A", "B"), output or pad.with_name(pad.name + ".quality")
-    paths = [pad, truth or against or pad]
-    annotated = open_annotated_set(paths[1], image_folder, crowds=True)
+    files, other = (("PAD", "truth"), truth) if truth is not None else (("A", "B"), against or pad)
+    annotated = open_annotated_set(other, image_folder, crowds=True)
     if annotated.format != "pad":
-        paths[1] = output / "truth.parquet"
-        write_annotations(annotated, paths[1])
-    indices = [open_annotation_index(path) for path in paths]
+        other = output / "truth.parquet"
+        write_annotations(annotated, other)
+    indices = [open_annotation_index(path) for path in (pad, other)]
     for index in indices:
         if index.rejected:
-            typer.echo(index.rejection_message())
+            raise ValueError(index.rejection_message())
     rule, same = name_rule(synonyms, words, min_cosine)
     regions, images = compare(indices, files, same, partial(_progress, desc="Comparing"))
     alone = {f"images only in {file}": len(index) - len(images) for file, index in zip(files, indices, strict=True)}
-    about = {**dict(zip(files, map(str, paths), strict=True)), "names": rule, "images in both": len(images), **alone}
-    judged = regions[regions["file"] == "truth"] if truth else regions
-    worst = worst_images(indices, files, images, judged, same)
-    numbers = figures(regions, images)
-    _show(write_report(numbers, about, worst, image_folder, output))
-    if truth:
-        value = numbers["value"].xs("overall", level="by").droplevel("name")
-        typer.echo(
-            f"Recall of instances {value['truth', 'matched']:.3f}, precision of labels {value['PAD', 'same name']:.3f}"
-        )
+    about = {files[0]: str(pad), files[1]: str(truth or against), "names": rule, "images in both": len(images), **alone}
+    worst = worst_images(indices, files, regions[regions["file"] == "truth"] if truth else regions, same)
+    tables = write_report(figures(regions, images), about, worst, image_folder, output)
+    for table in tables:
+        if "overall" in table.title or "pixels" in table.title:
+            _show(table)
     typer.echo("; ".join(f"{name}: {value}" for name, value in about.items()))
     typer.echo(f"Written: {output / 'quality.html'}, quality.json{', worst.html' if worst else ''}")
 

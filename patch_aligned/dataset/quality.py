@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,13 @@ from patch_aligned.tables import Cell, Table, number
 from patch_aligned.web import render
 
 MIN_IOU = 0.5
-FIGURES = ("matched", "same name", "matched by its name", "mask IoU")
-"""Share of a file's regions with a partner; of these, with one of their name; of all, likewise; mean IoU of pairs."""
+FIGURES = {
+    "truth": ("recall", "named right", "recall by name", "mask IoU"),
+    "PAD": ("on an instance", "precision of labels", "on an instance of its name", "mask IoU"),
+}
+ALIKE = ("in the other file", "of these, same name", "in the other file by name", "mask IoU")
+"""Share of a file's regions with a partner; of these, with one of their name; of all, likewise; mean over pairs."""
 _SIZES = {"small": 32**2, "medium": 96**2, "large": math.inf}  # pixels, below
-_COLUMNS = ["file", "image", "label", "area", "regions", "met", "named", "iou"]
 _WORST, _LEAST_REGIONS, _ROWS = 12, 5, 100
 Same = Callable[[str, str], bool]
 
@@ -55,9 +57,8 @@ def name_rule(synonyms: Path | None, words: str | None, min_cosine: float) -> tu
     return rule, lambda one, other: compared(plain(one), plain(other))
 
 
-@cache
 def plain(name: str) -> str:
-    """Return a name without case and superfluous white space, in which names are compared."""
+    """Return a name as names are compared: without case and superfluous white space."""
     return " ".join(name.casefold().split())
 
 
@@ -104,44 +105,44 @@ def compare(
     first, second = indices
     shared = [(one, row) for row in range(len(second)) if (one := first.find(second[row].image_id)) is not None]
     if not shared:
-        raise ValueError(
-            f"{first.source} and {second.source}: found no image in both; expected paths below one folder. Strip or "
-            "add the leading folders in one of them."
-        )
-    image_ids, rows, pixels = [], [], []
+        message = "found no image in both; expected paths below one folder. Strip or add the leading folders in one"
+        raise ValueError(f"{first.source} and {second.source}: {message}")
+    rows, images = [], {}
     for places in watch(shared):
-        images = [index[place] for index, place in zip(indices, places, strict=True)]
-        require_size(images[0].size_wh, images[1].size_wh, f"{first.source}: {images[0].image_id}")
-        areas = [areas_px(image.coco_masks()).tolist() for image in images]
-        for *pair, iou, named in judge_image(images, same):
-            for side, place in enumerate(pair):
+        pair = [index[place] for index, place in zip(indices, places, strict=True)]
+        image_id, masks = pair[0].image_id, [image.coco_masks() for image in pair]
+        require_size(pair[0].size_wh, pair[1].size_wh, f"{first.source}: {image_id}")
+        unions = [int(coco_mask.area(coco_mask.merge(own))) if own else 0 for own in masks]
+        images[image_id] = (*unions, math.prod(pair[0].size_wh))
+        areas = [areas_px(own).tolist() for own in masks]
+        for *regions, iou, named in judge_image(pair, same):
+            for side, place in enumerate(regions):
                 if place >= 0:
-                    own = plain(images[side].regions[place].tag), areas[side][place]
-                    rows.append((files[side], len(image_ids), *own, 1, min(pair) >= 0, named, iou))
-        unions = [coco_mask.area(coco_mask.merge(image.coco_masks())) if image.regions else 0 for image in images]
-        pixels.append((*map(int, unions), math.prod(images[0].size_wh)))
-        image_ids.append(images[0].image_id)
-    regions = pd.DataFrame(rows, columns=_COLUMNS).assign(overall="all")
-    regions["size"] = pd.cut(regions["area"], [-1, *_SIZES.values()], right=False, labels=list(_SIZES)).astype(str)
-    return regions, pd.DataFrame(pixels, columns=[*files, "all"], index=image_ids, dtype=float)
+                    label, area = plain(pair[side].regions[place].tag), areas[side][place]
+                    rows.append((files[side], image_id, label, area, 1, min(regions) >= 0, named, iou))
+    found = pd.DataFrame(rows, columns=["file", "image", "label", "area", "regions", "met", "named", "iou"])
+    sizes = pd.cut(found["area"], [-1, *_SIZES.values()], right=False, labels=list(_SIZES)).astype(str)
+    pixels = pd.DataFrame.from_dict(images, orient="index", columns=[*files, "all"], dtype=float)
+    return found.assign(size=sizes, overall="all"), pixels
 
 
-def figures(regions: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
+def figures(regions: pd.DataFrame, pixels: pd.DataFrame) -> pd.DataFrame:
     """Return value, low, high, images and of how many, by file, kind and name of a group, and figure."""
     frames = {}
     for kind in ("overall", "size", "label"):
         for (file, name), own in regions.groupby(["file", kind]):
             sums = own.groupby("image")[["regions", "met", "named", "iou"]].sum().to_numpy(float)  # [images, 4]
             above, below = sums[:, [1, 2, 2, 3]], sums[:, [0, 1, 0, 1]]
-            frames[file, kind, name] = ratios_of(above, below, Resampling(), FIGURES).assign(of=below.sum(axis=0))
-    for file in images.columns[:2]:
-        share = ratios_of(images[[file]].to_numpy(), images[["all"]].to_numpy(), Resampling(), ["pixels labelled"])
-        frames[file, "overall", "all"] = pd.concat([frames.get((file, "overall", "all")), share])
+            found = ratios_of(above, below, Resampling(), FIGURES.get(file, ALIKE))
+            frames[file, kind, name] = found.assign(of=below.sum(axis=0).astype(int))
+    for file in pixels.columns[:2]:
+        found = ratios_of(pixels[[file]].to_numpy(), pixels[["all"]].to_numpy(), Resampling(), ["share labelled"])
+        frames[file, "pixels", "all"] = found.assign(of=int(pixels["all"].sum()))
     return pd.concat(frames, names=["file", "by", "name", "figure"])
 
 
 def worst_images(
-    indices: Sequence[AnnotationIndex], files: Sequence[str], images: pd.DataFrame, regions: pd.DataFrame, same: Same
+    indices: Sequence[AnnotationIndex], files: Sequence[str], regions: pd.DataFrame, same: Same
 ) -> list[AnnotatedImage]:
     """Return the worst images, and one for each of the worst labels. Captions say which, tags what differs."""
     reasons: dict[str, list[str]] = defaultdict(list)
@@ -151,13 +152,13 @@ def worst_images(
         )
         for key in shares[(shares["mean"] < 1) & (shares["size"] >= least)].index[:_WORST]:
             own = regions[regions[by] == key]
-            of = f"{own['named'].sum()} of {len(own)} regions {'here' if by == 'image' else f'with the label {key}'}"
-            reasons[images.index[own[~own["named"]]["image"].mode()[0]]].append(f"{of} have a partner of their name")
+            text = f"{by} {key}: {own['named'].sum()} of {len(own)} regions have a partner of their name"
+            reasons[own[~own["named"]]["image"].mode()[0]].append(text)
     worst = []
     for image_id, texts in reasons.items():
         pair, tagged = [index[index.find(image_id) or 0] for index in indices], []
         for *places, iou, named in judge_image(pair, same):
-            own = {file: of.regions[at] for file, of, at in zip(files, pair, places, strict=True) if at >= 0}
+            own = {file: image.regions[at] for file, image, at in zip(files, pair, places, strict=True) if at >= 0}
             tag = ", ".join(f"{file}: {region.tag}" for file, region in own.items())
             tag = f"both: {tag}" if named else tag if iou else f"only {tag}"
             tagged.append(replace([*own.values()][-1], tag=tag, extra={"iou": iou} if iou else {}))
@@ -165,29 +166,22 @@ def worst_images(
     return worst
 
 
-def as_table(numbers: pd.DataFrame, by: str) -> Table:
-    """Return a row for each group and file; groups whose regions match by name most rarely come first."""
-    own = numbers.xs(by, level="by")
-    shares = own["value"].xs("matched by its name", level="figure")
-    judged = shares.loc[["truth"]] if "truth" in shares.index else shares  # nobody labels everything
-    rows = []
-    for name, file in product(
-        judged.groupby("name").min().sort_values(kind="stable").index[:_ROWS], own.index.unique(0)
-    ):
-        if (file, name) in shares.index:
-            found = own.loc[(file, name)]
-            spans = [
-                "" if math.isnan(row.low) else f"{number(row.low)} … {number(row.high)}" for row in found.itertuples()
-            ]
-            cells = [Cell(*texts) for texts in zip(found["value"].map(number), spans, strict=True)]
-            rows.append([Cell(name), Cell(file), Cell(f"{found['of'].iloc[0]:,.0f}"), *cells])
-    return Table(by, (by, "file", "regions", *own.index.unique("figure")), rows, text_columns=2)
+def as_table(numbers: pd.DataFrame, file: str, by: str) -> Table:
+    """Return a row for each group of a file, those whose regions have a partner of their name most rarely first."""
+    own, rows = numbers.xs((file, by), level=("file", "by")), []
+    third = own["value"].groupby("name").agg(lambda values: values.iloc[len(values) // 2])
+    for name in third.sort_values(kind="stable").index[:_ROWS]:
+        found = own.xs(name)
+        spans = [f"{number(low)} … {number(high)}" for low, high in zip(found["low"], found["high"], strict=True)]
+        cells = [Cell(*texts) for texts in zip(found["value"].map(number), spans, strict=True)]
+        rows.append([Cell(name), Cell(f"{found['of'].iloc[0]:,}"), *cells])
+    return Table(f"{file}: {by}", (by, "pixels" if by == "pixels" else "regions", *found.index), rows)
 
 
 def write_report(
     numbers: pd.DataFrame, about: dict[str, Any], worst: list[AnnotatedImage], image_folder: Path, output: Path
-) -> Table:
-    """Write `quality.json`, `quality.html` and, with the worst images, `worst.html`; return the table of the whole."""
+) -> list[Table]:
+    """Write `quality.json`, `quality.html` and, with the worst images, `worst.html`; return the tables."""
     output.mkdir(parents=True, exist_ok=True)
     records = json.loads(numbers.reset_index().to_json(orient="records"))  # null where there is no value
     document = json.dumps({**about, "figures": records}, indent=1, ensure_ascii=False)
@@ -195,13 +189,9 @@ def write_report(
     if worst:
         write_annotations(worst, output / "worst.jsonl")
         write_view(output / "worst.jsonl", image_folder, output / "worst.html")
-    tables = [as_table(numbers, by) for by in ("overall", "size", "label")]
-    values = {
-        "title": "Quality of labels",
-        "about": about,
-        "tables": tables,
-        "rule": pair_regions.__doc__,
-        "worst": len(worst),
-    }
-    (output / "quality.html").write_text(render(__package__, "quality.html.j2", **values), encoding="utf-8")
-    return tables[0]
+    tables = [as_table(numbers, *pair) for pair in numbers.index.droplevel(["name", "figure"]).unique()]
+    page = render(
+        __package__, "quality.html.j2", about=about, tables=tables, rule=pair_regions.__doc__, worst=len(worst)
+    )
+    (output / "quality.html").write_text(page, encoding="utf-8")
+    return tables

@@ -29,15 +29,15 @@ function start(data) {
     busy = false;
   }
 
-  const say = (answer) => state?.number != null && ask("answer", { number: state.number, answer });
-  const undo = () => state?.last != null && ask("answer", { number: state.last, answer: null });
+  const say = (answer) => state?.number != null && ask("answer", [state.number, answer]);
+  const undo = () => state?.last != null && ask("answer", [state.last, null]);
   const toggle = () => element("picture").classList.toggle("plain");
 
   function show() {
-    const { summary, number } = state, isOver = number === null;
-    const done = summary.judged + summary.skipped;
-    element("progress").textContent = `${done} of ${summary.regions}` + (summary.skipped ? `, ${summary.skipped} skipped` : "");
-    element("shares").replaceChildren(...Object.entries(summary.shares).map(([name, [share, low, high]]) => {
+    const isOver = state.number === null;
+    const done = state.judged + state.skipped;
+    element("progress").textContent = `${done} of ${state.regions}` + (state.skipped ? `, ${state.skipped} skipped` : "");
+    element("shares").replaceChildren(...Object.entries(state.shares).map(([name, [share, low, high]]) => {
       const row = document.createElement("tr"), percent = (value) => `${(100 * value).toFixed(1)}%`;
       row.append(document.createElement("th"), document.createElement("td"));
       row.children[0].textContent = name;

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patch_aligned.explore.session import MIN_COVERAGE, RULE, Session
+from patch_aligned.files import validated
 from patch_aligned.models.load import sources_of
-from patch_aligned.web import render
-from patch_aligned.web.server import post, read_body, serve_page
+from patch_aligned.web import post, render, serve_page
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.routing import Route
 
 MOST_BYTES = 20 * 2**20
 """Of an uploaded file."""
@@ -53,15 +54,15 @@ def create_app(session: Session, hosts: Sequence[str]) -> Starlette:
             raise ValueError(f"start: found {start[:20]!r}, expected the number of a record.")
         return JSONResponse(await run_in_threadpool(session.images, text, int(start)))
 
-    async def upload(request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(session.upload, await read_body(request, MOST_BYTES)))
+    def ask(path: str, answer: Callable[[Question], dict[str, Any]]) -> Route:
+        return post(path, lambda content: answer(validated(Question, content, "request")))
 
     routes = [
         Route("/images", list_images),
-        Route("/upload", upload, methods=["POST"]),
-        post("/image", Question, lambda asked: session.picture(asked.image)),
-        post("/words", Question, lambda asked: session.words(asked.image)),
-        post("/region", Question, lambda asked: session.region(asked.image, asked.point, asked.polygon)),
-        post("/heat", Question, lambda asked: session.heat(asked.image, asked.word, asked.less)),
+        post("/upload", session.upload, MOST_BYTES),
+        ask("/image", lambda asked: session.picture(asked.image)),
+        ask("/words", lambda asked: session.words(asked.image)),
+        ask("/region", lambda asked: session.region(asked.image, asked.point, asked.polygon)),
+        ask("/heat", lambda asked: session.heat(asked.image, asked.word, asked.less)),
     ]
     return serve_page(page, routes, hosts)

@@ -54,15 +54,14 @@ def explore(
     `patch-aligned explore captions=runs/captions ours=runs/patch --base models/vicuna-7b-v1.5
     --data pad.jsonl --image-folder images --open`
     """
-    from patch_aligned.web.server import listen, require_server, run_server
-
-    require_server()
     if (data is None) != (image_folder is None):
         raise ValueError("Found one of --data and --image-folder; expected both, to look through a set, or neither.")
     if data is not None and not data.is_file():
         raise FileNotFoundError(f"--data {data}: there is no such file.")
     if image_folder is not None and not image_folder.is_dir():
         raise FileNotFoundError(f"--image-folder {image_folder}: there is no such folder.")
+    from patch_aligned.web import listen, run_server
+
     listener = listen(host, port)
 
     from rich.console import Console

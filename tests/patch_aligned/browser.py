@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through two pipes in its DevTools protocol: no package beyond the browser is needed."""
+"""A headless Chromium, driven through two pipes in its DevTools protocol: no package beyond the browser is needed."""
 
 from __future__ import annotations
 
@@ -55,13 +55,15 @@ class Page:
 
     def until(self, expression: str) -> None:
         """Wait until an expression is true in the page."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not self.run(f"Boolean({expression})"):
             assert time.monotonic() < end, f"never true: {expression}"
             time.sleep(0.02)
 
     def open(self, address: str, width: int, height: int) -> None:
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
         self.send("Page.navigate", url=address)
         self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
