@@ -71,6 +71,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "patch_aligned.analysis.matching_pursuit": (),
     "patch_aligned.annotate": (*CORE, "patch_aligned.annotate"),
     "patch_aligned.dataset": (*CORE, *PAGES, "patch_aligned.dataset"),
+    **dict.fromkeys(  # truths of any format, and names compared by word embeddings
+        ("patch_aligned.dataset.cli", "patch_aligned.dataset.quality"),
+        (*CORE, *PAGES, "patch_aligned.dataset", "patch_aligned.analysis.sets", "patch_aligned.models.llava"),
+    ),
     "patch_aligned.explore": (*CORE, *PAGES, "patch_aligned.analysis", "patch_aligned.models", "patch_aligned.explore"),
     "patch_aligned.results": (*PAGES, "patch_aligned.files", "patch_aligned.intervals", "patch_aligned.results"),
     "eval": ("eval", *CORE, *PAGES, "patch_aligned.results", "llava"),

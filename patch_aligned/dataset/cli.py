@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -168,7 +169,7 @@ def quality(
     output: Annotated[File, typer.Option(metavar="DIR", help="Where the report goes. Default: PAD.quality")] = None,
     synonyms: Annotated[File, typer.Option(metavar="JSON", help="Names that mean the same: {name: [name]}.")] = None,
     words: Annotated[str | None, typer.Option(metavar="LLM", help="Compare names by its word embeddings.")] = None,
-    min_cosine: Annotated[float, typer.Option(min=-1, max=1, help="From which --words means the same.")] = 0.5,
+    min_cosine: Annotated[float, typer.Option(min=-1, max=1, help="From which --words means the same.")] = 0.7,
     count: Annotated[int, typer.Option(min=1, help="Regions to judge by eye.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Of their draw, uniform over all regions.")] = 0,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page to judge on; 0 takes a free one.")] = 8301,
@@ -179,13 +180,11 @@ def quality(
     saves each answer at once; the same command continues.
     """
     if sum(mode is not None for mode in (truth, against, spot_check)) != 1 or (synonyms and words):
-        raise ValueError(
-            "Expected one of --truth, --against and --spot-check, and at most one of --synonyms and --words."
-        )
+        raise ValueError("Expected one of --truth, --against, --spot-check, and at most one of --synonyms, --words.")
     from patch_aligned.pad import open_annotation_index, write_annotations
 
     image_folder, output = image_folder or pad.parent, output or pad.with_name(pad.name + ".quality")
-    if spot_check is not None:
+    if spot_check:
         from patch_aligned.dataset.spot_check import SpotCheck, create_app
         from patch_aligned.web import listen, run_server
 
@@ -197,23 +196,23 @@ def quality(
     from patch_aligned.analysis.sets import open_annotated_set
     from patch_aligned.dataset.quality import compare, figures, name_rule, worst_images, write_report
 
-    files, other = (("PAD", "truth"), truth) if truth is not None else (("A", "B"), against or pad)
+    files, other = (("PAD", "truth"), truth) if truth else (("A", "B"), against or pad)
     annotated = open_annotated_set(other, image_folder, crowds=True)
     if annotated.format != "pad":
-        other = output / "truth.parquet"
-        write_annotations(annotated, other)
+        write_annotations(annotated, kept := output / "truth.parquet")
+        shutil.copystat(other, kept)  # so that the same file is not indexed again
+        other = kept
     indices = [open_annotation_index(path) for path in (pad, other)]
-    for index in indices:
-        if index.rejected:
-            raise ValueError(index.rejection_message())
+    if broken := [index.rejection_message() for index in indices if index.rejected]:
+        raise ValueError("\n".join(broken))
     rule, same = name_rule(synonyms, words, min_cosine)
-    regions, images = compare(indices, files, same, partial(_progress, desc="Comparing"))
-    alone = {f"images only in {file}": len(index) - len(images) for file, index in zip(files, indices, strict=True)}
-    about = {files[0]: str(pad), files[1]: str(truth or against), "names": rule, "images in both": len(images), **alone}
-    worst = worst_images(indices, files, regions[regions["file"] == "truth"] if truth else regions, same)
-    tables = write_report(figures(regions, images), about, worst, image_folder, output)
-    for table in tables:
-        if "overall" in table.title or "pixels" in table.title:
+    terms = compare(indices, files, same, partial(_progress, desc="Comparing"))
+    images = terms["image"].nunique()
+    about = {files[0]: str(pad), files[1]: str(other), "names": rule, "images in both": images}
+    about |= {f"images only in {file}": len(index) - images for file, index in zip(files, indices, strict=True)}
+    worst = worst_images(indices, files, terms[terms["file"] == "truth"] if truth else terms, same)
+    for table in write_report(figures(terms), about, worst, image_folder, output):
+        if not table.title.endswith(("size", "label")):
             _show(table)
     typer.echo("; ".join(f"{name}: {value}" for name, value in about.items()))
     typer.echo(f"Written: {output / 'quality.html'}, quality.json{', worst.html' if worst else ''}")

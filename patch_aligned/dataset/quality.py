@@ -100,60 +100,57 @@ def _overlaps(masks: list[Any], others: list[Any], are_crowds: bool) -> np.ndarr
 
 def compare(
     indices: Sequence[AnnotationIndex], files: Sequence[str], same: Same, watch: Callable[..., Any] = iter
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Compare the images that two files share: a row for each region, and one for each image with labelled pixels."""
+) -> pd.DataFrame:
+    """Return the terms of all figures, of the images that two files share: a row for each region and group of it.
+
+    A group is all regions, those of a size, or those of a label; pixels are a group of each image.
+    """
     first, second = indices
     shared = [(one, row) for row in range(len(second)) if (one := first.find(second[row].image_id)) is not None]
     if not shared:
         message = "found no image in both; expected paths below one folder. Strip or add the leading folders in one"
         raise ValueError(f"{first.source} and {second.source}: {message}")
-    rows, images = [], {}
+    rows: list[Any] = []
     for places in watch(shared):
         pair = [index[place] for index, place in zip(indices, places, strict=True)]
         image_id, masks = pair[0].image_id, [image.coco_masks() for image in pair]
         require_size(pair[0].size_wh, pair[1].size_wh, f"{first.source}: {image_id}")
-        unions = [int(coco_mask.area(coco_mask.merge(own))) if own else 0 for own in masks]
-        images[image_id] = (*unions, math.prod(pair[0].size_wh))
-        areas = [areas_px(own).tolist() for own in masks]
+        for file, own in zip(files, masks, strict=True):
+            labelled = int(coco_mask.area(coco_mask.merge(own))) if own else 0
+            rows.append((file, "pixels", "all", image_id, math.prod(pair[0].size_wh), labelled, 0, 0.0))
+        areas = [areas_px(own) for own in masks]
         for *regions, iou, named in judge_image(pair, same):
             for side, place in enumerate(regions):
                 if place >= 0:
-                    label, area = plain(pair[side].regions[place].tag), areas[side][place]
-                    rows.append((files[side], image_id, label, area, 1, min(regions) >= 0, named, iou))
-    found = pd.DataFrame(rows, columns=["file", "image", "label", "area", "regions", "met", "named", "iou"])
-    sizes = pd.cut(found["area"], [-1, *_SIZES.values()], right=False, labels=list(_SIZES)).astype(str)
-    pixels = pd.DataFrame.from_dict(images, orient="index", columns=[*files, "all"], dtype=float)
-    return found.assign(size=sizes, overall="all"), pixels
+                    size = next(size for size, most in _SIZES.items() if areas[side][place] < most)
+                    groups = (("overall", "all"), ("size", size), ("label", plain(pair[side].regions[place].tag)))
+                    rows += [(files[side], *group, image_id, 1, min(regions) >= 0, named, iou) for group in groups]
+    return pd.DataFrame(rows, columns=["file", "by", "name", "image", "of", "met", "named", "iou"])
 
 
-def figures(regions: pd.DataFrame, pixels: pd.DataFrame) -> pd.DataFrame:
+def figures(terms: pd.DataFrame) -> pd.DataFrame:
     """Return value, low, high, images and of how many, by file, kind and name of a group, and figure."""
     frames = {}
-    for kind in ("overall", "size", "label"):
-        for (file, name), own in regions.groupby(["file", kind]):
-            sums = own.groupby("image")[["regions", "met", "named", "iou"]].sum().to_numpy(float)  # [images, 4]
-            above, below = sums[:, [1, 2, 2, 3]], sums[:, [0, 1, 0, 1]]
-            found = ratios_of(above, below, Resampling(), FIGURES.get(file, ALIKE))
-            frames[file, kind, name] = found.assign(of=below.sum(axis=0).astype(int))
-    for file in pixels.columns[:2]:
-        found = ratios_of(pixels[[file]].to_numpy(), pixels[["all"]].to_numpy(), Resampling(), ["share labelled"])
-        frames[file, "pixels", "all"] = found.assign(of=int(pixels["all"].sum()))
+    for (file, by, name), own in terms.groupby(["file", "by", "name"]):
+        sums = own.groupby("image")[["of", "met", "named", "iou"]].sum().to_numpy(float)  # [images, 4]
+        names = ("share labelled",) if by == "pixels" else FIGURES.get(file, ALIKE)
+        above, below = sums[:, [1, 2, 2, 3][: len(names)]], sums[:, [0, 1, 0, 1][: len(names)]]
+        frames[file, by, name] = ratios_of(above, below, Resampling(), names).assign(of=below.sum(axis=0).astype(int))
     return pd.concat(frames, names=["file", "by", "name", "figure"])
 
 
 def worst_images(
-    indices: Sequence[AnnotationIndex], files: Sequence[str], regions: pd.DataFrame, same: Same
+    indices: Sequence[AnnotationIndex], files: Sequence[str], terms: pd.DataFrame, same: Same
 ) -> list[AnnotatedImage]:
     """Return the worst images, and one for each of the worst labels. Captions say which, tags what differs."""
     reasons: dict[str, list[str]] = defaultdict(list)
-    for by, least in (("image", 1), ("label", _LEAST_REGIONS)):
-        shares = (
-            regions.groupby(by)["named"].agg(["mean", "size"]).sort_values(["mean", "size"], ascending=[True, False])
-        )
-        for key in shares[(shares["mean"] < 1) & (shares["size"] >= least)].index[:_WORST]:
-            own = regions[regions[by] == key]
-            text = f"{by} {key}: {own['named'].sum()} of {len(own)} regions have a partner of their name"
-            reasons[own[~own["named"]]["image"].mode()[0]].append(text)
+    for by, key, least in (("overall", "image", 1), ("label", "name", _LEAST_REGIONS)):
+        groups = terms[terms["by"] == by].groupby(key)
+        shares = groups["named"].mean()[groups.size() >= least].sort_values(kind="stable")
+        for name in shares[shares < 1].index[:_WORST]:
+            own = groups.get_group(name)
+            text = f"{name}: {own['named'].sum()} of {len(own)} regions have a partner of their name"
+            reasons[own[~own["named"].astype(bool)]["image"].mode()[0]].append(text)
     worst = []
     for image_id, texts in reasons.items():
         pair, tagged = [index[index.find(image_id) or 0] for index in indices], []

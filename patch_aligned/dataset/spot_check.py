@@ -95,13 +95,7 @@ class SpotCheck:
             state["picture"] = jpeg_address(thumbnail(self.image_folder, image.image_id, image.size_wh, _SHOWN_SIDE))
         except ImageFileError as error:
             state["problem"] = str(error)
-        region = image.regions[place]
-        return state | {
-            "image_id": image.image_id,
-            "size": image.size_wh,
-            "tag": region.tag,
-            "rle_mask": region.rle_mask,
-        }
+        return state | self._line(number, None) | {"size": image.size_wh, "rle_mask": image.regions[place].rle_mask}
 
 
 def create_app(check: SpotCheck) -> Starlette:
