@@ -169,8 +169,10 @@ def as_table(numbers: pd.DataFrame, file: str, by: str) -> Table:
     third = own["value"].groupby("name").agg(lambda values: values.iloc[len(values) // 2])
     for name in third.sort_values(kind="stable").index[:_ROWS]:
         found = own.xs(name)
-        spans = [f"{number(low)} … {number(high)}" for low, high in zip(found["low"], found["high"], strict=True)]
-        cells = [Cell(*texts) for texts in zip(found["value"].map(number), spans, strict=True)]
+        spans = zip(found["value"], found["low"], found["high"], strict=True)
+        cells = [
+            Cell(number(v), "" if math.isnan(low) else f"{number(low)} … {number(high)}") for v, low, high in spans
+        ]
         rows.append([Cell(name), Cell(f"{found['of'].iloc[0]:,}"), *cells])
     return Table(f"{file}: {by}", (by, "pixels" if by == "pixels" else "regions", *found.index), rows)
 

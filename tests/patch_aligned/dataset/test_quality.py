@@ -241,6 +241,25 @@ def test_an_image_of_two_sizes_is_refused(coco: Path, label: Make, record: Make,
     assert "a.png" in (said := run(pad, "--truth", coco, fails=True)) and "swapped" in said
 
 
+def test_where_nothing_is_there_is_no_figure(label: Make, record: Make, write_pad: Make, tmp_path: Path):
+    nothing = write_pad(record("a.png"), record("b.png")).rename(tmp_path / "nothing.json")
+    pad = write_pad(record("a.png", label(0, 0, 32, 32, "x")), record("b.png"))  # of 32 x 32 pixels: medium
+    folder = ("--image-folder", tmp_path / "images")
+    found, _ = measured(pad, "--truth", nothing, *folder)
+    assert found["PAD", "size", "medium", "on an instance"]["value"] == 0
+    assert found["PAD", "overall", "all", "precision of labels"]["value"] is None
+    assert not [file for file, by, *_ in found if file == "truth" and by != "pixels"]
+    assert {by for _, by, *_ in measured(nothing, "--truth", nothing, *folder)[0]} == {"pixels"}
+    assert measured(nothing, "--truth", pad, *folder)[0]["truth", "overall", "all", "recall"]["value"] == 0
+
+
+def test_a_broken_record_stops_rather_than_being_left_out(label: Make, record: Make, write_pad: Make, tmp_path: Path):
+    broken = record("b.png", label(0, 0, 9, 9) | {"rle_mask": "0"})
+    pad = write_pad(record("a.png"), broken)
+    for mode in (("--truth", pad), ("--spot-check", tmp_path / "answers", "--port", 0)):
+        assert "'b.png'" in run(pad, *mode, fails=True)
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
