@@ -157,7 +157,8 @@ def worst_images(
         for *places, iou, named in judge_image(pair, same):
             own = {file: image.regions[at] for file, image, at in zip(files, pair, places, strict=True) if at >= 0}
             tag = ", ".join(f"{file}: {region.tag}" for file, region in own.items())
-            tag = f"both: {tag}" if named else tag if iou else f"only {tag}"
+            names = " = ".join(dict.fromkeys(region.tag for region in own.values()))
+            tag = f"both: {names}" if named else tag if iou else f"only {tag}"
             tagged.append(replace([*own.values()][-1], tag=tag, extra={"iou": iou} if iou else {}))
         worst.append(replace(pair[0], caption="; ".join(texts), regions=tuple(tagged), extra={}))
     return worst

@@ -1,8 +1,29 @@
 const KEYS = { r: "right", n: "wrong name", m: "wrong mask", s: "skip" };
 
+/* The box around the filled pixels: left, top, right, bottom. */
+function boxOfMask(runs, height) {
+  let at = 0, [left, top, right, bottom] = [Infinity, Infinity, 0, 0];
+  runs.forEach((length, index) => {
+    if (index % 2 && length) {
+      const first = Math.floor(at / height), last = Math.floor((at + length - 1) / height), isWhole = last > first;
+      [left, right] = [Math.min(left, first), Math.max(right, last + 1)];
+      [top, bottom] = [Math.min(top, isWhole ? 0 : at % height), Math.max(bottom, isWhole ? height : (at + length - 1) % height + 1)];
+    }
+    at += length;
+  });
+  return [left, top, right, bottom];
+}
+
+/* A box with a margin, as far as it is in the image. */
+function around([left, top, right, bottom], [width, height]) {
+  const margin = 0.4 * Math.max(right - left, bottom - top);
+  const x = Math.max(left - margin, 0), y = Math.max(top - margin, 0);
+  return { x, y, width: Math.min(right + margin, width) - x, height: Math.min(bottom + margin, height) - y };
+}
+
 function start(data) {
   const element = (id) => document.getElementById(id);
-  let state = null, busy = false;
+  let state = null, busy = false, isNear = false;
 
   const button = (text, key, act) => {
     const made = document.createElement("button"), hint = document.createElement("kbd");
@@ -32,6 +53,7 @@ function start(data) {
   const say = (answer) => state?.number != null && ask("answer", [state.number, answer]);
   const undo = () => state?.last != null && ask("answer", [state.last, null]);
   const toggle = () => element("picture").classList.toggle("plain");
+  const zoom = () => { isNear = !isNear; if (state?.number != null) show(); };
 
   function show() {
     const isOver = state.number === null;
@@ -54,8 +76,10 @@ function start(data) {
 
   /* The picture, dark but for the region, which has an outline. */
   function draw() {
-    const [width, height] = state.size, svg = drawImage(state.size, state.picture);
-    const mask = pathOfMask(runLengths(state.rle_mask), height), radius = Math.max(width, height) / 320;
+    const [width, height] = state.size, runs = runLengths(state.rle_mask), mask = pathOfMask(runs, height);
+    const seen = isNear ? around(boxOfMask(runs, height), state.size) : { x: 0, y: 0, width, height };
+    const radius = Math.max(seen.width, seen.height) / 320;
+    const svg = drawImage(state.size, state.picture, seen);
     svg.setAttribute("aria-label", `${state.tag} in ${state.image_id}`);
     svg.append(
       svgElement("filter", { id: "outline", filterUnits: "userSpaceOnUse", x: 0, y: 0, width, height },
@@ -68,13 +92,14 @@ function start(data) {
   }
 
   for (const [key, answer] of Object.entries(KEYS)) element("answers").append(button(answer, key, () => say(answer)));
-  element("tools").append(button("Undo", "u", undo), button("Hide the mask", "h", toggle));
+  element("tools").append(button("Undo", "u", undo), button("Hide mask", "h", toggle), button("Zoom", "z", zoom));
   element("legend").textContent = `Is this what the label says, and does the mask fit it? Drawn at random among all regions, seed ${data.seed}. Shares are of the regions judged, with Wilson's 95% interval; skipped ones do not count. Every answer is saved at once.`;
   document.onkeydown = (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
     if (KEYS[event.key]) say(KEYS[event.key]);
     else if (event.key === "u") undo();
     else if (event.key === "h") toggle();
+    else if (event.key === "z") zoom();
     else return;
     event.preventDefault();
   };
@@ -82,3 +107,4 @@ function start(data) {
 }
 
 if (typeof document !== "undefined") start(JSON.parse(document.getElementById("data").textContent));
+else module.exports = { boxOfMask };

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,13 @@ from typer.testing import CliRunner
 from patch_aligned.cli import app
 from patch_aligned.dataset.spot_check import SpotCheck, create_app
 from patch_aligned.intervals import wilson_interval
+from patch_aligned.masks import rle_of_mask
 from patch_aligned.pad import open_annotation_index
 from patch_aligned.web import listen
 from tests.patch_aligned.browser import CHROMIUM, Page
 
 Make = Callable[..., Any]
+SCRIPTS = (("patch_aligned.web", "masks.js"), ("patch_aligned.dataset", "spot_check.js"))
 SHOWN = "#answers button, #tools button, #picture svg, #question"
 browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which drives the page")
 
@@ -150,7 +155,7 @@ def test_everything_is_in_view_and_buttons_work(check: Make, page: Page, width: 
         assert page.run("document.documentElement.scrollWidth") == width
         edges = f"[...document.querySelectorAll({SHOWN!r})].map((one) => one.getBoundingClientRect().toJSON())"
         boxes = page.run(edges)
-        assert len(boxes) == 8
+        assert len(boxes) == 9
         for box in boxes:
             assert box["left"] >= 0 and box["right"] <= width and box["top"] >= 0 and box["bottom"] <= height
             assert box["height"] >= 24
@@ -158,6 +163,19 @@ def test_everything_is_in_view_and_buttons_work(check: Make, page: Page, width: 
         page.until("getComputedStyle(document.querySelector('.outline')).display === 'none'")
         page.press("h")
         page.until("getComputedStyle(document.querySelector('.outline')).display !== 'none'")
+        page.press("z")  # the region's own box, whatever its size in the picture
+        page.until("document.querySelector('#picture svg').getAttribute('viewBox') !== '0 0 96 64'")
+        x, y, wide, high = map(
+            float, page.run("document.querySelector('#picture svg').getAttribute('viewBox')").split()
+        )
+        region = started.index.find_region(started.order[0])
+        left, top, right, bottom = region[0].regions[region[1]].bbox_xyxy_px
+        margin = 0.4 * max(right - left, bottom - top)
+        assert (x, y, x + wide, y + high) == pytest.approx(
+            (left - margin, top - margin, right + margin, bottom + margin)
+        )
+        page.click("#tools button:nth-child(3)")
+        page.until("document.querySelector('#picture svg').getAttribute('viewBox') === '0 0 96 64'")
         page.click("#answers button:nth-child(2)")
         progress(page, "1 of 2")
         page.click("#answers button:nth-child(4)")
@@ -187,6 +205,22 @@ def test_an_answer_that_could_not_be_saved_does_not_count_and_is_said(
         page.press("n")
         progress(page, "1 of 12")
         assert started.state()["shares"]["wrong name"][0] == 1
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
+def test_the_box_that_is_zoomed_on_is_the_mask_s():
+    rng = np.random.default_rng(0)
+    masks = [rng.random(rng.integers(1, 12, 2)) < share for share in rng.choice([0.02, 0.1, 0.5, 1.0], 200)]
+    masks = [mask for mask in masks if mask.any()]
+    files = [str(resources.files(package).joinpath(name)) for package, name in SCRIPTS]
+    code = f"""const {{ runLengths }} = require({files[0]!r}), {{ boxOfMask }} = require({files[1]!r});
+    const masks = JSON.parse(process.argv[1]);
+    console.log(JSON.stringify(masks.map(([rle, height]) => boxOfMask(runLengths(rle), height))))"""
+    given = json.dumps([[rle_of_mask(mask), len(mask)] for mask in masks])
+    found = json.loads(subprocess.run(["node", "-e", code, given], capture_output=True, text=True, check=True).stdout)
+    for mask, box in zip(masks, found, strict=True):
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        assert box == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
 def test_a_line_that_was_cut_off_is_dropped_and_the_next_is_whole(check: Make):
