@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import re
@@ -17,6 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from typer.testing import CliRunner
 
 from patch_aligned.cli import app
@@ -221,6 +225,46 @@ def test_crowds_of_coco_are_neither_missed_nor_wrong(
     assert {name for file, by, name, _ in found if (file, by) == ("PAD", "label")} == {"cat", "outside"}
     assert found["truth", "pixels", "all", "share labelled"]["value"] == pytest.approx((800 + 36 * 64) / (96 * 64))
     assert (report["images only in truth"], report["images in both"]) == (1, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_matches_misses_and_crowds_are_those_of_cocos_own_evaluation(
+    label: Make, record: Make, write_pad: Make, tmp_path: Path, seed: int
+):
+    """Of boxes that do not overlap, so that COCO's greedy matching is the best one; a crowd covers the right half."""
+    rng = np.random.default_rng(seed)
+    drawn, regions = [], []
+    for x, y in itertools.product(range(0, 96, 16), range(0, 64, 16)):
+        width, height = map(int, rng.integers(8, 16, 2))
+        if x < 48 and rng.random() < 0.7:
+            drawn.append([x, y, x + width, y + height])
+        if rng.random() < 0.7:
+            regions.append(label(x, y, x + int(rng.integers(5, 16)), y + int(rng.integers(5, 16))))
+    crowd = label(40, 0, 96, 64)["rle_mask"]
+    common = {"image_id": 1, "category_id": 1, "area": 1.0, "bbox": [0, 0, 1, 1]}
+    truth = [
+        common | {"id": n, "iscrowd": int(n == 1), "segmentation": {"size": [64, 96], "counts": mask}}
+        for n, mask in enumerate([crowd, *(label(*box)["rle_mask"] for box in drawn)], start=1)
+    ]
+    image = {"id": 1, "file_name": "a.png", "width": 96, "height": 64}
+    document = {"images": [image], "annotations": truth, "categories": [{"id": 1, "name": "box"}]}
+    (tmp_path / "instances.json").write_text(json.dumps(document))
+    masks = [{"size": [64, 96], "counts": region["rle_mask"]} for region in regions]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(tmp_path / "instances.json")
+        results = [{"image_id": 1, "category_id": 1, "segmentation": mask, "score": 1.0} for mask in masks]
+        evaluation = COCOeval(coco, coco.loadRes(results), "segm")
+        evaluation.params.iouThrs, evaluation.params.areaRng = np.array([0.5]), [[0, 1e10]]
+        evaluation.evaluate()
+    [theirs] = evaluation.evalImgs
+    counted, matched = ~theirs["dtIgnore"][0].astype(bool), theirs["dtMatches"][0] > 0
+    pad = write_pad(record("a.png", *regions))
+    found, _ = measured(pad, "--truth", tmp_path / "instances.json", "--image-folder", tmp_path / "images")
+    recall, on_instance = found["truth", "overall", "all", "recall"], found["PAD", "overall", "all", "on an instance"]
+    assert 0 < counted.sum() < len(regions)
+    assert (recall["of"], on_instance["of"]) == (len(drawn), counted.sum())
+    for row in (recall, on_instance):
+        assert round(row["value"] * row["of"]) == (matched & counted).sum()
 
 
 def test_images_of_one_file_alone_are_counted_and_change_nothing(
