@@ -14,7 +14,6 @@ from tqdm import tqdm
 from llava.command import clear_errors
 
 if TYPE_CHECKING:
-    from patch_aligned.pad import AnnotationIndex
     from patch_aligned.tables import Table
 
 app = typer.Typer(rich_markup_mode="markdown")
@@ -182,7 +181,7 @@ def quality(
     """
     if sum(mode is not None for mode in (truth, against, spot_check)) != 1 or (synonyms and words):
         raise ValueError("Expected one of --truth, --against, --spot-check, and at most one of --synonyms, --words.")
-    from patch_aligned.pad import write_annotations
+    from patch_aligned.pad import open_annotation_index, write_annotations
 
     image_folder, output = image_folder or pad.parent, output or pad.with_name(pad.name + ".quality")
     if spot_check:
@@ -190,7 +189,7 @@ def quality(
         from patch_aligned.web import listen, run_server
 
         listener = listen("127.0.0.1", port)
-        check = SpotCheck(_index_of(pad), image_folder, spot_check, count, seed)
+        check = SpotCheck(open_annotation_index(pad), image_folder, spot_check, count, seed)
         typer.echo(f"Judge {check.count:,} regions: http://127.0.0.1:{listener.getsockname()[1]}/ (Ctrl-C ends)")
         run_server(create_app(check), listener)
         return
@@ -203,7 +202,7 @@ def quality(
         write_annotations(annotated, kept := output / "truth.parquet")
         shutil.copystat(other, kept)  # so that the same file is not indexed again
         other = kept
-    indices = [_index_of(pad), _index_of(other)]
+    indices = [open_annotation_index(path) for path in (pad, other)]
     rule, same = name_rule(synonyms, words, min_cosine)
     terms = compare(indices, files, same, partial(_progress, desc="Comparing"))
     images = terms["image"].nunique()
@@ -291,15 +290,6 @@ def publish(
     if license_name is None:
         typer.echo(f"Choose a licence in {output / 'README.md'}, in its first lines and in its last section.")
     typer.echo(f"Read the card, then upload: hf upload {name} {output} --repo-type dataset")
-
-
-def _index_of(pad: Path) -> AnnotationIndex:
-    from patch_aligned.pad import open_annotation_index
-
-    index = open_annotation_index(pad)
-    if index.rejected:
-        raise ValueError(index.rejection_message())
-    return index
 
 
 def _show(table: Table) -> None:

@@ -105,6 +105,8 @@ def compare(
 
     A group is all regions, those of a size, or those of a label; pixels are a group of each image.
     """
+    if broken := [index.rejection_message() for index in indices if index.rejected]:
+        raise ValueError("\n".join(broken))
     first, second = indices
     shared = [(one, row) for row in range(len(second)) if (one := first.find(second[row].image_id)) is not None]
     if not shared:
@@ -165,10 +167,10 @@ def worst_images(
 
 
 def as_table(numbers: pd.DataFrame, file: str, by: str) -> Table:
-    """Return a row for each group of a file, those whose regions have a partner of their name most rarely first."""
+    """Return a row for each group of a file, the worst first; PAD goes by its names, for no truth labels everything."""
     own, rows = numbers.xs((file, by), level=("file", "by")), []
-    third = own["value"].groupby("name").agg(lambda values: values.iloc[len(values) // 2])
-    for name in third.sort_values(kind="stable").index[:_ROWS]:
+    judged = own.groupby("name").nth(0 if by == "pixels" else 1 if file == "PAD" else 2)
+    for name in judged.sort_values(["value", "of"], ascending=[True, False]).index.get_level_values("name")[:_ROWS]:
         found = own.xs(name)
         spans = zip(found["value"], found["low"], found["high"], strict=True)
         cells = [

@@ -33,6 +33,8 @@ class SpotCheck:
     """
 
     def __init__(self, index: AnnotationIndex, image_folder: Path, folder: Path, count: int, seed: int) -> None:
+        if index.rejected:
+            raise ValueError(index.rejection_message())
         self.index, self.image_folder, self.seed = index, image_folder, seed
         self.order = np.random.default_rng(seed).permutation(index.regions)
         self.count, self.path, self._lock = min(count, index.regions), folder / "answers.jsonl", Lock()

@@ -366,6 +366,24 @@ def test_the_worst_image_is_shown_with_what_is_wrong(label: Make, record: Make, 
     assert 'href="worst.html"' in (folder / "quality.html").read_text()
 
 
+def test_tables_begin_with_the_worst_label_that_both_files_know(
+    label: Make, record: Make, write_pad: Make, tmp_path: Path
+):
+    boxes = [(0, 0, 20, 20), (30, 0, 50, 20), (60, 0, 80, 20), (0, 40, 20, 60)]
+    tags = (("dog", "cat", "cat", "sky"), ("cow", "cat", "cow", None))
+    both = [[label(*box, tag) for box, tag in zip(boxes, own, strict=True) if tag] for own in tags]
+    truth = write_pad(record("a.png", *both[1])).rename(tmp_path / "truth.json")
+    pad = write_pad(record("a.png", *both[0]))
+    run(pad, "--truth", truth, "--image-folder", tmp_path / "images")
+    page = (tmp_path / "pad.json.quality" / "quality.html").read_text()
+    tables = {
+        title: re.findall(r'scope="row">(.*?)</th>', rest)
+        for title, rest in re.findall(r"<h2>(.*?)</h2>\s*(.*?)</table>", page, re.DOTALL)
+    }
+    assert tables["PAD: label"] == ["dog", "cat", "sky"]  # nobody asked the truth about the sky
+    assert tables["truth: label"] == ["cow", "cat"]
+
+
 def test_one_way_of_measuring_and_one_rule_for_names_is_chosen(record: Make, write_pad: Make):
     pad = write_pad(record("a.png"))
     assert "--truth" in run(pad, fails=True)
