@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -89,3 +90,11 @@ def resampled_ratios(sums: np.ndarray, counts: np.ndarray, resampling: Resamplin
 def ratio_of(sums: np.ndarray, counts: np.ndarray) -> float:
     """Return the mean over all images; NaN where no row counts."""
     return float(sums.sum() / counts.sum()) if counts.any() else float("nan")
+
+
+def wilson_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval of the share of hits among independent trials, at least one."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, weight = hits / trials, z * z / trials
+    middle, half = share + weight / 2, z * (share * (1 - share) / trials + weight / (4 * trials)) ** 0.5
+    return max((middle - half) / (1 + weight), 0.0), min((middle + half) / (1 + weight), 1.0)

@@ -344,6 +344,12 @@ class AnnotationIndex:
         """Total number of regions."""
         return int(self._region_counts.sum(dtype=np.int64))
 
+    def find_region(self, number: int) -> tuple[AnnotatedImage, int]:
+        """Return the image of a region and its place there; regions are numbered from 0 in the order of the file."""
+        ends = np.cumsum(self._region_counts, dtype=np.int64)
+        row = int(np.searchsorted(ends, number, side="right"))
+        return self[row], int(number - ends[row] + self._region_counts[row])
+
     def tag_counts(self) -> Counter[str]:
         """Return the number of regions of each tag."""
         counts: Counter[str] = Counter()

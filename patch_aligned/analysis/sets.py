@@ -71,13 +71,14 @@ class AnnotatedSet:
         return [image for _, image in sorted(chosen, key=itemgetter(0))]
 
 
-def open_annotated_set(path: Path, image_folder: Path, format: str = "auto") -> AnnotatedSet:
+def open_annotated_set(path: Path, image_folder: Path, format: str = "auto", crowds: bool = False) -> AnnotatedSet:
     """Open a set of any format. COCO and GranD-f files are loaded at once; PAD is streamed.
 
     Args:
         path: the file of annotations.
         image_folder: folder of the images; one kind of GranD-f file has no sizes, which are then read from the images.
         format: one of `FORMATS`; `auto` tells it by the first record.
+        crowds: whether COCO's crowds are regions too, with the extra key `iscrowd`, or are left out.
 
     Raises:
         ValueError: the format is unknown or not the file's, or a record breaks it.
@@ -92,7 +93,7 @@ def open_annotated_set(path: Path, image_folder: Path, format: str = "auto") -> 
     document = read_document(path)
     if format == "auto":
         format = "grandf" if _is_grandf(document) else "coco"
-    images, skipped = _read_coco(document, path) if format == "coco" else _read_grandf(document, path)
+    images, skipped = _read_coco(document, path, crowds) if format == "coco" else _read_grandf(document, path)
     return AnnotatedSet(path, format, lambda: (image.annotated(path, image_folder) for image in images), skipped)
 
 
@@ -110,6 +111,7 @@ class _Mask(NamedTuple):
     label: str
     segmentation: Any
     place: str  # names the annotation in messages
+    extra: Mapping[str, Any] = {}
 
 
 class _Image(NamedTuple):
@@ -125,16 +127,18 @@ class _Image(NamedTuple):
         labels = []
         for mask in self.masks:
             rle_mask = union_rle(mask.segmentation, size_wh, f"{path}: {mask.place}")
-            labels.append({"tag": mask.label, "bbox": _box_xyxy_px(rle_mask, size_wh), "rle_mask": rle_mask})
+            labels.append(
+                {"tag": mask.label, "bbox": _box_xyxy_px(rle_mask, size_wh), "rle_mask": rle_mask, **mask.extra}
+            )
         record = {"image_id": self.name, "size": list(size_wh), "caption": self.caption, "labels": labels}
         return parse_annotation(record, path)
 
 
-def _read_coco(document: Any, path: Path) -> tuple[list[_Image], dict[str, int]]:
+def _read_coco(document: Any, path: Path, crowds: bool) -> tuple[list[_Image], dict[str, int]]:
     """Read instances (`instances_val2017.json`); category names are the labels.
 
     Crowds (`iscrowd`) outline a group under the name of one of its members, often loosely: they are left out, as in
-    COCO's own scores.
+    COCO's own scores, unless `crowds`.
     """
     tables = ("images", "annotations", "categories")
     if not isinstance(document, Mapping) or not all(isinstance(document.get(name), list) for name in tables):
@@ -156,7 +160,7 @@ def _read_coco(document: Any, path: Path) -> tuple[list[_Image], dict[str, int]]
                     f"{path}: annotation {annotation.get('id')}, field '{key}': found {annotation[key]!r}, "
                     f"expected one of the {len(known)} ids that the file lists. Is this a file of instances?"
                 )
-        if annotation.get("iscrowd"):
+        if annotation.get("iscrowd") and not crowds:
             skipped["crowd"] += 1
         elif not has_mask(annotation.get("segmentation")):
             skipped["no mask"] += 1
@@ -170,6 +174,7 @@ def _read_coco(document: Any, path: Path) -> tuple[list[_Image], dict[str, int]]
                 names[annotation["category_id"]],
                 annotation["segmentation"],
                 f"annotation {annotation.get('id')} of {name}, field 'segmentation'",
+                {"iscrowd": 1} if annotation.get("iscrowd") else {},
             )
             for annotation in annotations_of[key]
         ]

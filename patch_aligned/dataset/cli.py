@@ -1,8 +1,9 @@
-"""Commands on PAD files: `patch-aligned verify`, `stats`, `view`, `join` and `publish`."""
+"""Commands on PAD files: `patch-aligned verify`, `stats`, `view`, `quality`, `join` and `publish`."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode="markdown")
 
+File = Path | None
 PadFile = Annotated[Path, typer.Argument(metavar="PAD", help="JSON, JSON lines, either gzipped, or Parquet.")]
 Grid = Annotated[int, typer.Option(min=1, help="Rows and columns of visual tokens.")]
 Side = Annotated[int, typer.Option(min=1, help="Width and height of the model's image, pixels.")]
@@ -153,6 +155,65 @@ def view(
         typer.echo(f"Not among the chosen records: {', '.join(viewed.not_found)}")
     if viewed.next_record is not None:
         typer.echo(f"There are more. Continue with --start {viewed.next_record}")
+
+
+@app.command(epilog="What the figures mean, and whether labels of a quality are worth training on: docs/quality.md.")
+@clear_errors
+def quality(
+    context: typer.Context,
+    pad: PadFile,
+    truth: Annotated[File, typer.Option(metavar="FILE", help="Masks that people drew: COCO instances, or PAD.")] = None,
+    against: Annotated[File, typer.Option(metavar="FILE", help="Another PAD file of the same images.")] = None,
+    spot_check: Annotated[File, typer.Option(metavar="DIR", help="Judge regions by eye; answers go there.")] = None,
+    image_folder: Annotated[File, typer.Option(metavar="DIR", help="The ids are below it. Default: PAD's.")] = None,
+    output: Annotated[File, typer.Option(metavar="DIR", help="Where the report goes. Default: PAD.quality")] = None,
+    synonyms: Annotated[File, typer.Option(metavar="JSON", help="Names that mean the same: {name: [name]}.")] = None,
+    words: Annotated[str | None, typer.Option(metavar="LLM", help="Compare names by its word embeddings.")] = None,
+    min_cosine: Annotated[float, typer.Option(min=-1, max=1, help="From which --words means the same.")] = 0.7,
+    count: Annotated[int, typer.Option(min=1, help="Regions to judge by eye.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of their draw, uniform over all regions.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page to judge on; 0 takes a free one.")] = 8301,
+) -> None:
+    """Measure how good labels and masks are: against a truth, against another PAD file, or by eye.
+
+    Writes `quality.json`, `quality.html` and `worst.html`. `--spot-check` serves a page on this machine instead, which
+    saves each answer at once; the same command continues.
+    """
+    if sum(mode is not None for mode in (truth, against, spot_check)) != 1 or (synonyms and words):
+        raise ValueError("Expected one of --truth, --against, --spot-check, and at most one of --synonyms, --words.")
+    from patch_aligned.pad import open_annotation_index, write_annotations
+
+    image_folder, output = image_folder or pad.parent, output or pad.with_name(pad.name + ".quality")
+    if spot_check:
+        from patch_aligned.dataset.spot_check import SpotCheck, create_app
+        from patch_aligned.web import listen, run_server
+
+        listener = listen("127.0.0.1", port)
+        check = SpotCheck(open_annotation_index(pad), image_folder, spot_check, count, seed)
+        typer.echo(f"Judge {check.count:,} regions: http://127.0.0.1:{listener.getsockname()[1]}/ (Ctrl-C ends)")
+        run_server(create_app(check), listener)
+        return
+    from patch_aligned.analysis.sets import open_annotated_set
+    from patch_aligned.dataset.quality import compare, figures, name_rule, worst_images, write_report
+
+    files, other = (("PAD", "truth"), truth) if truth else (("A", "B"), against or pad)
+    annotated = open_annotated_set(other, image_folder, crowds=True)
+    if annotated.format != "pad":
+        write_annotations(annotated, kept := output / "truth.parquet")
+        shutil.copystat(other, kept)  # so that the same file is not indexed again
+        other = kept
+    indices = [open_annotation_index(path) for path in (pad, other)]
+    rule, same = name_rule(synonyms, words, min_cosine)
+    terms = compare(indices, files, same, partial(_progress, desc="Comparing"))
+    images = terms["image"].nunique()
+    about = {files[0]: str(pad), files[1]: str(other), "names": rule, "images in both": images}
+    about |= {f"images only in {file}": len(index) - images for file, index in zip(files, indices, strict=True)}
+    worst = worst_images(indices, files, terms[terms["file"] == "truth"] if truth else terms, same)
+    for table in write_report(figures(terms), about, worst, image_folder, output):
+        if not table.title.endswith(("size", "label")):
+            _show(table)
+    typer.echo("; ".join(f"{name}: {value}" for name, value in about.items()))
+    typer.echo(f"Written: {output / 'quality.html'}, quality.json{', worst.html' if worst else ''}")
 
 
 @app.command()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import socket
 import webbrowser
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -56,17 +54,16 @@ def explore(
     `patch-aligned explore captions=runs/captions ours=runs/patch --base models/vicuna-7b-v1.5
     --data pad.jsonl --image-folder images --open`
     """
-    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"The page needs {' and '.join(missing)}: pip install 'patch-aligned-llava[explore]'.")
     if (data is None) != (image_folder is None):
         raise ValueError("Found one of --data and --image-folder; expected both, to look through a set, or neither.")
     if data is not None and not data.is_file():
         raise FileNotFoundError(f"--data {data}: there is no such file.")
     if image_folder is not None and not image_folder.is_dir():
         raise FileNotFoundError(f"--image-folder {image_folder}: there is no such folder.")
+    from patch_aligned.web import listen, run_server
+
     listener = listen(host, port)
 
-    import uvicorn
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
@@ -89,7 +86,7 @@ def explore(
     console.print(f"Explore {', '.join(one.name for one in models)}: {address} (Ctrl-C ends)", soft_wrap=True)
     if open_browser:
         webbrowser.open(address)
-    uvicorn.Server(uvicorn.Config(application, log_level="warning", server_header=False)).run(sockets=[listener])
+    run_server(application, listener)
 
 
 def named(specification: str) -> str:
@@ -98,14 +95,3 @@ def named(specification: str) -> str:
     if "=" in specification and not path.exists():
         return specification
     return f"{(path.parent if path.is_file() else path).resolve().name}={specification}"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Take a port, before anything is loaded."""
-    if host in ("", "0.0.0.0", "::"):  # then the Host header could be anything
-        raise ValueError(f"--host {host}: expected one address or name, which browsers use. See docs/explore.md.")
-    try:
-        return socket.create_server((host, port))
-    except OSError as error:
-        message = f"--host {host} --port {port}: cannot listen there ({error}). --port 0 takes a free port."
-        raise OSError(message) from error

@@ -226,8 +226,10 @@ def bytes_of(image: Image.Image, cut: int | None = None) -> bytes:
     return content.getvalue()[:cut]
 
 
-def test_uploads_are_bounded_and_must_be_images(client: Any, monkeypatch: pytest.MonkeyPatch):
-    def refused(content: bytes) -> tuple[int, str]:
+def test_uploads_are_bounded_and_must_be_images(
+    client: Any, page_over: Callable, models: Models, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(content: bytes, client: Any = client) -> tuple[int, str]:
         response = client.post("/upload", content=content)
         return response.status_code, response.json()["error"]
 
@@ -239,7 +241,7 @@ def test_uploads_are_bounded_and_must_be_images(client: Any, monkeypatch: pytest
     assert refused(bomb) == (400, "Found an image of 54,000,000 pixels, expected at most 50,000,000: make it smaller.")
     assert refused(bytes_of(Image.new("1", (20000, 10000))))[0] == 400  # beyond PIL's own bound
     monkeypatch.setattr(app, "MOST_BYTES", 1000)
-    assert refused(bytes_of(noise))[0] == 413
+    assert refused(bytes_of(noise), page_over(models, None))[0] == 413
 
 
 @pytest.mark.parametrize("image", ["../secret.png", "/etc/hostname", "pictures/../../secret.png"])
