@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
-from patch_aligned.annotate.options import DETECTOR, SAM
+from patch_aligned.annotate.options import DETECTOR, SAM, SAM3, SAM3_LICENCE
 from patch_aligned.files import sha256_of, written_whole
 
 _logger = logging.getLogger(__name__)
@@ -195,9 +195,10 @@ def checkpoint_folder(name_or_folder: str, revision: str | None, flag: str) -> P
     try:
         return Path(snapshot_download(name_or_folder, revision=revision, allow_patterns=list(_CHECKPOINT_FILES)))
     except _UNREACHABLE as error:
+        hint = "`patch-aligned models fetch` says which files to put where"
         raise ValueError(
             f"{flag} {name_or_folder}: found no such folder, and the hub did not deliver it ({_first_line(error)}). "
-            "`patch-aligned models fetch` says which files to put where"
+            + (f"Its weights are {SAM3_LICENCE}" if name_or_folder == SAM3 else hint)
         ) from error
 
 
