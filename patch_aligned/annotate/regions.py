@@ -296,7 +296,7 @@ def select(candidates: Sequence[Candidate], selection: Selection, size_wh: tuple
     masks = [mask["rle_mask"].encode() for position in likely if (mask := candidates[position].mask)]
     if masks and len(masks) == len(likely):
         rles = [{"size": size_wh[::-1], "counts": mask} for mask in masks]
-        iou = np.nan_to_num(coco_mask.iou(rles, rles, [0] * len(rles)))  # [likely, likely]; 0 for two empty masks
+        iou = coco_mask.iou(rles, rles, [0] * len(rles))  # [likely, likely]
         kept = _best_of_overlapping(scores, selection.nms_iou, lambda best, worse: iou[best, worse])
     else:
         boxes = np.array([candidates[position].bbox_xyxy_px for position in likely], dtype=np.float64).reshape(-1, 4)

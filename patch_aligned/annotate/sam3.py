@@ -150,7 +150,8 @@ class Sam3Segmenter(DeviceModel):
             results = zip(found["boxes"].tolist(), found["scores"].tolist(), rles, areas_px(rles), strict=True)
             for box, score, rle, area in results:
                 mask = InstanceMask(rle["counts"].decode("ascii"), int(area), round(presence.item(), 6))
-                candidates.append(replace(Candidate.rounded(box, score, phrase, score, ()), mask=mask._asdict()))
+                if area:
+                    candidates.append(replace(Candidate.rounded(box, score, phrase, score, ()), mask=mask._asdict()))
         return candidates
 
     @torch.inference_mode()

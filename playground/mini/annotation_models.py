@@ -65,14 +65,21 @@ def write_models(out: Path) -> None:
             part.save_pretrained(out / "sam")
 
 
+def write_sam3(folder: Path) -> None:
+    """Writes a tiny SAM 3, which needs torchvision, to a folder."""
+    for part in tiny_sam3():
+        part.save_pretrained(folder)
+
+
 def options_of(folder: Path) -> ModelOptions:
-    """The options that name the models that `write_models` wrote to a folder."""
+    """The options that name the models that `write_models` wrote to a folder, and `write_sam3` to `sam3` below it."""
     return ModelOptions(
         ram=folder / "ram.converted.safetensors",
         ram_tag_list=folder / "ram_tag_list.txt",
         ram_thresholds=folder / "ram_thresholds.txt",
         detector=str(folder / "grounding_dino"),
         sam=str(folder / "sam"),
+        sam3=str(folder / "sam3"),
     )
 
 
