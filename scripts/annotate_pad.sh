@@ -10,8 +10,8 @@
 #                   more on one of them, without these, when all are done: it merges
 #   TASKS=N         this is one of N tasks of a Slurm array, with one GPU: see slurm/annotate_pad.sbatch
 #   RAM=ram_plus    RAM++ instead of RAM
-#   SEGMENTER=sam3  SAM 3 instead of Grounding DINO and SAM, from the hub or SAM3=FOLDER. Its weights are gated: accept
-#                   the SAM License at https://huggingface.co/facebook/sam3, then hf auth login
+#   SEGMENTER=sam3  SAM 3 instead of Grounding DINO and SAM, from the hub or SAM3=FOLDER. Its weights are gated: ask for
+#                   them under the SAM License at https://huggingface.co/facebook/sam3, then hf auth login
 #   TAGGER=file PHRASES=FILE    phrases of a file instead of RAM's tags; or TAGGER=captions for those of the captions, or
 #                   TAGGER=vlm VLM=MODEL for a vision-language model, with VLM_URL=http://localhost:8000/v1 on a server
 #   MERGE=0         leave merging to a later call: the default of tasks and of several machines, which don't wait for

@@ -26,8 +26,8 @@ REVISION_HELP = "On the hub. Default: the pinned commit of the default model, `m
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
 SAM = "facebook/sam-vit-huge"
 SAM3 = "facebook/sam3"
-SAM3_LICENCE = "gated: accept the SAM License at https://huggingface.co/facebook/sam3, then `hf auth login`"
-SAM3_BOX_THRESHOLD = 0.5  # of SAM 3's authors
+SAM3_LICENCE = "gated: ask for them under the SAM License at https://huggingface.co/facebook/sam3, then `hf auth login`"
+SAM3_BOX_THRESHOLD = 0.5  # as transformers' examples of SAM 3 have it
 
 _model = partial(typer.Option, rich_help_panel="Models")
 _choice = partial(typer.Option, rich_help_panel="Which boxes become regions")
@@ -86,10 +86,11 @@ class ModelOptions:
         """The same with absolute paths, for a process elsewhere; `ValueError` where the tagger lacks an option."""
         needed = _OPTIONS_OF_TAGGERS[self.tagger]
         if not all(getattr(self, name) for name in needed):
-            names = ", ".join(f"--{name}" for name in needed)
-            raise ValueError(f"{names}: not all are given. `patch-aligned models fetch` gets the files of RAM")
+            listed = ", ".join(f"--{name}" for name in needed)
+            raise ValueError(f"{listed}: not all are given. `patch-aligned models fetch` gets the files of RAM")
         paths = ("ram", "ram_tag_list", "ram_thresholds", "phrases")
-        given: dict[str, Any] = {name: getattr(self, name) for name in (*paths, "detector", "sam", "sam3", "vlm")}
+        names = (*paths, "detector", "sam", "sam3", *(() if self.vlm_url else ("vlm",)))
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
         found = {name: Path(value).resolve() for name, value in given.items() if value and Path(value).exists()}
         return replace(self, **given | {name: path if name in paths else str(path) for name, path in found.items()})
 

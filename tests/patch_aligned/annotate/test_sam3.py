@@ -271,7 +271,9 @@ def test_weights_that_are_gated_are_named_with_their_licence(monkeypatch: pytest
         raise OSError("401 Client Error")
 
     monkeypatch.setattr("patch_aligned.annotate.fetch.snapshot_download", refuse)
-    with pytest.raises(ValueError, match=r"--sam3 facebook/sam3: .*401.*gated: accept the SAM License at https://"):
+    with pytest.raises(
+        ValueError, match=r"--sam3 facebook/sam3: .*401.*gated: ask for them under the SAM License at https://"
+    ):
         checkpoint_folder("facebook/sam3", None, "--sam3")
 
 
