@@ -44,7 +44,7 @@ from patch_aligned.annotate.folder import RunFolder
 from patch_aligned.annotate.grounding_dino import GroundingDetector
 from patch_aligned.annotate.manifest import ManifestEntry, list_images
 from patch_aligned.annotate.options import CandidateThresholds, Dtype, ModelOptions, Selection, Workload
-from patch_aligned.annotate.pipeline import ImageInWork, StageClock, Stages, StageTimes
+from patch_aligned.annotate.pipeline import Failure, ImageInWork, StageClock, Stages, StageTimes
 from patch_aligned.annotate.ram.model import RamConfig, RamModel
 from patch_aligned.annotate.ram.tagger import RamTagger
 from patch_aligned.annotate.regions import Candidate, Tag, select
@@ -91,23 +91,18 @@ def real_stages(folder: Path, device: str, dtype: Dtype = "auto") -> ModelStages
     return build_stages(models, Selection(), device)
 
 
-class BusyTagger:
+def busy_tagger(ram: RamTagger) -> PhraseTagger:
     """RAM with random weights, whose scores mean nothing: an image gets as many tags as real ones find."""
 
-    key = "ram"
-
-    def __init__(self, ram: RamTagger) -> None:
-        self._ram = ram
-        self.settings, self.tags = ram.settings, ram.tags
-
-    def tag(self, items: Sequence[ImageInWork]) -> list[list[Tag]]:
-        """The likeliest tags of each image."""
-        scores = self._ram.scores(self._ram.preprocess([item.image for item in items]))  # [B, T]
+    def tag(items: Sequence[ImageInWork]) -> list[list[Tag] | Failure]:
+        scores = ram.scores(ram.preprocess([item.image for item in items]))  # [B, T]
         likeliest = scores.topk(TAGS_AN_IMAGE, dim=1)
         return [
-            [Tag(self.tags[place], score) for place, score in zip(places, values, strict=True)]
+            [Tag(ram.tags[place], score) for place, score in zip(places, values, strict=True)]
             for places, values in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
         ]
+
+    return PhraseTagger(ram.settings, tag, ram.tags, "ram")
 
 
 class BusyBoxes(BoxesThenMasks):
@@ -212,8 +207,8 @@ def full_size_stages(device: str) -> tuple[ModelStages, ModelStages]:
         for dtype in (torch.float32, None)
     ]
     return (
-        ModelStages(BusyTagger(rams[0]), exact, BUSY_SELECTION),
-        ModelStages(BusyTagger(rams[1]), fast, BUSY_SELECTION),
+        ModelStages(busy_tagger(rams[0]), exact, BUSY_SELECTION),
+        ModelStages(busy_tagger(rams[1]), fast, BUSY_SELECTION),
     )
 
 
@@ -225,6 +220,12 @@ def write_scenes(folder: Path, count: int) -> None:
             write_scene(settings, index, folder)
 
 
+def done(result: list[Any] | Failure) -> list[Any]:
+    """The result of a stage that did not fail."""
+    assert not isinstance(result, Failure), result
+    return result
+
+
 def one_at_a_time(stages: Stages, entries: list[ManifestEntry], folder: Path, output: Path) -> StageTimes:
     """The reference recipe; returns what each stage took. Reading counts for the stage that reads."""
     clock = StageClock()
@@ -233,12 +234,12 @@ def one_at_a_time(stages: Stages, entries: list[ManifestEntry], folder: Path, ou
             path = folder / entry.image_id
             with clock.measure("tag", 1):
                 item = ImageInWork(entry.image_id, decode_image(path))
-                item.tags = stages.tag([item])[0]
+                item.tags = done(stages.tag([item])[0])
             labels: list[dict[str, Any]] = []
             if item.tags:
                 with clock.measure("detect", 1):
                     item.image = decode_image(path)
-                    item.candidates = stages.detect([item])[0]
+                    item.candidates = done(stages.detect([item])[0])
                     item.to_segment = select(item.candidates, stages.selection, item.image.size)
             if item.to_segment:
                 with clock.measure("segment", 1):
