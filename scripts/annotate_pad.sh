@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The regions of LLaVA's 558K pretraining images, by RAM, Grounding DINO and SAM or by SAM 3: one process a GPU, each with its own
-# shards, then one file where the training scripts look for it. Called again, it resumes where it was interrupted.
+# The regions of LLaVA's 558K pretraining images, by RAM, Grounding DINO and SAM, or by SAM 3: one process a GPU, each
+# with its own shards, then one file where the training scripts look for it. Called again, it resumes where it was
+# interrupted.
 #
 # Every value in capitals is a default: set the variable of that name to change it. Any flag of `patch-aligned annotate`
 # may follow the script's name. Paths count from the root of the repository.
