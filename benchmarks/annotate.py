@@ -23,11 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import (
     BertTokenizer,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessorPil,
+    Sam3Config,
+    Sam3ImageProcessor,
+    Sam3Model,
+    Sam3Processor,
     SamConfig,
     SamImageProcessorPil,
     SamModel,
@@ -39,19 +44,23 @@ from patch_aligned.annotate.folder import RunFolder
 from patch_aligned.annotate.grounding_dino import GroundingDetector
 from patch_aligned.annotate.manifest import ManifestEntry, list_images
 from patch_aligned.annotate.options import CandidateThresholds, Dtype, ModelOptions, Selection, Workload
-from patch_aligned.annotate.pipeline import ImageInWork, ModelStages, StageClock, Stages, StageTimes
+from patch_aligned.annotate.pipeline import Failure, ImageInWork, StageClock, Stages, StageTimes
 from patch_aligned.annotate.ram.model import RamConfig, RamModel
 from patch_aligned.annotate.ram.tagger import RamTagger
 from patch_aligned.annotate.regions import Candidate, Tag, select
-from patch_aligned.annotate.run import build_stages, process_shard
+from patch_aligned.annotate.run import process_shard
 from patch_aligned.annotate.sam import SamSegmenter
+from patch_aligned.annotate.sam3 import Sam3Segmenter
+from patch_aligned.annotate.stages import BoxesThenMasks, ModelStages, build_stages
+from patch_aligned.annotate.taggers import PhraseTagger
 from patch_aligned.images import decode_image
-from playground.mini.annotation_models import options_of, spread_out, vocabulary_of, write_models
+from playground.mini.annotation_models import options_of, spread_out, tiny_sam3, vocabulary_of, write_models
 from playground.mini.scene_records import DatasetSettings, write_scene
 
 TINY_BOX_THRESHOLD = 0.98
 TAGS_AN_IMAGE, CANDIDATES_AN_IMAGE, REGIONS_AN_IMAGE = 12, 40, 5
 LEAST_SCORE = 0.965  # of the candidates of random weights
+BUSY_SELECTION = Selection(box_threshold=LEAST_SCORE, text_threshold=LEAST_SCORE)
 RAM_PLUS = RamConfig(
     kind="ram_plus", image_size=384, window_size=12, embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48),
     num_tags=4585, label_width=512, hidden_size=768, intermediate_size=3072, decoder_layers=2,
@@ -82,39 +91,46 @@ def real_stages(folder: Path, device: str, dtype: Dtype = "auto") -> ModelStages
     return build_stages(models, Selection(), device)
 
 
-class BusyStages(ModelStages):
-    """Models of random weights, whose scores mean nothing: an image gets as many tags and regions as real ones find."""
+def busy_tagger(ram: RamTagger) -> PhraseTagger:
+    """RAM with random weights, whose scores mean nothing: an image gets as many tags as real ones find."""
 
-    def tag(self, items: Sequence[ImageInWork]) -> list[list[Tag]]:
-        """The likeliest tags of each image."""
-        scores = self.tagger.scores(self.tagger.preprocess([item.image for item in items]))  # [B, T]
+    def tag(items: Sequence[ImageInWork]) -> list[list[Tag] | Failure]:
+        scores = ram.scores(ram.preprocess([item.image for item in items]))  # [B, T]
         likeliest = scores.topk(TAGS_AN_IMAGE, dim=1)
         return [
-            [Tag(self.tagger.tags[place], score) for place, score in zip(places, values, strict=True)]
+            [Tag(ram.tags[place], score) for place, score in zip(places, values, strict=True)]
             for places, values in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
         ]
 
+    return PhraseTagger(ram.settings, tag, ram.tags, "ram")
+
+
+class BusyBoxes(BoxesThenMasks):
+    """The same of Grounding DINO: as many candidates and regions as `regions` says."""
+
+    def __init__(self, detector: GroundingDetector, sam: SamSegmenter, regions: int = REGIONS_AN_IMAGE) -> None:
+        super().__init__(detector, sam)
+        self.regions = regions
+
     def detect(self, items: Sequence[ImageInWork]) -> list[list[Candidate]]:
-        """The likeliest boxes, of which as many can become regions as real ones do."""
+        """The likeliest boxes, of which as many can become regions."""
         found = []
         for item, candidates in zip(items, super().detect(items), strict=True):
-            regions = select(candidates, self.selection, item.image.size)[:REGIONS_AN_IMAGE]
+            least = Selection(box_threshold=self.candidate_thresholds.box)
+            regions = select(candidates, least, item.image.size)[: self.regions]
             found.append(
                 [
                     candidate if position in regions else replace(candidate, score=0.0)
-                    for position, candidate in enumerate(candidates[:CANDIDATES_AN_IMAGE])
+                    for position, candidate in enumerate(candidates[: max(CANDIDATES_AN_IMAGE, 4 * self.regions)])
                 ]
             )
         return found
 
 
-def full_size_stages(device: str) -> tuple[BusyStages, BusyStages]:
-    """Random RAM++ (Swin-L), Grounding DINO (tiny) and SAM (ViT-H), in float32 and as the pipeline runs them."""
+def busy_boxes(device: str, names: Sequence[str], dtype: torch.dtype | None = None) -> BusyBoxes:
+    """Random Grounding DINO (tiny) and SAM (ViT-H), for tags of these words."""
     torch.manual_seed(0)
-    names = [f"tag{number}" for number in range(RAM_PLUS.num_tags)]
     with torch.device(device):
-        ram = RamModel(RAM_PLUS)
-        spread_out(ram)
         detector = GroundingDinoForObjectDetection(GroundingDinoConfig())
         with torch.no_grad():  # as they come, boxes are tiny anchors, and scores are all 0 or 1
             for name, parameter in detector.named_parameters():
@@ -122,25 +138,78 @@ def full_size_stages(device: str) -> tuple[BusyStages, BusyStages]:
                     parameter.normal_(std=0.85 * GroundingDinoConfig().d_model ** -0.5)
             detector.model.decoder.layer_norm.weight.mul_(0.1)
         sam = SamModel(SamConfig(vision_config=SAM_HUGE))
-    tokenizer = BertTokenizer(vocab=vocabulary_of(names))
-    stages = []
-    for dtype in (torch.float32, None):  # a copy each: the pipeline holds a part of RAM++ in half precision
-        stages.append(
-            BusyStages(
-                RamTagger(copy.deepcopy(ram), names, [0.5] * len(names), device=device, dtype=dtype),
-                GroundingDetector(
-                    detector,
-                    tokenizer,
-                    GroundingDinoImageProcessorPil(),
-                    device=device,
-                    dtype=dtype,
-                    candidate_thresholds=CandidateThresholds(LEAST_SCORE, LEAST_SCORE),
-                ),
-                SamSegmenter(sam, SamImageProcessorPil(), device=device, dtype=dtype),
-                Selection(box_threshold=LEAST_SCORE, text_threshold=LEAST_SCORE),
-            )
-        )
-    return stages[0], stages[1]
+    tokenizer = BertTokenizer(vocab=vocabulary_of(list(names)))
+    kept = CandidateThresholds(LEAST_SCORE, LEAST_SCORE)
+    return BusyBoxes(
+        GroundingDetector(
+            detector,
+            tokenizer,
+            GroundingDinoImageProcessorPil(),
+            device=device,
+            dtype=dtype,
+            candidate_thresholds=kept,
+        ),
+        SamSegmenter(sam, SamImageProcessorPil(), device=device, dtype=dtype),
+    )
+
+
+def tiny_boxes(folder: Path) -> BusyBoxes:
+    """Tiny random Grounding DINO and SAM, written to `folder`."""
+    write_models(folder)
+    kept = CandidateThresholds(TINY_BOX_THRESHOLD, 0.0)
+    detector = GroundingDetector.from_pretrained(folder / "grounding_dino", candidate_thresholds=kept)
+    return BusyBoxes(detector, SamSegmenter.from_pretrained(folder / "sam"))
+
+
+def busy_sam3(device: str, is_tiny: bool, names: Sequence[str]) -> Sam3Segmenter:
+    """Random SAM 3, tiny or of the published size, which finds about one instance of a phrase."""
+    model, processor = tiny_sam3()
+    if not is_tiny:
+        with torch.device(device):
+            model = Sam3Model(Sam3Config())
+        processor = Sam3Processor(Sam3ImageProcessor(), processor.tokenizer)
+    segmenter = Sam3Segmenter(model, processor, device=device, candidate_thresholds=CandidateThresholds(0, 0))
+    found = segmenter.instances(Image.effect_noise((448, 336), 64).convert("RGB"), names[:8])
+    assert isinstance(found, list)
+    least = found[min(8, len(found) - 1)].score
+    segmenter.candidate_thresholds = CandidateThresholds(least, least)
+    return segmenter
+
+
+def given_phrases(segmenter: BusyBoxes | Sam3Segmenter, names: Sequence[str]) -> ModelStages:
+    """Stages that look for the same phrases in each image, and find about one region for each."""
+    tagger = PhraseTagger({"kind": "given"}, lambda items: [list(map(Tag, names)) for _ in items])
+    least = segmenter.candidate_thresholds.box
+    if isinstance(segmenter, BusyBoxes):
+        segmenter.regions = len(names)
+    selection = Selection(box_threshold=least, text_threshold=max(least, 0.2))
+    return ModelStages(tagger, segmenter, selection, segment_candidates=isinstance(segmenter, Sam3Segmenter))
+
+
+def full_size_stages(device: str) -> tuple[ModelStages, ModelStages]:
+    """Random RAM++ (Swin-L), Grounding DINO (tiny) and SAM (ViT-H), in float32 and as the pipeline runs them."""
+    torch.manual_seed(0)
+    names = [f"tag{number}" for number in range(RAM_PLUS.num_tags)]
+    with torch.device(device):
+        ram = RamModel(RAM_PLUS)
+        spread_out(ram)
+    exact = busy_boxes(device, names, torch.float32)
+    fast = BusyBoxes(
+        GroundingDetector(
+            exact.detector.model, exact.detector.tokenizer, exact.detector.image_processor, device=device,
+            candidate_thresholds=exact.candidate_thresholds,
+        ),
+        SamSegmenter(exact.sam.model, exact.sam.image_processor, device=device),
+    )  # fmt: skip
+    # A copy of RAM++ each: the pipeline holds a part of it in half precision.
+    rams = [
+        RamTagger(copy.deepcopy(ram), names, [0.5] * len(names), device=device, dtype=dtype)
+        for dtype in (torch.float32, None)
+    ]
+    return (
+        ModelStages(busy_tagger(rams[0]), exact, BUSY_SELECTION),
+        ModelStages(busy_tagger(rams[1]), fast, BUSY_SELECTION),
+    )
 
 
 def write_scenes(folder: Path, count: int) -> None:
@@ -151,6 +220,12 @@ def write_scenes(folder: Path, count: int) -> None:
             write_scene(settings, index, folder)
 
 
+def done(result: list[Any] | Failure) -> list[Any]:
+    """The result of a stage that did not fail."""
+    assert not isinstance(result, Failure), result
+    return result
+
+
 def one_at_a_time(stages: Stages, entries: list[ManifestEntry], folder: Path, output: Path) -> StageTimes:
     """The reference recipe; returns what each stage took. Reading counts for the stage that reads."""
     clock = StageClock()
@@ -159,12 +234,12 @@ def one_at_a_time(stages: Stages, entries: list[ManifestEntry], folder: Path, ou
             path = folder / entry.image_id
             with clock.measure("tag", 1):
                 item = ImageInWork(entry.image_id, decode_image(path))
-                item.tags = stages.tag([item])[0]
+                item.tags = done(stages.tag([item])[0])
             labels: list[dict[str, Any]] = []
             if item.tags:
                 with clock.measure("detect", 1):
                     item.image = decode_image(path)
-                    item.candidates = stages.detect([item])[0]
+                    item.candidates = done(stages.detect([item])[0])
                     item.to_segment = select(item.candidates, stages.selection, item.image.size)
             if item.to_segment:
                 with clock.measure("segment", 1):

@@ -7,6 +7,7 @@ function to `PARTS`; the whole stays within nine minutes whatever the shares are
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import tempfile
 import time
@@ -288,6 +289,41 @@ def annotation(report: Report) -> None:
             add(name, seconds, against=plain, detail=by_stage(times))
 
 
+def segmenters(report: Report) -> None:
+    """SAM 3 against Grounding DINO and SAM, by the number of phrases, which are given; about a region a phrase."""
+    import annotate
+
+    from patch_aligned.annotate.manifest import list_images
+    from patch_aligned.annotate.options import Workload
+
+    count, numbers = (2, (2, 20)) if report.is_tiny else (32, (4, 16, 64))
+    names = [f"thing {number}" for number in range(max(numbers))]
+    baselines: dict[int, Row] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        annotate.write_scenes(folder / "scenes", count)
+        entries, images = list_images(folder / "scenes")
+        for name in ("plain: Grounding DINO and SAM", "SAM 3"):
+            segmenter: Any
+            if name == "SAM 3":
+                segmenter = annotate.busy_sam3(report.device, report.is_tiny, names)
+            elif report.is_tiny:
+                segmenter = annotate.tiny_boxes(folder / "models")
+            else:
+                segmenter = annotate.busy_boxes(report.device, names)
+            for number in numbers:
+                stages = annotate.given_phrases(segmenter, names[:number])
+                annotate.timed_shard(stages, entries[:2], images, folder / f"warm {name} {number}", Workload())
+                report.peak_gib()  # what came before does not count
+                place = folder / f"{name} {number}"
+                seconds, times = annotate.timed_shard(stages, entries[:count], images, place, Workload())
+                title, plain, detail = f"{name}, {number} phrases", baselines.get(number), by_stage(times)
+                row = report.measured(title, seconds, count, "images/s", plain, detail=detail)
+                baselines.setdefault(number, row)
+            del segmenter, stages
+            gc.collect()
+
+
 def by_stage(times: Any) -> str:
     """Milliseconds for each image, by stage."""
     cells = [f"{name} {1000 * taken.seconds / taken.images:.0f}" for name, taken in times.items() if taken.images]
@@ -345,6 +381,7 @@ PARTS: dict[str, tuple[Callable[[Report], None], int]] = {
     "masks": (masks, 20),
     "answering": (answering, 80),
     "annotation": (annotation, 90),
+    "segmenters": (segmenters, 60),
     "attention": (attention, 20),
 }
 """What measures, and its share of the time: its seconds where all parts run, and more where others leave some over."""

@@ -99,9 +99,9 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
 # Lines of *.py that a folder may hold.
 BUDGETS = {
     "llava": 10823,
-    "patch_aligned": 18201,
+    "patch_aligned": 18621,
     "patch_aligned/analysis": 4384,
-    "patch_aligned/annotate": 3604,
+    "patch_aligned/annotate": 4024,
     "patch_aligned/dataset": 1673,
     "patch_aligned/results": 1306,
     "eval": 3449,
@@ -110,7 +110,7 @@ LONGEST_FILE = 500
 # Distributions that come with an extra. No module needs them to be imported.
 OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "tensorboard", "wandb", "flash_attn", "lmms_eval",
             "pycocoevalcap", "ray", "trl", "torchvision", "skimage", "matplotlib", "spellchecker", "nltk", "gguf",
-            "onnx", "starlette", "uvicorn")  # fmt: skip
+            "onnx", "starlette", "uvicorn", "spacy")  # fmt: skip
 
 
 def module_name(path: Path) -> str:
@@ -247,8 +247,8 @@ def test_constraints_name_every_package_that_is_declared() -> None:
 
 
 def test_packages_that_modules_import_are_declared() -> None:
-    # nltk is an alternative to a declared package; the error that names it says how to install it.
-    declared = declared_packages() | {"nltk"}
+    # nltk is an alternative to a declared package, spaCy serves one option; their errors say how to install them.
+    declared = declared_packages() | {"nltk", "spacy"}
     distributions = importlib.metadata.packages_distributions()
     undeclared = {
         f"{module} imports {package}"

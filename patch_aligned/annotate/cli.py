@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +15,7 @@ from patch_aligned.annotate.options import (
     DETECTOR,
     REVISION_HELP,
     SAM,
+    SAM3_BOX_THRESHOLD,
     Engine,
     ModelOptions,
     Selection,
@@ -59,7 +61,7 @@ def annotate(
         work_option(metavar="STATUS[,STATUS]", help="Annotate records of these statuses again, such as `unreadable`."),
     ] = None,
 ) -> None:
-    """Annotate images with regions: RAM tags, Grounding DINO boxes the tags, SAM masks the boxes.
+    """Annotate images with regions: RAM tags, Grounding DINO boxes the tags, SAM masks the boxes; or SAM 3 does both.
 
     The work is divided into shards, each a file that is written atomically. Repeat an interrupted command to resume
     it. Every image gets one record, with its status. Afterwards `patch-aligned merge` makes one file.
@@ -71,10 +73,15 @@ def annotate(
     --ram_thresholds models/ram_tag_list_threshold.txt`
     """
     from patch_aligned.annotate.manifest import list_images
-    from patch_aligned.annotate.run import AnnotationJob, build_stages, run_annotate, statuses_named
+    from patch_aligned.annotate.run import AnnotationJob, run_annotate, statuses_named
+    from patch_aligned.annotate.stages import build_stages
 
-    build, statuses = partial(build_stages, models.resolved(), selection), statuses_named(retry)
+    if models.segmenter == "sam3" and "DEFAULT" in str(context.get_parameter_source("box_threshold")):
+        context.params["box_threshold"] = SAM3_BOX_THRESHOLD
+        selection = replace(selection, box_threshold=SAM3_BOX_THRESHOLD)
+    models, statuses = models.resolved(), statuses_named(retry)
     entries, root = list_images(images, image_folder)
+    build = partial(build_stages, models, selection, entries=entries)
     # Ray's workers may start in another folder.
     job = AnnotationJob(entries, root.resolve(), output.resolve(), build, workload, shard_size, statuses)
 

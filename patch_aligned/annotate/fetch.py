@@ -20,12 +20,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
-from patch_aligned.annotate.options import DETECTOR, SAM
+from patch_aligned.annotate.options import DETECTOR, SAM, SAM3, SAM3_LICENCE
 from patch_aligned.files import sha256_of, written_whole
 
 _logger = logging.getLogger(__name__)
 
-_CHECKPOINT_FILES = ("*.json", "*.txt", "*.safetensors")
+_CHECKPOINT_FILES = ("*.json", "*.txt", "*.jinja", "*.safetensors")
 _TAG_DATA = (
     "https://raw.githubusercontent.com/xinyu1205/recognize-anything/7cb804a8609e9f4b1a50b7f31436d2df40bb9481/ram/data/"
 )
@@ -74,6 +74,7 @@ TAG_FILES = (
 PINNED_REVISIONS = {
     DETECTOR: "a2bb814dd30d776dcf7e30523b00659f4f141c71",
     SAM: "87aecf0df4ce6b30cd7de76e87673c49644bdf67",
+    SAM3: "3c879f39826c281e95690f02c7821c4de09afae7",
 }
 """Commits of the default checkpoints on the hub."""
 
@@ -195,9 +196,10 @@ def checkpoint_folder(name_or_folder: str, revision: str | None, flag: str) -> P
     try:
         return Path(snapshot_download(name_or_folder, revision=revision, allow_patterns=list(_CHECKPOINT_FILES)))
     except _UNREACHABLE as error:
+        hint = "`patch-aligned models fetch` says which files to put where"
         raise ValueError(
             f"{flag} {name_or_folder}: found no such folder, and the hub did not deliver it ({_first_line(error)}). "
-            "`patch-aligned models fetch` says which files to put where"
+            + (f"Its weights are {SAM3_LICENCE}" if name_or_folder == SAM3 else hint)
         ) from error
 
 

@@ -17,10 +17,17 @@ PromptJoin = Literal[", ", ". "]
 LabelMode = Literal["phrase", "best_tag"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["local", "torchrun", "ray"]
+TaggerName = Literal["ram", "file", "captions", "vlm"]
+SegmenterName = Literal["gdino+sam", "sam3"]
+_OPTIONS_OF_TAGGERS = {"ram": ("ram", "ram_tag_list", "ram_thresholds"), "file": ("phrases",), "captions": (),
+                       "vlm": ("vlm",)}  # fmt: skip
 
 REVISION_HELP = "On the hub. Default: the pinned commit of the default model, `main` of another."
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
 SAM = "facebook/sam-vit-huge"
+SAM3 = "facebook/sam3"
+SAM3_LICENCE = "gated: ask for them under the SAM License at https://huggingface.co/facebook/sam3, then `hf auth login`"
+SAM3_BOX_THRESHOLD = 0.5  # as transformers' examples of SAM 3 have it
 
 _model = partial(typer.Option, rich_help_panel="Models")
 _choice = partial(typer.Option, rich_help_panel="Which boxes become regions")
@@ -38,6 +45,8 @@ class CandidateThresholds(NamedTuple):
 class ModelOptions:
     """The models, how they are run, and what is kept of their results."""
 
+    tagger: Annotated[TaggerName, _model(help="What gives phrases: RAM, `--phrases`, captions or `--vlm`.")] = "ram"
+    segmenter: Annotated[SegmenterName, _model(help="What finds them: Grounding DINO and SAM, or SAM 3.")] = "gdino+sam"
     ram: Annotated[Path | None, _model(metavar="FILE", help="Weights of RAM or RAM++ (.pth).")] = None
     ram_tag_list: Annotated[Path | None, _model(metavar="FILE", help="RAM's ram_tag_list.txt.")] = None
     ram_thresholds: Annotated[Path | None, _model(metavar="FILE", help="RAM's ram_tag_list_threshold.txt.")] = None
@@ -46,6 +55,15 @@ class ModelOptions:
     detector_revision: Annotated[str | None, _model(metavar="COMMIT", help=REVISION_HELP)] = None
     sam: Annotated[str, _model(help="SAM or SAM 2: folder or name on the hub.")] = SAM
     sam_revision: Annotated[str | None, _model(metavar="COMMIT", help=REVISION_HELP)] = None
+    sam3: Annotated[str, _model(help=f"SAM 3: folder or name on the hub. Its weights are {SAM3_LICENCE}.")] = SAM3
+    sam3_revision: Annotated[str | None, _model(metavar="COMMIT", help=REVISION_HELP)] = None
+    phrases: Annotated[Path | None, _model(metavar="FILE", help="A record an image, for `--tagger file`.")] = None
+    spacy: Annotated[str, _model(help="Pipeline of spaCy, for `--tagger captions`.")] = "en_core_web_sm"
+    vlm: Annotated[str | None, _model(help="Image-text model: folder, name on the hub or on `--vlm_url`.")] = None
+    vlm_revision: Annotated[str | None, _model(metavar="COMMIT", help=REVISION_HELP)] = None
+    vlm_url: Annotated[str | None, _model(help="OpenAI-compatible server, as http://localhost:8000/v1 of vLLM.")] = None
+    mask_threshold: Annotated[float, _choice(min=0, max=1, help="SAM 3: of the probability of a mask's pixels.")] = 0.5
+    presence_threshold: Annotated[float, _choice(min=0, max=1, help="SAM 3: least presence of a phrase.")] = 0.0
     prompt_join: Annotated[PromptJoin, _choice(metavar="', '|'. '", help="What joins the tags of a prompt.")] = ", "
     candidate_box_threshold: Annotated[
         float, _choice(min=0, max=1, help="Boxes with a higher score are kept as candidates, for reselect.")
@@ -60,42 +78,32 @@ class ModelOptions:
     dtype: Annotated[Dtype, work_option(help="`auto`: bfloat16 on a GPU, float32 on a CPU.")] = "auto"
 
     @property
-    def ram_files(self) -> tuple[Path, Path, Path]:
-        """RAM's weights, tag list and thresholds.
-
-        Raises:
-            ValueError: not all are given.
-        """
-        if self.ram is None or self.ram_tag_list is None or self.ram_thresholds is None:
-            raise ValueError(
-                "--ram, --ram_tag_list, --ram_thresholds: not all are given. `patch-aligned models fetch` gets the "
-                "files"
-            )
-        return self.ram, self.ram_tag_list, self.ram_thresholds
-
-    @property
     def candidate_thresholds(self) -> CandidateThresholds:
         """Both thresholds of candidates."""
         return CandidateThresholds(self.candidate_box_threshold, self.candidate_text_threshold)
 
     def resolved(self) -> ModelOptions:
-        """The same with absolute paths, for a process that starts in another folder."""
-        ram, ram_tag_list, ram_thresholds = (path.resolve() for path in self.ram_files)
-        detector, sam = (
-            str(Path(name).resolve()) if Path(name).is_dir() else name for name in (self.detector, self.sam)
-        )
-        return replace(
-            self, ram=ram, ram_tag_list=ram_tag_list, ram_thresholds=ram_thresholds, detector=detector, sam=sam
-        )
+        """The same with absolute paths, for a process elsewhere; `ValueError` where the tagger lacks an option."""
+        needed = _OPTIONS_OF_TAGGERS[self.tagger]
+        if not all(getattr(self, name) for name in needed):
+            listed = ", ".join(f"--{name}" for name in needed)
+            raise ValueError(f"{listed}: not all are given. `patch-aligned models fetch` gets the files of RAM")
+        paths = ("ram", "ram_tag_list", "ram_thresholds", "phrases")
+        names = (*paths, "detector", "sam", "sam3", *(() if self.vlm_url else ("vlm",)))
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        found = {name: Path(value).resolve() for name, value in given.items() if value and Path(value).exists()}
+        return replace(self, **given | {name: path if name in paths else str(path) for name, path in found.items()})
 
 
 @dataclass(frozen=True)
 class Selection:
     """How candidates are chosen and named. The defaults are the reference recipe's."""
 
-    box_threshold: Annotated[float, _choice(help="A box becomes a region only if its score is higher.")] = 0.25
+    box_threshold: Annotated[
+        float, _choice(help=f"A box becomes a region only if its score is higher. SAM 3: {SAM3_BOX_THRESHOLD}.")
+    ] = 0.25
     text_threshold: Annotated[float, _choice(help="Tokens with a higher score are in the phrase.")] = 0.2
-    nms_iou: Annotated[float, _choice(help="Of two boxes with a higher IoU only the better one is kept.")] = 0.5
+    nms_iou: Annotated[float, _choice(help="Of two boxes (SAM 3: masks) of a higher IoU the better is kept.")] = 0.5
     label_mode: Annotated[
         LabelMode,
         _choice(

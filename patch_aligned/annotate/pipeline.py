@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -20,12 +20,9 @@ import torch
 from PIL import Image
 
 from patch_aligned.annotate.folder import Record
-from patch_aligned.annotate.grounding_dino import GroundingDetector
 from patch_aligned.annotate.manifest import ManifestEntry
 from patch_aligned.annotate.options import Selection, Workload
-from patch_aligned.annotate.ram.tagger import RamTagger
-from patch_aligned.annotate.regions import Candidate, Mask, NonFiniteScoresError, Tag, select
-from patch_aligned.annotate.sam import SamSegmenter
+from patch_aligned.annotate.regions import Candidate, InstanceMask, Mask, NonFiniteScoresError, Tag, select
 from patch_aligned.images import UnreadableImageError, decode_image
 
 _logger = logging.getLogger(__name__)
@@ -37,6 +34,7 @@ class ImageInWork:
 
     image_id: str
     image: Image.Image
+    caption: str = ""
     tags: list[Tag] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)  # at low thresholds and before NMS
     selected: list[int] = field(default_factory=list)  # positions of the candidates that become regions
@@ -44,7 +42,7 @@ class ImageInWork:
 
 
 class Stages(Protocol):
-    """What annotates a batch of decoded images: one result an image.
+    """What annotates a batch of decoded images: one result an image, or why it has none.
 
     Attributes:
         settings: all that determines the results, as plain values for settings.json.
@@ -56,68 +54,17 @@ class Stages(Protocol):
     selection: Selection
     segment_candidates: bool
 
-    def tag(self, items: Sequence[ImageInWork]) -> list[list[Tag]]:
+    def tag(self, items: Sequence[ImageInWork]) -> Sequence[list[Tag] | Failure]:
         """Tag each image."""
 
     def bucket(self, item: ImageInWork) -> Hashable:
         """Images of one bucket are detected together: the model sees them in one size, so that none is padded."""
 
-    def detect(self, items: Sequence[ImageInWork]) -> list[list[Candidate]]:
+    def detect(self, items: Sequence[ImageInWork]) -> Sequence[list[Candidate] | Failure]:
         """Find candidates for each image's tags."""
 
-    def segment(self, items: Sequence[ImageInWork]) -> list[list[Mask]]:
+    def segment(self, items: Sequence[ImageInWork]) -> Sequence[Sequence[Mask | InstanceMask]]:
         """Make a mask for each candidate of each image that is `to_segment`."""
-
-
-class ModelStages:
-    """RAM, Grounding DINO and SAM."""
-
-    def __init__(
-        self,
-        tagger: RamTagger,
-        detector: GroundingDetector,
-        segmenter: SamSegmenter,
-        selection: Selection,
-        *,
-        segment_candidates: bool = False,
-    ) -> None:
-        """Combine the models.
-
-        Raises:
-            ValueError: a threshold is below that at which the detector keeps candidates, or a tag makes no prompt.
-        """
-        selection.require_within(detector.candidate_thresholds)
-        detector.prompts.build(tagger.tags)  # or the first image that has such a tag would end the run
-        self.tagger = tagger
-        self.detector = detector
-        self.segmenter = segmenter
-        self.selection = selection
-        self.segment_candidates = segment_candidates
-        self.settings: dict[str, Any] = {
-            "stages": "models",
-            "ram": tagger.settings,
-            "detector": detector.settings,
-            "selection": asdict(selection),
-            "segment_candidates": segment_candidates,
-            "sam": segmenter.settings,
-        }
-
-    def tag(self, items: Sequence[ImageInWork]) -> list[list[Tag]]:
-        """RAM's tags above their thresholds."""
-        return self.tagger.tag([item.image for item in items])
-
-    def bucket(self, item: ImageInWork) -> Hashable:
-        """The size to which the detector resizes the image."""
-        return self.detector.resized_shape_hw(item.image.size)
-
-    def detect(self, items: Sequence[ImageInWork]) -> list[list[Candidate]]:
-        """Grounding DINO's boxes for the tags."""
-        return self.detector.detect([item.image for item in items], [[tag.name for tag in item.tags] for item in items])
-
-    def segment(self, items: Sequence[ImageInWork]) -> list[list[Mask]]:
-        """SAM's masks."""
-        boxes = [[item.candidates[position].bbox_xyxy_px for position in item.to_segment] for item in items]
-        return self.segmenter.segment([item.image for item in items], boxes)
 
 
 # A stage in batches, where a batch may be too large, or an image may break it.
@@ -138,7 +85,7 @@ _NON_FINITE = Failure("non_finite", "the model's scores are not finite, also in 
 
 
 def run_in_batches(
-    stage: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], batch_size: int
+    stage: Callable[[Sequence[Item]], Sequence[Result | Failure]], items: Sequence[Item], batch_size: int
 ) -> Iterator[Result | Failure]:
     """Yield the result of `stage` for each item, in order, as soon as its batch is done.
 
@@ -150,7 +97,9 @@ def run_in_batches(
         yield from _run(stage, items[start : start + batch_size])
 
 
-def _run(stage: Callable[[Sequence[Item]], Sequence[Result]], batch: Sequence[Item]) -> list[Result | Failure]:
+def _run(
+    stage: Callable[[Sequence[Item]], Sequence[Result | Failure]], batch: Sequence[Item]
+) -> list[Result | Failure]:
     if not batch:
         return []
     try:
@@ -279,7 +228,7 @@ class _Work:
             elif longer > self.workload.max_aspect * shorter:
                 self._finish(entry.image_id, "skipped", f"sides of {longer} and {shorter} px: too narrow to be resized")
             else:
-                self.items.append(ImageInWork(entry.image_id, outcome))
+                self.items.append(ImageInWork(entry.image_id, outcome, entry.caption))
 
     def tag(self) -> None:
         def keep(item: ImageInWork, tags: list[Tag]) -> None:
@@ -306,7 +255,7 @@ class _Work:
             self._run("detect", self.stages.detect, items, self.workload.detect_batch, keep)
 
     def segment(self) -> None:
-        def keep(item: ImageInWork, masks: list[Mask]) -> None:
+        def keep(item: ImageInWork, masks: Sequence[Mask | InstanceMask]) -> None:
             record = self.records[item.image_id]
             mask_of = dict(zip(item.to_segment, masks, strict=True))
             record["labels"] = [
@@ -325,7 +274,7 @@ class _Work:
     def _run(
         self,
         name: str,
-        stage: Callable[[Sequence[ImageInWork]], Sequence[Result]],
+        stage: Callable[[Sequence[ImageInWork]], Sequence[Result | Failure]],
         items: list[ImageInWork],
         batch_size: int,
         keep: Callable[[ImageInWork, Result], None],

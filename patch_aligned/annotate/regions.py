@@ -11,10 +11,11 @@ All other keys of a candidate belong to its mask (`rle_mask` and more), if it ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pycocotools import mask as coco_mask
 from pydantic import AllowInfNan, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -30,10 +31,10 @@ Number = Annotated[float, Strict(), AllowInfNan(False)]
 
 
 class Tag(NamedTuple):
-    """A tag of an image and its probability."""
+    """A tag or phrase of an image, and its probability if its source gives one."""
 
     name: str
-    score: float
+    score: float | None = None
 
 
 class Mask(NamedTuple):
@@ -42,6 +43,14 @@ class Mask(NamedTuple):
     rle_mask: str  # COCO compressed RLE of the image's size
     area_px: int  # 0 where the model found nothing
     predicted_iou: float  # the model's own estimate of the mask's quality
+
+
+class InstanceMask(NamedTuple):
+    """The mask of one instance of a phrase, with the keys of a record."""
+
+    rle_mask: str
+    area_px: int
+    presence: float  # probability that the phrase is in the image at all; a factor of the score
 
 
 @dataclass(frozen=True, config=ConfigDict(validate_by_name=True, serialize_by_alias=True))
@@ -54,6 +63,7 @@ class Candidate:
         best_tag: tag of the prompt whose tokens have the highest mean score; the first of equal ones.
         best_tag_score: that mean.
         tokens: (word piece, score) of the tags' tokens above the candidates' text threshold, in the prompt's order.
+        mask: what its record holds of the mask, if that was found together with the box. Never part of `to_record`.
     """
 
     bbox_xyxy_px: Annotated[tuple[Number, Number, Number, Number], Field(alias="bbox")]
@@ -61,6 +71,7 @@ class Candidate:
     best_tag: Annotated[str, Field(pattern=r"\S")]
     best_tag_score: Number
     tokens: tuple[tuple[str, Number], ...]
+    mask: Annotated[Mapping[str, Any] | None, Field(exclude=True)] = None
 
     @classmethod
     def rounded(
@@ -274,42 +285,50 @@ class PromptBuilder:
 
 
 def select(candidates: Sequence[Candidate], selection: Selection, size_wh: tuple[int, int]) -> list[int]:
-    """Return the positions of an image's candidates that become regions, highest score first."""
+    """Return which candidates become regions, best first. They overlap by masks, if they have all come with one."""
     likely = [
         position
         for position, candidate in enumerate(candidates)
         if candidate.score > selection.box_threshold
         and _area_within(candidate.bbox_xyxy_px, size_wh) >= selection.min_box_area_px
     ]
-    boxes = np.array([candidates[position].bbox_xyxy_px for position in likely], dtype=np.float64).reshape(-1, 4)
     scores = np.array([candidates[position].score for position in likely], dtype=np.float64)
-    return [likely[kept] for kept in non_maximum_suppression(boxes, scores, selection.nms_iou)]
+    masks = [mask["rle_mask"].encode() for position in likely if (mask := candidates[position].mask)]
+    if masks and len(masks) == len(likely):
+        rles = [{"size": size_wh[::-1], "counts": mask} for mask in masks]
+        iou = coco_mask.iou(rles, rles, [0] * len(rles))  # [likely, likely]
+        kept = _best_of_overlapping(scores, selection.nms_iou, lambda best, worse: iou[best, worse])
+    else:
+        boxes = np.array([candidates[position].bbox_xyxy_px for position in likely], dtype=np.float64).reshape(-1, 4)
+        kept = non_maximum_suppression(boxes, scores, selection.nms_iou)
+    return [likely[position] for position in kept]
 
 
 def non_maximum_suppression(boxes_xyxy: np.ndarray, scores: np.ndarray, iou_threshold: float) -> list[int]:
-    """Return the boxes that do not overlap with a better one that is kept.
+    """Return the positions of the boxes `[n, 4]` without a higher IoU with a better one that is kept, best first.
 
-    Args:
-        boxes_xyxy: `[n, 4]`.
-        scores: `[n]`; of equal ones the first counts as better.
-        iou_threshold: a box is dropped if its intersection over union with a better one is higher.
-
-    Returns:
-        Positions of the boxes kept, best first. Equals `torchvision.ops.nms`.
+    Of equal scores the first counts as better. Equals `torchvision.ops.nms`.
     """
+    areas = (boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1])  # [n]
+
+    def iou(best: int, worse: np.ndarray) -> np.ndarray:
+        box, others = boxes_xyxy[best], boxes_xyxy[worse]
+        sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+        intersection = sides.clip(min=0).prod(axis=1)  # [worse]
+        union = areas[best] + areas[worse] - intersection
+        return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+
+    return _best_of_overlapping(scores, iou_threshold, iou)
+
+
+def _best_of_overlapping(
+    scores: np.ndarray, iou_threshold: float, iou: Callable[[int, np.ndarray], np.ndarray]
+) -> list[int]:
     order = np.argsort(-scores, kind="stable")
-    boxes = boxes_xyxy[order]
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # [n]
     is_kept = np.ones(len(order), dtype=bool)
-    for rank in range(len(order)):
-        if not is_kept[rank]:
-            continue
-        worse = slice(rank + 1, None)
-        sides = np.minimum(boxes[rank, 2:], boxes[worse, 2:]) - np.maximum(boxes[rank, :2], boxes[worse, :2])
-        intersection = sides.clip(min=0).prod(axis=1)  # [n - rank - 1]
-        union = areas[rank] + areas[worse] - intersection
-        iou = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
-        is_kept[worse] &= iou <= iou_threshold
+    for rank in range(len(order) - 1):
+        if is_kept[rank]:
+            is_kept[rank + 1 :] &= iou(order[rank], order[rank + 1 :]) <= iou_threshold
     return order[is_kept].tolist()
 
 

@@ -67,10 +67,11 @@ def reselect(
     refuse_inputs(output, [source])
     run = RunFolder(source) if source.is_dir() else None
     settings = run.settings if run else _settings_beside(source)
-    if "detector" not in settings:
+    found_by = settings.get("detector") or settings.get("sam3")
+    if not found_by:
         raise ValueError(f"{source}: found no detector in its settings, expected candidates that a detector found")
     selection = replace(Selection(**settings["selection"]), **changes)
-    selection.require_within(CandidateThresholds(**settings["detector"]["candidate_thresholds"]))
+    selection.require_within(CandidateThresholds(**found_by["candidate_thresholds"]))
     before, after = Counts(), Counts()
 
     def records(old: Iterable[Record]) -> Iterator[Record]:
@@ -128,6 +129,9 @@ def reselected(record: Record, selection: Selection, source: str | Path = "recor
                 "wrote it"
             )
         masks[position] = mask_of_label(label)
+    for position, mask in masks.items():
+        if mask.get("rle_mask") and "presence" in mask:  # SAM 3's came with the box
+            candidates[position] = replace(candidates[position], mask=mask)
     empty = {position for position, mask in masks.items() if mask.get("area_px") == 0}
     empty.update(record.get("empty_masks", ()))
     chosen = select(candidates, selection, record["size"])

@@ -23,17 +23,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patch_aligned.annotate.fetch import checkpoint_folder, identity_of
 from patch_aligned.annotate.folder import Record, RunFolder, ShardHeader
-from patch_aligned.annotate.grounding_dino import GroundingDetector
 from patch_aligned.annotate.manifest import ManifestEntry
-from patch_aligned.annotate.options import Engine, ModelOptions, Selection, Workload
-from patch_aligned.annotate.pipeline import ModelStages, StageClock, Stages, StageTimes, annotate_images
-from patch_aligned.annotate.ram.tagger import RamTagger
-from patch_aligned.annotate.sam import SamSegmenter
+from patch_aligned.annotate.options import Engine, Workload
+from patch_aligned.annotate.pipeline import StageClock, Stages, StageTimes, annotate_images
 from patch_aligned.images import NO_SUCH_FILE, NOT_PERMITTED
 
-FAILED_STATUSES = ("unreadable", "out_of_memory", "non_finite")
+FAILED_STATUSES = ("unreadable", "out_of_memory", "non_finite", "unparsable")
 """Statuses of images for which something failed. The others say that there was nothing to annotate."""
 
 STATUSES = ("ok", "no_tags", "no_boxes", "no_masks", "skipped", *FAILED_STATUSES)
@@ -134,31 +130,6 @@ def _refuse_failed(records: Sequence[Record]) -> None:
             f"{len(failed)} images failed, and their shard was not written: {listed}{'; ...' if failed[5:] else ''}. "
             "Fix them, or pass --on_error skip to record them"
         )
-
-
-def build_stages(models: ModelOptions, selection: Selection, device: str) -> ModelStages:
-    """Load the models.
-
-    Raises:
-        ValueError: names the file that is missing or broken, and its flag.
-    """
-    selection.require_within(models.candidate_thresholds)  # first: cheaper to fail on
-    dtype: torch.dtype | None = None if models.dtype == "auto" else getattr(torch, models.dtype)
-    detector_folder = checkpoint_folder(models.detector, models.detector_revision, "--detector")
-    sam_folder = checkpoint_folder(models.sam, models.sam_revision, "--sam")
-    tagger = RamTagger.from_checkpoint(*models.ram_files, device=device, dtype=dtype, resample=models.resample)
-    detector = GroundingDetector.from_pretrained(
-        detector_folder,
-        device=device,
-        dtype=dtype,
-        prompt_join=models.prompt_join,
-        candidate_thresholds=models.candidate_thresholds,
-    )
-    segmenter = SamSegmenter.from_pretrained(sam_folder, device=device, dtype=dtype)
-    # The place of the files determines nothing; their content does.
-    detector.settings |= identity_of(models.detector, detector_folder)
-    segmenter.settings |= identity_of(models.sam, sam_folder)
-    return ModelStages(tagger, detector, segmenter, selection, segment_candidates=models.segment_candidates)
 
 
 _DECIDING_PACKAGES = ("patch-aligned-llava", "torch", "transformers", "pillow", "numpy", "pycocotools")

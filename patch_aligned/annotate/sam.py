@@ -32,7 +32,7 @@ _MASK_MODELS: dict[str, Any] = {
     "sam2": Sam2Model,
     "sam2_video": Sam2Model,
 }  # SAM 2 is published as a video model
-_LARGEST_STEP_PX = 1 << 26  # of masks in the images' own size at a time: 256 MiB in float32
+LARGEST_STEP_PX = 1 << 26  # of masks in the images' own size at a time: 256 MiB in float32
 
 
 class SamSegmenter(DeviceModel):
@@ -151,10 +151,8 @@ class SamSegmenter(DeviceModel):
     def _encoded(self, low_resolution: Tensor, predicted_iou: Tensor, size_wh: tuple[int, int]) -> list[Mask]:
         """Return the masks of one image, from logits `[n, h, w]`."""
         encoded: list[dict[str, Any]] = []
-        for logits in low_resolution.split(max(1, _LARGEST_STEP_PX // (size_wh[0] * size_wh[1]))):
-            is_mask = self._upsampled(logits, size_wh) > 0  # [n, height, width]
-            columns_first = is_mask.transpose(1, 2).to(torch.uint8).contiguous().cpu().numpy()  # [n, width, height]
-            encoded += coco_mask.encode(columns_first.transpose(2, 1, 0))  # Fortran order, as COCO reads masks
+        for logits in low_resolution.split(max(1, LARGEST_STEP_PX // (size_wh[0] * size_wh[1]))):
+            encoded += run_lengths_of(self._upsampled(logits, size_wh) > 0)
         return [
             Mask(rle["counts"].decode("ascii"), int(area), iou)
             for rle, area, iou in zip(encoded, areas_px(encoded), predicted_iou.tolist(), strict=True)
@@ -173,6 +171,12 @@ class SamSegmenter(DeviceModel):
             return self._side, self._side
         scale = self._side / max(size_wh)
         return int(size_wh[1] * scale + 0.5), int(size_wh[0] * scale + 0.5)
+
+
+def run_lengths_of(is_mask: Tensor) -> list[dict[str, Any]]:
+    """Return pycocotools' RLEs of masks `[n, height, width]`."""
+    columns_first = is_mask.transpose(1, 2).to(torch.uint8).contiguous().cpu().numpy()  # [n, width, height]
+    return coco_mask.encode(columns_first.transpose(2, 1, 0))  # Fortran order, as COCO reads masks
 
 
 def _scaled(boxes: Sequence[Box], size_wh: tuple[int, int], resized_hw: tuple[int, int], position: int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import string
 from pathlib import Path
 
 import torch
@@ -18,9 +19,14 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertTokenizer,
+    CLIPTokenizer,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessorPil,
+    Sam3Config,
+    Sam3ImageProcessor,
+    Sam3Model,
+    Sam3Processor,
     SamConfig,
     SamImageProcessorPil,
     SamMaskDecoderConfig,
@@ -40,6 +46,7 @@ _RAM_PX = 96
 _SHARE_OF_TAGS = 0.6  # of all tags in all images, above the threshold
 _SPREAD_OF_BOX_SCORES = 0.3
 _SPREAD_OF_BOXES = 0.15
+_SPREAD_OF_SAM3 = 1.5
 
 
 def write_models(out: Path) -> None:
@@ -58,14 +65,21 @@ def write_models(out: Path) -> None:
             part.save_pretrained(out / "sam")
 
 
+def write_sam3(folder: Path) -> None:
+    """Writes a tiny SAM 3, which needs torchvision, to a folder."""
+    for part in tiny_sam3():
+        part.save_pretrained(folder)
+
+
 def options_of(folder: Path) -> ModelOptions:
-    """The options that name the models that `write_models` wrote to a folder."""
+    """The options that name the models that `write_models` wrote to a folder, and `write_sam3` to `sam3` below it."""
     return ModelOptions(
         ram=folder / "ram.converted.safetensors",
         ram_tag_list=folder / "ram_tag_list.txt",
         ram_thresholds=folder / "ram_thresholds.txt",
         detector=str(folder / "grounding_dino"),
         sam=str(folder / "sam"),
+        sam3=str(folder / "sam3"),
     )
 
 
@@ -158,6 +172,42 @@ def tiny_sam() -> tuple[SamModel, SamImageProcessorPil]:
         mask_size={"longest_edge": 16}, mask_pad_size={"height": 16, "width": 16},
     )  # fmt: skip
     return SamModel(config).eval(), processor
+
+
+def tiny_sam3(side: int = 56) -> tuple[Sam3Model, Sam3Processor]:
+    """SAM 3 with random weights, and its processor, which needs torchvision: pictures are `side` px squares.
+
+    Its tokenizer spells words in letters and digits. Scores go from 0.2 to 0.8, and differ between phrases.
+    """
+    letters = [letter + end for letter in string.ascii_lowercase + string.digits for end in ("", "</w>")]
+    vocabulary = {token: number for number, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    size = {"hidden_size": 16, "num_attention_heads": 2}
+    layers = {**size, "intermediate_size": 32, "num_layers": 1, "dropout": 0.0}
+    cells = side // 14
+    config = Sam3Config(
+        vision_config={
+            "backbone_config": {
+                **size, "model_type": "sam3_vit_model", "intermediate_size": 32, "num_hidden_layers": 2,
+                "image_size": side, "pretrain_image_size": side, "window_size": 2, "global_attn_indexes": [1],
+            },
+            "fpn_hidden_size": 16, "backbone_feature_sizes": [[4 * cells] * 2, [2 * cells] * 2, [cells] * 2],
+        },
+        text_config={
+            **size, "model_type": "clip_text_model", "vocab_size": len(vocabulary), "intermediate_size": 32,
+            "projection_dim": 16, "num_hidden_layers": 1, "max_position_embeddings": 32,
+            "bos_token_id": len(vocabulary) - 2, "eos_token_id": len(vocabulary) - 1,
+        },
+        geometry_encoder_config=layers, detr_encoder_config=layers, mask_decoder_config=size,
+        detr_decoder_config={**layers, "num_queries": 20},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Sam3Model(config)
+        for parameter in model.parameters():  # as they come, nothing depends on image or phrase
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=_SPREAD_OF_SAM3 * parameter[0].numel() ** -0.5)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[])
+    return model.eval(), Sam3Processor(Sam3ImageProcessor(size={"height": side, "width": side}), tokenizer)
 
 
 def main() -> None:

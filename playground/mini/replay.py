@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +16,15 @@ from pycocotools import mask as coco_mask
 
 from llava.command import clear_errors, typer_app
 from patch_aligned.annotate.manifest import list_images
-from patch_aligned.annotate.options import Selection, Workload
+from patch_aligned.annotate.options import (
+    SAM3_BOX_THRESHOLD,
+    CandidateThresholds,
+    SegmenterName,
+    Selection,
+    Workload,
+)
 from patch_aligned.annotate.pipeline import ImageInWork
-from patch_aligned.annotate.regions import Candidate, Mask, Tag
+from patch_aligned.annotate.regions import Candidate, InstanceMask, Mask, Tag
 from patch_aligned.annotate.run import AnnotationJob, run_annotate, statuses_named
 from patch_aligned.files import sha256_of
 from patch_aligned.pad import Region, read_annotations
@@ -78,6 +85,36 @@ class ReplayStages:
         return Mask(region.rle_mask, int(area), 1.0)
 
 
+class ReplaySam3(ReplayStages):
+    """The same in SAM 3's place: candidates come with their masks, overlap by them, and can be reselected."""
+
+    selection = Selection(box_threshold=SAM3_BOX_THRESHOLD, min_box_area_px=0)
+    segment_candidates = True
+
+    def __init__(self, pad: Path) -> None:
+        super().__init__(pad)
+        self.settings["sam3"] = {"candidate_thresholds": CandidateThresholds()._asdict()}
+        self.settings["selection"] = asdict(self.selection)
+
+    def detect(self, items: Sequence[ImageInWork]) -> list[list[Candidate]]:
+        """The regions' boxes and masks."""
+        return [
+            [
+                Candidate(region.bbox_xyxy_px, 1.0, region.tag, 1.0, (), self._mask(region, item)._asdict())
+                for region in self._regions(item)
+            ]
+            for item in items
+        ]
+
+    def segment(self, items: Sequence[ImageInWork]) -> list[list[InstanceMask]]:  # type: ignore[override]
+        """The masks that came with the candidates."""
+        return [[InstanceMask(**(item.candidates[place].mask or {})) for place in item.to_segment] for item in items]
+
+    def _mask(self, region: Region, item: ImageInWork) -> InstanceMask:  # type: ignore[override]
+        mask = super()._mask(region, item)
+        return InstanceMask(mask.rle_mask, mask.area_px, 1.0)
+
+
 @app.command()
 @clear_errors
 def replay(
@@ -85,6 +122,7 @@ def replay(
     images: Annotated[Path, typer.Option(metavar="PATH", help="A folder of images, or a list of them.")],
     pad: Annotated[Path, typer.Option(metavar="PAD", help="The regions of these images.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="For manifest, settings and shards.")],
+    segmenter: Annotated[SegmenterName, typer.Option(help="In whose place the regions stand.")] = "gdino+sam",
     image_folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="What the paths of a list count from. Needed for a list.")
     ] = None,
@@ -106,7 +144,8 @@ def replay(
     statuses = statuses_named(retry)
     entries, root = list_images(images, image_folder)
     workload = Workload(allow_missing=allow_missing)
-    job = AnnotationJob(entries, root, output, lambda device: ReplayStages(pad), workload, shard_size, statuses)
+    stages = ReplaySam3 if segmenter == "sam3" else ReplayStages
+    job = AnnotationJob(entries, root, output, lambda device: stages(pad), workload, shard_size, statuses)
     run_annotate(job, device="cpu")
 
 

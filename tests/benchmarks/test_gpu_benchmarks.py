@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PARTS = {
-    "tests", "stage_1", "stage_2", "vlm_step", "patch_loss", "pursuit", "masks", "answering", "annotation", "attention",
+    "tests", "stage_1", "stage_2", "vlm_step", "patch_loss", "pursuit", "masks", "answering", "annotation",
+    "segmenters", "attention",
 }  # fmt: skip
 TYPES = {
     "part": str, "name": str, "status": str, "seconds": float, "rate": float, "unit": str, "baseline": str,

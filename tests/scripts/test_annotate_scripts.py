@@ -76,6 +76,24 @@ def test_a_slurm_task_is_one_process_and_does_not_merge() -> None:
     assert "#SBATCH --array=0-7" in (ROOT / "scripts" / "slurm" / "annotate_pad.sbatch").read_text()
 
 
+def test_other_taggers_and_sam_3_are_started_by_variables() -> None:
+    launched = {"NUM_GPUS": "2", "SEGMENTER": "sam3"}
+    annotate, *_ = printed("annotate_pad.sh", TAGGER="file", PHRASES="p.jsonl", SAM3="s", **launched)
+    options = parsed(annotate[annotate.index("patch-aligned") :])
+    assert (options["segmenter"], options["sam3"]) == ("sam3", "s")
+    assert (options["tagger"], options["phrases"], options["ram"]) == ("file", Path("p.jsonl"), None)
+    server = "http://localhost:8000/v1"
+    (words,) = printed(
+        "slurm/annotate_pad.sbatch", TAGGER="vlm", VLM="m", VLM_URL=server, SLURM_ARRAY_TASK_ID="3", **launched
+    )
+    options = parsed(words[words.index("patch-aligned") :])
+    assert (options["tagger"], options["vlm"], options["vlm_url"]) == ("vlm", "m", server)
+    assert options["sam3"] == "facebook/sam3"
+    annotate, *_ = printed("annotate_pad.sh", TAGGER="captions", NUM_GPUS="2")
+    options = parsed(annotate[annotate.index("patch-aligned") :])
+    assert (options["tagger"], options["segmenter"]) == ("captions", "gdino+sam")
+
+
 def test_a_rank_of_elsewhere_makes_no_task() -> None:
     commands = printed("annotate_pad.sh", RANK="0", WORLD_SIZE="1", SLURM_ARRAY_TASK_ID="4", NUM_GPUS="2")
     assert commands[0][:3] == ["torchrun", "--nproc_per_node", "2"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patch_aligned.annotate.fetch import DeviceModel
 from patch_aligned.annotate.options import Resample
+from patch_aligned.annotate.pipeline import ImageInWork
 from patch_aligned.annotate.ram.model import RamModel, load_ram
 from patch_aligned.annotate.regions import NonFiniteScoresError, Tag
 from patch_aligned.files import sha256_of
@@ -96,6 +97,8 @@ def _channels(values: tuple[float, ...]) -> Tensor:
 
 class RamTagger(DeviceModel):
     """RAM or RAM++ with its tag list, on one device. `tags` are in the order of the model's queries."""
+
+    key = "ram"
 
     def __init__(
         self,
@@ -188,11 +191,9 @@ class RamTagger(DeviceModel):
             raise NonFiniteScoresError("RAM", again)
         return logits.sigmoid()
 
-    def tag(self, images: Sequence[Image.Image]) -> list[list[Tag]]:
+    def tag(self, items: Sequence[ImageInWork]) -> list[list[Tag]]:
         """Return each image's tags whose probability is above their threshold, in the tag list's order."""
-        if not images:
-            return []
-        return self.select(self.scores(self.preprocess(images)))
+        return self.select(self.scores(self.preprocess([item.image for item in items]))) if items else []
 
     def select(self, scores: Tensor) -> list[list[Tag]]:
         """Return the tags of each row of `scores` `[B, T]` that are strictly above their threshold."""

@@ -115,7 +115,7 @@ def test_masks_equal_those_of_transformers(kind: str, segmenter: SamSegmenter, i
 def test_images_may_have_any_number_of_boxes(
     kind: str, images: list[Image.Image], boxes_per_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sam_module, "_LARGEST_STEP_PX", 2 * 90 * 60)
+    monkeypatch.setattr(sam_module, "LARGEST_STEP_PX", 2 * 90 * 60)
     segmenter = SamSegmenter(*TINY[kind](), boxes_per_step=boxes_per_step)
     boxes = [BOXES[0][:1], [*BOXES[1], BOXES[1][0]], []]
     found = segmenter.segment([*images, images[0]], boxes)

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as numpy_strategies
 
 from patch_aligned.annotate.options import CandidateThresholds, Selection
 from patch_aligned.annotate.regions import Candidate, mask_of_label, non_maximum_suppression, select
+from patch_aligned.masks import rle_of_mask
 
 SIZE_WH = (100, 80)
 
@@ -133,3 +134,30 @@ def test_thresholds_below_those_of_the_candidates_are_refused() -> None:
         Selection(box_threshold=0.1).require_within(CandidateThresholds())
     with pytest.raises(ValueError, match=r"text_threshold: found 0\.2, expected 0\.3"):
         Selection().require_within(CandidateThresholds(text=0.3))
+
+
+@st.composite
+def masks_and_scores(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    count = draw(st.integers(0, 12))
+    masks = draw(numpy_strategies.arrays(np.bool_, (count, 4, 5), elements=st.booleans()))
+    masks[:, 0, 0] = True  # SAM 3's candidates have a pixel
+    scores = draw(numpy_strategies.arrays(np.float64, count, elements=st.sampled_from([0.2, 0.3, 0.4, 0.5])))
+    return masks, scores
+
+
+@given(masks_and_scores(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_candidates_that_came_with_masks_overlap_by_them_and_the_better_stays(
+    drawn: tuple[np.ndarray, np.ndarray], threshold: float
+) -> None:
+    masks, scores = drawn
+    expected: list[int] = []
+    for new in sorted(range(len(masks)), key=lambda position: -scores[position]):  # of equal ones the first stays
+        ious = [(masks[new] & masks[better]).sum() / (masks[new] | masks[better]).sum() for better in expected]
+        if scores[new] > 0.25 and all(iou <= threshold for iou in ious):
+            expected.append(new)
+    candidates = [
+        candidate(score, (0, 0, 5, 4), mask={"rle_mask": rle_of_mask(mask)})
+        for mask, score in zip(masks, scores.tolist(), strict=True)
+    ]
+    assert select(candidates, Selection(nms_iou=threshold), (5, 4)) == expected
+    assert all("mask" not in one.to_record() for one in candidates)

@@ -14,7 +14,8 @@ import torch
 from patch_aligned.annotate.manifest import list_images
 from patch_aligned.annotate.options import ModelOptions, Selection, Workload
 from patch_aligned.annotate.pipeline import Stages
-from patch_aligned.annotate.run import AnnotationJob, ShardWorker, build_stages
+from patch_aligned.annotate.run import AnnotationJob, ShardWorker
+from patch_aligned.annotate.stages import build_stages
 
 SCENES = 20
 

@@ -24,7 +24,8 @@ from patch_aligned.annotate.folder import RunFolder
 from patch_aligned.annotate.manifest import list_images
 from patch_aligned.annotate.options import ModelOptions, Selection, Workload
 from patch_aligned.annotate.pipeline import Stages
-from patch_aligned.annotate.run import AnnotationJob, Rank, build_stages, rank_of, run_with_ray
+from patch_aligned.annotate.run import AnnotationJob, Rank, rank_of, run_with_ray
+from patch_aligned.annotate.stages import build_stages
 from patch_aligned.cli import app
 
 ROOT = Path(__file__).parents[4]

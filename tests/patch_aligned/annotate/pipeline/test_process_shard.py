@@ -19,7 +19,8 @@ from patch_aligned.annotate.manifest import list_images
 from patch_aligned.annotate.options import ModelOptions, Selection, Workload
 from patch_aligned.annotate.pipeline import ImageInWork, StageClock, Stages, annotate_images
 from patch_aligned.annotate.regions import NonFiniteScoresError
-from patch_aligned.annotate.run import build_stages, process_shard
+from patch_aligned.annotate.run import process_shard
+from patch_aligned.annotate.stages import build_stages
 from patch_aligned.images import decode_image
 from patch_aligned.pad import parse_annotation, read_annotations, write_annotations
 from playground.mini.replay import ReplayStages

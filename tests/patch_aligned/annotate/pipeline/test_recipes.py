@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from patch_aligned.annotate.options import ModelOptions, Selection
-from patch_aligned.annotate.run import build_stages
+from patch_aligned.annotate.stages import build_stages
 
 
 def test_a_tag_that_makes_no_prompt_is_refused_before_any_image_has_it(models: ModelOptions, tmp_path: Path) -> None:

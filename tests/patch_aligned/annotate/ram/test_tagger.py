@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
+from patch_aligned.annotate.pipeline import ImageInWork
 from patch_aligned.annotate.ram.model import RamModel
 from patch_aligned.annotate.ram.tagger import RamTagger, preprocess
 from patch_aligned.annotate.regions import NonFiniteScoresError, Tag
@@ -80,8 +81,8 @@ def test_pictures_of_any_shape_get_the_tags_that_they_get_alone(
     tagger = tagger_of(model.double())  # float32 rounds otherwise in a batch, more on some CPUs than on others
     monkeypatch.setattr(tagger, "preprocess", lambda images: preprocess(images, 96).double())
     pictures = [picture(200, 100), picture(90, 300, seed=1), picture(100, 100, seed=2)]
-    together = tagger.tag(pictures)
-    alone = [tagger.tag([image])[0] for image in pictures]
+    together = tagger.tag([ImageInWork("", image) for image in pictures])
+    alone = [tagger.tag([ImageInWork("", image)])[0] for image in pictures]
     assert [[tag.name for tag in tags] for tags in together] == [[tag.name for tag in tags] for tags in alone]
     for tags, same in zip(together, alone, strict=True):
         assert [tag.score for tag in tags] == pytest.approx([tag.score for tag in same], rel=1e-5)
