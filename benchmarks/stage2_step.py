@@ -1,21 +1,24 @@
-"""What a step of stage 2 gains where the questions about an image stand behind one prefix (`--independent_turns`).
+"""What a step of stage 2 gains where questions about an image stand behind one prefix (`--independent_turns`), and
+where samples are packed in place of padding (`--pack_samples`).
 
     python benchmarks/stage2_step.py    # the miniature, on CPU
 
-Both sides train the same questions of the same scenes, with equal losses. The ratio is of answered questions a second.
+Both sides of a pair train the same samples, with equal losses, in turn. The first ratio is of answered questions a
+second; the second of samples, with images and without, as drawn and not grouped by length.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from measured_models import MODELS, ROOT, median_seconds, miniature_model
+from measured_models import MODELS, ROOT, miniature_model, ratio_and_spread, seconds_in_turn
 
 from llava.train.assemble import make_data
 from playground.mini.proof.finetune import by_scene
@@ -23,14 +26,14 @@ from playground.mini.proof.finetune import by_scene
 SCENES = ROOT / "playground/data/mini/train"
 
 
-def step_of(records: list[dict[str, Any]], *, independent_turns: bool) -> tuple[Callable[[], None], list[float]]:
+def step_of(records: list[dict[str, Any]], flags: str = "") -> tuple[Callable[[], None], list[float]]:
     """A step over all records, forward and backward, of LLM and projector; and where it puts its losses."""
     with tempfile.TemporaryDirectory() as folder:
         data_path = Path(folder, "data.json")
         data_path.write_text(json.dumps(records), encoding="utf-8")
         flags = (
             f"--version chatml_direct --data_path {data_path} --image_folder {SCENES} --image_aspect_ratio pad "
-            f"--lazy_preprocess True --model_max_length 2048 --independent_turns {independent_turns}"
+            f"--lazy_preprocess True --model_max_length 2048 {flags}"
         )
         torch.manual_seed(0)  # both sides have the same untrained projector
         tokenizer, model, model_args, data_args, training_args = miniature_model(flags, folder)
@@ -48,26 +51,50 @@ def step_of(records: list[dict[str, Any]], *, independent_turns: bool) -> tuple[
     return step, losses
 
 
+def mixed(samples: int) -> list[dict[str, Any]]:
+    """Return dialogues about scenes as they were drawn, and every third without its image."""
+    records = json.loads((SCENES / "instruct.json").read_text(encoding="utf-8"))[:samples]
+    for record in records[2::3]:
+        del record["image"]
+        record["conversations"][0]["value"] = record["conversations"][0]["value"].replace("<image>\n", "")
+    return records
+
+
+def compare(
+    what: str, plain: str, fast: str, sides: dict[str, tuple[Callable[[], None], list[float]]], repeats: int
+) -> None:
+    """Print the ratio of two sides, then the times and losses it comes from."""
+    seconds = seconds_in_turn({name: step for name, (step, _) in sides.items()}, repeats, "cpu")
+    print(f"{what}, {fast} against {plain}   {ratio_and_spread(seconds[plain], seconds[fast])}")
+    for name, (_, losses) in sides.items():
+        print(f"  {name}: step {statistics.median(seconds[name]):.2f} s, loss {losses[0]:.6f}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the ratio, then the times it comes from."""
+    """Print ratios, each with the times it comes from."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=8, help="of the packed batch")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(arguments)
     if not (MODELS / "smollm2-135m-instruct").exists() or not (SCENES / "choices_instruct.json").exists():
         raise SystemExit(f"No {MODELS} or {SCENES}; next: bash scripts/prepare_mini.sh")
 
     records = json.loads((SCENES / "choices_instruct.json").read_text(encoding="utf-8"))
-    dialogues = by_scene(records)[: args.scenes]
-    single = [record for record in records if record["image"] in {dialogue["image"] for dialogue in dialogues}]
-    alone, alone_losses = step_of(single, independent_turns=False)
-    together, together_losses = step_of(dialogues, independent_turns=True)
-    alone_s = median_seconds(alone, args.repeats, "cpu")
-    together_s = median_seconds(together, args.repeats, "cpu")
-    print(f"answered questions / s, behind one prefix against one by one   {alone_s / together_s:.2f}x")
-    print(f"step {together_s:.2f} s behind one prefix, {alone_s:.2f} s one by one")
-    print(f"losses {together_losses[0]:.6f} and {alone_losses[0]:.6f}")
-    print(f"{len(single)} questions about {len(dialogues)} scenes, forward and backward, no optimizer")
+    dialogues = by_scene(records)
+    single = [
+        record for record in records if record["image"] in {dialogue["image"] for dialogue in dialogues[: args.scenes]}
+    ]
+    sides = {
+        "one by one": step_of(single),
+        "behind one prefix": step_of(dialogues[: args.scenes], "--independent_turns True"),
+    }
+    compare("answered questions / s", "one by one", "behind one prefix", sides, args.repeats)
+    print(f"  {len(single)} questions about {args.scenes} scenes, forward and backward, no optimizer")
+    samples = mixed(args.samples)
+    sides = {"padded": step_of(samples), "packed": step_of(samples, "--pack_samples True")}
+    compare("samples / s", "padded", "packed", sides, args.repeats)
+    print(f"  {len(samples)} samples of many lengths, forward and backward, no optimizer")
 
 
 if __name__ == "__main__":

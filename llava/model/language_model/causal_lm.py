@@ -26,6 +26,7 @@ from llava.model.multimodal_merge import (
     attention_of_turns,
     mask_of_padding,
     merge,
+    pack,
 )
 from llava.plugin import AlignmentContext, AuxiliaryOutput
 from llava.utils import follow_umask
@@ -54,6 +55,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
     decoder_class: type
     # Otherwise transformers would not divide the loss by the gradient accumulation steps.
     accepts_loss_kwargs = False
+    packs_samples = False
+    """Whether training puts several samples of a batch into a row (`--pack_samples`)."""
     # The tower is loaded from its own folder; its copy in checkpoints of stage 2 is not needed.
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\."]  # noqa: RUF012
 
@@ -136,6 +139,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 self.get_input_embeddings(),
                 attention_mask=attention_mask,
                 labels=labels,
+                turns=turns,
                 padding_side=getattr(self.config, "tokenizer_padding_side", "right"),
                 max_length=getattr(self.config, "tokenizer_model_max_length", None),
             )
@@ -143,12 +147,19 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 raise TruncatedImageError(merged.truncated_rows, self.config.tokenizer_model_max_length, sample_ids)
             if self.plugin is not None and plugin_batch is not None:
                 auxiliary = self.plugin.auxiliary_losses(self.alignment_context(encoded, merged), plugin_batch)
-            given_ids, input_ids, inputs_embeds = input_ids, None, merged.inputs_embeds
+            is_packed = self.packs_samples and self.training
+            if is_packed:
+                lengths = merged.attention_mask.sum(dim=1)  # [B]
+                # Kernels that skip what a mask hides take one row. Others compute it: rows stay as long as the longest.
+                skips = self.config._attn_implementation in ("flash_attention_2", "flex_attention")
+                merged, use_cache = pack(merged, int(lengths.sum() if skips else lengths.max())), False
+            input_ids, inputs_embeds = None, merged.inputs_embeds
             if self.training and not encoded.tokens:
                 inputs_embeds = inputs_embeds + encoded.base_tiles.sum()  # adds 0, but connects the projector
-            attention_mask, position_ids = merged.attention_mask, merged.position_ids
+            # Without a mask, transformers separates samples where positions restart.
+            attention_mask, position_ids = None if is_packed else merged.attention_mask, merged.position_ids
             if turns is not None:
-                attention_mask, position_ids = attention_of_turns(turns, given_ids, encoded.tokens, merged)
+                attention_mask, position_ids = attention_of_turns(merged)
             labels = None if labels is None else merged.labels
             if auxiliary_only:
                 # Adds 0, but connects all that is trained: DDP expects a gradient for each weight.
