@@ -38,10 +38,10 @@ SCENES = ROOT / "playground/data/mini/heldout"
 TEMPLATE = "chatml_direct"
 
 
-def save_miniature(folder: Path) -> str:
+def save_miniature(folder: Path, layers: int | None) -> str:
     """Write the miniature's LLM and tower with a projector of random weights, and return its folder."""
     flags = f"--version {TEMPLATE} --image_aspect_ratio pad --data_path {SCENES}/instruct.json --image_folder {SCENES}"
-    tokenizer, model, *_ = miniature_model(flags, str(folder / "unused"))
+    tokenizer, model, *_ = miniature_model(flags, str(folder / "unused"), layers)
     model.save_pretrained(folder / "checkpoint")
     tokenizer.save_pretrained(folder / "checkpoint")
     return str(folder / "checkpoint")
@@ -111,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", help="a checkpoint of stage 2 to use instead")
     parser.add_argument("--shape", choices=("mini", "7b"), default="mini")
+    parser.add_argument("--layers", type=int, help="of the miniature's LLM, for a quick look")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--one-an-image", action="store_true", help="only the first question about each image")
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.shape == "7b":
             add_ours(seven_billion(args.device))
         else:
-            source = args.model_path or save_miniature(Path(name))
+            source = args.model_path or save_miniature(Path(name), args.layers)
             for dtype in args.dtypes:
                 add_ours(load_pretrained_model(source, None, "", device=args.device, dtype=dtype))
             to_hf(source, Path(name, "hf"), dtype=args.dtypes[0])

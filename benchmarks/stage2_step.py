@@ -26,7 +26,7 @@ from playground.mini.proof.finetune import by_scene
 SCENES = ROOT / "playground/data/mini/train"
 
 
-def step_of(records: list[dict[str, Any]], flags: str = "") -> tuple[Callable[[], None], list[float]]:
+def step_of(records: list[dict[str, Any]], flags: str, layers: int | None) -> tuple[Callable[[], None], list[float]]:
     """A step over all records, forward and backward, of LLM and projector; and where it puts its losses."""
     with tempfile.TemporaryDirectory() as folder:
         data_path = Path(folder, "data.json")
@@ -36,7 +36,7 @@ def step_of(records: list[dict[str, Any]], flags: str = "") -> tuple[Callable[[]
             f"--lazy_preprocess True --model_max_length 2048 {flags}"
         )
         torch.manual_seed(0)  # both sides have the same untrained projector
-        tokenizer, model, model_args, data_args, training_args = miniature_model(flags, folder)
+        tokenizer, model, model_args, data_args, training_args = miniature_model(flags, folder, layers)
         data = make_data(tokenizer, model, model_args, data_args, training_args, None)
         batch = data["data_collator"]([data["train_dataset"][row] for row in range(len(records))])
     model.train()
@@ -68,6 +68,8 @@ def compare(
     print(f"{what}, {fast} against {plain}   {ratio_and_spread(seconds[plain], seconds[fast])}")
     for name, (_, losses) in sides.items():
         print(f"  {name}: step {statistics.median(seconds[name]):.2f} s, loss {losses[0]:.6f}")
+        if abs(losses[0] - sides[plain][1][0]) > 1e-5 * losses[0]:
+            raise SystemExit(f"{name}: the loss differs from that of {plain}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=4)
     parser.add_argument("--samples", type=int, default=8, help="of the packed batch")
+    parser.add_argument("--layers", type=int, help="of the LLM, for a quick look")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(arguments)
     if not (MODELS / "smollm2-135m-instruct").exists() or not (SCENES / "choices_instruct.json").exists():
@@ -86,13 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record for record in records if record["image"] in {dialogue["image"] for dialogue in dialogues[: args.scenes]}
     ]
     sides = {
-        "one by one": step_of(single),
-        "behind one prefix": step_of(dialogues[: args.scenes], "--independent_turns True"),
+        "one by one": step_of(single, "", args.layers),
+        "behind one prefix": step_of(dialogues[: args.scenes], "--independent_turns True", args.layers),
     }
     compare("answered questions / s", "one by one", "behind one prefix", sides, args.repeats)
     print(f"  {len(single)} questions about {args.scenes} scenes, forward and backward, no optimizer")
     samples = mixed(args.samples)
-    sides = {"padded": step_of(samples), "packed": step_of(samples, "--pack_samples True")}
+    sides = {
+        "padded": step_of(samples, "", args.layers),
+        "packed": step_of(samples, "--pack_samples True", args.layers),
+    }
     compare("samples / s", "padded", "packed", sides, args.repeats)
     print(f"  {len(samples)} samples of many lengths, forward and backward, no optimizer")
 

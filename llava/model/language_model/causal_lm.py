@@ -55,8 +55,6 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
     decoder_class: type
     # Otherwise transformers would not divide the loss by the gradient accumulation steps.
     accepts_loss_kwargs = False
-    packs_samples = False
-    """Whether training puts several samples of a batch into a row (`--pack_samples`)."""
     # The tower is loaded from its own folder; its copy in checkpoints of stage 2 is not needed.
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\."]  # noqa: RUF012
 
@@ -147,7 +145,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 raise TruncatedImageError(merged.truncated_rows, self.config.tokenizer_model_max_length, sample_ids)
             if self.plugin is not None and plugin_batch is not None:
                 auxiliary = self.plugin.auxiliary_losses(self.alignment_context(encoded, merged), plugin_batch)
-            is_packed = self.packs_samples and self.training
+            is_packed = self.get_model().packs_samples and self.training
             if is_packed:
                 lengths = merged.attention_mask.sum(dim=1)  # [B]
                 # Kernels that skip what a mask hides take one row. Others compute it: rows stay as long as the longest.

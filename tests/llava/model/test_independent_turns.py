@@ -69,7 +69,7 @@ def loss_and_gradients(
     model = LlavaLlamaForCausalLM.from_pretrained("tiny-llava", dtype=torch.float64, attn_implementation=attention)
     model.get_vision_tower().load_model()
     model.get_vision_tower().requires_grad_(False)
-    model.packs_samples = packs_samples
+    model.get_model().packs_samples = packs_samples
     loss = model.double().train()(**batch).loss
     loss.backward()
     return loss, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
