@@ -54,7 +54,8 @@ def resume_from(folder: Path, step: int) -> None:
 
 @pytest.mark.parametrize("adapts", [True, False])
 def test_packing_keeps_the_losses(run_lora: Any, logged: Any, adapts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = f"--lora_enable {adapts} --max_steps 3"
+    # AdamW's first steps would make rounding as large as gradients.
+    flags = f"--lora_enable {adapts} --per_device_train_batch_size 8 --max_steps 3 --optim sgd"
     padded = logged(run_lora("padded", flags))
     rows: list[int] = []
 
@@ -65,7 +66,7 @@ def test_packing_keeps_the_losses(run_lora: Any, logged: Any, adapts: bool, monk
 
     monkeypatch.setattr(causal_lm, "pack", counted_pack)
     assert logged(run_lora("packed", f"{flags} --pack_samples True")) == pytest.approx(padded, rel=1e-5)
-    assert len(rows) == 3 and min(rows) < 4  # samples of a batch
+    assert len(rows) == 3 and max(rows) < 8  # samples of a batch
 
 
 @pytest.mark.parametrize("flags", ["", "--bits 4", "--unfreeze_mm_vision_tower True"], ids=["lora", "qlora", "tower"])
