@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured_models import MODELS, ROOT, miniature_model, random_model, ratio_and_spread, seconds_in_turn
+from measured_models import MODELS, ROOT, keep_layers, miniature_model, random_model, ratio_and_spread, seconds_in_turn
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from llava.conversation import Conversation, conv_templates
@@ -38,13 +38,22 @@ SCENES = ROOT / "playground/data/mini/heldout"
 TEMPLATE = "chatml_direct"
 
 
-def save_miniature(folder: Path, layers: int | None) -> str:
-    """Write the miniature's LLM and tower with a projector of random weights, and return its folder."""
+def miniature(device: str) -> LoadedModel:
+    """The miniature's LLM and tower with a projector of random weights."""
     flags = f"--version {TEMPLATE} --image_aspect_ratio pad --data_path {SCENES}/instruct.json --image_folder {SCENES}"
-    tokenizer, model, *_ = miniature_model(flags, str(folder / "unused"), layers)
-    model.save_pretrained(folder / "checkpoint")
-    tokenizer.save_pretrained(folder / "checkpoint")
-    return str(folder / "checkpoint")
+    with tempfile.TemporaryDirectory() as output_dir:
+        tokenizer, model, *_ = miniature_model(flags, output_dir)
+    model.to(device).eval()
+    return LoadedModel(tokenizer, model, model.get_vision_tower().image_processor, 2048)
+
+
+def save_miniature(folder: Path, layers: int | None) -> str:
+    """Write the miniature to a folder, and return its path."""
+    tokenizer, model, *_ = miniature("cpu")
+    keep_layers(model, layers)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def seven_billion(device: str) -> LoadedModel:
@@ -152,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.shape == "7b":
             add_ours(seven_billion(args.device))
         else:
-            source = args.model_path or save_miniature(Path(name), args.layers)
+            source = args.model_path or save_miniature(Path(name, "checkpoint"), args.layers)
             for dtype in args.dtypes:
                 add_ours(load_pretrained_model(source, None, "", device=args.device, dtype=dtype))
             to_hf(source, Path(name, "hf"), dtype=args.dtypes[0])

@@ -72,13 +72,12 @@ class Assembled(NamedTuple):
     training_args: Any
 
 
-def miniature_model(flags: str, output_dir: str, layers: int | None = None) -> Assembled:
+def miniature_model(flags: str, output_dir: str) -> Assembled:
     """SmolLM2 and DINOv2-small with an untrained projector, on a CPU.
 
     Args:
         flags: of the trainer, beside those of the models.
         output_dir: the trainer's; nothing is written there.
-        layers: keep the LLM's first layers alone, for a quick look.
     """
     model_args, data_args, training_args, _ = parse_arguments(
         f"--model_name_or_path {MODELS}/smollm2-135m-instruct --vision_tower {MODELS}/dinov2-small "
@@ -87,8 +86,6 @@ def miniature_model(flags: str, output_dir: str, layers: int | None = None) -> A
     )
     tokenizer = load_tokenizer(model_args, training_args)
     model = load_language_model(model_args, training_args, "sdpa")
-    model.config.num_hidden_layers = layers or model.config.num_hidden_layers
-    model.model.layers = model.model.layers[: model.config.num_hidden_layers]
     give_padding_token(tokenizer, model, model_args.version)
     add_vision(model, tokenizer, model_args, data_args, training_args)
     return Assembled(tokenizer, model, model_args, data_args, training_args)
@@ -166,6 +163,12 @@ def median_seconds(action: Callable[[], object], repeats: int, device: str) -> f
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
+
+
+def keep_layers(model: Any, layers: int | None) -> None:
+    """Keep the LLM's first layers alone, for a quick look; None keeps all."""
+    model.config.num_hidden_layers = layers or model.config.num_hidden_layers
+    model.model.layers = model.model.layers[: model.config.num_hidden_layers]
 
 
 def seconds_in_turn(actions: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:

@@ -136,8 +136,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 encoded.tokens,
                 self.get_input_embeddings(),
                 attention_mask=attention_mask,
-                labels=labels,
                 turns=turns,
+                labels=labels,
                 padding_side=getattr(self.config, "tokenizer_padding_side", "right"),
                 max_length=getattr(self.config, "tokenizer_model_max_length", None),
             )
@@ -148,16 +148,17 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             is_packed = self.get_model().packs_samples and self.training
             if is_packed:
                 lengths = merged.attention_mask.sum(dim=1)  # [B]
-                # Kernels that skip what a mask hides take one row. Others compute it: rows stay as long as the longest.
-                skips = self.config._attn_implementation in ("flash_attention_2", "flex_attention")
-                merged, use_cache = pack(merged, int(lengths.sum() if skips else lengths.max())), False
+                # Flash attention skips what samples do not see. Others compute it: rows stay as long as the longest.
+                is_one_row = self.config._attn_implementation == "flash_attention_2"
+                merged, use_cache = pack(merged, int(lengths.sum() if is_one_row else lengths.max())), False
             input_ids, inputs_embeds = None, merged.inputs_embeds
             if self.training and not encoded.tokens:
                 inputs_embeds = inputs_embeds + encoded.base_tiles.sum()  # adds 0, but connects the projector
-            # Without a mask, transformers separates samples where positions restart.
-            attention_mask, position_ids = None if is_packed else merged.attention_mask, merged.position_ids
+            attention_mask, position_ids = merged.attention_mask, merged.position_ids
             if turns is not None:
                 attention_mask, position_ids = attention_of_turns(merged)
+            elif is_packed:  # without a mask, transformers separates samples where positions restart
+                attention_mask, position_ids = None, merged.position_ids
             labels = None if labels is None else merged.labels
             if auxiliary_only:
                 # Adds 0, but connects all that is trained: DDP expects a gradient for each weight.
