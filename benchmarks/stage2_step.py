@@ -70,7 +70,7 @@ def packed_sides(samples: int, layers: int | None = None) -> tuple[Callable[[], 
 
 def compare(what: str, fast: Callable[[], float], plain: Callable[[], float], repeats: int) -> None:
     """Print the ratio of two sides, then the times and losses it comes from."""
-    losses = {}
+    losses: dict[str, float] = {}
     sides = {"fast": lambda: losses.update(fast=fast()), "plain": lambda: losses.update(plain=plain())}
     seconds = seconds_in_turn(sides, repeats, "cpu")
     print(f"{what:<70} {ratio_and_spread(seconds['plain'], seconds['fast'])}")
