@@ -1,4 +1,5 @@
-"""Answers a second of the one generation loop, against upstream's loop of one question at a time on the same weights.
+"""Answers a second of the one generation loop, against upstream's loop of one question at a time and against
+transformers' own LLaVA (`llava-convert to-hf`), on the same weights.
 
     python benchmarks/answering.py                                        # the miniature's LLM, a random projector
     python benchmarks/answering.py --model-path checkpoints/llava-mini-patchaligned
@@ -6,22 +7,28 @@
     python benchmarks/answering.py --shape 7b --device cuda               # random weights at LLaVA-1.5-7B's size
 
 Questions are the miniature's held-out ones, in their order: five or six in a row are about one image, as in POPE, GQA
-or VQAv2. Ratios come first. In float32 the texts must be equal in all runs; in half precision, where the order of a sum
+or VQAv2. All sides answer in turn, `--repeats` times. Ratios, of the times of one round, come first: the median, and
+the least and the greatest. In float32 the texts must be equal in all runs; in half precision, where the order of a sum
 decides near ties, the share of equal texts is printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from measured_models import MODELS, ROOT, miniature_model, random_model
-from transformers import AutoTokenizer
+from measured_models import MODELS, ROOT, keep_layers, miniature_model, random_model, ratio_and_spread, seconds_in_turn
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from llava.conversation import Conversation, conv_templates
+from llava.convert.to_hf import to_hf
 from llava.eval.answering import GenerationSettings, Question, answer_questions, prompt_of
 from llava.eval.vqa_files import vqa_questions
 from llava.mm_utils import load_rgb_image, process_images, tokenizer_image_token
@@ -29,7 +36,6 @@ from llava.model.builder import LoadedModel, load_pretrained_model
 
 SCENES = ROOT / "playground/data/mini/heldout"
 TEMPLATE = "chatml_direct"
-TARGET = {"cpu": 2.0, "cuda": 5.0}
 
 
 def miniature(device: str) -> LoadedModel:
@@ -39,6 +45,15 @@ def miniature(device: str) -> LoadedModel:
         tokenizer, model, *_ = miniature_model(flags, output_dir)
     model.to(device).eval()
     return LoadedModel(tokenizer, model, model.get_vision_tower().image_processor, 2048)
+
+
+def save_miniature(folder: Path, layers: int | None) -> str:
+    """Write the miniature to a folder, and return its path."""
+    tokenizer, model, *_ = miniature("cpu")
+    keep_layers(model, layers)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def seven_billion(device: str) -> LoadedModel:
@@ -72,6 +87,25 @@ def one_by_one(
     return texts
 
 
+def of_transformers(
+    questions: Sequence[Question], model: Any, processor: Any, batch_size: int, new_tokens: int
+) -> list[str]:
+    """transformers' own LLaVA as its documentation shows it, in batches in the order of the questions."""
+    texts = []
+    for start in range(0, len(questions), batch_size):
+        asked = questions[start : start + batch_size]
+        contents = [[{"type": "image"}, {"type": "text", "text": question.text}] for question in asked]
+        prompts = [processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+                   for content in contents]  # fmt: skip
+        images = [load_rgb_image(question.images[0]) for question in asked]  # type: ignore[arg-type]
+        inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            ids = model.generate(**inputs.to(model.device, model.dtype), do_sample=False, max_new_tokens=new_tokens)
+        new_ids = ids[:, inputs["input_ids"].shape[1] :]
+        texts += [text.strip() for text in processor.batch_decode(new_ids, skip_special_tokens=True)]
+    return texts
+
+
 def timed(run: Callable[[], list[str]], device: str) -> tuple[list[str], float]:
     """What a run returns, and its seconds."""
     if device == "cuda":
@@ -86,49 +120,76 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", help="a checkpoint of stage 2 to use instead")
     parser.add_argument("--shape", choices=("mini", "7b"), default="mini")
+    parser.add_argument("--layers", type=int, help="of the miniature's LLM, for a quick look")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--one-an-image", action="store_true", help="only the first question about each image")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="the first is that of the baselines")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=4)
     args = parser.parse_args(arguments)
     for path in (MODELS / "smollm2-135m-instruct", SCENES / "questions.jsonl"):
         if not path.exists():
             raise SystemExit(f"No {path}; next: bash scripts/prepare_mini.sh")
 
-    if args.model_path:
-        loaded = load_pretrained_model(args.model_path, None, "", device=args.device)
-    else:
-        loaded = miniature(args.device) if args.shape == "mini" else seven_billion(args.device)
-    template = conv_templates[getattr(loaded.model.config, "conversation_version", TEMPLATE)]
     questions = vqa_questions(SCENES / "questions.jsonl", SCENES)
     if args.one_an_image:
         questions = list({question.images: question for question in reversed(questions)}.values())[::-1]
     questions = questions[: args.questions]
     settings = GenerationSettings(max_new_tokens=args.max_new_tokens)
+    sides: dict[str, Callable[[], list[str]]] = {}
 
-    def batched(batch_size: int, asked: Sequence[Question]) -> list[str]:
-        answers = answer_questions(asked, *loaded[:3], template, settings, batch_size=batch_size, workers=args.workers)
-        return [answer.text for answer in answers]
+    def add_ours(loaded: LoadedModel) -> None:
+        model = loaded.model
+        template = conv_templates[getattr(model.config, "conversation_version", TEMPLATE)]
+        dtype = str(model.dtype).removeprefix("torch.")
+        if not sides:
+            sides["one by one"] = lambda: one_by_one(questions, loaded, template, args.max_new_tokens)
 
-    batched(1, questions[:2])  # warms up
-    expected, upstream_s = timed(lambda: one_by_one(questions, loaded, template, args.max_new_tokens), args.device)
-    print(f"{'batch':>5}  {'against one by one':>18}  {'answers/s':>9}  {'equal texts':>11}")
-    for size in args.batch_sizes:
-        texts, seconds = timed(lambda size=size: batched(size, questions), args.device)  # type: ignore[misc]
-        equal = sum(ours == theirs for ours, theirs in zip(texts, expected, strict=True))
-        ratio = f"{upstream_s / seconds:.2f}x"
-        print(f"{size:>5}  {ratio:>18}  {len(questions) / seconds:>9.2f}  {equal:>5} of {len(questions)}", flush=True)
-        if loaded.model.dtype == torch.float32 and equal < len(questions):
-            raise SystemExit(
-                f"batch {size}: {len(questions) - equal} texts differ from those of one question at a time"
+        def batched(size: int) -> list[str]:
+            answers = answer_questions(
+                questions, *loaded[:3], template, settings, batch_size=size, workers=args.workers
             )
+            return [answer.text for answer in answers]
+
+        for size in args.batch_sizes:
+            sides[f"{size} at once, {dtype}"] = partial(batched, size)
+
+    with tempfile.TemporaryDirectory() as name:
+        if args.shape == "7b":
+            add_ours(seven_billion(args.device))
+        else:
+            source = args.model_path or save_miniature(Path(name, "checkpoint"), args.layers)
+            for dtype in args.dtypes:
+                add_ours(load_pretrained_model(source, None, "", device=args.device, dtype=dtype))
+            to_hf(source, Path(name, "hf"), dtype=args.dtypes[0])
+            processor = AutoProcessor.from_pretrained(Path(name, "hf"), backend="pil")
+            theirs = LlavaForConditionalGeneration.from_pretrained(Path(name, "hf"), dtype=args.dtypes[0])
+            theirs = theirs.to(args.device).eval()
+            for size in {args.batch_sizes[0], args.batch_sizes[-1]}:
+                run = partial(of_transformers, questions, theirs, processor, size, args.max_new_tokens)
+                sides[f"transformers, {size} at once, {args.dtypes[0]}"] = run
+        texts: dict[str, list[str]] = {}
+        seconds = seconds_in_turn(
+            {side: lambda side=side, run=run: texts.update({side: run()}) for side, run in sides.items()},  # type: ignore[misc]
+            args.repeats,
+            args.device,
+        )
+
+    print(f"{'':<36}  {'against one by one':>20}  {'answers/s':>9}  {'equal texts':>11}")
+    for side, own in seconds.items():
+        equal = sum(ours == theirs for ours, theirs in zip(texts[side], texts["one by one"], strict=True))
+        rate = len(questions) / statistics.median(own)
+        ratio = ratio_and_spread(seconds["one by one"], own)
+        print(f"{side:<36}  {ratio:>20}  {rate:>9.2f}  {equal:>5} of {len(questions)}", flush=True)
+        if "16" not in args.dtypes[0] and "float16" not in side and equal < len(questions):
+            raise SystemExit(f"{side}: {len(questions) - equal} texts differ from those of one question at a time")
     images = len({question.images for question in questions})
-    print(f"one by one: {len(questions) / upstream_s:.2f} answers/s; target at 16: {TARGET[args.device]}x")
     print(
-        f"{len(questions)} questions about {images} images, up to {args.max_new_tokens} new tokens; "
-        f"{args.model_path or args.shape} on {args.device}, {loaded.model.dtype}, {torch.get_num_threads()} threads"
+        f"{len(questions)} questions about {images} images, up to {args.max_new_tokens} new tokens, {args.repeats} "
+        f"rounds; {args.model_path or args.shape} on {args.device}, {torch.get_num_threads()} threads"
     )
 
 

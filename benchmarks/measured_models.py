@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -163,6 +163,37 @@ def median_seconds(action: Callable[[], object], repeats: int, device: str) -> f
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
+
+
+def keep_layers(model: Any, layers: int | None) -> None:
+    """Keep the LLM's first layers alone, for a quick look; None keeps all."""
+    model.config.num_hidden_layers = layers or model.config.num_hidden_layers
+    model.model.layers = model.model.layers[: model.config.num_hidden_layers]
+
+
+def seconds_in_turn(actions: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Times of actions that run in turn, so that what disturbs the machine disturbs all, after a round to warm up.
+
+    On a CPU, where torch has one thread, CPU seconds: they leave out the time that other programs take.
+    """
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(repeats + 1):
+        for name, action in actions.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = clock()
+            action()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(clock() - start)
+    return {name: spent[1:] for name, spent in seconds.items()}
+
+
+def ratio_and_spread(baseline: Sequence[float], own: Sequence[float]) -> str:
+    """How many times as fast: the median over rounds, and the least and the greatest."""
+    ratios = sorted(before / after for before, after in zip(baseline, own, strict=True))
+    return f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 def loss_of_all_logits(model: Any, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
     parser.add_argument("--model-base", help="the LLM that a stage-1 projector or a LoRA adapter belongs to")
     parser.add_argument("--device", help="default: cuda, or cpu where there is no GPU")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the weights; default: float16 on a GPU, float32 on a CPU, where bfloat16 may be faster",
+    )
 
 
 def add_generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -90,6 +95,7 @@ def answer_to_file(args: argparse.Namespace, questions: Sequence[Question]) -> N
         "model": [model_hashes(model_path), model_hashes(args.model_base)],
         "conv_mode": args.conv_mode,
         "settings": asdict(settings),
+        **({"dtype": args.dtype} if args.dtype else {}),
     }
     with open_answers(args.answers_file, questions, get_model_name_from_path(model_path), run) as answers_file:
         remaining = questions[answers_file.kept :]
@@ -121,7 +127,7 @@ def load_model(args: argparse.Namespace, **kwargs: Any) -> Any:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model_name = get_model_name_from_path(model_path)
-    return load_pretrained_model(model_path, args.model_base, model_name, device=device, **kwargs)
+    return load_pretrained_model(model_path, args.model_base, model_name, device=device, dtype=args.dtype, **kwargs)
 
 
 def answers_of(

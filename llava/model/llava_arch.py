@@ -54,6 +54,8 @@ class LlavaMetaModel:
     config: Any
     vision_tower: VisionTower
     mm_projector: nn.Module
+    packs_samples = False
+    """Whether training puts several samples of a batch into a row (`--pack_samples`)."""
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]

@@ -7,7 +7,7 @@ of one tile.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,8 @@ class MergedBatch:
         labels: `[B, L]`; IGNORE_INDEX at visual tokens and padding.
         image_of_row: indices of each row's images. Dummy images belong to no row.
         truncated_rows: rows in which `max_length` truncated visual tokens.
+        turns: `[B, L]`, the number of the question that each position belongs to; 0 before all questions and at
+            padding. None if questions see each other.
     """
 
     inputs_embeds: Tensor
@@ -47,6 +49,7 @@ class MergedBatch:
     labels: Tensor
     image_of_row: list[list[int]]
     truncated_rows: list[int]
+    turns: Tensor | None = None
 
 
 def assign_images(images_per_row: list[int], image_count: int) -> list[list[int]]:
@@ -77,6 +80,7 @@ def merge(
     *,
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
+    turns: Tensor | None = None,
     padding_side: str = "right",
     max_length: int | None = None,
 ) -> MergedBatch:
@@ -88,6 +92,7 @@ def merge(
         embed_words: ids `[n]` -> `[n, D]`; called once.
         attention_mask: `[B, T]`, true (or 1) at tokens. Padding may be on either side.
         labels: `[B, T]`, or None if nothing is supervised.
+        turns: `[B, T]`, the number of the question that each id belongs to, 0 before all questions; or None.
         padding_side: padding side of the merged batch.
         max_length: truncate rows to their first `max_length` positions.
 
@@ -107,7 +112,7 @@ def merge(
     # One call for the batch: under ZeRO-3 each call gathers the table on all ranks.
     text_embeds = embed_words(torch.cat(texts)).split([len(text) for text in texts])
 
-    merged_embeds, merged_labels, truncated_rows = [], [], []
+    merged_embeds, merged_labels, merged_turns, truncated_rows = [], [], [], []
     for row, ((_, row_labels), marks) in enumerate(zip(rows, is_image, strict=True)):
         # With a model spread over several GPUs, projector and word embeddings may be on different devices.
         images = [image_tokens[i].to(text_embeds[row]) for i in image_of_row[row]]
@@ -118,6 +123,10 @@ def merge(
             embeds, row_labels = embeds[:max_length], row_labels[:max_length]
         merged_embeds.append(embeds)
         merged_labels.append(row_labels)
+        if turns is not None:
+            repeats = torch.ones_like(marks, dtype=torch.long)  # [t + i]
+            repeats[marks] = repeats.new_tensor([len(image) for image in images])
+            merged_turns.append(turns[row][mask[row]].repeat_interleave(repeats)[: len(embeds)])  # [n]
 
     length = max(len(embeds) for embeds in merged_embeds)
     offsets = [length - len(embeds) if padding_side == "left" else 0 for embeds in merged_embeds]
@@ -128,34 +137,52 @@ def merge(
         labels=pad_rows(merged_labels, length, offsets, IGNORE_INDEX),
         image_of_row=image_of_row,
         truncated_rows=truncated_rows,
+        turns=None if turns is None else pad_rows(merged_turns, length, offsets, 0),
     )
 
 
-def attention_of_turns(
-    turns: Tensor, input_ids: Tensor, image_tokens: list[Tensor], merged: MergedBatch
-) -> tuple[Tensor, Tensor]:
-    """Return mask and positions with which each question about an image sees the image and itself alone.
+def pack(merged: MergedBatch, capacity: int) -> MergedBatch:
+    """Put the samples of a batch one after another into rows of at most `capacity` positions, in place of padding.
 
-    Args:
-        turns: `[B, T]`, the number of the question that each id belongs to; 0 before all questions.
-        input_ids: `[B, T]`, as given to `merge`; ids beyond a row's length in `merged` are ignored.
-        image_tokens: visual tokens of each image, as given to `merge`.
-        merged: the batch.
+    Positions restart with each sample, and tell the model to keep them apart. `image_of_row` stays that of the samples.
+    """
+    lengths = merged.attention_mask.sum(dim=1).tolist()
+    samples_of_row: list[list[int]] = []
+    for sample in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # first fit, longest first
+        free = (row for row in samples_of_row if sum(lengths[i] for i in row) + lengths[sample] <= capacity)
+        if (row := next(free, None)) is None:
+            samples_of_row.append(row := [])
+        row.append(sample)
+    length = max(sum(lengths[sample] for sample in row) for row in samples_of_row)
+
+    def packed(padded: Tensor, value: float) -> Tensor:
+        rows = [torch.cat([padded[i][merged.attention_mask[i]] for i in row]) for row in samples_of_row]
+        return pad_rows(rows, length, [0] * len(rows), value)
+
+    position_ids = packed(merged.position_ids, 0)
+    labels = packed(merged.labels, IGNORE_INDEX)
+    return replace(
+        merged,
+        inputs_embeds=packed(merged.inputs_embeds, 0.0),
+        attention_mask=packed(merged.attention_mask, 0),
+        position_ids=position_ids,
+        labels=labels.masked_fill(position_ids == 0, IGNORE_INDEX),  # the sample before does not predict it
+        turns=None if merged.turns is None else packed(merged.turns, 0),
+    )
+
+
+def attention_of_turns(merged: MergedBatch) -> tuple[Tensor, Tensor]:
+    """Return mask and positions with which each question about an image sees the image and itself alone.
 
     Returns:
         The mask, `[B, 1, L, L]` in the embeddings' dtype, to be added to attention scores, and `[B, L]` positions:
         those that the question would have if it was the only one.
     """
-    turns_of_rows = []
-    lengths = merged.attention_mask.sum(dim=1).tolist()
-    for ids, row_turns, images, length in zip(input_ids, turns, merged.image_of_row, lengths, strict=True):
-        repeats = torch.ones_like(ids)  # [T]
-        repeats[ids == IMAGE_TOKEN_INDEX] = repeats.new_tensor([len(image_tokens[image]) for image in images])
-        turns_of_rows.append(row_turns.repeat_interleave(repeats)[:length])  # [length]
-    merged_turns = torch.full_like(merged.position_ids, -1)  # [B, L]; padding sees padding alone
-    merged_turns[merged.attention_mask] = torch.cat(turns_of_rows).to(merged_turns)
-    of_query, of_key = merged_turns[:, :, None], merged_turns[:, None, :]
-    is_seen = ((of_key == 0) | (of_key == of_query)).tril()  # [B, L, L]
+    assert merged.turns is not None
+    samples = (merged.position_ids == 0).cumsum(dim=1)  # [B, L]; padding sees itself alone
+    of_query, of_key = merged.turns[:, :, None], merged.turns[:, None, :]
+    is_own = samples[:, :, None] == samples[:, None, :]  # [B, L, L]
+    is_seen = (is_own & ((of_key == 0) | (of_key == of_query))).tril()
     mask = torch.zeros_like(is_seen, dtype=merged.inputs_embeds.dtype)
     mask.masked_fill_(~is_seen, torch.finfo(mask.dtype).min)
     return mask[:, None], is_seen.sum(dim=-1) - 1

@@ -191,6 +191,7 @@ def add_vision(
 ) -> None:
     """Build tower and projector, freeze what the stage does not train, and record all of it in the config."""
     model.get_model().initialize_vision_modules(model_args=model_args)
+    model.get_model().packs_samples = data_args.pack_samples
     tower, adapter = model.get_vision_tower(), adapter_weights(model.get_model())
     half = mixed_precision_dtype(training_args)
     if training_args.deepspeed:

@@ -110,6 +110,13 @@ class DataArguments:
             "no other question. Same gradients as one sample a question; the image is read once."
         },
     )
+    pack_samples: bool = field(
+        default=False,
+        metadata={
+            "help": "Stage 2: put the samples of a batch one after another into rows as long as the longest, in place "
+            "of padding. Each sees itself alone, so losses and gradients stay the same."
+        },
+    )
     cache_features: str | None = field(
         default=None,
         metadata={

@@ -10,9 +10,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from llava.command import errors_as_sentences
+from llava.train.flags import check_command_line
+
+if __name__ == "__main__":
+    check_command_line()  # before the imports below, which take seconds
+
 from transformers import set_seed
 
-from llava.command import errors_as_sentences
 from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
 from llava.data.tokenization import (

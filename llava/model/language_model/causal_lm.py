@@ -26,6 +26,7 @@ from llava.model.multimodal_merge import (
     attention_of_turns,
     mask_of_padding,
     merge,
+    pack,
 )
 from llava.plugin import AlignmentContext, AuxiliaryOutput
 from llava.utils import follow_umask
@@ -135,6 +136,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 encoded.tokens,
                 self.get_input_embeddings(),
                 attention_mask=attention_mask,
+                turns=turns,
                 labels=labels,
                 padding_side=getattr(self.config, "tokenizer_padding_side", "right"),
                 max_length=getattr(self.config, "tokenizer_model_max_length", None),
@@ -143,12 +145,20 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 raise TruncatedImageError(merged.truncated_rows, self.config.tokenizer_model_max_length, sample_ids)
             if self.plugin is not None and plugin_batch is not None:
                 auxiliary = self.plugin.auxiliary_losses(self.alignment_context(encoded, merged), plugin_batch)
-            given_ids, input_ids, inputs_embeds = input_ids, None, merged.inputs_embeds
+            is_packed = self.get_model().packs_samples and self.training
+            if is_packed:
+                lengths = merged.attention_mask.sum(dim=1)  # [B]
+                # Flash attention skips what samples do not see. Others compute it: rows stay as long as the longest.
+                is_one_row = self.config._attn_implementation == "flash_attention_2"
+                merged, use_cache = pack(merged, int(lengths.sum() if is_one_row else lengths.max())), False
+            input_ids, inputs_embeds = None, merged.inputs_embeds
             if self.training and not encoded.tokens:
                 inputs_embeds = inputs_embeds + encoded.base_tiles.sum()  # adds 0, but connects the projector
             attention_mask, position_ids = merged.attention_mask, merged.position_ids
             if turns is not None:
-                attention_mask, position_ids = attention_of_turns(turns, given_ids, encoded.tokens, merged)
+                attention_mask, position_ids = attention_of_turns(merged)
+            elif is_packed:  # without a mask, transformers separates samples where positions restart
+                attention_mask, position_ids = None, merged.position_ids
             labels = None if labels is None else merged.labels
             if auxiliary_only:
                 # Adds 0, but connects all that is trained: DDP expects a gradient for each weight.

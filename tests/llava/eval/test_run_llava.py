@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import llava
@@ -16,7 +17,8 @@ from llava.eval import run_llava
 from llava.eval.answering import GenerationSettings, Question, answer_questions
 from llava.eval.run_llava import argument_parser, eval_model, image_parser, load_images
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import LoadedModel
+from llava.model import builder
+from llava.model.builder import LoadedModel, load_pretrained_model
 
 GOLDENS = Path(__file__).parents[2] / "goldens" / "llava"
 
@@ -51,6 +53,18 @@ def test_eval_model_takes_the_readmes_arguments(
 def ask(**flags: Any) -> str:
     common = {"model_path": "tiny-llava", "temperature": 0, "max_new_tokens": 6, "conv_mode": "v1", "device": "cpu"}
     return eval_model(SimpleNamespace(**common, **flags))
+
+
+def test_dtype_is_that_of_the_weights(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[LoadedModel] = []
+
+    def load(*arguments: Any, **options: Any) -> LoadedModel:
+        loaded.append(load_pretrained_model(*arguments, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(builder, "load_pretrained_model", load)
+    ask(query="What is this?", image_file="images/im0.png", dtype="bfloat16")
+    assert {weight.dtype for weight in loaded[0].model.parameters()} == {torch.bfloat16}
 
 
 def test_chat_gives_the_answer_of_the_command_without_printing_it(

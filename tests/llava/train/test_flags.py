@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,18 @@ def test_flags_of_trl_are_known() -> None:
     trl = pytest.importorskip("trl", reason="trl is part of the extra `train`")
     sources = {"trl": ["trainer/sft_config.py", "trainer/base_config.py"], "transformers": ["training_args.py"]}
     parse_known_flags((), [f"--{field.name}=1" for field in dataclasses.fields(trl.SFTConfig)], **sources)
+
+
+@pytest.mark.parametrize("module", ["llava.train.train", "llava.train.train_mem"])
+def test_help_and_wrong_flags_need_no_torch(module: str) -> None:
+    code = (
+        f"import runpy, sys\ntry: runpy.run_module({module!r}, run_name='__main__')\n"
+        "except SystemExit as end: print(); print(end.code, 'torch' in sys.modules)"
+    )
+    for flag, status in (("--help", "0"), ("--data_pat", "error: --data_pat: found no such flag")):
+        result = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=True)
+        last = result.stdout.splitlines()[-1]
+        assert last.startswith(status) and last.endswith(" False")
 
 
 def test_the_recorded_command_line_passes(golden_world: Path, stage_1_flags: Callable[..., list[str]]) -> None:

@@ -15,7 +15,9 @@ from transformers import LlamaForCausalLM
 
 pytest.importorskip("peft", reason="peft is part of the extra `train`")
 
+from llava.model import multimodal_merge
 from llava.model.builder import load_pretrained_model
+from llava.model.language_model import causal_lm
 from llava.train.lora import get_peft_state_maybe_zero_3
 
 LORA = (
@@ -48,6 +50,23 @@ def resume_from(folder: Path, step: int) -> None:
     for path in folder.iterdir():
         if path.name != f"checkpoint-{step}":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("adapts", [True, False])
+def test_packing_keeps_the_losses(run_lora: Any, logged: Any, adapts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # AdamW's first steps would make rounding as large as gradients.
+    flags = f"--lora_enable {adapts} --per_device_train_batch_size 8 --max_steps 3 --optim sgd"
+    padded = logged(run_lora("padded", flags))
+    rows: list[int] = []
+
+    def counted_pack(*arguments: Any) -> Any:
+        packed = multimodal_merge.pack(*arguments)
+        rows.append(len(packed.labels))
+        return packed
+
+    monkeypatch.setattr(causal_lm, "pack", counted_pack)
+    assert logged(run_lora("packed", f"{flags} --pack_samples True")) == pytest.approx(padded, rel=1e-5)
+    assert len(rows) == 3 and max(rows) < 8  # samples of a batch
 
 
 @pytest.mark.parametrize("flags", ["", "--bits 4", "--unfreeze_mm_vision_tower True"], ids=["lora", "qlora", "tower"])
