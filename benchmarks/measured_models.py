@@ -40,6 +40,36 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
+    "7b_two_layers": (
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        {"num_hidden_layers": 2},
+    ),
+    "smollm2_six_layers": (
+        {
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 3,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
     "tiny": (
         {
             "hidden_size": 32,
@@ -79,10 +109,17 @@ def miniature_model(flags: str, output_dir: str) -> Assembled:
         flags: of the trainer, beside those of the models.
         output_dir: the trainer's; nothing is written there.
     """
-    model_args, data_args, training_args, _ = parse_arguments(
+    return assembled_model(
         f"--model_name_or_path {MODELS}/smollm2-135m-instruct --vision_tower {MODELS}/dinov2-small "
-        f"--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_patch_token False "
-        f"--use_cpu True --bf16 False --output_dir {output_dir} {flags}".split()
+        f"--output_dir {output_dir} {flags}"
+    )
+
+
+def assembled_model(flags: str) -> Assembled:
+    """What the trainer's flags describe, on a CPU, with a projector of two layers."""
+    model_args, data_args, training_args, _ = parse_arguments(
+        "--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_patch_token False --use_cpu True "
+        f"{flags}".split()
     )
     tokenizer = load_tokenizer(model_args, training_args)
     model = load_language_model(model_args, training_args, "sdpa")
@@ -91,24 +128,25 @@ def miniature_model(flags: str, output_dir: str) -> Assembled:
     return Assembled(tokenizer, model, model_args, data_args, training_args)
 
 
-def random_model(shape: Literal["7b", "tiny"], device: str, **settings: Any) -> Any:
+def random_model(shape: str, device: str, tower_side_px: int | None = None, **settings: Any) -> Any:
     """LLaVA-1.5 with random weights in bfloat16.
 
     Args:
         shape: `7b` is that of LLaVA-1.5-7B; `tiny` has the same parts and takes no time.
         device: where it is made.
+        tower_side_px: side of the model image, instead of the shape's.
         settings: of its config.
     """
     tower_sizes, llm_sizes = SIZES[shape]
     tower = CLIPVisionConfig(**tower_sizes)
-    side = tower.image_size
+    side = tower.image_size = tower_side_px or tower.image_size
     with tempfile.TemporaryDirectory() as folder:
         CLIPVisionModel(tower).bfloat16().save_pretrained(folder)
         CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
             folder
         )
         vision = {"mm_vision_tower": folder, "mm_hidden_size": tower.hidden_size, "mm_projector_type": "mlp2x_gelu"}
-        config = LlavaConfig(**vision, mm_vision_select_layer=-2, **llm_sizes, **settings)  # type: ignore[arg-type, call-arg]
+        config = LlavaConfig(**vision, mm_vision_select_layer=-2, **{**llm_sizes, **settings})  # type: ignore[arg-type, call-arg]
         torch.set_default_dtype(torch.bfloat16)
         with torch.device(device):
             model: Any = LlavaLlamaForCausalLM(config)

@@ -23,8 +23,8 @@ from playground.mini.proof.finetune import by_scene
 SCENES = ROOT / "playground/data/mini/train"
 
 
-def step_of(records: list[dict[str, Any]], *, independent_turns: bool) -> tuple[Callable[[], None], list[float]]:
-    """A step over all records, forward and backward, of LLM and projector; and where it puts its losses."""
+def step_of(records: list[dict[str, Any]], *, independent_turns: bool) -> Callable[[], float]:
+    """A step over all records, forward and backward, of LLM and projector, that returns its loss."""
     with tempfile.TemporaryDirectory() as folder:
         data_path = Path(folder, "data.json")
         data_path.write_text(json.dumps(records), encoding="utf-8")
@@ -37,15 +37,22 @@ def step_of(records: list[dict[str, Any]], *, independent_turns: bool) -> tuple[
         data = make_data(tokenizer, model, model_args, data_args, training_args, None)
         batch = data["data_collator"]([data["train_dataset"][row] for row in range(len(records))])
     model.train()
-    losses: list[float] = []
 
-    def step() -> None:
+    def step() -> float:
         loss = model(**batch).loss
         loss.backward()
         model.zero_grad()
-        losses.append(float(loss.detach()))
+        return float(loss.detach())
 
-    return step, losses
+    return step
+
+
+def sides_of(scenes: int) -> tuple[int, Callable[[], float], Callable[[], float]]:
+    """Number of questions about scenes, and a step of them: behind one prefix for each scene, and one by one."""
+    records = json.loads((SCENES / "choices_instruct.json").read_text(encoding="utf-8"))
+    dialogues = by_scene(records)[:scenes]
+    single = [record for record in records if record["image"] in {dialogue["image"] for dialogue in dialogues}]
+    return len(single), step_of(dialogues, independent_turns=True), step_of(single, independent_turns=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,17 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (MODELS / "smollm2-135m-instruct").exists() or not (SCENES / "choices_instruct.json").exists():
         raise SystemExit(f"No {MODELS} or {SCENES}; next: bash scripts/prepare_mini.sh")
 
-    records = json.loads((SCENES / "choices_instruct.json").read_text(encoding="utf-8"))
-    dialogues = by_scene(records)[: args.scenes]
-    single = [record for record in records if record["image"] in {dialogue["image"] for dialogue in dialogues}]
-    alone, alone_losses = step_of(single, independent_turns=False)
-    together, together_losses = step_of(dialogues, independent_turns=True)
+    questions, together, alone = sides_of(args.scenes)
+    losses = together(), alone()
     alone_s = median_seconds(alone, args.repeats, "cpu")
     together_s = median_seconds(together, args.repeats, "cpu")
     print(f"answered questions / s, behind one prefix against one by one   {alone_s / together_s:.2f}x")
     print(f"step {together_s:.2f} s behind one prefix, {alone_s:.2f} s one by one")
-    print(f"losses {together_losses[0]:.6f} and {alone_losses[0]:.6f}")
-    print(f"{len(single)} questions about {len(dialogues)} scenes, forward and backward, no optimizer")
+    print("losses {:.6f} and {:.6f}".format(*losses))
+    print(f"{questions} questions about {args.scenes} scenes, forward and backward, no optimizer")
 
 
 if __name__ == "__main__":
