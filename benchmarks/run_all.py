@@ -28,8 +28,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
 import torch
 from growth import measure_growth, plot_growth
 from measured_models import MODELS, ROOT
@@ -153,7 +151,9 @@ class Run:
 
             return Local(side_of(folder, name, task, bf16))
         script = ROOT / "benchmarks/stage1_sides.py"
-        return ServedSide([sys.executable, str(script), str(folder), name, task, "--bf16", bf16], {"PYTHONPATH": str(ROOT)})
+        return ServedSide(
+            [sys.executable, str(script), str(folder), name, task, "--bf16", bf16], {"PYTHONPATH": str(ROOT)}
+        )
 
     def upstream_side(self, folder: Path, task: str) -> Side:
         """The original LLaVA in its own environment."""
@@ -210,6 +210,7 @@ def attach(run: Run, row: Row) -> None:
 
     steps = steps_of("tiny", "cpu", 2)
     row.detail = f"CPU time, and {WAIT_SECONDS * 1e3:.0f} ms for the layers of the LLM"
+
     def waited(actions: Sequence[Callable[[], object]]) -> Callable[[], Step]:
         def action() -> Step:
             times = []

@@ -2,14 +2,15 @@
 
     python benchmarks/stage1_sides.py FOLDER ours train --bf16 auto
 
-serves the steps of a side to another process. FOLDER is of `write_weights`. `plain` computes all logits and all of the
-last layer, and masks padding; it is what a model in evaluation mode does. `transformers` is `llava-convert to-hf` of the
+serves the steps of a side to another process. FOLDER is what `write_weights` wrote. `plain` computes all logits and all
+of the last layer, and masks padding, as a model in evaluation mode does. `transformers` is `llava-convert to-hf` of the
 same checkpoint under transformers' own Trainer.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -60,7 +61,7 @@ def write_weights(shape: str, folder: Path, batch_size: int) -> None:
     model: Any = LlavaLlamaForCausalLM(config)
     model.get_vision_tower().load_model()
     model.save_pretrained(folder / "llava")
-    byte_tokenizer(config.vocab_size).save_pretrained(folder / "llava")
+    byte_tokenizer(config.vocab_size - 1).save_pretrained(folder / "llava")  # `<image>` takes the last row
     batch = random_batch(model, batch_size, TEXT_TOKENS, prompt_tokens=2)
     torch.save(batch | {"images": batch["images"].float()}, folder / "batch.pt")
     del model
@@ -92,13 +93,13 @@ def trained(trainer: Any) -> Callable[[], Step]:
 
 
 def generated(generate: Callable[[], Any]) -> Callable[[], Step]:
-    """New tokens of one prompt; their number is the `loss`."""
+    """New tokens of one prompt."""
 
     def step() -> Step:
         start = time.perf_counter()
         with torch.inference_mode():
             generate()
-        return Step(time.perf_counter() - start, NEW_TOKENS)
+        return Step(time.perf_counter() - start, math.nan)
 
     return step
 
@@ -120,6 +121,7 @@ def our_side(folder: Path, task: str, bf16: str, *, is_plain: bool = False) -> C
     if is_plain:
         model.eval().train = lambda mode=True: model
     rows = [{}] * len(batch["input_ids"])
+    batch["image_sizes"] = [(336, 336)] * len(rows)
     return trained(
         LLaVATrainer(model, args, lambda samples: dict(batch), train_dataset=rows, processing_class=tokenizer)
     )

@@ -1,4 +1,4 @@
-"""A step of stage 1, or 32 new tokens, with the `llava` that is first on PYTHONPATH, in whatever environment that needs.
+"""A step of stage 1, or 32 new tokens, with the `llava` that is first on PYTHONPATH, in the environment it needs.
 
 `benchmarks/run_all.py --upstream DIR` starts it with the original LLaVA. Names are those that both have.
 """
@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from functools import partial
 from typing import Any
 
 import torch
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from served_steps import Step, serve
+
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 NEW_TOKENS = 32
 
@@ -28,14 +30,14 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, An
 
 
 def generate(model: Any, batch: dict[str, Any]) -> Step:
-    """New tokens for the first prompt; their number is the `loss`."""
+    """New tokens for the first prompt."""
     start = time.perf_counter()
     with torch.inference_mode():
         model.generate(
             batch["input_ids"][:1], images=batch["images"][:1], image_sizes=[(336, 336)], do_sample=False,
             max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, use_cache=True,
         )  # fmt: skip
-    return Step(time.perf_counter() - start, NEW_TOKENS)
+    return Step(time.perf_counter() - start, math.nan)
 
 
 def main() -> None:
