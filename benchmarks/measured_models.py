@@ -18,7 +18,15 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers import LlavaConfig as LlavaConfigOfTransformers
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
@@ -180,6 +188,31 @@ def random_batch(model: Any, batch_size: int, text_tokens: int, prompt_tokens: i
         "attention_mask": torch.ones_like(ids, dtype=torch.bool),
         "images": torch.randn(batch_size, 3, side, side, dtype=torch.bfloat16),
     }
+
+
+def batch_of_transformers(batch: dict[str, Any], image_id: int, visual_tokens: int) -> dict[str, Any]:
+    """A `random_batch` as transformers' LLaVA takes it: an id for each visual token, `[B, T - 1 + S]`."""
+    [place] = (batch["input_ids"][0] == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+
+    def expanded(ids: Tensor, value: int) -> Tensor:
+        return torch.cat([ids[:, :place], ids.new_full((len(ids), visual_tokens), value), ids[:, place + 1 :]], dim=1)
+
+    ids = expanded(batch["input_ids"], image_id)
+    labels = expanded(batch["labels"], IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "pixel_values": batch["images"]}
+
+
+def random_model_of_transformers(shape: str, device: str) -> Any:
+    """transformers' own LLaVA with random weights in bfloat16."""
+    tower, llm = CLIPVisionConfig(**SIZES[shape][0]), LlamaConfig(**SIZES[shape][1])
+    config = LlavaConfigOfTransformers(
+        vision_config=tower,
+        text_config=llm,
+        image_token_index=llm.vocab_size - 1,
+        image_seq_length=(tower.image_size // tower.patch_size) ** 2,
+    )
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
 
 
 def to_device(value: Any, device: str) -> Any:

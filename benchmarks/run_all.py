@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from served_steps import Memory, ServedSide, Step
 from llava.train.arguments import cpu_multiplies_bf16
 
 RESULTS = ROOT / "benchmarks/results"
+BEGIN, END = "<!-- run_all: begin -->", "<!-- run_all: end -->"
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")
 
 
@@ -122,6 +124,7 @@ class Run:
     repeats: int
     is_tiny: bool
     upstream: Path | None
+    served: list[ServedSide] = field(default_factory=list)
 
     def take_turns(self, row: Row, ours: Side, baseline: Side) -> None:
         """Fill a row: a turn to warm up, then `repeats` turns of both; the one that begins alternates."""
@@ -151,18 +154,25 @@ class Run:
 
             return Local(side_of(folder, name, task, bf16))
         script = ROOT / "benchmarks/stage1_sides.py"
-        return ServedSide(
-            [sys.executable, str(script), str(folder), name, task, "--bf16", bf16], {"PYTHONPATH": str(ROOT)}
-        )
+        return self.serve([sys.executable, str(script), str(folder), name, task, "--bf16", bf16], ROOT)
 
     def upstream_side(self, folder: Path, task: str) -> Side:
         """The original LLaVA in its own environment."""
         if self.upstream is None:
             raise NotRunError("not run: no --upstream")
         command = [str(self.upstream / ".venv/bin/python"), str(ROOT / "benchmarks/upstream_step.py"), task]
-        return ServedSide(
-            [*command, str(folder / "llava"), str(folder / "batch.pt")], {"PYTHONPATH": str(self.upstream)}
-        )
+        return self.serve([*command, str(folder / "llava"), str(folder / "batch.pt")], self.upstream)
+
+    def serve(self, command: list[str], packages: Path) -> Side:
+        """A process that serves steps, with a folder of packages before those that are installed."""
+        self.served.append(ServedSide(command, {"PYTHONPATH": str(packages)}))
+        return self.served[-1]
+
+    def end_row(self) -> None:
+        """End processes that a failure has left."""
+        for side in self.served:
+            side.process.kill()
+        self.served.clear()
 
 
 def require_miniature() -> None:
@@ -358,6 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side (default 5)")
     parser.add_argument("--upstream", type=Path, help="checkout of the original LLaVA with its environment in .venv")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that all of it runs")
+    parser.add_argument("--docs", action="store_true", help="put table and plot into docs/performance.md, too")
     parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/cpu-DATE)")
     args = parser.parse_args(arguments)
     wanted = args.rows.split(",")
@@ -382,11 +393,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 row.status = str(reason)
             except Exception as error:
                 row = Row(name, what, baseline, status=f"failed: {type(error).__name__}: {error}"[:300])
+            run.end_row()
             rows.append(row)
             print(f"{name}: {' | '.join(row.cells())}", flush=True)
         report["rows"] = [row.record() for row in rows]
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "table.md").write_text(table_of(report) + "\n")
+    if args.docs:
+        page = ROOT / "docs/performance.md"
+        before, after = page.read_text().split(BEGIN)[0], page.read_text().split(END)[1]
+        page.write_text(f"{before}{BEGIN}\n\n{table_of(report)}\n\n{END}{after}")
+        shutil.copy(out / "growth.svg", ROOT / "docs/images/growth.svg")
     print(f"\n{table_of(report)}\n\nWritten: {out}")
     return int(any(row.status.startswith("failed") for row in rows))
 

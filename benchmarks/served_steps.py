@@ -57,22 +57,22 @@ class ServedSide:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
         )
-        self.answer()
+        while self.answer() != "ready\n":  # imports may print
+            pass
 
-    def answer(self) -> Any:
+    def answer(self) -> str:
         """The next line of the process."""
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise ChildProcessError(f"{self.process.args}: ended with status {self.process.wait()}")  # type: ignore[str-bytes-safe]
-        return None if line == "ready\n" else json.loads(line)
+        if line := self.process.stdout.readline():
+            return line
+        raise ChildProcessError(f"{self.process.args!r}: ended with status {self.process.wait()}")
 
     def ask(self, word: str) -> Any:
         """Send a word; return the answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{word}\n")
         self.process.stdin.flush()
-        return self.answer()
+        return json.loads(self.answer())
 
     def step(self) -> Step:
         """One step."""

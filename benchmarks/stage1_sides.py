@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measured_models import SIZES, assembled_model, byte_tokenizer, random_batch
+from measured_models import SIZES, assembled_model, batch_of_transformers, byte_tokenizer, random_batch
 from safetensors.torch import load_file, save_file
 from served_steps import Step, serve
 from transformers import (
@@ -31,7 +31,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.convert.to_hf import to_hf
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.llava_trainer import LLaVATrainer
@@ -109,9 +108,10 @@ def our_side(folder: Path, task: str, bf16: str, *, is_plain: bool = False) -> C
     batch = torch.load(folder / "batch.pt", weights_only=True)
     flags = (
         f"--model_name_or_path {folder}/llava --vision_tower {folder}/tower --version plain --data_path none "
-        f"--image_folder none --tune_mm_mlp_adapter True --bf16 {bf16} --output_dir {folder}/ours --max_steps 1 "
-        f"--per_device_train_batch_size {len(batch['input_ids'])} --learning_rate 1e-3 --weight_decay 0 "
-        "--lr_scheduler_type constant --save_strategy no --logging_strategy no --report_to none --disable_tqdm True"
+        f"--image_folder none --tune_mm_mlp_adapter True --model_max_length 2048 --bf16 {bf16} --max_steps 1 "
+        f"--output_dir {folder}/ours --per_device_train_batch_size {len(batch['input_ids'])} --learning_rate 1e-3 "
+        "--weight_decay 0 --lr_scheduler_type constant --save_strategy no --logging_strategy no --report_to none "
+        "--disable_tqdm True"
     )
     tokenizer, model, _, _, args = assembled_model(flags)
     if task == "generate":
@@ -133,28 +133,21 @@ def transformers_side(folder: Path, task: str, bf16: str) -> Callable[[], Step]:
     model: Any = LlavaForConditionalGeneration.from_pretrained(
         folder / "transformers", attn_implementation="sdpa", dtype=torch.float32 if bf16 == "False" else torch.bfloat16
     )
-    visual = torch.full((len(batch["input_ids"]), model.config.image_seq_length), model.config.image_token_index)
-
-    def expanded(ids: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-        [place] = (batch["input_ids"][0] == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-        return torch.cat([ids[:, :place], fill, ids[:, place + 1 :]], dim=1)  # [B, T] -> [B, T - 1 + S]
-
-    ids = expanded(batch["input_ids"], visual)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
-              "pixel_values": batch["images"].to(model.dtype)}  # fmt: skip
+    inputs = batch_of_transformers(batch, model.config.image_token_index, model.config.image_seq_length)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     if task == "generate":
-        first = {name: value[:1] for name, value in inputs.items()}
+        first = {name: value[:1] for name, value in inputs.items() if name != "labels"}
         lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True}
         return generated(partial(model.eval().generate, **first, **lengths))
-    inputs["labels"] = expanded(batch["labels"], torch.full_like(visual, IGNORE_INDEX))
+    rows = [{}] * len(inputs["input_ids"])
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     args = TrainingArguments(
-        str(folder / "theirs"), use_cpu=True, bf16=bf16 != "False", max_steps=1, per_device_train_batch_size=len(ids),
+        str(folder / "theirs"), use_cpu=True, bf16=bf16 != "False", max_steps=1, per_device_train_batch_size=len(rows),
         learning_rate=1e-3, weight_decay=0.0, lr_scheduler_type="constant", save_strategy="no", logging_strategy="no",
         report_to="none", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
-    return trained(Trainer(model, args, lambda samples: dict(inputs), train_dataset=[{}] * len(ids)))
+    return trained(Trainer(model, args, lambda samples: dict(inputs), train_dataset=rows))
 
 
 def side_of(folder: Path, side: Side, task: str, bf16: str) -> Callable[[], Step]:

@@ -59,6 +59,7 @@ def describe_run(
         name: sha256(Path(file)) for name, file in named.items() if isinstance(file, str) and Path(file).is_file()
     }
     flags["global_batch_size"] = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    flags["frozen_in_bf16"] = args.frozen_in_bf16  # what `--bf16 auto` chose
     return RunRecord(Path(args.output_dir), flags, hashes, resumes=resumes, is_writer=is_first)
 
 
