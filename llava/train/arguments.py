@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,8 +78,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):  # type:
         ValueError: a value is not supported; the message names the flag and says what to do.
     """
 
-    frozen_in_bf16: bool = field(default=False, init=False)
-    """Whether what is frozen is in bfloat16 and all else in float32: `--bf16 auto` on some CPUs."""
+    frozen_in_bf16: bool = field(default=False, init=False)  # and all else in float32: `--bf16 auto` on some CPUs
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -105,10 +103,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):  # type:
         if self.bf16 == "auto":
             self.frozen_in_bf16 = not has_gpu and not self.deepspeed and cpu_multiplies_bf16()
             self.bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        try:
-            self.bf16 = string_to_bool(self.bf16)
-        except ArgumentTypeError as error:
-            raise ValueError(f"--bf16: found {self.bf16!r}, expected True, False or auto") from error
+        self.bf16 = string_to_bool(self.bf16)
 
     def _choose_gradient_checkpointing(self) -> None:
         """Disable re-entrant checkpointing, which loses gradients if a layer's input needs none, as in stage 1."""

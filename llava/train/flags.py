@@ -131,9 +131,9 @@ class TrainingFlags(RetiredFlags):
     bf16: str = field(
         default="False",
         metadata={
-            "help": "Mixed precision in bfloat16. `auto`: as True on a GPU that has it; on a CPU that multiplies in "
-            "bfloat16 (AVX512-BF16, AMX) what is frozen alone is in bfloat16, and projector and losses are in float32; "
-            "else as False.",
+            "help": "Mixed precision in bfloat16. `auto`: True on a GPU that has it, False on a CPU, where what is "
+            "frozen is in bfloat16 if the CPU multiplies it (AVX512-BF16, AMX).",
+            "choices": ["auto", "True", "False", "true", "false"],
             "nargs": "?",
             "const": "True",
         },
@@ -163,13 +163,7 @@ class TrainingFlags(RetiredFlags):
     mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector alone."})
     group_by_modality_length: bool = field(default=False, metadata={"help": "Batches of like length and kind."})
     dataloader_timeout: int = field(default=1800, metadata={"help": "Seconds to wait for a batch of a worker."})
-    profile: int = field(
-        default=0,
-        metadata={
-            "help": "Profile this many steps after the first two: OUTPUT_DIR/profile gets a table of where their time "
-            "goes, and a trace."
-        },
-    )
+    profile: int = field(default=0, metadata={"help": "Steps to profile: OUTPUT_DIR/profile gets a table and a trace."})
     trust_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from DeepSpeed's files without looking for code in them."}
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,14 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 IN_FORWARD = ("tower", "projector", "plugin's losses", "LLM", "loss")
-WARM_UP = 2
-"""Steps before the profiled ones."""
-OPERATORS = 15
-"""Operators in the table, those that take the most time."""
+WARM_UP, OPERATORS = 2, 15  # steps before those that are profiled, and operators in the table
 
 
 class StepProfile(TrainerCallback):
     """Profiles `steps` steps after the first two, on the first rank.
 
     `OUTPUT_DIR/profile` gets `table.md` and `trace.json.gz`, which https://ui.perfetto.dev shows. Where there is a GPU,
-    steps wait for it at the ends of each part, so that its work counts for the part that asked for it.
+    a step waits for it at the end of each part, so that its work counts for the part that asked for it.
     """
 
     profiler: Any = None
@@ -35,17 +31,10 @@ class StepProfile(TrainerCallback):
         self.folder = Path(trainer.args.output_dir) / "profile"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Name the parts of a step, and start.
-
-        Raises:
-            ValueError: the run has too few steps.
-        """
-        left = state.max_steps - state.global_step
-        if left < WARM_UP + self.steps:
-            raise ValueError(
-                f"--profile {self.steps}: found {left} steps to train, expected {WARM_UP} to warm up and {self.steps} "
-                "to profile. Give a smaller number, or drop the flag."
-            )
+        """Name the parts of a step, and start. Raises `ValueError` if the run has too few steps."""
+        left, needed = state.max_steps - state.global_step, WARM_UP + self.steps
+        if left < needed:
+            raise ValueError(f"--profile {self.steps}: found {left} steps to train, expected {needed}; profile fewer.")
         if not state.is_world_process_zero:
             return
         trainer, decoder = self.trainer, self.trainer.model.get_model()
@@ -71,7 +60,7 @@ class StepProfile(TrainerCallback):
             self.profiler.step()
 
     def write(self, profiler: Any) -> None:
-        """Write trace and table, and log the latter."""
+        """Write trace and table, and log the table."""
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
         events = profiler.key_averages()
@@ -83,7 +72,7 @@ class StepProfile(TrainerCallback):
 
 def name_part(owner: Any, method: str, part: str) -> None:
     """Let the profiler see the calls of an object's method under a name."""
-    inner: Callable[..., Any] = getattr(owner, method)
+    inner = getattr(owner, method)
 
     @wraps(inner)
     def named(*args: Any, **kwargs: Any) -> Any:
@@ -99,15 +88,10 @@ def name_part(owner: Any, method: str, part: str) -> None:
 def table_of_parts(milliseconds: dict[str, float]) -> str:
     """Return a Markdown table of the parts of a step, from the profiler's times by name."""
     step = sum(time for name, time in milliseconds.items() if name.startswith("ProfilerStep"))
-    forward = {name: milliseconds[name] for name in IN_FORWARD if name in milliseconds}
-    rest = {name: milliseconds[name] for name in ("data", "backward", "optimizer")}
     parts = {
-        "data": rest["data"],
-        **forward,
-        "merge, rest of forward": milliseconds["forward"] - sum(forward.values()),
-        "backward": rest["backward"],
-        "optimizer": rest["optimizer"],
-        "rest of the step": step - milliseconds["forward"] - sum(rest.values()),
+        name: milliseconds[name] for name in ("data", *IN_FORWARD, "backward", "optimizer") if name in milliseconds
     }
+    rest = milliseconds["forward"] - sum(parts.get(name, 0) for name in IN_FORWARD)
+    parts |= {"merge, rest of forward": rest, "rest of the step": step - sum(parts.values()) - rest}
     rows = [f"| {name} | {time:,.1f} | {time / step:.1%} |" for name, time in parts.items()]
     return "\n".join(["| part | ms a step | share |", "|---|--:|--:|", *rows])

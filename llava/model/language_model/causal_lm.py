@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -251,13 +251,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         layer, modules = self.model.layers[-1], [self.model.norm]
         if not getattr(layer, "gradient_checkpointing", False):
             modules += [layer.self_attn.o_proj, layer.mlp]
-        hooks = [module.register_forward_pre_hook(gather) for module in modules]
-        hooks += [module.register_forward_hook(scatter) for module in modules]
-        try:
+        with ExitStack() as hooks:
+            for module in modules:
+                hooks.enter_context(module.register_forward_pre_hook(gather))
+                hooks.enter_context(module.register_forward_hook(scatter))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def supervised_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Compute the mean cross entropy over supervised positions, with logits at these positions only.
