@@ -246,7 +246,7 @@ def answers(run: Run, row: Row, *, batch_size: int) -> None:
     from llava.eval.vqa_files import vqa_questions
 
     loaded, template = miniature("cpu"), conv_templates[TEMPLATE]
-    questions = vqa_questions(SCENES / "questions.jsonl", SCENES)[: 2 if run.is_tiny else 16]
+    questions = vqa_questions(SCENES / "questions.jsonl", SCENES)[: 2 if run.is_tiny else max(4, batch_size)]
     settings = GenerationSettings(max_new_tokens=16)
     row.detail = f"{len(questions)} questions about {len({question.images for question in questions})} images"
     run.take_turns(

@@ -20,10 +20,11 @@ NEW_TOKENS = 32
 
 
 def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> Step:
-    """Forward, backward and AdamW of the projector."""
+    """Forward, backward, clipping and AdamW of the projector, as a Trainer does."""
     start = time.perf_counter()
     loss = model(**batch).loss
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.get_model().mm_projector.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return Step(time.perf_counter() - start, loss.item())
