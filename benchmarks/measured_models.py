@@ -178,7 +178,7 @@ def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 def random_batch(model: Any, batch_size: int, text_tokens: int, prompt_tokens: int) -> dict[str, Any]:
     """Rows of one image and random text, of which all but the first `prompt_tokens` are to be learned."""
     side = model.get_vision_tower().image_side
-    ids = torch.randint(3, model.config.vocab_size, (batch_size, text_tokens))
+    ids = torch.randint(3, model.config.vocab_size - 1, (batch_size, text_tokens))  # the last is transformers' image id
     ids[:, 1] = IMAGE_TOKEN_INDEX
     labels = ids.clone()
     labels[:, :prompt_tokens] = IGNORE_INDEX

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -32,14 +31,14 @@ class Memory(NamedTuple):
 def status_mb(field: str) -> float:
     """A field of this process's memory, as Linux has it."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(f"{field}:"))
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{field}:"))
 
 
 def serve(step: Callable[[], Step]) -> None:
     """Do a step for each line of the standard input that says `step`; then report the memory."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    before, loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, status_mb("VmRSS")
+    before, loaded = status_mb("VmHWM"), status_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     answers.write("ready\n")
     for line in sys.stdin:
