@@ -50,7 +50,12 @@ def gpu_tests(report: Report) -> None:
 def stage_1(report: Report) -> None:
     """A step of stage 1, in which the projector is trained, with the patch loss and without."""
     import torch
-    from measured_models import loss_of_all_logits, to_device
+    from measured_models import (
+        batch_of_transformers,
+        loss_of_all_logits,
+        random_model_of_transformers,
+        to_device,
+    )
     from stage1_step import plugin_alone, random_weights
 
     size = 2 if report.is_tiny else 32
@@ -73,6 +78,15 @@ def stage_1(report: Report) -> None:
             report.say("ok", "share of the patch loss in a step", f"{alone.seconds / ours.seconds:.3%}")
     model.gradient_checkpointing_disable()
     timed("with the patch loss, activations kept", step, against=plain, detail="no gradient checkpointing")
+    del model, optimizer, step, plugin
+    theirs = random_model_of_transformers("tiny" if report.is_tiny else "7b", report.device).train()
+    theirs.requires_grad_(False)
+    trained = theirs.model.multi_modal_projector.requires_grad_(True).parameters()
+    theirs.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = batch_of_transformers(batch, theirs.config.image_token_index, theirs.config.image_seq_length)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    step = partial(training_step, theirs, optimizer, batch)
+    timed("transformers' own LLaVA", step, against=plain, detail="gradient checkpointing, no patch loss")
 
 
 def stage_2(report: Report) -> None:
@@ -122,7 +136,8 @@ def training_step(model: Any, optimizer: Any, batch: dict[str, Any]) -> None:
     """Forward, backward and update, after gradients are dropped that a step without enough memory may have left."""
     optimizer.zero_grad()
     output = model(**batch)
-    patch = output.auxiliary_losses["patch"] if output.auxiliary_losses else 0
+    losses = getattr(output, "auxiliary_losses", None)  # transformers' own model has none
+    patch = losses["patch"] if losses else 0
     (output.loss + 5 * patch).backward()
     optimizer.step()
 

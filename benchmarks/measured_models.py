@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -18,7 +18,15 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers import LlavaConfig as LlavaConfigOfTransformers
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
@@ -39,6 +47,36 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "patch_size": 14,
         },
         {},
+    ),
+    "7b_two_layers": (
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        {"num_hidden_layers": 2},
+    ),
+    "smollm2_six_layers": (
+        {
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 3,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
     ),
     "tiny": (
         {
@@ -79,10 +117,17 @@ def miniature_model(flags: str, output_dir: str) -> Assembled:
         flags: of the trainer, beside those of the models.
         output_dir: the trainer's; nothing is written there.
     """
-    model_args, data_args, training_args, _ = parse_arguments(
+    return assembled_model(
         f"--model_name_or_path {MODELS}/smollm2-135m-instruct --vision_tower {MODELS}/dinov2-small "
-        f"--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_patch_token False "
-        f"--use_cpu True --bf16 False --output_dir {output_dir} {flags}".split()
+        f"--output_dir {output_dir} {flags}"
+    )
+
+
+def assembled_model(flags: str) -> Assembled:
+    """What the trainer's flags describe, on a CPU, with a projector of two layers."""
+    model_args, data_args, training_args, _ = parse_arguments(
+        "--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_patch_token False --use_cpu True "
+        f"{flags}".split()
     )
     tokenizer = load_tokenizer(model_args, training_args)
     model = load_language_model(model_args, training_args, "sdpa")
@@ -91,24 +136,25 @@ def miniature_model(flags: str, output_dir: str) -> Assembled:
     return Assembled(tokenizer, model, model_args, data_args, training_args)
 
 
-def random_model(shape: Literal["7b", "tiny"], device: str, **settings: Any) -> Any:
+def random_model(shape: str, device: str, tower_side_px: int | None = None, **settings: Any) -> Any:
     """LLaVA-1.5 with random weights in bfloat16.
 
     Args:
         shape: `7b` is that of LLaVA-1.5-7B; `tiny` has the same parts and takes no time.
         device: where it is made.
+        tower_side_px: side of the model image, instead of the shape's.
         settings: of its config.
     """
     tower_sizes, llm_sizes = SIZES[shape]
     tower = CLIPVisionConfig(**tower_sizes)
-    side = tower.image_size
+    side = tower.image_size = tower_side_px or tower.image_size
     with tempfile.TemporaryDirectory() as folder:
         CLIPVisionModel(tower).bfloat16().save_pretrained(folder)
         CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
             folder
         )
         vision = {"mm_vision_tower": folder, "mm_hidden_size": tower.hidden_size, "mm_projector_type": "mlp2x_gelu"}
-        config = LlavaConfig(**vision, mm_vision_select_layer=-2, **llm_sizes, **settings)  # type: ignore[arg-type, call-arg]
+        config = LlavaConfig(**vision, mm_vision_select_layer=-2, **{**llm_sizes, **settings})  # type: ignore[arg-type, call-arg]
         torch.set_default_dtype(torch.bfloat16)
         with torch.device(device):
             model: Any = LlavaLlamaForCausalLM(config)
@@ -132,7 +178,7 @@ def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 def random_batch(model: Any, batch_size: int, text_tokens: int, prompt_tokens: int) -> dict[str, Any]:
     """Rows of one image and random text, of which all but the first `prompt_tokens` are to be learned."""
     side = model.get_vision_tower().image_side
-    ids = torch.randint(3, model.config.vocab_size, (batch_size, text_tokens))
+    ids = torch.randint(3, model.config.vocab_size - 1, (batch_size, text_tokens))  # the last is transformers' image id
     ids[:, 1] = IMAGE_TOKEN_INDEX
     labels = ids.clone()
     labels[:, :prompt_tokens] = IGNORE_INDEX
@@ -142,6 +188,31 @@ def random_batch(model: Any, batch_size: int, text_tokens: int, prompt_tokens: i
         "attention_mask": torch.ones_like(ids, dtype=torch.bool),
         "images": torch.randn(batch_size, 3, side, side, dtype=torch.bfloat16),
     }
+
+
+def batch_of_transformers(batch: dict[str, Any], image_id: int, visual_tokens: int) -> dict[str, Any]:
+    """A `random_batch` as transformers' LLaVA takes it: an id for each visual token, `[B, T - 1 + S]`."""
+    [place] = (batch["input_ids"][0] == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+
+    def expanded(ids: Tensor, value: int) -> Tensor:
+        return torch.cat([ids[:, :place], ids.new_full((len(ids), visual_tokens), value), ids[:, place + 1 :]], dim=1)
+
+    ids = expanded(batch["input_ids"], image_id)
+    labels = expanded(batch["labels"], IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "pixel_values": batch["images"]}
+
+
+def random_model_of_transformers(shape: str, device: str) -> Any:
+    """transformers' own LLaVA with random weights in bfloat16."""
+    tower, llm = CLIPVisionConfig(**SIZES[shape][0]), LlamaConfig(**SIZES[shape][1])
+    config = LlavaConfigOfTransformers(
+        vision_config=tower,
+        text_config=llm,
+        image_token_index=llm.vocab_size - 1,
+        image_seq_length=(tower.image_size // tower.patch_size) ** 2,
+    )
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
 
 
 def to_device(value: Any, device: str) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -103,6 +103,17 @@ def plugin_alone(plugin: WatchedPlugin) -> None:
     loss.backward()
 
 
+def step_of(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
+    """A step with the patch loss, forward and backward."""
+
+    def step() -> None:
+        output = model(**batch)
+        (output.loss + 5 * output.auxiliary_losses["patch"]).backward()
+        model.zero_grad()
+
+    return step
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the ratios, then the times they come from."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,13 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, batch = model.to(args.device), to_device(batch, args.device)
     model.attach_plugin(plugin)
 
-    model.train()
-
-    def step() -> None:
-        output = model(**batch)
-        (output.loss + 5 * output.auxiliary_losses["patch"]).backward()
-        model.zero_grad()
-
+    step = step_of(model.train(), batch)
     step_s = median_seconds(step, args.repeats, args.device)
     plugin_s = median_seconds(partial(plugin_alone, plugin), 4 * args.repeats, args.device)
     model.supervised_loss = partial(loss_of_all_logits, model)

@@ -6,10 +6,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import transformers
+from transformers.hf_argparser import string_to_bool
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_tf32_available
@@ -76,10 +78,13 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):  # type:
         ValueError: a value is not supported; the message names the flag and says what to do.
     """
 
+    frozen_in_bf16: bool = field(default=False, init=False)  # and all else in float32: `--bf16 auto` on some CPUs
+
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("--output_dir is missing: give the folder for checkpoints and trained weights.")
         map_retired_flags(self)
+        self._choose_bf16()
         if self.tf32 and (self.use_cpu or not is_torch_tf32_available()):
             # The official scripts set it. It affects speed only, so a run can continue without it.
             logger.warning("--tf32 True is ignored: there is no GPU with TF32 here (Ampere or newer).")
@@ -91,6 +96,14 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):  # type:
             raise ValueError("--remove_unused_columns True would drop the images of every batch; leave it False.")
         self._choose_gradient_checkpointing()
         super().__post_init__()
+
+    def _choose_bf16(self) -> None:
+        """Resolve `--bf16`, which is a bool from here on, as transformers has it."""
+        has_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 == "auto":
+            self.frozen_in_bf16 = not has_gpu and not self.deepspeed and cpu_multiplies_bf16()
+            self.bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.bf16 = string_to_bool(self.bf16)
 
     def _choose_gradient_checkpointing(self) -> None:
         """Disable re-entrant checkpointing, which loses gradients if a layer's input needs none, as in stage 1."""
@@ -105,6 +118,11 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):  # type:
                 new = old.replace("gradient", "activation")
                 if getattr(self, new) is None:
                     setattr(self, new, getattr(self, old))
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, without which they take longer than float32's."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def parse_arguments(

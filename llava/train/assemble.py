@@ -98,7 +98,7 @@ def weights_dtype(model_args: ModelArguments, training_args: TrainingArguments) 
     lost in bfloat16's eight bits, and float16 gradients cannot be unscaled.
     """
     is_frozen = model_args.tune_mm_mlp_adapter or training_args.lora_enable
-    return mixed_precision_dtype(training_args) if is_frozen or training_args.deepspeed else torch.float32
+    return frozen_dtype(training_args) if is_frozen or training_args.deepspeed else torch.float32
 
 
 def mixed_precision_dtype(training_args: TrainingArguments) -> torch.dtype:
@@ -106,6 +106,11 @@ def mixed_precision_dtype(training_args: TrainingArguments) -> torch.dtype:
     if training_args.bf16:
         return torch.bfloat16
     return torch.float16 if training_args.fp16 else torch.float32
+
+
+def frozen_dtype(training_args: TrainingArguments) -> torch.dtype:
+    """Return the dtype of what is frozen: that of mixed precision, unless `--bf16 auto` chose bfloat16 for it alone."""
+    return torch.bfloat16 if training_args.frozen_in_bf16 else mixed_precision_dtype(training_args)
 
 
 def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> Any:
@@ -193,12 +198,10 @@ def add_vision(
     model.get_model().initialize_vision_modules(model_args=model_args)
     model.get_model().packs_samples = data_args.pack_samples
     tower, adapter = model.get_vision_tower(), adapter_weights(model.get_model())
-    half = mixed_precision_dtype(training_args)
-    if training_args.deepspeed:
-        for weight in adapter:
-            weight.data = weight.data.to(half)  # ZeRO-3 wants one dtype
+    for weight in adapter:  # ZeRO-3 wants one dtype
+        weight.data = weight.data.to(mixed_precision_dtype(training_args) if training_args.deepspeed else torch.float32)
     tower_is_trained = model_args.unfreeze_mm_vision_tower and not training_args.deepspeed
-    tower.to(dtype=torch.float32 if tower_is_trained else half, device=training_args.device)
+    tower.to(dtype=torch.float32 if tower_is_trained else frozen_dtype(training_args), device=training_args.device)
     if getattr(model.config, "unfreeze_mm_vision_tower", False):  # the LLM is a LLaVA that trained its tower
         checkpoint = str(model_args.model_name_or_path)
         fill_tower(tower, CheckpointTensors(checkpoint), checkpoint)

@@ -135,6 +135,16 @@ class TrainingFlags(RetiredFlags):
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for weights from the hub."})
     optim: str = field(default="adamw_torch", metadata={"help": "The optimizer."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Refused: it drops images."})
+    bf16: str = field(
+        default="False",
+        metadata={
+            "help": "Mixed precision in bfloat16. `auto`: True on a GPU that has it, False on a CPU, where what is "
+            "frozen is in bfloat16 if the CPU multiplies it (AVX512-BF16, AMX).",
+            "choices": ["auto", "True", "False", "true", "false"],
+            "nargs": "?",
+            "const": "True",
+        },
+    )
     freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Stage 2: keep the projector frozen."})
     mpt_attn_impl: str | None = field(default="triton", metadata={"help": "No effect."})
     model_max_length: int = field(
@@ -160,6 +170,7 @@ class TrainingFlags(RetiredFlags):
     mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector alone."})
     group_by_modality_length: bool = field(default=False, metadata={"help": "Batches of like length and kind."})
     dataloader_timeout: int = field(default=1800, metadata={"help": "Seconds to wait for a batch of a worker."})
+    profile: int = field(default=0, metadata={"help": "Steps to profile: OUTPUT_DIR/profile gets a table and a trace."})
     trust_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from DeepSpeed's files without looking for code in them."}
     )

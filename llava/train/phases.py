@@ -35,7 +35,8 @@ SAME_IN_A_RUN = ("seed", "data_seed", "global_batch_size", "group_by_modality_le
 """What a resumed run must not change, beside the model's and the data's flags and the files that flags name."""
 MAY_CHANGE = {"attn_implementation", "image_folder", "on_error", "lazy_preprocess", "is_multimodal"}
 """Flags of model and data that a resumed run may change."""
-NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir", "local_rank", "trust_checkpoint")
+NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir", "local_rank", "trust_checkpoint",
+                "profile")  # fmt: skip
 """Flags of a run that say nothing about what it trains."""
 
 RAMP = 0.03
@@ -58,6 +59,7 @@ def describe_run(
         name: sha256(Path(file)) for name, file in named.items() if isinstance(file, str) and Path(file).is_file()
     }
     flags["global_batch_size"] = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    flags["frozen_in_bf16"] = args.frozen_in_bf16  # what `--bf16 auto` chose
     return RunRecord(Path(args.output_dir), flags, hashes, resumes=resumes, is_writer=is_first)
 
 

@@ -69,6 +69,7 @@ from llava.train.lora import (
     load_adapter,
 )
 from llava.train.phases import begun_warm_up, check_same_run, describe_run, log_end, run_phase, steps_of_run, warm_up
+from llava.train.profiling import StepProfile
 from llava.train.stopping import stop_request
 from llava.utils import rank0_print
 
@@ -169,6 +170,8 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
     if plugin is not None and plugin.warmup_steps and checkpoint is None:
         training_args = warm_up(model, tokenizer, training_args, plugin, data, record)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, plugin=plugin, **data)
+    if training_args.profile:
+        trainer.add_callback(StepProfile(trainer, training_args.profile))
 
     run_phase(trainer, checkpoint, record)
     record.end()

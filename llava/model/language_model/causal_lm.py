@@ -6,6 +6,8 @@ Letters: B rows, T length of the input ids, L length of the merged batch, D widt
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -120,8 +122,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             cache_position: unused; callers written for other versions of transformers pass it.
 
         Returns:
-            `LlavaOutput`. In training mode with labels, `logits` is None: `lm_head` runs on supervised positions only,
-            which for LLaVA's data saves most of its cost and memory. Loss and gradients are the same.
+            `LlavaOutput`. In training mode with labels, `logits` is None: `lm_head`, the norm before it and all of the
+            last layer behind its attention run on supervised positions only, which for LLaVA's data saves most of their
+            cost and memory. Loss and gradients are the same.
 
         Raises:
             ValueError: the numbers of `<image>` tokens and of images differ.
@@ -131,6 +134,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         if auxiliary_only or (inputs_embeds is None and self.needs_merge(input_ids, images)):
             assert input_ids is not None
             encoded = self.encode_image_batch(images, image_sizes) if images is not None else self.encode_dummy()
+            padding_side = getattr(self.config, "tokenizer_padding_side", "right")
             merged = merge(
                 input_ids,
                 encoded.tokens,
@@ -138,7 +142,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 attention_mask=attention_mask,
                 turns=turns,
                 labels=labels,
-                padding_side=getattr(self.config, "tokenizer_padding_side", "right"),
+                padding_side=padding_side,
                 max_length=getattr(self.config, "tokenizer_model_max_length", None),
             )
             if self.training and merged.truncated_rows:
@@ -155,6 +159,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             if self.training and not encoded.tokens:
                 inputs_embeds = inputs_embeds + encoded.base_tiles.sum()  # adds 0, but connects the projector
             attention_mask, position_ids = merged.attention_mask, merged.position_ids
+            if self.training and self.config._attn_implementation == "sdpa" and padding_side == "right":
+                # No token sees the padding behind it. Without a mask, attention skips what causality hides.
+                attention_mask = position_ids = None
             if turns is not None:
                 attention_mask, position_ids = attention_of_turns(merged)
             elif is_packed:  # without a mask, transformers separates samples where positions restart
@@ -165,16 +172,18 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 nothing = (inputs_embeds * 0).sum()
                 return LlavaOutput(nothing, auxiliary_losses=auxiliary.losses, auxiliary_metrics=auxiliary.metrics)
 
-        decoded = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            **{CACHE: past_key_values if cache is None else cache},
-        )
+        reads_all = not self.training or labels is None or output_hidden_states
+        with nullcontext() if reads_all else self.computing_at(labels):
+            decoded = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                **{CACHE: past_key_values if cache is None else cache},
+            )
         hidden = decoded.last_hidden_state  # [B, L, D]
 
         loss = logits = None
@@ -232,6 +241,31 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             grid=(rows, cols),
             embed_words=self.get_input_embeddings(),
         )
+
+    @contextmanager
+    def computing_at(self, labels: Tensor) -> Iterator[None]:
+        """Let what follows the last layer's attention run on positions that predict a label, `[B, L]`; others give 0.
+
+        With gradient checkpointing the final norm alone does: backward runs the layer again when this has ended.
+        """
+        predicts = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))  # [B, L]; position i predicts the token at i + 1
+        chosen = predicts.flatten().nonzero().flatten()  # [n]
+
+        def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            return inputs[0].flatten(0, 1).index_select(0, chosen)  # [B, L, D] -> [n, D]
+
+        def scatter(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            everywhere = output.new_zeros(predicts.numel(), output.shape[1])  # [B * L, D]
+            return everywhere.index_copy(0, chosen, output).view(*predicts.shape, -1)  # [B, L, D]
+
+        layer, modules = self.model.layers[-1], [self.model.norm]
+        if not getattr(layer, "gradient_checkpointing", False):
+            modules += [layer.self_attn.o_proj, layer.mlp]
+        with ExitStack() as hooks:
+            for module in modules:
+                hooks.enter_context(module.register_forward_pre_hook(gather))
+                hooks.enter_context(module.register_forward_hook(scatter))
+            yield
 
     def supervised_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Compute the mean cross entropy over supervised positions, with logits at these positions only.

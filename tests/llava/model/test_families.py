@@ -152,6 +152,39 @@ def test_a_step_of_training_lowers_the_loss(model: Any) -> None:
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == model.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_leaving_out_what_no_loss_reads_changes_no_loss_and_no_gradient(model: Any, checkpointing: bool) -> None:
+    """The plain path, which computes all positions under a mask of the padding, is that of evaluation."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    losses, gradients = [], []
+    for training in (True, False):
+        model.train(training).zero_grad()
+        loss = model(**batch()).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[1].norm()
+
+
+def test_the_last_layer_runs_where_a_label_stands(model: Any) -> None:
+    rows: dict[str, int] = {}
+    layer = model.get_model().layers[-1]
+    parts = {"mlp": layer.mlp.down_proj, "attention": layer.self_attn.o_proj, "keys": layer.self_attn.k_proj,
+             "norm": model.get_model().norm, "head": model.lm_head}  # fmt: skip
+    for name, part in parts.items():
+        part.register_forward_hook(
+            lambda module, inputs, output, name=name: rows.update({name: output.numel() // output.shape[-1]})
+        )
+    inputs = batch()
+    labelled, everywhere = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum()), 2 * (9 - 1 + 16)
+    model.train()(**inputs)
+    assert rows == {**dict.fromkeys(("mlp", "attention", "norm", "head"), labelled), "keys": everywhere}
+    model(**inputs, output_hidden_states=True)
+    assert rows["mlp"] == everywhere
+
+
 def test_tied_word_embeddings_learn_from_both_ends(golden_world: Path) -> None:
     """The gradient of the one table is the sum of those that two separate tables get."""
     tied, untied = tiny_model("qwen2", tie_word_embeddings=True), tiny_model("qwen2", tie_word_embeddings=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +56,35 @@ def test_the_official_stage_2_and_lora_parse() -> None:
     assert data_args.image_aspect_ratio == "pad"
     assert training_args.group_by_modality_length and training_args.mm_projector_lr == 2e-5
     assert (training_args.lora_enable, training_args.lora_r, training_args.lora_alpha) == (True, 128, 256)
+
+
+@pytest.mark.parametrize(
+    ("flag", "multiplies", "expected"),
+    [
+        ("", True, (False, False)),
+        ("--bf16", True, (True, False)),
+        ("--bf16 true", False, (True, False)),
+        ("--bf16 False", True, (False, False)),
+        ("--bf16 auto", True, (False, True)),  # what is frozen alone
+        ("--bf16 auto", False, (False, False)),
+        ("--bf16 auto --deepspeed zero2.json", True, (False, False)),  # ZeRO-3 wants one dtype
+    ],
+)
+def test_bf16_is_chosen_for_the_cpu(
+    flag: str, multiplies: bool, expected: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("llava.train.arguments.cpu_multiplies_bf16", lambda: multiplies)
+    monkeypatch.chdir(tmp_path)
+    Path("zero2.json").write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}))
+    training_args = parse(f"{SHORT} {flag}")[2]
+    assert (training_args.bf16, training_args.frozen_in_bf16) == expected
+    assert replace(training_args).bf16 is expected[0]  # as a warm-up makes them again
+
+
+def test_another_value_of_bf16_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(f"{SHORT} --bf16 half")
+    assert "--bf16: invalid choice: 'half'" in capsys.readouterr().err
 
 
 def test_defaults_are_upstreams() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llava.model.builder import stop_at_end_mark
+from llava.train import arguments
 from llava.train.assemble import give_padding_token, weights_dtype
 from llava.train.lora import find_all_linear_names
 
@@ -62,6 +63,27 @@ def test_bfloat16_keeps_what_is_trained_in_float32(
     assert logged(trainer) == pytest.approx(golden, rel=5e-3)  # bfloat16 has eight bits
 
 
+def test_bf16_auto_rounds_what_is_frozen_alone(
+    golden_world: Path, run_stage_1: Any, logged: Any, goldens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "cpu_multiplies_bf16", lambda: True)
+    trainer = run_stage_1("run", "--bf16 auto")
+    model = trainer.model
+    dtypes = {param.requires_grad: param.dtype for param in model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert not trainer.args.bf16  # no autocast, under which the projector would compute in bfloat16
+    assert model.encode_images(torch.randn(1, 3, 56, 56)).dtype == torch.float32
+    golden = json.loads((goldens / "g_train_stage1.json").read_text())["loss"]
+    assert logged(trainer) == pytest.approx(golden, rel=5e-3)  # bfloat16 has eight bits
+    run_stage_1("exact")
+    moved = [
+        torch.cat([(state[name] - start[name]).flatten() for name in start])
+        for state in (torch.load(f"{name}/mm_projector.bin") for name in ("run", "exact"))
+        for start in [torch.load("train_init/mm_projector.bin")]
+    ]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.99
+
+
 @pytest.mark.parametrize(
     ("flags", "dtype"),
     [
@@ -74,9 +96,9 @@ def test_bfloat16_keeps_what_is_trained_in_float32(
     ],
 )
 def test_half_precision_is_for_what_is_frozen_or_copied(flags: dict[str, Any], dtype: torch.dtype) -> None:
-    names = ("bf16", "fp16", "deepspeed", "lora_enable", "tune_mm_mlp_adapter", "freeze_backbone")
-    arguments: Any = SimpleNamespace(**(dict.fromkeys(names, False) | flags))
-    assert weights_dtype(arguments, arguments) is dtype
+    names = ("bf16", "fp16", "deepspeed", "lora_enable", "tune_mm_mlp_adapter", "freeze_backbone", "frozen_in_bf16")
+    given: Any = SimpleNamespace(**(dict.fromkeys(names, False) | flags))
+    assert weights_dtype(given, given) is dtype
 
 
 def test_start_and_end_tokens_are_trained_and_saved_with_the_projector(run_stage_1: Any) -> None:
