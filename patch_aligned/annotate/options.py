@@ -19,8 +19,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["local", "torchrun", "ray"]
 TaggerName = Literal["ram", "file", "captions", "vlm"]
 SegmenterName = Literal["gdino+sam", "sam3"]
-_OPTIONS_OF_TAGGERS = {"ram": ("ram", "ram_tag_list", "ram_thresholds"), "file": ("phrases",), "captions": (),
-                       "vlm": ("vlm",)}  # fmt: skip
+_OPTIONS_OF_TAGGERS = {"ram": ("ram", "ram_tag_list", "ram_thresholds"), "file": ("phrases",), "vlm": ("vlm",)}
 
 REVISION_HELP = "On the hub. Default: the pinned commit of the default model, `main` of another."
 DETECTOR = "IDEA-Research/grounding-dino-tiny"
@@ -84,7 +83,7 @@ class ModelOptions:
 
     def resolved(self) -> ModelOptions:
         """The same with absolute paths, for a process elsewhere; `ValueError` where the tagger lacks an option."""
-        needed = _OPTIONS_OF_TAGGERS[self.tagger]
+        needed = _OPTIONS_OF_TAGGERS.get(self.tagger, ())
         if not all(getattr(self, name) for name in needed):
             listed = ", ".join(f"--{name}" for name in needed)
             raise ValueError(f"{listed}: not all are given. `patch-aligned models fetch` gets the files of RAM")

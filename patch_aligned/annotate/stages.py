@@ -115,6 +115,7 @@ def _tagger(
     if models.tagger == "vlm" and models.vlm and models.vlm_url:
         return taggers.of_answers(taggers.ask_server(models.vlm_url, models.vlm), {"server_model": models.vlm})
     if models.tagger == "vlm" and models.vlm:
-        return taggers.of_answers(taggers.ask_model(folders["vlm"], **on), identity_of(models.vlm, folders["vlm"]))
+        settings = identity_of(models.vlm, folders["vlm"]) | {"dtype": f"{models.dtype}, {on['device'].split(':')[0]}"}
+        return taggers.of_answers(taggers.ask_model(folders["vlm"], **on), settings)
     files: Any = (models.ram, models.ram_tag_list, models.ram_thresholds)
     return RamTagger.from_checkpoint(*files, **on, resample=models.resample)
