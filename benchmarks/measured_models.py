@@ -204,7 +204,8 @@ def batch_of_transformers(batch: dict[str, Any], image_id: int, visual_tokens: i
 
 def random_model_of_transformers(shape: str, device: str) -> Any:
     """transformers' own LLaVA with random weights in bfloat16."""
-    tower, llm = CLIPVisionConfig(**SIZES[shape][0]), LlamaConfig(**SIZES[shape][1])
+    tower: Any = CLIPVisionConfig(**SIZES[shape][0])
+    llm = LlamaConfig(**SIZES[shape][1])
     config = LlavaConfigOfTransformers(
         vision_config=tower,
         text_config=llm,

@@ -214,7 +214,8 @@ def patch_loss(run: Run, row: Row) -> None:
     step = step_of(model.train(), batch)
     step()  # shows the plugin what it repeats alone
     run.take_turns(row, Local(lambda: plugin_alone(plugin)), Local(step))
-    row.detail = f"{1 / statistics.median(row.ratios()):.2%} of a step of the miniature"
+    share = statistics.median(row.seconds) / statistics.median(row.baseline_seconds)
+    row.detail = f"{share:.2%} of a step of the miniature"
 
 
 def attach(run: Run, row: Row) -> None:

@@ -120,7 +120,7 @@ def our_side(folder: Path, task: str, bf16: str, *, is_plain: bool = False) -> C
         return generated(partial(model.eval().generate, ids, images=images, image_sizes=[(336, 336)], **lengths))
     if is_plain:
         model.eval().train = lambda mode=True: model
-    rows = [{}] * len(batch["input_ids"])
+    rows: list[dict] = [{}] * len(batch["input_ids"])
     batch["image_sizes"] = [(336, 336)] * len(rows)
     return trained(
         LLaVATrainer(model, args, lambda samples: dict(batch), train_dataset=rows, processing_class=tokenizer)
@@ -139,7 +139,7 @@ def transformers_side(folder: Path, task: str, bf16: str) -> Callable[[], Step]:
         first = {name: value[:1] for name, value in inputs.items() if name != "labels"}
         lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True}
         return generated(partial(model.eval().generate, **first, **lengths))
-    rows = [{}] * len(inputs["input_ids"])
+    rows: list[dict] = [{}] * len(inputs["input_ids"])
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     args = TrainingArguments(

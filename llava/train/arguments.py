@@ -100,10 +100,11 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):  # type:
     def _choose_bf16(self) -> None:
         """Resolve `--bf16`, which is a bool from here on, as transformers has it."""
         has_gpu = torch.cuda.is_available() and not self.use_cpu
-        if self.bf16 == "auto":
+        wanted: Any = self.bf16
+        if wanted == "auto":
             self.frozen_in_bf16 = not has_gpu and not self.deepspeed and cpu_multiplies_bf16()
-            self.bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.bf16 = string_to_bool(self.bf16)
+            wanted = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.bf16 = string_to_bool(wanted)
 
     def _choose_gradient_checkpointing(self) -> None:
         """Disable re-entrant checkpointing, which loses gradients if a layer's input needs none, as in stage 1."""

@@ -172,8 +172,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 nothing = (inputs_embeds * 0).sum()
                 return LlavaOutput(nothing, auxiliary_losses=auxiliary.losses, auxiliary_metrics=auxiliary.metrics)
 
-        reads_all = not self.training or labels is None or output_hidden_states
-        with nullcontext() if reads_all else self.computing_at(labels):
+        reads_all = not self.training or output_hidden_states
+        with nullcontext() if reads_all or labels is None else self.computing_at(labels):
             decoded = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
