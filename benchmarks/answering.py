@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             processor = AutoProcessor.from_pretrained(Path(name, "hf"), backend="pil")
             theirs = LlavaForConditionalGeneration.from_pretrained(Path(name, "hf"), dtype=args.dtypes[0])
             theirs = theirs.to(args.device).eval()
-            for size in {args.batch_sizes[0], args.batch_sizes[-1]}:
+            for size in dict.fromkeys((args.batch_sizes[0], args.batch_sizes[-1])):
                 run = partial(of_transformers, questions, theirs, processor, size, args.max_new_tokens)
                 sides[f"transformers, {size} at once, {args.dtypes[0]}"] = run
         texts: dict[str, list[str]] = {}
