@@ -41,12 +41,14 @@ for line in sys.stdin:
     result = CliRunner().invoke(app, shlex.split(line))
     assert result.exit_code == 0, (line, result.output, result.exception)
 render("patch_aligned.train", "strip.html.j2", title="", columns=[], rows=[])  # in a training
-render("patch_aligned.explore", "explore.html.j2", title="", data={})  # by a server
+for package, page in (("explore", "explore"), ("dataset", "spot_check")):  # by a server
+    render(f"patch_aligned.{package}", f"{page}.html.j2", title="", data={})
 print(*sorted(os.path.relpath(file, site) for file in opened if file.startswith(site + os.sep)), sep="\\n")
 """
 COMMANDS = """
 view pad.jsonl --image-folder images --output view.html
 publish pad.jsonl --output published --no-plots
+quality pad.jsonl --against pad.jsonl --image-folder images --output quality
 stitch --vision tiny-clip --llm tiny-vicuna --like llava --output stitched
 analyze --projector start=train_init/mm_projector.bin --base tiny-vicuna --vision-tower tiny-clip \
 --data pad.jsonl --image-folder images --random-init 0 --resamples 0 --token-maps 1 --output report

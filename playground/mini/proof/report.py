@@ -240,7 +240,7 @@ def draw(runs: Runs, path: Path) -> None:
     axes.axvline(0, color="0.8", zorder=0)
     axes.set_yticks(range(len(runs.arms)), [f"{arm}: {ARMS[arm].training}" for arm in runs.arms])
     axes.invert_yaxis()
-    axes.set_xlabel("name score (i), nats; 0 is blind. Points are seeds, bars 95% intervals", fontsize=8)
+    axes.set_xlabel("name score (i), nats; 0 is blind")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
