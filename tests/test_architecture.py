@@ -98,7 +98,7 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Lines of *.py that a folder may hold.
 BUDGETS = {
-    "llava": 11050,
+    "llava": 11052,
     "patch_aligned": 18621,
     "patch_aligned/analysis": 4384,
     "patch_aligned/annotate": 4024,

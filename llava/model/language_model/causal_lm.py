@@ -246,7 +246,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
     def computing_at(self, labels: Tensor) -> Iterator[None]:
         """Let what follows the last layer's attention run on positions that predict a label, `[B, L]`; others give 0.
 
-        With gradient checkpointing the final norm alone does: backward runs the layer again when this has ended.
+        The final norm alone does with gradient checkpointing, where backward runs the layer again when this has ended,
+        and with dropout, as in LoRA, which would draw other random numbers.
         """
         predicts = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))  # [B, L]; position i predicts the token at i + 1
         chosen = predicts.flatten().nonzero().flatten()  # [n]
@@ -259,7 +260,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             return everywhere.index_copy(0, chosen, output).view(*predicts.shape, -1)  # [B, L, D]
 
         layer, modules = self.model.layers[-1], [self.model.norm]
-        if not getattr(layer, "gradient_checkpointing", False):
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+        if not (drops or getattr(layer, "gradient_checkpointing", False)):
             modules += [layer.self_attn.o_proj, layer.mlp]
         with ExitStack() as hooks:
             for module in modules:
