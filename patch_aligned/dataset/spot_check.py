@@ -29,7 +29,7 @@ Judgement = Literal["right", "wrong name", "wrong mask", "skip"]
 class SpotCheck:
     """Regions in a random order that the seed decides, of which the first `count` are shown, and the answers.
 
-    Each answer is on disk before the page goes on. A larger `count` continues a check.
+    Each answer is on disk before the next region is shown. A larger `count` continues a check.
     """
 
     def __init__(self, index: AnnotationIndex, image_folder: Path, folder: Path, count: int, seed: int) -> None:

@@ -158,14 +158,14 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds = None, merged.inputs_embeds
             if self.training and not encoded.tokens:
                 inputs_embeds = inputs_embeds + encoded.base_tiles.sum()  # adds 0, but connects the projector
-            attention_mask, position_ids = merged.attention_mask, merged.position_ids
-            if self.training and self.config._attn_implementation == "sdpa" and padding_side == "right":
-                # No token sees the padding behind it. Without a mask, attention skips what causality hides.
-                attention_mask = position_ids = None
             if turns is not None:
                 attention_mask, position_ids = attention_of_turns(merged)
             elif is_packed:  # without a mask, transformers separates samples where positions restart
                 attention_mask, position_ids = None, merged.position_ids
+            elif self.training and self.config._attn_implementation == "sdpa" and padding_side == "right":
+                attention_mask = position_ids = None  # causal attention alone hides padding, and skips what it hides
+            else:
+                attention_mask, position_ids = merged.attention_mask, merged.position_ids
             labels = None if labels is None else merged.labels
             if auxiliary_only:
                 # Adds 0, but connects all that is trained: DDP expects a gradient for each weight.
