@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from patch_aligned.labels import LabelTokenizer
+from patch_aligned.models.stitch import stitch
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.objective import PatchObjective
-from playground.mini.proof import report_any_vlm
+from playground.mini.proof import report_any_vlm, train_any_vlm
 from playground.mini.proof.train_any_vlm import keep_features, rotate_words
 from playground.mini.train_rotated import rotation_about
 from tests.patch_aligned.models.families import tokenizer
+from tests.patch_aligned.models.test_stitch import ENCODERS, GOLDENS
+from tests.patch_aligned.train.test_train_command import record_of
 
 
 def test_a_frozen_tower_runs_once_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +52,21 @@ def test_targets_are_words_turned_about_their_mean(monkeypatch: pytest.MonkeyPat
     ids = torch.tensor([7, 9])
     found = objective.loss(ids, lambda ids: table[ids])
     torch.testing.assert_close(found, table[ids] @ rotation.T, rtol=1e-10, atol=1e-10)
+
+
+def test_an_arm_trains_a_stitched_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InternVLVisionModel, "forward", InternVLVisionModel.forward)  # so that it is put back
+    monkeypatch.setenv("PATCH_ALIGNED_CACHE", str(tmp_path / "cache"))
+    ENCODERS["dinov2"](tmp_path / "tower")
+    stitch(str(tmp_path / "tower"), str(GOLDENS / "tiny-vicuna"), "internvl", tmp_path / "model")
+    (tmp_path / "pad.json").write_text(json.dumps([record_of(number, tmp_path) for number in range(8)]))
+    output = tmp_path / "run"
+    train_any_vlm.main(
+        tmp_path / "model", "P", 0, tmp_path, output, tmp_path / "features", steps=1, warmup_steps=2, rate=1e-3
+    )
+    stitched, trained = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", output))
+    changed = {name for name, weight in trained.items() if not torch.equal(weight, stitched[name])}
+    assert changed == set(load_file(output / "projector.safetensors"))
 
 
 def test_the_report_has_the_seeds_that_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

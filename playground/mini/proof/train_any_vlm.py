@@ -80,7 +80,7 @@ def main(
 ) -> None:
     """Train stage 1; a run that was stopped continues, a finished one is left as it is."""
     chosen = ARMS[arm]
-    places = {"data": scenes / "pad.json", "images": scenes, "output_dir": output}
+    places = {"model": model, "data": scenes / "pad.json", "images": scenes, "output_dir": output}
     flags: dict[str, Any] = {**FLAGS, **places, "max_steps": steps, "seed": seed, "learning_rate": rate}
     if chosen.beta is None:
         flags["captions_only"] = True
@@ -90,7 +90,7 @@ def main(
     if chosen.rotated:
         rotate_words(seed)
     keep_features(features)
-    train([str(model), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
+    train([word for name, value in flags.items() for word in (f"--{name}", str(value))])
 
 
 if __name__ == "__main__":
