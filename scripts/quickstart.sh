@@ -61,6 +61,7 @@ patch-aligned analyze \
     --region-kind object \
     --names auto \
     --name-stem "A picture of a" \
+    --batch-size 25 \
     --output "$RUN"
 
 say "6/6 Picture"

@@ -1,7 +1,7 @@
 """An LLM that reads visual tokens: how likely it finds words after an image, and how it captions it.
 
-Letters: B images, T visual tokens of an image, D width, P tokens of a prompt, image included, N continuations, C tokens
-of several continuations, M vocabulary.
+Letters: B images, T visual tokens of an image, S tokens up to the image's end, D width, P tokens of a prompt, image
+included, N continuations, C tokens of several continuations, M vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +18,23 @@ from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 _NAMES_AT_ONCE = 64
 """Continuations of several tokens that are read together: logits are `[B, C, M]`, the largest tensor here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """What stands before all that is asked about images.
+
+    Attributes:
+        embeddings: up to the image's end, `[B, S, D]`, in the LLM's dtype and on its device.
+        cache: keys and values of all but the last of them, which is read again: its logits begin an answer.
+    """
+
+    embeddings: Tensor
+    cache: Any
+
+    def forget_what_follows(self) -> None:
+        """Leave the cache as it was before a question."""
+        self.cache.crop(self.embeddings.shape[1] - 1 - self.cache.get_seq_length())
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,27 +59,34 @@ class LanguageModel:
         (_, after), (_, after_and_answer) = self.prompt_ids(""), self.prompt_ids(text)
         return after_and_answer[len(after) :]
 
-    def see(self, model: Any, images: Sequence[Image.Image]) -> Tensor:
-        """Return the visual tokens of images by a `VisionLanguageModel`, `[B, T, D]`."""
-        return torch.stack(list(model.visual_tokens(model.encode(images))))
+    def see(self, model: Any, images: Sequence[Image.Image]) -> Beginning:
+        """Read the visual tokens of images by a `VisionLanguageModel`."""
+        return self.read(torch.stack(list(model.visual_tokens(model.encode(images)))))
 
     @torch.inference_mode()
-    def log_probabilities(self, visual_tokens: Tensor, stem: str, continuations: Sequence[Sequence[int]]) -> Tensor:
+    def read(self, visual_tokens: Tensor) -> Beginning:
+        """Read visual tokens `[B, T, D]` once for all questions about them."""
+        before = self._words(torch.tensor(self.prompt_ids("")[0], dtype=torch.long))
+        embeddings = torch.cat([before.expand(len(visual_tokens), -1, -1), visual_tokens.to(before)], dim=1)
+        read = self.model(inputs_embeds=embeddings[:, :-1], use_cache=True, logits_to_keep=1)
+        return Beginning(embeddings, read.past_key_values)
+
+    @torch.inference_mode()
+    def log_probabilities(self, seen: Beginning, stem: str, continuations: Sequence[Sequence[int]]) -> Tensor:
         """Log-probability of each continuation after image and stem: the sum over its tokens, teacher forced.
 
-        The image and the stem are read once, whatever the number of continuations.
-
         Args:
-            visual_tokens: `[B, T, D]`.
-            stem: beginning of the answer.
+            seen: the images.
+            stem: beginning of the answer, which is read once, whatever the number of continuations.
             continuations: token ids of each, at least one.
 
         Returns:
             `[B, N]`, float64.
         """
-        prompt = self._prompt(visual_tokens, stem)  # [B, P, D]
+        prompt = self._prompt(seen, stem)  # [B, P, D]
         batch, length = prompt.shape[:2]
-        read = self.model(inputs_embeds=prompt, use_cache=True, logits_to_keep=1)
+        unread = prompt[:, seen.cache.get_seq_length() :]
+        read = self.model(inputs_embeds=unread, past_key_values=seen.cache, use_cache=True, logits_to_keep=1)
         first = precise(read.logits[:, -1]).log_softmax(dim=-1)  # [B, M]
         found = first[:, [ids[0] for ids in continuations]]  # [B, N]
         longer = [number for number, ids in enumerate(continuations) if len(ids) > 1]
@@ -80,22 +104,24 @@ class LanguageModel:
                 inputs_embeds=self._words(given).expand(batch, -1, -1),  # [B, C, D]
                 attention_mask=mask.expand(batch, 1, -1, -1),
                 position_ids=(length + step).expand(batch, -1),
-                past_key_values=read.past_key_values,
+                past_key_values=seen.cache,
                 use_cache=True,
             ).logits  # [B, C, M]
-            read.past_key_values.crop(-len(of))
+            seen.cache.crop(-len(of))
             logits = precise(logits)
             chosen = logits.gather(2, target.expand(batch, -1).unsqueeze(2)).squeeze(2) - logits.logsumexp(dim=2)
             found.index_add_(1, of, chosen)  # [B, C] -> [B, N]
+        seen.forget_what_follows()
         return found.double()
 
     @torch.inference_mode()
-    def captions(self, visual_tokens: Tensor, max_new_tokens: int = 64) -> list[str]:
+    def captions(self, seen: Beginning, max_new_tokens: int = 64) -> list[str]:
         """Greedy answers to the prompt without a stem, one an image."""
-        prompt = self._prompt(visual_tokens, "")  # [B, P, D]
+        prompt = self._prompt(seen, "")  # [B, P, D]
         ids = GenerationMixin.generate(  # a LLaVA's own `generate` takes ids and pixels
             self.model,
-            inputs_embeds=prompt,
+            inputs_embeds=prompt,  # whole: `generate` leaves out as many as the cache holds
+            past_key_values=seen.cache,
             attention_mask=torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device),
             do_sample=False,
             num_beams=1,
@@ -103,14 +129,13 @@ class LanguageModel:
             pad_token_id=self.tokenizer.eos_token_id,
             stopping_criteria=StoppingCriteriaList([self.stopping]),
         )
+        seen.forget_what_follows()
         return [text.split(self.stop)[0].strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def _prompt(self, visual_tokens: Tensor, stem: str) -> Tensor:
-        """`[B, P, D]`, in the LLM's dtype and on its device."""
-        batch = len(visual_tokens)
-        before, after = (self._words(torch.tensor(ids, dtype=torch.long)) for ids in self.prompt_ids(stem))
-        parts = (before.expand(batch, -1, -1), visual_tokens.to(before), after.expand(batch, -1, -1))
-        return torch.cat(parts, dim=1)
+    def _prompt(self, seen: Beginning, stem: str) -> Tensor:
+        """Append what follows the image: `[B, P, D]`."""
+        after = self._words(torch.tensor(self.prompt_ids(stem)[1], dtype=torch.long))
+        return torch.cat([seen.embeddings, after.expand(len(seen.embeddings), -1, -1)], dim=1)
 
     def _words(self, ids: Tensor) -> Tensor:
         table = self.model.get_input_embeddings()

@@ -246,7 +246,7 @@ def study_exactness(model: VisionLanguageModel, scenes: Scenes, background: Sequ
             noise = torch.randn(directions.shape, generator=generator)
             noise = F.normalize(noise - (noise * directions).sum(dim=-1, keepdim=True) * directions, dim=-1)
             tokens = (cosine * directions + (1 - cosine**2) ** 0.5 * noise) * length * words  # [S, D]
-            log_p.append(language.log_probabilities(tokens[None], STEMS[0], ids)[0].numpy())
+            log_p.append(language.log_probabilities(language.read(tokens[None]), STEMS[0], ids)[0].numpy())
         found = np.stack(log_p)  # [I, L]
         return {
             "name score (i)": float(name_bounds(found)[present].mean()),

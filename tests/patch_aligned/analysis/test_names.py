@@ -202,8 +202,12 @@ def test_captions_are_those_of_the_whole_model(golden_world: Path):
     new = language.model.generate(ids, images=encoder.inputs(images), do_sample=False, max_new_tokens=9)
     texts = language.tokenizer.batch_decode(new, skip_special_tokens=True)
     expected = [text.split(language.stop)[0].strip() for text in texts]
-    assert language.captions(tokens, 9) == expected
-    assert language.captions(tokens[1:], 9) == expected[1:]
+    assert language.captions(language.read(tokens[1:]), 9) == expected[1:]
+    seen, asked = language.read(tokens), ("is a", [[5], [7, 9, 11], [8, 2]])  # one reading, whatever is asked before
+    first = language.log_probabilities(seen, *asked)
+    assert language.captions(seen, 9) == expected
+    assert torch.equal(language.log_probabilities(seen, *asked), first)
+    assert language.captions(seen, 9) == expected
 
 
 # --- in an analysis -------------------------------------------------------------------------------------------------
