@@ -33,7 +33,7 @@ from patch_aligned.images import decode_image, image_path
 from patch_aligned.loss import patch_loss, region_cosines, region_embeddings
 from patch_aligned.masks import covered_tokens_of_regions
 from patch_aligned.models.base import VisionLanguageModel, seeded
-from patch_aligned.models.language import name_bounds
+from patch_aligned.models.language import LanguageModel, name_bounds
 from patch_aligned.models.load import load_models
 from patch_aligned.pad import read_annotations
 from patch_aligned.tables import Cell, Table
@@ -228,6 +228,7 @@ def study_exactness(model: VisionLanguageModel, scenes: Scenes, background: Sequ
     """
     assert model.language is not None
     language = model.language.load()
+    assert isinstance(language, LanguageModel)
     names = sorted({name for own in scenes.names for name in own})
     ids = [model.words.token_ids(name) for name in names]
     column = {name: place for place, name in enumerate(names)}
