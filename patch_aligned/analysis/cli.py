@@ -441,7 +441,7 @@ def _chosen_images(
     images: Sequence[Path], data: Path | None, image_folder: Path | None, limit: int
 ) -> list[tuple[str, Path]]:
     """Id and path of each image, from files or from a set of annotated images."""
-    from patch_aligned.analysis.sets import open_annotated_set
+    from patch_aligned.annotated_sets import open_annotated_set
     from patch_aligned.images import image_path
 
     if bool(images) == (data is not None):

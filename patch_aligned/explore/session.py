@@ -21,12 +21,12 @@ from torch import Tensor
 from patch_aligned.analysis.localisation import PictureCell, map_difference, picture_cell
 from patch_aligned.analysis.token_map import map_entry
 from patch_aligned.analysis.words import MappedImage, PursuitSettings, TokenMapper, colours_of_words, english_words
+from patch_aligned.annotated_sets import union_rle
 from patch_aligned.cells import TokenGrid
 from patch_aligned.images import ImageFileError, decode_image, decode_upload, image_path, thumbnail
 from patch_aligned.masks import covered_tokens_of_regions, token_coverage_of_regions
 from patch_aligned.models.base import Encoded, VisionLanguageModel
 from patch_aligned.pad import AnnotatedImage, AnnotationIndex
-from patch_aligned.segmentation import union_rle
 from patch_aligned.web import grid_edges, jpeg_address
 
 RULE = "mid_range"
