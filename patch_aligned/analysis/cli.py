@@ -275,7 +275,7 @@ def token_map(
     from transformers.utils import logging as transformers_logging
 
     from patch_aligned.analysis.localisation import require_matplotlib
-    from patch_aligned.analysis.report import sources_of
+    from patch_aligned.analysis.report import local_sources
     from patch_aligned.analysis.token_map import save_token_map_figures, write_token_map_page
     from patch_aligned.analysis.words import PursuitSettings, token_maps
     from patch_aligned.files import sha256_of
@@ -289,7 +289,7 @@ def token_map(
     console = Console(markup=False)  # names and paths may hold brackets
     transformers_logging.disable_progress_bar()
     models = load_models(projector, base, vision_tower, image_aspect_ratio, device)
-    configs = {source: Path(source, "config.json") for source in sources_of(models)}  # weights take a minute to hash
+    configs = {source: Path(source, "config.json") for source in local_sources(models)}  # weights take a minute to hash
     hashes = {name: sha256_of(path) for name, path in [*chosen, *configs.items()] if path.is_file()}
     record = RunRecord(output, context.params, hashes, resumes=False)
     with _progress("Decomposing images", console) as on_images:

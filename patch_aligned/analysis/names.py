@@ -178,7 +178,7 @@ def analyse_names(
     measure: MeasureSettings,
     settings: NameSettings,
     resampling: Resampling,
-    on_images: Callable[[int], None],
+    tell: Callable[[int], None],
 ) -> Iterator[tuple[str, pd.DataFrame, NameAnalysis]]:
     """Let each model's LLM read all images: its name, scores as columns of the region frame, and captions.
 
@@ -193,21 +193,21 @@ def analyse_names(
     present = np.zeros((len(images), len(names)), dtype=bool)
     present[places] = True
 
-    def batches(done: int, size: int) -> Iterator[list[Image.Image]]:
+    def batches(size: int) -> Iterator[list[Image.Image]]:
         for start in range(0, len(images), size):
             batch = images[start : start + size]
             yield [open_image(image, measure) for image in batch]
-            on_images(done + start + len(batch))
+            tell(len(batch))
 
     source = language = None
-    for number, model in enumerate(models):
+    for model in models:
         assert model.language is not None  # whatever `load_models` loads has one
         if model.language != source:
             language = None  # before the next is loaded: memory may not hold two
             source, language = model.language, model.language.load()
         assert language is not None
         size = measure.batch_size if model.encoder.takes_batches else 1
-        log_p, captions = read_names(model, language, batches(number * len(images), size), names, settings)
+        log_p, captions = read_names(model, language, batches(size), names, settings)
         captions = captions or [""] * len(images)
         scores = {name: score[places] for name, score in name_scores(log_p, present).items()}
         mentioned = np.array([[name in found for name in names] for found in map(find, captions)])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -36,84 +36,74 @@ SIZES = ("small", "medium", "large")
 
 
 class Metric(NamedTuple):
-    """A mean of a score: over regions, or over the means of images; and its rule in words."""
+    """A mean of a score over regions, or over the means of images; and its rule in words."""
 
     score: str
-    per_image: bool
     rule: str
+    per_image: bool = False
 
 
 METRICS: dict[str, Metric] = {
     "align_px": Metric(
-        "iou_px", False, "mean over regions of the IoU by area of the tokens above the threshold {threshold_rule}"
+        "iou_px", "mean over regions of the IoU by area of the tokens above the threshold {threshold_rule}"
     ),
-    "align_px_per_image": Metric("iou_px", True, "as align_px, mean over images of each image's mean (equation 4)"),
+    "align_px_per_image": Metric("iou_px", "as align_px, mean over images of each image's mean (equation 4)", True),
     "shuffled_align_px": Metric(
-        "shuffled_iou_px", False, "as align_px, with another region's label: labels permuted over the set, seed {seed}"
+        "shuffled_iou_px", "as align_px, with another region's label: labels permuted over the set, seed {seed}"
     ),
     **{
-        f"align_px_{rule}": Metric(
-            f"iou_px_{rule}", False, f"as align_px, with the threshold {rule} whatever is chosen"
-        )
+        f"align_px_{rule}": Metric(f"iou_px_{rule}", f"as align_px, with the threshold {rule} whatever is chosen")
         for rule in THRESHOLD_RULES
     },
     "align_tokens": Metric(
         "iou_tokens",
-        False,
         "mean over regions of the IoU over whole tokens, threshold {threshold_rule}, a token is covered from "
         "{min_coverage} of its cell on",
     ),
-    "align_tokens_per_image": Metric("iou_tokens", True, "as align_tokens, mean over images of each image's mean"),
+    "align_tokens_per_image": Metric("iou_tokens", "as align_tokens, mean over images of each image's mean", True),
     "average_precision_px": Metric(
         "average_precision_px",
-        False,
         "mean over regions of the average precision of the cosine map by area; no threshold, ties are one step, a "
         "constant map scores the region's share of the model's image",
     ),
     "pointing": Metric(
         "pointing",
-        False,
         "share of regions that cover the token of highest cosine, from {min_coverage} of its cell on; where tokens "
         "tie, the covered share of them",
     ),
     "cosine": Metric(
         "cosine",
-        False,
         "mean over regions of the cosine between the mean of the tokens covered from {min_coverage} of the cell on and "
         "the mean word embedding of the label's tokens",
     ),
-    "cosine_per_image": Metric("cosine", True, "as cosine, mean over images of each image's mean"),
+    "cosine_per_image": Metric("cosine", "as cosine, mean over images of each image's mean", True),
     "shuffled_cosine": Metric(
-        "shuffled_cosine", False, "as cosine, with another region's label: labels permuted over the set, seed {seed}"
+        "shuffled_cosine", "as cosine, with another region's label: labels permuted over the set, seed {seed}"
     ),
     "other_cosine": Metric(
-        "other_cosine", False, "as cosine, with all other labels of the set instead of the own, each counting alike"
+        "other_cosine", "as cosine, with all other labels of the set instead of the own, each counting alike"
     ),
-    "contrast": Metric("contrast", False, "mean over regions of cosine less other_cosine"),
+    "contrast": Metric("contrast", "mean over regions of cosine less other_cosine"),
     "retrieval_top1": Metric(
         "top1",
-        False,
         "share of regions whose own label is the nearest of all {label_count} labels of the set by cosine; where "
         "labels tie, the chance that it is",
     ),
-    "retrieval_top5": Metric("top5", False, "as retrieval_top1, among the five nearest"),
+    "retrieval_top5": Metric("top5", "as retrieval_top1, among the five nearest"),
     "best_word_cosine": Metric(
-        "best_word_cosine", False, "as cosine, with the nearest word of the LLM's whole table instead of the label"
+        "best_word_cosine", "as cosine, with the nearest word of the LLM's whole table instead of the label"
     ),
     "name_bound": Metric(
         "name_bound",
-        False,
         "mean over names and pictures that show them of log p(name after the picture) less the log of its mean over "
         "all pictures; nats, 0 is blind",
     ),
     "name_information": Metric(
         "name_information",
-        False,
         "as name_bound, log of the number of names less the NLL of the name among them; nats, 0 is an even guess",
     ),
     "name_auc": Metric(
         "name_auc",
-        False,
         "chance that a name which a picture shows has a higher log p than an absent one, each less its mean over "
         "pictures; 0.5 is blind",
     ),
@@ -127,14 +117,8 @@ HEADLINES = (
 """The metrics of breakdowns by size, label and caption."""
 
 
-def rules_of(threshold_rule: str, min_coverage: float, seed: int, label_count: int) -> dict[str, str]:
-    """Return the rule of every metric in words, with the settings of a run."""
-    settings = {
-        "threshold_rule": threshold_rule,
-        "min_coverage": min_coverage,
-        "seed": seed,
-        "label_count": label_count,
-    }
+def rules_of(**settings: Any) -> dict[str, str]:
+    """Return the rule of every metric in words, with a run's threshold_rule, min_coverage, seed and label_count."""
     return {name: metric.rule.format(**settings) for name, metric in METRICS.items()}
 
 
@@ -161,57 +145,41 @@ def region_frame(
 
 
 def metrics_of(regions: pd.DataFrame, resampling: Resampling, names: Sequence[str] = tuple(METRICS)) -> pd.DataFrame:
-    """Metrics of one model's regions, with intervals by the bootstrap over images.
+    """Take metrics of one model's regions, with intervals by the bootstrap over images.
 
-    Args:
-        regions: rows of the frame.
-        resampling: how intervals are taken.
-        names: of `METRICS`.
-
-    Returns:
-        A row for each metric: `value` (NaN over nothing), `low` and `high` (NaN where there are fewer than two images),
-        and how many `regions` and `images` count.
+    Returns a row for each metric: `value` (NaN over nothing), `low` and `high` (NaN where there are fewer than two
+    images), and how many `regions` and `images` count.
     """
     found = ratios_of(*_per_image(regions, names), resampling, names)
     found.insert(3, "regions", [int(regions[METRICS[name].score].notna().sum()) for name in names])
     return found
 
 
-def metrics_by_size(
-    regions: pd.DataFrame, resampling: Resampling, names: Sequence[str] = HEADLINES
-) -> dict[str, pd.DataFrame]:
-    """Metrics of the small, medium and large regions."""
-    parts = {size: regions[regions["size"] == size] for size in SIZES}
-    return {size: metrics_of(_own_images(part), resampling, names) for size, part in parts.items()}
+def breakdowns(regions: pd.DataFrame, resampling: Resampling) -> dict[str, dict[str, pd.DataFrame]]:
+    """Take the headline metrics `by_size`, `by_label` and `by_caption`, each part with its own images alone.
+
+    The most frequent label comes first. There are no parts by caption where the file does not tell regions apart.
+    """
+    labels = dict(iter(regions.groupby("label", observed=True)))
+    named = {"in the caption" if is_named else "not named": part for is_named, part in regions.groupby("in_caption")}
+    parts_by = {
+        "by_size": {size: regions[regions["size"] == size] for size in SIZES},
+        "by_label": {label: labels[label] for label in sorted(labels, key=lambda label: (-len(labels[label]), label))},
+        "by_caption": named,
+    }
+
+    def headlines(part: pd.DataFrame) -> pd.DataFrame:
+        own_images = part["image"].cat.remove_unused_categories()
+        return metrics_of(part.assign(image=own_images), resampling, HEADLINES)
+
+    return {by: {name: headlines(part) for name, part in parts.items()} for by, parts in parts_by.items()}
 
 
-def metrics_by_caption(
-    regions: pd.DataFrame, resampling: Resampling, names: Sequence[str] = HEADLINES
-) -> dict[str, pd.DataFrame]:
-    """Metrics of the regions that captions name and of the others; nothing where the file does not tell them apart."""
-    parts = {"in the caption" if named else "not named": part for named, part in regions.groupby("in_caption")}
-    return {name: metrics_of(_own_images(part), resampling, names) for name, part in parts.items()}
+def differences(first: pd.DataFrame, second: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
+    """Take the metrics of the regions `first` less those of `second`: a row each, with a paired interval.
 
-
-def metrics_by_label(
-    regions: pd.DataFrame, resampling: Resampling, names: Sequence[str] = HEADLINES
-) -> dict[str, pd.DataFrame]:
-    """Metrics of each label's regions, the most frequent label first; only the label's own images are drawn."""
-    parts = dict(iter(regions.groupby("label", observed=True)))
-    by_frequency = sorted(parts, key=lambda label: (-len(parts[label]), label))
-    return {label: metrics_of(_own_images(parts[label]), resampling, names) for label in by_frequency}
-
-
-def differences(
-    first: pd.DataFrame, second: pd.DataFrame, resampling: Resampling, names: Sequence[str] = tuple(METRICS)
-) -> pd.DataFrame:
-    """Metrics of the regions `first` less those of `second`, which are of the same images in the same order.
-
-    Returns:
-        A row for each metric: `value`, `low` and `high` of its paired interval, and `share_above_zero` of the draws.
-
-    Raises:
-        ValueError: the rows are of different regions.
+    Columns are `value`, `low`, `high`, and `share_above_zero` of the draws. Raises `ValueError` if the rows are not of
+    the same images in the same order.
     """
     images = [frame["image"].cat.codes.to_numpy() for frame in (first, second)]
     counts_of_images = [len(frame["image"].cat.categories) for frame in (first, second)]
@@ -220,24 +188,17 @@ def differences(
             f"Scores of {len(first)} regions in {counts_of_images[0]} images and of {len(second)} in "
             f"{counts_of_images[1]} cannot be compared: measure both projectors on the same set."
         )
-    of_both = [_per_image(frame, names) for frame in (first, second)]
+    of_both = [_per_image(frame, tuple(METRICS)) for frame in (first, second)]
     sums, counts = (np.hstack(parts) for parts in zip(*of_both, strict=True))  # [I, 2 F] each
-    draws = resampled_ratios(sums, counts, resampling)
-    draws = draws[:, : len(names)] - draws[:, len(names) :]  # [N, 2 F] -> [N, F]
-    values = [ratio_of(sums[:, column], counts[:, column]) for column in range(2 * len(names))]
+    ours, theirs = np.hsplit(resampled_ratios(sums, counts, resampling), 2)  # [N, F] each
+    values = [ratio_of(*column) for column in zip(sums.T, counts.T, strict=True)]  # [2 F]
     rows = []
-    for column in range(len(names)):
-        defined = draws[:, column][~np.isnan(draws[:, column])]
-        low, high = percentile_interval(defined, resampling.confidence)
-        rows.append(
-            {
-                "value": values[column] - values[len(names) + column],
-                "low": low,
-                "high": high,
-                "share_above_zero": float((defined > 0).mean()) if len(defined) else float("nan"),
-            }
-        )
-    return pd.DataFrame(rows, index=pd.Index(names, name="metric"))
+    for column, draws in enumerate((ours - theirs).T):
+        low, high = percentile_interval(draws, resampling.confidence)
+        above = pd.Series(draws).dropna().gt(0).mean()
+        value = values[column] - values[column + len(METRICS)]
+        rows.append({"value": value, "low": low, "high": high, "share_above_zero": above})
+    return pd.DataFrame(rows, index=pd.Index(METRICS, name="metric"))
 
 
 def count_regions(regions: pd.DataFrame) -> dict[str, int]:
@@ -263,10 +224,6 @@ def mean_and_sd(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "sd": sd}
 
 
-def _own_images(part: pd.DataFrame) -> pd.DataFrame:
-    return part.assign(image=part["image"].cat.remove_unused_categories())
-
-
 def _per_image(regions: pd.DataFrame, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Sums and counts of each image, `[I, F]` each: a metric is the sum of the sums over the sum of the counts."""
     image, images = regions["image"].cat.codes.to_numpy(), len(regions["image"].cat.categories)
@@ -283,18 +240,11 @@ def _per_image(regions: pd.DataFrame, names: Sequence[str]) -> tuple[np.ndarray,
 
 
 def permute_labels(labels: Sequence[Hashable], seed: int) -> list[int | None]:
-    """Permute labels among regions so that each region gets a label that is not its own, as a control for cosines.
+    """Permute the labels of all regions so that each gets one that is not its own, as a control for cosines.
 
     A projector that sends everything to one direction near all words has a high cosine with the right label, and the
-    same with a wrong one.
-
-    Args:
-        labels: one label a region, over the whole set.
-        seed: seed of the permutation.
-
-    Returns:
-        For each region the index of the region whose label it gets, each index at most once. `None` where there is none
-        left: more than half of the regions share one label, so some can only get their own.
+    same with a wrong one. Returns for each region the index of the region whose label it gets, each index at most once;
+    `None` where more than half of the regions share one label, so that some can only get their own.
     """
     order = list(range(len(labels)))
     generator = random.Random(seed)

@@ -34,12 +34,10 @@ from patch_aligned.analysis.regions import (
     MEASURED_SCORES,
     METRICS,
     SIZE_LIMITS_PX,
+    breakdowns,
     count_regions,
     differences,
     mean_and_sd,
-    metrics_by_caption,
-    metrics_by_label,
-    metrics_by_size,
     metrics_of,
     rules_of,
 )
@@ -90,8 +88,8 @@ class Entropy:
     @classmethod
     def of(cls, seen: EntropyAccumulator) -> Entropy:
         """Return the entropy of the tokens seen."""
-        rank = seen.effective_rank()
-        return cls(seen.entropy_nats(), rank, seen.width, seen.token_count, seen.spectrum().tolist())
+        nats = seen.entropy_nats()
+        return cls(nats, math.exp(nats), seen.width, seen.token_count, seen.spectrum().tolist())
 
 
 @dataclass(frozen=True)
@@ -239,19 +237,24 @@ def analyse(
         ValueError: there are no regions, none lies in a model's image or covers a token, or an image's size is not its
             record's.
     """
-    measure = settings.measure
+    measure, resampling = settings.measure, settings.resampling
     measured = read_set(measure)
     encoders = {id(model.encoder): model.encoder for model in models}
-    passes = len(encoders) + (len(models) if settings.names else 0)
+    images = len(measured.images)
+    total, done = images * (len(encoders) + (len(models) if settings.names else 0)), 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        on_images(done, total)
+
     untrained = _untrained_by_shape(models, settings.untrained_seeds)
     runs: dict[str, ModelRun] = {}
     before: dict[int, Entropy] = {}
-    images = len(measured.images)
     started = time.perf_counter()
-    for number, (key, encoder) in enumerate(encoders.items()):
+    for key, encoder in encoders.items():
         behind = [model for model in models if model.encoder is encoder]
         twins = [twin for shape, twins in untrained.items() if shape[0] == key for twin in twins]
-        tell = partial(_tell, on_images, number * images, passes * images)
         seen, runs_of_encoder = pass_over_images(encoder, [*behind, *twins], measured, measure, tell)
         before[key] = Entropy.of(seen)
         runs |= {run.model.name: run for run in runs_of_encoder}
@@ -264,19 +267,12 @@ def analyse(
             f"{measure.min_coverage} of its cell on: they are smaller than the grid can tell. Choose a set "
             "with larger regions, or pass a lower --min-coverage."
         )
-    untrained_found = {
-        shape: _untrained(
-            [runs[twin.name].entropy for twin in twins],
-            [regions_of[twin.name] for twin in twins],
-            before[shape[0]].entropy_nats,
-            settings.untrained_seeds,
-        )
-        for shape, twins in untrained.items()
-    }
-    resampling = settings.resampling
+    untrained_found = {}
+    for shape, twins in untrained.items():
+        entropies, regions = zip(*((runs[twin.name].entropy, regions_of[twin.name]) for twin in twins), strict=True)
+        untrained_found[shape] = _untrained(entropies, regions, before[shape[0]].entropy_nats, settings.untrained_seeds)
     spoken: dict[str, NameAnalysis] = {}
     if settings.names:
-        tell = partial(_tell, on_images, len(encoders) * images, passes * images)
         for name, scores, of_captions in analyse_names(models, measured, measure, settings.names, resampling, tell):
             seen = regions_of[name]["iou_px"].notna()
             regions_of[name].update(scores[seen.loc[scores.index]])
@@ -296,9 +292,7 @@ def analyse(
             entropy_drop_nats=entropy_before.entropy_nats - entropy_after.entropy_nats,
             cosine_floor=float(model.words.directions_of_labels(measured.labels).double().mean(dim=0).norm()),
             metrics=metrics_of(of_model, resampling),
-            by_size=metrics_by_size(of_model, resampling),
-            by_label=metrics_by_label(of_model, resampling),
-            by_caption=metrics_by_caption(of_model, resampling),
+            **breakdowns(of_model, resampling),
             counts=count_regions(of_model),
             untrained=untrained_found.get(_shape_of(model)),
             names=spoken.get(model.name),
@@ -310,7 +304,7 @@ def analyse(
     ]
     return Analysis(
         settings=settings,
-        rules=rules_of(measure.threshold_rule, measure.min_coverage, measure.seed, len(measured.labels)),
+        rules=rules_of(**vars(measure), label_count=len(measured.labels)),
         data_format=measured.format,
         images=images,
         labels=len(measured.labels),
@@ -327,10 +321,6 @@ def analyse(
         ],
         regions=pd.concat(regions_of.values(), ignore_index=True),
     )
-
-
-def _tell(on_images: Callable[[int, int], None], done_before: int, total: int, done: int) -> None:
-    on_images(done_before + done, total)
 
 
 def _picture_row(
@@ -373,7 +363,7 @@ def _untrained(
         seeds=seeds,
         entropy_after_nats=mean_and_sd(after),
         entropy_drop_nats=mean_and_sd([entropy_before_nats - value for value in after]),
-        effective_rank_after=mean_and_sd([entropy.effective_rank() for entropy in entropies]),
+        effective_rank_after=mean_and_sd([math.exp(value) for value in after]),
         metrics=pd.DataFrame(spreads, index=pd.Index(METRICS, name="metric")),
     )
 
@@ -423,9 +413,12 @@ def pass_over_images(
     models: Sequence[VisionLanguageModel],
     measured: MeasuredSet,
     settings: MeasureSettings,
-    on_images: Callable[[int], None],
+    tell: Callable[[int], None],
 ) -> tuple[EntropyAccumulator, list[ModelRun]]:
-    """Open every image once and measure all models of an encoder on it: entropy of the features, and a run a model."""
+    """Open every image once and measure all models of an encoder on it: entropy of the features, and a run a model.
+
+    `tell` is called with the number of images of each batch.
+    """
     before: EntropyAccumulator | None = None
     words = {id(model.words): model.words for model in models}  # models of one LLM share them, and its labels' [L, D]
     directions = {key: of.directions_of_labels(measured.labels).to(encoder.device) for key, of in words.items()}
@@ -475,7 +468,7 @@ def pass_over_images(
                     threshold = settings.threshold_rule, settings.positive_threshold
                     coverage = coverages[index, layout.whole][region]
                     run.cells[position] = picture_cell(layout.whole, direction, visual_tokens, coverage, *threshold)
-        on_images(start + len(batch))
+        tell(len(batch))
     if all(np.isnan(run.columns()["iou_px"]).all() for run in runs):
         raise ValueError(
             f"{settings.data}: all {len(measured.regions)} regions lie outside the model's image, cut away by its "
