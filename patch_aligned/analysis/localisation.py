@@ -37,11 +37,7 @@ _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans", "A
 
 
 def require_matplotlib() -> None:
-    """Check that pictures can be drawn.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Raise `ImportError` if matplotlib is not installed, without which no picture can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("Pictures need matplotlib: pip install 'patch-aligned-llava[analysis]'.")
 
@@ -88,18 +84,12 @@ _CHARACTER_INCHES = 0.066  # of the caption, on average and rather too wide
 
 @dataclass(frozen=True)
 class PictureCell:
-    """Where one model finds one label.
-
-    Attributes:
-        grid: the cells of its visual tokens.
-        cosine, predicted: `[rows, cols]`, of each visual token; predicted is bool.
-        iou_px: by area; NaN without truth.
-    """
+    """Where one model finds one label."""
 
     grid: TokenGrid
-    cosine: Tensor
-    predicted: Tensor
-    iou_px: float
+    cosine: Tensor  # [rows, cols], of each visual token
+    predicted: Tensor  # [rows, cols], bool
+    iou_px: float  # by area; NaN without truth
 
 
 @dataclass(frozen=True)
@@ -175,24 +165,12 @@ def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) 
         if row_index == 0:
             first = "ground truth" if any(row.truth.any() for row in rows) else "image"
             _head_columns(figure, truth_axes, first, dict(zip(names, pairs, strict=True)), head_inches / height)
-    figure.text(
-        0.5,
-        0.12 / height,
-        "\n".join(caption),
-        ha="center",
-        va="bottom",
-        fontsize=8,
-        color="#495057",
-    )
+    figure.text(0.5, 0.12 / height, "\n".join(caption), ha="center", va="bottom", fontsize=8, color="#495057")
     figure.savefig(path)
 
 
 def panel_jpegs(row: PictureRow) -> dict[str | tuple[str, str], bytes]:
-    """The panels of a row, each a JPEG of its own: `truth`, and for each projector `(name, cosine)` and `prediction`.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """The panels of a row, a JPEG each: `truth`, and for each projector `(name, cosine)` and `(name, prediction)`."""
     found: dict[str | tuple[str, str], bytes] = {"truth": place_jpeg(row)}
     for name, cell in row.cells.items():
         found[name, "cosine"] = place_jpeg(row, cell)
@@ -211,8 +189,7 @@ def _jpeg_of(draw: Callable[..., None], row: PictureRow, **what: Any) -> bytes:
 
     def draw_image_alone(axes: Axes) -> None:
         draw(axes, row=row, **what)
-        axes.set_xlim(0, width)
-        axes.set_ylim(height, 0)
+        axes.set(xlim=(0, width), ylim=(height, 0))
 
     return panel_jpeg(draw_image_alone, size_inches)
 
@@ -245,14 +222,12 @@ def _head_columns(figure: Any, truth_axes: Axes, first: str, pairs: dict[str, tu
 
 
 def _draw_truth(axes: Axes, row: PictureRow) -> None:
-    bare(axes)
     axes.imshow(row.image, extent=_extent(row))
     _outline(axes, row.truth, TRUTH_COLOUR)
     _show_whole_image(axes, row)
 
 
 def _draw_heat(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
-    bare(axes)
     cosine = cell.cosine.numpy()
     height, width = row.truth.shape
     axes.fill_between((0, width), 0, height, color="#e9ecef", linewidth=0)  # parts of the image that no token sees
@@ -263,7 +238,6 @@ def _draw_heat(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
 
 
 def _draw_prediction(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
-    bare(axes)
     predicted = _cells_to_pixels(cell.predicted.numpy(), cell.grid)
     axes.imshow(_dimmed(row.image, predicted), extent=_extent(row))
     _outline(axes, predicted, PREDICTION_COLOUR)
@@ -283,8 +257,8 @@ def _show_whole_image(axes: Axes, row: PictureRow) -> None:
     """The image from edge to edge, centred in a square panel, whatever its shape."""
     height, width = row.truth.shape
     side = max(height, width)
-    axes.set_xlim((width - side) / 2, (width + side) / 2)
-    axes.set_ylim((height + side) / 2, (height - side) / 2)
+    bare(axes)
+    axes.set(xlim=((width - side) / 2, (width + side) / 2), ylim=((height + side) / 2, (height - side) / 2))
     axes.set_aspect("equal")
 
 
@@ -369,14 +343,9 @@ def localise(
 def picture_cell(
     grid: TokenGrid, direction: Tensor, visual_tokens: Tensor, coverage: Tensor, rule: str, positive: bool = False
 ) -> PictureCell:
-    """Compare one label with the visual tokens of one model.
+    """Compare a label `[D]` with the visual tokens `[T, D]` of one model on a grid, of which the region covers shares.
 
-    Args:
-        grid: the cells of its visual tokens, or of some of them.
-        direction: `[D]`, of the label.
-        visual_tokens: `[T, D]`, of the image.
-        coverage: `[rows, cols]`, share of each cell that the region covers.
-        rule, positive: see `predicted_tokens`.
+    Coverage is `[rows, cols]`; for `rule` and `positive` see `predicted_tokens`.
     """
     maps = cosine_maps(direction[None], visual_tokens[grid.tokens.ravel()])  # [1, S]
     areas = coverage.double().reshape(1, -1)  # [rows, cols] -> [1, S]
@@ -390,11 +359,7 @@ def picture_cell(
 
 
 def map_difference(one: PictureCell, other: PictureCell) -> tuple[TokenGrid, Tensor]:
-    """Subtract one model's cosine map from another's, where both look; their cells may differ.
-
-    Returns:
-        Cells bounded by the edges of both grids, and `one` less `other` in each, `[rows, cols]`.
-    """
+    """Return `one` less `other`, two models' cosine maps, where both look: `[rows, cols]` between the edges of both."""
     x_edges = _common_edges(one.grid.x_edges, other.grid.x_edges)
     y_edges = _common_edges(one.grid.y_edges, other.grid.y_edges)
     x, y = ((np.array(edges[:-1]) + np.array(edges[1:])) / 2 for edges in (x_edges, y_edges))  # centres

@@ -66,13 +66,11 @@ ON_PAGE = tuple(name for name, metric in METRICS.items() if not metric.score.sta
 def write_report(
     analysis: Analysis, folder: Path, maps: TokenMaps | None = None, provenance: Mapping[str, Any] | None = None
 ) -> list[Path]:
-    """Write `report.html`, `report.md`, `analysis.json` and the pictures into a folder, which is made if missing.
-
-    An earlier report in the folder is replaced, and its other pictures are removed.
+    """Write `report.html`, `report.md`, `analysis.json` and the pictures into a folder, instead of an earlier report.
 
     Args:
         analysis: the numbers.
-        folder: where everything goes.
+        folder: where everything goes; it is made if missing.
         maps: token maps of some images, for the page and for `token_map.html`.
         provenance: what else the numbers depend on, such as `provenance_of` gives.
 
@@ -84,10 +82,8 @@ def write_report(
     """
     provenance = provenance or {}
     folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        **analysis.to_json(),
-        **plain_json({"provenance": provenance, "paper_table_3_at_7b_scale": PAPER_TABLE_3}),
-    }
+    beside = {"provenance": provenance, "paper_table_3_at_7b_scale": PAPER_TABLE_3}
+    document = {**analysis.to_json(), **plain_json(beside)}
     _write_text(folder / "analysis.json", json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
     _write_text(folder / "report.md", report_markdown(analysis))
     require_matplotlib()
@@ -170,9 +166,7 @@ def headline_table(analysis: Analysis) -> Table:
     rows = []
     for name, model in analysis.models.items():
         entropies = (model.entropy_before.entropy_nats, model.entropy_after.entropy_nats, model.entropy_drop_nats)
-        rows.append(
-            [Cell(name), *(Cell(number(value)) for value in entropies), *_cells(model.metrics, _HEADLINE_DIGITS)]
-        )
+        rows.append([Cell(name), *map(Cell, map(number, entropies)), *_cells(model.metrics, _HEADLINE_DIGITS)])
     for name, before_nats, untrained in _untrained(analysis):
         metrics = _cells(untrained.metrics, _HEADLINE_DIGITS)
         rows.append([*_entropies_of_untrained(name, before_nats, untrained), *metrics])
@@ -315,11 +309,10 @@ def sources_table(analysis: Analysis, hashes: Mapping[str, str]) -> Table:
 def _cell(metric: Mapping[str, float] | pd.Series, digits: int = 3) -> Cell:
     """A value with its interval, or a mean with its standard deviation."""
     if "sd" in metric:
-        return Cell(
-            number(metric["mean"], digits), "" if math.isnan(metric["sd"]) else f"± {number(metric['sd'], digits)}"
-        )
-    ends = [number(metric[end], digits) for end in ("low", "high")]
-    return Cell(number(metric["value"], digits), "" if math.isnan(metric["low"]) else " … ".join(ends))
+        spread = "" if math.isnan(metric["sd"]) else f"± {number(metric['sd'], digits)}"
+        return Cell(number(metric["mean"], digits), spread)
+    low, high = (number(metric[end], digits) for end in ("low", "high"))
+    return Cell(number(metric["value"], digits), "" if math.isnan(metric["low"]) else f"{low} … {high}")
 
 
 def _cells(metrics: pd.DataFrame, digits_of: Mapping[str, int]) -> list[Cell]:
@@ -347,7 +340,6 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
     """Render the page."""
     measure, resampling = analysis.settings.measure, analysis.settings.resampling
     subset = "all" if measure.limit is None else f"{measure.subset}, {measure.limit:,}"
-    versions = ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())
     settings = {
         "data": f"{measure.data}, format {analysis.data_format}",
         "images": f"{measure.image_folder}, {subset}",
@@ -359,7 +351,7 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         "intervals": f"{resampling.confidence:.0%}, {resampling.resamples:,} resamples of images; one training run",
         "untrained projectors": f"seeds {', '.join(map(str, analysis.settings.untrained_seeds)) or 'none'}",
         **{key: str(value) for key, value in provenance.items() if key not in ("sha256", "versions")},
-        "versions": versions,
+        "versions": ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items()),
         "speed": f"{analysis.images_per_second:.1f} images a second, all projectors together",
     }
     told_apart = all(model.by_caption for model in analysis.models.values())
@@ -407,7 +399,7 @@ def report_markdown(analysis: Analysis) -> str:
     """Render the headline table, what it was taken on, and the paper's Table 3."""
     measure = analysis.settings.measure
     first, model = next(iter(analysis.models.items()))
-    counts = model.counts
+    counts, names = model.counts, names_table(analysis)
     kind = f" of kind `{measure.region_kind}`" if measure.region_kind else ""
     outside = (
         f"{counts['regions_outside']} outside the model's image and left out, " if counts["regions_outside"] else ""
@@ -417,7 +409,6 @@ def report_markdown(analysis: Analysis) -> str:
         if analysis.broken_images
         else ""
     )
-    names = names_table(analysis)
     differing = f" (of {first}; the page has the counts of all)" if analysis.counts_differ else ""
     lines = [
         "# Analysis of projectors",

@@ -63,35 +63,20 @@ class MeasureSettings:
 
 @dataclass(frozen=True)
 class MeasuredSet:
-    """The images that are measured. Their records are kept, their pixels are not: each pass opens the images again.
+    """The images that are measured. Their records are kept, their pixels are not: each pass opens the images again."""
 
-    Attributes:
-        images: records with the regions that count.
-        format, skipped: see `AnnotatedSet`.
-        broken: images left out, by id, each with the reason.
-        labels: all different labels, in the order in which they come.
-        regions: see `regions.region_frame`.
-        shuffled: `[regions]`, index of the label that each region is compared with as a control, -1 if there is none.
-        pictured: region that the picture shows, by the position of its image.
-    """
-
-    images: list[AnnotatedImage]
-    format: str
-    skipped: Mapping[str, int]
-    broken: Mapping[str, str]
-    labels: list[str]
-    regions: pd.DataFrame
-    shuffled: Tensor
-    pictured: dict[int, int]
+    images: list[AnnotatedImage]  # with the regions that count
+    format: str  # see `AnnotatedSet`
+    skipped: Mapping[str, int]  # likewise
+    broken: Mapping[str, str]  # images left out, by id, each with the reason
+    labels: list[str]  # all different ones, in the order in which they come
+    regions: pd.DataFrame  # see `region_frame`
+    shuffled: Tensor  # [regions], index of the label that each is compared with as a control, -1 if there is none
+    pictured: dict[int, int]  # region that the picture shows, by the position of its image
 
 
 def read_set(settings: MeasureSettings) -> MeasuredSet:
-    """Read the images that `settings` choose; with `on_error="skip"` all are decoded to find those left out.
-
-    Raises:
-        FileNotFoundError: images are missing.
-        ValueError: no region is selected, every image would be left out, or an id leads out of the image folder.
-    """
+    """Read the images that `settings` choose; with `on_error="skip"` all are decoded to find those left out."""
     annotated = open_annotated_set(settings.data, settings.image_folder, settings.data_format)
     images = annotated.choose(settings.limit, settings.subset, settings.seed)
     broken = _broken_images(images, settings.image_folder) if settings.on_error == "skip" else {}
@@ -172,11 +157,7 @@ def _broken_images(images: Sequence[AnnotatedImage], image_folder: Path) -> dict
 
 
 def open_image(image: AnnotatedImage, settings: MeasureSettings) -> Image.Image:
-    """Read the file of a record.
-
-    Raises:
-        OSError: it is missing or broken.
-    """
+    """Read the file of a record. Raises `OSError` if it is missing or broken."""
     try:
         return load_rgb_image(image_path(settings.image_folder, image.image_id))
     except UnreadableImageError as error:
