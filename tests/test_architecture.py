@@ -81,7 +81,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "patch_aligned.analysis.cli": ("llava.command",),
     "patch_aligned.analysis.localisation": ("llava.mm_utils",),
-    "patch_aligned.analysis.sets": ("llava.mm_utils",),
+    "patch_aligned.analysis.regions": ("llava.mm_utils",),
     "patch_aligned.analysis.words": ("llava.mm_utils",),
     "patch_aligned.annotate.cli": ("llava.command",),
     "patch_aligned.cli": ("llava.command",),

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from patch_aligned.analysis.sets import MeasuredSet, MeasureSettings, open_image
+from patch_aligned.analysis.regions import MeasuredSet, MeasureSettings, open_image
 from patch_aligned.intervals import Resampling, ratios_of
 from patch_aligned.models.base import ReadingModel, VisionLanguageModel
 from patch_aligned.models.language import name_bounds

@@ -25,7 +25,7 @@ from patch_aligned.analysis.regions import HEADLINES, METRICS, SCORES_BY_NAME
 from patch_aligned.analysis.run import Analysis, Entropy, Untrained, plain_json
 from patch_aligned.analysis.token_map import map_panels, save_token_map_figures, write_token_map_page
 from patch_aligned.analysis.words import TokenMaps
-from patch_aligned.files import checkpoint_hash, written_whole
+from patch_aligned.files import checkpoint_sha256, written_whole
 from patch_aligned.models.base import VisionLanguageModel
 from patch_aligned.tables import Cell, Table, number
 from patch_aligned.web import jpeg_address, render
@@ -114,7 +114,7 @@ def provenance_of(models: Sequence[VisionLanguageModel]) -> dict[str, Any]:
         "dtype": "float32",
         "image_aspect_ratio": ", ".join(sorted({model.encoder.image_aspect_ratio for model in models})),
         "versions": {name: version(name) for name in ("patch-aligned-llava", "torch", "transformers")},
-        "sha256": {source: checkpoint_hash(source).sha256 for source in local_sources(models)},
+        "sha256": {source: checkpoint_sha256(source) for source in local_sources(models)},
     }
 
 

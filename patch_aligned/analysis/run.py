@@ -34,14 +34,17 @@ from patch_aligned.analysis.regions import (
     MEASURED_SCORES,
     METRICS,
     SIZE_LIMITS_PX,
+    MeasuredSet,
+    MeasureSettings,
     breakdowns,
     count_regions,
     differences,
     mean_and_sd,
     metrics_of,
+    open_image,
+    read_set,
     rules_of,
 )
-from patch_aligned.analysis.sets import MeasuredSet, MeasureSettings, open_image, read_set
 from patch_aligned.analysis.words import dictionary_of
 from patch_aligned.cells import Layout, TokenGrid
 from patch_aligned.intervals import Resampling
