@@ -36,19 +36,11 @@ FORMATS = ("auto", "pad", "coco", "grandf")
 
 @dataclass(frozen=True)
 class AnnotatedSet:
-    """Annotated images of a file; each iteration reads them from the start.
+    """Annotated images of a file; each iteration reads them from the start."""
 
-    Attributes:
-        path: the file.
-        format: one of `FORMATS`, not `auto`.
-        images: starts an iteration.
-        skipped: annotations of the whole file that are no regions, counted by reason.
-    """
-
-    path: Path
-    format: str
-    images: Callable[[], Iterator[AnnotatedImage]]
-    skipped: Mapping[str, int] = field(default_factory=dict)
+    format: str  # one of `FORMATS`, not `auto`
+    images: Callable[[], Iterator[AnnotatedImage]]  # starts an iteration
+    skipped: Mapping[str, int] = field(default_factory=dict)  # what is no region in the whole file, by reason
 
     def __iter__(self) -> Iterator[AnnotatedImage]:
         return self.images()
@@ -87,12 +79,12 @@ def open_annotated_set(path: Path, image_folder: Path, format: str = "auto", cro
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of annotations.")
     if format == "pad" or (format == "auto" and not _is_one_document(path)):
-        return AnnotatedSet(path, "pad", lambda: read_annotations(path))
+        return AnnotatedSet("pad", lambda: read_annotations(path))
     document = read_document(path)
     if format == "auto":
         format = "grandf" if _is_grandf(document) else "coco"
     images, skipped = _read_coco(document, path, crowds) if format == "coco" else _read_grandf(document, path)
-    return AnnotatedSet(path, format, lambda: (image.annotated(path, image_folder) for image in images), skipped)
+    return AnnotatedSet(format, lambda: (image.annotated(path, image_folder) for image in images), skipped)
 
 
 def _is_one_document(path: Path) -> bool:
@@ -101,8 +93,7 @@ def _is_one_document(path: Path) -> bool:
         return False
     if beginning_of(path).startswith("{"):
         return True
-    first = next(iter_records(path), None)
-    return first is not None and _is_grandf([first])
+    return _is_grandf([next(iter_records(path), None)])
 
 
 class _Mask(NamedTuple):

@@ -94,20 +94,12 @@ class PictureCell:
 
 @dataclass(frozen=True)
 class PictureRow:
-    """One image and label with the maps of every projector.
-
-    Attributes:
-        image_id: as in the PAD file.
-        label: the region's label.
-        image: uint8 `[height, width, 3]`, the image file.
-        truth: bool `[height, width]`, the region.
-        cells: by the model's name.
-    """
+    """One image and label with the maps of every model, by its name."""
 
     image_id: str
     label: str
-    image: np.ndarray
-    truth: np.ndarray
+    image: np.ndarray  # uint8 [height, width, 3], the image file
+    truth: np.ndarray  # bool [height, width], the region
     cells: dict[str, PictureCell] = field(default_factory=dict)
 
 

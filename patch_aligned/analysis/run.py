@@ -72,21 +72,13 @@ class AnalysisSettings:
 
 @dataclass(frozen=True)
 class Entropy:
-    """Von Neumann entropy of tokens, in nats, and what it is taken from.
+    """Von Neumann entropy of tokens, and what it is taken from."""
 
-    Attributes:
-        entropy_nats: of the spectrum; at most `log width`.
-        effective_rank: `exp(entropy_nats)`.
-        width: of a token.
-        tokens: how many.
-        spectrum: eigenvalues, falling, sum 1.
-    """
-
-    entropy_nats: float
-    effective_rank: float
-    width: int
-    tokens: int
-    spectrum: list[float]
+    entropy_nats: float  # of the spectrum; at most `log width`
+    effective_rank: float  # `exp(entropy_nats)`
+    width: int  # of a token
+    tokens: int  # how many
+    spectrum: list[float]  # eigenvalues, falling, sum 1
 
     @classmethod
     def of(cls, seen: EntropyAccumulator) -> Entropy:
@@ -97,56 +89,35 @@ class Entropy:
 
 @dataclass(frozen=True)
 class Untrained:
-    """Random projectors of a model's shape on the same images; each number as mean and standard deviation over seeds.
+    """Random projectors of a model's shape on the same images; each number as `mean` and `sd` over seeds."""
 
-    Attributes:
-        seeds: one projector each.
-        entropy_after_nats, entropy_drop_nats, effective_rank_after: `{"mean": ..., "sd": ...}`.
-        metrics: a row for each of `regions.METRICS`, columns `mean` and `sd`.
-    """
-
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # one projector each
     entropy_after_nats: dict[str, float]
     entropy_drop_nats: dict[str, float]
     effective_rank_after: dict[str, float]
-    metrics: pd.DataFrame
+    metrics: pd.DataFrame  # a row for each of `METRICS`
 
 
 @dataclass(frozen=True)
 class ModelAnalysis:
-    """All numbers of one model.
+    """All numbers of one model. The parts of breakdowns have the headline metrics, see `regions.breakdowns`."""
 
-    Attributes:
-        source, tower, words: where projector, features and word embeddings come from.
-        grid: rows and columns of visual tokens, where all images have one grid of the same shape; else None.
-        layouts: how many images have which grids, in words, the most frequent first.
-        entropy_before, entropy_after: of the features and of the visual tokens.
-        entropy_drop_nats: before less after.
-        cosine_floor: cosine that the best constant vector has with the labels of the set, each label counting alike.
-        metrics: see `regions.metrics_of`.
-        by_size, by_label, by_caption: headline metrics of the small, medium and large regions, of each label, and of
-            the regions that captions name and do not.
-        counts: see `regions.count_regions`.
-        untrained: random projectors of the same shape; None if none were asked for.
-        names: captions; None if no LLM was run.
-    """
-
-    source: str
-    tower: str
-    words: str
-    grid: tuple[int, int] | None
-    layouts: dict[str, int]
-    entropy_before: Entropy
-    entropy_after: Entropy
-    entropy_drop_nats: float
-    cosine_floor: float
-    metrics: pd.DataFrame
+    source: str  # of the projector
+    tower: str  # of the features
+    words: str  # of the word embeddings
+    grid: tuple[int, int] | None  # rows and columns of visual tokens, where all images have one grid of the same shape
+    layouts: dict[str, int]  # how many images have which grids, in words, the most frequent first
+    entropy_before: Entropy  # of the features
+    entropy_after: Entropy  # of the visual tokens
+    entropy_drop_nats: float  # before less after
+    cosine_floor: float  # of the best constant vector with the labels of the set, each label counting alike
+    metrics: pd.DataFrame  # see `regions.metrics_of`
     by_size: dict[str, pd.DataFrame]
     by_label: dict[str, pd.DataFrame]
-    by_caption: dict[str, pd.DataFrame]
-    counts: dict[str, int]
-    untrained: Untrained | None
-    names: NameAnalysis | None
+    by_caption: dict[str, pd.DataFrame]  # of the regions that captions name and do not
+    counts: dict[str, int]  # see `regions.count_regions`
+    untrained: Untrained | None  # random projectors of the same shape; None if none were asked for
+    names: NameAnalysis | None  # captions; None if no LLM was run
 
 
 @dataclass(frozen=True)
@@ -160,35 +131,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Results of an analysis.
-
-    Attributes:
-        settings: what decided the numbers.
-        rules: what each metric is, in words.
-        data_format: of the set.
-        images: how many.
-        labels: different labels of the set.
-        skipped: annotations of the whole file that were no regions, by reason.
-        broken_images: images left out by `on_error="skip"`, by id, each with the reason.
-        images_per_second: of the passes over the images, all models together; intervals not counted.
-        models: by name, in the order given.
-        comparisons: of every pair, the later less the earlier.
-        picture: rows for `save_localisation_figure`.
-        regions: scores with a row for each region and model, random projectors among them; see `regions`.
-    """
+    """Results of an analysis."""
 
     settings: AnalysisSettings
-    rules: dict[str, str]
-    data_format: str
+    rules: dict[str, str]  # what each metric is, in words
+    data_format: str  # of the set
     images: int
-    labels: int
-    skipped: Mapping[str, int]
-    broken_images: Mapping[str, str]
-    images_per_second: float
-    models: dict[str, ModelAnalysis]
-    comparisons: list[Comparison]
-    picture: list[PictureRow]
-    regions: pd.DataFrame
+    labels: int  # different ones of the set
+    skipped: Mapping[str, int]  # annotations of the whole file that were no regions, by reason
+    broken_images: Mapping[str, str]  # left out by `on_error="skip"`, by id, each with the reason
+    images_per_second: float  # of the passes over the images, all models together; intervals not counted
+    models: dict[str, ModelAnalysis]  # by name, in the order given
+    comparisons: list[Comparison]  # of every pair, the later less the earlier
+    picture: list[PictureRow]  # for `save_localisation_figure`
+    regions: pd.DataFrame  # scores with a row for each region and model, random projectors among them; see `regions`
 
     @property
     def counts_differ(self) -> bool:
@@ -372,22 +328,14 @@ def _untrained(
 
 
 class ModelRun:
-    """What one pass over the images collects of one model.
-
-    Attributes:
-        model: which.
-        entropy: of the visual tokens that have a place.
-        shapes: images by the shapes of their grids.
-        scores: an array `[R, scores]` for each image, of those that need no LLM.
-        cells: of the picture, by the position of their image.
-    """
+    """What one pass over the images collects of one model."""
 
     def __init__(self, model: VisionLanguageModel):
         self.model = model
-        self.entropy = EntropyAccumulator(model.words.width, model.encoder.device)
-        self.shapes: Counter[tuple[tuple[int, int], ...]] = Counter()
-        self.scores: list[np.ndarray] = []
-        self.cells: dict[int, PictureCell] = {}
+        self.entropy = EntropyAccumulator(model.words.width, model.encoder.device)  # of tokens that have a place
+        self.shapes: Counter[tuple[tuple[int, int], ...]] = Counter()  # images by the shapes of their grids
+        self.scores: list[np.ndarray] = []  # [R, scores] for each image, of those that need no LLM
+        self.cells: dict[int, PictureCell] = {}  # of the picture, by the position of their image
 
     def see(self, tokens: Sequence[Tensor], layouts: Sequence[Layout]) -> None:
         """Count the tokens `[T, D]` of images in the entropy, and their layouts."""

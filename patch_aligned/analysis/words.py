@@ -33,21 +33,15 @@ _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 
 @dataclass(frozen=True)
 class TokenText:
-    """A token as it is shown.
+    """A token as it is shown, without the space in front of a word.
 
-    Attributes:
-        text: without the space in front of a word. White space and control characters are written as visible signs,
-            bytes that are only part of a character as `<0xE2>`.
-        starts_word: whether a space comes before it; False for word-internal tokens, and for tokenizers that do not
-            mark it.
-        special: whether it is a special token such as `</s>`, or was added to the vocabulary.
-        english: whether it is an English word; None if no word list is installed.
+    White space and control characters are visible signs, bytes that are only part of a character are `<0xE2>`.
     """
 
     text: str
-    starts_word: bool
-    special: bool
-    english: bool | None = None
+    starts_word: bool  # whether a space comes before it; False for tokenizers that do not mark it
+    special: bool  # such as `</s>`, or added to the vocabulary
+    english: bool | None = None  # None if no word list is installed
 
 
 class VocabularyText:
@@ -214,19 +208,12 @@ class MappedImage:
 
 @dataclass(frozen=True)
 class TokenMaps:
-    """Token maps of several images, with what they hang on.
-
-    Attributes:
-        images: each with the maps of every projector.
-        sources: where each projector and its words come from, by name.
-        settings: how tokens were decomposed.
-        word_list: English words; None where no list is installed.
-    """
+    """Token maps of several images, and what they depend on."""
 
     images: list[MappedImage]
-    sources: dict[str, str]
+    sources: dict[str, str]  # where each projector and its words come from, by name
     settings: PursuitSettings
-    word_list: WordList | None
+    word_list: WordList | None  # None where no list is installed
 
 
 def dictionary_of(words: WordEmbeddings, device: str, unit_length: bool = True) -> WordDictionary:
