@@ -22,7 +22,7 @@ from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis.alignment import cosine_maps, iou_by_area, predicted_tokens
 from patch_aligned.cells import TokenGrid
 from patch_aligned.masks import rle_of_mask, token_coverage_of_regions
-from patch_aligned.models.base import Encoded, VisionLanguageModel
+from patch_aligned.models.base import VisionLanguageModel, tokens_of_image
 from patch_aligned.models.load import load_models
 
 if TYPE_CHECKING:
@@ -316,13 +316,9 @@ def localise(
     rle_mask = rle_of_mask(truth)
     places = [model for model in models if isinstance(model, str)]
     loaded = load_models(places, base) if places else []
-    encoded: dict[int, Encoded] = {}
+    loaded += [model for model in models if not isinstance(model, str)]
     cells = {}
-    for model in [*loaded, *(model for model in models if not isinstance(model, str))]:
-        if id(model.encoder) not in encoded:
-            encoded[id(model.encoder)] = model.encode([opened])
-        [tokens] = model.visual_tokens(encoded[id(model.encoder)])  # [T, D]
-        grid = model.layout(opened.size, tokens).whole
+    for model, tokens, grid in tokens_of_image(loaded, opened):  # [T, D]
         coverage = torch.from_numpy(token_coverage_of_regions([rle_mask], opened.size, grid)[0])  # [rows, cols]
         direction = model.words.directions_of_labels([label])[0].to(tokens)  # [D]
         cells[model.name] = picture_cell(grid, direction, tokens, coverage.to(tokens.device), threshold_rule)

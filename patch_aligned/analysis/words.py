@@ -21,7 +21,7 @@ from torch import Tensor
 from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis.matching_pursuit import Pursuit, WordDictionary, matching_pursuit
 from patch_aligned.cells import TokenGrid
-from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings
+from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings, tokens_of_image
 from patch_aligned.models.load import sources_of
 
 # Single tokens of an LLM's vocabulary as text that can be shown: one token, on its own, made visible.
@@ -249,6 +249,17 @@ class TokenMapper:
         return TokenMap(grid, pursuit, {word: self.texts[word] for word in pursuit.ids.unique().tolist()})
 
 
+def mappers_of(
+    models: Sequence[VisionLanguageModel], settings: PursuitSettings, english: WordList | None
+) -> dict[str, TokenMapper]:
+    """A mapper for each model, by its name; models of one LLM share theirs, on the device of the first."""
+    shared: dict[str, TokenMapper] = {}
+    for model in models:
+        if model.words.source not in shared:
+            shared[model.words.source] = TokenMapper(model.words, settings, english, model.encoder.device)
+    return {model.name: shared[model.words.source] for model in models}
+
+
 def token_maps(
     models: Sequence[VisionLanguageModel],
     images: Sequence[tuple[str, Path]],
@@ -271,20 +282,11 @@ def token_maps(
         ImportError: the list of English words is not installed.
     """
     settings, word_list = settings or PursuitSettings(), english_words(english)
-    mappers: dict[str, TokenMapper] = {}
-    for model in models:
-        words = model.words
-        if words.source not in mappers:
-            mappers[words.source] = TokenMapper(words, settings, word_list, model.encoder.device)
-    encoders = {id(model.encoder): model.encoder for model in models}
-    mapped = []
+    mappers, mapped = mappers_of(models, settings, word_list), []
     for image_id, path in images:
         image = load_rgb_image(path)
-        encoded = {key: encoder.encode([image]) for key, encoder in encoders.items()}
-        maps = {}
-        for model in models:
-            [tokens] = model.visual_tokens(encoded[id(model.encoder)])  # [T, D]
-            maps[model.name] = mappers[model.words.source].map(tokens, model.layout(image.size, tokens).whole)
+        seen = tokens_of_image(models, image)
+        maps = {model.name: mappers[model.name].map(tokens, grid) for model, tokens, grid in seen}
         mapped.append(MappedImage(image_id, np.asarray(image), maps))
         on_images(len(mapped), len(images))
     return TokenMaps(mapped, sources_of(models), settings, word_list)
