@@ -22,14 +22,7 @@ from pycocotools import mask as coco_mask
 from patch_aligned.images import stored_size_wh
 from patch_aligned.masks import rle_problems
 from patch_aligned.pad import AnnotatedImage, parse_annotation, read_annotations
-from patch_aligned.record_files import (
-    beginning_of,
-    is_finite_number,
-    is_side,
-    iter_records,
-    quoted,
-    read_document,
-)
+from patch_aligned.record_files import beginning_of, is_finite_number, is_side, iter_records, quoted, read_document
 
 FORMATS = ("auto", "pad", "coco", "grandf")
 
