@@ -45,7 +45,7 @@ class TokenText:
 
 
 class VocabularyText:
-    """Texts of an LLM's single tokens, by id. Without a list of English words no language is told."""
+    """Texts of an LLM's single tokens, by id. Without a list of English words none says whether it is one."""
 
     def __init__(self, tokenizer: Any, english: WordList | None = None):
         from transformers.convert_slow_tokenizer import bytes_to_unicode
