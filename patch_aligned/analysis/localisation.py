@@ -143,20 +143,29 @@ def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) 
         wspace=0.06,
         hspace=label_inches / PANEL_INCHES,
     )
+
+    def head(panels: Sequence[Axes], text: str, share: float = 0.52, **style: Any) -> None:
+        """Write a heading above panels of the first row, so high in the space for headings."""
+        first, last = panels[0].get_position(), panels[-1].get_position()
+        style = {"fontsize": 8.5, "color": "#495057"} | style
+        figure.text((first.x0 + last.x1) / 2, first.y1 + share * head_inches / height, text, ha="center", **style)
+
     for row_index, row in enumerate(rows):
         truth_axes = figure.add_subplot(grid[row_index, 0])
         _draw_truth(truth_axes, row)
         title = drawable(row.label, _LONGEST_LABEL)
         truth_axes.set_title(title, fontsize=9.5, pad=3, color="#212529", family=font_families(), parse_math=False)
-        pairs: list[tuple[Axes, Axes]] = []
+        if row_index == 0:
+            head([truth_axes], "ground truth" if any(row.truth.any() for row in rows) else "image")
         for index, name in enumerate(names):
             heat_axes, mask_axes = (figure.add_subplot(grid[row_index, 3 * index + 2 + offset]) for offset in (0, 1))
             _draw_heat(heat_axes, row, row.cells[name])
             _draw_prediction(mask_axes, row, row.cells[name])
-            pairs.append((heat_axes, mask_axes))
-        if row_index == 0:
-            first = "ground truth" if any(row.truth.any() for row in rows) else "image"
-            _head_columns(figure, truth_axes, first, dict(zip(names, pairs, strict=True)), head_inches / height)
+            if row_index == 0:
+                head([heat_axes], "cosine")
+                head([mask_axes], "prediction")
+                bold = {"fontsize": 11, "fontweight": "bold", "color": "black", "family": font_families()}
+                head([heat_axes, mask_axes], drawable(name, _LONGEST_NAME), 0.86, parse_math=False, **bold)
     figure.text(0.5, 0.12 / height, "\n".join(caption), ha="center", va="bottom", fontsize=8, color="#495057")
     figure.savefig(path)
 
@@ -195,22 +204,6 @@ def panel_jpeg(draw: Callable[[Axes], None], size_inches: tuple[float, float]) -
     content = io.BytesIO()
     figure.savefig(content, format="jpeg", pil_kwargs={"quality": 85})
     return content.getvalue()
-
-
-def _head_columns(figure: Any, truth_axes: Axes, first: str, pairs: dict[str, tuple[Axes, Axes]], head: float) -> None:
-    """Write headings above the first row: the projector over its pair, the kind of panel over each."""
-    top = truth_axes.get_position().y1
-    for axes, kind in [(truth_axes, first)] + [
-        (axes, kind) for pair in pairs.values() for axes, kind in zip(pair, ("cosine", "prediction"), strict=True)
-    ]:
-        place = axes.get_position()
-        figure.text((place.x0 + place.x1) / 2, top + 0.52 * head, kind, ha="center", fontsize=8.5, color="#495057")
-    for name, (left, right) in pairs.items():
-        start, end = left.get_position().x0, right.get_position().x1
-        figure.text(
-            (start + end) / 2, top + 0.86 * head, drawable(name, _LONGEST_NAME),
-            ha="center", fontsize=11, fontweight="bold", family=font_families(), parse_math=False,
-        )  # fmt: skip
 
 
 def _draw_truth(axes: Axes, row: PictureRow) -> None:

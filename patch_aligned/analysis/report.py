@@ -233,11 +233,9 @@ def entropy_table(analysis: Analysis) -> Table:
 def metrics_table(analysis: Analysis) -> Table:
     """Every metric with its rule, a row each, and the projectors side by side."""
     untrained = {name: found for name, _, found in _untrained(analysis)}
+    metrics = [*(found.metrics for found in analysis.models.values()), *(found.metrics for found in untrained.values())]
     rows = [
-        [
-            Cell(name, analysis.rules[name]),
-            *(_cell(found.metrics.loc[name]) for found in (*analysis.models.values(), *untrained.values())),
-        ]
+        [Cell(name, analysis.rules[name]), *(_cell(of_model.loc[name]) for of_model in metrics)]
         for name in measured_of(analysis, ON_PAGE)
     ]
     return Table("Every metric", ("Metric", *analysis.models, *untrained), rows)
