@@ -147,7 +147,7 @@ def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) 
     def head(panels: Sequence[Axes], text: str, share: float = 0.52, **style: Any) -> None:
         """Write a heading above panels of the first row, so high in the space for headings."""
         first, last = panels[0].get_position(), panels[-1].get_position()
-        style = {"fontsize": 8.5, "color": "#495057"} | style
+        style = {"fontsize": 8.5, "color": "#495057", **style}
         figure.text((first.x0 + last.x1) / 2, first.y1 + share * head_inches / height, text, ha="center", **style)
 
     for row_index, row in enumerate(rows):
