@@ -21,7 +21,7 @@ from llava.checkpoint_files import Form, checkpoint_form, recorded_base, whose_w
 from llava.command import read_record
 from llava.conversation import conversation_mode
 from llava.mm_utils import get_model_name_from_path
-from patch_aligned.files import checkpoint_hash
+from patch_aligned.files import checkpoint_sha256
 from patch_aligned.results.run import RESULT_FILE, ModelIdentity, RunResult, read_run
 
 
@@ -145,8 +145,8 @@ def identify(name: str, path: str, base: str | None) -> ModelIdentity:
     Raises:
         FileNotFoundError: a folder has no weights.
     """
-    base_sha256 = checkpoint_hash(base).sha256 if base is not None and Path(base).exists() else None
-    return ModelIdentity(name, path, checkpoint_hash(path).sha256, base, base_sha256)
+    base_sha256 = checkpoint_sha256(base) if base is not None and Path(base).exists() else None
+    return ModelIdentity(name, path, checkpoint_sha256(path), base, base_sha256)
 
 
 def training_of(path: str) -> dict[str, Any]:

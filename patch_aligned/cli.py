@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 
 from llava.command import typer_app_with_debug
-from patch_aligned.analysis.cli import app as analyze_app
-from patch_aligned.analysis.cli import app as token_map_app
+from patch_aligned.analysis.cli import app as analysis_app
 from patch_aligned.annotate.cli import app as annotate_app
-from patch_aligned.annotate.cli import app as reselect_app
 from patch_aligned.dataset.cli import app as dataset_app
 from patch_aligned.explore.cli import app as explore_app
 from patch_aligned.results.cli import app as results_app
@@ -17,14 +15,8 @@ from patch_aligned.train.cli import app as train_app
 app = typer_app_with_debug("Data, models and analysis of patch-aligned training.")
 
 # Commands in the order of the workflow, which --help keeps.
-app.add_typer(annotate_app)
-app.add_typer(reselect_app)
-app.add_typer(dataset_app)
-app.add_typer(train_app)
-app.add_typer(analyze_app)
-app.add_typer(token_map_app)
-app.add_typer(explore_app)
-app.add_typer(results_app)
+for commands in (annotate_app, dataset_app, train_app, analysis_app, explore_app, results_app):
+    app.add_typer(commands)
 
 if __name__ == "__main__":
     sys.exit(app())

@@ -8,9 +8,8 @@ import functools
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +20,12 @@ _BLOCK_BYTES = 1 << 22
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def sha256_of(path: Path, on_block: Callable[[int], None] = lambda size: None) -> str:
-    """Return the SHA-256 of a file's bytes, in hex; `on_block` is called with the size of each block that is read."""
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
-            on_block(len(block))
     return digest.hexdigest()
 
 
@@ -116,47 +114,20 @@ _CONFIGS = ("config.json", "adapter_config.json")
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # written by training runs beside the weights
 
 
-@dataclass(frozen=True)
-class CheckpointHash:
-    """Hash of a checkpoint's content, independent of its path and of the order of its files.
-
-    Attributes:
-        sha256: hash of all files: of the lines `<sha256>  <name>`, sorted by name, as `sha256sum` prints them.
-        files: SHA-256 of each file, by name.
-        size_bytes: total size of all files.
-    """
-
-    sha256: str
-    files: dict[str, str]
-    size_bytes: int
-
-
-def checkpoint_hash(path: Path | str, progress: Callable[[int, int], None] | None = None) -> CheckpointHash:
+def checkpoint_sha256(path: Path | str) -> str:
     """Hash the weights (safetensors or bin, projector, adapter) and configs of a checkpoint, without subfolders.
 
-    Tokenizer, optimizer and logs are excluded, since they may differ for the same model.
+    It is the hash of the lines `<sha256>  <name>` of all files, sorted by name, as `sha256sum` prints them. Tokenizer,
+    optimizer and logs are excluded, since they may differ for the same model.
 
     Args:
         path: folder of a checkpoint, or one weight file.
-        progress: called with (bytes done, total bytes) after each block of 4 MB.
 
     Raises:
         FileNotFoundError: the path does not exist, or the folder has no weights.
     """
-    path = Path(path)
-    files = _files_of(path)
-    total = sum(file.stat().st_size for file in files)
-    done = 0
-
-    def on_block(size: int) -> None:
-        nonlocal done
-        done += size
-        if progress:
-            progress(done, total)
-
-    hashes = {file.name: sha256_of(file, on_block) for file in files}
-    lines = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
-    return CheckpointHash(hashlib.sha256(lines.encode()).hexdigest(), hashes, total)
+    lines = "".join(f"{sha256_of(file)}  {file.name}\n" for file in _files_of(Path(path)))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _files_of(path: Path) -> list[Path]:

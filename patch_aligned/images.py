@@ -11,6 +11,8 @@ import io
 import math
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -38,12 +40,8 @@ class UnreadableImageError(ValueError):
     """Raised for an image file that is missing, not an image, truncated, or too large to decode safely."""
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open an image file. Pipes, sockets and devices are no such files: reading them may never end.
-
-    Raises:
-        OSError, ValueError: the path is none of a regular file, or what PIL raises.
-    """
+def _open_file(path: Path) -> Image.Image:
+    """Open an image file. Pipes, sockets and devices are no such files: reading them may never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("a folder, pipe or device, where a file is expected")
     return Image.open(path)
@@ -58,7 +56,7 @@ def decode_image(path: Path) -> Image.Image:
         OSError: the file cannot be read now, but may be valid.
     """
     try:
-        with open_image(path) as image:
+        with _open_file(path) as image:
             return upright_rgb(image)
     except FileNotFoundError:
         raise UnreadableImageError(NO_SUCH_FILE) from None
@@ -132,20 +130,29 @@ def image_path(image_folder: Path, image_id: str) -> Path:
     return image_folder / relative
 
 
+@contextmanager
+def _opened(image_folder: Path, image_id: str) -> Iterator[Image.Image]:
+    """Open an image. Whatever is wrong with it, also where it is used, is raised as an `ImageFileError`."""
+    path = image_path(image_folder, image_id)
+    try:
+        with _open_file(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
+    except ImageFileError:
+        raise
+    except BROKEN_IMAGE_ERRORS as error:
+        raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; download the file again") from error
+
+
 def stored_size_wh(image_folder: Path, image_id: str) -> tuple[int, int]:
     """Read width and height from the file's header, rotated as its EXIF says, as in training.
 
     Raises:
         ImageFileError: if the file is missing or not an image.
     """
-    path = image_path(image_folder, image_id)
-    try:
-        with open_image(path) as image:
-            return upright_size_wh(image)
-    except FileNotFoundError:
-        raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
-    except BROKEN_IMAGE_ERRORS as error:
-        raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; download the file again") from error
+    with _opened(image_folder, image_id) as image:
+        return upright_size_wh(image)
 
 
 def thumbnail(image_folder: Path, image_id: str, size_wh: tuple[int, int], side: int) -> Image.Image:
@@ -154,18 +161,10 @@ def thumbnail(image_folder: Path, image_id: str, size_wh: tuple[int, int], side:
     Raises:
         ImageFileError: if it is missing, broken, or not of the size `size_wh` that its record says.
     """
-    path = image_path(image_folder, image_id)
-    try:
-        with open_image(path) as opened:
-            if (stored_wh := upright_size_wh(opened)) != size_wh:
-                raise ImageFileError(f"{path} of {stored_wh}", f"the record's size {size_wh}")
-            opened.draft("RGB", (side, side))  # JPEG files decode at a smaller size at once
-            smaller = upright_rgb(opened)
-    except FileNotFoundError:
-        raise ImageFileError(f"no file {path}", "the image; is --image-folder the right one?") from None
-    except ImageFileError:
-        raise
-    except BROKEN_IMAGE_ERRORS as error:
-        raise ImageFileError(f"{path}, which cannot be read ({error})", "an image; download the file again") from error
-    smaller.thumbnail((side, side))
-    return smaller
+    with _opened(image_folder, image_id) as opened:
+        if (stored_wh := upright_size_wh(opened)) != size_wh:
+            raise ImageFileError(f"{image_folder / image_id} of {stored_wh}", f"the record's size {size_wh}")
+        opened.draft("RGB", (side, side))  # JPEG files decode at a smaller size at once
+        smaller = upright_rgb(opened)
+        smaller.thumbnail((side, side))
+        return smaller

@@ -33,14 +33,9 @@ _MAX_CHARACTERS_PER_RUN = 8  # 40 bits, far more than the pixels of any image
 
 
 def rle_problems(rle_masks: Sequence[str], pixels: Sequence[int]) -> list[str | None]:
-    """Validate masks: characters, completeness, run lengths and their total.
+    """Validate COCO compressed RLE strings: characters, completeness, run lengths and their total, the mask's pixels.
 
-    Args:
-        rle_masks: COCO compressed RLE strings.
-        pixels: width x height of each mask, which its runs must sum to.
-
-    Returns:
-        One entry per mask: None if it is valid, else a phrase to put after "found" in a message.
+    Returns one entry per mask: None if it is valid, else a phrase to put after "found" in a message.
     """
     return checked_run_lengths(rle_masks, pixels)[0]
 
@@ -78,12 +73,10 @@ def _problem_of_spelling(text: str) -> str | None:
 
 
 def run_lengths(rle_masks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Parse one or more parseable masks (see `rle_problems`) into one array of run lengths.
+    """Parse one or more parseable masks (see `rle_problems`) into run lengths, and the index of each mask's first run.
 
-    Returns:
-        runs: int64, concatenated over masks. The first run of a mask is empty pixels, the second filled ones, and so
-            on, in column-major order.
-        mask_starts: int64 `[masks]`, index of each mask's first run.
+    Runs are concatenated over masks. A mask's first run is empty pixels, the second filled ones, and so on, in
+    column-major order.
     """
     codes = np.frombuffer("".join(rle_masks).encode("ascii"), dtype=np.uint8) - np.uint8(_FIRST_CHARACTER)
     last_character = np.flatnonzero(codes < _CONTINUES)

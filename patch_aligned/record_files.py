@@ -26,21 +26,16 @@ EXTRA_KEY = "extra_json"
 """Column of Parquet files with all other keys of a record or label, as the JSON text of an object."""
 
 _LABEL_TYPE = pa.struct(
-    [
-        ("tag", pa.string()),
-        ("bbox", pa.list_(pa.float64())),
-        ("rle_mask", pa.string()),
-        (EXTRA_KEY, pa.string()),
-    ]
+    {"tag": pa.string(), "bbox": pa.list_(pa.float64()), "rle_mask": pa.string(), EXTRA_KEY: pa.string()}
 )
 PAD_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("size", pa.list_(pa.int32())),
-        ("caption", pa.string()),
-        ("labels", pa.list_(_LABEL_TYPE)),
-        (EXTRA_KEY, pa.string()),
-    ]
+    {
+        "image_id": pa.string(),
+        "size": pa.list_(pa.int32()),
+        "caption": pa.string(),
+        "labels": pa.list_(_LABEL_TYPE),
+        EXTRA_KEY: pa.string(),
+    }
 )
 """Columns of a PAD record in Parquet and Arrow files."""
 

@@ -27,15 +27,7 @@ from torch import Tensor
 
 
 def cosine_maps(labels: Tensor, visual_tokens: Tensor) -> Tensor:
-    """Cosine of each label with each visual token.
-
-    Args:
-        labels: `[R, D]`, label embeddings.
-        visual_tokens: `[S, D]`.
-
-    Returns:
-        `[R, S]`. A vector of norm zero has cosine 0 with everything.
-    """
+    """Cosine of each label `[R, D]` with each visual token `[S, D]`: `[R, S]`, 0 for vectors of norm zero."""
     return F.normalize(labels, dim=-1) @ F.normalize(visual_tokens, dim=-1).T
 
 
@@ -85,19 +77,11 @@ THRESHOLD_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def predicted_tokens(maps: Tensor, rule: str, truth_cells: Tensor | None = None, positive: bool = False) -> Tensor:
-    """Tokens whose cosine lies strictly above the rule's threshold (equation 3).
+    """Tokens whose cosine lies strictly above the rule's threshold (equation 3): maps `[R, S]` -> bool `[R, S]`.
 
-    Args:
-        maps: `[R, S]`, cosine maps.
-        rule: name of a rule in `THRESHOLD_RULES`.
-        truth_cells: `[R]`, the regions' areas in cells; only `top_area` needs them.
-        positive: whether a threshold below 0 is raised to 0, as equation 3 has it (c > 0).
-
-    Returns:
-        `[R, S]`, bool. A constant map says nothing about the place, so it predicts no token, whatever the rule.
-
-    Raises:
-        ValueError: unknown rule, or `top_area` without areas.
+    A constant map says nothing about the place, so it predicts no token, whatever the rule. Only `top_area` needs
+    `truth_cells` `[R]`, the regions' areas in cells. `positive` raises a threshold below 0 to 0, as equation 3 has it
+    (c > 0).
     """
     if rule not in THRESHOLD_RULES:
         raise ValueError(f"Unknown threshold rule {rule!r}; the rules are {', '.join(THRESHOLD_RULES)}.")
@@ -111,14 +95,9 @@ def predicted_tokens(maps: Tensor, rule: str, truth_cells: Tensor | None = None,
 
 
 def iou_by_area(predicted: Tensor, coverage: Tensor) -> Tensor:
-    """Intersection over union of predicted tokens, drawn as full cells, with the regions' masks.
+    """Intersection over union of predicted tokens `[R, S]`, drawn as full cells, with the regions' masks.
 
-    Args:
-        predicted: `[R, S]`, bool.
-        coverage: `[R, S]`, share of each cell that the region covers.
-
-    Returns:
-        `[R]`, in coverage's dtype; NaN for a region without area.
+    Coverage `[R, S]` is the share of each cell that the region covers. Returns `[R]`, NaN for a region without area.
     """
     truth_cells = coverage.sum(dim=1)  # [R]
     intersection = (coverage * predicted).sum(dim=1)
@@ -129,14 +108,8 @@ def average_precision(maps: Tensor, coverage: Tensor) -> Tensor:
     """How well cosine maps rank the pixels of their regions first: the area under precision and recall, no threshold.
 
     Every pixel has the cosine of its cell, and precision is taken at each step of recall, without interpolation. Pixels
-    of equal cosine are one step. A constant map therefore scores the region's share of the image.
-
-    Args:
-        maps: `[R, S]`.
-        coverage: `[R, S]`, share of each cell that the region covers.
-
-    Returns:
-        `[R]`, in coverage's dtype; NaN for a region without area.
+    of equal cosine are one step. A constant map therefore scores the region's share of the image. Takes and returns
+    what `iou_by_area` does, with maps `[R, S]`.
     """
     order = maps.argsort(dim=1, descending=True)
     ranked, gained = maps.gather(1, order), coverage.gather(1, order)  # [R, S]
@@ -150,14 +123,9 @@ def average_precision(maps: Tensor, coverage: Tensor) -> Tensor:
 
 
 def pointing_hits(maps: Tensor, covered: Tensor) -> Tensor:
-    """Whether the token of highest cosine is one that the region covers.
+    """Whether the region covers the token of highest cosine: maps and bool `[R, S]` -> `[R]`, float64, 1 or 0.
 
-    Args:
-        maps: `[R, S]`.
-        covered: `[R, S]`, bool.
-
-    Returns:
-        `[R]`, float64: 1 or 0; where several tokens share the highest cosine, the share of them that is covered.
+    Where several tokens share the highest cosine, it is the share of them that is covered.
     """
     peaks = maps == maps.amax(dim=1, keepdim=True)  # [R, S]
     return (peaks & covered).sum(dim=1) / peaks.sum(dim=1).double()
@@ -166,15 +134,10 @@ def pointing_hits(maps: Tensor, covered: Tensor) -> Tensor:
 def compare_with_labels(regions: Tensor, label_directions: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compare regions with every label, all others counting alike: what random draws of other labels would estimate.
 
-    Args:
-        regions: `[R, D]`, mean token of each region.
-        label_directions: `[L, D]`, embeddings of all labels, scaled to length 1.
-        own: `[R]`, index of each region's label.
-
-    Returns:
-        `[R]` each, float64: mean cosine with the other labels (NaN if there is no other), 1 if the region's own label
-        is the nearest of all, and 1 if it is among the five nearest. Where labels tie, the last two are the chance
-        that it is.
+    Takes the mean token of each region `[R, D]`, all labels `[L, D]` scaled to length 1, and the index of each region's
+    own label `[R]`. Returns `[R]` each, float64: mean cosine with the other labels (NaN if there is no other), 1 if the
+    own label is the nearest of all, and 1 if it is among the five nearest. Where labels tie, the last two are the
+    chance that it is.
     """
     cosines = (F.normalize(regions.to(label_directions), dim=-1) @ label_directions.T).double()  # [R, L]
     mine = cosines.gather(1, own.unsqueeze(1))  # [R, 1]

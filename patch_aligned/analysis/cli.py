@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +17,8 @@ from llava.command import RunRecord, clear_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from patch_aligned.models.base import VisionLanguageModel
 
 ProjectorOption = Annotated[
     list[str],
@@ -145,27 +148,14 @@ def analyze(
     `patch-aligned analyze --projector llava=runs/captions --projector ours=runs/patch --base models/vicuna-7b-v1.5
     --data annotations/instances_val2017.json --image-folder val2017 --limit 100 --output runs/analysis`
     """
-    from rich.console import Console
-    from transformers.utils import logging as transformers_logging
-
+    from patch_aligned.analysis import report, run, words
     from patch_aligned.analysis.localisation import require_matplotlib
     from patch_aligned.analysis.names import STEMS, NameSettings, read_name_file
-    from patch_aligned.analysis.report import (
-        headline_table,
-        health_table,
-        names_table,
-        provenance_of,
-        write_report,
-    )
-    from patch_aligned.analysis.run import AnalysisSettings, MeasureSettings, analyse
-    from patch_aligned.analysis.words import PursuitSettings, english_words
-    from patch_aligned.analysis.words import token_maps as find_words
     from patch_aligned.files import sha256_of
     from patch_aligned.images import image_path
     from patch_aligned.intervals import Resampling
-    from patch_aligned.models.load import load_models
 
-    measure = MeasureSettings(
+    measure = run.MeasureSettings(
         data=data,
         image_folder=image_folder,
         threshold_rule=threshold_rule,
@@ -193,29 +183,28 @@ def analyze(
     elif name_stem:
         raise ValueError("--name-stem: found it without --names; pass --names auto or --names FILE too.")
     if english != "auto":
-        english_words(english)
+        words.english_words(english)
     require_matplotlib()
 
-    console = Console(markup=False)  # names and paths may hold brackets
-    transformers_logging.disable_progress_bar()
-    models = load_models(projector, base, vision_tower, image_aspect_ratio, device)
+    console, models = _console(), _load(projector, base, vision_tower, image_aspect_ratio, device)
     with console.status("Hashing weights and data"):
-        provenance = provenance_of(models)
+        provenance = report.provenance_of(models)
         hashes = {"data": sha256_of(data), **provenance["sha256"]}
     record = RunRecord(output, context.params, hashes, resumes=False)
     with _progress(f"Analysing {len(models)} projectors", console) as on_images:
-        settings = AnalysisSettings(measure, Resampling(resamples, seed), tuple(range(random_init)), asked)
-        analysis = analyse(models, settings, on_images)
+        settings = run.AnalysisSettings(measure, Resampling(resamples, seed), tuple(range(random_init)), asked)
+        analysis = run.analyse(models, settings, on_images)
     shown = [(row.image_id, image_path(image_folder, row.image_id)) for row in analysis.picture[:token_maps]]
     maps = None
     if shown:
         with _progress("Finding words", console) as on_images:
-            maps = find_words(models, shown, PursuitSettings(rounds), english, on_images)
+            maps = words.token_maps(models, shown, words.PursuitSettings(rounds), english, on_images)
     with console.status("Writing the report"):
-        written = write_report(analysis, output, maps, provenance)
+        written = report.write_report(analysis, output, maps, provenance)
         record.end()
-    for table in filter(None, (headline_table(analysis), health_table(analysis), names_table(analysis))):
-        console.print(table.text())
+    for table_of in (report.headline_table, report.health_table, report.names_table):
+        if table := table_of(analysis):
+            console.print(table.text())
     if analysis.broken_images:
         console.print(
             f"Left out: {len(analysis.broken_images):,} images that cannot be measured; report.html says why."
@@ -271,25 +260,19 @@ def token_map(
     `patch-aligned token-map --projector llava=runs/captions --projector ours=runs/patch
     --base models/vicuna-7b-v1.5 --image street.jpg --output runs/token_map`
     """
-    from rich.console import Console
-    from transformers.utils import logging as transformers_logging
-
     from patch_aligned.analysis.localisation import require_matplotlib
-    from patch_aligned.analysis.report import sources_of
+    from patch_aligned.analysis.report import local_sources
     from patch_aligned.analysis.token_map import save_token_map_figures, write_token_map_page
     from patch_aligned.analysis.words import PursuitSettings, token_maps
     from patch_aligned.files import sha256_of
-    from patch_aligned.models.load import load_models
 
     chosen = _chosen_images(image or [], data, image_folder, limit)
     _require_output_folder(output)
     if png:
         require_matplotlib()
 
-    console = Console(markup=False)  # names and paths may hold brackets
-    transformers_logging.disable_progress_bar()
-    models = load_models(projector, base, vision_tower, image_aspect_ratio, device)
-    configs = {source: Path(source, "config.json") for source in sources_of(models)}  # weights take a minute to hash
+    console, models = _console(), _load(projector, base, vision_tower, image_aspect_ratio, device)
+    configs = {source: Path(source, "config.json") for source in local_sources(models)}  # weights take a minute to hash
     hashes = {name: sha256_of(path) for name, path in [*chosen, *configs.items()] if path.is_file()}
     record = RunRecord(output, context.params, hashes, resumes=False)
     with _progress("Decomposing images", console) as on_images:
@@ -324,8 +307,6 @@ def reads(
 
     Example: `patch-aligned reads runs/captions --base models/vicuna-7b-v1.5 --data held_out.json --image-folder images`
     """
-    from rich.console import Console
-
     from patch_aligned.intervals import Resampling
     from patch_aligned.models import reads as of_captions
     from patch_aligned.tables import Cell, Table, number
@@ -334,7 +315,7 @@ def reads(
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)  # before the work that it is for
     chosen = random.Random(seed).sample(captions, min(limit, len(captions)))
-    console = Console(markup=False)
+    console = _console()
     with console.status("Loading the model"):
         reader = of_captions.open_reader(model, base, vision_tower, device)
     with _progress("Reading captions", console) as on_images:
@@ -368,8 +349,6 @@ def inspect(
 
     Example: `patch-aligned inspect Qwen/Qwen3-VL-2B-Instruct --image cat.jpg`
     """
-    import re
-
     from patch_aligned.analysis.places import describe_grid, draw_cells, inspect_model
     from patch_aligned.images import decode_image
 
@@ -421,13 +400,11 @@ def coverage(
 
     Example: `patch-aligned coverage Qwen/Qwen3-VL-2B-Instruct google/gemma-3-4b-it --data pad.jsonl`
     """
-    from rich.console import Console
-
     from patch_aligned.analysis.places import coverage_of_models
     from patch_aligned.tables import Cell, Table, number
 
     _require_file("--data", data)
-    console = Console(markup=False)
+    console = _console()
     with _progress("Reading regions", console) as on_images:
         shares = coverage_of_models(model, data, min_coverage, limit, lambda done: on_images(done, limit))
     rows = [
@@ -441,7 +418,7 @@ def _chosen_images(
     images: Sequence[Path], data: Path | None, image_folder: Path | None, limit: int
 ) -> list[tuple[str, Path]]:
     """Id and path of each image, from files or from a set of annotated images."""
-    from patch_aligned.analysis.sets import open_annotated_set
+    from patch_aligned.annotated_sets import open_annotated_set
     from patch_aligned.images import image_path
 
     if bool(images) == (data is not None):
@@ -455,15 +432,29 @@ def _chosen_images(
     if image_folder is None or not image_folder.is_dir():
         found = "nothing" if image_folder is None else f"{image_folder}, which is no folder"
         raise ValueError(f"--image-folder: found {found}; expected the folder that the ids of {data} are relative to.")
-    chosen = [
-        (image.image_id, image_path(image_folder, image.image_id))
-        for image in open_annotated_set(data, image_folder).choose(limit)
-    ]
+    ids = [image.image_id for image in open_annotated_set(data, image_folder).choose(limit)]
+    chosen = [(image_id, image_path(image_folder, image_id)) for image_id in ids]
     if not chosen:
         raise ValueError(f"--data {data}: found no record; expected at least one image.")
     if missing := [path for _, path in chosen if not path.is_file()]:
         raise FileNotFoundError(f"{missing[0]}: there is no such file. Is --image-folder {image_folder} the right one?")
     return chosen
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(markup=False)  # names and paths may hold brackets
+
+
+def _load(projectors: Sequence[str], *how: Any) -> list[VisionLanguageModel]:
+    """Load models as `load_models` does, without the bars of transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    from patch_aligned.models.load import load_models
+
+    transformers_logging.disable_progress_bar()
+    return load_models(projectors, *how)
 
 
 def _require_file(option: str, path: Path) -> Path:

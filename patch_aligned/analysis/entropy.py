@@ -74,17 +74,3 @@ class EntropyAccumulator:
     def effective_rank(self) -> float:
         """`exp(entropy)`: the number of equally used directions that would have the same entropy."""
         return math.exp(self.entropy_nats())
-
-
-def entropy_nats(tokens: Tensor) -> float:
-    """Von Neumann entropy of tokens that are all at hand.
-
-    Args:
-        tokens: `[..., d]`.
-
-    Returns:
-        The entropy in nats, between 0 and `log d`.
-    """
-    accumulator = EntropyAccumulator(tokens.shape[-1], device=tokens.device)
-    accumulator.update(tokens)
-    return accumulator.entropy_nats()

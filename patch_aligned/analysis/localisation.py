@@ -22,7 +22,7 @@ from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis.alignment import cosine_maps, iou_by_area, predicted_tokens
 from patch_aligned.cells import TokenGrid
 from patch_aligned.masks import rle_of_mask, token_coverage_of_regions
-from patch_aligned.models.base import Encoded, VisionLanguageModel
+from patch_aligned.models.base import VisionLanguageModel, tokens_of_image
 from patch_aligned.models.load import load_models
 
 if TYPE_CHECKING:
@@ -37,11 +37,7 @@ _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans", "A
 
 
 def require_matplotlib() -> None:
-    """Check that pictures can be drawn.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Raise `ImportError` if matplotlib is not installed, without which no picture can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("Pictures need matplotlib: pip install 'patch-aligned-llava[analysis]'.")
 
@@ -88,36 +84,22 @@ _CHARACTER_INCHES = 0.066  # of the caption, on average and rather too wide
 
 @dataclass(frozen=True)
 class PictureCell:
-    """Where one model finds one label.
-
-    Attributes:
-        grid: the cells of its visual tokens.
-        cosine, predicted: `[rows, cols]`, of each visual token; predicted is bool.
-        iou_px: by area; NaN without truth.
-    """
+    """Where one model finds one label."""
 
     grid: TokenGrid
-    cosine: Tensor
-    predicted: Tensor
-    iou_px: float
+    cosine: Tensor  # [rows, cols], of each visual token
+    predicted: Tensor  # [rows, cols], bool
+    iou_px: float  # by area; NaN without truth
 
 
 @dataclass(frozen=True)
 class PictureRow:
-    """One image and label with the maps of every projector.
-
-    Attributes:
-        image_id: as in the PAD file.
-        label: the region's label.
-        image: uint8 `[height, width, 3]`, the image file.
-        truth: bool `[height, width]`, the region.
-        cells: by the model's name.
-    """
+    """One image and label with the maps of every model, by its name."""
 
     image_id: str
     label: str
-    image: np.ndarray
-    truth: np.ndarray
+    image: np.ndarray  # uint8 [height, width, 3], the image file
+    truth: np.ndarray  # bool [height, width], the region
     cells: dict[str, PictureCell] = field(default_factory=dict)
 
 
@@ -161,38 +143,35 @@ def save_localisation_figure(rows: Sequence[PictureRow], path: Path, rule: str) 
         wspace=0.06,
         hspace=label_inches / PANEL_INCHES,
     )
+
+    def head(panels: Sequence[Axes], text: str, share: float = 0.52, **style: Any) -> None:
+        """Write a heading above panels of the first row, so high in the space for headings."""
+        first, last = panels[0].get_position(), panels[-1].get_position()
+        style = {"fontsize": 8.5, "color": "#495057", **style}
+        figure.text((first.x0 + last.x1) / 2, first.y1 + share * head_inches / height, text, ha="center", **style)
+
     for row_index, row in enumerate(rows):
         truth_axes = figure.add_subplot(grid[row_index, 0])
         _draw_truth(truth_axes, row)
         title = drawable(row.label, _LONGEST_LABEL)
         truth_axes.set_title(title, fontsize=9.5, pad=3, color="#212529", family=font_families(), parse_math=False)
-        pairs: list[tuple[Axes, Axes]] = []
+        if row_index == 0:
+            head([truth_axes], "ground truth" if any(row.truth.any() for row in rows) else "image")
         for index, name in enumerate(names):
             heat_axes, mask_axes = (figure.add_subplot(grid[row_index, 3 * index + 2 + offset]) for offset in (0, 1))
             _draw_heat(heat_axes, row, row.cells[name])
             _draw_prediction(mask_axes, row, row.cells[name])
-            pairs.append((heat_axes, mask_axes))
-        if row_index == 0:
-            first = "ground truth" if any(row.truth.any() for row in rows) else "image"
-            _head_columns(figure, truth_axes, first, dict(zip(names, pairs, strict=True)), head_inches / height)
-    figure.text(
-        0.5,
-        0.12 / height,
-        "\n".join(caption),
-        ha="center",
-        va="bottom",
-        fontsize=8,
-        color="#495057",
-    )
+            if row_index == 0:
+                head([heat_axes], "cosine")
+                head([mask_axes], "prediction")
+                bold = {"fontsize": 11, "fontweight": "bold", "color": "black", "family": font_families()}
+                head([heat_axes, mask_axes], drawable(name, _LONGEST_NAME), 0.86, parse_math=False, **bold)
+    figure.text(0.5, 0.12 / height, "\n".join(caption), ha="center", va="bottom", fontsize=8, color="#495057")
     figure.savefig(path)
 
 
 def panel_jpegs(row: PictureRow) -> dict[str | tuple[str, str], bytes]:
-    """The panels of a row, each a JPEG of its own: `truth`, and for each projector `(name, cosine)` and `prediction`.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """The panels of a row, a JPEG each: `truth`, and for each projector `(name, cosine)` and `(name, prediction)`."""
     found: dict[str | tuple[str, str], bytes] = {"truth": place_jpeg(row)}
     for name, cell in row.cells.items():
         found[name, "cosine"] = place_jpeg(row, cell)
@@ -211,8 +190,7 @@ def _jpeg_of(draw: Callable[..., None], row: PictureRow, **what: Any) -> bytes:
 
     def draw_image_alone(axes: Axes) -> None:
         draw(axes, row=row, **what)
-        axes.set_xlim(0, width)
-        axes.set_ylim(height, 0)
+        axes.set(xlim=(0, width), ylim=(height, 0))
 
     return panel_jpeg(draw_image_alone, size_inches)
 
@@ -228,31 +206,13 @@ def panel_jpeg(draw: Callable[[Axes], None], size_inches: tuple[float, float]) -
     return content.getvalue()
 
 
-def _head_columns(figure: Any, truth_axes: Axes, first: str, pairs: dict[str, tuple[Axes, Axes]], head: float) -> None:
-    """Write headings above the first row: the projector over its pair, the kind of panel over each."""
-    top = truth_axes.get_position().y1
-    for axes, kind in [(truth_axes, first)] + [
-        (axes, kind) for pair in pairs.values() for axes, kind in zip(pair, ("cosine", "prediction"), strict=True)
-    ]:
-        place = axes.get_position()
-        figure.text((place.x0 + place.x1) / 2, top + 0.52 * head, kind, ha="center", fontsize=8.5, color="#495057")
-    for name, (left, right) in pairs.items():
-        start, end = left.get_position().x0, right.get_position().x1
-        figure.text(
-            (start + end) / 2, top + 0.86 * head, drawable(name, _LONGEST_NAME),
-            ha="center", fontsize=11, fontweight="bold", family=font_families(), parse_math=False,
-        )  # fmt: skip
-
-
 def _draw_truth(axes: Axes, row: PictureRow) -> None:
-    bare(axes)
     axes.imshow(row.image, extent=_extent(row))
     _outline(axes, row.truth, TRUTH_COLOUR)
     _show_whole_image(axes, row)
 
 
 def _draw_heat(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
-    bare(axes)
     cosine = cell.cosine.numpy()
     height, width = row.truth.shape
     axes.fill_between((0, width), 0, height, color="#e9ecef", linewidth=0)  # parts of the image that no token sees
@@ -263,7 +223,6 @@ def _draw_heat(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
 
 
 def _draw_prediction(axes: Axes, row: PictureRow, cell: PictureCell) -> None:
-    bare(axes)
     predicted = _cells_to_pixels(cell.predicted.numpy(), cell.grid)
     axes.imshow(_dimmed(row.image, predicted), extent=_extent(row))
     _outline(axes, predicted, PREDICTION_COLOUR)
@@ -283,8 +242,8 @@ def _show_whole_image(axes: Axes, row: PictureRow) -> None:
     """The image from edge to edge, centred in a square panel, whatever its shape."""
     height, width = row.truth.shape
     side = max(height, width)
-    axes.set_xlim((width - side) / 2, (width + side) / 2)
-    axes.set_ylim((height + side) / 2, (height - side) / 2)
+    bare(axes)
+    axes.set(xlim=((width - side) / 2, (width + side) / 2), ylim=((height + side) / 2, (height - side) / 2))
     axes.set_aspect("equal")
 
 
@@ -350,13 +309,9 @@ def localise(
     rle_mask = rle_of_mask(truth)
     places = [model for model in models if isinstance(model, str)]
     loaded = load_models(places, base) if places else []
-    encoded: dict[int, Encoded] = {}
+    loaded += [model for model in models if not isinstance(model, str)]
     cells = {}
-    for model in [*loaded, *(model for model in models if not isinstance(model, str))]:
-        if id(model.encoder) not in encoded:
-            encoded[id(model.encoder)] = model.encode([opened])
-        [tokens] = model.visual_tokens(encoded[id(model.encoder)])  # [T, D]
-        grid = model.layout(opened.size, tokens).whole
+    for model, tokens, grid in tokens_of_image(loaded, opened):  # [T, D]
         coverage = torch.from_numpy(token_coverage_of_regions([rle_mask], opened.size, grid)[0])  # [rows, cols]
         direction = model.words.directions_of_labels([label])[0].to(tokens)  # [D]
         cells[model.name] = picture_cell(grid, direction, tokens, coverage.to(tokens.device), threshold_rule)
@@ -369,14 +324,9 @@ def localise(
 def picture_cell(
     grid: TokenGrid, direction: Tensor, visual_tokens: Tensor, coverage: Tensor, rule: str, positive: bool = False
 ) -> PictureCell:
-    """Compare one label with the visual tokens of one model.
+    """Compare a label `[D]` with the visual tokens `[T, D]` of one model on a grid, of which the region covers shares.
 
-    Args:
-        grid: the cells of its visual tokens, or of some of them.
-        direction: `[D]`, of the label.
-        visual_tokens: `[T, D]`, of the image.
-        coverage: `[rows, cols]`, share of each cell that the region covers.
-        rule, positive: see `predicted_tokens`.
+    Coverage is `[rows, cols]`; for `rule` and `positive` see `predicted_tokens`.
     """
     maps = cosine_maps(direction[None], visual_tokens[grid.tokens.ravel()])  # [1, S]
     areas = coverage.double().reshape(1, -1)  # [rows, cols] -> [1, S]
@@ -390,11 +340,7 @@ def picture_cell(
 
 
 def map_difference(one: PictureCell, other: PictureCell) -> tuple[TokenGrid, Tensor]:
-    """Subtract one model's cosine map from another's, where both look; their cells may differ.
-
-    Returns:
-        Cells bounded by the edges of both grids, and `one` less `other` in each, `[rows, cols]`.
-    """
+    """Return `one` less `other`, two models' cosine maps, where both look: `[rows, cols]` between the edges of both."""
     x_edges = _common_edges(one.grid.x_edges, other.grid.x_edges)
     y_edges = _common_edges(one.grid.y_edges, other.grid.y_edges)
     x, y = ((np.array(edges[:-1]) + np.array(edges[1:])) / 2 for edges in (x_edges, y_edges))  # centres

@@ -80,11 +80,9 @@ class WordDictionary:
         return rows / self._norms[ids].to(like).unsqueeze(-1) if self.unit_length else rows
 
     def best(self, residuals: Tensor, absolute: bool) -> Tensor:
-        """Ids `[S]` of the words with the largest inner product; among equal products the lower id wins.
+        """Ids `[S]` of the words whose inner product with `[S, D]` is largest (in magnitude, if `absolute`).
 
-        Args:
-            residuals: `[S, D]`.
-            absolute: whether magnitudes are compared.
+        Among equal products the lower id wins.
         """
         largest = residuals.new_full((len(residuals),), -torch.inf)
         ids = torch.zeros(len(residuals), dtype=torch.long, device=residuals.device)
@@ -106,19 +104,12 @@ class WordDictionary:
 
 @dataclass(frozen=True)
 class Pursuit:
-    """The words of each visual token, in the order in which they were chosen.
+    """The words of each visual token, in the order in which they were chosen."""
 
-    Attributes:
-        ids: `[S, K]`, int64, rows of the table.
-        coefficients: `[S, K]`, what each word (of unit length, unless unscaled) contributes to the token.
-        cosines: `[S, K]`, of the chosen word with what was left of the token at that round; 0 where nothing was left.
-        residual_norms: `[S, K + 1]`, length of what is left: of the token itself, then after each round.
-    """
-
-    ids: Tensor
-    coefficients: Tensor
-    cosines: Tensor
-    residual_norms: Tensor
+    ids: Tensor  # [S, K] int64, rows of the table
+    coefficients: Tensor  # [S, K], what each word (of unit length, unless unscaled) contributes to the token
+    cosines: Tensor  # [S, K], of the word with what was left of the token at that round; 0 where nothing was left
+    residual_norms: Tensor  # [S, K + 1], length of what is left: of the token itself, then after each round
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from patch_aligned.analysis.sets import MeasuredSet, MeasureSettings, open_image
+from patch_aligned.analysis.regions import MeasuredSet, MeasureSettings, open_image
 from patch_aligned.intervals import Resampling, ratios_of
 from patch_aligned.models.base import ReadingModel, VisionLanguageModel
 from patch_aligned.models.language import name_bounds
@@ -38,14 +38,8 @@ def name_information(log_p: np.ndarray) -> np.ndarray:
 def name_auc(log_p: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Share of the absent names of all pictures that lie below a name, once each name's mean is taken away.
 
-    The mean over present names is the area under the ROC curve; ties count half.
-
-    Args:
-        log_p: `[P, N]`.
-        present: `[P, N]`, whether the picture shows the name.
-
-    Returns:
-        `[P, N]`; NaN where no name is absent.
+    The mean over present names (`[P, N]` is true where the picture shows the name) is the area under the ROC curve;
+    ties count half. NaN where no name is absent.
     """
     centred = log_p - log_p.mean(axis=0)
     absent = np.sort(centred[~present])
@@ -66,10 +60,9 @@ def name_scores(log_p_of_stems: Sequence[np.ndarray], present: np.ndarray) -> di
 
 
 def name_finder(names: Mapping[str, Sequence[str]]) -> Callable[[str], set[str]]:
-    """Returns a function from a caption to the names in it, as whole words, the longest first, in any case.
+    """Return a function from a caption to the names in it, as whole words, the longest first, in any case.
 
-    Args:
-        names: for each name its further forms; the regular plurals of all forms count too.
+    `names` has the further forms of each name; the regular plurals of all forms count too.
     """
     name_of: dict[str, str] = {}
     for name, forms in names.items():
@@ -85,12 +78,7 @@ def name_finder(names: Mapping[str, Sequence[str]]) -> Callable[[str], set[str]]
 def caption_metrics(mentioned: np.ndarray, present: np.ndarray, resampling: Resampling) -> pd.DataFrame:
     """Precision, recall and F1 of the names in captions, over all pictures, with intervals over pictures.
 
-    Args:
-        mentioned, present: `[P, N]`, whether the caption has the name, and whether the picture shows it.
-        resampling: how intervals are taken.
-
-    Returns:
-        Rows `precision`, `recall` and `f1`, as `regions.metrics_of` has them.
+    `[P, N]` says whether the caption has the name, and whether the picture shows it. Rows are as in `metrics_of`.
     """
     hits, said, shown = (of.sum(axis=1) for of in (mentioned & present, mentioned, present))  # [P] each
     sums, counts = np.stack([hits, hits, 2 * hits], axis=1), np.stack([said, shown, said + shown], axis=1)  # [P, 3]
@@ -99,40 +87,24 @@ def caption_metrics(mentioned: np.ndarray, present: np.ndarray, resampling: Resa
 
 @dataclass(frozen=True)
 class NameSettings:
-    """What is asked of the LLM.
+    """What the LLM is asked."""
 
-    Attributes:
-        names: for each name its further forms in captions; None takes the labels of the set.
-        stems: beginnings of the answer; scores are means over them.
-        max_new_tokens: of a caption.
-    """
-
-    names: Mapping[str, Sequence[str]] | None = None
-    stems: tuple[str, ...] = STEMS
-    max_new_tokens: int = 64
+    names: Mapping[str, Sequence[str]] | None = None  # each with its further forms in captions; None: the set's labels
+    stems: tuple[str, ...] = STEMS  # beginnings of the answer; scores are means over them
+    max_new_tokens: int = 64  # of a caption; 0 writes none
 
 
 @dataclass(frozen=True)
 class NameAnalysis:
-    """Captions of one model, and how many names its scores choose from; the scores themselves are in the region frame.
+    """Captions of one model, and how many names its scores, which the region frame has, choose from."""
 
-    Attributes:
-        names: N.
-        captions: see `caption_metrics`.
-        caption_of: the captions, by image id.
-    """
-
-    names: int
-    captions: pd.DataFrame
-    caption_of: dict[str, str]
+    names: int  # N
+    captions: pd.DataFrame  # see `caption_metrics`
+    caption_of: dict[str, str]  # by image id
 
 
 def read_name_file(path: Path) -> dict[str, tuple[str, ...]]:
-    """Read names, one a line, each with its further forms after commas: `mouse, mice`.
-
-    Raises:
-        ValueError: there is no name.
-    """
+    """Read names, one a line, each with its further forms after commas: `mouse, mice`."""
     lines = [[" ".join(form.split()) for form in line.split(",")] for line in path.read_text("utf-8").splitlines()]
     names = {name: tuple(filter(None, forms)) for name, *forms in lines if name}
     if not names:
@@ -148,17 +120,9 @@ def read_names(
     names: Sequence[str],
     settings: NameSettings,
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Let an LLM read pictures.
+    """Let a model's LLM, `model.language.load()`, read batches of pictures; no number depends on the batches.
 
-    Args:
-        model: gives the visual tokens.
-        language: its LLM, `model.language.load()`.
-        batches: RGB images, batch by batch; no number depends on the batches.
-        names: N names, tokenised as inside a sentence.
-        settings: stems, and length of captions; 0 tokens writes none.
-
-    Returns:
-        Log-probabilities of the names, `[P, N]` for each stem, and the captions.
+    Returns log-probabilities of the names, tokenised as inside a sentence, `[P, N]` for each stem; and the captions.
     """
     ids = [model.words.token_ids(name) for name in names]
     log_p: list[list[np.ndarray]] = [[] for _ in settings.stems]
@@ -178,7 +142,7 @@ def analyse_names(
     measure: MeasureSettings,
     settings: NameSettings,
     resampling: Resampling,
-    on_images: Callable[[int], None],
+    tell: Callable[[int], None],
 ) -> Iterator[tuple[str, pd.DataFrame, NameAnalysis]]:
     """Let each model's LLM read all images: its name, scores as columns of the region frame, and captions.
 
@@ -193,21 +157,21 @@ def analyse_names(
     present = np.zeros((len(images), len(names)), dtype=bool)
     present[places] = True
 
-    def batches(done: int, size: int) -> Iterator[list[Image.Image]]:
+    def batches(size: int) -> Iterator[list[Image.Image]]:
         for start in range(0, len(images), size):
             batch = images[start : start + size]
             yield [open_image(image, measure) for image in batch]
-            on_images(done + start + len(batch))
+            tell(len(batch))
 
     source = language = None
-    for number, model in enumerate(models):
+    for model in models:
         assert model.language is not None  # whatever `load_models` loads has one
         if model.language != source:
             language = None  # before the next is loaded: memory may not hold two
             source, language = model.language, model.language.load()
         assert language is not None
         size = measure.batch_size if model.encoder.takes_batches else 1
-        log_p, captions = read_names(model, language, batches(number * len(images), size), names, settings)
+        log_p, captions = read_names(model, language, batches(size), names, settings)
         captions = captions or [""] * len(images)
         scores = {name: score[places] for name, score in name_scores(log_p, present).items()}
         mentioned = np.array([[name in found for name in names] for found in map(find, captions)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,37 +30,21 @@ _RECTANGLES = 6
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a model does with an image of one size.
+    """What a model does with an image of one size."""
 
-    Attributes:
-        model_type: the family.
-        image_processor: class of the image processor, which decides the layout.
-        decoder: class of the module whose input has the visual tokens.
-        token_id: id that stands for a visual token in `input_ids`.
-        projector: names of the projector's modules in the base model.
-        layout: where the tokens look.
-        check: the layout compared with a tiny random copy of the model.
-    """
-
-    model_type: str
-    image_processor: str
-    decoder: str
-    token_id: int
-    projector: tuple[str, ...]
-    layout: Layout
-    check: ImpulseResult
+    model_type: str  # the family
+    image_processor: str  # its class, which decides the layout
+    decoder: str  # class of the module whose input has the visual tokens
+    token_id: int  # stands for a visual token in `input_ids`
+    projector: tuple[str, ...]  # names of its modules in the base model
+    layout: Layout  # where the tokens look
+    check: ImpulseResult  # the layout compared with a tiny random copy of the model
 
 
 def inspect_model(model: str, image_wh: tuple[int, int]) -> Inspection:
-    """Describe a model, and check its layout of an image of this size.
+    """Describe a model (folder or hub name), and check its layout of an image of this size.
 
-    Args:
-        model: folder or hub name; only config, processor and tokenizer are read.
-        image_wh: width and height of the image, pixels.
-
-    Raises:
-        OSError: there is no such model.
-        ValueError: its visual tokens have no place, or its processor is unknown.
+    Only config, processor and tokenizer are read. Raises `ValueError` if its visual tokens have no place.
     """
     processor, config = processor_of(model), AutoConfig.from_pretrained(model)
     token_id = image_token_id(config)
@@ -115,27 +100,17 @@ def coverage_of_models(
     limit: int | None = None,
     on_images: Callable[[int], None] = lambda done: None,
 ) -> pd.DataFrame:
-    """Return the share of regions that keep a token, by model, kind of grid and size of region.
+    """Return the share of regions that keep a token: a row for each model and kind of grid (`any` for all of them).
 
-    Args:
-        models: folders or hub names; only processors are read.
-        data: PAD file.
-        min_coverage: share of a cell that a region must cover.
-        limit: only so many images.
-        on_images: told how many images are done.
-
-    Returns:
-        A row for each model and kind of grid (`any` for all of them), columns `small`, `medium`, `large` and `all`.
+    Columns are `small`, `medium`, `large` and `all`. Only the processors of the models (folders or hub names) are read.
     """
     processors: dict[str, Any] = {model: processor_of(model) for model in models}
     rows: list[dict[str, Any]] = []
-    for done, image in enumerate(read_annotations(data)):
-        if done == limit:
-            break
+    for done, image in enumerate(islice(read_annotations(data), limit), start=1):
         rle_masks = [region.rle_mask for region in image.regions]
         if not image.regions:
             continue
-        sizes = [SIZES[limit] for limit in np.searchsorted(SIZE_LIMITS_PX, areas_px(image.coco_masks()), side="right")]
+        sizes = [SIZES[place] for place in np.searchsorted(SIZE_LIMITS_PX, areas_px(image.coco_masks()), side="right")]
         for model, processor in processors.items():
             [layout] = layouts_of(processor, [image.size_wh])
             kept: dict[str, np.ndarray] = {}
@@ -149,7 +124,7 @@ def coverage_of_models(
                 for kind, of_kind in kept.items()
                 for size, keeps in zip(sizes, of_kind.tolist(), strict=True)
             ]
-        on_images(done + 1)
+        on_images(done)
     if not rows:
         raise ValueError(f"{data}: found no region; expected a PAD file with regions.")
     found = pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""Scores of regions as one data frame, and what is taken from it: metrics with intervals, by size and label, compared.
+"""The regions that an analysis measures, their scores as one data frame, and the metrics that are taken from it.
 
 The frame has a row for each region and model:
 
@@ -13,15 +13,26 @@ The frame has a row for each region and model:
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor
 
+from llava.mm_utils import UnreadableImageError, load_rgb_image
 from patch_aligned.analysis.alignment import SCORES_BY_AREA, SCORES_BY_TOKEN, THRESHOLD_RULES
+from patch_aligned.annotated_sets import box_of_mask_xyxy_px, open_annotated_set
+from patch_aligned.images import image_path
 from patch_aligned.intervals import Resampling, percentile_interval, ratio_of, ratios_of, resampled_ratios
+from patch_aligned.masks import areas_px
+from patch_aligned.pad import AnnotatedImage, Region
 
 SCORES_BY_NAME = ("name_bound", "name_information", "name_auc")
 """Scores of names, see `names`: at the largest region of a name in a picture, and NaN where no LLM was run."""
@@ -35,107 +46,145 @@ SIZE_LIMITS_PX = (32**2, 96**2)
 SIZES = ("small", "medium", "large")
 
 
-class Metric(NamedTuple):
-    """A mean of a score: over regions, or over the means of images; and its rule in words."""
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What decides the numbers, beside the weights.
 
-    score: str
-    per_image: bool
-    rule: str
+    Attributes:
+        data: file of annotated images, in any of `annotated_sets.FORMATS`.
+        image_folder: folder that its image ids are relative to.
+        threshold_rule: name of a rule of `alignment.THRESHOLD_RULES`.
+        positive_threshold: whether thresholds below 0 are raised to 0.
+        min_coverage: share of a token's cell from which on it counts as covered.
+        limit: only so many images; None for all.
+        region_kind: only regions whose extra key `kind` has this value; None for all.
+        region_unit: an annotated `instance` is a region, or all instances of a `label` in an image together.
+        seed: of the shuffled labels, and of a random subset.
+        batch_size: images in a forward pass; no number depends on it.
+        picture_rows: images kept for the picture.
+        data_format: of `data`.
+        subset: the `first` images of the file, or a `random` choice that depends on `seed` and the images' ids.
+        on_error: what to do with an image that is missing, broken, or of another size than its record's: `fail`, or
+            `skip` it and list it, with the same numbers as if it had not been in the file.
+    """
+
+    data: Path
+    image_folder: Path
+    threshold_rule: str = "mid_range"
+    positive_threshold: bool = False
+    min_coverage: float = 0.5
+    limit: int | None = None
+    region_kind: str | None = None
+    region_unit: Literal["instance", "label"] = "instance"
+    seed: int = 0
+    batch_size: int = 8
+    picture_rows: int = 4
+    data_format: str = "auto"
+    subset: Literal["first", "random"] = "first"
+    on_error: Literal["fail", "skip"] = "fail"
 
 
-METRICS: dict[str, Metric] = {
-    "align_px": Metric(
-        "iou_px", False, "mean over regions of the IoU by area of the tokens above the threshold {threshold_rule}"
-    ),
-    "align_px_per_image": Metric("iou_px", True, "as align_px, mean over images of each image's mean (equation 4)"),
-    "shuffled_align_px": Metric(
-        "shuffled_iou_px", False, "as align_px, with another region's label: labels permuted over the set, seed {seed}"
-    ),
-    **{
-        f"align_px_{rule}": Metric(
-            f"iou_px_{rule}", False, f"as align_px, with the threshold {rule} whatever is chosen"
+@dataclass(frozen=True)
+class MeasuredSet:
+    """The images that are measured. Their records are kept, their pixels are not: each pass opens the images again."""
+
+    images: list[AnnotatedImage]  # with the regions that count
+    format: str  # see `AnnotatedSet`
+    skipped: Mapping[str, int]  # likewise
+    broken: Mapping[str, str]  # images left out, by id, each with the reason
+    labels: list[str]  # all different ones, in the order in which they come
+    regions: pd.DataFrame  # see `region_frame`
+    shuffled: Tensor  # [regions], index of the label that each is compared with as a control, -1 if there is none
+    pictured: dict[int, int]  # region that the picture shows, by the position of its image
+
+
+def read_set(settings: MeasureSettings) -> MeasuredSet:
+    """Read the images that `settings` choose; with `on_error="skip"` all are decoded to find those left out."""
+    annotated = open_annotated_set(settings.data, settings.image_folder, settings.data_format)
+    images = annotated.choose(settings.limit, settings.subset, settings.seed)
+    broken = _broken_images(images, settings.image_folder) if settings.on_error == "skip" else {}
+    images = [image for image in images if image.image_id not in broken]
+    if broken and not images:
+        raise ValueError(
+            f"{settings.data}: none of its {len(broken):,} images can be measured. The first: "
+            f"{next(iter(broken.values()))}. Is --image-folder {settings.image_folder} the right one?"
         )
-        for rule in THRESHOLD_RULES
-    },
-    "align_tokens": Metric(
-        "iou_tokens",
-        False,
-        "mean over regions of the IoU over whole tokens, threshold {threshold_rule}, a token is covered from "
-        "{min_coverage} of its cell on",
-    ),
-    "align_tokens_per_image": Metric("iou_tokens", True, "as align_tokens, mean over images of each image's mean"),
-    "average_precision_px": Metric(
-        "average_precision_px",
-        False,
-        "mean over regions of the average precision of the cosine map by area; no threshold, ties are one step, a "
-        "constant map scores the region's share of the model's image",
-    ),
-    "pointing": Metric(
-        "pointing",
-        False,
-        "share of regions that cover the token of highest cosine, from {min_coverage} of its cell on; where tokens "
-        "tie, the covered share of them",
-    ),
-    "cosine": Metric(
-        "cosine",
-        False,
-        "mean over regions of the cosine between the mean of the tokens covered from {min_coverage} of the cell on and "
-        "the mean word embedding of the label's tokens",
-    ),
-    "cosine_per_image": Metric("cosine", True, "as cosine, mean over images of each image's mean"),
-    "shuffled_cosine": Metric(
-        "shuffled_cosine", False, "as cosine, with another region's label: labels permuted over the set, seed {seed}"
-    ),
-    "other_cosine": Metric(
-        "other_cosine", False, "as cosine, with all other labels of the set instead of the own, each counting alike"
-    ),
-    "contrast": Metric("contrast", False, "mean over regions of cosine less other_cosine"),
-    "retrieval_top1": Metric(
-        "top1",
-        False,
-        "share of regions whose own label is the nearest of all {label_count} labels of the set by cosine; where "
-        "labels tie, the chance that it is",
-    ),
-    "retrieval_top5": Metric("top5", False, "as retrieval_top1, among the five nearest"),
-    "best_word_cosine": Metric(
-        "best_word_cosine", False, "as cosine, with the nearest word of the LLM's whole table instead of the label"
-    ),
-    "name_bound": Metric(
-        "name_bound",
-        False,
-        "mean over names and pictures that show them of log p(name after the picture) less the log of its mean over "
-        "all pictures; nats, 0 is blind",
-    ),
-    "name_information": Metric(
-        "name_information",
-        False,
-        "as name_bound, log of the number of names less the NLL of the name among them; nats, 0 is an even guess",
-    ),
-    "name_auc": Metric(
-        "name_auc",
-        False,
-        "chance that a name which a picture shows has a higher log p than an absent one, each less its mean over "
-        "pictures; 0.5 is blind",
-    ),
-}
-"""All metrics by name. `rules_of` fills the settings of a run into their rules."""
-
-HEADLINES = (
-    "align_px", "average_precision_px", "pointing", "cosine", "contrast", "retrieval_top1", "retrieval_top5",
-    "name_bound", "name_auc",
-)  # fmt: skip
-"""The metrics of breakdowns by size, label and caption."""
+    paths = [image_path(settings.image_folder, image.image_id) for image in images]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{settings.data}: {len(missing):,} of {len(images):,} images are missing, the first is {missing[0]}. Pass "
+            "the --image-folder that its paths are relative to, or leave them out with --on_error skip."
+        )
+    kind = settings.region_kind
+    if kind is not None:
+        kinds = {str(region.extra["kind"]) for image in images for region in image.regions if "kind" in region.extra}
+        images = [
+            replace(image, regions=tuple(region for region in image.regions if region.extra.get("kind") == kind))
+            for image in images
+        ]
+    if not any(image.regions for image in images):
+        chosen = "" if kind is None else f" of kind {kind!r} (kinds in the file: {sorted(kinds) or 'none'})"
+        raise ValueError(
+            f"{settings.data}: no regions{chosen} in {len(images)} images, so nothing can be aligned. Pass --data a "
+            "PAD file whose records have labels."
+        )
+    if settings.region_unit == "label":
+        images = [replace(image, regions=_by_label(image)) for image in images]
+    index_of_label: dict[str, int] = {}
+    own = [index_of_label.setdefault(r.tag, len(index_of_label)) for image in images for r in image.regions]
+    labels = list(index_of_label)
+    sources = permute_labels(own, settings.seed)
+    in_caption = [region.extra.get("in_caption") for image in images for region in image.regions]
+    areas = [areas_px(image.coco_masks()) for image in images]
+    positions = np.repeat(np.arange(len(images)), [len(image.regions) for image in images])
+    with_regions = [position for position, image in enumerate(images) if image.regions]
+    rows = min(settings.picture_rows, len(with_regions))
+    spread = [with_regions[(2 * row + 1) * len(with_regions) // (2 * rows)] for row in range(rows)]
+    return MeasuredSet(
+        images=images,
+        format=annotated.format,
+        skipped=annotated.skipped,
+        broken=broken,
+        labels=labels,
+        regions=region_frame(positions, len(images), own, labels, np.concatenate(areas), in_caption),
+        shuffled=torch.tensor([-1 if source is None else own[source] for source in sources]),
+        # The largest region in the original image: no score decides what is shown, nor does a tower's crop.
+        pictured={position: int(np.argmax(areas[position])) for position in spread},
+    )
 
 
-def rules_of(threshold_rule: str, min_coverage: float, seed: int, label_count: int) -> dict[str, str]:
-    """Return the rule of every metric in words, with the settings of a run."""
-    settings = {
-        "threshold_rule": threshold_rule,
-        "min_coverage": min_coverage,
-        "seed": seed,
-        "label_count": label_count,
-    }
-    return {name: metric.rule.format(**settings) for name, metric in METRICS.items()}
+def _by_label(image: AnnotatedImage) -> tuple[Region, ...]:
+    """All masks of a label as one region, whose other keys are the first one's."""
+    of_label: dict[str, list[tuple[Region, Any]]] = defaultdict(list)
+    for region, mask in zip(image.regions, image.coco_masks(), strict=True):
+        of_label[region.tag].append((region, mask))
+    united = []
+    for (first, *_), masks in (zip(*pairs, strict=True) for pairs in of_label.values()):
+        rle_mask = coco_mask.merge(masks)["counts"].decode()
+        united.append(replace(first, bbox_xyxy_px=box_of_mask_xyxy_px(rle_mask, image.size_wh), rle_mask=rle_mask))
+    return tuple(united)
+
+
+def _broken_images(images: Sequence[AnnotatedImage], image_folder: Path) -> dict[str, str]:
+    broken = {}
+    for image in images:
+        path = image_path(image_folder, image.image_id)
+        try:
+            file_wh = load_rgb_image(path).size
+        except (FileNotFoundError, UnreadableImageError) as error:
+            broken[image.image_id] = str(error)
+        else:
+            if file_wh != image.size_wh:
+                broken[image.image_id] = f"{path}: found {list(file_wh)} pixels, its record says {list(image.size_wh)}"
+    return broken
+
+
+def open_image(image: AnnotatedImage, settings: MeasureSettings) -> Image.Image:
+    """Read the file of a record. Raises `OSError` if it is missing or broken."""
+    try:
+        return load_rgb_image(image_path(settings.image_folder, image.image_id))
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{error}, or leave images like it out with --on_error skip") from error
 
 
 def region_frame(
@@ -160,58 +209,153 @@ def region_frame(
     )
 
 
+def permute_labels(labels: Sequence[Hashable], seed: int) -> list[int | None]:
+    """Permute the labels of all regions so that each gets one that is not its own, as a control for cosines.
+
+    A projector that sends everything to one direction near all words has a high cosine with the right label, and the
+    same with a wrong one. Returns for each region the index of the region whose label it gets, each index at most once;
+    `None` where more than half of the regions share one label, so that some can only get their own.
+    """
+    order = list(range(len(labels)))
+    generator = random.Random(seed)
+    # Groups of equal labels lie together, the groups and the regions within each in random order.
+    generator.shuffle(order)
+    rank = {label: generator.random() for label in dict.fromkeys(labels)}
+    largest = max(Counter(labels).values(), default=0)
+    order.sort(key=lambda index: rank[labels[index]])
+    # A turn by the size of the largest group leads every region out of its own group, unless that group is more than
+    # half of all; then those that come back to it have nowhere to go.
+    chosen: list[int | None] = [None] * len(labels)
+    for position, index in enumerate(order):
+        source = order[(position + largest) % len(order)]
+        if labels[source] != labels[index]:
+            chosen[index] = source
+    return chosen
+
+
+class Metric(NamedTuple):
+    """A mean of a score over regions, or over the means of images; and its rule in words."""
+
+    score: str
+    rule: str
+    per_image: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    "align_px": Metric(
+        "iou_px", "mean over regions of the IoU by area of the tokens above the threshold {threshold_rule}"
+    ),
+    "align_px_per_image": Metric("iou_px", "as align_px, mean over images of each image's mean (equation 4)", True),
+    "shuffled_align_px": Metric(
+        "shuffled_iou_px", "as align_px, with another region's label: labels permuted over the set, seed {seed}"
+    ),
+    **{
+        f"align_px_{rule}": Metric(f"iou_px_{rule}", f"as align_px, with the threshold {rule} whatever is chosen")
+        for rule in THRESHOLD_RULES
+    },
+    "align_tokens": Metric(
+        "iou_tokens",
+        "mean over regions of the IoU over whole tokens, threshold {threshold_rule}, a token is covered from "
+        "{min_coverage} of its cell on",
+    ),
+    "align_tokens_per_image": Metric("iou_tokens", "as align_tokens, mean over images of each image's mean", True),
+    "average_precision_px": Metric(
+        "average_precision_px",
+        "mean over regions of the average precision of the cosine map by area; no threshold, ties are one step, a "
+        "constant map scores the region's share of the model's image",
+    ),
+    "pointing": Metric(
+        "pointing",
+        "share of regions that cover the token of highest cosine, from {min_coverage} of its cell on; where tokens "
+        "tie, the covered share of them",
+    ),
+    "cosine": Metric(
+        "cosine",
+        "mean over regions of the cosine between the mean of the tokens covered from {min_coverage} of the cell on and "
+        "the mean word embedding of the label's tokens",
+    ),
+    "cosine_per_image": Metric("cosine", "as cosine, mean over images of each image's mean", True),
+    "shuffled_cosine": Metric(
+        "shuffled_cosine", "as cosine, with another region's label: labels permuted over the set, seed {seed}"
+    ),
+    "other_cosine": Metric(
+        "other_cosine", "as cosine, with all other labels of the set instead of the own, each counting alike"
+    ),
+    "contrast": Metric("contrast", "mean over regions of cosine less other_cosine"),
+    "retrieval_top1": Metric(
+        "top1",
+        "share of regions whose own label is the nearest of all {label_count} labels of the set by cosine; where "
+        "labels tie, the chance that it is",
+    ),
+    "retrieval_top5": Metric("top5", "as retrieval_top1, among the five nearest"),
+    "best_word_cosine": Metric(
+        "best_word_cosine", "as cosine, with the nearest word of the LLM's whole table instead of the label"
+    ),
+    "name_bound": Metric(
+        "name_bound",
+        "mean over names and pictures that show them of log p(name after the picture) less the log of its mean over "
+        "all pictures; nats, 0 is blind",
+    ),
+    "name_information": Metric(
+        "name_information",
+        "as name_bound, log of the number of names less the NLL of the name among them; nats, 0 is an even guess",
+    ),
+    "name_auc": Metric(
+        "name_auc",
+        "chance that a name which a picture shows has a higher log p than an absent one, each less its mean over "
+        "pictures; 0.5 is blind",
+    ),
+}
+"""All metrics by name. `rules_of` fills the settings of a run into their rules."""
+
+HEADLINES = (
+    "align_px", "average_precision_px", "pointing", "cosine", "contrast", "retrieval_top1", "retrieval_top5",
+    "name_bound", "name_auc",
+)  # fmt: skip
+"""The metrics of breakdowns by size, label and caption."""
+
+
+def rules_of(**settings: Any) -> dict[str, str]:
+    """Return the rule of every metric in words, with a run's threshold_rule, min_coverage, seed and label_count."""
+    return {name: metric.rule.format(**settings) for name, metric in METRICS.items()}
+
+
 def metrics_of(regions: pd.DataFrame, resampling: Resampling, names: Sequence[str] = tuple(METRICS)) -> pd.DataFrame:
-    """Metrics of one model's regions, with intervals by the bootstrap over images.
+    """Take metrics of one model's regions, with intervals by the bootstrap over images.
 
-    Args:
-        regions: rows of the frame.
-        resampling: how intervals are taken.
-        names: of `METRICS`.
-
-    Returns:
-        A row for each metric: `value` (NaN over nothing), `low` and `high` (NaN where there are fewer than two images),
-        and how many `regions` and `images` count.
+    Returns a row for each metric: `value` (NaN over nothing), `low` and `high` (NaN where there are fewer than two
+    images), and how many `regions` and `images` count.
     """
     found = ratios_of(*_per_image(regions, names), resampling, names)
     found.insert(3, "regions", [int(regions[METRICS[name].score].notna().sum()) for name in names])
     return found
 
 
-def metrics_by_size(
-    regions: pd.DataFrame, resampling: Resampling, names: Sequence[str] = HEADLINES
-) -> dict[str, pd.DataFrame]:
-    """Metrics of the small, medium and large regions."""
-    parts = {size: regions[regions["size"] == size] for size in SIZES}
-    return {size: metrics_of(_own_images(part), resampling, names) for size, part in parts.items()}
+def breakdowns(regions: pd.DataFrame, resampling: Resampling) -> dict[str, dict[str, pd.DataFrame]]:
+    """Take the headline metrics `by_size`, `by_label` and `by_caption`, each part with its own images alone.
+
+    The most frequent label comes first. There are no parts by caption where the file does not tell regions apart.
+    """
+    labels = dict(iter(regions.groupby("label", observed=True)))
+    named = {"in the caption" if is_named else "not named": part for is_named, part in regions.groupby("in_caption")}
+    parts_by = {
+        "by_size": {size: regions[regions["size"] == size] for size in SIZES},
+        "by_label": {label: labels[label] for label in sorted(labels, key=lambda label: (-len(labels[label]), label))},
+        "by_caption": named,
+    }
+
+    def headlines(part: pd.DataFrame) -> pd.DataFrame:
+        own_images = part["image"].cat.remove_unused_categories()
+        return metrics_of(part.assign(image=own_images), resampling, HEADLINES)
+
+    return {by: {name: headlines(part) for name, part in parts.items()} for by, parts in parts_by.items()}
 
 
-def metrics_by_caption(
-    regions: pd.DataFrame, resampling: Resampling, names: Sequence[str] = HEADLINES
-) -> dict[str, pd.DataFrame]:
-    """Metrics of the regions that captions name and of the others; nothing where the file does not tell them apart."""
-    parts = {"in the caption" if named else "not named": part for named, part in regions.groupby("in_caption")}
-    return {name: metrics_of(_own_images(part), resampling, names) for name, part in parts.items()}
+def differences(first: pd.DataFrame, second: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
+    """Take the metrics of the regions `first` less those of `second`: a row each, with a paired interval.
 
-
-def metrics_by_label(
-    regions: pd.DataFrame, resampling: Resampling, names: Sequence[str] = HEADLINES
-) -> dict[str, pd.DataFrame]:
-    """Metrics of each label's regions, the most frequent label first; only the label's own images are drawn."""
-    parts = dict(iter(regions.groupby("label", observed=True)))
-    by_frequency = sorted(parts, key=lambda label: (-len(parts[label]), label))
-    return {label: metrics_of(_own_images(parts[label]), resampling, names) for label in by_frequency}
-
-
-def differences(
-    first: pd.DataFrame, second: pd.DataFrame, resampling: Resampling, names: Sequence[str] = tuple(METRICS)
-) -> pd.DataFrame:
-    """Metrics of the regions `first` less those of `second`, which are of the same images in the same order.
-
-    Returns:
-        A row for each metric: `value`, `low` and `high` of its paired interval, and `share_above_zero` of the draws.
-
-    Raises:
-        ValueError: the rows are of different regions.
+    Columns are `value`, `low`, `high`, and `share_above_zero` of the draws. Raises `ValueError` if the rows are not of
+    the same images in the same order.
     """
     images = [frame["image"].cat.codes.to_numpy() for frame in (first, second)]
     counts_of_images = [len(frame["image"].cat.categories) for frame in (first, second)]
@@ -220,24 +364,17 @@ def differences(
             f"Scores of {len(first)} regions in {counts_of_images[0]} images and of {len(second)} in "
             f"{counts_of_images[1]} cannot be compared: measure both projectors on the same set."
         )
-    of_both = [_per_image(frame, names) for frame in (first, second)]
+    of_both = [_per_image(frame, tuple(METRICS)) for frame in (first, second)]
     sums, counts = (np.hstack(parts) for parts in zip(*of_both, strict=True))  # [I, 2 F] each
-    draws = resampled_ratios(sums, counts, resampling)
-    draws = draws[:, : len(names)] - draws[:, len(names) :]  # [N, 2 F] -> [N, F]
-    values = [ratio_of(sums[:, column], counts[:, column]) for column in range(2 * len(names))]
+    ours, theirs = np.hsplit(resampled_ratios(sums, counts, resampling), 2)  # [N, F] each
+    values = [ratio_of(*column) for column in zip(sums.T, counts.T, strict=True)]  # [2 F]
     rows = []
-    for column in range(len(names)):
-        defined = draws[:, column][~np.isnan(draws[:, column])]
-        low, high = percentile_interval(defined, resampling.confidence)
-        rows.append(
-            {
-                "value": values[column] - values[len(names) + column],
-                "low": low,
-                "high": high,
-                "share_above_zero": float((defined > 0).mean()) if len(defined) else float("nan"),
-            }
-        )
-    return pd.DataFrame(rows, index=pd.Index(names, name="metric"))
+    for column, draws in enumerate((ours - theirs).T):
+        low, high = percentile_interval(draws, resampling.confidence)
+        above = pd.Series(draws).dropna().gt(0).mean()
+        value = values[column] - values[column + len(METRICS)]
+        rows.append({"value": value, "low": low, "high": high, "share_above_zero": above})
+    return pd.DataFrame(rows, index=pd.Index(METRICS, name="metric"))
 
 
 def count_regions(regions: pd.DataFrame) -> dict[str, int]:
@@ -263,10 +400,6 @@ def mean_and_sd(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "sd": sd}
 
 
-def _own_images(part: pd.DataFrame) -> pd.DataFrame:
-    return part.assign(image=part["image"].cat.remove_unused_categories())
-
-
 def _per_image(regions: pd.DataFrame, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Sums and counts of each image, `[I, F]` each: a metric is the sum of the sums over the sum of the counts."""
     image, images = regions["image"].cat.codes.to_numpy(), len(regions["image"].cat.categories)
@@ -280,34 +413,3 @@ def _per_image(regions: pd.DataFrame, names: Sequence[str]) -> tuple[np.ndarray,
             sums[:, column] /= np.maximum(counts[:, column], 1)
             counts[:, column] = np.minimum(counts[:, column], 1)
     return sums, counts
-
-
-def permute_labels(labels: Sequence[Hashable], seed: int) -> list[int | None]:
-    """Permute labels among regions so that each region gets a label that is not its own, as a control for cosines.
-
-    A projector that sends everything to one direction near all words has a high cosine with the right label, and the
-    same with a wrong one.
-
-    Args:
-        labels: one label a region, over the whole set.
-        seed: seed of the permutation.
-
-    Returns:
-        For each region the index of the region whose label it gets, each index at most once. `None` where there is none
-        left: more than half of the regions share one label, so some can only get their own.
-    """
-    order = list(range(len(labels)))
-    generator = random.Random(seed)
-    # Groups of equal labels lie together, the groups and the regions within each in random order.
-    generator.shuffle(order)
-    rank = {label: generator.random() for label in dict.fromkeys(labels)}
-    largest = max(Counter(labels).values(), default=0)
-    order.sort(key=lambda index: rank[labels[index]])
-    # A turn by the size of the largest group leads every region out of its own group, unless that group is more than
-    # half of all; then those that come back to it have nowhere to go.
-    chosen: list[int | None] = [None] * len(labels)
-    for position, index in enumerate(order):
-        source = order[(position + largest) % len(order)]
-        if labels[source] != labels[index]:
-            chosen[index] = source
-    return chosen

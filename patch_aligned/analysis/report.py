@@ -10,10 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from patch_aligned.analysis.headline import PLOTTED, finding, lowest_of
 from patch_aligned.analysis.localisation import (
     drawable,
     font_families,
@@ -25,7 +25,7 @@ from patch_aligned.analysis.regions import HEADLINES, METRICS, SCORES_BY_NAME
 from patch_aligned.analysis.run import Analysis, Entropy, Untrained, plain_json
 from patch_aligned.analysis.token_map import map_panels, save_token_map_figures, write_token_map_page
 from patch_aligned.analysis.words import TokenMaps
-from patch_aligned.files import checkpoint_hash, written_whole
+from patch_aligned.files import checkpoint_sha256, written_whole
 from patch_aligned.models.base import VisionLanguageModel
 from patch_aligned.tables import Cell, Table, number
 from patch_aligned.web import jpeg_address, render
@@ -48,6 +48,12 @@ PAPER_CONDITIONS = (
     "less ΔH."
 )
 
+PLOTTED = {
+    "align_px": "Align(V, W)", "shuffled_align_px": "Align, other label", "cosine": "cosine", "contrast": "contrast",
+    "retrieval_top1": "retrieval@1", "name_auc": "names: AUC",
+}  # fmt: skip
+"""Metrics between −1 and 1 that share a scale."""
+
 MOST_LABELS = 20
 MOST_BROKEN_IMAGES = 20
 MOST_LAYOUTS = 3
@@ -60,13 +66,11 @@ ON_PAGE = tuple(name for name, metric in METRICS.items() if not metric.score.sta
 def write_report(
     analysis: Analysis, folder: Path, maps: TokenMaps | None = None, provenance: Mapping[str, Any] | None = None
 ) -> list[Path]:
-    """Write `report.html`, `report.md`, `analysis.json` and the pictures into a folder, which is made if missing.
-
-    An earlier report in the folder is replaced, and its other pictures are removed.
+    """Write `report.html`, `report.md`, `analysis.json` and the pictures into a folder, instead of an earlier report.
 
     Args:
         analysis: the numbers.
-        folder: where everything goes.
+        folder: where everything goes; it is made if missing.
         maps: token maps of some images, for the page and for `token_map.html`.
         provenance: what else the numbers depend on, such as `provenance_of` gives.
 
@@ -78,10 +82,8 @@ def write_report(
     """
     provenance = provenance or {}
     folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        **analysis.to_json(),
-        **plain_json({"provenance": provenance, "paper_table_3_at_7b_scale": PAPER_TABLE_3}),
-    }
+    beside = {"provenance": provenance, "paper_table_3_at_7b_scale": PAPER_TABLE_3}
+    document = {**analysis.to_json(), **plain_json(beside)}
     _write_text(folder / "analysis.json", json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
     _write_text(folder / "report.md", report_markdown(analysis))
     require_matplotlib()
@@ -112,28 +114,74 @@ def provenance_of(models: Sequence[VisionLanguageModel]) -> dict[str, Any]:
         "dtype": "float32",
         "image_aspect_ratio": ", ".join(sorted({model.encoder.image_aspect_ratio for model in models})),
         "versions": {name: version(name) for name in ("patch-aligned-llava", "torch", "transformers")},
-        "sha256": {source: checkpoint_hash(source).sha256 for source in sources_of(models)},
+        "sha256": {source: checkpoint_sha256(source) for source in local_sources(models)},
     }
 
 
-def sources_of(models: Sequence[VisionLanguageModel]) -> list[str]:
+def local_sources(models: Sequence[VisionLanguageModel]) -> list[str]:
     """Return the local files and folders that projectors, towers and word embeddings are from."""
     sources = {source for model in models for source in (model.source, model.encoder.name, model.words.source)}
     return sorted(source for source in sources if Path(source).exists())
 
 
+def finding(analysis: Analysis) -> str:
+    """Say which model has the highest Align, and by how much it exceeds the next one's, with the paired interval."""
+    aligns = {name: model.metrics.loc["align_px"] for name, model in analysis.models.items()}
+    best, *others = sorted(aligns, key=lambda name: -np.nan_to_num(aligns[name]["value"], nan=-1))
+    if not others:
+        other_label = number(analysis.models[best].metrics.loc["shuffled_align_px", "value"])
+        value, interval = number(aligns[best]["value"]), _in_brackets(analysis, *aligns[best][["low", "high"]])
+        return f"{best} has an Align(V, W) of {value}{interval}; with another region's label it has {other_label}."
+    pair = next(pair for pair in analysis.comparisons if {pair.first, pair.second} == {best, others[0]})
+    sign = 1 if pair.first == best else -1
+    value, *ends = (sign * pair.metrics.loc["align_px", name] for name in ("value", "low", "high"))
+    low, high = sorted(ends)
+    among = f" of {len(aligns)} models" if len(others) > 1 else ""
+    gap = f"{number(value)} in Align(V, W){_in_brackets(analysis, low, high)}"
+    if low > 0:
+        return f"{best} aligns better than {others[0]}{among and f', the next{among},'} by {gap}."
+    holds = "; the interval holds 0" if high >= 0 else ""
+    return f"{best} and {others[0]}{among and f', the best{among},'} cannot be told apart: they differ by {gap}{holds}."
+
+
+def _in_brackets(analysis: Analysis, low: float, high: float) -> str:
+    if math.isnan(low):
+        return " (no interval: too few images)"
+    return f" ({analysis.settings.resampling.confidence:.0%} interval {number(low)} … {number(high)})"
+
+
+def lowest_of(analysis: Analysis) -> float:
+    """Return where a scale up to 1 begins that holds 0 and the plotted metrics with their intervals, in tenths."""
+    lows = [model.metrics.loc[list(PLOTTED), ["value", "low"]].min().min() for model in analysis.models.values()]
+    return min(0, math.floor(10 * np.nanmin(lows))) / 10
+
+
+_HEADLINE_DIGITS = {"align_px": 3, "cosine": 2, "shuffled_cosine": 2}
 _HEALTH_DIGITS = {"shuffled_align_px": 3, "contrast": 2, "retrieval_top1": 2, "best_word_cosine": 2}
+_PAPER_COLUMNS = ("Projector", "H before", "H after", "ΔH", "Align(V, W)", "cosine")
+
+
+def headline_table(analysis: Analysis) -> Table:
+    """Table 3 of the paper, with the cosine with wrong labels as a control."""
+    rows = []
+    for name, model in analysis.models.items():
+        entropies = (model.entropy_before.entropy_nats, model.entropy_after.entropy_nats, model.entropy_drop_nats)
+        rows.append([Cell(name), *map(Cell, map(number, entropies)), *_cells(model.metrics, _HEADLINE_DIGITS)])
+    for name, before_nats, untrained in _untrained(analysis):
+        metrics = _cells(untrained.metrics, _HEADLINE_DIGITS)
+        rows.append([*_entropies_of_untrained(name, before_nats, untrained), *metrics])
+    title = f"{analysis.images:,} images, threshold rule {analysis.settings.measure.threshold_rule}"
+    return Table(title, (*_PAPER_COLUMNS, "cosine, shuffled labels"), rows)
 
 
 def health_table(analysis: Analysis) -> Table:
     """What tells alignment from collapse, beside Align and cosine; the floor is the cosine of a constant vector."""
-    rows = []
-    for name, model in analysis.models.items():
-        metrics = [_interval(model.metrics.loc[metric], digits) for metric, digits in _HEALTH_DIGITS.items()]
-        rows.append([Cell(name), *metrics, Cell(number(model.cosine_floor, 2))])
+    rows = [
+        [Cell(name), *_cells(model.metrics, _HEALTH_DIGITS), Cell(number(model.cosine_floor, 2))]
+        for name, model in analysis.models.items()
+    ]
     for name, _, untrained in _untrained(analysis):
-        metrics = [_spread(untrained.metrics.loc[metric], digits) for metric, digits in _HEALTH_DIGITS.items()]
-        rows.append([Cell(name), *metrics, Cell("")])
+        rows.append([Cell(name), *_cells(untrained.metrics, _HEALTH_DIGITS), Cell("")])
     columns = ("Align, other label", "contrast", "retrieval@1", "best word", "floor")
     return Table("Own label against others", ("Projector", *columns), rows)
 
@@ -143,32 +191,14 @@ def names_table(analysis: Analysis) -> Table | None:
     rows = [
         [
             Cell(name),
-            *(_interval(model.metrics.loc[score], 2) for score in SCORES_BY_NAME),
-            *(_interval(model.names.captions.loc[metric], 2) for metric in ("precision", "recall", "f1")),
+            *_cells(model.metrics, dict.fromkeys(SCORES_BY_NAME, 2)),
+            *_cells(model.names.captions, {"precision": 2, "recall": 2, "f1": 2}),
         ]
         for name, model in analysis.models.items()
         if model.names
     ]
     columns = ("bound", "information", "AUC", "captions: precision", "recall", "F1")
     return Table("Names that the LLM reads, nats", ("Projector", *columns), rows) if rows else None
-
-
-def headline_table(analysis: Analysis) -> Table:
-    """Table 3 of the paper, with the cosine with wrong labels as a control."""
-    rows = []
-    for name, model in analysis.models.items():
-        entropies = (model.entropy_before.entropy_nats, model.entropy_after.entropy_nats, model.entropy_drop_nats)
-        metrics = [_interval(model.metrics.loc[metric], digits) for metric, digits in _HEADLINE_DIGITS.items()]
-        rows.append([Cell(name), *(Cell(number(value)) for value in entropies), *metrics])
-    for name, before_nats, untrained in _untrained(analysis):
-        metrics = [_spread(untrained.metrics.loc[metric], digits) for metric, digits in _HEADLINE_DIGITS.items()]
-        rows.append([*_entropies_of_untrained(name, before_nats, untrained), *metrics])
-    title = f"{analysis.images:,} images, threshold rule {analysis.settings.measure.threshold_rule}"
-    return Table(title, (*_PAPER_COLUMNS, "cosine, shuffled labels"), rows)
-
-
-_HEADLINE_DIGITS = {"align_px": 3, "cosine": 2, "shuffled_cosine": 2}
-_PAPER_COLUMNS = ("Projector", "H before", "H after", "ΔH", "Align(V, W)", "cosine")
 
 
 def paper_table() -> Table:
@@ -194,7 +224,7 @@ def entropy_table(analysis: Analysis) -> Table:
         ranks = [Cell(number(entropy.effective_rank, 1), f"of {entropy.width}") for entropy in (before, after)]
         rows.append([Cell(name), *entropies, Cell(number(model.entropy_drop_nats)), *ranks, Cell(f"{after.tokens:,}")])
     for name, before_nats, untrained in _untrained(analysis):
-        ranks = [Cell(number(math.exp(before_nats), 1)), _spread(untrained.effective_rank_after, 1)]
+        ranks = [Cell(number(math.exp(before_nats), 1)), _cell(untrained.effective_rank_after, 1)]
         rows.append([*_entropies_of_untrained(name, before_nats, untrained), *ranks, Cell("")])
     ranks_of = ("effective rank before", "effective rank after")
     return Table("Entropy", ("Projector", "H before", "H after", "ΔH", *ranks_of, "visual tokens"), rows)
@@ -202,23 +232,20 @@ def entropy_table(analysis: Analysis) -> Table:
 
 def metrics_table(analysis: Analysis) -> Table:
     """Every metric with its rule, a row each, and the projectors side by side."""
-    untrained = _untrained(analysis)
+    untrained = {name: found for name, _, found in _untrained(analysis)}
+    metrics = [*(found.metrics for found in analysis.models.values()), *(found.metrics for found in untrained.values())]
     rows = [
-        [
-            Cell(name, analysis.rules[name]),
-            *(_interval(model.metrics.loc[name]) for model in analysis.models.values()),
-            *(_spread(found.metrics.loc[name]) for _, _, found in untrained),
-        ]
+        [Cell(name, analysis.rules[name]), *(_cell(of_model.loc[name]) for of_model in metrics)]
         for name in measured_of(analysis, ON_PAGE)
     ]
-    return Table("Every metric", ("Metric", *analysis.models, *(name for name, _, _ in untrained)), rows)
+    return Table("Every metric", ("Metric", *analysis.models, *untrained), rows)
 
 
 def differences_table(analysis: Analysis) -> Table:
     """The headline metrics of each pair of projectors, the later less the earlier."""
     shown = measured_of(analysis, HEADLINES)
     rows = [
-        [Cell(f"{pair.first} − {pair.second}"), *(_interval(pair.metrics.loc[name]) for name in shown)]
+        [Cell(f"{pair.first} − {pair.second}"), *_cells(pair.metrics, dict.fromkeys(shown, 3))]
         for pair in analysis.comparisons
     ]
     return Table("Differences", ("Difference", *shown), rows)
@@ -229,11 +256,9 @@ def measured_of(analysis: Analysis, names: Sequence[str]) -> list[str]:
     return [n for n in names if any(not math.isnan(m.metrics.loc[n, "value"]) for m in analysis.models.values())]
 
 
-def breakdown_table(title: str, part: str, models: Mapping[str, Mapping[str, pd.DataFrame]]) -> Table:
-    """Align, cosine and the name scores by size, label or caption; `models` has the metrics, by model and part.
-
-    Parts are those of the first model, in its order.
-    """
+def breakdown_table(analysis: Analysis, by: str, title: str, part: str) -> Table:
+    """Align, cosine and the name scores `by_size`, `by_label` or `by_caption`; parts are the first model's."""
+    models: dict[str, dict[str, pd.DataFrame]] = {name: getattr(of, by) for name, of in analysis.models.items()}
     shown = ["align_px", "cosine"]
     if any(metrics.loc["name_bound", "regions"] for parts in models.values() for metrics in parts.values()):
         shown += ["name_bound", "name_auc"]
@@ -242,7 +267,7 @@ def breakdown_table(title: str, part: str, models: Mapping[str, Mapping[str, pd.
         [
             Cell(name),
             Cell(f"{int(metrics.loc['align_px', 'regions']):,}"),
-            *(_interval(parts[name].loc[metric], 2) for metric in shown for parts in models.values()),
+            *(_cell(parts[name].loc[metric], 2) for metric in shown for parts in models.values()),
         ]
         for name, metrics in list(first.items())[:MOST_LABELS]
     ]
@@ -271,34 +296,32 @@ def sources_table(analysis: Analysis, hashes: Mapping[str, str]) -> Table:
     def source(path: str) -> Cell:
         return Cell(path, f"SHA-256 {hashes[path][:16]}" if path in hashes else "")
 
-    rows = [
-        [Cell(name), *map(source, (model.source, model.tower, model.words)), Cell(_grids(model.layouts))]
-        for name, model in analysis.models.items()
-    ]
+    rows = []
+    for name, model in analysis.models.items():
+        grids, others = ", ".join(list(model.layouts)[:MOST_LAYOUTS]), len(model.layouts) - MOST_LAYOUTS
+        more = Cell(f"{grids} and {others} more" if others > 0 else grids)
+        rows.append([Cell(name), *map(source, (model.source, model.tower, model.words)), more])
     return Table("Models", ("Projector", "weights", "vision tower", "word embeddings", "grid"), rows)
 
 
-def _grids(layouts: Mapping[str, int]) -> str:
-    others = len(layouts) - MOST_LAYOUTS
-    return ", ".join(list(layouts)[:MOST_LAYOUTS]) + (f" and {others} more" if others > 0 else "")
+def _cell(metric: Mapping[str, float] | pd.Series, digits: int = 3) -> Cell:
+    """A value with its interval, or a mean with its standard deviation."""
+    if "sd" in metric:
+        spread = "" if math.isnan(metric["sd"]) else f"± {number(metric['sd'], digits)}"
+        return Cell(number(metric["mean"], digits), spread)
+    low, high = (number(metric[end], digits) for end in ("low", "high"))
+    return Cell(number(metric["value"], digits), "" if math.isnan(metric["low"]) else f"{low} … {high}")
 
 
-def _interval(metric: pd.Series, digits: int = 3) -> Cell:
-    interval = (
-        "" if math.isnan(metric["low"]) else f"{number(metric['low'], digits)} … {number(metric['high'], digits)}"
-    )
-    return Cell(number(metric["value"], digits), interval)
-
-
-def _spread(spread: Mapping[str, float] | pd.Series, digits: int = 3) -> Cell:
-    return Cell(number(spread["mean"], digits), "" if math.isnan(spread["sd"]) else f"± {number(spread['sd'], digits)}")
+def _cells(metrics: pd.DataFrame, digits_of: Mapping[str, int]) -> list[Cell]:
+    return [_cell(metrics.loc[name], digits) for name, digits in digits_of.items()]
 
 
 def _entropies_of_untrained(name: str, before_nats: float, untrained: Untrained) -> list[Cell]:
     """The beginning of a row of untrained projectors: name, entropies before and after, and their difference."""
     seeds = f"± sd, {len(untrained.seeds)} seeds" if len(untrained.seeds) > 1 else "1 seed"
-    after = (_spread(untrained.entropy_after_nats), _spread(untrained.entropy_drop_nats))
-    return [Cell(name, seeds), Cell(number(before_nats)), *after]
+    after = (untrained.entropy_after_nats, untrained.entropy_drop_nats)
+    return [Cell(name, seeds), Cell(number(before_nats)), *map(_cell, after)]
 
 
 def _untrained(analysis: Analysis) -> list[tuple[str, float, Untrained]]:
@@ -307,16 +330,14 @@ def _untrained(analysis: Analysis) -> list[tuple[str, float, Untrained]]:
     for name, model in analysis.models.items():
         if model.untrained is not None and id(model.untrained) not in of_shape:
             of_shape[id(model.untrained)] = (name, model.entropy_before.entropy_nats, model.untrained)
-    if len(of_shape) == 1:
-        return [("untrained", before, found) for _, before, found in of_shape.values()]
-    return [(f"untrained, as {name}", before, found) for name, before, found in of_shape.values()]
+    title = "untrained" if len(of_shape) == 1 else "untrained, as {}"
+    return [(title.format(name), before, found) for name, before, found in of_shape.values()]
 
 
 def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: str, maps: TokenMaps | None) -> str:
     """Render the page."""
     measure, resampling = analysis.settings.measure, analysis.settings.resampling
     subset = "all" if measure.limit is None else f"{measure.subset}, {measure.limit:,}"
-    versions = ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())
     settings = {
         "data": f"{measure.data}, format {analysis.data_format}",
         "images": f"{measure.image_folder}, {subset}",
@@ -328,13 +349,10 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         "intervals": f"{resampling.confidence:.0%}, {resampling.resamples:,} resamples of images; one training run",
         "untrained projectors": f"seeds {', '.join(map(str, analysis.settings.untrained_seeds)) or 'none'}",
         **{key: str(value) for key, value in provenance.items() if key not in ("sha256", "versions")},
-        "versions": versions,
+        "versions": ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items()),
         "speed": f"{analysis.images_per_second:.1f} images a second, all projectors together",
     }
-    by_size, by_label, by_caption = (
-        {name: getattr(model, part) for name, model in analysis.models.items()}
-        for part in ("by_size", "by_label", "by_caption")
-    )
+    told_apart = all(model.by_caption for model in analysis.models.values())
     return render(
         __package__,
         "report.html.j2",
@@ -358,9 +376,9 @@ def report_page(analysis: Analysis, provenance: Mapping[str, Any], spectra_svg: 
         spectra=Markup(spectra_svg[spectra_svg.index("<svg") :]),
         metrics=metrics_table(analysis),
         differences=differences_table(analysis),
-        sizes=breakdown_table("Sizes", "Size", by_size),
-        captions=breakdown_table("Captions", "Region", by_caption) if all(by_caption.values()) else None,
-        labels=breakdown_table("Labels", "Label", by_label),
+        sizes=breakdown_table(analysis, "by_size", "Sizes", "Size"),
+        captions=breakdown_table(analysis, "by_caption", "Captions", "Region") if told_apart else None,
+        labels=breakdown_table(analysis, "by_label", "Labels", "Label"),
         most_labels=MOST_LABELS,
         picture=[
             (row, {key: jpeg_address(jpeg) for key, jpeg in panel_jpegs(row).items()}) for row in analysis.picture
@@ -379,7 +397,7 @@ def report_markdown(analysis: Analysis) -> str:
     """Render the headline table, what it was taken on, and the paper's Table 3."""
     measure = analysis.settings.measure
     first, model = next(iter(analysis.models.items()))
-    counts = model.counts
+    counts, names = model.counts, names_table(analysis)
     kind = f" of kind `{measure.region_kind}`" if measure.region_kind else ""
     outside = (
         f"{counts['regions_outside']} outside the model's image and left out, " if counts["regions_outside"] else ""
@@ -389,7 +407,6 @@ def report_markdown(analysis: Analysis) -> str:
         if analysis.broken_images
         else ""
     )
-    names = names_table(analysis)
     differing = f" (of {first}; the page has the counts of all)" if analysis.counts_differ else ""
     lines = [
         "# Analysis of projectors",

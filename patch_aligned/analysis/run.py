@@ -34,16 +34,17 @@ from patch_aligned.analysis.regions import (
     MEASURED_SCORES,
     METRICS,
     SIZE_LIMITS_PX,
+    MeasuredSet,
+    MeasureSettings,
+    breakdowns,
     count_regions,
     differences,
     mean_and_sd,
-    metrics_by_caption,
-    metrics_by_label,
-    metrics_by_size,
     metrics_of,
+    open_image,
+    read_set,
     rules_of,
 )
-from patch_aligned.analysis.sets import MeasuredSet, MeasureSettings, open_image, read_set
 from patch_aligned.analysis.words import dictionary_of
 from patch_aligned.cells import Layout, TokenGrid
 from patch_aligned.intervals import Resampling
@@ -71,81 +72,52 @@ class AnalysisSettings:
 
 @dataclass(frozen=True)
 class Entropy:
-    """Von Neumann entropy of tokens, in nats, and what it is taken from.
+    """Von Neumann entropy of tokens, and what it is taken from."""
 
-    Attributes:
-        entropy_nats: of the spectrum; at most `log width`.
-        effective_rank: `exp(entropy_nats)`.
-        width: of a token.
-        tokens: how many.
-        spectrum: eigenvalues, falling, sum 1.
-    """
-
-    entropy_nats: float
-    effective_rank: float
-    width: int
-    tokens: int
-    spectrum: list[float]
+    entropy_nats: float  # of the spectrum; at most `log width`
+    effective_rank: float  # `exp(entropy_nats)`
+    width: int  # of a token
+    tokens: int  # how many
+    spectrum: list[float]  # eigenvalues, falling, sum 1
 
     @classmethod
     def of(cls, seen: EntropyAccumulator) -> Entropy:
         """Return the entropy of the tokens seen."""
-        rank = seen.effective_rank()
-        return cls(seen.entropy_nats(), rank, seen.width, seen.token_count, seen.spectrum().tolist())
+        nats = seen.entropy_nats()
+        return cls(nats, math.exp(nats), seen.width, seen.token_count, seen.spectrum().tolist())
 
 
 @dataclass(frozen=True)
 class Untrained:
-    """Random projectors of a model's shape on the same images; each number as mean and standard deviation over seeds.
+    """Random projectors of a model's shape on the same images; each number as `mean` and `sd` over seeds."""
 
-    Attributes:
-        seeds: one projector each.
-        entropy_after_nats, entropy_drop_nats, effective_rank_after: `{"mean": ..., "sd": ...}`.
-        metrics: a row for each of `regions.METRICS`, columns `mean` and `sd`.
-    """
-
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # one projector each
     entropy_after_nats: dict[str, float]
     entropy_drop_nats: dict[str, float]
     effective_rank_after: dict[str, float]
-    metrics: pd.DataFrame
+    metrics: pd.DataFrame  # a row for each of `METRICS`
 
 
 @dataclass(frozen=True)
 class ModelAnalysis:
-    """All numbers of one model.
+    """All numbers of one model. The parts of breakdowns have the headline metrics, see `regions.breakdowns`."""
 
-    Attributes:
-        source, tower, words: where projector, features and word embeddings come from.
-        grid: rows and columns of visual tokens, where all images have one grid of the same shape; else None.
-        layouts: how many images have which grids, in words, the most frequent first.
-        entropy_before, entropy_after: of the features and of the visual tokens.
-        entropy_drop_nats: before less after.
-        cosine_floor: cosine that the best constant vector has with the labels of the set, each label counting alike.
-        metrics: see `regions.metrics_of`.
-        by_size, by_label, by_caption: headline metrics of the small, medium and large regions, of each label, and of
-            the regions that captions name and do not.
-        counts: see `regions.count_regions`.
-        untrained: random projectors of the same shape; None if none were asked for.
-        names: captions; None if no LLM was run.
-    """
-
-    source: str
-    tower: str
-    words: str
-    grid: tuple[int, int] | None
-    layouts: dict[str, int]
-    entropy_before: Entropy
-    entropy_after: Entropy
-    entropy_drop_nats: float
-    cosine_floor: float
-    metrics: pd.DataFrame
+    source: str  # of the projector
+    tower: str  # of the features
+    words: str  # of the word embeddings
+    grid: tuple[int, int] | None  # rows and columns of visual tokens, where all images have one grid of the same shape
+    layouts: dict[str, int]  # how many images have which grids, in words, the most frequent first
+    entropy_before: Entropy  # of the features
+    entropy_after: Entropy  # of the visual tokens
+    entropy_drop_nats: float  # before less after
+    cosine_floor: float  # of the best constant vector with the labels of the set, each label counting alike
+    metrics: pd.DataFrame  # see `regions.metrics_of`
     by_size: dict[str, pd.DataFrame]
     by_label: dict[str, pd.DataFrame]
-    by_caption: dict[str, pd.DataFrame]
-    counts: dict[str, int]
-    untrained: Untrained | None
-    names: NameAnalysis | None
+    by_caption: dict[str, pd.DataFrame]  # of the regions that captions name and do not
+    counts: dict[str, int]  # see `regions.count_regions`
+    untrained: Untrained | None  # random projectors of the same shape; None if none were asked for
+    names: NameAnalysis | None  # captions; None if no LLM was run
 
 
 @dataclass(frozen=True)
@@ -159,35 +131,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Results of an analysis.
-
-    Attributes:
-        settings: what decided the numbers.
-        rules: what each metric is, in words.
-        data_format: of the set.
-        images: how many.
-        labels: different labels of the set.
-        skipped: annotations of the whole file that were no regions, by reason.
-        broken_images: images left out by `on_error="skip"`, by id, each with the reason.
-        images_per_second: of the passes over the images, all models together; intervals not counted.
-        models: by name, in the order given.
-        comparisons: of every pair, the later less the earlier.
-        picture: rows for `save_localisation_figure`.
-        regions: scores with a row for each region and model, random projectors among them; see `regions`.
-    """
+    """Results of an analysis."""
 
     settings: AnalysisSettings
-    rules: dict[str, str]
-    data_format: str
+    rules: dict[str, str]  # what each metric is, in words
+    data_format: str  # of the set
     images: int
-    labels: int
-    skipped: Mapping[str, int]
-    broken_images: Mapping[str, str]
-    images_per_second: float
-    models: dict[str, ModelAnalysis]
-    comparisons: list[Comparison]
-    picture: list[PictureRow]
-    regions: pd.DataFrame
+    labels: int  # different ones of the set
+    skipped: Mapping[str, int]  # annotations of the whole file that were no regions, by reason
+    broken_images: Mapping[str, str]  # left out by `on_error="skip"`, by id, each with the reason
+    images_per_second: float  # of the passes over the images, all models together; intervals not counted
+    models: dict[str, ModelAnalysis]  # by name, in the order given
+    comparisons: list[Comparison]  # of every pair, the later less the earlier
+    picture: list[PictureRow]  # for `save_localisation_figure`
+    regions: pd.DataFrame  # scores with a row for each region and model, random projectors among them; see `regions`
 
     @property
     def counts_differ(self) -> bool:
@@ -239,19 +196,24 @@ def analyse(
         ValueError: there are no regions, none lies in a model's image or covers a token, or an image's size is not its
             record's.
     """
-    measure = settings.measure
+    measure, resampling = settings.measure, settings.resampling
     measured = read_set(measure)
     encoders = {id(model.encoder): model.encoder for model in models}
-    passes = len(encoders) + (len(models) if settings.names else 0)
+    images = len(measured.images)
+    total, done = images * (len(encoders) + (len(models) if settings.names else 0)), 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        on_images(done, total)
+
     untrained = _untrained_by_shape(models, settings.untrained_seeds)
     runs: dict[str, ModelRun] = {}
     before: dict[int, Entropy] = {}
-    images = len(measured.images)
     started = time.perf_counter()
-    for number, (key, encoder) in enumerate(encoders.items()):
+    for key, encoder in encoders.items():
         behind = [model for model in models if model.encoder is encoder]
         twins = [twin for shape, twins in untrained.items() if shape[0] == key for twin in twins]
-        tell = partial(_tell, on_images, number * images, passes * images)
         seen, runs_of_encoder = pass_over_images(encoder, [*behind, *twins], measured, measure, tell)
         before[key] = Entropy.of(seen)
         runs |= {run.model.name: run for run in runs_of_encoder}
@@ -264,19 +226,12 @@ def analyse(
             f"{measure.min_coverage} of its cell on: they are smaller than the grid can tell. Choose a set "
             "with larger regions, or pass a lower --min-coverage."
         )
-    untrained_found = {
-        shape: _untrained(
-            [runs[twin.name].entropy for twin in twins],
-            [regions_of[twin.name] for twin in twins],
-            before[shape[0]].entropy_nats,
-            settings.untrained_seeds,
-        )
-        for shape, twins in untrained.items()
-    }
-    resampling = settings.resampling
+    untrained_found = {}
+    for shape, twins in untrained.items():
+        entropies, regions = zip(*((runs[twin.name].entropy, regions_of[twin.name]) for twin in twins), strict=True)
+        untrained_found[shape] = _untrained(entropies, regions, before[shape[0]].entropy_nats, settings.untrained_seeds)
     spoken: dict[str, NameAnalysis] = {}
     if settings.names:
-        tell = partial(_tell, on_images, len(encoders) * images, passes * images)
         for name, scores, of_captions in analyse_names(models, measured, measure, settings.names, resampling, tell):
             seen = regions_of[name]["iou_px"].notna()
             regions_of[name].update(scores[seen.loc[scores.index]])
@@ -296,9 +251,7 @@ def analyse(
             entropy_drop_nats=entropy_before.entropy_nats - entropy_after.entropy_nats,
             cosine_floor=float(model.words.directions_of_labels(measured.labels).double().mean(dim=0).norm()),
             metrics=metrics_of(of_model, resampling),
-            by_size=metrics_by_size(of_model, resampling),
-            by_label=metrics_by_label(of_model, resampling),
-            by_caption=metrics_by_caption(of_model, resampling),
+            **breakdowns(of_model, resampling),
             counts=count_regions(of_model),
             untrained=untrained_found.get(_shape_of(model)),
             names=spoken.get(model.name),
@@ -310,7 +263,7 @@ def analyse(
     ]
     return Analysis(
         settings=settings,
-        rules=rules_of(measure.threshold_rule, measure.min_coverage, measure.seed, len(measured.labels)),
+        rules=rules_of(**vars(measure), label_count=len(measured.labels)),
         data_format=measured.format,
         images=images,
         labels=len(measured.labels),
@@ -327,10 +280,6 @@ def analyse(
         ],
         regions=pd.concat(regions_of.values(), ignore_index=True),
     )
-
-
-def _tell(on_images: Callable[[int, int], None], done_before: int, total: int, done: int) -> None:
-    on_images(done_before + done, total)
 
 
 def _picture_row(
@@ -373,28 +322,20 @@ def _untrained(
         seeds=seeds,
         entropy_after_nats=mean_and_sd(after),
         entropy_drop_nats=mean_and_sd([entropy_before_nats - value for value in after]),
-        effective_rank_after=mean_and_sd([entropy.effective_rank() for entropy in entropies]),
+        effective_rank_after=mean_and_sd([math.exp(value) for value in after]),
         metrics=pd.DataFrame(spreads, index=pd.Index(METRICS, name="metric")),
     )
 
 
 class ModelRun:
-    """What one pass over the images collects of one model.
-
-    Attributes:
-        model: which.
-        entropy: of the visual tokens that have a place.
-        shapes: images by the shapes of their grids.
-        scores: an array `[R, scores]` for each image, of those that need no LLM.
-        cells: of the picture, by the position of their image.
-    """
+    """What one pass over the images collects of one model."""
 
     def __init__(self, model: VisionLanguageModel):
         self.model = model
-        self.entropy = EntropyAccumulator(model.words.width, model.encoder.device)
-        self.shapes: Counter[tuple[tuple[int, int], ...]] = Counter()
-        self.scores: list[np.ndarray] = []
-        self.cells: dict[int, PictureCell] = {}
+        self.entropy = EntropyAccumulator(model.words.width, model.encoder.device)  # of tokens that have a place
+        self.shapes: Counter[tuple[tuple[int, int], ...]] = Counter()  # images by the shapes of their grids
+        self.scores: list[np.ndarray] = []  # [R, scores] for each image, of those that need no LLM
+        self.cells: dict[int, PictureCell] = {}  # of the picture, by the position of their image
 
     def see(self, tokens: Sequence[Tensor], layouts: Sequence[Layout]) -> None:
         """Count the tokens `[T, D]` of images in the entropy, and their layouts."""
@@ -423,9 +364,12 @@ def pass_over_images(
     models: Sequence[VisionLanguageModel],
     measured: MeasuredSet,
     settings: MeasureSettings,
-    on_images: Callable[[int], None],
+    tell: Callable[[int], None],
 ) -> tuple[EntropyAccumulator, list[ModelRun]]:
-    """Open every image once and measure all models of an encoder on it: entropy of the features, and a run a model."""
+    """Open every image once and measure all models of an encoder on it: entropy of the features, and a run a model.
+
+    `tell` is called with the number of images of each batch.
+    """
     before: EntropyAccumulator | None = None
     words = {id(model.words): model.words for model in models}  # models of one LLM share them, and its labels' [L, D]
     directions = {key: of.directions_of_labels(measured.labels).to(encoder.device) for key, of in words.items()}
@@ -475,7 +419,7 @@ def pass_over_images(
                     threshold = settings.threshold_rule, settings.positive_threshold
                     coverage = coverages[index, layout.whole][region]
                     run.cells[position] = picture_cell(layout.whole, direction, visual_tokens, coverage, *threshold)
-        on_images(start + len(batch))
+        tell(len(batch))
     if all(np.isnan(run.columns()["iou_px"]).all() for run in runs):
         raise ValueError(
             f"{settings.data}: all {len(measured.regions)} regions lie outside the model's image, cut away by its "

@@ -6,6 +6,7 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,12 +68,7 @@ def map_entry(name: str, token_map: TokenMap, colours: Mapping[str, str]) -> dic
     pursuit = token_map.pursuit
     words: dict[str, dict[str, Any]] = {}
     for token_id, word in token_map.words.items():
-        words[str(token_id)] = {
-            "text": word.text,
-            "starts_word": word.starts_word,
-            "special": word.special,
-            "english": word.english,
-        }
+        words[str(token_id)] = asdict(word)
         if word.english and (colour := colours.get(word.text.lower())):
             words[str(token_id)]["colour"] = colour
     return {
@@ -80,19 +76,15 @@ def map_entry(name: str, token_map: TokenMap, colours: Mapping[str, str]) -> dic
         "grid": list(token_map.grid.shape),
         "captions": [token_map.caption(turn) for turn in range(pursuit.ids.shape[1])],
         "ids": pursuit.ids.tolist(),
-        "coefficients": _rounded_rows(pursuit.coefficients),
-        "cosines": _rounded_rows(pursuit.cosines),
-        "residual_norms": _rounded_rows(pursuit.residual_norms),
+        "coefficients": _rounded(pursuit.coefficients),
+        "cosines": _rounded(pursuit.cosines),
+        "residual_norms": _rounded(pursuit.residual_norms),
         "words": words,
     }
 
 
-def _rounded(values: tuple[float, ...]) -> list[float]:
-    return [round(value, _DIGITS) for value in values]
-
-
-def _rounded_rows(values: Tensor) -> list[list[float]]:
-    return [_rounded(row) for row in values.tolist()]
+def _rounded(values: Tensor) -> list[list[float]]:
+    return [[round(value, _DIGITS) for value in row] for row in values.tolist()]
 
 
 INK, FADED = "#212529", "#495057"
@@ -146,17 +138,9 @@ def save_token_map_figures(
 def save_token_map_figure(
     image: MappedImage, path: Path, caption: str, has_word_list: bool, cosine_maps: bool = False
 ) -> None:
-    """Save all maps of an image as a picture: a row a round, a column a model.
+    """Save all maps of an image as a picture: a row a round, a column a model; the caption says how words were found.
 
-    Args:
-        image: with the maps of at least one model, all of the same number of rounds.
-        path: where the picture goes.
-        caption: how the words were found.
-        has_word_list: whether colours tell English words.
-        cosine_maps: whether the cosines of each round stand beside its words, on one scale for the image.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    With `cosine_maps` the cosines of each round stand beside its words, on one scale for the image.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
@@ -184,29 +168,20 @@ def save_token_map_figure(
     )
     size = f"The larger a word, the larger its cosine with what is left of the token (largest here: {writer.top:.2f})."
     method = textwrap.wrap(caption[:1].upper() + caption[1:] + ".", 90)
-    figure.text(
+    write = partial(figure.text, family=font_families(), parse_math=False)
+    write(
         (margin + 1.45) / width,
         1 - (margin + 0.05) / height,
         "\n".join((drawable(image.image_id, 60), "", size, colours, *method)),
         va="top",
         fontsize=8.5,
         color=FADED,
-        family=font_families(),
         linespacing=1.35,
-        parse_math=False,
     )
     for column, (name, token_map) in enumerate(image.maps.items()):
         left = margin + panels * column * (panel + gap)
-        figure.text(
-            (left + panel / 2) / width,
-            1 - (head - 0.08) / height,
-            drawable(name, 40),
-            ha="center",
-            fontsize=12,
-            fontweight="bold",
-            family=font_families(),
-            parse_math=False,
-        )
+        middle, top = (left + panel / 2) / width, 1 - (head - 0.08) / height
+        write(middle, top, drawable(name, 40), ha="center", fontsize=12, fontweight="bold")
         points = 72 * panel / boxes_wh[name][0]
         for turn in range(rounds):
             bottom = height - head - title - (turn + 1) * panel_height - turn * title
@@ -257,8 +232,7 @@ def _draw_map(
     axes: Axes, image: np.ndarray, token_map: TokenMap, turn: int, points: float, writer: _WordWriter
 ) -> None:
     """Draw one round over the whole image; `points` is the size of an image's pixel."""
-    grid, (left, top, width, height) = token_map.grid, _box_around(token_map)
-    bare(axes)
+    grid = token_map.grid
     axes.imshow(0.36 * image / 255 + 0.64, extent=(0, image.shape[1], image.shape[0], 0), interpolation="bilinear")
     axes.vlines(grid.x_edges, grid.y_edges[0], grid.y_edges[-1], color="white", linewidth=0.5, alpha=0.7)
     axes.hlines(grid.y_edges, grid.x_edges[0], grid.x_edges[-1], color="white", linewidth=0.5, alpha=0.7)
@@ -268,22 +242,23 @@ def _draw_map(
         row, column = divmod(cell, grid.cols)
         centre_xy = (grid.x_edges[column] + cell_width / 2, grid.y_edges[row] + cell_height / 2)
         writer.write(axes, centre_xy, token_map.words[word], cosine, points * min(cell_width, cell_height))
-    axes.set_xlim(left, left + width)
-    axes.set_ylim(top + height, top)
-    axes.set_aspect("equal")
-    axes.set_title(token_map.caption(turn), fontsize=8.5, pad=3, color=FADED)
+    _frame(axes, token_map, token_map.caption(turn))
 
 
 def _draw_cosines(axes: Axes, token_map: TokenMap, turn: int, top: float) -> None:
     """Draw the cosines of one round, from 0 to the image's largest, as the paper's Figure 6 has them."""
-    bare(axes)
-    grid, (left, upper, width, height) = token_map.grid, _box_around(token_map)
+    grid = token_map.grid
     cosines = token_map.pursuit.cosines[:, turn].reshape(grid.shape).numpy()
     axes.pcolormesh(grid.x_edges, grid.y_edges, cosines, cmap=HEAT_MAP, vmin=0, vmax=max(top, 1e-9))
-    axes.set_xlim(left, left + width)
-    axes.set_ylim(upper + height, upper)
-    axes.set_aspect("equal")
-    axes.set_title(f"cosine {cosines.min():.2f} … {cosines.max():.2f}", fontsize=8.5, pad=3, color=FADED)
+    _frame(axes, token_map, f"cosine {cosines.min():.2f} … {cosines.max():.2f}")
+
+
+def _frame(axes: Axes, token_map: TokenMap, title: str) -> None:
+    """Show the image and all cells, under a title."""
+    left, top, width, height = _box_around(token_map)
+    bare(axes)
+    axes.set(xlim=(left, left + width), ylim=(top + height, top), aspect="equal")
+    axes.set_title(title, fontsize=8.5, pad=3, color=FADED)
 
 
 def _box_around(token_map: TokenMap) -> tuple[float, float, float, float]:

@@ -6,11 +6,10 @@ Letters: S visual tokens of an image, D width of the LLM, K rounds of matching p
 from __future__ import annotations
 
 import colorsys
-import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis.matching_pursuit import Pursuit, WordDictionary, matching_pursuit
 from patch_aligned.cells import TokenGrid
-from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings
+from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings, tokens_of_image
 from patch_aligned.models.load import sources_of
 
 # Single tokens of an LLM's vocabulary as text that can be shown: one token, on its own, made visible.
@@ -34,52 +33,45 @@ _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 
 @dataclass(frozen=True)
 class TokenText:
-    """A token as it is shown.
+    """A token as it is shown, without the space in front of a word.
 
-    Attributes:
-        text: without the space in front of a word. White space and control characters are written as visible signs,
-            bytes that are only part of a character as `<0xE2>`.
-        starts_word: whether a space comes before it; False for word-internal tokens, and for tokenizers that do not
-            mark it.
-        special: whether it is a special token such as `</s>`, or was added to the vocabulary.
-        english: whether it is an English word; None if no word list is installed.
+    White space and control characters are visible signs, bytes that are only part of a character are `<0xE2>`.
     """
 
     text: str
-    starts_word: bool
-    special: bool
-    english: bool | None = None
+    starts_word: bool  # whether a space comes before it; False for tokenizers that do not mark it
+    special: bool  # such as `</s>`, or added to the vocabulary
+    english: bool | None = None  # None if no word list is installed
 
 
 class VocabularyText:
-    """Texts of single tokens, by id.
+    """Texts of an LLM's single tokens, by id. Without a list of English words none says whether it is one."""
 
-    Args:
-        tokenizer: the LLM's tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, english: WordList | None = None):
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        self._tokenizer = tokenizer
+        self._tokenizer, self._english = tokenizer, english
+        self._known: dict[int, TokenText] = {}
         self._special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
         self._byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
 
-    def __len__(self) -> int:
-        """Words that the tokenizer knows, added ones among them."""
-        return len(self._tokenizer)
-
     def __getitem__(self, token_id: int) -> TokenText:
-        raw = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token_id in self._special:
-            return TokenText(raw, starts_word=False, special=True)
+        if token_id not in self._known:
+            raw, special = self._tokenizer.convert_ids_to_tokens(token_id), token_id in self._special
+            text, starts_word = (raw, False) if special else self._shown(token_id, raw)
+            english = None if self._english is None else not special and text in self._english
+            self._known[token_id] = TokenText(text, starts_word, special, english)
+        return self._known[token_id]
+
+    def _shown(self, token_id: int, raw: str) -> tuple[str, bool]:
+        """The text of a token that is not special, and whether it starts a word."""
         text = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
         if REPLACEMENT in text and REPLACEMENT not in raw:
-            return TokenText(self._bytes(raw), starts_word=False, special=False)
+            return self._bytes(raw), False
         if not text.strip():  # nothing but white space, of which SentencePiece drops the first sign when it decodes
             text = raw.replace(_WORD_MARKS[0], " ") if _WORD_MARKS[0] in raw else text or raw
-            return TokenText(_visible(text), starts_word=False, special=False)
-        return TokenText(_visible(text.removeprefix(" ")), raw.startswith(_WORD_MARKS), special=False)
+            return _visible(text), False
+        return _visible(text.removeprefix(" ")), raw.startswith(_WORD_MARKS)
 
     def _bytes(self, raw: str) -> str:
         """SentencePiece writes a lone byte as `<0xE2>` itself; byte-level BPE has a character for each byte."""
@@ -108,12 +100,7 @@ _LONE_LETTERS = frozenset({"a", "i"})
 
 @dataclass(frozen=True)
 class WordList:
-    """English words, in lower case.
-
-    Attributes:
-        name: where they come from, for captions.
-        words: the words.
-    """
+    """English words in lower case, and where they come from, for captions."""
 
     name: str
     words: frozenset[str]
@@ -124,27 +111,20 @@ class WordList:
         return lower in self.words and (len(lower) > 1 or lower in _LONE_LETTERS)
 
 
-def _pyspellchecker() -> WordList | None:
-    if importlib.util.find_spec("spellchecker") is None:
-        return None
+def _pyspellchecker() -> WordList:
     from spellchecker import SpellChecker
 
     words = SpellChecker(language="en").word_frequency.words()
     return WordList(f"pyspellchecker {version('pyspellchecker')}", frozenset(words))
 
 
-def _nltk() -> WordList | None:
-    if importlib.util.find_spec("nltk") is None:
-        return None
+def _nltk() -> WordList:
     from nltk.corpus import words
 
-    try:
-        return WordList("NLTK's corpus words", frozenset(word.lower() for word in words.words()))
-    except LookupError:  # the package is there, the corpus is not
-        return None
+    return WordList("NLTK's corpus words", frozenset(map(str.lower, words.words())))
 
 
-_SOURCES: dict[str, tuple[Callable[[], WordList | None], str]] = {
+_SOURCES: dict[str, tuple[Callable[[], WordList], str]] = {
     "pyspellchecker": (_pyspellchecker, "pip install 'patch-aligned-llava[analysis]'"),
     "nltk": (_nltk, "pip install nltk && python -m nltk.downloader words"),
 }
@@ -153,26 +133,20 @@ WORD_LISTS = ("auto", *_SOURCES, "none")
 
 
 def english_words(name: str = "auto") -> WordList | None:
-    """The list of this name, or None where `auto` finds none.
+    """Return the list of this name, one of `WORD_LISTS`; None where `auto` finds none.
 
-    Args:
-        name: one of `WORD_LISTS`.
-
-    Raises:
-        ValueError: there is no list of this name.
-        ImportError: the list is not installed.
+    Raises `ValueError` if there is no list of this name, and `ImportError` if it is not installed.
     """
     if name not in WORD_LISTS:
         raise ValueError(f"Unknown word list {name!r}; the lists are {', '.join(WORD_LISTS)}.")
-    if name == "none":
-        return None
-    if name == "auto":
-        return next((found for load, _ in _SOURCES.values() if (found := load()) is not None), None)
-    load, command = _SOURCES[name]
-    found = load()
-    if found is None:
-        raise ImportError(f"The word list {name!r} is not installed: {command}")
-    return found
+    wanted = {"auto": tuple(_SOURCES), "none": ()}.get(name, (name,))
+    for load, command in map(_SOURCES.__getitem__, wanted):
+        try:
+            return load()
+        except (ImportError, LookupError) as error:  # LookupError: NLTK is there, its corpus is not
+            if name != "auto":
+                raise ImportError(f"The word list {name!r} is not installed: {command}") from error
+    return None
 
 
 _FIRST_HUE, _GOLDEN_ANGLE = 0.6, 0.381966  # shares of the colour circle
@@ -204,17 +178,11 @@ class PursuitSettings:
 
 @dataclass(frozen=True)
 class TokenMap:
-    """What one model makes of one image.
-
-    Attributes:
-        grid: the cells of its visual tokens.
-        pursuit: the words of each cell, row by row, `[S, K]`, on the CPU.
-        words: the text of each id that occurs.
-    """
+    """What one model makes of one image."""
 
     grid: TokenGrid
-    pursuit: Pursuit
-    words: dict[int, TokenText]
+    pursuit: Pursuit  # the words of each cell, row by row, [S, K], on the CPU
+    words: dict[int, TokenText]  # by each id that occurs
 
     def caption(self, round_index: int) -> str:
         """The round, its mean cosine, and the share of English words if there is a word list."""
@@ -226,16 +194,10 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class MappedImage:
-    """An image with the maps of every model.
-
-    Attributes:
-        image_id: what it is called.
-        image: uint8 `[height, width, 3]`, the image file.
-        maps: by the model's name.
-    """
+    """An image with the maps of every model, by its name."""
 
     image_id: str
-    image: np.ndarray
+    image: np.ndarray  # uint8 [height, width, 3], the image file
     maps: dict[str, TokenMap]
 
     @property
@@ -246,19 +208,12 @@ class MappedImage:
 
 @dataclass(frozen=True)
 class TokenMaps:
-    """Token maps of several images, with what they hang on.
-
-    Attributes:
-        images: each with the maps of every projector.
-        sources: where each projector and its words come from, by name.
-        settings: how tokens were decomposed.
-        word_list: English words; None where no list is installed.
-    """
+    """Token maps of several images, and what they depend on."""
 
     images: list[MappedImage]
-    sources: dict[str, str]
+    sources: dict[str, str]  # where each projector and its words come from, by name
     settings: PursuitSettings
-    word_list: WordList | None
+    word_list: WordList | None  # None where no list is installed
 
 
 def dictionary_of(words: WordEmbeddings, device: str, unit_length: bool = True) -> WordDictionary:
@@ -268,17 +223,7 @@ def dictionary_of(words: WordEmbeddings, device: str, unit_length: bool = True) 
 
 
 class TokenMapper:
-    """Decompose visual tokens into the words of one table of embeddings; models of one LLM share it.
-
-    Args:
-        words: the LLM's word embeddings.
-        settings: how tokens are decomposed.
-        english: English words; None leaves the words' language open.
-        device: where the pursuit runs. The table is kept there.
-
-    Raises:
-        ValueError: the table is broken.
-    """
+    """Decompose visual tokens into the words of an LLM, on a device, where its table is kept; its models share it."""
 
     def __init__(
         self,
@@ -287,10 +232,9 @@ class TokenMapper:
         english: WordList | None = None,
         device: str = "cpu",
     ):
-        self.settings, self.english = settings or PursuitSettings(), english
-        self.texts = VocabularyText(words.tokenizer)
+        self.settings = settings or PursuitSettings()
+        self.texts = VocabularyText(words.tokenizer, english)
         self.dictionary = dictionary_of(words, device, self.settings.unit_length)
-        self._words: dict[int, TokenText] = {}
 
     def map(self, visual_tokens: Tensor, grid: TokenGrid, rounds: int | None = None) -> TokenMap:
         """Decompose one image's visual tokens `[T, D]`, of which the grid names one a cell; None: rounds as set."""
@@ -301,17 +245,19 @@ class TokenMapper:
             absolute=self.settings.absolute,
             orthogonal=self.settings.orthogonal,
         )
-        pursuit = Pursuit(
-            *(part.cpu() for part in (found.ids, found.coefficients, found.cosines, found.residual_norms))
-        )
-        return TokenMap(grid, pursuit, {word: self._word(word) for word in pursuit.ids.unique().tolist()})
+        pursuit = Pursuit(*(part.cpu() for part in vars(found).values()))
+        return TokenMap(grid, pursuit, {word: self.texts[word] for word in pursuit.ids.unique().tolist()})
 
-    def _word(self, token_id: int) -> TokenText:
-        if token_id not in self._words:
-            token = self.texts[token_id]
-            english = None if self.english is None else not token.special and token.text in self.english
-            self._words[token_id] = replace(token, english=english)
-        return self._words[token_id]
+
+def mappers_of(
+    models: Sequence[VisionLanguageModel], settings: PursuitSettings, english: WordList | None
+) -> dict[str, TokenMapper]:
+    """A mapper for each model, by its name; models of one LLM share theirs, on the device of the first."""
+    shared: dict[str, TokenMapper] = {}
+    for model in models:
+        if model.words.source not in shared:
+            shared[model.words.source] = TokenMapper(model.words, settings, english, model.encoder.device)
+    return {model.name: shared[model.words.source] for model in models}
 
 
 def token_maps(
@@ -327,7 +273,7 @@ def token_maps(
         models: each makes a map of an image; those of one tower share its features, those of one LLM its words.
         images: id and file of each.
         settings: how tokens are decomposed.
-        english: which list tells English words, see `word_list.english_words`.
+        english: which list tells English words, see `english_words`.
         on_images: told how many images are done, and of how many.
 
     Raises:
@@ -336,20 +282,11 @@ def token_maps(
         ImportError: the list of English words is not installed.
     """
     settings, word_list = settings or PursuitSettings(), english_words(english)
-    mappers: dict[str, TokenMapper] = {}
-    for model in models:
-        words = model.words
-        if words.source not in mappers:
-            mappers[words.source] = TokenMapper(words, settings, word_list, model.encoder.device)
-    encoders = {id(model.encoder): model.encoder for model in models}
-    mapped = []
+    mappers, mapped = mappers_of(models, settings, word_list), []
     for image_id, path in images:
         image = load_rgb_image(path)
-        encoded = {key: encoder.encode([image]) for key, encoder in encoders.items()}
-        maps = {}
-        for model in models:
-            [tokens] = model.visual_tokens(encoded[id(model.encoder)])  # [T, D]
-            maps[model.name] = mappers[model.words.source].map(tokens, model.layout(image.size, tokens).whole)
+        seen = tokens_of_image(models, image)
+        maps = {model.name: mappers[model.name].map(tokens, grid) for model, tokens, grid in seen}
         mapped.append(MappedImage(image_id, np.asarray(image), maps))
         on_images(len(mapped), len(images))
     return TokenMaps(mapped, sources_of(models), settings, word_list)
@@ -360,15 +297,14 @@ def colours_of_words(image: MappedImage) -> dict[str, str]:
 
     A word has one colour in all rounds and projectors, and the frequent ones have hues far apart, so that regions show.
     """
-    counts: Counter[str] = Counter()
-    for token_map in image.maps.values():
-        for word in token_map.pursuit.ids.flatten().tolist():
-            if token_map.words[word].english:
-                counts[token_map.words[word].text.lower()] += 1
-    colours = {}
-    for rank, word in enumerate(sorted(counts, key=lambda word: (-counts[word], word))):
-        colours[word] = _dark_colour((_FIRST_HUE + rank * _GOLDEN_ANGLE) % 1)
-    return colours
+    counts = Counter(
+        token_map.words[word].text.lower()
+        for token_map in image.maps.values()
+        for word in token_map.pursuit.ids.flatten().tolist()
+        if token_map.words[word].english
+    )
+    by_frequency = sorted(counts, key=lambda word: (-counts[word], word))
+    return {word: _dark_colour((_FIRST_HUE + i * _GOLDEN_ANGLE) % 1) for i, word in enumerate(by_frequency)}
 
 
 def _dark_colour(hue: float) -> str:

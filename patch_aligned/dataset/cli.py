@@ -193,7 +193,7 @@ def quality(
         typer.echo(f"Judge {check.count:,} regions: http://127.0.0.1:{listener.getsockname()[1]}/ (Ctrl-C ends)")
         run_server(create_app(check), listener)
         return
-    from patch_aligned.analysis.sets import open_annotated_set
+    from patch_aligned.annotated_sets import open_annotated_set
     from patch_aligned.dataset.quality import compare, figures, name_rule, worst_images, write_report
 
     files, other = (("PAD", "truth"), truth) if truth else (("A", "B"), against or pad)

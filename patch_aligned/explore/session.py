@@ -20,13 +20,13 @@ from torch import Tensor
 
 from patch_aligned.analysis.localisation import PictureCell, map_difference, picture_cell
 from patch_aligned.analysis.token_map import map_entry
-from patch_aligned.analysis.words import MappedImage, PursuitSettings, TokenMapper, colours_of_words, english_words
+from patch_aligned.analysis.words import MappedImage, PursuitSettings, colours_of_words, english_words, mappers_of
+from patch_aligned.annotated_sets import union_rle
 from patch_aligned.cells import TokenGrid
 from patch_aligned.images import ImageFileError, decode_image, decode_upload, image_path, thumbnail
 from patch_aligned.masks import covered_tokens_of_regions, token_coverage_of_regions
-from patch_aligned.models.base import Encoded, VisionLanguageModel
+from patch_aligned.models.base import VisionLanguageModel, tokens_of_image
 from patch_aligned.pad import AnnotatedImage, AnnotationIndex
-from patch_aligned.segmentation import union_rle
 from patch_aligned.web import grid_edges, jpeg_address
 
 RULE = "mid_range"
@@ -73,9 +73,7 @@ class Session:
     ):
         self.models, self.index, self.image_folder = list(models), index, image_folder
         self.settings, self.word_list = PursuitSettings(rounds), english_words()
-        tables = {model.words.source: (model.words, model.encoder.device) for model in models}
-        mappers = {name: TokenMapper(words, self.settings, self.word_list, at) for name, (words, at) in tables.items()}
-        self._mappers = {model.name: mappers[model.words.source] for model in models}
+        self._mappers = mappers_of(models, self.settings, self.word_list)
         self._open: OrderedDict[str, OpenImage] = OrderedDict()
         self._lock = RLock()  # questions of several tabs are answered one by one
 
@@ -193,12 +191,7 @@ class Session:
     def _seen(self, key: str) -> OpenImage:
         """An image with its visual tokens in every model."""
         opened = self._opened(key)
-        encoded: dict[int, Encoded] = {}
-        for model in self.models if not opened.tokens else ():
-            if id(model.encoder) not in encoded:
-                encoded[id(model.encoder)] = model.encode([opened.image])
-            [tokens] = model.visual_tokens(encoded[id(model.encoder)])  # [T, D]
-            grid = model.layout(opened.image.size, tokens).whole
+        for model, tokens, grid in tokens_of_image([] if opened.tokens else self.models, opened.image):
             own = TokenGrid(grid.image_wh, grid.x_edges, grid.y_edges)
             opened.tokens[model.name] = tokens[torch.from_numpy(grid.tokens).ravel()], own  # [T, D] -> [S, D]
         return opened

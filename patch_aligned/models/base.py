@@ -9,7 +9,7 @@ label.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from patch_aligned.cells import Layout
+from patch_aligned.cells import Layout, TokenGrid
 from patch_aligned.labels import LabelTokenizer
 
 
@@ -184,3 +184,15 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
+
+
+def tokens_of_image(
+    models: Sequence[VisionLanguageModel], image: Image.Image
+) -> Iterator[tuple[VisionLanguageModel, Tensor, TokenGrid]]:
+    """Yield each model with its visual tokens `[T, D]` and its grid over the whole image. Each encoder runs once."""
+    encoded: dict[int, Encoded] = {}
+    for model in models:
+        if id(model.encoder) not in encoded:
+            encoded[id(model.encoder)] = model.encode([image])
+        [tokens] = model.visual_tokens(encoded[id(model.encoder)])  # [T, D]
+        yield model, tokens, model.layout(image.size, tokens).whole

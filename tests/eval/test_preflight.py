@@ -30,7 +30,7 @@ from eval.plan import (
     make_plan,
 )
 from eval.scores import UnscoredError
-from patch_aligned.files import checkpoint_hash
+from patch_aligned.files import checkpoint_sha256
 
 needs_lmms_eval = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is part of the extra `eval`"
@@ -224,7 +224,7 @@ def test_a_base_is_known_by_its_weights(make_plan_of: Callable[..., Plan], golde
     before = make_plan_of(*flags).model
     with Path("tiny-vicuna/model.safetensors").open("ab") as weights:
         weights.write(b" ")
-    assert make_plan_of(*flags).model == replace(before, base_sha256=checkpoint_hash("tiny-vicuna").sha256) != before
+    assert make_plan_of(*flags).model == replace(before, base_sha256=checkpoint_sha256("tiny-vicuna")) != before
 
 
 @needs_lmms_eval

@@ -14,8 +14,8 @@ import typer
 from tqdm import tqdm
 
 from patch_aligned.analysis.names import NameSettings
+from patch_aligned.analysis.regions import MeasureSettings
 from patch_aligned.analysis.run import Analysis, AnalysisSettings, analyse, plain_json
-from patch_aligned.analysis.sets import MeasureSettings
 from patch_aligned.files import written_whole
 from patch_aligned.intervals import Resampling
 from patch_aligned.models.base import VisionLanguageModel, WordEmbeddings

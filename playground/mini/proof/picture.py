@@ -10,8 +10,8 @@ import typer
 from pycocotools import mask as coco_mask
 
 from patch_aligned.analysis.localisation import HEAT_MAP, PictureRow, bare, localise
+from patch_aligned.analysis.regions import MeasureSettings
 from patch_aligned.analysis.run import AnalysisSettings, analyse
-from patch_aligned.analysis.sets import MeasureSettings
 from patch_aligned.images import image_path
 from patch_aligned.intervals import Resampling
 from patch_aligned.models.base import VisionLanguageModel

@@ -171,7 +171,7 @@ def test_the_data_file_is_read_once_whatever_is_chosen(golden_world: Path, pad: 
         read.append(path)
         return read_annotations(path)
 
-    monkeypatch.setattr("patch_aligned.analysis.sets.read_annotations", counted)
+    monkeypatch.setattr("patch_aligned.annotated_sets.read_annotations", counted)
     run(pad, START, limit=3, subset="random", on_error="skip", seeds=(0,))
     assert read == [pad]
 

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from patch_aligned.analysis.alignment import THRESHOLD_RULES
 from patch_aligned.analysis.cli import analyze
-from patch_aligned.analysis.sets import FORMATS
 from patch_aligned.analysis.words import WORD_LISTS
+from patch_aligned.annotated_sets import FORMATS
 from patch_aligned.cli import app
 
 

@@ -12,8 +12,7 @@ import pandas as pd
 import pytest
 
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models
-from patch_aligned.analysis.headline import PLOTTED, finding, lowest_of
-from patch_aligned.analysis.report import report_markdown, report_page
+from patch_aligned.analysis.report import PLOTTED, finding, lowest_of, report_markdown, report_page
 from patch_aligned.analysis.run import Comparison
 from patch_aligned.intervals import Resampling
 

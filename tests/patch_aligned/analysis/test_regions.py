@@ -12,14 +12,14 @@ import torch
 from patch_aligned import intervals
 from patch_aligned.analysis.alignment import score_regions
 from patch_aligned.analysis.regions import (
+    HEADLINES,
     METRICS,
     SCORES,
     SIZES,
     Resampling,
+    breakdowns,
     count_regions,
     differences,
-    metrics_by_label,
-    metrics_by_size,
     metrics_of,
     region_frame,
     rules_of,
@@ -63,7 +63,7 @@ def literal_draws(regions: pd.DataFrame, score: str, per_image: bool, drawn_imag
 @pytest.mark.parametrize("name", ["align_px", "cosine_per_image", "retrieval_top1"])
 def test_values_and_intervals_equal_the_literal_bootstrap(name: str):
     regions = random_regions(1)
-    score, per_image, _ = METRICS[name]
+    score, _, per_image = METRICS[name]
     found = metrics_of(regions, RESAMPLING, (name,)).loc[name]
     with_scores = sorted(set(regions["image"][regions[score].notna()]))
     generator = np.random.default_rng(RESAMPLING.seed)
@@ -115,7 +115,7 @@ def test_sizes_are_cocos_and_make_up_the_whole():
     area_px = np.resize([1023.9, 1024, 9215, 9216], 40)
     scores = {name: np.random.default_rng(3).random(40) for name in SCORES}
     regions = frame(scores, np.arange(40) // 4, 12, area_px=area_px)
-    by_size = metrics_by_size(regions, RESAMPLING, ("align_px",))
+    by_size = breakdowns(regions, RESAMPLING)["by_size"]
     counts = {name: metrics.loc["align_px", "regions"] for name, metrics in by_size.items()}
     assert counts == dict(zip(SIZES, (10, 20, 10), strict=True))
     weighted = sum(counts[name] * metrics.loc["align_px", "value"] for name, metrics in by_size.items())
@@ -123,14 +123,14 @@ def test_sizes_are_cocos_and_make_up_the_whole():
 
 
 def test_a_size_without_regions_is_listed():
-    by_size = metrics_by_size(random_regions(3).query("area_px < 9216"), RESAMPLING)
+    by_size = breakdowns(random_regions(3).query("area_px < 9216"), RESAMPLING)["by_size"]
     assert list(by_size) == list(SIZES)
     assert by_size["large"].loc["align_px", "regions"] == 0
 
 
 def test_labels_come_by_frequency_each_with_its_own_mean():
     regions = random_regions(4)
-    by_label = metrics_by_label(regions, RESAMPLING, ("align_px", "cosine"))
+    by_label = breakdowns(regions, RESAMPLING)["by_label"]
     counts = regions["label"].value_counts()
     assert [counts[label] for label in by_label] == sorted(counts[counts > 0], reverse=True)
     assert "fir" not in by_label  # no region is one
@@ -144,8 +144,7 @@ def test_a_part_draws_only_its_own_images():
     part = regions[regions["label"] == "ash"]
     images, image = np.unique(part["image"].cat.codes, return_inverse=True)
     alone = frame({name: part[name].to_numpy() for name in SCORES}, image, len(images))
-    expected = metrics_of(alone, RESAMPLING, ("align_px",))
-    assert metrics_by_label(regions, RESAMPLING, ("align_px",))["ash"].equals(expected)
+    assert breakdowns(regions, RESAMPLING)["by_label"]["ash"].equals(metrics_of(alone, RESAMPLING, HEADLINES))
 
 
 def test_a_difference_is_taken_over_the_same_draws():
@@ -166,7 +165,7 @@ def test_differences_of_other_images_are_refused():
 
 
 def test_every_metric_has_a_rule_with_the_settings_in_it():
-    rules = rules_of("otsu", 0.25, 7, 80)
+    rules = rules_of(threshold_rule="otsu", min_coverage=0.25, seed=7, label_count=80)
     assert rules.keys() == METRICS.keys()
     assert "threshold otsu" in rules["align_px"]
     assert "0.25" in rules["pointing"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,6 @@ from typer.testing import CliRunner
 
 from llava.convert.to_hf import to_hf
 from llava.mm_utils import load_rgb_image
-from patch_aligned.analysis import words as word_list
 from patch_aligned.analysis.cli import token_map as token_map_command
 from patch_aligned.analysis.localisation import HEAT_MAP
 from patch_aligned.analysis.token_map import (
@@ -87,7 +87,6 @@ def maps_of(mapped: MappedImage) -> TokenMaps:
 def test_sentencepiece_tokens_are_shown_on_their_own(golden_world: Path):
     tokenizer = AutoTokenizer.from_pretrained("tiny-vicuna")
     texts = VocabularyText(tokenizer)
-    assert len(texts) == 1000
     assert texts[id_of(tokenizer, "▁the")] == TokenText("the", starts_word=True, special=False)
     assert texts[id_of(tokenizer, "ing")] == TokenText("ing", starts_word=False, special=False)
     assert texts[id_of(tokenizer, "</s>")] == TokenText("</s>", starts_word=False, special=True)
@@ -109,8 +108,9 @@ def test_byte_level_tokens_are_shown_on_their_own(golden_world: Path):
 
 @pytest.mark.parametrize("name", ["tiny-vicuna", "tiny-tok-mpt"])
 def test_every_token_has_a_visible_text(golden_world: Path, name: str):
-    texts = VocabularyText(AutoTokenizer.from_pretrained(name))
-    for token_id in range(len(texts)):
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    texts = VocabularyText(tokenizer)
+    for token_id in range(len(tokenizer)):
         text = texts[token_id].text
         assert text
         assert text.isprintable() and not any(character.isspace() for character in text), (token_id, text)
@@ -125,7 +125,8 @@ def test_a_word_is_english_whatever_its_case_but_lone_letters_are_not():
 
 
 def test_without_a_list_auto_takes_none_and_a_named_one_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(word_list.importlib.util, "find_spec", lambda name: None)
+    for package in ("spellchecker", "nltk"):
+        monkeypatch.setitem(sys.modules, package, None)
     assert english_words("auto") is None
     assert english_words("none") is None
     with pytest.raises(ImportError, match=r"pip install 'patch-aligned-llava\[analysis\]'"):

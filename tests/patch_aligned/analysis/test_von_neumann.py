@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from patch_aligned.analysis.entropy import EntropyAccumulator, entropy_nats
+from patch_aligned.analysis.entropy import EntropyAccumulator
 
 WIDTH = 12
 
 
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def entropy_nats(tokens: torch.Tensor) -> float:
+    seen = EntropyAccumulator(tokens.shape[-1])
+    seen.update(tokens)
+    return seen.entropy_nats()
 
 
 def test_tokens_on_one_line_have_no_entropy():

@@ -1,6 +1,7 @@
-"""The images that are measured, and the readers of annotated images behind them: PAD, COCO's instances, and GranD-f.
+"""Annotated images of any format: PAD, COCO's instances, and GranD-f, with masks as compressed RLE strings.
 
-Whatever the format, a set yields `AnnotatedImage`s, and every mask passes the same checks. Annotations that a set
+Every mask passes the same checks. pycocotools checks nothing that it is given: of a far coordinate it takes memory
+without bound, run lengths with a wrong total let it loop for ever or write beyond its memory. Annotations that a set
 leaves out, such as COCO's crowds, are counted by reason.
 """
 
@@ -10,47 +11,29 @@ import hashlib
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-import pandas as pd
-import torch
-from PIL import Image
 from pycocotools import mask as coco_mask
-from torch import Tensor
 
-from llava.mm_utils import UnreadableImageError, load_rgb_image
-from patch_aligned.analysis.regions import permute_labels, region_frame
-from patch_aligned.images import image_path, stored_size_wh
-from patch_aligned.masks import areas_px
-from patch_aligned.pad import AnnotatedImage, Region, parse_annotation, read_annotations
-from patch_aligned.record_files import beginning_of, is_side, iter_records, quoted, read_document
-from patch_aligned.segmentation import has_mask, union_rle
+from patch_aligned.images import stored_size_wh
+from patch_aligned.masks import rle_problems
+from patch_aligned.pad import AnnotatedImage, parse_annotation, read_annotations
+from patch_aligned.record_files import beginning_of, is_finite_number, is_side, iter_records, quoted, read_document
 
 FORMATS = ("auto", "pad", "coco", "grandf")
-_ODD_VALUE = (AttributeError, IndexError, KeyError, TypeError)
-"""What Python raises for a value of another type than expected, such as null in place of an object."""
 
 
 @dataclass(frozen=True)
 class AnnotatedSet:
-    """Annotated images of a file; each iteration reads them from the start.
+    """Annotated images of a file; each iteration reads them from the start."""
 
-    Attributes:
-        path: the file.
-        format: one of `FORMATS`, not `auto`.
-        images: starts an iteration.
-        skipped: annotations of the whole file that are no regions, counted by reason.
-    """
-
-    path: Path
-    format: str
-    images: Callable[[], Iterator[AnnotatedImage]]
-    skipped: Mapping[str, int] = field(default_factory=dict)
+    format: str  # one of `FORMATS`, not `auto`
+    images: Callable[[], Iterator[AnnotatedImage]]  # starts an iteration
+    skipped: Mapping[str, int] = field(default_factory=dict)  # what is no region in the whole file, by reason
 
     def __iter__(self) -> Iterator[AnnotatedImage]:
         return self.images()
@@ -89,12 +72,12 @@ def open_annotated_set(path: Path, image_folder: Path, format: str = "auto", cro
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of annotations.")
     if format == "pad" or (format == "auto" and not _is_one_document(path)):
-        return AnnotatedSet(path, "pad", lambda: read_annotations(path))
+        return AnnotatedSet("pad", lambda: read_annotations(path))
     document = read_document(path)
     if format == "auto":
         format = "grandf" if _is_grandf(document) else "coco"
     images, skipped = _read_coco(document, path, crowds) if format == "coco" else _read_grandf(document, path)
-    return AnnotatedSet(path, format, lambda: (image.annotated(path, image_folder) for image in images), skipped)
+    return AnnotatedSet(format, lambda: (image.annotated(path, image_folder) for image in images), skipped)
 
 
 def _is_one_document(path: Path) -> bool:
@@ -103,8 +86,7 @@ def _is_one_document(path: Path) -> bool:
         return False
     if beginning_of(path).startswith("{"):
         return True
-    first = next(iter_records(path), None)
-    return first is not None and _is_grandf([first])
+    return _is_grandf([next(iter_records(path), None)])
 
 
 class _Mask(NamedTuple):
@@ -127,10 +109,9 @@ class _Image(NamedTuple):
         labels = []
         for mask in self.masks:
             rle_mask = union_rle(mask.segmentation, size_wh, f"{path}: {mask.place}")
-            labels.append(
-                {"tag": mask.label, "bbox": _box_xyxy_px(rle_mask, size_wh), "rle_mask": rle_mask, **mask.extra}
-            )
-        record = {"image_id": self.name, "size": list(size_wh), "caption": self.caption, "labels": labels}
+            box = box_of_mask_xyxy_px(rle_mask, size_wh)
+            labels.append({"tag": mask.label, "bbox": box, "rle_mask": rle_mask, **mask.extra})
+        record = {"image_id": self.name, "size": size_wh, "caption": self.caption, "labels": labels}
         return parse_annotation(record, path)
 
 
@@ -155,7 +136,7 @@ def _read_coco(document: Any, path: Path, crowds: bool) -> tuple[list[_Image], d
     skipped: Counter[str] = Counter()
     for annotation in document["annotations"]:
         for key, known in (("image_id", images), ("category_id", names)):
-            if _required(annotation, key, f"{path}: an annotation", int | str) not in known:
+            if _required(annotation, key, f"{path}: an annotation") not in known:
                 raise ValueError(
                     f"{path}: annotation {annotation.get('id')}, field '{key}': found {annotation[key]!r}, "
                     f"expected one of the {len(known)} ids that the file lists. Is this a file of instances?"
@@ -251,7 +232,7 @@ def _grounded_image(record: Any, place: str) -> _Image:
 def _flickr_images(document: Mapping[str, Any], path: str) -> list[_Image]:
     annotations_of: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for annotation in document["annotations"]:
-        key = _required(annotation, "image_id", f"{path}: an annotation", int | str)
+        key = _required(annotation, "image_id", f"{path}: an annotation")
         if not annotation.get("ignore"):
             annotations_of[key].append(annotation)
     images = []
@@ -274,7 +255,7 @@ def _read_entry(read: Callable[[Any, str], Any], entry: Any, place: str) -> Any:
     """Call `read(entry, place)`; a value in it of a type that `read` did not expect is named as the file's fault."""
     try:
         return read(entry, place)
-    except _ODD_VALUE as error:
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # such as null in place of an object
         raise ValueError(f"{place}: found a value of another kind ({error}) in {quoted(entry)}") from error
 
 
@@ -291,13 +272,13 @@ def _sides(sides: Sequence[Any], place: str) -> tuple[int, int]:
     return whole[0], whole[1]
 
 
-def _box_xyxy_px(rle_mask: str, size_wh: tuple[int, int]) -> tuple[float, float, float, float]:
+def box_of_mask_xyxy_px(rle_mask: str, size_wh: tuple[int, int]) -> tuple[float, float, float, float]:
     """The mask's bounding box; all 0 for an empty mask."""
     x, y, width, height = coco_mask.toBbox({"size": list(size_wh[::-1]), "counts": rle_mask.encode()}).tolist()
     return x, y, x + width, y + height
 
 
-def _required(record: Any, key: str, place: str, kind: Any) -> Any:
+def _required(record: Any, key: str, place: str, kind: Any = int | str) -> Any:
     found = record.get(key) if isinstance(record, Mapping) else None
     if not isinstance(found, kind):
         value = "none" if found is None else quoted(found)
@@ -309,167 +290,80 @@ def _by_unique(entries: Sequence[Mapping[str, Any]], key: str, place: str) -> di
     """Index entries by a field. Raises ValueError if two share it: one would silently take the other's annotations."""
     found: dict[Any, Any] = {}
     for entry in entries:
-        value = _required(entry, key, place, int | str)
+        value = _required(entry, key, place)
         if found.setdefault(value, entry) is not entry:
             raise ValueError(f"{place}, field '{key}': found {value!r} a second time, expected each once.")
     return found
 
 
-@dataclass(frozen=True)
-class MeasureSettings:
-    """What decides the numbers, beside the weights.
+# COCO's segmentations: polygons, and run lengths of any origin.
 
-    Attributes:
-        data: file of annotated images, in any of `sets.FORMATS`.
-        image_folder: folder that its image ids are relative to.
-        threshold_rule: name of a rule of `alignment.THRESHOLD_RULES`.
-        positive_threshold: whether thresholds below 0 are raised to 0.
-        min_coverage: share of a token's cell from which on it counts as covered.
-        limit: only so many images; None for all.
-        region_kind: only regions whose extra key `kind` has this value; None for all.
-        region_unit: an annotated `instance` is a region, or all instances of a `label` in an image together.
-        seed: of the shuffled labels, and of a random subset.
-        batch_size: images in a forward pass; no number depends on it.
-        picture_rows: images kept for the picture.
-        data_format: of `data`.
-        subset: the `first` images of the file, or a `random` choice that depends on `seed` and the images' ids.
-        on_error: what to do with an image that is missing, broken, or of another size than its record's: `fail`, or
-            `skip` it and list it, with the same numbers as if it had not been in the file.
-    """
-
-    data: Path
-    image_folder: Path
-    threshold_rule: str = "mid_range"
-    positive_threshold: bool = False
-    min_coverage: float = 0.5
-    limit: int | None = None
-    region_kind: str | None = None
-    region_unit: Literal["instance", "label"] = "instance"
-    seed: int = 0
-    batch_size: int = 8
-    picture_rows: int = 4
-    data_format: str = "auto"
-    subset: Literal["first", "random"] = "first"
-    on_error: Literal["fail", "skip"] = "fail"
+_POINTLESS = (0, 2, 4)
+"""Numbers of a polygon that encloses nothing: none, one corner or two, as exports of boxes and points have them."""
 
 
-@dataclass(frozen=True)
-class MeasuredSet:
-    """The images that are measured. Their records are kept, their pixels are not: each pass opens the images again.
-
-    Attributes:
-        images: records with the regions that count.
-        format, skipped: see `AnnotatedSet`.
-        broken: images left out, by id, each with the reason.
-        labels: all different labels, in the order in which they come.
-        regions: see `regions.region_frame`.
-        shuffled: `[regions]`, index of the label that each region is compared with as a control, -1 if there is none.
-        pictured: region that the picture shows, by the position of its image.
-    """
-
-    images: list[AnnotatedImage]
-    format: str
-    skipped: Mapping[str, int]
-    broken: Mapping[str, str]
-    labels: list[str]
-    regions: pd.DataFrame
-    shuffled: Tensor
-    pictured: dict[int, int]
+def has_mask(segmentation: Any) -> bool:
+    """Whether a segmentation has any part that may enclose something."""
+    return bool(segmentation) and bool(_parts(segmentation))
 
 
-def read_set(settings: MeasureSettings) -> MeasuredSet:
-    """Read the images that `settings` choose; with `on_error="skip"` all are decoded to find those left out.
+def union_rle(segmentation: Any, size_wh: tuple[int, int], place: str) -> str:
+    """Encode the union of a segmentation's parts as a COCO compressed RLE string of the image's size.
+
+    Args:
+        segmentation: a list of polygons `[x1, y1, x2, y2, ...]`, an RLE `{"size": [height, width], "counts": ...}` with
+            counts as a list or as text, or a list of such RLEs. Polygons of fewer than three corners are left out.
+        size_wh: width and height of the image, pixels.
+        place: file, record and field, for messages.
 
     Raises:
-        FileNotFoundError: images are missing.
-        ValueError: no region is selected, every image would be left out, or an id leads out of the image folder.
+        ValueError: a part is none of these, belongs to an image of another size, or lies far outside the image.
     """
-    annotated = open_annotated_set(settings.data, settings.image_folder, settings.data_format)
-    images = annotated.choose(settings.limit, settings.subset, settings.seed)
-    broken = _broken_images(images, settings.image_folder) if settings.on_error == "skip" else {}
-    images = [image for image in images if image.image_id not in broken]
-    if broken and not images:
-        raise ValueError(
-            f"{settings.data}: none of its {len(broken):,} images can be measured. The first: "
-            f"{next(iter(broken.values()))}. Is --image-folder {settings.image_folder} the right one?"
-        )
-    paths = [image_path(settings.image_folder, image.image_id) for image in images]
-    if missing := [path for path in paths if not path.is_file()]:
-        raise FileNotFoundError(
-            f"{settings.data}: {len(missing):,} of {len(images):,} images are missing, the first is {missing[0]}. Pass "
-            "the --image-folder that its paths are relative to, or leave them out with --on_error skip."
-        )
-    kind = settings.region_kind
-    if kind is not None:
-        kinds = {str(region.extra["kind"]) for image in images for region in image.regions if "kind" in region.extra}
-        images = [
-            replace(image, regions=tuple(region for region in image.regions if region.extra.get("kind") == kind))
-            for image in images
-        ]
-    if not any(image.regions for image in images):
-        chosen = "" if kind is None else f" of kind {kind!r} (kinds in the file: {sorted(kinds) or 'none'})"
-        raise ValueError(
-            f"{settings.data}: no regions{chosen} in {len(images)} images, so nothing can be aligned. Pass --data a "
-            "PAD file whose records have labels."
-        )
-    if settings.region_unit == "label":
-        images = [replace(image, regions=_by_label(image)) for image in images]
-    index_of_label: dict[str, int] = {}
-    own = [index_of_label.setdefault(r.tag, len(index_of_label)) for image in images for r in image.regions]
-    labels = list(index_of_label)
-    sources = permute_labels(own, settings.seed)
-    in_caption = [region.extra.get("in_caption") for image in images for region in image.regions]
-    areas = [areas_px(image.coco_masks()) for image in images]
-    positions = np.repeat(np.arange(len(images)), [len(image.regions) for image in images])
-    with_regions = [position for position, image in enumerate(images) if image.regions]
-    rows = min(settings.picture_rows, len(with_regions))
-    spread = [with_regions[(2 * row + 1) * len(with_regions) // (2 * rows)] for row in range(rows)]
-    return MeasuredSet(
-        images=images,
-        format=annotated.format,
-        skipped=annotated.skipped,
-        broken=broken,
-        labels=labels,
-        regions=region_frame(positions, len(images), own, labels, np.concatenate(areas), in_caption),
-        shuffled=torch.tensor([-1 if source is None else own[source] for source in sources]),
-        # The largest region in the original image: no score decides what is shown, nor does a tower's crop.
-        pictured={position: int(np.argmax(areas[position])) for position in spread},
-    )
-
-
-def _by_label(image: AnnotatedImage) -> tuple[Region, ...]:
-    """All masks of a label as one region, whose other keys are the first one's."""
-    of_label: dict[str, list[tuple[Region, Any]]] = defaultdict(list)
-    for region, mask in zip(image.regions, image.coco_masks(), strict=True):
-        of_label[region.tag].append((region, mask))
-    united = []
-    for (first, *_), masks in (zip(*pairs, strict=True) for pairs in of_label.values()):
-        rle_mask = coco_mask.merge(masks)["counts"].decode()
-        united.append(replace(first, bbox_xyxy_px=_box_xyxy_px(rle_mask, image.size_wh), rle_mask=rle_mask))
-    return tuple(united)
-
-
-def _broken_images(images: Sequence[AnnotatedImage], image_folder: Path) -> dict[str, str]:
-    broken = {}
-    for image in images:
-        path = image_path(image_folder, image.image_id)
+    parts = _parts(segmentation)
+    if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
+        raise ValueError(f"{place}: found {quoted(segmentation)}, expected polygons or an RLE; correct the record.")
+    encoded = []
+    for part in parts:
         try:
-            file_wh = load_rgb_image(path).size
-        except (FileNotFoundError, UnreadableImageError) as error:
-            broken[image.image_id] = str(error)
-        else:
-            if file_wh != image.size_wh:
-                broken[image.image_id] = f"{path}: found {list(file_wh)} pixels, its record says {list(image.size_wh)}"
-    return broken
+            encoded.append(_encoded(part, *size_wh))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{place}: found {quoted(part)} ({error}), expected a polygon [x1, y1, x2, y2, x3, y3, ...] or an "
+                "RLE; correct the record."
+            ) from error
+    rle_mask = encoded[0]["counts"] if len(encoded) == 1 else coco_mask.merge(encoded)["counts"]
+    return rle_mask.decode("ascii") if isinstance(rle_mask, bytes) else rle_mask
 
 
-def open_image(image: AnnotatedImage, settings: MeasureSettings) -> Image.Image:
-    """Read the file of a record.
+def _parts(segmentation: Any) -> Any:
+    if not isinstance(segmentation, list):
+        return [segmentation] if isinstance(segmentation, Mapping) else segmentation
+    return [part for part in segmentation if not (isinstance(part, list) and len(part) in _POINTLESS)]
 
-    Raises:
-        OSError: it is missing or broken.
-    """
-    try:
-        return load_rgb_image(image_path(settings.image_folder, image.image_id))
-    except UnreadableImageError as error:
-        raise UnreadableImageError(f"{error}, or leave images like it out with --on_error skip") from error
+
+def _encoded(part: Any, width: int, height: int) -> Any:
+    """Encode one part of a segmentation as pycocotools' RLE."""
+    if not isinstance(part, Mapping):
+        if not isinstance(part, Sequence) or isinstance(part, str) or len(part) % 2 or len(part) < 6:
+            raise ValueError("a polygon has at least three corners, each of two numbers")
+        reach = max(width, height)  # pycocotools draws each edge pixel by pixel, also outside the image
+        if not all(is_finite_number(number) and -reach <= number <= 2 * reach for number in part):
+            raise ValueError(f"a corner that is no finite number, or far outside the image of {width} x {height}")
+        return coco_mask.frPyObjects([[float(number) for number in part]], height, width)[0]
+    if list(part.get("size", ())) != [height, width]:
+        raise ValueError(
+            f"a mask of size {part.get('size')}, where the image is [height, width] = {[height, width]}: these "
+            "annotations belong to other images"
+        )
+    counts = part.get("counts")
+    if isinstance(counts, list | tuple):
+        if not all(is_finite_number(run) and run >= 0 and run == int(run) for run in counts):
+            raise ValueError("a run that is no number of pixels")
+        if sum(counts) != width * height:
+            raise ValueError(f"runs that sum to {sum(counts)} pixels, not to {width} x {height} = {width * height}")
+        return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    text = counts.decode("ascii") if isinstance(counts, bytes) else counts
+    problem = rle_problems([text], [width * height])[0] if isinstance(text, str) else "no counts"
+    if problem:
+        raise ValueError(problem)
+    return {"size": [height, width], "counts": text}

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from patch_aligned.analysis.sets import open_annotated_set
+from patch_aligned.annotated_sets import open_annotated_set
 from patch_aligned.pad import AnnotatedImage, AnnotationError, Region
 
 WIDTH, HEIGHT = 20, 12
