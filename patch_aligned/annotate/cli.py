@@ -190,13 +190,10 @@ def merge(
     others with their reason, `FILE.settings.json` says how the records were made. If shards are missing or damaged,
     nothing is written, and they are named.
     """
-    from tqdm import tqdm
-
     from patch_aligned.annotate.folder import RunFolder
     from patch_aligned.annotate.folder import merge as merge_run
 
-    watch = partial(tqdm, desc="Merging", unit=" images", disable=None, leave=False)
-    done = merge_run(RunFolder(run), output, keep_all=keep_all, keep_candidates=keep_candidates, watch=watch)
+    done = merge_run(RunFolder(run), output, keep_all=keep_all, keep_candidates=keep_candidates)
     for name, count in {"images": done.images, **{f"status {name}": n for name, n in done.counts.items()}}.items():
         typer.echo(f"{name}: {count:,}")
     typer.echo(f"{output}: {done.written:,} records, {done.regions:,} regions")

@@ -18,7 +18,6 @@ import logging
 import math
 import pickle
 import re
-import struct
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -228,7 +227,8 @@ def renamed_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 state[f"visual_encoder.encoder.layers.{stage}.blocks.{block}.attention.{letter}_proj.{kind}"] = part
         else:
-            state[_renamed(name)] = tensor
+            new_names = (pattern.sub(new, name, count=1) for pattern, new in _RENAMED if pattern.search(name))
+            state[next(new_names, name)] = tensor
     return state
 
 
@@ -240,20 +240,8 @@ def _used(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _renamed(name: str) -> str:
-    for pattern, replacement in _RENAMED:
-        new, count = pattern.subn(replacement, name, count=1)
-        if count:
-            return new
-    return name
-
-
 def config_of(published: Mapping[str, Tensor]) -> RamConfig:
-    """Read the model's sizes off a published state dict.
-
-    Raises:
-        ValueError: it is no RAM model, or names the tensor that is missing.
-    """
+    """Read the model's sizes off a published state dict; `ValueError` says what a RAM model would have."""
     state = _used(published)
     blocks = sorted({(int(match[1]), int(match[2])) for name in state if (match := re.match(_BLOCK, name))})
     layers = {match[1] for name in state if (match := re.match(_LAYER, name))}
@@ -308,11 +296,6 @@ _logger = logging.getLogger(__name__)
 _FORMAT = "patch_aligned ram 1"
 _CONVERTED = ".converted.safetensors"
 _NAMES_SHOWN = 5
-# Raised for bytes that are no pickle, while they are run as one.
-_BROKEN_PICKLE_ERRORS = (
-    pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
-    ArithmeticError, struct.error,
-)  # fmt: skip
 _WHERE = (
     "Published are ram_swin_large_14m.pth at https://huggingface.co/xinyu1205/recognize_anything_model and "
     "ram_plus_swin_large_14m.pth at https://huggingface.co/xinyu1205/recognize-anything-plus-model"
@@ -342,16 +325,9 @@ class Conversion(BaseModel):
 
 
 def load_ram(path: Path) -> tuple[RamModel, PublishedFile]:
-    """Load a published .pth, which is converted at the first time, or a converted safetensors file.
+    """Load a published .pth, which is converted at the first time, or a converted file with its JSON beside it.
 
-    Args:
-        path: `*.pth`, or `*.converted.safetensors` with its JSON beside it.
-
-    Returns:
-        The model on the CPU in float32, in eval mode and without gradients, and the published file.
-
-    Raises:
-        ValueError: names the file and what is missing, unexpected or unreadable.
+    Returns the model on the CPU in float32, in eval mode and without gradients, and the published file.
     """
     if not path.is_file():
         raise ValueError(f"{path}: found no such file; expected the weights of RAM or RAM++. {_WHERE}")
@@ -372,11 +348,7 @@ def load_ram(path: Path) -> tuple[RamModel, PublishedFile]:
 
 
 def convert_checkpoint(source: Path, weights: Path) -> None:
-    """Write the part of a published .pth that inference needs to `*.converted.safetensors`, and its JSON.
-
-    Raises:
-        ValueError: the file is no RAM checkpoint, with what is missing or unexpected in it.
-    """
+    """Write the part of a published .pth that inference needs to `*.converted.safetensors`, and its JSON."""
     _logger.info("Converting %s to %s. This happens once.", source, weights)
     published = _read_published(source)
     try:
@@ -392,11 +364,7 @@ def convert_checkpoint(source: Path, weights: Path) -> None:
 
 
 def save_converted(state: Mapping[str, Tensor], weights: Path, conversion: Conversion) -> None:
-    """Write weights under `RamModel`'s names, and after them the JSON that describes them.
-
-    Raises:
-        ValueError: the folder cannot be written.
-    """
+    """Write weights under `RamModel`'s names, and after them the JSON that describes them."""
     try:
         with written_whole(weights) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
@@ -419,7 +387,7 @@ def _read_published(path: Path) -> dict[str, Tensor]:
     with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments, plain values
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except _BROKEN_PICKLE_ERRORS as error:
+        except Exception as error:  # bytes that are no pickle may raise anything
             is_pickle = is_zip and isinstance(error, pickle.UnpicklingError)
             objects = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_pickle else []
             problem = (
