@@ -66,19 +66,7 @@ class _Answer(BaseModel):
 
 
 def read_answers(path: Path, images: Sequence[CaptionedImage]) -> dict[str, str]:
-    """Read captions of another source: COCO's results (`image_id`, `caption`), or records of `image` and `answer`.
-
-    Args:
-        path: JSON, JSON lines, either gzipped, or Parquet.
-        images: the images of the references. Records name them by id or by path.
-
-    Returns:
-        Captions by the image's id.
-
-    Raises:
-        ValueError: a record is no caption, or its image is unknown or has a caption already.
-        RecordFileError: the file is missing, or cannot be read.
-    """
+    """Read captions of another source by the image's id; records name images of the references by id or by path."""
     ids = {name: image.id for image in images for name in (image.image, image.id)}
     answers: dict[str, str] = {}
     unknown = []
