@@ -33,13 +33,10 @@ class Lock:
         self.path = path
         self._sets: dict[str, Any] = self._read()
 
-    def revision(self, data: HubData) -> str | None:
-        """The commit of a data set, if it is known."""
-        return self._sets.get(data.repository, {}).get("revision")
-
-    def files(self, data: HubData) -> list[str] | None:
-        """Names of a split's files, if they are known."""
-        return self._sets.get(data.repository, {}).get("files", {}).get(_split_name(data))
+    def find(self, data: HubData) -> tuple[str | None, list[str] | None]:
+        """The commit of a data set and the names of a split's files, as far as they are known."""
+        entry = self._sets.get(data.repository, {})
+        return entry.get("revision"), entry.get("files", {}).get(_split_name(data))
 
     def add(self, data: HubData, revision: str, files: list[str]) -> None:
         """Add a split, and keep what other runs have added meanwhile."""
@@ -64,11 +61,11 @@ def fetch(data: HubData, lock: Lock, benchmark: str) -> tuple[str, tuple[Path, .
     from huggingface_hub import hf_hub_download
 
     with _clear_messages(data, benchmark):
-        if lock.files(data) is None:
-            lock.add(data, *_look_up(data, lock.revision(data), benchmark))
-        revision, files = lock.revision(data), lock.files(data)
-        assert revision is not None
-        assert files is not None
+        revision, files = lock.find(data)
+        if files is None:
+            lock.add(data, *_look_up(data, revision, benchmark))
+            revision, files = lock.find(data)
+        assert revision is not None and files is not None
         # For a known commit, a file in the cache is used without asking the hub.
         paths = [Path(hf_hub_download(data.repository, name, repo_type="dataset", revision=revision)) for name in files]
     return revision, tuple(paths)

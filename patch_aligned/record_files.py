@@ -356,3 +356,10 @@ def quoted(value: Any) -> str:
 def shortened(text: str) -> str:
     """Return text as messages show it, cut where it is long."""
     return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."
+
+
+def named(items: Iterable[str], most: int = 5) -> str:
+    """Return the first items as messages list them, and the number of further ones."""
+    listed = list(items)
+    more = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.captions.references import named
+from patch_aligned.record_files import named
 
 _VERSION = re.compile(r'version "(?:1\.)?(\d+)')  # 1.8.0_392 is Java 8
 

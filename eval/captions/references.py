@@ -7,7 +7,7 @@ Reads COCO's captions (`captions_val2014.json`), Karpathy's splits of COCO (`dat
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
 from patch_aligned.files import validated
 from patch_aligned.images import ImageFileError, image_path
-from patch_aligned.record_files import beginning_of, iter_records, read_document
+from patch_aligned.record_files import beginning_of, iter_records, named, read_document
 
 KARPATHY_SPLIT = "test"
 
@@ -116,12 +116,6 @@ def image_files(images: Iterable[CaptionedImage], folder: Path) -> dict[str, Pat
             "are there; is it the folder that the paths of the references count from?"
         )
     return files
-
-
-def named(items: Sequence[str], most: int = 5) -> str:
-    """The first items of a list, and the number of further ones."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
 
 
 def _document(path: Path) -> dict[str, Any] | None:

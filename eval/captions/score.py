@@ -11,11 +11,11 @@ import typer
 from pydantic import AliasChoices, BaseModel, Field
 
 from eval.captions.metrics import as_json, as_text, find_spice, require_metrics, score_captions
-from eval.captions.references import CaptionedImage, named, read_references
+from eval.captions.references import CaptionedImage, read_references
 from eval.captions.run import REFERENCES_HELP, SpiceJarsOption, SpiceJavaOption, SplitOption
 from llava.command import clear_errors, typer_app
 from patch_aligned.files import refuse_inputs, validated
-from patch_aligned.record_files import iter_records
+from patch_aligned.record_files import iter_records, named
 
 app = typer_app()
 

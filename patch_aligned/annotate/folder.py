@@ -28,7 +28,7 @@ from typing import IO, Any, NamedTuple
 
 from patch_aligned.annotate.manifest import ManifestEntry
 from patch_aligned.files import refuse_inputs, written_whole
-from patch_aligned.record_files import SETTINGS_SUFFIX, SKIPPED_SUFFIX, with_progress, write_records
+from patch_aligned.record_files import SETTINGS_SUFFIX, SKIPPED_SUFFIX, named, with_progress, write_records
 
 _logger = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ def _difference_of_images(was: list[ManifestEntry], now: list[ManifestEntry]) ->
     old, new = dict(was), dict(now)
     if old.keys() != new.keys():
         parts = [
-            f"{len(names)} {what} ({_listed(names)})"
+            f"{len(names)} {what} ({named(sorted(names))})"
             for names, what in (
                 (new.keys() - old.keys(), "that the manifest lacks"),
                 (old.keys() - new.keys(), "of the manifest that are gone"),
@@ -246,12 +246,8 @@ def _difference_of_images(was: list[ManifestEntry], now: list[ManifestEntry]) ->
         ]
         return f"found other images than the run began with: {' and '.join(parts)}"
     if changed := {name for name, caption in old.items() if caption != new[name]}:
-        return f"found other captions than the run began with: of {len(changed)} images ({_listed(changed)})"
+        return f"found other captions than the run began with: of {len(changed)} images ({named(sorted(changed))})"
     return f"the manifest has the same {len(old)} images in another order"
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 # From the shards of a finished run to one PAD file, with a list of the images that are not in it.

@@ -112,7 +112,8 @@ class GroundingDetector(DeviceModel):
                 if output is None:
                     not_finite.add(position)
                 else:
-                    found[position] += self._candidates(*output, prompt, images[position].size)
+                    logits, boxes = output
+                    found[position] += self._candidates(logits, boxes, prompt, images[position].size)
         if not_finite:
             raise NonFiniteScoresError("Grounding DINO", sorted(not_finite))
         return [sorted(candidates, key=lambda candidate: -candidate.score) for candidates in found]

@@ -20,7 +20,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers import SwinConfig, SwinModel
 
 from patch_aligned.files import sha256_of, written_whole
+from patch_aligned.record_files import named
 
 DECODER_HEADS = 4
 PATCH_PX = 4
@@ -295,7 +296,6 @@ _logger = logging.getLogger(__name__)
 
 _FORMAT = "patch_aligned ram 1"
 _CONVERTED = ".converted.safetensors"
-_NAMES_SHOWN = 5
 _WHERE = (
     "Published are ram_swin_large_14m.pth at https://huggingface.co/xinyu1205/recognize_anything_model and "
     "ram_plus_swin_large_14m.pth at https://huggingface.co/xinyu1205/recognize-anything-plus-model"
@@ -391,32 +391,30 @@ def _read_published(path: Path) -> dict[str, Tensor]:
             is_pickle = is_zip and isinstance(error, pickle.UnpicklingError)
             objects = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_pickle else []
             problem = (
-                _FOUND_OBJECTS.format(_listed(objects)) if objects else f"not readable by torch ({error!r}). {_WHERE}"
+                _FOUND_OBJECTS.format(named(objects)) if objects else f"not readable by torch ({error!r}). {_WHERE}"
             )
             raise ValueError(f"{path}: {problem}") from error
     state = saved.get("model") if isinstance(saved, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         found = sorted(map(str, saved)) if isinstance(saved, Mapping) else [type(saved).__name__]
-        raise ValueError(f"{path}: found {_listed(found)}, expected a dict with tensors under 'model'. {_WHERE}")
+        raise ValueError(f"{path}: found {named(found)}, expected a dict with tensors under 'model'. {_WHERE}")
     return dict(state)
 
 
 def _check_fit(state: Mapping[str, Tensor], model: RamModel, path: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = []
-    if missing := [name for name in expected if name not in state]:
-        problems.append(f"missing {_listed(missing)}")
-    if unexpected := [name for name in state if name not in expected]:
-        problems.append(f"unexpected {_listed(unexpected)}")
-    wrong = [
-        f"{name} of shape {list(tensor.shape)} instead of {list(expected[name])}"
-        for name, tensor in state.items()
-        if name in expected and tuple(tensor.shape) != expected[name]
-    ]
-    if wrong:
-        problems.append(_listed(wrong))
-    if problems:
-        raise ValueError(f"{path}: does not fit {model.config.kind}: {'; '.join(problems)}. {_WHERE}")
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in state.items()}
+    problems = {
+        "missing ": [name for name in expected if name not in found],
+        "unexpected ": [name for name in found if name not in expected],
+        "": [
+            f"{name} of shape {shape} instead of {expected[name]}"
+            for name, shape in found.items()
+            if shape != expected.get(name, shape)
+        ],
+    }
+    if listed := [what + named(names) for what, names in problems.items() if names]:
+        raise ValueError(f"{path}: does not fit {model.config.kind}: {'; '.join(listed)}. {_WHERE}")
 
 
 def _sidecar(weights: Path) -> Path:
@@ -440,9 +438,3 @@ def _read_conversion(weights: Path) -> Conversion:
         return Conversion.model_validate_json(sidecar.read_bytes())
     except ValidationError as error:
         raise ValueError(f"{sidecar}: found no description of a converted RAM model ({error}). {again}") from error
-
-
-def _listed(names: Iterable[str]) -> str:
-    all_names = list(names)
-    more = len(all_names) - _NAMES_SHOWN
-    return ", ".join(all_names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
