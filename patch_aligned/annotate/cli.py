@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +14,6 @@ from patch_aligned.annotate.options import (
     DETECTOR,
     REVISION_HELP,
     SAM,
-    SAM3_BOX_THRESHOLD,
     Engine,
     ModelOptions,
     Selection,
@@ -76,9 +74,6 @@ def annotate(
     from patch_aligned.annotate.run import AnnotationJob, run_annotate, statuses_named
     from patch_aligned.annotate.stages import build_stages
 
-    if models.segmenter == "sam3" and "DEFAULT" in str(context.get_parameter_source("box_threshold")):
-        context.params["box_threshold"] = SAM3_BOX_THRESHOLD
-        selection = replace(selection, box_threshold=SAM3_BOX_THRESHOLD)
     models, statuses = models.resolved(), statuses_named(retry)
     entries, root = list_images(images, image_folder)
     build = partial(build_stages, models, selection, entries=entries)
