@@ -246,7 +246,7 @@ def one_at_a_time(stages: Stages, entries: list[ManifestEntry], folder: Path, ou
                     item.image = decode_image(path)
                     masks = stages.segment([item])[0]
                 labels = [
-                    item.candidates[position].to_label(position, stages.selection, mask._asdict())
+                    item.candidates[position].to_label(position, stages.selection, mask)
                     for position, mask in zip(item.to_segment, masks, strict=True)
                 ]
             file.write(json.dumps({"image_id": entry.image_id, "labels": labels}) + "\n")

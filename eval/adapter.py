@@ -32,11 +32,7 @@ class JsonLog:
         self._others = sorted(folder.glob(f"{name}-*.jsonl"))
 
     def read(self) -> Iterator[tuple[Path, int, Any]]:
-        """Yield file, line number and value of each line. A last line that was cut off is removed.
-
-        Raises:
-            ValueError: a line is no JSON.
-        """
+        """Yield file, line number and value of each line. A last line that was cut off is removed."""
         for path in self._others:
             content = path.read_bytes()
             complete = content[: content.rfind(b"\n") + 1]  # a killed process may leave a partial line
@@ -75,13 +71,9 @@ class AnswerLog:
     def answer(
         self, requests: Sequence[Any], ask: Callable[[list[Any]], list[str]], order: Callable[[Any], Any], block: int
     ) -> list[str]:
-        """Return answers to requests in their order, asking only for those that are not stored.
+        """Return answers to lmms-eval's requests in order; `ask` gives those that are not stored, `block` at a time.
 
-        Args:
-            requests: of lmms-eval, with `args` (context, generation settings, ..., row, task, split).
-            ask: answers several requests.
-            order: sort key, so that blocks are batched as the whole task would be.
-            block: how many are asked and stored at a time.
+        Blocks are sorted by `order`, so that they are batched as the whole task would be.
         """
         # Before asking, since the adapter writes to the settings of its requests.
         keys = [self._key(request) for request in requests]

@@ -164,11 +164,7 @@ ALL_GROUPS = ("rec", "vqa", "instruction", "extra")
 
 
 def choose(names: Iterable[str], without: Iterable[str] = ()) -> list[Benchmark]:
-    """Benchmarks by names or groups, each once, in the order of the registry.
-
-    Raises:
-        ValueError: a name is unknown (the message lists similar ones), or nothing is left.
-    """
+    """Benchmarks by names or groups, each once, in the order of the registry; `ValueError` if none is left."""
     chosen = {name for given in names for name in _members(given, "--benchmarks")} - {
         name for given in without for name in _members(given, "--without")
     }

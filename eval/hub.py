@@ -33,13 +33,10 @@ class Lock:
         self.path = path
         self._sets: dict[str, Any] = self._read()
 
-    def revision(self, data: HubData) -> str | None:
-        """The commit of a data set, if it is known."""
-        return self._sets.get(data.repository, {}).get("revision")
-
-    def files(self, data: HubData) -> list[str] | None:
-        """Names of a split's files, if they are known."""
-        return self._sets.get(data.repository, {}).get("files", {}).get(_split_name(data))
+    def find(self, data: HubData) -> tuple[str | None, list[str] | None]:
+        """The commit of a data set and the names of a split's files, as far as they are known."""
+        entry = self._sets.get(data.repository, {})
+        return entry.get("revision"), entry.get("files", {}).get(_split_name(data))
 
     def add(self, data: HubData, revision: str, files: list[str]) -> None:
         """Add a split, and keep what other runs have added meanwhile."""
@@ -60,20 +57,15 @@ class Lock:
 
 
 def fetch(data: HubData, lock: Lock, benchmark: str) -> tuple[str, tuple[Path, ...]]:
-    """Return commit and Parquet files of a split, downloading those that are missing. `benchmark` is for messages.
-
-    Raises:
-        DataError: there is no network and nothing on this machine, or the data set is gated, gone or has no such
-            split.
-    """
+    """Return commit and Parquet files of a split, downloading those that are missing. `benchmark` is for messages."""
     from huggingface_hub import hf_hub_download
 
     with _clear_messages(data, benchmark):
-        if lock.files(data) is None:
-            lock.add(data, *_look_up(data, lock.revision(data), benchmark))
-        revision, files = lock.revision(data), lock.files(data)
-        assert revision is not None
-        assert files is not None
+        revision, files = lock.find(data)
+        if files is None:
+            lock.add(data, *_look_up(data, revision, benchmark))
+            revision, files = lock.find(data)
+        assert revision is not None and files is not None
         # For a known commit, a file in the cache is used without asking the hub.
         paths = [Path(hf_hub_download(data.repository, name, repo_type="dataset", revision=revision)) for name in files]
     return revision, tuple(paths)
@@ -87,11 +79,7 @@ def count_rows(paths: Sequence[Path]) -> int:
 
 
 def verify(paths: Sequence[Path]) -> None:
-    """Compare the SHA-256 of each file with the hub's, which is the name of the blob in the cache.
-
-    Raises:
-        DataError: a file is not what the hub says it is.
-    """
+    """Compare the SHA-256 of each file with the hub's, which is the name of the blob in the cache."""
     for path in paths:
         expected = path.resolve().name
         if len(expected) != _SHA256_DIGITS:
@@ -158,14 +146,10 @@ def _clear_messages(data: HubData, benchmark: str) -> Iterator[None]:
 
 
 def shipped_tasks_folder() -> Path:
-    """Return the folder of the tasks that lmms-eval ships.
-
-    Raises:
-        ImportError: lmms-eval is not installed.
-    """
+    """Return the folder of the tasks that lmms-eval ships; `ImportError` if it is not installed."""
     spec = importlib.util.find_spec("lmms_eval")  # the package itself takes ten seconds to import
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("lmms-eval is not installed; install it by: pip install 'patch-aligned-llava[eval]'")
+        raise ImportError("lmms-eval is not installed; next: pip install 'patch-aligned-llava[eval]'")
     return Path(spec.submodule_search_locations[0]) / "tasks"
 
 
@@ -181,11 +165,7 @@ class TaskData:
 
 
 def find_data(benchmark: Benchmark, lock: Lock) -> TaskData:
-    """Find the files of a benchmark, downloading those of the hub that are missing.
-
-    Raises:
-        DataError: they are not available; says why and what to do next.
-    """
+    """Find the files of a benchmark, downloading those of the hub that are missing; `DataError` says what to do."""
     data = benchmark.data
     if isinstance(data, HubData):
         revision, paths = fetch(data, lock, benchmark.name)

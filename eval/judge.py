@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import requests
@@ -29,10 +29,6 @@ class Judge:
     model: str  # `MODEL_VERSION`
     url: str | None  # of its chat completions; None for types whose address has several variables
 
-    def recorded(self) -> dict[str, Any]:
-        """The judge as results record it."""
-        return asdict(self)
-
 
 def set_judge(url: str | None, model: str | None) -> None:
     """Set the environment variables from which lmms-eval reads the address and the model of a judge."""
@@ -52,12 +48,7 @@ def read_judge() -> Judge:
 
 
 def check_judge(judge: Judge, timeout_s: float = TIMEOUT_S) -> None:
-    """Ask the judge to mark a right answer.
-
-    Raises:
-        ValueError: it has no key, cannot be reached, refuses, or its answer is not a mark of at least 0.5 that MM-Vet
-            can read.
-    """
+    """Ask the judge to mark a right answer; `ValueError` if it cannot, or gives no mark of at least 0.5."""
     own = "your own judge, --judge-url http://HOST:PORT/v1/chat/completions --judge-model NAME, or --without mmvet"
     advice = f"next: {own}"
     if judge.url is None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from eval.adapter import ModelRequest, PreflightError, default_dtype, processes_here
 from eval.benchmarks import Benchmark, choose
-from eval.hub import Lock, TaskData, find_data
+from eval.hub import Lock, TaskData, find_data, shipped_tasks_folder
 from eval.judge import check_judge, read_judge
 from llava.checkpoint_files import Form, checkpoint_form, recorded_base, whose_weights
 from llava.command import read_record
@@ -38,16 +37,15 @@ def check_run(
 ) -> dict[str, TaskData]:
     """Check everything that would end a run later, and download the data. Returns the files of each benchmark.
 
-    Raises:
-        PreflightError: lists all problems, a line each.
+    `PreflightError` lists all problems, a line each.
     """
     data: dict[str, TaskData] = {}
 
     def get_data(benchmark: Benchmark) -> None:
         data[benchmark.name] = find_data(benchmark, lock)
 
-    checks: list[Callable[[], None]] = [
-        check_installed,
+    checks: list[Callable[[], object]] = [
+        shipped_tasks_folder,  # whether lmms-eval is installed
         partial(check_checkpoint, model_path, model_base),
         partial(check_processes, num_processes, num_gpus),
         partial(check_limit, benchmarks, limit),
@@ -63,12 +61,6 @@ def check_run(
     if problems:
         raise PreflightError("\n".join(problems))
     return data
-
-
-def check_installed() -> None:
-    """Raise `ImportError` if lmms-eval is not installed."""
-    if importlib.util.find_spec("lmms_eval") is None:
-        raise ImportError("lmms-eval is not installed; next: pip install -e '.[eval]'")
 
 
 def check_checkpoint(path: str, base: str | None) -> None:
@@ -120,12 +112,9 @@ def check_judge_of_environment() -> None:
 
 
 def finished_run(folder: Path, wanted: Mapping[str, Any]) -> RunResult | None:
-    """Return the run in a folder, or None if there is none.
+    """Return the run in a folder, or None if there is none; `PreflightError` if it is not the one that is wanted.
 
     `wanted` are the values that it must have, by attribute of its result, such as `settings.limit`.
-
-    Raises:
-        PreflightError: the folder holds a run of another model or other settings.
     """
     if not (folder / RESULT_FILE).is_file():
         return None
@@ -140,11 +129,7 @@ def finished_run(folder: Path, wanted: Mapping[str, Any]) -> RunResult | None:
 
 
 def identify(name: str, path: str, base: str | None) -> ModelIdentity:
-    """Identify a model by the content of its files, and a base that is a name on the hub by its name.
-
-    Raises:
-        FileNotFoundError: a folder has no weights.
-    """
+    """Identify a model by the content of its files, and a base that is a name on the hub by its name."""
     base_sha256 = checkpoint_sha256(base) if base is not None and Path(base).exists() else None
     return ModelIdentity(name, path, checkpoint_sha256(path), base, base_sha256)
 
@@ -163,11 +148,7 @@ def training_of(path: str) -> dict[str, Any]:
 
 
 def read_llava_config(path: str, base: str | None) -> Any:
-    """Return the config of a checkpoint, or of its base if it has none.
-
-    Raises:
-        OSError, ValueError: there is no config, or it is not of a LLaVA.
-    """
+    """Return the config of a checkpoint, or of its base if it has none; `ValueError` if it is not of a LLaVA."""
     from llava.model.builder import read_config
 
     has_config = (Path(path) / "config.json").is_file()  # adapters that peft alone has written have none
@@ -188,11 +169,7 @@ class Plan:
 
 
 def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
-    """Check everything that can be checked, and find the benchmarks that are not finished.
-
-    Raises:
-        OSError, ValueError: something is missing or wrong; `PreflightError` lists all problems of `check_run`.
-    """
+    """Check everything that can be checked, and find the benchmarks that are not finished."""
     import torch
 
     benchmarks = choose(arguments.benchmarks.split(","), filter(None, arguments.without.split(",")))
@@ -220,14 +197,27 @@ def make_plan(arguments: argparse.Namespace, processes: int) -> Plan:
     conversation = conversation_mode(folder_name, config) if is_own else arguments.conversation
     dtype = default_dtype() if arguments.dtype == "auto" else arguments.dtype
     request = ModelRequest(path, model.base, folder_name, conversation, dtype, arguments.batch_size)
-    plan = Plan(model, request, output, ())
     todo = []
     for benchmark in benchmarks:
+        folder = output / benchmark.name
         if arguments.again:
-            shutil.rmtree(plan.output / benchmark.name, ignore_errors=True)
-        if not _is_finished(plan, benchmark, data[benchmark.name], arguments):
+            shutil.rmtree(folder, ignore_errors=True)
+        wanted = {
+            "model.weights": model.weights,
+            "settings.conversation": conversation,
+            "settings.dtype": dtype,
+            "settings.max_new_tokens": arguments.max_new_tokens or benchmark.max_new_tokens,
+            "settings.limit": arguments.limit,
+            "settings.box_frame": arguments.box_frame if benchmark.speaks_boxes else None,
+            "settings.seed": arguments.seed,
+            "settings.judge": judge_of(benchmark),
+            "data.revision": data[benchmark.name].revision,
+        }
+        if there := finished_run(folder, wanted):
+            print(f"{summary(there, folder)} (finished before)")
+        else:
             todo.append((benchmark, data[benchmark.name]))
-    return replace(plan, todo=tuple(todo))
+    return Plan(model, request, output, tuple(todo))
 
 
 def announcement(plan: Plan) -> str:
@@ -262,27 +252,4 @@ def _refuse_marks_around_images(path: str, config: Any) -> None:
 
 def judge_of(benchmark: Benchmark) -> dict[str, Any] | None:
     """The judge that the environment names, as results record it, or None if nothing is judged."""
-    return read_judge().recorded() if benchmark.is_judged else None
-
-
-def _is_finished(plan: Plan, benchmark: Benchmark, data: TaskData, arguments: argparse.Namespace) -> bool:
-    """Whether the output has a run of this model with these settings. Raises `PreflightError` if it has another."""
-    folder = plan.output / benchmark.name
-    there = finished_run(
-        folder,
-        {
-            "model.weights": plan.model.weights,
-            "settings.conversation": plan.request.conversation,
-            "settings.dtype": plan.request.dtype,
-            "settings.max_new_tokens": arguments.max_new_tokens or benchmark.max_new_tokens,
-            "settings.limit": arguments.limit,
-            "settings.box_frame": arguments.box_frame if benchmark.speaks_boxes else None,
-            "settings.seed": arguments.seed,
-            "settings.judge": judge_of(benchmark),
-            "data.revision": data.revision,
-        },
-    )
-    if there is None:
-        return False
-    print(f"{summary(there, folder)} (finished before)")
-    return True
+    return asdict(read_judge()) if benchmark.is_judged else None

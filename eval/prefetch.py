@@ -49,11 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prefetch(benchmark: Benchmark, lock: Lock) -> str:
-    """Fetch and check one benchmark; returns a line that describes it.
-
-    Raises:
-        DataError: it is not available, or a file is damaged.
-    """
+    """Fetch and check one benchmark; returns a line that describes it."""
     data = find_data(benchmark, lock)
     if not isinstance(benchmark.data, HubData):
         return f"{benchmark.name}: {data.source}, made on this machine"

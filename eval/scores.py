@@ -114,9 +114,6 @@ def scores_and_samples(
     """Return scores with standard errors, reasons for missing metrics, and the rows.
 
     A standard error is given if the score is a mean over rows; rows of different images count as independent.
-
-    Raises:
-        UnscoredError: the judge did not answer for some rows.
     """
     rows = evaluated.rows
     _refuse_unscored(benchmark, rows)

@@ -15,12 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from patch_aligned.files import written_whole
+
+Record = TypeVar("Record")
 
 EXTRA_KEY = "extra_json"
 """Column of Parquet files with all other keys of a record or label, as the JSON text of an object."""
@@ -144,6 +147,11 @@ def _write_json(records: Iterable[Mapping[str, Any]], file: IO[bytes], kind: str
         text.write(closing if count or is_array else "")
         text.detach()
     return count
+
+
+def with_progress(records: Iterable[Record], doing: str) -> Iterable[Record]:
+    """Pass records on one by one, and show how many on standard error while it is a terminal."""
+    return tqdm(records, doing, unit=" images", disable=None, leave=False)
 
 
 def records_to_batch(records: Iterable[Mapping[str, Any]]) -> pa.RecordBatch:
@@ -283,6 +291,19 @@ def _unfold_extra(mapping: dict[str, Any]) -> None:
 
 # Values of a record.
 
+ANSWERERS = ("gpt", "assistant")
+"""Who gives the answers in LLaVA's `conversations`."""
+
+
+def first_answer(record: Mapping[str, Any]) -> str | None:
+    """Return the first answer of a record of LLaVA's training JSON, which is its caption; None if it has none."""
+    turns = record.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, Mapping) and turn.get("from") in ANSWERERS and isinstance(turn.get("value"), str):
+            return turn["value"].strip()
+    return None
+
+
 LARGEST_SIDE = 1 << 20
 """Pixels: beyond any image format, and its square is far from overflowing."""
 _LONGEST_QUOTE = 80
@@ -330,3 +351,10 @@ def quoted(value: Any) -> str:
 def shortened(text: str) -> str:
     """Return text as messages show it, cut where it is long."""
     return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."
+
+
+def named(items: Iterable[str], most: int = 5) -> str:
+    """Return the first items as messages list them, and the number of further ones."""
+    listed = list(items)
+    more = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")

@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from eval.captions.references import named
+from patch_aligned.record_files import named
 
 _VERSION = re.compile(r'version "(?:1\.)?(\d+)')  # 1.8.0_392 is Java 8
 
@@ -64,20 +64,17 @@ _MATCHES = slice(4, 20)
 _CHUNKS, _ANSWER_MATCHED, _REFERENCE_MATCHED = range(20, 23)
 
 
-class MeteorScore(NamedTuple):
-    """METEOR of all images together, its standard error (None with one image), and METEOR of each."""
+@dataclass(frozen=True)
+class MetricScore:
+    """A metric over all images: the mean over images, or for METEOR and BLEU computed from summed counts."""
 
     value: float
-    stderr: float | None
-    of_image: list[float]
+    stderr: float | None  # None with one image, and for BLEU
+    of_image: dict[str, float]  # score of each image alone
 
 
-def score_meteor(expected: Mapping[str, list[str]], found: Mapping[str, list[str]]) -> MeteorScore:
-    """Score one tokenized caption per image against its tokenized references.
-
-    Raises:
-        OSError: the process ended early.
-    """
+def score_meteor(expected: Mapping[str, list[str]], found: Mapping[str, list[str]]) -> MetricScore:
+    """Score one tokenized caption per image against its tokenized references."""
     lines: list[str] = []
     with _process(lines) as scorer:
         try:
@@ -89,7 +86,7 @@ def score_meteor(expected: Mapping[str, list[str]], found: Mapping[str, list[str
                 "2 GB, which a caption of thousands of words can use up"
             ) from error
     statistics = np.array([[float(number) for number in line.split()] for line in lines])  # [I, 23]
-    return MeteorScore(value, jackknife_stderr(statistics), of_image)
+    return MetricScore(value, jackknife_stderr(statistics), dict(zip(expected, of_image, strict=True)))
 
 
 def jackknife_stderr(statistics: np.ndarray) -> float | None:
@@ -190,13 +187,9 @@ class SpiceSetup:
 
 
 def find_spice(jars: Path | None, java: str | None) -> SpiceSetup | str:
-    """Find what SPICE needs, by option or environment (`SPICE_JARS`, `SPICE_JAVA`).
+    """Find what SPICE needs, by option or environment; or say why SPICE is not available if no jars are named.
 
-    Returns:
-        The setup, or why SPICE is not available if no jars are named.
-
-    Raises:
-        OSError: jars are named, but something is missing.
+    Raises `OSError` if jars are named, but something is missing.
     """
     given = jars or os.environ.get(JARS_VARIABLE)
     if not given:
@@ -301,15 +294,6 @@ METRICS = (METEOR, ROUGE_L, SPICE, CIDER, *BLEU)
 
 
 @dataclass(frozen=True)
-class MetricScore:
-    """A metric over all images: the mean over images, or for METEOR and BLEU computed from summed counts."""
-
-    value: float
-    stderr: float | None  # None with one image, and for BLEU
-    of_image: dict[str, float]  # score of each image alone
-
-
-@dataclass(frozen=True)
 class CaptionScores:
     """Scores of a set of captions."""
 
@@ -322,16 +306,9 @@ class CaptionScores:
 def score_captions(
     references: Mapping[str, Sequence[str]], answers: Mapping[str, str], spice: SpiceSetup | str
 ) -> CaptionScores:
-    """Score one answer per image against the image's reference captions.
+    """Score one answer for each image against its reference captions; `spice` says how it is run, or why not.
 
-    Args:
-        references: one or more captions of each image.
-        answers: of exactly these images.
-        spice: how to run SPICE, or why it is not run.
-
-    Raises:
-        ValueError: names images without an answer, or answers of other images.
-        OSError: a metric's process failed.
+    Raises `ValueError` for images without an answer or answers of other images, `OSError` if a metric's process fails.
     """
     _require_same_images(references, answers)
     from pycocoevalcap.bleu.bleu import Bleu
@@ -342,8 +319,7 @@ def score_captions(
     expected = tokenize(references)
     found = tokenize({image: [answers[image]] for image in images})
 
-    meteor = score_meteor(expected, found)
-    metrics = {METEOR: MetricScore(meteor.value, meteor.stderr, dict(zip(images, meteor.of_image, strict=True)))}
+    metrics = {METEOR: score_meteor(expected, found)}
     metrics[ROUGE_L] = _score(images, *Rouge().compute_score(expected, found))
     not_available = {}
     if isinstance(spice, str):

@@ -7,7 +7,7 @@ Reads COCO's captions (`captions_val2014.json`), Karpathy's splits of COCO (`dat
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
 from patch_aligned.files import validated
 from patch_aligned.images import ImageFileError, image_path
-from patch_aligned.record_files import beginning_of, iter_records, read_document
+from patch_aligned.record_files import beginning_of, iter_records, named, read_document
 
 KARPATHY_SPLIT = "test"
 
@@ -79,16 +79,7 @@ class _Record(BaseModel):
 
 
 def read_references(path: Path, split: str | None = None) -> References:
-    """Read the images of a file and their captions.
-
-    Args:
-        path: JSON, JSON lines, either gzipped, or Parquet.
-        split: of Karpathy's file; None: `test`. Other files have no splits.
-
-    Raises:
-        ValueError: the file has another format, or an image has no caption.
-        RecordFileError: the file is missing, or cannot be read.
-    """
+    """Read the images of a file and their captions; `split` is of Karpathy's file alone, where None is `test`."""
     document = _document(path)
     if split is not None and (document is None or "annotations" in document):
         raise ValueError(f"--split: found {split!r}, but {path} has no splits; leave it out")
@@ -110,12 +101,7 @@ def read_references(path: Path, split: str | None = None) -> References:
 
 
 def image_files(images: Iterable[CaptionedImage], folder: Path) -> dict[str, Path]:
-    """Return the path of each image's file by its id.
-
-    Raises:
-        ValueError: a path leads out of the folder.
-        FileNotFoundError: names the first missing images, and how many there are.
-    """
+    """Return the path of each image's file by its id; `FileNotFoundError` names the first missing ones."""
     files, missing = {}, []
     for image in images:
         try:
@@ -130,12 +116,6 @@ def image_files(images: Iterable[CaptionedImage], folder: Path) -> dict[str, Pat
             "are there; is it the folder that the paths of the references count from?"
         )
     return files
-
-
-def named(items: Sequence[str], most: int = 5) -> str:
-    """The first items of a list, and the number of further ones."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
 
 
 def _document(path: Path) -> dict[str, Any] | None:
@@ -233,12 +213,7 @@ CAPTION_SETS = {
 
 
 def choose_set(name: str | None, references: Path | None, image_folder: Path | None) -> CaptionSet:
-    """Return a known set, with other files if these are given, or a new one for the user's files.
-
-    Raises:
-        ValueError: the name is unknown, and files are not given.
-        FileNotFoundError: the file of captions is missing; the message says how to get it.
-    """
+    """Return a known set, with other files if these are given, or a new one for the user's files."""
     known = CAPTION_SETS.get(name or "")
     if known is None:
         if references is None or image_folder is None:

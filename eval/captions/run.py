@@ -228,14 +228,8 @@ class Captioner:
     @property
     def identity(self) -> str:
         """Hash of everything that a caption depends on, except the image."""
-        parts = [
-            *self.model.weights,
-            self.conversation,
-            self.prompt,
-            self.dtype,
-            self.max_new_tokens,
-            version("patch-aligned-llava"),
-        ]
+        asked = (self.conversation, self.prompt, self.dtype, self.max_new_tokens)
+        parts = [*self.model.weights, *asked, version("patch-aligned-llava")]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @property
@@ -292,11 +286,7 @@ def write_captions(
     device: str,
     show_progress: bool = True,
 ) -> None:
-    """Caption images and add each caption to `log`. Captions do not depend on the batch size.
-
-    Raises:
-        UnreadableImageError: names a broken image. Earlier captions are kept.
-    """
+    """Caption images and add each caption to `log`. Captions do not depend on the batch size."""
     from tqdm import tqdm
 
     from llava.eval.answering import answer_questions

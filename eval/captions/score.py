@@ -11,11 +11,11 @@ import typer
 from pydantic import AliasChoices, BaseModel, Field
 
 from eval.captions.metrics import as_json, as_text, find_spice, require_metrics, score_captions
-from eval.captions.references import CaptionedImage, named, read_references
+from eval.captions.references import CaptionedImage, read_references
 from eval.captions.run import REFERENCES_HELP, SpiceJarsOption, SpiceJavaOption, SplitOption
 from llava.command import clear_errors, typer_app
 from patch_aligned.files import refuse_inputs, validated
-from patch_aligned.record_files import iter_records
+from patch_aligned.record_files import iter_records, named
 
 app = typer_app()
 
@@ -66,19 +66,7 @@ class _Answer(BaseModel):
 
 
 def read_answers(path: Path, images: Sequence[CaptionedImage]) -> dict[str, str]:
-    """Read captions of another source: COCO's results (`image_id`, `caption`), or records of `image` and `answer`.
-
-    Args:
-        path: JSON, JSON lines, either gzipped, or Parquet.
-        images: the images of the references. Records name them by id or by path.
-
-    Returns:
-        Captions by the image's id.
-
-    Raises:
-        ValueError: a record is no caption, or its image is unknown or has a caption already.
-        RecordFileError: the file is missing, or cannot be read.
-    """
+    """Read captions of another source by the image's id; records name images of the references by id or by path."""
     ids = {name: image.id for image in images for name in (image.image, image.id)}
     answers: dict[str, str] = {}
     unknown = []

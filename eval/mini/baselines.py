@@ -74,11 +74,7 @@ def box_baselines(rows: Sequence[Row], training_boxes: Sequence[Sequence[float]]
 
 
 def read_baselines(data: Path = OUT, train: Path = TRAIN) -> dict[str, tuple[int, Baselines]]:
-    """Number of rows and baselines of each benchmark of the evaluation set at `data`.
-
-    Raises:
-        FileNotFoundError: the evaluation set or the training scenes are not there.
-    """
+    """Number of rows and baselines of each benchmark of the evaluation set at `data`."""
     questions = [json.loads(line) for line in (train / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
     answers = [json.loads(line) for line in (train / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     training: dict[str, list[tuple[str, str]]] = defaultdict(list)

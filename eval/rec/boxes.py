@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,6 +20,7 @@ from PIL import Image, ImageFile
 from llava.mm_utils import load_rgb_image
 from patch_aligned.cells import box_iou, boxes_xyxy_from_image01, boxes_xyxy_from_square01
 from patch_aligned.files import written_whole
+from patch_aligned.images import image_path
 from patch_aligned.results.run import ACCURACY, BoxFrame
 
 # As in LLaVA-1.5's training data (llava_v1_5_mix665k.json), where the expression ends with a full stop.
@@ -52,43 +53,21 @@ def prompt_of(expression: str) -> str:
     return PROMPT.format(expression=expression.strip().removesuffix("."))
 
 
-def image_path(image: str, data_root: Path) -> Path:
-    """Path of a row's picture. Raises `ValueError` if it leaves the data root."""
-    path = Path(image)
-    # Links inside the folder may point elsewhere, since its owner made them. Paths in a data file may not.
-    if path.anchor or ".." in path.parts:
-        raise ValueError(f"field image: found {image!r}, expected a path inside the data root {data_root}")
-    return data_root / path
-
-
 def load_image(row: Row, data_root: Path) -> Image.Image:
-    """Load a row's picture as RGB, rotated as its EXIF says, as in training.
-
-    Raises:
-        ValueError: the path leaves the data root, or the picture's size differs from the row's.
-        FileNotFoundError: there is no such picture.
-        UnreadableImageError: it is truncated or otherwise broken.
-    """
-    path = image_path(row["image"], data_root)
-    with _cut_pictures_are_errors():
+    """Load a row's picture as RGB, rotated as its EXIF says, as in training; `ValueError` if it has another size."""
+    path = image_path(data_root, row["image"])
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # as it was before lmms-eval was imported, which fills cut images with grey
+    try:
         image = load_rgb_image(path)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
     if image.size != (row["width"], row["height"]):
         raise ValueError(
             f"{path}: found {image.width} x {image.height} pixels, expected {row['width']} x {row['height']}, on which "
             f"the box of row {row['id']} was drawn; put the original picture there"
         )
     return image
-
-
-@contextmanager
-def _cut_pictures_are_errors() -> Iterator[None]:
-    """Restore Pillow's default: importing lmms-eval makes it fill truncated pictures with grey."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def check_row(row: Row, where: str) -> None:
@@ -111,16 +90,10 @@ def check_row(row: Row, where: str) -> None:
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as Parquet, atomically.
-
-    Raises:
-        ValueError: two rows have the same id.
-    """
-    seen: set[str] = set()
-    for row in rows:
-        if row["id"] in seen:
-            raise ValueError(f"{path}: found the id {row['id']!r} twice, expected another one for each row")
-        seen.add(row["id"])
+    """Write the rows as Parquet, atomically."""
+    times = Counter(row["id"] for row in rows)
+    if twice := [row_id for row_id, count in times.items() if count > 1]:
+        raise ValueError(f"{path}: found the id {twice[0]!r} twice, expected another one for each row")
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=SCHEMA), temporary)

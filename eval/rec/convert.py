@@ -19,10 +19,10 @@ from PIL import Image
 from pydantic import BaseModel, Field, FiniteFloat
 
 from eval.benchmarks import BENCHMARKS
-from eval.rec.boxes import Row, check_row, image_path, write_rows
+from eval.rec.boxes import Row, check_row, write_rows
 from llava.command import command_parser, run_command
 from patch_aligned.files import validated
-from patch_aligned.images import upright_size_wh
+from patch_aligned.images import image_path, upright_size_wh
 
 DEFAULT_DATA_ROOT = Path("playground/data")
 REFS = {
@@ -83,12 +83,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """Load a pickle (also of Python 2) of lists, dictionaries, numbers and text.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is no pickle, or contains a class or a function.
-    """
+    """Load a pickle (also of Python 2) of lists, dictionaries, numbers and text, and of nothing else."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; unpack the published archive (refcoco.zip, ...) there")
     try:
@@ -99,11 +94,7 @@ def load_plain_pickle(path: Path) -> Any:
 
 
 def read_referred_objects(folder: Path, refs_name: str) -> Iterator[ReferredObject]:
-    """Yield the objects of a folder with `instances.json` and references, in the order of the references.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or invalid, or a reference names what `instances.json` lacks.
-    """
+    """Yield the objects of a folder with `instances.json` and references, in the order of the references."""
     refs_path, instances_path = folder / refs_name, folder / "instances.json"
     refs = validated(list[_Ref], load_plain_pickle(refs_path), refs_path)
     if not instances_path.is_file():
@@ -122,16 +113,9 @@ def read_referred_objects(folder: Path, refs_name: str) -> Iterator[ReferredObje
 
 
 def rows_of_objects(objects: Iterable[ReferredObject], images: Path, data_root: Path) -> list[Row]:
-    """Return one row per expression. The headers of the pictures are read to check their sizes.
+    """Return one row per expression for objects of one split. The pictures' headers are read to check their sizes.
 
-    Args:
-        objects: of one split.
-        images: folder of COCO's train2014 below the data root, or train2017, which has the same pictures.
-        data_root: base of the rows' paths.
-
-    Raises:
-        ValueError: `images` is not below the data root, or a row cannot be scored.
-        FileNotFoundError: pictures are missing.
+    `images` is the folder of COCO's train2014 below the data root, or of train2017, which has the same pictures.
     """
     folder, root = _absolute(images), _absolute(data_root)
     if not folder.is_relative_to(root):
@@ -172,7 +156,7 @@ def _absolute(path: Path) -> Path:
 
 def _find_image(image: _Image, images: Path) -> str | None:
     for name in (image.file_name, image.file_name.removeprefix(_COCO_2014)):
-        path = image_path(name, images)
+        path = image_path(images, name)
         if path.is_file():
             _check_size(path, (image.width, image.height))
             return name
@@ -190,15 +174,7 @@ def _check_size(path: Path, size_wh: tuple[int, int]) -> None:
 
 
 def convert_refs(archives: Path, images: Path, data_root: Path, output: Path) -> dict[str, int]:
-    """Write `<output>/<data set>_<split>.parquet` for every data set in `archives`.
-
-    Returns:
-        Number of expressions of each file, in the order of `PUBLISHED_EXPRESSIONS`.
-
-    Raises:
-        ValueError: an invalid file, or rows that cannot be scored.
-        FileNotFoundError: pictures are missing, or none of the data sets is there.
-    """
+    """Write `<output>/<data set>_<split>.parquet` for every data set in `archives`; return its number of rows."""
     present = {name: (archives / folder, refs) for name, (folder, refs) in REFS.items() if (archives / folder).is_dir()}
     if not present:
         folders = ", ".join(folder for folder, _ in REFS.values())
@@ -230,18 +206,13 @@ class _Record(BaseModel):
 
 
 def rows_of_json(path: Path, data_root: Path) -> list[Row]:
-    """Return the rows of a JSON list.
-
-    Raises:
-        ValueError: no such list, or a record that lacks a field or cannot be scored.
-        FileNotFoundError: no such file, or a picture is missing.
-    """
+    """Return the rows of a JSON list."""
     records = validated(list[_Record], path.read_bytes().removeprefix(codecs.BOM_UTF8), path)
     if not records:
         raise ValueError(f"{path}: expected a list of records")
     rows = [_row_of_record(record, index, path) for index, record in enumerate(records)]
     for row in {row["image"]: row for row in rows}.values():
-        image = image_path(row["image"], data_root)
+        image = image_path(data_root, row["image"])
         if not image.is_file():
             raise FileNotFoundError(f"{path}, record {row['id']}, field image: there is no {image}")
         _check_size(image, (row["width"], row["height"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +14,6 @@ from patch_aligned.annotate.options import (
     DETECTOR,
     REVISION_HELP,
     SAM,
-    SAM3_BOX_THRESHOLD,
     Engine,
     ModelOptions,
     Selection,
@@ -76,9 +74,6 @@ def annotate(
     from patch_aligned.annotate.run import AnnotationJob, run_annotate, statuses_named
     from patch_aligned.annotate.stages import build_stages
 
-    if models.segmenter == "sam3" and "DEFAULT" in str(context.get_parameter_source("box_threshold")):
-        context.params["box_threshold"] = SAM3_BOX_THRESHOLD
-        selection = replace(selection, box_threshold=SAM3_BOX_THRESHOLD)
     models, statuses = models.resolved(), statuses_named(retry)
     entries, root = list_images(images, image_folder)
     build = partial(build_stages, models, selection, entries=entries)
@@ -190,13 +185,10 @@ def merge(
     others with their reason, `FILE.settings.json` says how the records were made. If shards are missing or damaged,
     nothing is written, and they are named.
     """
-    from tqdm import tqdm
-
     from patch_aligned.annotate.folder import RunFolder
     from patch_aligned.annotate.folder import merge as merge_run
 
-    watch = partial(tqdm, desc="Merging", unit=" images", disable=None, leave=False)
-    done = merge_run(RunFolder(run), output, keep_all=keep_all, keep_candidates=keep_candidates, watch=watch)
+    done = merge_run(RunFolder(run), output, keep_all=keep_all, keep_candidates=keep_candidates)
     for name, count in {"images": done.images, **{f"status {name}": n for name, n in done.counts.items()}}.items():
         typer.echo(f"{name}: {count:,}")
     typer.echo(f"{output}: {done.written:,} records, {done.regions:,} regions")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,33 +43,23 @@ class PinnedFile(NamedTuple):
     repository: str | None = None
 
 
-def _on_hub(name: str, repository: str, sha256: str) -> PinnedFile:
+def _on_hub(repository: str, name: str, sha256: str) -> PinnedFile:
     return PinnedFile(name, f"https://huggingface.co/{repository}/resolve/main/{name}", sha256, repository)
 
 
+_RAM, _RAM_PLUS = "xinyu1205/recognize_anything_model", "xinyu1205/recognize-anything-plus-model"
 RAM_WEIGHTS = {
-    "ram": _on_hub(
-        "ram_swin_large_14m.pth",
-        "xinyu1205/recognize_anything_model",
-        "15c729c793af28b9d107c69f85836a1356d76ea830d4714699fb62e55fcc08ed",
-    ),
+    "ram": _on_hub(_RAM, "ram_swin_large_14m.pth", "15c729c793af28b9d107c69f85836a1356d76ea830d4714699fb62e55fcc08ed"),
     "ram_plus": _on_hub(
-        "ram_plus_swin_large_14m.pth",
-        "xinyu1205/recognize-anything-plus-model",
-        "497c178836ba66698ca226c7895317e6e800034be986452dbd2593298d50e87d",
+        _RAM_PLUS, "ram_plus_swin_large_14m.pth", "497c178836ba66698ca226c7895317e6e800034be986452dbd2593298d50e87d"
     ),
 }
-TAG_FILES = (
-    PinnedFile(
-        "ram_tag_list.txt",
-        f"{_TAG_DATA}ram_tag_list.txt",
-        "5d96d2f7225527480ad773aaac76b6e5c08a18adf6eae9ca7d2ab923d5e7bd8b",
-    ),
-    PinnedFile(
-        "ram_tag_list_threshold.txt",
-        f"{_TAG_DATA}ram_tag_list_threshold.txt",
-        "b6f81d0de1bc7f9c251af512c413eae976c77dbfbadf700d4e3d90510f4c6447",
-    ),
+TAG_FILES = tuple(
+    PinnedFile(name, _TAG_DATA + name, sha256)
+    for name, sha256 in (
+        ("ram_tag_list.txt", "5d96d2f7225527480ad773aaac76b6e5c08a18adf6eae9ca7d2ab923d5e7bd8b"),
+        ("ram_tag_list_threshold.txt", "b6f81d0de1bc7f9c251af512c413eae976c77dbfbadf700d4e3d90510f4c6447"),
+    )
 )
 PINNED_REVISIONS = {
     DETECTOR: "a2bb814dd30d776dcf7e30523b00659f4f141c71",
@@ -90,16 +80,10 @@ def folder_name(repository: str) -> str:
 
 
 def fetch_models(output: Path, pinned: Sequence[PinnedFile], checkpoints: Mapping[str, str | None]) -> None:
-    """Download all files into `output`. Existing files stay; wrong ones are named.
+    """Download pinned files, and checkpoints by repository and revision, into `output`. Existing files stay.
 
-    Args:
-        output: folder, created if it does not exist.
-        pinned: files that are stored as they are.
-        checkpoints: revision of each repository, None for the default. Each gets a folder of its own, with
-            `fetched.json`, which names the commit.
-
-    Raises:
-        ValueError: lists all that is missing, with its address and its place, if something cannot be downloaded.
+    A checkpoint gets a folder of its own, with `fetched.json`, which names the commit. `ValueError` lists all that is
+    missing, with its address and its place.
     """
     output.mkdir(parents=True, exist_ok=True)
     missing: list[str] = []
@@ -182,11 +166,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def checkpoint_folder(name_or_folder: str, revision: str | None, flag: str) -> Path:
-    """Return a checkpoint's folder; a name on the hub is downloaded into the hub's cache unless it is there.
-
-    Raises:
-        ValueError: names `flag` if it is neither a folder nor available on the hub.
-    """
+    """Return a checkpoint's folder; a name on the hub is downloaded into the hub's cache unless it is there."""
     folder = Path(name_or_folder)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -214,11 +194,7 @@ def identity_of(name_or_folder: str, folder: Path) -> dict[str, Any]:
 
 
 def class_of_checkpoint(folder: str | Path, classes: Mapping[str, Any]) -> Any:
-    """Return the entry of `classes` for the `model_type` of a checkpoint.
-
-    Raises:
-        ValueError: for another type of model.
-    """
+    """Return the entry of `classes` for the `model_type` of a checkpoint."""
     config, _ = PreTrainedConfig.get_config_dict(folder)
     kind: Any = config.get("model_type")
     if kind not in classes:
@@ -227,11 +203,7 @@ def class_of_checkpoint(folder: str | Path, classes: Mapping[str, Any]) -> Any:
 
 
 def load_model(model_class: Any, folder: str | Path) -> Any:
-    """Load a checkpoint of transformers in float32, whatever type it is stored in: half precision falls back to it.
-
-    Raises:
-        ValueError: weights are missing or truncated.
-    """
+    """Load a checkpoint of transformers in float32, whatever type it is stored in: half precision falls back to it."""
     try:
         model, loading = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except SafetensorError as error:
@@ -244,26 +216,25 @@ def load_model(model_class: Any, folder: str | Path) -> Any:
 
 
 class DeviceModel:
-    """A model for inference on one device.
+    """A model for inference on one device; `dtype`, of autocast, is by default bfloat16 on a GPU, float32 on a CPU."""
 
-    Attributes:
-        model: its weights must not change.
-        dtype: what autocast computes in, float32 for none; by default bfloat16 on a GPU and float32 on a CPU.
-        settings: all that determines the results, as plain values for settings.json.
-    """
-
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # all that determines the results, as plain values for settings.json
 
     def __init__(self, model: Any, device: torch.device | str, dtype: torch.dtype | None) -> None:
         self.device = torch.device(device)
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.dtype_name = str(self.dtype).removeprefix("torch.")  # as settings.json has it
         self.model = model.requires_grad_(False).eval().to(self.device)
-
-    @property
-    def dtype_name(self) -> str:
-        """The type as settings.json has it."""
-        return str(self.dtype).removeprefix("torch.")
 
     def autocast(self, dtype: torch.dtype) -> torch.autocast:
         """Compute in a type; float32 for none."""
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def finite_or_none(self, compute: Callable[[Sequence[int], torch.dtype], list[Any]], count: int) -> list[Any]:
+        """Return what `compute` gives of rows in a type, and in float32 of those of which it gave None: not finite."""
+        found = compute(range(count), self.dtype)
+        again = [row for row, result in enumerate(found) if result is None]
+        if again and self.dtype != torch.float32:
+            for row, result in zip(again, compute(again, torch.float32), strict=True):
+                found[row] = result
+        return found

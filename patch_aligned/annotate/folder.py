@@ -28,7 +28,7 @@ from typing import IO, Any, NamedTuple
 
 from patch_aligned.annotate.manifest import ManifestEntry
 from patch_aligned.files import refuse_inputs, written_whole
-from patch_aligned.record_files import SETTINGS_SUFFIX, SKIPPED_SUFFIX, write_records
+from patch_aligned.record_files import SETTINGS_SUFFIX, SKIPPED_SUFFIX, named, with_progress, write_records
 
 _logger = logging.getLogger(__name__)
 
@@ -59,21 +59,10 @@ class ShardHeader:
 
 
 class RunFolder:
-    """An output folder, opened.
-
-    Attributes:
-        path: the folder.
-        entries: the manifest's, in order.
-        settings: content of settings.json.
-        settings_sha256: its hash, which every shard carries.
-    """
+    """An output folder, opened. `entries` are the manifest's; every shard carries `settings_sha256`."""
 
     def __init__(self, path: Path) -> None:
-        """Read a run's manifest and settings.
-
-        Raises:
-            ValueError: it is no run's folder, or the manifest is not that of the settings.
-        """
+        """Read manifest and settings; `ValueError` if it is no run's folder, or they do not belong together."""
         self.path = path
         self.settings_path, self.manifest_path = path / "settings.json", path / "manifest.jsonl"
         for file in (self.settings_path, self.manifest_path):
@@ -99,10 +88,8 @@ class RunFolder:
         """Create the folder, or open one that was made with the same images and settings.
 
         Several processes may do so at once: all of them write the same bytes. A run has begun once its settings are
-        there; a manifest without them is left from a call that was killed in between, and is overwritten.
-
-        Raises:
-            ValueError: names each setting that differs from the folder's.
+        there; a manifest without them is left from a call that was killed in between, and is overwritten. `ValueError`
+        names each setting that differs from the folder's.
         """
         manifest = b"".join(
             _line({"image_id": entry.image_id} | ({"caption": entry.caption} if entry.caption else {}))
@@ -135,13 +122,9 @@ class RunFolder:
         """Shards of the whole run, done or not."""
         return -(-len(self.entries) // self.shard_size)
 
-    def first_of(self, shard: int) -> int:
-        """Return the row of the shard's first image in the manifest."""
-        return shard * self.shard_size
-
     def entries_of(self, shard: int) -> list[ManifestEntry]:
         """Return the images of a shard."""
-        return self.entries[self.first_of(shard) : self.first_of(shard + 1)]
+        return self.entries[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def shard_path(self, shard: int) -> Path:
         """Return a shard's file, which exists if it is done."""
@@ -152,19 +135,15 @@ class RunFolder:
         return [self.settings_path, self.manifest_path, *map(self.shard_path, range(self.num_shards))]
 
     def write_shard(self, shard: int, records: Sequence[Record]) -> ShardHeader:
-        """Write a shard atomically.
-
-        Raises:
-            ValueError: a number is not finite, which JSON cannot express.
-        """
+        """Write a shard atomically; `ValueError` for a number that is not finite, which JSON cannot express."""
         lines = b"".join(map(_line, records))
         counts = Counter(record["status"] for record in records)
         header = ShardHeader(
             shard=shard,
-            first=self.first_of(shard),
+            first=shard * self.shard_size,
             count=len(records),
             settings_sha256=self.settings_sha256,
-            counts={status: counts[status] for status in sorted(counts)},
+            counts=dict(sorted(counts.items())),
             records_sha256=hashlib.sha256(lines).hexdigest(),
         )
         path = self.shard_path(shard)
@@ -179,20 +158,15 @@ class RunFolder:
         return header
 
     def read_header(self, shard: int) -> ShardHeader:
-        """Read the header alone, and not the records.
-
-        Raises:
-            ShardError: it is missing, or no shard.
-        """
+        """Read the header alone; `ShardError` if the file is missing or no shard."""
         path = self.shard_path(shard)
         with _shard_errors(path), gzip.open(path, "rb") as file:
             return ShardHeader(**json.loads(file.readline()))
 
     def read_shard(self, shard: int) -> tuple[ShardHeader, list[Record]]:
-        """Read a finished shard: its header and one record for each of its images, in order.
+        """Read the header and one record for each image, in order.
 
-        Raises:
-            ShardError: it is missing, damaged, of other settings, or of other images.
+        `ShardError`: the shard is missing, damaged, of other settings, or of other images.
         """
         path = self.shard_path(shard)
         with _shard_errors(path):
@@ -208,9 +182,9 @@ class RunFolder:
             )
         expected = [entry.image_id for entry in self.entries_of(shard)]
         if [record.get("image_id") for record in records] != expected or header.shard != shard:
+            rows = f"{shard * self.shard_size} to {shard * self.shard_size + len(expected) - 1}"
             raise ShardError(
-                f"{path}: found other images than those of the manifest's rows {self.first_of(shard)} to "
-                f"{self.first_of(shard) + len(expected) - 1}. Remove it and annotate again"
+                f"{path}: found other images than those of the manifest's rows {rows}. Remove it and annotate again"
             )
         return header, records
 
@@ -263,7 +237,7 @@ def _difference_of_images(was: list[ManifestEntry], now: list[ManifestEntry]) ->
     old, new = dict(was), dict(now)
     if old.keys() != new.keys():
         parts = [
-            f"{len(names)} {what} ({_listed(names)})"
+            f"{len(names)} {what} ({named(sorted(names))})"
             for names, what in (
                 (new.keys() - old.keys(), "that the manifest lacks"),
                 (old.keys() - new.keys(), "of the manifest that are gone"),
@@ -272,12 +246,8 @@ def _difference_of_images(was: list[ManifestEntry], now: list[ManifestEntry]) ->
         ]
         return f"found other images than the run began with: {' and '.join(parts)}"
     if changed := {name for name, caption in old.items() if caption != new[name]}:
-        return f"found other captions than the run began with: of {len(changed)} images ({_listed(changed)})"
+        return f"found other captions than the run began with: of {len(changed)} images ({named(sorted(changed))})"
     return f"the manifest has the same {len(old)} images in another order"
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 # From the shards of a finished run to one PAD file, with a list of the images that are not in it.
@@ -299,24 +269,13 @@ def merge(
     *,
     keep_all: bool = False,
     keep_candidates: bool = False,
-    watch: Callable[[Iterator[Record]], Iterable[Record]] = iter,
+    change: Callable[[Iterable[Record]], Iterable[Record]] = iter,
 ) -> Merged:
     """Write the records of all shards to one PAD file, atomically and in the manifest's order.
 
     One shard is in memory at a time. `<output>.skipped.jsonl` and `<output>.settings.json`, a copy of the run's
-    settings, are written beside `output`.
-
-    Args:
-        run: the output folder of `patch-aligned annotate`.
-        output: a `.json`, `.jsonl`, `.json.gz`, `.jsonl.gz` or `.parquet` file.
-        keep_all: take every image that could be read, also without regions. An image that could not be read has no
-            size and is in no PAD file.
-        keep_candidates: keep the boxes before NMS too.
-        watch: passes the records on, one by one; it may show the progress.
-
-    Raises:
-        ValueError: shards are missing or damaged, or `output` is a file of the run.
-        RecordFileError: for an unknown suffix of `output`.
+    settings, are written beside `output`. `keep_all` takes every image that could be read, also without regions; one
+    that could not be read has no size and is in no PAD file. `change` may alter the records.
     """
     refuse_inputs(output, run.files())
     if missing := run.missing_shards():
@@ -328,7 +287,7 @@ def merge(
 
     def kept(skipped: IO[str]) -> Iterator[Record]:
         nonlocal regions
-        for record in watch(_all_records(run)):
+        for record in with_progress(change(_all_records(run)), "Merging"):
             counts[record["status"]] += 1
             if record["status"] == "ok" or (keep_all and record["size"] is not None):
                 regions += len(record["labels"])

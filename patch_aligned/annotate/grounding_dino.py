@@ -10,6 +10,7 @@ Letters: B images that have tags, P pairs of an image and a prompt in one step, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,30 +49,19 @@ class GroundingDetector(DeviceModel):
         prompt_join: PromptJoin = ", ",
         candidate_thresholds: CandidateThresholds = CandidateThresholds(),  # noqa: B008 - it is immutable
     ) -> None:
-        """Place the model on a device.
+        """Place the model on a device; for `dtype` see `DeviceModel`, for `prompt_join` `PromptBuilder`.
 
-        Args:
-            model: Grounding DINO or MM Grounding DINO.
-            tokenizer: the model's.
-            image_processor: the model's.
-            device: of the model.
-            dtype: see `DeviceModel`.
-            prompt_join: between the tags of a prompt, see `PromptBuilder`.
-            candidate_thresholds: boxes below them, and tokens in them, are not kept.
-
-        Raises:
-            ValueError: the image processor does not resize by the shortest edge, or the tokenizer is not the model's.
+        Boxes below the thresholds of candidates, and tokens in them, are not kept.
         """
         super().__init__(model, device, dtype)
-        self.image_processor = image_processor
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.candidate_thresholds = candidate_thresholds
         size = image_processor.size
         self._shortest_edge, self._longest_edge = size.get("shortest_edge"), size.get("longest_edge")
         if not self._shortest_edge or not self._longest_edge:
             raise ValueError(f"image processor: found size {dict(size)}, expected shortest_edge and longest_edge")
         max_tokens = model.config.max_text_len
         self.prompts = PromptBuilder(tokenizer, join=prompt_join, max_tokens=max_tokens)
-        self.tokenizer = tokenizer
-        self.candidate_thresholds = candidate_thresholds
         self.settings = {
             "kind": model.config.model_type,
             "shortest_edge": self._shortest_edge,
@@ -84,11 +74,7 @@ class GroundingDetector(DeviceModel):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> GroundingDetector:
-        """Load a checkpoint in transformers' format (IDEA-Research/grounding-dino-tiny and the like).
-
-        Raises:
-            ValueError: for another kind of model, or where weights are missing; or a tokenizer that is not the model's.
-        """
+        """Load a checkpoint in transformers' format (IDEA-Research/grounding-dino-tiny and the like)."""
         model = load_model(class_of_checkpoint(folder, _DETECTION_MODELS), folder)
         # The default processor needs torchvision, this one does not.
         image_processor = GroundingDinoImageProcessorPil.from_pretrained(folder)
@@ -100,23 +86,12 @@ class GroundingDetector(DeviceModel):
 
     @torch.inference_mode()
     def detect(self, images: Sequence[Image.Image], tags: Sequence[Sequence[str]]) -> list[list[Candidate]]:
-        """Find each image's tags.
+        """Find any number of tags of each image: its candidates, highest score first, then by prompt and query.
 
-        Args:
-            images: of one resized size and any mode. No step takes more pairs of image and prompt than there are
-                images.
-            tags: of each image, any number of them.
-
-        Returns:
-            Candidates of each image, highest score first; equal ones in the order of prompts and queries.
-
-        Raises:
-            ValueError: for other counts, images of several resized sizes, or a tag that makes no prompt.
-            NonFiniteScoresError: an image has no finite scores, in float32 either.
+        No step takes more pairs of image and prompt than there are images. `NonFiniteScoresError` names images without
+        finite scores, in float32 either.
         """
-        if len(images) != len(tags):
-            raise ValueError(f"tags: found those of {len(tags)} images, expected {len(images)}")
-        with_tags = [position for position, own in enumerate(tags) if len(own)]
+        with_tags = [position for position, (_, own) in enumerate(zip(images, tags, strict=True)) if own]
         shapes = {self.resized_shape_hw(images[position].size) for position in with_tags}
         if len(shapes) > 1:
             raise ValueError(f"images: found the resized sizes {sorted(shapes)} (height, width), expected one a batch")
@@ -130,33 +105,36 @@ class GroundingDetector(DeviceModel):
         ]
         not_finite: set[int] = set()
         for start in range(0, len(pairs), len(images)):
-            rows, prompts = zip(*pairs[start : start + len(images)], strict=True)
-            logits, boxes = self._forward(pixel_values[list(rows)], prompts)
-            for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            some = pairs[start : start + len(images)]
+            outputs = self.finite_or_none(partial(self._computed, pixel_values, some), len(some))
+            for (row, prompt), output in zip(some, outputs, strict=True):
                 position = with_tags[row]
-                if not _is_finite(logits[index], boxes[index], prompt):
+                if output is None:
                     not_finite.add(position)
-                    continue
-                found[position] += self._candidates(logits[index], boxes[index], prompt, images[position].size)
+                else:
+                    logits, boxes = output
+                    found[position] += self._candidates(logits, boxes, prompt, images[position].size)
         if not_finite:
             raise NonFiniteScoresError("Grounding DINO", sorted(not_finite))
         return [sorted(candidates, key=lambda candidate: -candidate.score) for candidates in found]
 
-    def _forward(self, pixel_values: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        """Return logits `[P, Q, max_text_tokens]` and boxes `[P, Q, 4]` (centre and size, 0 to 1), on the CPU."""
-        logits, boxes = self._computed(pixel_values, prompts, self.dtype)
-        again = [pair for pair, prompt in enumerate(prompts) if not _is_finite(logits[pair], boxes[pair], prompt)]
-        if again and self.dtype != torch.float32:
-            logits[again], boxes[again] = self._computed(
-                pixel_values[again], [prompts[pair] for pair in again], torch.float32
-            )
-        return logits, boxes
+    def _computed(
+        self, pixel_values: Tensor, pairs: Sequence[tuple[int, Prompt]], chosen: Sequence[int], dtype: torch.dtype
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        """Return logits `[Q, max_text_tokens]` and boxes `[Q, 4]` (centre and size, 0 to 1) of pairs, on the CPU.
 
-    def _computed(self, pixel_values: Tensor, prompts: Sequence[Prompt], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        None is for numbers that are not finite; padding of the text is minus infinity on purpose.
+        """
+        rows, prompts = zip(*(pairs[pair] for pair in chosen), strict=True)
         texts = self.tokenizer.pad({"input_ids": [list(prompt.input_ids) for prompt in prompts]}, return_tensors="pt")
         with self.autocast(dtype):
-            output = self.model(pixel_values=pixel_values, **texts.to(self.device))
-        return output.logits.float().cpu(), output.pred_boxes.float().cpu()
+            output = self.model(pixel_values=pixel_values[list(rows)], **texts.to(self.device))
+        outcomes: list[tuple[Tensor, Tensor] | None] = []
+        numbers = zip(prompts, output.logits.float().cpu(), output.pred_boxes.float().cpu(), strict=True)
+        for prompt, logits, boxes in numbers:
+            is_finite = logits[:, : len(prompt.input_ids)].isfinite().all() and boxes.isfinite().all()
+            outcomes.append((logits, boxes) if is_finite else None)
+        return outcomes
 
     def _candidates(self, logits: Tensor, boxes: Tensor, prompt: Prompt, size_wh: tuple[int, int]) -> list[Candidate]:
         """Return what one prompt finds in one image, from logits `[Q, max_text_tokens]` and boxes `[Q, 4]`."""
@@ -183,8 +161,3 @@ class GroundingDetector(DeviceModel):
                 )
             )
         return candidates
-
-
-def _is_finite(logits: Tensor, boxes: Tensor, prompt: Prompt) -> bool:
-    """Whether all numbers of one pair are finite; padding of the text is minus infinity on purpose."""
-    return bool(logits[:, : len(prompt.input_ids)].isfinite().all() and boxes.isfinite().all())

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from patch_aligned.record_files import is_text, iter_records
+from patch_aligned.record_files import first_answer, is_text, iter_records
 
 _logger = logging.getLogger(__name__)
 
@@ -21,7 +21,6 @@ IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extens
 
 _LIST_SUFFIXES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 _CAPTION_KEYS = ("caption", "blip_caption")  # the second is that of LLaVA-Pretrain's blip_laion_cc_sbu_558k_meta.json
-_ANSWERERS = ("gpt", "assistant")
 
 
 class ManifestEntry(NamedTuple):
@@ -152,8 +151,4 @@ def _caption_of(record: Mapping[str, Any]) -> str:
     for key in _CAPTION_KEYS:
         if isinstance(record.get(key), str):
             return record[key]
-    turns = record.get("conversations")
-    for turn in turns if isinstance(turns, list) else []:
-        if isinstance(turn, Mapping) and turn.get("from") in _ANSWERERS and isinstance(turn.get("value"), str):
-            return turn["value"].strip()
-    return ""
+    return first_answer(record) or ""

@@ -40,12 +40,22 @@ class CandidateThresholds(NamedTuple):
     text: float = 0.15
 
 
+def _defaults_of(context: typer.Context, segmenter: SegmenterName) -> SegmenterName:
+    """Give the options that are not named the defaults of a segmenter, whose scores are numbers of their own."""
+    if segmenter == "sam3":
+        context.default_map = {"box_threshold": SAM3_BOX_THRESHOLD}
+    return segmenter
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The models, how they are run, and what is kept of their results."""
 
     tagger: Annotated[TaggerName, _model(help="What gives phrases: RAM, `--phrases`, captions or `--vlm`.")] = "ram"
-    segmenter: Annotated[SegmenterName, _model(help="What finds them: Grounding DINO and SAM, or SAM 3.")] = "gdino+sam"
+    segmenter: Annotated[
+        SegmenterName,
+        _model(is_eager=True, callback=_defaults_of, help="What finds them: Grounding DINO and SAM, or SAM 3."),
+    ] = "gdino+sam"
     ram: Annotated[Path | None, _model(metavar="FILE", help="Weights of RAM or RAM++ (.pth).")] = None
     ram_tag_list: Annotated[Path | None, _model(metavar="FILE", help="RAM's ram_tag_list.txt.")] = None
     ram_thresholds: Annotated[Path | None, _model(metavar="FILE", help="RAM's ram_tag_list_threshold.txt.")] = None

@@ -22,7 +22,7 @@ from PIL import Image
 from patch_aligned.annotate.folder import Record
 from patch_aligned.annotate.manifest import ManifestEntry
 from patch_aligned.annotate.options import Selection, Workload
-from patch_aligned.annotate.regions import Candidate, InstanceMask, Mask, NonFiniteScoresError, Tag, select
+from patch_aligned.annotate.regions import Candidate, Mask, NonFiniteScoresError, Tag, select
 from patch_aligned.images import UnreadableImageError, decode_image
 
 _logger = logging.getLogger(__name__)
@@ -42,17 +42,11 @@ class ImageInWork:
 
 
 class Stages(Protocol):
-    """What annotates a batch of decoded images: one result an image, or why it has none.
+    """What annotates a batch of decoded images: one result an image, or why it has none."""
 
-    Attributes:
-        settings: all that determines the results, as plain values for settings.json.
-        selection: which candidates become regions.
-        segment_candidates: whether all candidates get a mask, so that others can be selected later.
-    """
-
-    settings: dict[str, Any]
-    selection: Selection
-    segment_candidates: bool
+    settings: dict[str, Any]  # all that determines the results, as plain values for settings.json
+    selection: Selection  # which candidates become regions
+    segment_candidates: bool  # whether all candidates get a mask, so that others can be selected later
 
     def tag(self, items: Sequence[ImageInWork]) -> Sequence[list[Tag] | Failure]:
         """Tag each image."""
@@ -63,7 +57,7 @@ class Stages(Protocol):
     def detect(self, items: Sequence[ImageInWork]) -> Sequence[list[Candidate] | Failure]:
         """Find candidates for each image's tags."""
 
-    def segment(self, items: Sequence[ImageInWork]) -> Sequence[Sequence[Mask | InstanceMask]]:
+    def segment(self, items: Sequence[ImageInWork]) -> Sequence[Sequence[Mask]]:
         """Make a mask for each candidate of each image that is `to_segment`."""
 
 
@@ -142,11 +136,6 @@ class StageTime:
     images: int = 0
     seconds: float = 0.0
 
-    def add(self, images: int, seconds: float) -> None:
-        """Add a measurement."""
-        self.images += images
-        self.seconds += seconds
-
 
 StageTimes = dict[str, StageTime]
 """By stage."""
@@ -175,7 +164,8 @@ class StageClock:
         yield
         elapsed = time.perf_counter() - begin
         with self._lock:
-            self.times[stage].add(images, elapsed)
+            self.times[stage].images += images
+            self.times[stage].seconds += elapsed
 
 
 def annotate_images(
@@ -255,17 +245,17 @@ class _Work:
             self._run("detect", self.stages.detect, items, self.workload.detect_batch, keep)
 
     def segment(self) -> None:
-        def keep(item: ImageInWork, masks: Sequence[Mask | InstanceMask]) -> None:
+        def keep(item: ImageInWork, masks: Sequence[Mask]) -> None:
             record = self.records[item.image_id]
             mask_of = dict(zip(item.to_segment, masks, strict=True))
             record["labels"] = [
-                item.candidates[position].to_label(position, self.stages.selection, mask_of[position]._asdict())
+                item.candidates[position].to_label(position, self.stages.selection, mask_of[position])
                 for position in item.selected
-                if mask_of[position].area_px
+                if mask_of[position]["area_px"]
             ]
             for position in mask_of.keys() - set(item.selected):
-                record["candidates"][position] |= mask_of[position]._asdict()
-            if empty := [position for position, mask in mask_of.items() if not mask.area_px]:
+                record["candidates"][position] |= mask_of[position]
+            if empty := [position for position, mask in mask_of.items() if not mask["area_px"]]:
                 record["empty_masks"] = empty
             self._finish(item.image_id, "ok" if record["labels"] else "no_masks" if item.selected else "no_boxes")
 

@@ -11,8 +11,8 @@ All other keys of a candidate belong to its mask (`rle_mask` and more), if it ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -20,6 +20,7 @@ from pydantic import AllowInfNan, ConfigDict, Field, Strict, TypeAdapter, Valida
 from pydantic.dataclasses import dataclass
 
 from patch_aligned.annotate.options import PromptJoin, Selection
+from patch_aligned.files import describe_invalid
 
 _KEYS = ("bbox", "score", "best_tag", "best_tag_score", "tokens")
 _LABEL_KEYS = ("tag", "bbox", "score", "phrase", "best_tag", "best_tag_score", "candidate")
@@ -37,20 +38,13 @@ class Tag(NamedTuple):
     score: float | None = None
 
 
-class Mask(NamedTuple):
-    """The mask of one box, with the keys of a record."""
+class Mask(TypedDict, total=False):
+    """The mask of a box or of an instance, as records have it."""
 
     rle_mask: str  # COCO compressed RLE of the image's size
     area_px: int  # 0 where the model found nothing
-    predicted_iou: float  # the model's own estimate of the mask's quality
-
-
-class InstanceMask(NamedTuple):
-    """The mask of one instance of a phrase, with the keys of a record."""
-
-    rle_mask: str
-    area_px: int
-    presence: float  # probability that the phrase is in the image at all; a factor of the score
+    predicted_iou: float  # SAM's own estimate of the mask's quality
+    presence: float  # SAM 3's probability that the phrase is in the image; a factor of the score
 
 
 @dataclass(frozen=True, config=ConfigDict(validate_by_name=True, serialize_by_alias=True))
@@ -94,19 +88,11 @@ class Candidate:
 
     @classmethod
     def from_record(cls, entry: Any, place: str) -> Candidate:
-        """Validate an entry of a record's `candidates`; additional keys are ignored.
-
-        Raises:
-            ValueError: names `place`, the field, what was found and what was expected.
-        """
+        """Validate an entry of a record's `candidates`, which is at `place`; additional keys are ignored."""
         try:
             return _CANDIDATE.validate_python(entry)
         except ValidationError as error:
-            problem = error.errors()[0]
-            where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in problem["loc"])
-            raise ValueError(
-                f"{place}{where}: found {problem['input']!r}: {problem['msg']}. Annotate the image again"
-            ) from error
+            raise ValueError(f"{place}: {describe_invalid(error)}. Annotate the image again") from error
 
     def to_record(self) -> dict[str, Any]:
         """Return the entry of a record's `candidates`."""
@@ -134,13 +120,7 @@ class Candidate:
         return phrase or self.best_tag
 
     def to_label(self, position: int, selection: Selection, mask: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the label of a PAD record.
-
-        Args:
-            position: in the image's candidates.
-            selection: how it was chosen.
-            mask: `rle_mask`, and whatever else is known of the mask.
-        """
+        """Return the label of a PAD record; `position` is its own in the image's candidates."""
         return {
             "tag": self.tag(selection),
             "bbox": list(self.bbox_xyxy_px),
@@ -209,32 +189,17 @@ class PromptBuilder:
     """Makes prompts for one tokenizer."""
 
     def __init__(self, tokenizer: Any, *, join: PromptJoin = ", ", max_tokens: int = 256) -> None:
-        """Check the tokenizer.
-
-        Args:
-            tokenizer: BERT's uncased one, a fast one of transformers.
-            join: between tags; the reference recipe joins with commas.
-            max_tokens: of a prompt, with [CLS] and [SEP]; the model's `max_text_len`.
-
-        Raises:
-            ValueError: the tokenizer has other delimiters than the model.
-        """
+        """Check that the tokenizer is BERT's uncased one; `max_tokens` of a prompt count [CLS] and [SEP] too."""
         found = {token: tokenizer.convert_tokens_to_ids(token) for token in _IDS_IN_THE_MODEL}
         if found != _IDS_IN_THE_MODEL:
             raise ValueError(
                 f"tokenizer: found the ids {found}, expected {_IDS_IN_THE_MODEL} of bert-base-uncased, which the "
                 "model's code has built in. Is its vocab.txt that of the checkpoint?"
             )
-        self._tokenizer = tokenizer
-        self._join = join
-        self._max_tokens = max_tokens
+        self._tokenizer, self._join, self._max_tokens = tokenizer, join, max_tokens
 
     def build(self, tags: Sequence[str]) -> list[Prompt]:
-        """Return prompts that have each tag once, in order. Tags that differ only in case or outer blanks are one.
-
-        Raises:
-            ValueError: a tag has no words, or more tokens than a prompt can have.
-        """
+        """Return prompts that have each tag once, in order. Tags that differ only in case or outer blanks are one."""
         tag_of_name: dict[str, str] = {}
         for tag in tags:
             tag_of_name.setdefault(tag.strip().lower(), tag)
@@ -260,11 +225,9 @@ class PromptBuilder:
 
     def _prompt(self, names: list[str], tags: list[str]) -> Prompt:
         text = self._join.join(names) + _END
-        tag_of_character = [NO_TAG] * len(text)
-        start = 0
+        tag_of_character: list[int] = []
         for position, name in enumerate(names):
-            tag_of_character[start : start + len(name)] = [position] * len(name)
-            start += len(name) + len(self._join)
+            tag_of_character += [position] * len(name) + [NO_TAG] * len(self._join)
         encoded = self._tokenizer(text, return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         pieces = zip(ids, self._tokenizer.convert_ids_to_tokens(ids), spans, strict=True)
@@ -296,39 +259,33 @@ def select(candidates: Sequence[Candidate], selection: Selection, size_wh: tuple
     masks = [mask["rle_mask"].encode() for position in likely if (mask := candidates[position].mask)]
     if masks and len(masks) == len(likely):
         rles = [{"size": size_wh[::-1], "counts": mask} for mask in masks]
-        iou = coco_mask.iou(rles, rles, [0] * len(rles))  # [likely, likely]
-        kept = _best_of_overlapping(scores, selection.nms_iou, lambda best, worse: iou[best, worse])
+        ious = coco_mask.iou(rles, rles, [0] * len(rles))  # [likely, likely]
     else:
         boxes = np.array([candidates[position].bbox_xyxy_px for position in likely], dtype=np.float64).reshape(-1, 4)
-        kept = non_maximum_suppression(boxes, scores, selection.nms_iou)
-    return [likely[position] for position in kept]
+        ious = box_ious(boxes)
+    return [likely[position] for position in non_maximum_suppression(ious, scores, selection.nms_iou)]
 
 
-def non_maximum_suppression(boxes_xyxy: np.ndarray, scores: np.ndarray, iou_threshold: float) -> list[int]:
-    """Return the positions of the boxes `[n, 4]` without a higher IoU with a better one that is kept, best first.
+def box_ious(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """Return the IoU `[n, n]` of each pair of boxes `[n, 4]`, 0 where both are empty."""
+    low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
+    areas = (high - low).prod(axis=1)  # [n]
+    sides = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)  # [n, n, 2]
+    intersection = sides.clip(min=0).prod(axis=2)  # [n, n]
+    union = areas[:, None] + areas - intersection
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
 
-    Of equal scores the first counts as better. Equals `torchvision.ops.nms`.
+
+def non_maximum_suppression(ious: np.ndarray, scores: np.ndarray, iou_threshold: float) -> list[int]:
+    """Return what has no higher IoU `[n, n]` with something better that is kept, best first; of equal scores the first.
+
+    Equals `torchvision.ops.nms`.
     """
-    areas = (boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1])  # [n]
-
-    def iou(best: int, worse: np.ndarray) -> np.ndarray:
-        box, others = boxes_xyxy[best], boxes_xyxy[worse]
-        sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-        intersection = sides.clip(min=0).prod(axis=1)  # [worse]
-        union = areas[best] + areas[worse] - intersection
-        return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
-
-    return _best_of_overlapping(scores, iou_threshold, iou)
-
-
-def _best_of_overlapping(
-    scores: np.ndarray, iou_threshold: float, iou: Callable[[int, np.ndarray], np.ndarray]
-) -> list[int]:
     order = np.argsort(-scores, kind="stable")
     is_kept = np.ones(len(order), dtype=bool)
     for rank in range(len(order) - 1):
         if is_kept[rank]:
-            is_kept[rank + 1 :] &= iou(order[rank], order[rank + 1 :]) <= iou_threshold
+            is_kept[rank + 1 :] &= ious[order[rank], order[rank + 1 :]] <= iou_threshold
     return order[is_kept].tolist()
 
 

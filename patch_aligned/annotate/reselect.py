@@ -18,7 +18,7 @@ from typing import Any
 from patch_aligned.annotate.folder import Record, RunFolder, merge
 from patch_aligned.annotate.options import CandidateThresholds, Selection
 from patch_aligned.annotate.regions import Candidate, mask_of_candidate, mask_of_label, select
-from patch_aligned.files import refuse_inputs, written_whole
+from patch_aligned.files import refuse_inputs, validated, written_whole
 from patch_aligned.pad import read_annotations
 from patch_aligned.record_files import SETTINGS_SUFFIX, write_records
 
@@ -44,23 +44,11 @@ class Counts:
 def reselect(
     source: Path, output: Path, changes: Mapping[str, Any], *, keep_candidates: bool = False
 ) -> tuple[Counts, Counts]:
-    """Write a PAD file with the labels that another selection gives.
+    """Write a PAD file with the labels that a selection with other attributes gives; return counts before and after.
 
-    Args:
-        source: the output folder of `patch-aligned annotate`, of which what `merge` would take is written; or a PAD
-            file that was merged with its candidates, of which all records are written, some perhaps without regions.
-        output: a `.json`, `.jsonl`, `.json.gz`, `.jsonl.gz` or `.parquet` file. `<output>.settings.json` is written
-            beside it: the run's settings with the new `selection`.
-        changes: attributes of `Selection` that differ from the run's.
-        keep_candidates: so that the output can be reselected again.
-
-    Returns:
-        Counts before and after.
-
-    Raises:
-        ValueError: thresholds are below those of the candidates, records lack candidates, boxes lack a mask, or the
-            output is the source. Nothing is written.
-        AnnotationError: a record of a PAD file breaks the format.
+    Of a run's folder what `merge` would take is written; of a PAD file that was merged with its candidates all records,
+    some perhaps without regions. `<output>.settings.json` has the new `selection`. Nothing is written, and `ValueError`
+    says why, where thresholds are below those of the candidates, or candidates or masks are missing.
     """
     if not source.exists():
         raise ValueError(f"{source}: found no such file or folder, expected a run's folder or a PAD file")
@@ -78,7 +66,7 @@ def reselect(
         unsegmented: list[str] = []
         images = 0
         for record in old:
-            new, without_mask = reselected(record, selection, source)
+            new, without_mask = reselected(record, selection, source, overlap_by_masks="sam3" in settings)
             unsegmented += without_mask
             images += bool(without_mask)
             before.add(record)
@@ -90,7 +78,7 @@ def reselect(
             raise ValueError(_refusal(source, unsegmented, images))
 
     if run:
-        merge(run, output, keep_candidates=keep_candidates, watch=records)
+        merge(run, output, keep_candidates=keep_candidates, change=records)
     else:
         write_records(records(image.to_record() for image in read_annotations(source)), output)
     with written_whole(output.with_name(output.name + SETTINGS_SUFFIX)) as temporary:
@@ -99,13 +87,12 @@ def reselect(
     return before, after
 
 
-def reselected(record: Record, selection: Selection, source: str | Path = "record") -> tuple[Record, list[str]]:
+def reselected(
+    record: Record, selection: Selection, source: str | Path = "record", *, overlap_by_masks: bool = False
+) -> tuple[Record, list[str]]:
     """Return a record with the labels of another selection, and the boxes that would be labels but have no mask.
 
-    Images without detection (unreadable ones and others) stay as they are.
-
-    Raises:
-        ValueError: a record without candidates, or with broken ones.
+    Images without detection (unreadable ones and others) stay as they are. SAM 3's candidates overlap by their masks.
     """
     place = f"{source}: image_id {record.get('image_id')!r}"
     entries = record.get("candidates")
@@ -129,9 +116,8 @@ def reselected(record: Record, selection: Selection, source: str | Path = "recor
                 "wrote it"
             )
         masks[position] = mask_of_label(label)
-    for position, mask in masks.items():
-        if mask.get("rle_mask") and "presence" in mask:  # SAM 3's came with the box
-            candidates[position] = replace(candidates[position], mask=mask)
+    if overlap_by_masks:
+        candidates = [replace(candidate, mask=masks[position]) for position, candidate in enumerate(candidates)]
     empty = {position for position, mask in masks.items() if mask.get("area_px") == 0}
     empty.update(record.get("empty_masks", ()))
     chosen = select(candidates, selection, record["size"])
@@ -160,8 +146,7 @@ def _settings_beside(pad: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: found no such file, expected the settings that `patch-aligned merge` wrote beside the PAD file"
         )
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return settings
+    return validated(dict[str, Any], path.read_bytes(), path)
 
 
 def _refusal(source: Path, unsegmented: list[str], images: int) -> str:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,11 +38,7 @@ STATUSES = ("ok", "no_tags", "no_boxes", "no_masks", "skipped", *FAILED_STATUSES
 
 
 def statuses_named(text: str | None) -> frozenset[str]:
-    """Return the statuses of `--retry`: names separated by commas.
-
-    Raises:
-        ValueError: a name is no status.
-    """
+    """Return the statuses of `--retry`, names separated by commas; `ValueError` if one is no status."""
     names = frozenset(name.strip() for name in text.split(",")) if text is not None else frozenset()
     if unknown := names - set(STATUSES):
         raise ValueError(
@@ -60,14 +57,9 @@ def process_shard(
     clock: StageClock | None = None,
     retry: Collection[str] = (),
 ) -> ShardHeader:
-    """Annotate the images of a shard and write its file.
+    """Annotate the images of a shard and write its file; of a shard that is there only those of the statuses `retry`.
 
-    If the shard is there, only its images of the statuses `retry` are annotated, and all other records stay as they
-    are.
-
-    Raises:
-        ValueError: names the images that failed, where `on_error` is `fail`. Nothing is written.
-        OSError: the images are not available now. Nothing is written.
+    Nothing is written where images failed and `on_error` is `fail` (`ValueError`), or are not available (`OSError`).
     """
     entries = folder.entries_of(shard)
     rows = list(range(len(entries)))
@@ -137,62 +129,51 @@ _DECIDING_PACKAGES = ("patch-aligned-llava", "torch", "transformers", "pillow", 
 
 @dataclass(frozen=True)
 class AnnotationJob:
-    """One annotation run as plain values, which can be sent to another process.
+    """One annotation run as plain values, which can be sent to another process."""
 
-    Attributes:
-        entries: images, in the manifest's order.
-        image_folder: folder that their ids start from.
-        output: the run's folder.
-        build: makes the stages on a device.
-        workload: how much is done at once.
-        shard_size: images a shard.
-        retry: statuses of the records that are made again in existing shards.
-    """
-
-    entries: list[ManifestEntry]
-    image_folder: Path
+    entries: list[ManifestEntry]  # in the manifest's order
+    image_folder: Path  # that their ids start from
     output: Path
-    build: Callable[[str], Stages]
+    build: Callable[[str], Stages]  # on a device
     workload: Workload
-    shard_size: int = 2000
-    retry: frozenset[str] = frozenset()
+    shard_size: int = 2000  # images
+    retry: frozenset[str] = frozenset()  # statuses of the records that are made again in existing shards
 
 
 class ShardWorker:
     """The models on one device, which process one shard at a time.
 
-    Nothing is loaded before `load`: to Ray's user an error of the constructor would be a dead actor, one of a method is
-    itself.
+    The constructor loads nothing: to Ray's user its error would be a dead actor, one of a method is itself.
     """
 
     def __init__(self, job: AnnotationJob, device: str) -> None:
-        self._job = job
-        self._device = device
-        self._stages: Stages | None = None
+        self._job, self._device = job, device
+
+    @cached_property
+    def stages(self) -> Stages:
+        """The models."""
+        return self._job.build(self._device)
+
+    @cached_property
+    def folder(self) -> RunFolder:
+        """The run's folder, made or opened; `ValueError` if it was begun with other settings."""
+        job = self._job
+        settings = {
+            **self.stages.settings,
+            "min_side": job.workload.min_side,
+            "max_aspect": job.workload.max_aspect,
+            "versions": {package: version(package) for package in _DECIDING_PACKAGES},
+        }
+        return RunFolder.start(job.output, job.entries, settings, job.shard_size)
 
     def load(self) -> None:
-        """Load the models and make or open the folder, unless that is done.
-
-        Raises:
-            ValueError: a model does not load, or the folder was begun with other settings.
-        """
-        if self._stages is None:
-            job, stages = self._job, self._job.build(self._device)
-            settings = {
-                **stages.settings,
-                "min_side": job.workload.min_side,
-                "max_aspect": job.workload.max_aspect,
-                "versions": {package: version(package) for package in _DECIDING_PACKAGES},
-            }
-            self.folder = RunFolder.start(job.output, job.entries, settings, job.shard_size)
-            self._stages = stages
+        """Load the models and open the folder before the first shard."""
+        _ = self.folder
 
     def process(self, shard: int, on_image: Callable[[], None] = lambda: None) -> tuple[ShardHeader, StageTimes]:
         """Process one shard, call `on_image` for each of its images, and return its header and times."""
-        self.load()
-        assert self._stages is not None
         clock, job = StageClock(on_image), self._job
-        header = process_shard(self.folder, shard, self._stages, job.image_folder, job.workload, clock, job.retry)
+        header = process_shard(self.folder, shard, self.stages, job.image_folder, job.workload, clock, job.retry)
         return header, clock.times
 
 
@@ -209,13 +190,10 @@ class Rank(NamedTuple):
 
 
 def rank_of(engine: Engine, device: str, environment: Mapping[str, str] = os.environ) -> Rank:
-    """Return this process's rank and device.
+    """Return this process's rank and device; `ValueError` if several processes are all `local`.
 
-    `local` is the only process. `torchrun` reads RANK, WORLD_SIZE and LOCAL_RANK, which torchrun or the script of a
-    Slurm array sets. The device `auto` is the GPU of the local rank, or the CPU.
-
-    Raises:
-        ValueError: several processes are all `local`, or the variables are missing or wrong.
+    `torchrun` reads RANK, WORLD_SIZE and LOCAL_RANK, which torchrun or the script of a Slurm array sets. The device
+    `auto` is the GPU of the local rank, or the CPU.
     """
     rank, world_size = environment.get("RANK"), environment.get("WORLD_SIZE")
     if engine == "torchrun":
@@ -260,29 +238,20 @@ def _device(device: str, local_rank: int) -> str:
 def run_here(job: AnnotationJob, rank: Rank, report: ProgressReport) -> RunFolder:
     """Process this rank's shards that are not done, or have records to try again."""
     worker = ShardWorker(job, rank.device)
-    worker.load()
-    todo = [shard for shard in rank.shards(worker.folder) if worker.folder.is_left(shard, job.retry)]
-    report.opened(worker.folder, todo)
+    folder = worker.folder
+    todo = [shard for shard in rank.shards(folder) if folder.is_left(shard, job.retry)]
+    report.opened(folder, todo)
     for shard in todo:
         report.finished(*worker.process(shard, report.image_done))
-    return worker.folder
+    return folder
 
 
 def run_with_ray(job: AnnotationJob, workers: int | None, device: str, report: ProgressReport) -> RunFolder:
     """Process all shards that are not done with Ray's actors, each with a GPU where there are any.
 
     Joins the cluster at RAY_ADDRESS, or starts one here. All nodes need the same paths. An actor that dies is started
-    again by Ray, and its shard is processed again.
-
-    Args:
-        job: what to do.
-        workers: actors; by default one for each GPU of the cluster, or 1.
-        device: `auto` for GPUs where there are any, `cuda` to require them, `cpu` for none.
-        report: of the progress.
-
-    Raises:
-        ValueError: Ray is not installed, there are too few GPUs, or an actor dies repeatedly.
-        ValueError, OSError, ImportError: what an actor raised.
+    again by Ray, and its shard is processed again. There are `workers` actors, by default one for each GPU of the
+    cluster, or 1. The device is `auto` for GPUs where there are any, `cuda` to require them, `cpu` for none.
     """
     try:
         import ray
@@ -340,14 +309,13 @@ BeginRecord = Callable[[RunFolder], Callable[[], None]]
 
 
 class ProgressReport:
-    """Progress of one process, for a `with` block: a bar in a terminal, lines elsewhere, and a log of its shards."""
+    """Progress of one process: in a terminal the bar `progress`, lines elsewhere, and a log of its shards."""
 
     def __init__(self, console: Console, rank: Rank, begin_record: BeginRecord | None = None) -> None:
-        self._console = console
+        self._console, self._rank = console, rank
         self._begin_record = begin_record if rank.number == 0 else None
-        self._end_record: Callable[[], None] | None = None
-        self._rank = rank
-        self._progress = Progress(
+        self.ended: Callable[[], None] = lambda: None
+        self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -358,25 +326,16 @@ class ProgressReport:
             disable=not console.is_terminal or rank.number > 0,
         )
 
-    def __enter__(self) -> ProgressReport:
-        self._progress.start()
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        self._progress.stop()
-        if self._end_record and error is None:
-            self._end_record()
-
     def opened(self, folder: RunFolder, todo: Sequence[int]) -> None:
         """Report the shards that are left to do."""
         if self._begin_record and todo:
-            self._end_record = self._begin_record(folder)
+            self.ended = self._begin_record(folder)
         self._log = folder.path / "logs" / f"rank-{self._rank.number:05d}.jsonl"
         self._todo, self._done = len(todo), 0
         self._images = sum(len(folder.entries_of(shard)) for shard in todo)
         self._images_done = self._images_in_shards = 0
         self._begin = self._last_line = time.perf_counter()
-        self._task = self._progress.add_task("Annotating", total=self._images, rates="")
+        self._task = self.progress.add_task("Annotating", total=self._images, rates="")
         self._console.print(
             f"{folder.path}: {len(folder.entries):,} images in {folder.num_shards} shards; "
             f"{len(todo)} shards are left for this process (rank {self._rank.number})",
@@ -386,9 +345,9 @@ class ProgressReport:
     def image_done(self) -> None:
         """Count an image of this process; those of Ray's actors are counted by the shard."""
         self._images_done += 1
-        self._progress.update(self._task, completed=self._images_done)
+        self.progress.update(self._task, completed=self._images_done)
         since_last = time.perf_counter() - self._last_line
-        if self._progress.disable and since_last >= _SECONDS_BETWEEN_LINES * self._rank.world_size:
+        if self.progress.disable and since_last >= _SECONDS_BETWEEN_LINES * self._rank.world_size:
             self._print(f"rank {self._rank.number}: {self._images_done:,} of {self._images:,} images")
 
     def finished(self, header: ShardHeader, times: StageTimes) -> None:
@@ -402,8 +361,8 @@ class ProgressReport:
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         rates = ", ".join(f"{name} {t.images / t.seconds:.1f}/s" for name, t in times.items() if t.seconds > 0)
-        self._progress.update(self._task, completed=self._images_done, rates=rates)
-        if self._progress.disable:
+        self.progress.update(self._task, completed=self._images_done, rates=rates)
+        if self.progress.disable:
             counts = ", ".join(f"{count} {status}" for status, count in header.counts.items())
             self._print(f"shard {header.shard:05d} ({self._done}/{self._todo}): {counts}; {rates}")
 
@@ -459,11 +418,13 @@ def run_annotate(
     transformers_logging.disable_progress_bar()
     if rank.number == 0:
         console.print(f"{len(job.entries):,} images. Loading the models", soft_wrap=True)
-    with ProgressReport(console, rank, begin_record) as report:
+    report = ProgressReport(console, rank, begin_record)
+    with report.progress:
         if engine == "ray":
             folder = run_with_ray(job, ray_workers, device, report)
         else:
             folder = run_here(job, rank, report)
+    report.ended()
     if rank.number == 0:
         show_summary(console, folder)
     return folder

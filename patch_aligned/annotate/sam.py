@@ -9,6 +9,7 @@ Letters: B images that have boxes, N boxes of all images together, n boxes of on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,7 @@ class SamSegmenter(DeviceModel):
         SAM, 16 MB for SAM 2, in float32.
         """
         super().__init__(model, device, dtype)
-        self.image_processor = image_processor
-        self.boxes_per_step = boxes_per_step
+        self.image_processor, self.boxes_per_step = image_processor, boxes_per_step
         self._pads = isinstance(model, SamModel)  # SAM keeps the aspect and pads, SAM 2 squashes
         self._side: int = image_processor.size["longest_edge"] if self._pads else image_processor.size["height"]
         self.settings = {
@@ -65,11 +65,7 @@ class SamSegmenter(DeviceModel):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> SamSegmenter:
-        """Load a checkpoint in transformers' format (facebook/sam-vit-huge, facebook/sam2.1-hiera-large).
-
-        Raises:
-            ValueError: for another kind of model, or where weights or SAM 2's torchvision are missing.
-        """
+        """Load a checkpoint in transformers' format (facebook/sam-vit-huge, facebook/sam2.1-hiera-large)."""
         model_class = class_of_checkpoint(folder, _MASK_MODELS)
         if model_class is Sam2Model and find_spec("torchvision") is None:
             raise ValueError(
@@ -82,50 +78,37 @@ class SamSegmenter(DeviceModel):
 
     @torch.inference_mode()
     def segment(self, images: Sequence[Image.Image], boxes_xyxy_px: Sequence[Sequence[Box]]) -> list[list[Mask]]:
-        """Return the masks of each image's boxes, in the boxes' order.
+        """Return the masks of any number of boxes of each image, in their order.
 
-        Args:
-            images: of any size. All that have boxes are encoded at once.
-            boxes_xyxy_px: of each image, any number of them. They are cut at the image's border for the prompt.
-
-        Raises:
-            ValueError: for other counts, or a box with a number that is not finite.
-            NonFiniteScoresError: an image's masks are not finite, in float32 either.
+        All images that have boxes are encoded at once. Boxes are cut at the image's border for the prompt.
+        `NonFiniteScoresError` names images whose masks are not finite, in float32 either.
         """
-        if len(images) != len(boxes_xyxy_px):
-            raise ValueError(f"boxes_xyxy_px: found those of {len(boxes_xyxy_px)} images, expected {len(images)}")
-        masks: list[list[Mask]] = [[] for _ in images]
-        with_boxes = [position for position, boxes in enumerate(boxes_xyxy_px) if len(boxes)]
+        with_boxes = [position for position, (_, own) in enumerate(zip(images, boxes_xyxy_px, strict=True)) if own]
         if not with_boxes:
-            return masks
+            return [[] for _ in images]
         pictures = [images[position].convert("RGB") for position in with_boxes]
         prompts = [
             _scaled(boxes_xyxy_px[position], picture.size, self._resized_hw(picture.size), position)
             for position, picture in zip(with_boxes, pictures, strict=True)
         ]
-        found = self._masks(pictures, prompts, self.dtype)
-        again = [row for row, of_image in enumerate(found) if of_image is None]
-        if again and self.dtype != torch.float32:
-            second = self._masks([pictures[row] for row in again], [prompts[row] for row in again], torch.float32)
-            for row, of_image in zip(again, second, strict=True):
-                found[row] = of_image
-        if not_finite := [position for position, of_image in zip(with_boxes, found, strict=True) if of_image is None]:
+        masks = self.finite_or_none(partial(self._masks, pictures, prompts), len(pictures))
+        found = dict(zip(with_boxes, masks, strict=True))
+        if not_finite := [position for position, of_image in found.items() if of_image is None]:
             raise NonFiniteScoresError("SAM", not_finite)
-        for position, of_image in zip(with_boxes, found, strict=True):
-            masks[position] = of_image or []
-        return masks
+        return [found.get(position, []) for position in range(len(images))]
 
     def _masks(
-        self, pictures: Sequence[Image.Image], prompts: Sequence[Tensor], dtype: torch.dtype
+        self, images: Sequence[Image.Image], boxes_of: Sequence[Tensor], chosen: Sequence[int], dtype: torch.dtype
     ) -> list[list[Mask] | None]:
-        """Return the masks of each image's boxes `[boxes, 4]`; None for an image whose numbers are not finite."""
-        pixel_values = self.image_processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self.device)
+        """Return the masks of the boxes `[boxes, 4]` of chosen images; None for one whose numbers are not finite."""
+        pictures, prompts = [images[row] for row in chosen], [boxes_of[row] for row in chosen]
+        pixel_values = self.image_processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.device)
         with self.autocast(dtype):
             embeddings = self.model.get_image_embeddings(pixel_values)  # SAM [B, C, h, w], SAM 2 a list of three
         image_of_box = torch.tensor(
             [row for row, boxes in enumerate(prompts) for _ in boxes], device=self.device
         )  # [N]
-        all_boxes = torch.cat(list(prompts)).to(self.device)  # [N, 4]
+        all_boxes = torch.cat(prompts).to(self.device)  # [N, 4]
         masks: list[list[Mask]] = [[] for _ in pictures]
         broken: set[int] = set()
         steps = zip(all_boxes.split(self.boxes_per_step), image_of_box.split(self.boxes_per_step), strict=True)
@@ -154,7 +137,7 @@ class SamSegmenter(DeviceModel):
         for logits in low_resolution.split(max(1, LARGEST_STEP_PX // (size_wh[0] * size_wh[1]))):
             encoded += run_lengths_of(self._upsampled(logits, size_wh) > 0)
         return [
-            Mask(rle["counts"].decode("ascii"), int(area), iou)
+            Mask(rle_mask=rle["counts"].decode("ascii"), area_px=int(area), predicted_iou=iou)
             for rle, area, iou in zip(encoded, areas_px(encoded), predicted_iou.tolist(), strict=True)
         ]
 

@@ -26,7 +26,7 @@ from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, 
 from patch_aligned.annotate.fetch import DeviceModel, class_of_checkpoint, load_model
 from patch_aligned.annotate.options import CandidateThresholds
 from patch_aligned.annotate.pipeline import Failure, ImageInWork, run_in_batches
-from patch_aligned.annotate.regions import Candidate, InstanceMask, NonFiniteScoresError
+from patch_aligned.annotate.regions import Candidate, Mask, NonFiniteScoresError
 from patch_aligned.annotate.sam import LARGEST_STEP_PX, run_lengths_of
 from patch_aligned.masks import areas_px
 
@@ -84,9 +84,9 @@ class Sam3Segmenter(DeviceModel):
         """Return the instances of each image's phrases, with their masks."""
         return [self.instances(item.image, [tag.name for tag in item.tags]) for item in items]
 
-    def segment(self, items: Sequence[ImageInWork]) -> list[list[InstanceMask]]:
+    def segment(self, items: Sequence[ImageInWork]) -> list[list[Any]]:
         """Return the masks that came with the candidates."""
-        return [[InstanceMask(**(item.candidates[place].mask or {})) for place in item.to_segment] for item in items]
+        return [[item.candidates[place].mask for place in item.to_segment] for item in items]
 
     @torch.inference_mode()
     def instances(self, image: Image.Image, phrases: Sequence[str]) -> list[Candidate] | Failure:
@@ -149,9 +149,11 @@ class Sam3Segmenter(DeviceModel):
             rles = run_lengths_of(found["masks"])
             results = zip(found["boxes"].tolist(), found["scores"].tolist(), rles, areas_px(rles), strict=True)
             for box, score, rle, area in results:
-                mask = InstanceMask(rle["counts"].decode("ascii"), int(area), round(presence.item(), 6))
                 if area:
-                    candidates.append(replace(Candidate.rounded(box, score, phrase, score, ()), mask=mask._asdict()))
+                    mask = Mask(
+                        rle_mask=rle["counts"].decode("ascii"), area_px=int(area), presence=round(presence.item(), 6)
+                    )
+                    candidates.append(replace(Candidate.rounded(box, score, phrase, score, ()), mask=mask))
         return candidates
 
     @torch.inference_mode()

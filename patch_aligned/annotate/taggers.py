@@ -50,12 +50,18 @@ def of_file(path: Path, image_ids: Collection[str]) -> PhraseTagger:
     for number, record in enumerate(iter_records(path)):
         try:
             phrases = distinct(_PHRASES.validate_python(record["phrases"]))
-            phrases_of[str(PurePosixPath(record["image_id"]))] = [shared.setdefault(one, one) for one in phrases]
+            image_id = str(PurePosixPath(record["image_id"]))
         except (LookupError, TypeError, ValidationError) as error:
             raise ValueError(
                 f"--phrases {path}: record {number}: found {quoted(record)}, expected `image_id` and `phrases`, a list "
                 f"of texts of up to {LONGEST_PHRASE} characters"
             ) from error
+        if image_id in phrases_of:
+            raise ValueError(
+                f"--phrases {path}: record {number}: found {image_id!r} a second time, expected one record an image, "
+                "with all its phrases"
+            )
+        phrases_of[image_id] = [shared.setdefault(one, one) for one in phrases]
     if missing := [image_id for image_id in image_ids if image_id not in phrases_of]:
         raise ValueError(
             f"--phrases {path}: found no record of {len(missing):,} of {len(image_ids):,} images, such as "

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from tqdm import tqdm
 
 from llava.command import clear_errors
 
@@ -29,9 +27,6 @@ MinCoverage = Annotated[
     float, typer.Option(min=0.01, max=1, help="A token belongs to a region that covers this share.")
 ]
 Plots = Annotated[bool, typer.Option(help="Draw stats.png; needs matplotlib.")]
-
-
-_progress = partial(tqdm, unit=" images", disable=None, leave=False)  # on standard error, while it is a terminal
 
 
 @app.command()
@@ -67,7 +62,7 @@ def verify(
         raise FileNotFoundError(f"--image-folder {image_folder}: there is no such folder.")
     settings = VerifySettings(image_folder, box_tolerance, min_mask_box_iou)
     output = output or pad.with_name(pad.name + ".verify")
-    found = write_verification(pad, settings, output, partial(_progress, desc="Verifying"))
+    found = write_verification(pad, settings, output)
     if found.examples:
         _show(as_table(found))
     typer.echo(summary(found))
@@ -97,7 +92,7 @@ def stats(
 
     _require_matplotlib(plots)
     tokens = TokenSettings(grid, side, image_aspect_ratio, min_coverage)
-    statistics = gather_statistics(pad, tokens, limit, partial(_progress, desc="Counting"))
+    statistics = gather_statistics(pad, tokens, limit)
     output = output or pad.with_name(pad.name + ".stats")
     numbers = write_statistics(statistics, output, plots)
     _show(as_table(numbers))
@@ -144,7 +139,6 @@ def view(
         tokens=tokens,
         page_size=page_size,
         thumbnail_side=thumbnail_side,
-        watch=partial(_progress, desc="Drawing"),
     )
     for page in viewed.pages:
         typer.echo(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
@@ -204,7 +198,7 @@ def quality(
         other = kept
     indices = [open_annotation_index(path) for path in (pad, other)]
     rule, same = name_rule(synonyms, words, min_cosine)
-    terms = compare(indices, files, same, partial(_progress, desc="Comparing"))
+    terms = compare(indices, files, same)
     images = terms["image"].nunique()
     about = {files[0]: str(pad), files[1]: str(other), "names": rule, "images in both": images}
     about |= {f"images only in {file}": len(index) - images for file, index in zip(files, indices, strict=True)}
@@ -232,7 +226,7 @@ def join(
     """
     from patch_aligned.dataset.join import join as join_files
 
-    joined = join_files(pad, samples, output, only_matched=only_matched, watch=partial(_progress, desc="Joining"))
+    joined = join_files(pad, samples, output, only_matched=only_matched)
     left = "left out" if only_matched else "kept with their own caption"
     for what, count in (
         ("images in both", joined.matched),
@@ -283,7 +277,6 @@ def publish(
         records_per_file=records_per_file,
         tokens=TokenSettings(grid, side, image_aspect_ratio, min_coverage),
         plots=plots,
-        watch=partial(_progress, desc="Publishing"),
     )
     megabytes = sum(path.stat().st_size for path in published.files) / 1e6
     typer.echo(f"{output}: {published.images:,} images; Parquet files: {len(published.files)}, {megabytes:.2f} MB")

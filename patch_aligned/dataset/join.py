@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from patch_aligned.files import refuse_inputs
 from patch_aligned.pad import AnnotatedImage, normal_path, read_annotations, write_annotations
-from patch_aligned.record_files import iter_records
+from patch_aligned.record_files import ANSWERERS, first_answer, iter_records, with_progress
 
 UNMATCHED_SUFFIX = ".unmatched.jsonl"
-_ANSWERERS = ("gpt", "assistant")
 
 
 @dataclass(frozen=True)
@@ -29,31 +27,12 @@ class Joined:
     unmatched: Path  # lists the images of `pad_only` and `samples_only`
 
 
-def join(
-    pad: Path,
-    samples: Path,
-    output: Path,
-    *,
-    only_matched: bool = False,
-    watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
-) -> Joined:
+def join(pad: Path, samples: Path, output: Path, *, only_matched: bool = False) -> Joined:
     """Copy a PAD file, taking each image's caption and `id` from its first training sample.
 
     The caption is the sample's first answer. Records without a sample keep their own caption. Images that are in one
-    file only are listed in `<output>.unmatched.jsonl`. Captions of all samples are held in memory: some 100 MB for
-    LLaVA's 558K.
-
-    Args:
-        pad: PAD file.
-        samples: LLaVA's training JSON, see docs/data.md.
-        output: PAD file of any kind.
-        only_matched: leave records without a sample out.
-        watch: passes the PAD records on, one by one; it may show progress.
-
-    Raises:
-        ValueError: the output is one of the inputs, no image is in both files, no sample has an image, or one has no
-            answer.
-        AnnotationError, RecordFileError: a PAD record or a file is invalid or missing.
+    file only are listed in `<output>.unmatched.jsonl`, and left out of `output` with `only_matched`. Captions of all
+    samples are held in memory: some 100 MB for LLaVA's 558K.
     """
     refuse_inputs(output, (pad, samples))
     caption_of, further, without = _captions(samples)
@@ -70,7 +49,7 @@ def join(
 
     def joined() -> Iterator[AnnotatedImage]:
         nonlocal matched, pad_only, first_record
-        for image in watch(read_annotations(pad)):
+        for image in with_progress(read_annotations(pad), "Joining"):
             first_record = first_record or image.image_id
             if found := caption_of.pop(normal_path(image.image_id), None):
                 sample_id, caption = found
@@ -109,16 +88,11 @@ def _captions(samples: Path) -> tuple[dict[str, tuple[str | None, str]], int, in
             further += 1
         else:
             sample_id = sample.get("id")
-            caption_of[image] = (None if sample_id is None else str(sample_id), _answer(sample, samples, index))
+            caption = first_answer(sample)
+            if caption is None:
+                raise ValueError(
+                    f"{samples}: record {index} (image {image!r}), field 'conversations': found no answer; expected a "
+                    f"turn whose 'from' is {' or '.join(ANSWERERS)} and whose 'value' is text. Correct the record"
+                )
+            caption_of[image] = (None if sample_id is None else str(sample_id), caption)
     return caption_of, further, without
-
-
-def _answer(sample: Mapping[str, Any], samples: Path, index: int) -> str:
-    turns = sample.get("conversations")
-    for turn in turns if isinstance(turns, list) else ():
-        if isinstance(turn, Mapping) and turn.get("from") in _ANSWERERS and isinstance(turn.get("value"), str):
-            return turn["value"].strip()
-    raise ValueError(
-        f"{samples}: record {index} (image {sample.get('image')!r}), field 'conversations': found no answer; expected "
-        f"a turn whose 'from' is {' or '.join(_ANSWERERS)} and whose 'value' is text. Correct the record"
-    )

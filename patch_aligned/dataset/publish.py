@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from patch_aligned.dataset.stats import TokenSettings, as_markdown, gather_statistics, write_statistics
+from patch_aligned.files import validated
 from patch_aligned.pad import AnnotatedImage, read_annotations, write_annotations
-from patch_aligned.record_files import SETTINGS_SUFFIX
+from patch_aligned.record_files import SETTINGS_SUFFIX, with_progress
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
@@ -23,10 +24,8 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 class Published:
     """What was written."""
 
-    folder: Path
     files: list[Path]
     images: int
-    regions: int
 
 
 def publish(
@@ -39,34 +38,20 @@ def publish(
     records_per_file: int = 100_000,
     tokens: TokenSettings | None = None,
     plots: bool = True,
-    watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
 ) -> Published:
     """Write `README.md`, `data/train-00000-of-....parquet`, `stats.json` and `stats.png`, and copy `settings.json`.
 
-    Args:
-        pad: PAD file; it is read twice.
-        folder: new, or empty.
-        name: of the data set, for the card.
-        licence: the hub's name of a licence, such as `cc-by-4.0`; None: to be filled in by hand.
-        settings: settings.json of the annotation run; None: `<pad>.settings.json` if it exists.
-        records_per_file: images per Parquet file.
-        tokens: the grid of the statistics; None: LLaVA-1.5's in stage 1.
-        plots: draw `stats.png`; needs matplotlib.
-        watch: passes the images on, one by one, in both passes; it may show progress.
-
-    Raises:
-        ValueError: the folder is in use, the settings cannot be read, or there is nothing to publish.
-        AnnotationError, RecordFileError: a record or the file is invalid.
+    The PAD file is read twice. Without a licence the card leaves it open; without `settings` those beside the PAD file
+    are taken, if there are any.
     """
-    if records_per_file < 1:
-        raise ValueError(f"records_per_file: found {records_per_file}, expected at least 1")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: found files there; expected a new or empty folder. Name another, or clear it")
     beside = pad.with_name(pad.name + SETTINGS_SUFFIX)
     settings = settings or (beside if beside.is_file() else None)
-    made_with = _read_settings(settings) if settings else None
+    where = f"{settings}, settings of an annotation run"
+    made_with = validated(dict[str, Any], settings.read_bytes(), where) if settings else None
 
-    statistics = gather_statistics(pad, tokens, watch=watch)
+    statistics = gather_statistics(pad, tokens)
     if not statistics.images:
         raise ValueError(f"{pad}: found no record; expected at least one image to publish")
     statistics.file = Path(pad.name)  # do not leak local paths
@@ -78,7 +63,7 @@ def publish(
     label_keys: set[str] = set()
 
     def with_keys_noted() -> Iterator[AnnotatedImage]:
-        for image in watch(read_annotations(pad)):
+        for image in with_progress(read_annotations(pad), "Publishing"):
             record_keys.update(image.extra)
             label_keys.update(key for region in image.regions for key in region.extra)
             yield image
@@ -101,7 +86,7 @@ def publish(
         settings=made_with,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return Published(folder, files, statistics.images, statistics.regions)
+    return Published(files, statistics.images)
 
 
 def _card(**values: Any) -> str:
@@ -113,16 +98,6 @@ def _card(**values: Any) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template("card.md.j2").render(leaves=_leaves, **values)
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: found no JSON ({error}); expected settings.json of an annotation run") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: found {type(settings).__name__}; expected settings.json of an annotation run")
-    return settings
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

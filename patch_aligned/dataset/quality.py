@@ -24,6 +24,7 @@ from patch_aligned.files import validated
 from patch_aligned.intervals import Resampling, ratios_of
 from patch_aligned.masks import areas_px, require_size
 from patch_aligned.pad import AnnotatedImage, AnnotationIndex, write_annotations
+from patch_aligned.record_files import with_progress
 from patch_aligned.tables import Cell, Table, number
 from patch_aligned.web import render
 
@@ -98,9 +99,7 @@ def _overlaps(masks: list[Any], others: list[Any], are_crowds: bool) -> np.ndarr
     return np.reshape(coco_mask.iou(masks, others, [are_crowds] * len(others)), (len(masks), len(others)))
 
 
-def compare(
-    indices: Sequence[AnnotationIndex], files: Sequence[str], same: Same, watch: Callable[..., Any] = iter
-) -> pd.DataFrame:
+def compare(indices: Sequence[AnnotationIndex], files: Sequence[str], same: Same) -> pd.DataFrame:
     """Return the terms of all figures, of the images that two files share: a row for each region and group of it.
 
     A group is all regions, those of a size, or those of a label; pixels are a group of each image.
@@ -113,7 +112,7 @@ def compare(
         message = "found no image in both; expected paths below one folder. Strip or add the leading folders in one"
         raise ValueError(f"{first.source} and {second.source}: {message}")
     rows: list[Any] = []
-    for places in watch(shared):
+    for places in with_progress(shared, "Comparing"):
         pair = [index[place] for index, place in zip(indices, places, strict=True)]
         image_id, masks = pair[0].image_id, [image.coco_masks() for image in pair]
         require_size(pair[0].size_wh, pair[1].size_wh, f"{first.source}: {image_id}")

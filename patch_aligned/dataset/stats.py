@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,14 +20,14 @@ from pycocotools import mask as coco_mask
 from patch_aligned.cells import TokenGrid, Treatment, square_grid
 from patch_aligned.masks import areas_px, covered_tokens_of_regions
 from patch_aligned.pad import AnnotatedImage, read_annotations
-from patch_aligned.record_files import SKIPPED_SUFFIX, iter_records
+from patch_aligned.record_files import SKIPPED_SUFFIX, iter_records, with_progress
 from patch_aligned.tables import Cell, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-_TREATMENTS: dict[str, Treatment] = {"square": "crop", "pad": "pad", "anyres": "squeeze"}
+_TREATMENTS: dict[str, Treatment] = {"square": "crop", "pad": "pad"}
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TAGS_SHOWN = 20
 
@@ -43,8 +43,6 @@ class TokenSettings:
 
     def cells(self, size_wh: tuple[int, int]) -> TokenGrid:
         """The cells over an image of this size."""
-        if self.image_aspect_ratio not in _TREATMENTS:
-            raise ValueError(f"image_aspect_ratio: found {self.image_aspect_ratio!r}, expected 'square' or 'pad'")
         return square_grid(size_wh, _TREATMENTS[self.image_aspect_ratio], (self.grid, self.grid), self.side)
 
     def covered(self, image: AnnotatedImage) -> np.ndarray:
@@ -103,26 +101,13 @@ class Statistics:
         self.images_without_usable_region += not any(covered)
 
 
-def gather_statistics(
-    path: Path,
-    tokens: TokenSettings | None = None,
-    limit: int | None = None,
-    watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
-) -> Statistics:
-    """Read a PAD file once.
+def gather_statistics(path: Path, tokens: TokenSettings | None = None, limit: int | None = None) -> Statistics:
+    """Read a PAD file, or its first `limit` images, once.
 
-    Args:
-        path: PAD file. The statuses in `<path>.skipped.jsonl`, which merging writes, count too.
-        tokens: the grid; None: LLaVA-1.5's in stage 1.
-        limit: number of images to read; None: all.
-        watch: passes the images on, one by one; it may show progress.
-
-    Raises:
-        AnnotationError: a record is invalid.
-        RecordFileError: the file is missing or invalid.
+    Of a whole file the statuses in `<path>.skipped.jsonl`, which merging writes, count too.
     """
     statistics = Statistics(path, tokens or TokenSettings())
-    for image in watch(islice(read_annotations(path), limit)):
+    for image in with_progress(islice(read_annotations(path), limit), "Counting"):
         statistics.add(image)
     skipped = path.with_name(path.name + SKIPPED_SUFFIX)
     if skipped.is_file() and limit is None:
@@ -219,14 +204,7 @@ def _escaped(tag: str) -> str:
 
 
 def write_statistics(statistics: Statistics, output: Path, plots: bool = True) -> dict[str, Any]:
-    """Write `stats.json`, `stats.md`, `tags.tsv` and, with `plots`, `stats.png` to the folder `output`.
-
-    Returns:
-        `as_json` of the statistics.
-
-    Raises:
-        ImportError: `plots` without matplotlib.
-    """
+    """Write `stats.json`, `stats.md`, `tags.tsv` and, with `plots`, `stats.png`; return what `as_json` does."""
     numbers = as_json(statistics)
     output.mkdir(parents=True, exist_ok=True)
     (output / "stats.json").write_text(json.dumps(numbers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -247,11 +225,7 @@ _MOST_REGIONS = 20
 
 
 def save_statistics_figure(statistics: Statistics, path: Path) -> None:
-    """Draw four panels and save them as an image of the kind that the suffix names.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Draw four panels and save them as an image of the kind that the suffix names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

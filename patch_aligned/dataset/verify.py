@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from patch_aligned.cells import box_iou
 from patch_aligned.images import ImageFileError, stored_size_wh
 from patch_aligned.masks import areas_px
 from patch_aligned.pad import AnnotatedImage, AnnotationError, Region, read_annotations
-from patch_aligned.record_files import RecordFileError, is_finite_number
+from patch_aligned.record_files import RecordFileError, is_finite_number, with_progress
 from patch_aligned.tables import Cell, Table
 
 Box = tuple[float, float, float, float]
@@ -35,12 +35,6 @@ class VerifySettings:
     image_folder: Path | None = None  # base of the ids, to check against the image files; None skips these checks
     box_tolerance: float = 0.05  # share of an image's width and height by which a box may extend beyond the image
     min_mask_box_iou: float = 0.1  # IoU of a region's box with the tightest box around its mask, at least
-
-    def __post_init__(self) -> None:
-        for name in ("box_tolerance", "min_mask_box_iou"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}: found {value}, expected a share from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -97,24 +91,12 @@ class Verification:
 
 
 def verify_file(
-    path: Path,
-    settings: VerifySettings,
-    on_problem: Callable[[Problem], None] = lambda problem: None,
-    watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
+    path: Path, settings: VerifySettings, on_problem: Callable[[Problem], None] = lambda problem: None
 ) -> Verification:
-    """Check a file record by record.
+    """Check a file record by record; `on_problem` gets each problem.
 
     For a record of invalid format the first problem counts, and nothing else of it is checked. A file that cannot be
-    read further, or has no records, is a problem too.
-
-    Args:
-        path: PAD file.
-        settings: what the checks allow.
-        on_problem: called with each problem.
-        watch: passes the valid records on, one by one; it may show progress.
-
-    Raises:
-        RecordFileError: if the file is missing.
+    read further, or has no records, is a problem too. `RecordFileError` is for a file that is missing.
     """
     found = Verification(path, settings)
 
@@ -129,7 +111,7 @@ def verify_file(
         add(Problem("error", check, *place, error.found, error.expected))
 
     try:
-        for image in watch(read_annotations(path, on_error=reject)):
+        for image in with_progress(read_annotations(path, on_error=reject), "Verifying"):
             for problem in image_problems(image, found.records, settings):
                 add(problem)
             found.records += 1
@@ -260,17 +242,8 @@ def summary(found: Verification) -> str:
     )
 
 
-def write_verification(
-    path: Path,
-    settings: VerifySettings,
-    output: Path,
-    watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
-) -> Verification:
-    """Verify a file and write `verify.json`, `verify.md` and `problems.jsonl` to the folder `output`.
-
-    Raises:
-        RecordFileError: if the file is missing.
-    """
+def write_verification(path: Path, settings: VerifySettings, output: Path) -> Verification:
+    """Verify a file and write `verify.json`, `verify.md` and `problems.jsonl` to the folder `output`."""
     if not path.is_file():
         raise RecordFileError(f"{path}: found no such file; expected a PAD file")
     output.mkdir(parents=True, exist_ok=True)
@@ -279,7 +252,7 @@ def write_verification(
         def write(problem: Problem) -> None:
             file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
 
-        found = verify_file(path, settings, write, watch)
+        found = verify_file(path, settings, write)
     text = json.dumps(as_json(found), indent=2, ensure_ascii=False)
     (output / "verify.json").write_text(text + "\n", encoding="utf-8")
     page = f"# Verification\n\n{summary(found)}\n"

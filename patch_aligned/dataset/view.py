@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from patch_aligned.dataset.stats import TokenSettings
 from patch_aligned.images import ImageFileError, thumbnail
 from patch_aligned.masks import areas_px
 from patch_aligned.pad import AnnotatedImage, Region, read_annotations
-from patch_aligned.record_files import is_finite_number
+from patch_aligned.record_files import is_finite_number, with_progress
 from patch_aligned.web import grid_edges, jpeg_address, render
 
 MOST_IMAGES = 5000
@@ -62,23 +61,11 @@ def write_view(
     tokens: TokenSettings | None = None,
     page_size: int = 250,
     thumbnail_side: int = 640,
-    watch: Callable[[Iterator[AnnotatedImage]], Iterable[AnnotatedImage]] = iter,
 ) -> Viewed:
     """Write the page `output`, or several (`view.html`, `view-2.html` ...) with links to each other.
 
-    Args:
-        pad: PAD file.
-        image_folder: folder that its ids are relative to.
-        output: an `.html` file.
-        selection: which records; None: the first 100.
-        tokens: the grid on which regions cover tokens; None: LLaVA-1.5's in stage 1.
-        page_size: records on one page.
-        thumbnail_side: longest side of an embedded image, pixels.
-        watch: passes the shown images on, one by one; it may show progress.
-
-    Raises:
-        ValueError: no record is selected, or more than `MOST_IMAGES`.
-        AnnotationError, RecordFileError: a record or the file is invalid.
+    `page_size` records are on a page, with images of at most `thumbnail_side` pixels. Without a selection the first 100
+    records are shown.
     """
     selection = selection or ViewSelection()
     tokens = tokens or TokenSettings()
@@ -98,7 +85,7 @@ def write_view(
     if next_record is None:
         viewed.not_found = tuple(sorted(selection.image_ids - {image.image_id for _, image in chosen}))
     output.parent.mkdir(parents=True, exist_ok=True)
-    images = zip((record for record, _ in chosen), watch(image for _, image in chosen), strict=True)
+    images = iter(with_progress(chosen, "Drawing"))
     for number, page in enumerate(pages):
         entries = [_entry(*entry, image_folder, tokens, thumbnail_side) for entry in islice(images, page_size)]
         viewed.without_picture += sum(entry["picture"] is None for entry in entries)

@@ -48,10 +48,8 @@ def paired_difference(
 ) -> PairedDifference:
     """Compare two runs row by row: rows match where id and target are the same.
 
-    Rows of one group, such as the expressions of one image, are drawn together.
-
-    Raises:
-        ValueError: no row matches, or a matching one has no such score.
+    Rows of one group, such as the expressions of one image, are drawn together. `ValueError` if no row matches, or a
+    matching one has no such score.
     """
     return paired_over_seeds([(first, second)], metric, resamples, seed)
 
@@ -103,15 +101,8 @@ def compare(
 ) -> Block:
     """One line for each benchmark that all have runs of; with several seeds also a line for each seed.
 
-    Args:
-        first, second: the models; with several seeds of training one for each, in the same order.
-        metric: the score; None: the headline of each benchmark.
-        box_frame: how boxes are read if a run has both readings; None: as its settings say.
-        resamples: number of bootstrap draws.
-        seed: of the draws.
-
-    Raises:
-        RunFileError: the models share no benchmark, none of their runs has that metric, or the numbers of seeds differ.
+    `first` and `second` hold a model for each seed of training, in the same order. Without a metric it is the headline
+    of each benchmark.
     """
     if len(first) != len(second):
         raise RunFileError(f"found {len(first)} and {len(second)} seeds, expected as many of both, in the same order")

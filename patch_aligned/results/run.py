@@ -144,11 +144,7 @@ _SAMPLE = TypeAdapter(Sample)
 
 
 def rows_sha256(rows: Iterable[tuple[str, Any]]) -> str:
-    """Hash ids and targets in order. Runs with equal hashes were asked the same rows.
-
-    Args:
-        rows: id and target of each. Targets must be JSON values.
-    """
+    """Hash ids and targets (JSON values) in order. Runs with equal hashes were asked the same rows."""
     digest = hashlib.sha256()
     for row_id, target in rows:
         digest.update(json.dumps([row_id, target], sort_keys=True).encode() + b"\n")
@@ -177,11 +173,7 @@ def write_run(folder: Path, result: RunResult, samples: Sequence[Sample]) -> Non
 
 
 def read_run(folder: Path) -> RunResult:
-    """Read `result.json` of a run's folder.
-
-    Raises:
-        RunFileError: names file, field, what was found and what was expected.
-    """
+    """Read `result.json` of a run's folder; `RunFileError` names file, field, what was found and was expected."""
     path = folder / RESULT_FILE
     if not path.is_file():
         raise RunFileError(f"{folder}: found no {RESULT_FILE}; expected the folder of a finished run")
@@ -189,11 +181,7 @@ def read_run(folder: Path) -> RunResult:
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """Read `samples.jsonl` of a run's folder, and check that these are the rows of its result.
-
-    Raises:
-        RunFileError: names file, line, field, what was found and what was expected.
-    """
+    """Read `samples.jsonl` of a run's folder, and check that these are the rows of its result."""
     result = read_run(folder)
     path = folder / SAMPLES_FILE
     if not path.is_file():
@@ -204,24 +192,15 @@ def read_samples(folder: Path) -> list[Sample]:
     return samples
 
 
-def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """Find the runs in folders, each of which is a run or contains runs (`OUT/<benchmark>/result.json`).
-
-    In the order of the folders; within one, by name.
-
-    Raises:
-        RunFileError: a folder has no finished run, or an invalid one.
-    """
-    runs = []
-    for folder in folders:
-        paths = [folder / RESULT_FILE] if (folder / RESULT_FILE).is_file() else sorted(folder.glob(f"*/{RESULT_FILE}"))
-        if not paths:
-            raise RunFileError(
-                f"{folder}: found no {RESULT_FILE}, neither there nor one folder below; expected a folder of runs. "
-                "Make one with: python -m eval.run --help"
-            )
-        runs += [Run(path.parent, read_run(path.parent)) for path in paths]
-    return runs
+def find_runs(folder: Path) -> list[Run]:
+    """Find the runs of a folder, which is one or contains some (`OUT/<benchmark>/result.json`), by name."""
+    paths = [folder / RESULT_FILE] if (folder / RESULT_FILE).is_file() else sorted(folder.glob(f"*/{RESULT_FILE}"))
+    if not paths:
+        raise RunFileError(
+            f"{folder}: found no {RESULT_FILE}, neither there nor one folder below; expected a folder of runs. "
+            "Make one with: python -m eval.run --help"
+        )
+    return [Run(path.parent, read_run(path.parent)) for path in paths]
 
 
 def _parse_result(content: bytes, path: Path) -> RunResult:
@@ -238,10 +217,9 @@ def _parse_result(content: bytes, path: Path) -> RunResult:
                 raise ValueError(f"field 'scores.{name}.value': found {score.value}, expected a share from 0 to 1")
         if both := sorted(result.scores.keys() & result.not_available.keys()):
             raise ValueError(f"field 'not_available': found {both[0]!r}, which has a score too")
-    except ValidationError as error:
-        raise RunFileError(f"{path}: {describe_invalid(error)}") from error
     except ValueError as error:
-        raise RunFileError(f"{path}: {error}") from error
+        problem = describe_invalid(error) if isinstance(error, ValidationError) else error
+        raise RunFileError(f"{path}: {problem}") from error
     return result
 
 

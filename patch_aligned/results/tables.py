@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -45,17 +45,12 @@ class ModelRuns:
 
 
 def find_models(folders: Sequence[Path], names: Sequence[str] = ()) -> list[ModelRuns]:
-    """Read one model per folder, named as in its runs or by `names`.
-
-    Raises:
-        RunFileError: a folder has no run, runs of several checkpoints, or two of one benchmark, or the number of names
-            is wrong.
-    """
+    """Read one model per folder, named as in its runs or by `names`; `RunFileError` if it has runs of several."""
     if names and len(names) != len(folders):
         raise RunFileError(f"--names: found {len(names)}, expected {len(folders)}, one for each folder of runs")
     models = []
     for folder in folders:
-        runs = find_runs([folder])
+        runs = find_runs(folder)
         by_weights = {run.result.model.weights: run for run in runs}
         if len(by_weights) > 1:
             found = ", ".join(
@@ -67,14 +62,7 @@ def find_models(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Mode
                 f"{folder}: found runs of {len(by_weights)} checkpoints ({found}); expected one: evaluate the older "
                 "again"
             )
-        by_benchmark: dict[str, Run] = {}
-        for run in runs:
-            other = by_benchmark.setdefault(run.result.benchmark, run)
-            if other is not run:
-                raise RunFileError(
-                    f"{other.folder} and {run.folder}: found two runs of {run.result.benchmark}, expected one: move "
-                    "one of them to another folder"
-                )
+        _each_once(((run.result.benchmark, run) for run in runs), "benchmark")
         models.append(ModelRuns(runs[0].result.model.name, tuple(runs)))
     labels = list(names) or [model.name for model in models]
     return [
@@ -84,16 +72,7 @@ def find_models(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Mode
 
 
 def make_table(number: int, models: Sequence[ModelRuns], box_frame: BoxFrame | None = None) -> list[Block]:
-    """A table of the paper with our rows below. Runs of the miniature are in a table of their own, without the paper's.
-
-    Args:
-        number: 4 to 8.
-        models: our rows.
-        box_frame: how our own tasks read boxes; None: as each run's settings say.
-
-    Raises:
-        RunFileError: no run belongs to the table, or one of them does not fit into it.
-    """
+    """Table 4 to 8 of the paper with our rows below. Runs of the miniature are in a table of their own."""
     table = PAPER_TABLES[number]
     chosen = [model.where(lambda result: number in result.tables) for model in models]
     if not any(model.runs for model in chosen):
@@ -118,11 +97,7 @@ def make_table(number: int, models: Sequence[ModelRuns], box_frame: BoxFrame | N
 
 
 def projector_block(number: int, folders: Sequence[Path]) -> Block:
-    """Table 1, 2 or 3 of the paper, with the projectors of `patch-aligned analyze` reports below.
-
-    Raises:
-        RunFileError: a folder has no report, or one of an earlier version.
-    """
+    """Table 1, 2 or 3 of the paper, with the projectors of `patch-aligned analyze` reports below."""
     table = PAPER_TABLES[number]
     rows = [Row(f"{row.model} (paper)", tuple(map(Cell, row.cells))) for row in table.rows]
     for path in (folder / "analysis.json" for folder in folders):
@@ -189,11 +164,7 @@ def metric_of(result: RunResult, metric: str | None = None, box_frame: BoxFrame 
 
 
 def score_factor(run: Run, metric: str, column: Column) -> float:
-    """The factor between a score of a run and what a column shows.
-
-    Raises:
-        RunFileError: the column does not show scores of this unit.
-    """
+    """The factor between a score of a run and what a column shows; `RunFileError` for a unit that it does not show."""
     unit = run.result.scores[metric].unit
     if (factor := _FACTORS.get((unit, column.shown))) is None:
         fitting = " or ".join(repr(unit) for unit, shown in _FACTORS if shown == column.shown)
@@ -316,15 +287,18 @@ def _lines(model: ModelRuns, number: int) -> list[tuple[str, dict[str, Run]]]:
     if all(not column.run_column for column in PAPER_TABLES[number].columns):
         several = len(model.runs) > 1
         return [(f"{model.name} ({run.result.benchmark})" if several else model.name, {"": run}) for run in model.runs]
-    by_column: dict[str, Run] = {}
-    for run in model.runs:
-        other = by_column.setdefault(run.result.column, run)
-        if other is not run:
+    return [(model.name, _each_once(((run.result.column, run) for run in model.runs), f"Table {number}'s column"))]
+
+
+def _each_once(named: Iterable[tuple[str, Run]], kind: str) -> dict[str, Run]:
+    runs: dict[str, Run] = {}
+    for name, run in named:
+        if (other := runs.setdefault(name, run)) is not run:
             raise RunFileError(
-                f"{other.folder} and {run.folder}: found two runs for the column {run.result.column!r} of Table "
-                f"{number}; expected one: give them in separate folders"
+                f"{other.folder} and {run.folder}: found two runs of {kind} {name!r}, expected one: move one of them "
+                "to another folder"
             )
-    return [(model.name, by_column)]
+    return runs
 
 
 def _noted(block: Block, note: str) -> Block:

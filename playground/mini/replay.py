@@ -24,7 +24,7 @@ from patch_aligned.annotate.options import (
     Workload,
 )
 from patch_aligned.annotate.pipeline import ImageInWork
-from patch_aligned.annotate.regions import Candidate, InstanceMask, Mask, Tag
+from patch_aligned.annotate.regions import Candidate, Mask, Tag
 from patch_aligned.annotate.run import AnnotationJob, run_annotate, statuses_named
 from patch_aligned.files import sha256_of
 from patch_aligned.pad import Region, read_annotations
@@ -82,7 +82,7 @@ class ReplayStages:
     def _mask(self, region: Region, item: ImageInWork) -> Mask:
         width, height = item.image.size
         area = coco_mask.area({"size": [height, width], "counts": region.rle_mask.encode("ascii")})
-        return Mask(region.rle_mask, int(area), 1.0)
+        return Mask(rle_mask=region.rle_mask, area_px=int(area), predicted_iou=1.0)
 
 
 class ReplaySam3(ReplayStages):
@@ -100,19 +100,19 @@ class ReplaySam3(ReplayStages):
         """The regions' boxes and masks."""
         return [
             [
-                Candidate(region.bbox_xyxy_px, 1.0, region.tag, 1.0, (), self._mask(region, item)._asdict())
+                Candidate(region.bbox_xyxy_px, 1.0, region.tag, 1.0, (), self._mask(region, item))
                 for region in self._regions(item)
             ]
             for item in items
         ]
 
-    def segment(self, items: Sequence[ImageInWork]) -> list[list[InstanceMask]]:  # type: ignore[override]
+    def segment(self, items: Sequence[ImageInWork]) -> list[list[Any]]:
         """The masks that came with the candidates."""
-        return [[InstanceMask(**(item.candidates[place].mask or {})) for place in item.to_segment] for item in items]
+        return [[item.candidates[place].mask for place in item.to_segment] for item in items]
 
-    def _mask(self, region: Region, item: ImageInWork) -> InstanceMask:  # type: ignore[override]
+    def _mask(self, region: Region, item: ImageInWork) -> Mask:
         mask = super()._mask(region, item)
-        return InstanceMask(mask.rle_mask, mask.area_px, 1.0)
+        return Mask(rle_mask=mask["rle_mask"], area_px=mask["area_px"], presence=1.0)
 
 
 @app.command()

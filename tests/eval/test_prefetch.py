@@ -84,7 +84,7 @@ def test_runs_at_the_same_time_keep_what_each_other_wrote_down(tmp_path: Path) -
     assert isinstance(pope, HubData)
     first.add(mme, "a" * 40, ["mme.parquet"])
     second.add(pope, "b" * 40, ["pope.parquet"])
-    assert [Lock(path).revision(data) for data in (mme, pope)] == ["a" * 40, "b" * 40]
+    assert [Lock(path).find(data)[0] for data in (mme, pope)] == ["a" * 40, "b" * 40]
     assert [entry.name for entry in tmp_path.iterdir()] == ["lock.json"]
 
 

@@ -17,13 +17,12 @@ import pytest
 from eval import run
 from eval.adapter import processes_here
 from eval.benchmarks import BENCHMARKS, Benchmark
-from eval.hub import DataError, Lock, TaskData, find_data
+from eval.hub import DataError, Lock, TaskData, find_data, shipped_tasks_folder
 from eval.judge import Judge, check_judge, read_judge, set_judge
 from eval.plan import (
     Plan,
     PreflightError,
     check_checkpoint,
-    check_installed,
     check_limit,
     check_processes,
     check_run,
@@ -108,8 +107,8 @@ def test_no_judge_and_no_key_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_lmms_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"lmms-eval is not installed; next: pip install -e '.\[eval\]'"):
-        check_installed()
+    with pytest.raises(ImportError, match=r"lmms-eval is not installed; next: pip install 'patch-aligned.*\[eval\]'"):
+        shipped_tasks_folder()
 
 
 def test_what_is_no_checkpoint_is_said(golden_world: Path) -> None:
@@ -206,7 +205,8 @@ def test_the_judge_is_asked_only_where_something_is_left_for_it(
         raise ValueError("no judge answers")
 
     monkeypatch.setattr("eval.plan.check_judge_of_environment", no_judge)
-    monkeypatch.setattr("eval.plan._is_finished", lambda _, benchmark, *rest: benchmark.is_judged)
+    monkeypatch.setattr("eval.plan.finished_run", lambda folder, _: "a run" if folder.name == "mmvet" else None)
+    monkeypatch.setattr("eval.plan.summary", lambda *_: "a run")
     flags = ("--benchmarks", "mmvet,mme", "--model-path", "tiny-llava")
     with pytest.raises(PreflightError, match="no judge answers"):
         make_plan_of(*flags)

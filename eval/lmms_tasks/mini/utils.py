@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
-from eval.mini.scoring import YesNo, f1_of_yes, score_count, score_existence, score_short
+from eval.mini.scoring import YesNo, score_count, score_existence, score_short
+from eval.mini.scoring import f1_of_yes as existence_f1  # noqa: F401 - of all rows of `mini_existence`
 from eval.rec.boxes import score_answer
 
 
@@ -29,11 +29,6 @@ def counting_results(row: dict[str, Any], answers: list[str]) -> dict[str, float
 def existence_results(row: dict[str, Any], answers: list[str]) -> dict[str, float | YesNo]:
     """Of `mini_existence`."""
     return score_existence(answers[0], row["answer"])
-
-
-def existence_f1(rows: Sequence[YesNo]) -> float:
-    """F1 of all rows of `mini_existence`."""
-    return f1_of_yes(rows)
 
 
 def rec_results(row: dict[str, Any], answers: list[str]) -> dict[str, float]:

@@ -18,10 +18,9 @@ import logging
 import math
 import pickle
 import re
-import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from transformers import SwinConfig, SwinModel
 
 from patch_aligned.files import sha256_of, written_whole
+from patch_aligned.record_files import named
 
 DECODER_HEADS = 4
 PATCH_PX = 4
@@ -228,7 +228,8 @@ def renamed_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 state[f"visual_encoder.encoder.layers.{stage}.blocks.{block}.attention.{letter}_proj.{kind}"] = part
         else:
-            state[_renamed(name)] = tensor
+            new_names = (pattern.sub(new, name, count=1) for pattern, new in _RENAMED if pattern.search(name))
+            state[next(new_names, name)] = tensor
     return state
 
 
@@ -240,20 +241,8 @@ def _used(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _renamed(name: str) -> str:
-    for pattern, replacement in _RENAMED:
-        new, count = pattern.subn(replacement, name, count=1)
-        if count:
-            return new
-    return name
-
-
 def config_of(published: Mapping[str, Tensor]) -> RamConfig:
-    """Read the model's sizes off a published state dict.
-
-    Raises:
-        ValueError: it is no RAM model, or names the tensor that is missing.
-    """
+    """Read the model's sizes off a published state dict; `ValueError` says what a RAM model would have."""
     state = _used(published)
     blocks = sorted({(int(match[1]), int(match[2])) for name in state if (match := re.match(_BLOCK, name))})
     layers = {match[1] for name in state if (match := re.match(_LAYER, name))}
@@ -307,12 +296,6 @@ _logger = logging.getLogger(__name__)
 
 _FORMAT = "patch_aligned ram 1"
 _CONVERTED = ".converted.safetensors"
-_NAMES_SHOWN = 5
-# Raised for bytes that are no pickle, while they are run as one.
-_BROKEN_PICKLE_ERRORS = (
-    pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
-    ArithmeticError, struct.error,
-)  # fmt: skip
 _WHERE = (
     "Published are ram_swin_large_14m.pth at https://huggingface.co/xinyu1205/recognize_anything_model and "
     "ram_plus_swin_large_14m.pth at https://huggingface.co/xinyu1205/recognize-anything-plus-model"
@@ -342,16 +325,9 @@ class Conversion(BaseModel):
 
 
 def load_ram(path: Path) -> tuple[RamModel, PublishedFile]:
-    """Load a published .pth, which is converted at the first time, or a converted safetensors file.
+    """Load a published .pth, which is converted at the first time, or a converted file with its JSON beside it.
 
-    Args:
-        path: `*.pth`, or `*.converted.safetensors` with its JSON beside it.
-
-    Returns:
-        The model on the CPU in float32, in eval mode and without gradients, and the published file.
-
-    Raises:
-        ValueError: names the file and what is missing, unexpected or unreadable.
+    Returns the model on the CPU in float32, in eval mode and without gradients, and the published file.
     """
     if not path.is_file():
         raise ValueError(f"{path}: found no such file; expected the weights of RAM or RAM++. {_WHERE}")
@@ -372,11 +348,7 @@ def load_ram(path: Path) -> tuple[RamModel, PublishedFile]:
 
 
 def convert_checkpoint(source: Path, weights: Path) -> None:
-    """Write the part of a published .pth that inference needs to `*.converted.safetensors`, and its JSON.
-
-    Raises:
-        ValueError: the file is no RAM checkpoint, with what is missing or unexpected in it.
-    """
+    """Write the part of a published .pth that inference needs to `*.converted.safetensors`, and its JSON."""
     _logger.info("Converting %s to %s. This happens once.", source, weights)
     published = _read_published(source)
     try:
@@ -392,11 +364,7 @@ def convert_checkpoint(source: Path, weights: Path) -> None:
 
 
 def save_converted(state: Mapping[str, Tensor], weights: Path, conversion: Conversion) -> None:
-    """Write weights under `RamModel`'s names, and after them the JSON that describes them.
-
-    Raises:
-        ValueError: the folder cannot be written.
-    """
+    """Write weights under `RamModel`'s names, and after them the JSON that describes them."""
     try:
         with written_whole(weights) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
@@ -419,36 +387,34 @@ def _read_published(path: Path) -> dict[str, Tensor]:
     with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments, plain values
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except _BROKEN_PICKLE_ERRORS as error:
+        except Exception as error:  # bytes that are no pickle may raise anything
             is_pickle = is_zip and isinstance(error, pickle.UnpicklingError)
             objects = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_pickle else []
             problem = (
-                _FOUND_OBJECTS.format(_listed(objects)) if objects else f"not readable by torch ({error!r}). {_WHERE}"
+                _FOUND_OBJECTS.format(named(objects)) if objects else f"not readable by torch ({error!r}). {_WHERE}"
             )
             raise ValueError(f"{path}: {problem}") from error
     state = saved.get("model") if isinstance(saved, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         found = sorted(map(str, saved)) if isinstance(saved, Mapping) else [type(saved).__name__]
-        raise ValueError(f"{path}: found {_listed(found)}, expected a dict with tensors under 'model'. {_WHERE}")
+        raise ValueError(f"{path}: found {named(found)}, expected a dict with tensors under 'model'. {_WHERE}")
     return dict(state)
 
 
 def _check_fit(state: Mapping[str, Tensor], model: RamModel, path: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = []
-    if missing := [name for name in expected if name not in state]:
-        problems.append(f"missing {_listed(missing)}")
-    if unexpected := [name for name in state if name not in expected]:
-        problems.append(f"unexpected {_listed(unexpected)}")
-    wrong = [
-        f"{name} of shape {list(tensor.shape)} instead of {list(expected[name])}"
-        for name, tensor in state.items()
-        if name in expected and tuple(tensor.shape) != expected[name]
-    ]
-    if wrong:
-        problems.append(_listed(wrong))
-    if problems:
-        raise ValueError(f"{path}: does not fit {model.config.kind}: {'; '.join(problems)}. {_WHERE}")
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in state.items()}
+    problems = {
+        "missing ": [name for name in expected if name not in found],
+        "unexpected ": [name for name in found if name not in expected],
+        "": [
+            f"{name} of shape {shape} instead of {expected[name]}"
+            for name, shape in found.items()
+            if shape != expected.get(name, shape)
+        ],
+    }
+    if listed := [what + named(names) for what, names in problems.items() if names]:
+        raise ValueError(f"{path}: does not fit {model.config.kind}: {'; '.join(listed)}. {_WHERE}")
 
 
 def _sidecar(weights: Path) -> Path:
@@ -472,9 +438,3 @@ def _read_conversion(weights: Path) -> Conversion:
         return Conversion.model_validate_json(sidecar.read_bytes())
     except ValidationError as error:
         raise ValueError(f"{sidecar}: found no description of a converted RAM model ({error}). {again}") from error
-
-
-def _listed(names: Iterable[str]) -> str:
-    all_names = list(names)
-    more = len(all_names) - _NAMES_SHOWN
-    return ", ".join(all_names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,7 @@ _WHERE_THRESHOLDS = _WHERE.format(name="ram_tag_list_threshold.txt", flag="--ram
 
 
 def read_tag_list(path: Path) -> list[str]:
-    """Read tags, one a line.
-
-    Raises:
-        ValueError: names the file and the line of an empty or repeated tag.
-    """
+    """Read tags, one a line; `ValueError` names the line of an empty or repeated one."""
     first_line: dict[str, int] = {}
     for number, line in enumerate(_lines(path, _WHERE_TAGS), start=1):
         if not line:
@@ -42,11 +39,7 @@ def read_tag_list(path: Path) -> list[str]:
 
 
 def read_thresholds(path: Path) -> list[float]:
-    """Read thresholds of the tags' probabilities, one a line, in the tags' order. 1.0 disables a tag.
-
-    Raises:
-        ValueError: names the file and the line of what is not a number from 0 to 1.
-    """
+    """Read thresholds of the tags' probabilities, one a line, in the tags' order. 1.0 disables a tag."""
     thresholds = []
     for number, line in enumerate(_lines(path, _WHERE_THRESHOLDS), start=1):
         try:
@@ -70,29 +63,18 @@ def _lines(path: Path, where: str) -> list[str]:
 
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in 0..1
-_DEVIATION = (0.229, 0.224, 0.225)
+_MEAN = torch.tensor((0.485, 0.456, 0.406))[:, None, None]  # ImageNet's, of RGB in 0..1: [3, 1, 1]
+_DEVIATION = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
 
 
 def preprocess(images: Sequence[Image.Image], size: int, resample: Resample = "bilinear") -> Tensor:
-    """Prepare images as RAM takes them: squashed to a square, whatever their aspect, and normalised.
+    """Squash images of any size and mode to squares, and normalise them: `[B, 3, size, size]` float32.
 
-    Args:
-        images: of any size and mode.
-        size: side of the square in pixels.
-        resample: `bilinear` as in RAM's own repository; `bicubic` as in the demo of Grounded-SAM, which resizes the
-            image beforehand.
-
-    Returns:
-        `[B, 3, size, size]` float32.
+    RAM's own repository resamples `bilinear`; `bicubic` the demo of Grounded-SAM, which resizes the image beforehand.
     """
     squares = [image.convert("RGB").resize((size, size), _FILTERS[resample]) for image in images]
     pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))  # [B, size, size, 3] uint8
-    return (pixels.permute(0, 3, 1, 2) / 255 - _channels(_MEAN)) / _channels(_DEVIATION)  # -> [B, 3, size, size]
-
-
-def _channels(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values)[:, None, None]  # [3, 1, 1]
+    return (pixels.permute(0, 3, 1, 2) / 255 - _MEAN) / _DEVIATION  # -> [B, 3, size, size]
 
 
 class RamTagger(DeviceModel):
@@ -110,18 +92,9 @@ class RamTagger(DeviceModel):
         dtype: torch.dtype | None = None,
         resample: Resample = "bilinear",
     ) -> None:
-        """Place the model on a device.
+        """Place the model of `load_ram` on a device, with one tag and threshold a query; for `dtype` see `DeviceModel`.
 
-        Args:
-            model: see `load_ram`. What does not depend on the image is computed here, once.
-            tags: one a query.
-            thresholds: of probabilities, one a query.
-            device: of the model.
-            dtype: see `DeviceModel`.
-            resample: see `preprocess`.
-
-        Raises:
-            ValueError: the counts differ from the model's number of tags.
+        What does not depend on the image is computed here, once.
         """
         num_tags = model.config.num_tags
         for what, found, where in (("tags", tags, _WHERE_TAGS), ("thresholds", thresholds, _WHERE_THRESHOLDS)):
@@ -144,24 +117,11 @@ class RamTagger(DeviceModel):
         }
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        path: Path,
-        tag_list: Path,
-        thresholds: Path,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        resample: Resample = "bilinear",
-    ) -> RamTagger:
-        """Load published weights, with RAM's ram_tag_list.txt and ram_tag_list_threshold.txt.
-
-        Raises:
-            ValueError: the weights or the lists cannot be read, or do not belong together.
-        """
+    def from_checkpoint(cls, path: Path, tag_list: Path, thresholds: Path, **options: Any) -> RamTagger:
+        """Load published weights, with RAM's ram_tag_list.txt and ram_tag_list_threshold.txt."""
         names, limits = read_tag_list(tag_list), read_thresholds(thresholds)  # first: cheaper to fail on
         model, published = load_ram(path)
-        tagger = cls(model, names, limits, device=device, dtype=dtype, resample=resample)
+        tagger = cls(model, names, limits, **options)
         tagger.settings |= {
             "checkpoint": published.name,
             "checkpoint_sha256": published.sha256,
@@ -176,20 +136,18 @@ class RamTagger(DeviceModel):
 
     @torch.inference_mode()
     def scores(self, pixel_values: Tensor) -> Tensor:
-        """Return the probability of each tag, `[B, T]` float32 on the CPU, for images from `preprocess`.
-
-        Raises:
-            NonFiniteScoresError: an image has no finite scores, in float32 either.
-        """
+        """Return the probability of each tag, `[B, T]` float32 on the CPU, for images from `preprocess`."""
         pixel_values = pixel_values.to(self.device)  # [B, 3, image_size, image_size]
-        logits = self._logits(pixel_values, self.dtype)
-        again = _rows_not_finite(logits)
-        if again and self.dtype != torch.float32:
-            logits[again] = self._logits(pixel_values[again], torch.float32)
-            again = _rows_not_finite(logits)
-        if again:
-            raise NonFiniteScoresError("RAM", again)
-        return logits.sigmoid()
+
+        def logits(rows: Sequence[int], dtype: torch.dtype) -> list[Tensor | None]:
+            with self.autocast(dtype):
+                found = self.model(pixel_values[list(rows)], self._queries).float().cpu()  # [rows, T]
+            return [of_image if of_image.isfinite().all() else None for of_image in found]
+
+        found = self.finite_or_none(logits, len(pixel_values))
+        if not_finite := [row for row, of_image in enumerate(found) if of_image is None]:
+            raise NonFiniteScoresError("RAM", not_finite)
+        return torch.stack(found).sigmoid()
 
     def tag(self, items: Sequence[ImageInWork]) -> list[list[Tag]]:
         """Return each image's tags whose probability is above their threshold, in the tag list's order."""
@@ -202,11 +160,3 @@ class RamTagger(DeviceModel):
         for row, query in zip(rows.tolist(), queries.tolist(), strict=True):
             tags[row].append(Tag(self.tags[query], scores[row, query].item()))
         return tags
-
-    def _logits(self, pixel_values: Tensor, dtype: torch.dtype) -> Tensor:
-        with self.autocast(dtype):
-            return self.model(pixel_values, self._queries).float().cpu()  # [B, T]
-
-
-def _rows_not_finite(logits: Tensor) -> list[int]:
-    return torch.nonzero(~logits.isfinite().all(dim=1))[:, 0].tolist()

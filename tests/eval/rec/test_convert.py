@@ -218,8 +218,8 @@ def test_a_plain_json_list(world: Path) -> None:
         ({"width": float("inf")}, "field '[1].width': found inf"),
         ({"width": 64.9}, "field '[1].width': found 64.9"),
         ({"id": "0"}, "found the id '0' twice"),
-        ({"image": "../refs/x.jpg"}, "expected a path inside the data root"),
-        ({"image": "/etc/passwd"}, "expected a path inside the data root"),
+        ({"image": "../refs/x.jpg"}, "which leads out of"),
+        ({"image": "/etc/passwd"}, "which leads out of"),
         ({"image": "coco/none.jpg"}, "record 1, field image: there is no"),
         ({"width": 65}, "found 64 x 48 pixels, expected 65 x 48"),
     ],
@@ -242,7 +242,7 @@ def test_a_row_may_not_leave_the_data_root(world: Path) -> None:
     row: Row = {"id": "0", "image": "../secret.png", "expression": "it", "box_xyxy_px": [0, 0, 1, 1], "width": 64,
                 "height": 48}  # fmt: skip
     Image.new("RGB", SIZE_WH).save(world / "secret.png")
-    with pytest.raises(ValueError, match="expected a path inside the data root"):
+    with pytest.raises(ValueError, match="which leads out of"):
         load_image(row, world / "data")
     with pytest.raises(ValueError, match="found 64 x 48 pixels, expected 48 x 64"):
         load_image({**row, "image": IMAGE, "width": 48, "height": 64}, world / "data")

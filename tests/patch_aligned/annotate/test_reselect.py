@@ -211,7 +211,10 @@ class NoModels:
     def segment(self, items: Sequence[ImageInWork]) -> list[list[Mask]]:
         chosen = [[mask_of(item.candidates[position]) for position in item.to_segment] for item in items]
         self.segmented += sum(map(len, chosen))
-        return [[Mask(mask["rle_mask"], mask["area_px"], 0.5) for mask in masks] for masks in chosen]
+        return [
+            [Mask(rle_mask=mask["rle_mask"], area_px=mask["area_px"], predicted_iou=0.5) for mask in masks]
+            for masks in chosen
+        ]
 
 
 @pytest.mark.parametrize("segment_candidates", [False, True])
@@ -264,7 +267,7 @@ def test_thresholds_below_the_candidates_are_refused(run: Path, tmp_path: Path) 
 def test_broken_candidates_are_named_with_their_image() -> None:
     one = record("a.jpg", [candidate(0.9)])
     one["candidates"][0]["score"] = None
-    with pytest.raises(ValueError, match=r"pad.jsonl: image_id 'a.jpg', candidates\[0\].score: found None"):
+    with pytest.raises(ValueError, match=r"pad.jsonl: image_id 'a.jpg', candidates\[0\]: field 'score': found None"):
         reselected(one, Selection(), "pad.jsonl")
 
 

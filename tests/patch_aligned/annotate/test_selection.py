@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 
 from patch_aligned.annotate.options import CandidateThresholds, Selection
-from patch_aligned.annotate.regions import Candidate, mask_of_label, non_maximum_suppression, select
+from patch_aligned.annotate.regions import Candidate, box_ious, mask_of_label, non_maximum_suppression, select
 from patch_aligned.masks import rle_of_mask
 
 SIZE_WH = (100, 80)
@@ -53,7 +53,7 @@ def boxes_and_scores(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 @example((np.zeros((0, 4)), np.zeros(0)), 0.5)
 def test_nms_equals_brute_force_and_torchvision(drawn: tuple[np.ndarray, np.ndarray], threshold: float) -> None:
     boxes, scores = drawn
-    kept = non_maximum_suppression(boxes, scores, threshold)
+    kept = non_maximum_suppression(box_ious(boxes), scores, threshold)
     assert kept == brute_force_nms(boxes, scores, threshold)
     ops = pytest.importorskip("torchvision.ops", reason="torchvision is part of the extra `annotate`")
     assert kept == ops.nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).tolist()
@@ -61,8 +61,9 @@ def test_nms_equals_brute_force_and_torchvision(drawn: tuple[np.ndarray, np.ndar
 
 def test_nms_keeps_the_first_of_equal_boxes_and_an_overlap_at_the_threshold() -> None:
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 6]], dtype=float)
-    assert non_maximum_suppression(boxes, np.array([0.5, 0.5, 0.4, 0.3]), 0.5) == [0, 2]
-    assert non_maximum_suppression(boxes, np.array([0.5, 0.5, 0.4, 0.3]), 1.0) == [0, 1, 2, 3]
+    ious, scores = box_ious(boxes), np.array([0.5, 0.5, 0.4, 0.3])
+    assert non_maximum_suppression(ious, scores, 0.5) == [0, 2]
+    assert non_maximum_suppression(ious, scores, 1.0) == [0, 1, 2, 3]
 
 
 def test_overlapping_boxes_suppress_each_other_whatever_they_show() -> None:

@@ -76,6 +76,12 @@ def test_records_that_break_the_format_are_named(write: Write, record: Any) -> N
         taggers.of_file(path, ["x.jpg"])
 
 
+def test_a_second_record_of_a_picture_does_not_replace_the_first(write: Write) -> None:
+    path = write({"image_id": "a.jpg", "phrases": ["dog"]}, {"image_id": "./a.jpg", "phrases": ["cat"]})
+    with pytest.raises(ValueError, match=r"phrases\.jsonl: record 1: found 'a\.jpg' a second time"):
+        taggers.of_file(path, ["a.jpg"])
+
+
 def token(text: str, pos: str) -> SimpleNamespace:
     return SimpleNamespace(text_with_ws=f"{text} ", pos_=pos)
 

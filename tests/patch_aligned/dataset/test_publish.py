@@ -69,7 +69,7 @@ def test_a_folder_with_files_and_broken_settings_are_refused(pad: Path, tmp_path
     with pytest.raises(ValueError, match="expected a new or empty folder"):
         publish(pad, tmp_path / "images", name="me/pad")
     (tmp_path / "settings.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"settings\.json: found list"):
+    with pytest.raises(ValueError, match=r"settings\.json, settings of an annotation run: found \[\]"):
         publish(pad, tmp_path / "out", name="me/pad", settings=tmp_path / "settings.json")
     assert not (tmp_path / "out").exists()
 

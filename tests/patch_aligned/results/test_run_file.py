@@ -172,6 +172,6 @@ def test_a_run_that_stops_midway_leaves_no_result(
 def test_runs_are_found_in_folders_of_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
     b, a, other = make_run("one/b", HITS), make_run("one/a", HITS), make_run("two/c", HITS)
     (tmp_path / "one" / "unfinished").mkdir()
-    assert [run.folder for run in find_runs([other, tmp_path / "one"])] == [other, a, b]
+    assert [run.folder for folder in (other, tmp_path / "one") for run in find_runs(folder)] == [other, a, b]
     with pytest.raises(RunFileError, match=r"unfinished: found no result\.json"):
-        find_runs([tmp_path / "one" / "unfinished"])
+        find_runs(tmp_path / "one" / "unfinished")

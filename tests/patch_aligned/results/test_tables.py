@@ -249,7 +249,7 @@ def test_runs_of_one_adapter_on_two_bases_are_refused(make_run: Make, tmp_path: 
 def test_two_runs_of_one_benchmark_are_refused(make_run: Make, tmp_path: Path) -> None:
     make_run("out/pope", BOTH_FRAMES, benchmark="pope")
     make_run("out/pope_copy", BOTH_FRAMES, benchmark="pope")
-    with pytest.raises(RunFileError, match=r"out/pope and .*out/pope_copy: found two runs of pope, expected one"):
+    with pytest.raises(RunFileError, match=r"out/pope and .*out/pope_copy: found two runs of benchmark 'pope'"):
         find_models([tmp_path / "out"])
 
 
@@ -274,7 +274,7 @@ def test_runs_that_have_no_place_are_named(make_run: Make, tmp_path: Path) -> No
         make_table(7, find_models([tmp_path / "out"]))
     make_run("two/a", {"exact_match": [1, 0]}, tables=(6,), column="GQA", benchmark="gqa")
     make_run("two/b", {"exact_match": [1, 0]}, tables=(6,), column="GQA", benchmark="gqa_other")
-    with pytest.raises(RunFileError, match="found two runs for the column 'GQA' of Table 6"):
+    with pytest.raises(RunFileError, match="found two runs of Table 6's column 'GQA'"):
         make_table(6, find_models([tmp_path / "two"]))
 
 

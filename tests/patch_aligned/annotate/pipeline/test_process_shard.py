@@ -225,7 +225,7 @@ def test_scores_that_are_not_finite_cost_their_image_alone(
 def test_empty_masks_are_no_regions(stages: Stages, annotate: Callable[..., list[Record]]) -> None:
     class Blind(Watched):
         def segment(self, items: Sequence[ImageInWork]) -> Any:
-            return [[mask._replace(area_px=0) for mask in masks] for masks in super().segment(items)]
+            return [[{**mask, "area_px": 0} for mask in masks] for masks in super().segment(items)]
 
     expected = by_status(annotate())
     records = annotate(Blind(stages))

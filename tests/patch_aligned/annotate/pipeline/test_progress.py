@@ -46,7 +46,8 @@ def said(tmp_path: Path, tick: Tick) -> Iterator[tuple[ProgressReport, io.String
     """A report to a log, of ten images in two shards, and what it said."""
     folder = RunFolder.start(tmp_path, [ManifestEntry(f"{number}.jpg") for number in range(10)], {}, shard_size=5)
     log = io.StringIO()
-    with ProgressReport(Console(file=log), Rank(0, 1, "cpu")) as report:
+    report = ProgressReport(Console(file=log), Rank(0, 1, "cpu"))
+    with report.progress:
         report.opened(folder, [0, 1])
         log.seek(0)
         log.truncate()
