@@ -43,7 +43,7 @@ class ModelIdentity:
 
     name: str  # as shown in tables
     path: str  # as given to the run
-    sha256: str  # `checkpoint_hash` of its files
+    sha256: str  # `checkpoint_sha256` of its files
     base: str | None = None  # the language model under an adapter or a projector
     base_sha256: str | None = None  # None without a base, or if it is a name on the hub
 
