@@ -6,54 +6,36 @@ import json
 import os
 import re
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 
-from patch_aligned.cli import app
 from patch_aligned.pad import parse_annotation, write_annotations
-
-ROOT = Path(__file__).parents[2]
-
-
-def printed(script: str, *arguments: str, **environment: str) -> list[list[str]]:
-    """The commands that a script would start, as words."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    result = subprocess.run(
-        ["bash", f"scripts/{script}", *arguments],
-        cwd=ROOT, env={**kept, "DRY_RUN": "1", **environment}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return [shlex.split(line) for line in result.stdout.splitlines()]
-
-
-def parsed(words: list[str]) -> dict[str, Any]:
-    """Options of a `patch-aligned` command, read by the real parser."""
-    _, name, *arguments = words
-    # The whole command line takes underscores for dashes; its subcommand, parsed alone, does not.
-    arguments = [word.replace("_", "-") if word.startswith("--") else word for word in arguments]
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    return command.make_context(name, arguments).params
+from tests.scripts.shell import ROOT, options_of, printed, run_script
 
 
 def test_annotate_pad_starts_a_process_a_gpu_and_merges_to_where_training_looks() -> None:
     annotate, merge, verify = printed("annotate_pad.sh", "--dtype", "float16", NUM_GPUS="4", MODELS="m")
-    launcher, command = annotate[: annotate.index("patch-aligned")], annotate[annotate.index("patch-aligned") :]
-    assert launcher == ["torchrun", "--nproc_per_node", "4", "--standalone", "--no_python"]
-    options = parsed(command)
+    assert annotate[: annotate.index("patch-aligned")] == [
+        "torchrun",
+        "--nproc_per_node",
+        "4",
+        "--standalone",
+        "--no_python",
+    ]
+    options = options_of(annotate)
     assert (options["engine"], options["dtype"], options["ram"]) == (
         "torchrun",
         "float16",
         Path("m/ram_swin_large_14m.pth"),
     )
     assert options["chunk"] == 1024
-    assert parsed(verify)["fail_on"] == "broken_file"
-    assert parsed(merge)["run"] == options["output"]
-    assert parsed(merge)["output"] == parsed(verify)["pad"]
+    assert options_of(verify)["fail_on"] == "broken_file"
+    assert options_of(merge)["run"] == options["output"]
+    assert options_of(merge)["output"] == options_of(verify)["pad"]
     pretrain = (ROOT / "scripts" / "v1_5" / "pretrain_patchaligned.sh").read_text()
-    assert f'"${{PAD_PATH:=$DATA/{"/".join(parsed(merge)["output"].parts[-2:])}}}"' in pretrain
+    assert f'"${{PAD_PATH:=$DATA/{"/".join(options_of(merge)["output"].parts[-2:])}}}"' in pretrain
 
 
 def test_several_machines_share_and_leave_merging_to_a_call_when_all_are_done() -> None:
@@ -70,7 +52,7 @@ def test_a_slurm_task_is_one_process_and_does_not_merge() -> None:
     stray = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "5"}  # of what started the shell that submits, perhaps
     (words,) = printed("slurm/annotate_pad.sbatch", "--ram_tag_list", "other.txt", SLURM_ARRAY_TASK_ID="3", **stray)
     assert words[:5] == ["env", "RANK=3", "WORLD_SIZE=8", "LOCAL_RANK=0", "patch-aligned"]
-    assert parsed(words[4:])["ram_tag_list"] == Path("other.txt")
+    assert options_of(words)["ram_tag_list"] == Path("other.txt")
     (words,) = printed("slurm/annotate_pad.sbatch", SLURM_ARRAY_TASK_ID="31", TASKS="32")
     assert words[:4] == ["env", "RANK=31", "WORLD_SIZE=32", "LOCAL_RANK=0"]
     assert "#SBATCH --array=0-7" in (ROOT / "scripts" / "slurm" / "annotate_pad.sbatch").read_text()
@@ -79,18 +61,18 @@ def test_a_slurm_task_is_one_process_and_does_not_merge() -> None:
 def test_other_taggers_and_sam_3_are_started_by_variables() -> None:
     launched = {"NUM_GPUS": "2", "SEGMENTER": "sam3"}
     annotate, *_ = printed("annotate_pad.sh", TAGGER="file", PHRASES="p.jsonl", SAM3="s", **launched)
-    options = parsed(annotate[annotate.index("patch-aligned") :])
+    options = options_of(annotate)
     assert (options["segmenter"], options["sam3"]) == ("sam3", "s")
     assert (options["tagger"], options["phrases"], options["ram"]) == ("file", Path("p.jsonl"), None)
     server = "http://localhost:8000/v1"
     (words,) = printed(
         "slurm/annotate_pad.sbatch", TAGGER="vlm", VLM="m", VLM_URL=server, SLURM_ARRAY_TASK_ID="3", **launched
     )
-    options = parsed(words[words.index("patch-aligned") :])
+    options = options_of(words)
     assert (options["tagger"], options["vlm"], options["vlm_url"]) == ("vlm", "m", server)
     assert options["sam3"] == "facebook/sam3"
     annotate, *_ = printed("annotate_pad.sh", TAGGER="captions", NUM_GPUS="2")
-    options = parsed(annotate[annotate.index("patch-aligned") :])
+    options = options_of(annotate)
     assert (options["tagger"], options["segmenter"]) == ("captions", "gdino+sam")
 
 
@@ -101,16 +83,12 @@ def test_a_rank_of_elsewhere_makes_no_task() -> None:
 
 
 def test_missing_weights_are_named_with_the_command_that_fetches_them(tmp_path: Path) -> None:
-    result = subprocess.run(
-        ["bash", "scripts/annotate_pad.sh"], cwd=ROOT, env={**os.environ, "MODELS": str(tmp_path), "DRY_RUN": ""},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    result = run_script("annotate_pad.sh", DRY_RUN="", MODELS=str(tmp_path))
     assert result.returncode == 1
     assert f"no file {tmp_path}/ram_swin_large_14m.pth; next: patch-aligned models fetch" in result.stderr
 
 
-def test_the_benchmark_runs_as_the_documentation_calls_it(run_python: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
+def test_the_benchmark_runs_as_the_documentation_calls_it(run_python: Any) -> None:
     (command,) = re.findall(r"^python (.*benchmarks.*)$", (ROOT / "docs" / "annotation.md").read_text(), re.MULTILINE)
     result = run_python(*shlex.split(command), "--limit", "6")
     assert result.returncode == 0, result.stderr
@@ -151,13 +129,8 @@ def test_compare_pad_finds_what_differs(
 @pytest.mark.slow
 def test_the_demonstration_runs_from_pictures_to_a_checked_data_set(tmp_path: Path) -> None:
     pytest.importorskip("skimage", reason="scikit-image is part of the extra `demo`")
-    result = subprocess.run(
-        ["bash", "scripts/annotate_demo.sh"],
-        cwd=ROOT,
-        env={**os.environ, "RUN": str(tmp_path), "SCENES": "40", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+    result = run_script(
+        "annotate_demo.sh", **os.environ | {"DRY_RUN": "", "RUN": str(tmp_path), "SCENES": "40", "OMP_NUM_THREADS": "1"}
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Killed by SIGKILL" in result.stdout

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.scripts.shell import ROOT, run_script
+
 # Makes an "environment" of itself, prints its arguments, and fails where they contain $FAILING.
 PYTHON = """#!/usr/bin/env bash
 if [ "$1 $2" = "-m venv" ]; then
@@ -32,11 +33,8 @@ def python(tmp_path: Path) -> Path:
 
 
 def nightly(python: Path, *steps: str, failing: str = "nothing") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": str(python), "WORK": str(python.parent / "work"), "FAILING": failing}
-    return subprocess.run(
-        ["bash", "scripts/nightly.sh", *steps],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    places = {"PYTHON": str(python), "WORK": str(python.parent / "work")}
+    return run_script("nightly.sh", *steps, **os.environ | places | {"FAILING": failing, "DRY_RUN": ""})
 
 
 def test_steps_run_in_fresh_environments_and_end_in_a_table(python: Path) -> None:

@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def preflight(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("preflight")
+from scripts import preflight
+from tests.pads import rle_of
+from tests.scripts.shell import ROOT, printed, run_script
 
 
 @pytest.fixture
@@ -32,7 +27,7 @@ def variables(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     records = []
     for sample in json.loads(Path("data_plain.json").read_text()):
         width, height = Image.open(golden_world / "images" / sample["image"]).size
-        counts = coco_mask.encode(np.ones((height, width), np.uint8, order="F"))["counts"].decode()
+        counts = rle_of(np.ones((height, width)))
         region = {"tag": "lake", "bbox": [0, 0, width, height], "rle_mask": counts}
         record = {"image_id": sample["image"], "size": [width, height], "caption": "a lake", "labels": [region]}
         records.append(record)
@@ -52,13 +47,10 @@ def variables(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     }
 
 
-def printed_words(script: str, variables: dict[str, str], *flags: str) -> list[str]:
+def command_of(script: str, variables: dict[str, str], *flags: str) -> list[str]:
     """Words of the command that a training script prints."""
-    environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", **variables}
-    paste = f'words=$(bash scripts/v1_5/{script}.sh "$@") && eval "printf \'%s\\0\' $words"'
-    command = ["bash", "-c", paste, "bash", *flags]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return result.stdout.split("\0")[:-1]
+    (words,) = printed(f"v1_5/{script}.sh", *flags, **variables)
+    return words
 
 
 def line_of(report: str, topic: str) -> str:
@@ -72,9 +64,8 @@ def in_bytes(text: str) -> float:
 
 @pytest.mark.slow
 def test_the_script_trains_ten_steps_and_leaves_nothing(variables: dict[str, str]) -> None:
-    environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(ROOT / "scripts/v1_5/preflight.sh"), "pretrain_patchaligned", "--weight_decay", "0.1"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "DRY_RUN": ""}
+    result = run_script("v1_5/preflight.sh", "pretrain_patchaligned", "--weight_decay", "0.1", **environment)
     assert result.returncode == 0, result.stderr
     assert "4 of 4 images have regions" in line_of(result.stdout, "regions")
     assert len(re.findall(r"\d+\.\d{3}", line_of(result.stdout, "losses"))) == 10
@@ -86,12 +77,12 @@ def test_the_script_trains_ten_steps_and_leaves_nothing(variables: dict[str, str
 
 @pytest.mark.slow
 def test_the_second_stage_is_checked_and_its_checkpoints_are_as_large_as_estimated(
-    variables: dict[str, str], preflight: ModuleType, capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str], capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.chdir(ROOT)
     three_epochs = {"NUM_TRAIN_EPOCHS": "3", "MAX_STEPS": "-1"}
-    assert preflight.main(printed_words("finetune", variables | three_epochs)) == 0
+    assert preflight.main(command_of("finetune", variables | three_epochs)) == 0
     report = capfd.readouterr().out
     assert "\nwhole run  3 steps" in report  # 4 samples, 4 a step
     estimated, measured = (in_bytes(line.split("checkpoints of")[1]) for line in re.findall("disk .*", report))
@@ -99,9 +90,9 @@ def test_the_second_stage_is_checked_and_its_checkpoints_are_as_large_as_estimat
     assert not list(Path(variables["OUTPUT_DIR"]).parent.iterdir())
 
 
-def test_adapters_are_counted(variables: dict[str, str], preflight: ModuleType) -> None:
+def test_adapters_are_counted(variables: dict[str, str]) -> None:
     pytest.importorskip("peft", reason="peft is part of the extra `train`")
-    flags, _ = preflight.read_command(printed_words("finetune_lora", variables | {"LORA_R": "16"}))
+    flags, _ = preflight.read_command(command_of("finetune_lora", variables | {"LORA_R": "16"}))
     width, tower_width = 64, json.loads(Path("tiny-clip/config.json").read_text())["hidden_size"]
     # in + out of q, k, v, o, gate, up and down in each of three layers; keys and values have half the heads
     adapters = 16 * 3 * (128 + 96 + 96 + 128 + 192 + 192 + 192)
@@ -112,10 +103,6 @@ def test_adapters_are_counted(variables: dict[str, str], preflight: ModuleType) 
     assert preflight.checkpoint_size(flags, preflight.model_without_weights(flags)) == trained * 2 + trained * 14
 
 
-def remove_image(variables: dict[str, str]) -> None:
-    Path(variables["IMAGE_FOLDER"], "im1.png").unlink()
-
-
 def break_json(variables: dict[str, str]) -> None:
     data = Path(variables["DATA_PATH"])
     data.write_text(data.read_text()[:-20])
@@ -123,14 +110,6 @@ def break_json(variables: dict[str, str]) -> None:
 
 def name_no_turns(variables: dict[str, str]) -> None:
     Path(variables["DATA_PATH"]).write_text('[{"id": "a", "image": "im0.png", "conversations": "a"}]')
-
-
-def remove_data(variables: dict[str, str]) -> None:
-    Path(variables["DATA_PATH"]).unlink()
-
-
-def remove_weights(variables: dict[str, str]) -> None:
-    Path(variables["MODEL_NAME_OR_PATH"], "model.safetensors").unlink()
 
 
 def remove_shard(variables: dict[str, str]) -> None:
@@ -159,49 +138,56 @@ Spoil = Callable[[dict[str, str]], object]
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (remove_image, ["data_plain.json, record 1", "im1.png", "no such file", "--image_folder"]),
+        (
+            lambda names: Path("images/im1.png").unlink(),
+            ["data_plain.json, record 1", "im1.png", "no such file", "--image_folder"],
+        ),
         (break_json, ["data_plain.json: record 3", "Is the file cut off?", "copy it again"]),
         (name_no_turns, ["data_plain.json, record 0", "field conversations: found 'a'", "--on_error skip"]),
-        (remove_data, ["--data_path", "data_plain.json: found no such file", "prepare_data.sh --check"]),
-        (remove_weights, ["--model_name_or_path", "found no model.safetensors", "next:"]),
+        (
+            lambda names: Path("data_plain.json").unlink(),
+            ["--data_path", "data_plain.json: found no such file", "prepare_data.sh --check"],
+        ),
+        (
+            lambda names: Path("tiny-vicuna/model.safetensors").unlink(),
+            ["--model_name_or_path", "found no model.safetensors", "next:"],
+        ),
         (remove_shard, ["--model_name_or_path", "found no model-00002-of-00002.safetensors"]),
         (lambda names: names.update(VISION_TOWER="./nowhere"), ["--vision_tower ./nowhere", "no such folder"]),
         (lambda names: names.update(MODEL_NAME_OR_PATH="a/b"), ["the hub's cache", "next: hf download a/b"]),
         (swap_sides, ["im", "size", "prepare_data.sh --check"]),
         (rename_annotated_images, ["found no image that has a region", "'im0.png'", "'other0.png'"]),
         (lambda names: names.update(MODEL_MAX_LENGTH="8"), ["--model_max_length"]),
+        (
+            lambda names: names.update(script="finetune", PRETRAIN_MM_MLP_ADAPTER="nowhere.bin"),
+            ["nowhere.bin: found no such file", "next: bash scripts/v1_5/pretrain_patchaligned.sh"],
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", "") if callable(value) else value[-1],
 )
 def test_what_would_fail_is_named_before_anything_is_trained(
-    spoil: Spoil, words: list[str], variables: dict[str, str], preflight: ModuleType,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    spoil: Spoil,
+    words: list[str],
+    variables: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     spoil(variables)
     monkeypatch.setattr(preflight, "run_steps", lambda *_: pytest.fail("trained"))
-    assert preflight.main(printed_words("pretrain_patchaligned", variables)) == 1
+    script = variables.pop("script", "pretrain_patchaligned")
+    assert preflight.main(command_of(script, variables)) == 1
     message = capsys.readouterr().err
     assert [word for word in words if word not in message] == [], message
     assert "Traceback" not in message
 
 
-def test_stage_2_without_the_projector_of_stage_1(
-    variables: dict[str, str], preflight: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    variables["PRETRAIN_MM_MLP_ADAPTER"] = "nowhere.bin"
-    assert preflight.main(printed_words("finetune", variables)) == 1
-    message = capsys.readouterr().err
-    assert "nowhere.bin: found no such file" in message
-    assert "next: bash scripts/v1_5/pretrain_patchaligned.sh" in message
-
-
 def test_a_full_disk_is_found_before_and_after_the_steps(
-    variables: dict[str, str], preflight: ModuleType, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     free = 5_000_000  # bytes; the weights are 1.2 MB, a checkpoint of all of them 3.5 MB, and two lie there at once
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    assert preflight.main(printed_words("finetune", variables)) == 1
+    assert preflight.main(command_of("finetune", variables)) == 1
     message = capsys.readouterr().err
     assert "found 5.0 MB free, expected" in message
     assert "2 checkpoints" in message
@@ -215,11 +201,11 @@ def test_a_full_disk_is_found_before_and_after_the_steps(
 
 @pytest.mark.parametrize(("found", "way_out"), [(0, "next: nvidia-smi"), (4, "next: NUM_GPUS=4")])
 def test_too_few_gpus_are_one_sentence(
-    found: int, way_out: str, preflight: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    found: int, way_out: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
-    assert preflight.main(printed_words("pretrain_patchaligned", {"NUM_GPUS": "8"})) == 1
+    assert preflight.main(command_of("pretrain_patchaligned", {"NUM_GPUS": "8"})) == 1
     (sentence,) = capsys.readouterr().err.splitlines()
     assert f"found {found} GPUs" in sentence
     assert "expected NUM_GPUS=8" in sentence
@@ -235,18 +221,14 @@ def test_too_few_gpus_are_one_sentence(
         ({"PRESET": "mini", "NUM_GPUS": "2"}, 2),
     ],
 )
-def test_processes_are_those_that_the_command_starts(
-    variables: dict[str, str], processes: int, preflight: ModuleType
-) -> None:
-    assert preflight.read_command(printed_words("finetune", variables))[1] == processes
+def test_processes_are_those_that_the_command_starts(variables: dict[str, str], processes: int) -> None:
+    assert preflight.read_command(command_of("finetune", variables))[1] == processes
 
 
 @pytest.mark.parametrize(("script", "samples", "steps"), [("pretrain", 558_128, 2181), ("finetune", 665_298, 5198)])
 @pytest.mark.parametrize("gpus", ["8", "4"])
-def test_the_whole_run_has_the_steps_of_llava(
-    script: str, samples: int, steps: int, gpus: str, preflight: ModuleType
-) -> None:
-    flags, processes = preflight.read_command(printed_words(script, {"NUM_GPUS": gpus}))
+def test_the_whole_run_has_the_steps_of_llava(script: str, samples: int, steps: int, gpus: str) -> None:
+    flags, processes = preflight.read_command(command_of(script, {"NUM_GPUS": gpus}))
     assert preflight.steps_of_whole_run(flags, samples, processes) == steps
 
 
@@ -258,17 +240,15 @@ def test_the_whole_run_has_the_steps_of_llava(
     ],
 )
 def test_commands_that_cannot_be_checked(
-    variables: dict[str, str], flags: list[str], words: list[str], preflight: ModuleType,
-    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str], flags: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
-    assert preflight.main(printed_words("pretrain", variables, *flags)) == 1
+    assert preflight.main(command_of("pretrain", variables, *flags)) == 1
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
 
 
 def test_an_unknown_script_is_refused() -> None:
-    command = ["bash", str(ROOT / "scripts/v1_5/preflight.sh"), "analyze"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run_script("v1_5/preflight.sh", "analyze")
     assert result.returncode == 1
     assert "unknown script analyze; choose pretrain_patchaligned" in result.stderr
 
@@ -301,27 +281,23 @@ def stand_in(manner: str, output_dir: Path) -> tuple[list[str], Namespace]:
     return [sys.executable, "-c", STAND_IN, manner], flags
 
 
-def test_a_run_that_resumes_passes(preflight: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    preflight.run_steps(*stand_in("resumes", tmp_path / "run"), 100)
+@pytest.mark.parametrize("more", [[], ["--patch_warmup_steps", "800", "--cache_features", "features"]])
+def test_a_run_that_resumes_passes_with_a_short_warm_up_and_no_cache(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, flags = stand_in("resumes", tmp_path / "run")
+    preflight.run_steps([*words, *more], flags, 100)
     assert "100 steps" in line_of(capsys.readouterr().out, "whole run")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_warm_up_is_shortened_and_no_cache_is_filled(
-    preflight: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words, flags = stand_in("resumes", tmp_path / "run")
-    preflight.run_steps([*words, "--patch_warmup_steps", "800", "--cache_features", "features"], flags, 100)
-    assert "100 steps" in line_of(capsys.readouterr().out, "whole run")
-
-
-def test_a_run_that_begins_anew_in_place_of_resuming_is_found(preflight: ModuleType, tmp_path: Path) -> None:
+def test_a_run_that_begins_anew_in_place_of_resuming_is_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"found 10 steps run .* expected steps 7 to 10"):
         preflight.run_steps(*stand_in("begins anew", tmp_path / "run"), 100)
     assert [path.name for path in tmp_path.iterdir()] == ["run.preflight.log"]
 
 
-def test_a_step_that_fails_is_named_and_its_output_stays(preflight: ModuleType, tmp_path: Path) -> None:
+def test_a_step_that_fails_is_named_and_its_output_stays(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"after 1 steps: ValueError: a loss of nan; output: .*run\.preflight\.log"):
         preflight.run_steps(*stand_in("fails", tmp_path / "run"), 100)
     (log,) = tmp_path.iterdir()
@@ -337,17 +313,13 @@ def test_a_step_that_fails_is_named_and_its_output_stays(preflight: ModuleType, 
         ("Killed\n", "exit code -9"),
     ],
 )
-def test_the_error_of_a_rank_is_told_from_that_of_its_launcher(
-    output: str, expected: str, preflight: ModuleType, tmp_path: Path
-) -> None:
+def test_the_error_of_a_rank_is_told_from_that_of_its_launcher(output: str, expected: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(output)
     assert expected in preflight.reason(log, -9)
 
 
-def test_memory_is_the_most_that_nvidia_smi_saw_of_each_card(
-    preflight: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_the_most_that_nvidia_smi_saw_of_each_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = tmp_path / "done"
     lines = "0, 1000, 81559\n1, 900, 81559\n0, 60000, 81559\n1, 800, 81559\n0, 500, 81559"
     program = tmp_path / "nvidia-smi"

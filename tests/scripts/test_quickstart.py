@@ -8,13 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from scripts import show_in_readme
+from tests.scripts.shell import ROOT, run_script
+
 # Stands for python and patch-aligned: takes down its words, and leaves a projector where a training was to.
 STUB = """#!{python}
 import json, pathlib, sys
@@ -41,15 +41,9 @@ def run_quickstart(folder: Path) -> list[list[str]]:
     data.mkdir(parents=True, exist_ok=True)
     for name in ("train.json", "pad.json"):
         (data / name).touch()
-    environment = {
-        "PATH": f"{bin_folder}:{os.environ['PATH']}",
-        "VIRTUAL_ENV": str(folder),
-        "RUN": str(folder / "run"),
-        "DATA": str(folder / "data"),
-        "STEPS": "3",
-    }
-    command = ["bash", "scripts/quickstart.sh"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    places = {"VIRTUAL_ENV": str(folder), "RUN": str(folder / "run"), "DATA": str(folder / "data")}
+    path = f"{bin_folder}:{os.environ['PATH']}"
+    result = run_script("quickstart.sh", PATH=path, DRY_RUN="", STEPS="3", **places)
     assert result.returncode == 0, result.stderr
     words = [json.loads(line) for line in log.read_text().splitlines()]
     return [line for line in words if "-I" not in line and line[1:] != ["-"]]
@@ -77,33 +71,27 @@ def test_both_projectors_are_trained_alike_and_analysed(tmp_path: Path) -> None:
     assert "heldout" in analyze[analyze.index("--data") + 1]
 
 
-def test_a_second_call_trains_nothing(tmp_path: Path) -> None:
+def test_a_second_call_trains_what_is_missing_alone(tmp_path: Path) -> None:
     run_quickstart(tmp_path)
     calls = run_quickstart(tmp_path)
     assert trainings(calls) == []
     assert len(analyses(calls)) == 1
-
-
-def test_an_interrupted_training_is_taken_up(tmp_path: Path) -> None:
-    run_quickstart(tmp_path)
-    (tmp_path / "run" / "patch_aligned" / "mm_projector.bin").unlink()
+    (tmp_path / "run" / "patch_aligned" / "mm_projector.bin").unlink()  # as after an interruption
     (only,) = trainings(run_quickstart(tmp_path))
     assert only[1] == "patch_aligned/train_mem.py"
 
 
 def test_torch_without_cuda_is_installed_before_what_depends_on_it(tmp_path: Path) -> None:
-    def printed(**variables: str) -> list[str]:
-        environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", **variables}
-        command = ["bash", "scripts/quickstart.sh"]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        return [line for line in result.stdout.splitlines() if line.startswith("python -m pip install")]
+    def installs(**variables: str) -> list[str]:
+        lines = run_script("quickstart.sh", **variables).stdout.splitlines()
+        return [line for line in lines if line.startswith("python -m pip install")]
 
-    torch, project = printed(TORCH="cpu")
+    torch, project = installs(TORCH="cpu")
     assert torch.endswith("--no-deps --index-url https://download.pytorch.org/whl/cpu torch torchvision")
     assert "--constraint constraints.txt" in torch  # the tested version
     assert project.endswith("-e .[mini,analysis]")
-    assert printed() == [project]
-    [torch, _] = printed(TORCH="cpu", VIRTUAL_ENV=str(tmp_path))
+    assert installs() == [project]
+    [torch, _] = installs(TORCH="cpu", VIRTUAL_ENV=str(tmp_path))
     assert "constraints.txt" not in torch  # an environment of the user's keeps its versions
 
 
@@ -115,26 +103,21 @@ def test_the_room_that_packages_need_and_have_is_said(tmp_path: Path) -> None:
     assert abs(int(found.group(1)) - shutil.disk_usage(tmp_path).free / 1e9) < 5
 
 
-@pytest.fixture(scope="module")
-def readme_writer(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("show_in_readme")
-
-
-def test_the_table_takes_the_place_between_the_markers(readme_writer: ModuleType) -> None:
+def test_the_table_takes_the_place_between_the_markers() -> None:
     names = ("retrieval_top1", "contrast", "cosine", "align_px", "shuffled_align_px", "name_bound")
     model = {
         "figures": {name: {"value": 0.26} for name in names},
         "entropy_after": {"entropy_nats": 1.6},
         "names": {"captions": {"f1": {"value": 0.44}}},
     }
-    table = readme_writer.table_of({"models": {"captions": model}})
+    table = show_in_readme.table_of({"models": {"captions": model}})
     assert table[-1] == "| captions | 0.3 | 0.3 | 0.3 | 0.3 | 0.3 | 2 | 0.3 | 0.4 |"
     readme = "before\n<!-- quickstart: x -->\nold\n<!-- quickstart end -->\nafter\n"
     expected = "\n".join(["before", "<!-- quickstart: x -->", *table, "<!-- quickstart end -->", "after", ""])
-    assert readme_writer.with_table(readme, table) == expected
+    assert show_in_readme.with_table(readme, table) == expected
     with pytest.raises(ValueError, match="markers"):
-        readme_writer.with_table("no marker\n", table)
+        show_in_readme.with_table("no marker\n", table)
 
 
-def test_the_readme_has_the_markers(readme_writer: ModuleType) -> None:
-    assert "| x |" in readme_writer.with_table((ROOT / "README.md").read_text(encoding="utf-8"), ["| x |"])
+def test_the_readme_has_the_markers() -> None:
+    assert "| x |" in show_in_readme.with_table((ROOT / "README.md").read_text(encoding="utf-8"), ["| x |"])

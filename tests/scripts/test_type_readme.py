@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+
+from scripts import type_readme
 
 ROOT = Path(__file__).parents[2]
 README = """
@@ -26,21 +26,20 @@ no bash
 """
 
 
-def test_commands_are_typed_printed_or_left_out_as_marked(load_script: Callable[[str], ModuleType]) -> None:
-    script = load_script("type_readme").script(README)
+def test_commands_are_typed_printed_or_left_out_as_marked() -> None:
+    script = type_readme.script(README)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     ran = [line for line in done.stdout.splitlines() if not line.startswith(("typed: ", "dry: bash", "not: "))]
     assert ran == ["one two", "dry: 1", "near ."]
     assert "not: echo far away" in done.stdout
-    failing = load_script("type_readme").script("```bash\nfalse\necho after\n```\n")
+    failing = type_readme.script("```bash\nfalse\necho after\n```\n")
     assert (
         "after\n"
         not in subprocess.run(["bash", "-c", failing], capture_output=True, text=True).stdout.split("typed")[-1]
     )
 
 
-def test_readme_is_valid_bash_and_types_what_needs_nothing(load_script: Callable[[str], ModuleType]) -> None:
-    type_readme = load_script("type_readme")
+def test_readme_is_valid_bash_and_types_what_needs_nothing() -> None:
     readme = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/guide.md"))
     subprocess.run(["bash", "-n", "-c", type_readme.script(readme)], check=True)
     ways = list(type_readme.commands(readme))

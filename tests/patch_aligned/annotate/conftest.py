@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,6 @@ from transformers import (
     MMGroundingDinoForObjectDetection,
     SwinConfig,
 )
-
-# The miniature is no installed package.
-ROOT = str(Path(__file__).parents[3])
-if ROOT not in sys.path:
-    sys.path.insert(0, ROOT)
 
 # Where bert-base-uncased has them: the model's code knows some by their ids.
 SPECIAL_IDS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ",": 1010, ".": 1012, "?": 1029}
