@@ -17,7 +17,6 @@ from typing import Any
 
 import PIL
 import pytest
-import yaml
 from hypothesis import settings
 from PIL import ImageFile
 
@@ -103,25 +102,3 @@ def run_python(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Comp
         return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
     return run
-
-
-@pytest.fixture
-def write_picture_task() -> Callable[..., None]:
-    """Writes a task of lmms-eval that asks about pictures of a Parquet file; `utils.py` goes beside it."""
-
-    def write(folder: Path, name: str, table: Path, metric: str, generation: dict[str, Any]) -> None:
-        task = {
-            "task": name,
-            "dataset_path": "parquet",
-            "dataset_kwargs": {"data_files": {"test": str(table)}},
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_target": "question",
-            "generation_kwargs": generation,
-            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
-        }
-        functions = ("doc_to_visual", "doc_to_text", "process_results")
-        lines = [yaml.safe_dump(task), *(f"{function}: !function utils.{function}\n" for function in functions)]
-        (folder / f"{name}.yaml").write_text("".join(lines))
-
-    return write

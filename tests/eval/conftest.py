@@ -1,8 +1,7 @@
-"""`eval` and `playground` are not installed; their tests import them from the repository root."""
+"""lmms-eval in the test's own process: its tasks over local files, and models that answer them."""
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,9 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = str(Path(__file__).parents[2])
-if ROOT not in sys.path:
-    sys.path.insert(0, ROOT)
+from eval.hub import shipped_tasks_folder
 
 
 @pytest.fixture
@@ -50,24 +47,35 @@ def texts_of_batches(run_task: Callable[[Any, str, Path], Any]) -> Callable[...,
     return answer
 
 
-@pytest.fixture
-def write_local_task() -> Callable[..., None]:
+def write_picture_task(folder: Path, name: str, table: Path, metric: str, generation: dict[str, Any]) -> None:
+    """Writes a task of lmms-eval that asks about pictures of a Parquet file; `utils.py` goes beside it."""
+    task = {
+        "task": name,
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"test": str(table)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_target": "question",
+        "generation_kwargs": generation,
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
+    }
+    functions = ("doc_to_visual", "doc_to_text", "process_results")
+    lines = [yaml.safe_dump(task), *(f"{function}: !function utils.{function}\n" for function in functions)]
+    (folder / f"{name}.yaml").write_text("".join(lines))
+
+
+def write_local_task(folder: Path, shipped_yaml: str, task: str, split: str, rows: Path, **overrides: Any) -> None:
     """Writes the YAML of a shipped task over a local Parquet file: prompts, parsers and scores stay as shipped."""
-    from eval.hub import shipped_tasks_folder
-
-    def write(folder: Path, shipped_yaml: str, task: str, split: str, rows: Path, **overrides: Any) -> None:
-        config = {
-            "include": str(shipped_tasks_folder() / shipped_yaml),
-            "task": task,
-            "dataset_path": "parquet",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": {split: str(rows)}},
-            **overrides,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{task}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-
-    return write
+    config = {
+        "include": str(shipped_tasks_folder() / shipped_yaml),
+        "task": task,
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(rows)}},
+        **overrides,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 @pytest.fixture

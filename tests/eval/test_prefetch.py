@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import datasets
 import pytest
 
 from eval.benchmarks import BENCHMARKS, HubData
 from eval.hub import Lock
+from tests.eval.hub_server import COMMIT, serve
 
 ROOT = Path(__file__).parents[2]
 SET = "lmms-lab-encoder/MME"
-
-
-def load_server() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -37,7 +27,7 @@ def hub(tmp_path: Path) -> Iterator[str]:
         file = tmp_path / "hub" / SET / "data" / f"{split}-00000-of-00001.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict({"question": [f"{split} {row}" for row in range(rows)]}).to_parquet(file)
-    with load_server().serve(tmp_path / "hub") as address:
+    with serve(tmp_path / "hub") as address:
         yield address
 
 
@@ -62,10 +52,9 @@ def test_what_was_fetched_is_there_without_a_network(
 ) -> None:
     online = prefetch("mme", hub)
     assert online.returncode == 0, online.stderr
-    commit = load_server().COMMIT
-    assert f"mme: {SET} at {commit[:12]}, 4 rows; 2374 were published" in online.stdout
+    assert f"mme: {SET} at {COMMIT[:12]}, 4 rows; 2374 were published" in online.stdout
     lock = json.loads((tmp_path / "lock.json").read_text())
-    assert lock == {SET: {"revision": commit, "files": {"default/test": ["data/test-00000-of-00001.parquet"]}}}
+    assert lock == {SET: {"revision": COMMIT, "files": {"default/test": ["data/test-00000-of-00001.parquet"]}}}
     assert not list((tmp_path / "home").rglob("train-*"))  # a split that was not asked for
 
     offline = prefetch("mme", "http://127.0.0.1:9", offline=True)

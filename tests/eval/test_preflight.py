@@ -30,6 +30,7 @@ from eval.plan import (
 )
 from eval.scores import UnscoredError
 from patch_aligned.files import checkpoint_sha256
+from tests.folders import set_config
 
 needs_lmms_eval = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is part of the extra `eval`"
@@ -131,11 +132,6 @@ def test_what_is_no_checkpoint_is_said(golden_world: Path) -> None:
         check_checkpoint("tiny-vicuna", "images")
 
 
-def set_in_config(folder: str, **values: Any) -> None:
-    path = Path(folder, "config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 @pytest.fixture
 def refused(golden_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command on data that are there; returns what it says when it refuses."""
@@ -186,13 +182,13 @@ def test_a_stage_1_projector_is_asked_in_the_template_that_it_was_trained_in(
     flags = ("--benchmarks", "mini_colour", "--model-path", "llava-v1.5-7b-pretrain", "--model-base", "tiny-vicuna")
     assert make_plan_of(*flags).request.conversation == "plain"  # as upstream trains, which records nothing
     assert make_plan_of(*flags, "--conversation", "vicuna_v1").request.conversation == "vicuna_v1"
-    set_in_config("llava-v1.5-7b-pretrain", conversation_version="llava_v1")
+    set_config("llava-v1.5-7b-pretrain", conversation_version="llava_v1")
     assert make_plan_of(*flags).request.conversation == "llava_v1"
 
 
 @needs_lmms_eval
 def test_marks_around_images_that_the_adapter_leaves_out_are_said(make_plan_of: Callable[..., Plan]) -> None:
-    set_in_config("tiny-llava", mm_use_im_start_end=True)
+    set_config("tiny-llava", mm_use_im_start_end=True)
     with pytest.raises(PreflightError, match=r"tiny-llava: .* leaves them out; next: .*model_vqa_loader"):
         make_plan_of("--benchmarks", "mini_colour", "--model-path", "tiny-llava")
 

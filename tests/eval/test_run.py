@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import runpy
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +27,9 @@ from eval.benchmarks import BENCHMARKS, Benchmark, HubData, LocalData
 from eval.hub import Lock
 from eval.judge import QUESTION
 from patch_aligned.results.run import read_run, read_samples
+from tests.eval.conftest import write_picture_task
+from tests.eval.two_processes import EchoingAdapter
+from tests.training import free_port
 
 pytestmark = pytest.mark.slow  # lmms-eval takes a quarter of a minute to import
 
@@ -61,7 +62,7 @@ def write_table(path: Path, **columns: list[Any]) -> None:
 
 
 @pytest.fixture
-def pictures(golden_world: Path, monkeypatch: pytest.MonkeyPatch, write_picture_task: Callable[..., None]) -> Benchmark:
+def pictures(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Benchmark:
     """A benchmark of the registry with a task and a table of its own."""
     folder = golden_world / "tasks"
     table = golden_world / "questions.parquet"
@@ -289,10 +290,7 @@ def test_two_processes_share_the_rows_and_one_writes(
     """Seven rows, so that one process has fewer. The shipped adapter is not in it: of several, it asks a GPU each."""
     script = Path(__file__).with_name("two_processes.py")
     flags = ["--benchmarks", "pictures", "--limit", "7"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true",
                 "PYTHONPATH": str(ROOT)}  # fmt: skip
     command = [sys.executable, str(script), str(golden_world / "tasks"), str(golden_world / "questions.parquet")]
     together = [
@@ -304,7 +302,7 @@ def test_two_processes_share_the_rows_and_one_writes(
         )
         for rank in (0, 1)
     ]
-    monkeypatch.setattr(run, "load_adapter", runpy.run_path(str(script))["EchoingAdapter"])
+    monkeypatch.setattr(run, "load_adapter", EchoingAdapter)
     assert evaluate(*flags, "--output", "one") == 0
     for process in together:
         _, said = process.communicate(timeout=600)

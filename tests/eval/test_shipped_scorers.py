@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from playground.mini.scenes import compose_scene
+from tests.eval.conftest import write_local_task
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
 pytestmark = pytest.mark.slow  # lmms-eval takes a quarter of a minute to import
@@ -138,7 +139,7 @@ SHIPPED = {
 
 
 @pytest.fixture
-def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_local_task: Any) -> Path:
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of all tasks, named `local_...`, over tables that the hub could hold."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
     folder = tmp_path / "tasks"

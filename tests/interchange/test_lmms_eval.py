@@ -20,6 +20,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from tests.eval.conftest import write_picture_task
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
 pytestmark = pytest.mark.slow  # lmms-eval takes half a minute to start
@@ -49,9 +50,7 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def tasks(
-    golden_world: Path, write_picture_task: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[list[list[str]]], None]:
+def tasks(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[str]]], None]:
     """Writes two tasks with the given accepted answers: `pictures`, and `originals`, which asks for unpadded images."""
     folder = golden_world / "tasks"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(golden_world / "hf"))

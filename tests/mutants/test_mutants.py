@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from tests.mutants import run
 
 ROOT = Path(__file__).parents[2]
 CODE = "def is_adult(age):\n    return age >= 18\n"
@@ -29,16 +28,6 @@ def test_skipped():
 """
 
 
-@pytest.fixture(scope="module")
-def run() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mutants_run", Path(__file__).with_name("run.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A repository of one function and its tests."""
@@ -50,33 +39,33 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def test_each_entry_fits_the_code_and_names_a_test(run: ModuleType) -> None:
+def test_each_entry_fits_the_code_and_names_a_test() -> None:
     assert [problem for mutant in run.read_list() for problem in run.problems_of(mutant)] == []
 
 
-def test_there_are_sixty_entries_and_at_most_two_a_module(run: ModuleType) -> None:
+def test_there_are_sixty_entries_and_at_most_two_a_module() -> None:
     mutants = run.read_list()
     assert len({mutant.id for mutant in mutants}) == len(mutants) >= 60
     assert max(Counter(mutant.module for mutant in mutants).values()) <= 2
     assert {mutant.module.split("/")[0] for mutant in mutants} == {"llava", "patch_aligned", "eval"}
 
 
-def test_the_list_is_written_as_it_was_read(run: ModuleType, tmp_path: Path) -> None:
+def test_the_list_is_written_as_it_was_read(tmp_path: Path) -> None:
     run.write_list(run.read_list(), tmp_path / "list.yaml")
     assert (tmp_path / "list.yaml").read_bytes() == run.LIST.read_bytes()
 
 
-def mutant(run: ModuleType, test: str, **changes: str) -> object:
+def mutant(test: str, **changes: str) -> object:
     entry = {"id": test, "module": "people.py", "file": "people.py", "old": "age >= 18", "new": "age > 18"}
     return run.Mutant(**{**entry, "breaks": "", "test": f"tests/test_people.py::{test}", **changes})
 
 
-def test_only_a_failed_test_is_a_kill(run: ModuleType, tree: Path) -> None:
+def test_only_a_failed_test_is_a_kill(tree: Path) -> None:
     mutants = [
-        mutant(run, "test_at_the_bound"),
-        mutant(run, "test_above"),
-        mutant(run, "test_skipped"),
-        mutant(run, "test_above", old="def is_adult", new="def is_grown"),
+        mutant("test_at_the_bound"),
+        mutant("test_above"),
+        mutant("test_skipped"),
+        mutant("test_above", old="def is_adult", new="def is_grown"),
     ]
     texts = [verdict.text for _, verdict in run.verdicts(mutants, 1, tree)]
     assert texts[:2] == ["killed", "survived"]
@@ -85,20 +74,20 @@ def test_only_a_failed_test_is_a_kill(run: ModuleType, tree: Path) -> None:
     assert (tree / "people.py").read_text() == CODE
 
 
-def test_an_entry_that_does_not_fit_says_what_to_change(run: ModuleType, tree: Path) -> None:
-    assert list(run.problems_of(mutant(run, "test_above"), tree)) == []
+def test_an_entry_that_does_not_fit_says_what_to_change(tree: Path) -> None:
+    assert list(run.problems_of(mutant("test_above"), tree)) == []
     for changes, message in (
         ({"old": "age"}, "`old` is 2 times in people.py, expected once. Run with --relocate"),
         ({"new": "age >"}, "people.py does not compile"),
         ({"file": "gone.py"}, "`old` is 0 times in gone.py"),
     ):
-        (problem,) = run.problems_of(mutant(run, "test_above", **changes), tree)
+        (problem,) = run.problems_of(mutant("test_above", **changes), tree)
         assert message in problem
-    assert "no test tests/test_people.py::test_gone" in next(run.problems_of(mutant(run, "test_gone"), tree))
+    assert "no test tests/test_people.py::test_gone" in next(run.problems_of(mutant("test_gone"), tree))
 
 
-def test_entries_follow_code_and_tests_that_move(run: ModuleType, tree: Path) -> None:
+def test_entries_follow_code_and_tests_that_move(tree: Path) -> None:
     (tree / "people.py").rename(tree / "ages.py")
     (tree / "tests" / "test_people.py").rename(tree / "tests" / "test_ages.py")
-    found = run.relocated(mutant(run, "test_above[19]"), run.tracked_files(tree), tree)
+    found = run.relocated(mutant("test_above[19]"), run.tracked_files(tree), tree)
     assert (found.module, found.file, found.test) == ("people.py", "ages.py", "tests/test_ages.py::test_above[19]")

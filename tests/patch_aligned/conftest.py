@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from llava.train.train import train
 from patch_aligned.train.plugin import PatchAlignedPlugin
+from tests.pads import TAGS, record_of_quarters
 
 FLAGS = (
     "--bf16 False --use_cpu True --report_to none --logging_steps 1 --seed 42 --vision_tower tiny-clip "
@@ -23,20 +22,12 @@ FLAGS = (
     "--tune_mm_mlp_adapter True --per_device_train_batch_size 2 --lr_scheduler_type constant --learning_rate 3e-3 "
     "--save_strategy no --data_path pad.json --patch_beta_start 5 --patch_beta_end 5 --output_dir run"
 )
-QUADRANTS = ("water", "traffic light", "dog", "red boat")  # left above, right above, left below, right below
+QUADRANTS = TAGS  # left above, right above, left below, right below
 
 
 def quadrant_record(image: str) -> dict[str, Any]:
     """A PAD record whose four regions are the quarters of the image."""
-    width, height = Image.open(Path("images") / image).size
-    labels = []
-    for place, tag in enumerate(QUADRANTS):
-        top, left = height * (place // 2) // 2, width * (place % 2) // 2
-        mask = np.zeros((height, width), dtype=np.uint8)
-        mask[top : top + (height + 1) // 2, left : left + (width + 1) // 2] = 1
-        rle_mask = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
-        labels.append({"tag": tag, "bbox": [0, 0, 1, 1], "rle_mask": rle_mask})
-    return {"image_id": image, "size": [width, height], "caption": "a lake", "labels": labels}
+    return record_of_quarters(image, Image.open(Path("images") / image).size, QUADRANTS)
 
 
 class Watched(PatchAlignedPlugin):

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pycocotools import mask as coco_mask
 
 from patch_aligned import record_files
 from patch_aligned.masks import rle_problems, run_lengths
@@ -28,16 +27,13 @@ from patch_aligned.pad import (
     write_annotations,
 )
 from patch_aligned.record_files import RecordFileError
-
-
-def encode(mask_hw: np.ndarray) -> str:
-    return coco_mask.encode(np.asfortranarray(mask_hw.astype(np.uint8)))["counts"].decode()
+from tests.pads import rle_of
 
 
 def make_record(name: str = "a/0.jpg", regions: int = 1) -> dict[str, Any]:
     mask = np.zeros((6, 8))
     mask[1:4, 2:7] = 1
-    label = {"tag": "water", "bbox": [-0.25, 1.0, 7.5, 4.0], "rle_mask": encode(mask)}
+    label = {"tag": "water", "bbox": [-0.25, 1.0, 7.5, 4.0], "rle_mask": rle_of(mask)}
     return {"image_id": name, "size": [8, 6], "caption": "a cliff", "labels": [dict(label) for _ in range(regions)]}
 
 
@@ -156,7 +152,7 @@ def without(key: str) -> dict[str, Any]:
         (with_label(rle_mask={"size": [6, 8], "counts": "x"}), "labels[0].rle_mask", "counts"),
         (with_label(rle_mask=""), "labels[0].rle_mask", "an empty string"),
         (with_label(rle_mask="5 5"), "labels[0].rle_mask", "a character that no RLE string has"),
-        (with_label(rle_mask=encode(np.ones((6, 7)))), "labels[0].rle_mask", "runs that sum to 42 pixels"),
+        (with_label(rle_mask=rle_of(np.ones((6, 7)))), "labels[0].rle_mask", "runs that sum to 42 pixels"),
         (edited(size=[8, 5]), "labels[0].rle_mask", "runs that sum to 48 pixels"),
     ],
 )
@@ -215,7 +211,7 @@ masks = st.integers(1, 12).flatmap(
 @given(st.lists(masks, min_size=1, max_size=5))
 @settings(max_examples=60)
 def test_run_lengths_are_those_of_the_decoded_masks(given_masks: list[np.ndarray]):
-    runs, starts = run_lengths([encode(mask) for mask in given_masks])
+    runs, starts = run_lengths([rle_of(mask) for mask in given_masks])
     for mask, found in zip(given_masks, np.split(runs, starts[1:]), strict=True):
         pixels = mask.flatten(order="F")
         edges = np.flatnonzero(np.diff(pixels)) + 1
@@ -226,7 +222,7 @@ def test_run_lengths_are_those_of_the_decoded_masks(given_masks: list[np.ndarray
 
 
 def test_a_wrong_mask_is_found_among_right_ones():
-    right, cut = encode(np.eye(9)), encode(np.eye(40))[:-1]
+    right, cut = rle_of(np.eye(9)), rle_of(np.eye(40))[:-1]
     negative = "5" + "N" * 9  # differences of -2 on and on
     problems = rle_problems([right, cut, right, negative, right], [81, 1600, 81, 81, 80])
     assert problems[0] is None and problems[2] is None

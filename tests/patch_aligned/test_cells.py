@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pycocotools import mask as coco_mask
 from transformers import DINOv3ViTImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -28,6 +27,7 @@ from patch_aligned.cells import (
 from patch_aligned.masks import covered_tokens_of_regions, token_coverage_of_regions
 from patch_aligned.models.llava import layout_of
 from tests.oracles.image_geometry import ImageGeometry
+from tests.pads import rle_of
 
 TREATMENTS = ("crop", "pad", "squeeze")
 ASPECT_RATIOS = (None, "square", "pad", "anyres")
@@ -50,10 +50,6 @@ def cells_of(oracle: ImageGeometry) -> TokenGrid:
     processed = oracle.processed_side or oracle.side
     edge = oracle.shortest_edge or processed
     return square_grid(oracle.original_wh, oracle.mode, oracle.grid, edge, processed, oracle.side)
-
-
-def encode(mask: np.ndarray) -> str:
-    return coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
 
 
 def exact_coverage(oracle: ImageGeometry, mask: np.ndarray) -> list[list[Fraction]]:
@@ -88,10 +84,10 @@ def test_coverage_equals_rational_arithmetic(oracle: ImageGeometry, random) -> N
     width, height = oracle.original_wh
     mask = np.array([[random.random() < 0.4 for _ in range(width)] for _ in range(height)])
     exact = exact_coverage(oracle, mask)
-    found = token_coverage_of_regions([encode(mask)], (width, height), cells_of(oracle))[0]
+    found = token_coverage_of_regions([rle_of(mask)], (width, height), cells_of(oracle))[0]
     np.testing.assert_allclose(found, [[float(share) for share in row] for row in exact], rtol=0, atol=1e-12)
     for least in (Fraction(1, 4), Fraction(1, 2), Fraction(1)):
-        covered = covered_tokens_of_regions([encode(mask)], (width, height), cells_of(oracle), float(least))[0]
+        covered = covered_tokens_of_regions([rle_of(mask)], (width, height), cells_of(oracle), float(least))[0]
         assert covered.tolist() == [share >= least for row in exact for share in row]
 
 
@@ -103,7 +99,7 @@ def test_decisions_equal_those_of_integer_areas(oracle: ImageGeometry, density: 
     masks = np.random.default_rng(seed).random((regions, height, width)) < density
     exact = oracle.token_coverage(masks)
     for least in (0.25, 0.5, 0.75, 1.0):
-        covered = covered_tokens_of_regions([encode(mask) for mask in masks], (width, height), cells_of(oracle), least)
+        covered = covered_tokens_of_regions([rle_of(mask) for mask in masks], (width, height), cells_of(oracle), least)
         np.testing.assert_array_equal(covered, (exact >= least).reshape(regions, -1))
 
 
@@ -188,11 +184,11 @@ def test_what_no_patch_covers_is_outside_the_grid() -> None:
     assert grid.box_xyxy_px == (0, 0, 378, 378)
     mask = np.zeros((384, 384))
     mask[26 * 14 : 378, 25 * 14 : 26 * 14] = 1  # the last row but for what is unseen, the last column but one
-    covered = token_coverage_of_regions([encode(mask)], (384, 384), grid)[0]
+    covered = token_coverage_of_regions([rle_of(mask)], (384, 384), grid)[0]
     assert covered[26, 25] == pytest.approx(1, abs=1e-12) and covered.sum() == pytest.approx(1, abs=1e-12)
     mask[:] = 0
     mask[378:] = 1
-    assert token_coverage_of_regions([encode(mask)], (384, 384), grid).sum() == 0
+    assert token_coverage_of_regions([rle_of(mask)], (384, 384), grid).sum() == 0
 
 
 def test_half_covered_counts_as_half() -> None:
@@ -201,7 +197,7 @@ def test_half_covered_counts_as_half() -> None:
         mask = np.zeros((2 * width, width))
         mask[:width] = 1
         grid = square_grid((width, 2 * width), "squeeze", (3, 1), 336)
-        assert covered_tokens_of_regions([encode(mask)], (width, 2 * width), grid)[0].tolist() == [True, True, False]
+        assert covered_tokens_of_regions([rle_of(mask)], (width, 2 * width), grid)[0].tolist() == [True, True, False]
 
 
 @given(oracles)
@@ -210,7 +206,7 @@ def test_cells_sum_to_the_visible_area_of_the_image(oracle: ImageGeometry) -> No
     grid = cells_of(oracle)
     left, top, right, bottom = grid.box_xyxy_px
     visible = max(0, min(right, width) - max(left, 0)) * max(0, min(bottom, height) - max(top, 0))
-    coverage = token_coverage_of_regions([encode(np.ones((height, width)))], (width, height), grid)
+    coverage = token_coverage_of_regions([rle_of(np.ones((height, width)))], (width, height), grid)
     cell_area = (right - left) * (bottom - top) / (grid.rows * grid.cols)
     assert coverage.sum() * cell_area == pytest.approx(visible, rel=1e-9, abs=1e-9)
     assert coverage.max() <= 1 + 1e-12

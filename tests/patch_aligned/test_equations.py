@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, 
 
 from llava.train.train import train
 from patch_aligned.train.plugin import PatchAlignedPlugin
+from tests.pads import rle_of
 
 SIDE, GRID, STEPS, ACCUMULATION, BATCH, LEARNING_RATE = 56, 4, 3, 2, 2, 0.5
 SIZES_WH = [(97, 41), (41, 97), (224, 56), (57, 63), (56, 56), (333, 100), (10, 11), (61, 200), (128, 64), (64, 127)]
@@ -60,8 +61,7 @@ def write_world() -> None:
                 random.choice([4e-4, 0.1, 0.2]),
             )
             mask = ((x - centre_x) / width) ** 2 + ((y - centre_y) / height) ** 2 < size
-            counts = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-            labels.append({"tag": str(random.choice(TAGS)), "bbox": [0, 0, 1, 1], "rle_mask": counts})
+            labels.append({"tag": str(random.choice(TAGS)), "bbox": [0, 0, 1, 1], "rle_mask": rle_of(mask)})
         if number not in WITHOUT_RECORD:
             records.append({"image_id": name, "size": [width, height], "caption": "", "labels": labels})
     Path("train.json").write_text(json.dumps(samples))

@@ -15,10 +15,7 @@ from patch_aligned.masks import (
     covered_tokens_of_regions,
     token_coverage_of_regions,
 )
-
-
-def encode(mask: np.ndarray) -> str:
-    return coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+from tests.pads import rle_of
 
 
 def cells(aspect_ratio: str, size_wh: tuple[int, int], side: int, shape: tuple[int, int]) -> TokenGrid:
@@ -57,7 +54,7 @@ def random_masks(seed: int, regions: int, size_wh: tuple[int, int], density: flo
 def test_equals_the_decoded_mask(mode, size_wh, shape, regions, density, seed) -> None:
     grid = cells(mode, size_wh, 336, shape)
     masks = random_masks(seed, regions, size_wh, density)
-    rle_masks = [encode(mask) for mask in masks]
+    rle_masks = [rle_of(mask) for mask in masks]
     decoded = np.stack([coco_mask.decode({"size": size_wh[::-1], "counts": rle}) for rle in rle_masks])
     np.testing.assert_array_equal(decoded, masks)
     coverage = token_coverage_of_regions(rle_masks, size_wh, grid)
@@ -69,7 +66,7 @@ def test_stays_exact_on_large_and_extreme_images(size_wh: tuple[int, int]) -> No
     grid = cells("square", size_wh, 336, (24, 24))
     y, x = np.mgrid[: size_wh[1], : size_wh[0]]
     mask = (x * 7 + y * 3) % 301 < 140  # a quarter of a million runs in the largest
-    coverage = token_coverage_of_regions([encode(mask)], size_wh, grid)[0]
+    coverage = token_coverage_of_regions([rle_of(mask)], size_wh, grid)[0]
     np.testing.assert_allclose(coverage, decoded_coverage(mask, grid), rtol=0, atol=1e-11)
 
 
@@ -78,26 +75,26 @@ def test_the_threshold_is_inclusive() -> None:
     mask = np.zeros((6, 6))
     mask[0, :3] = mask[1, 0] = 1  # 4 of 9 pixels of the first cell
     mask[3:, 3:] = 1
-    tokens = covered_tokens(encode(mask), (6, 6), grid)
+    tokens = covered_tokens(rle_of(mask), (6, 6), grid)
     assert tokens.dtype == bool
     assert tokens.tolist() == [False, False, False, True]
-    assert covered_tokens(encode(mask), (6, 6), grid, 4 / 9).tolist() == [True, False, False, True]
+    assert covered_tokens(rle_of(mask), (6, 6), grid, 4 / 9).tolist() == [True, False, False, True]
     halves = cells("pad", (4, 2), 8, (2, 2))  # above and below the image lies padding
-    assert covered_tokens(encode(np.ones((2, 4))), (4, 2), halves).tolist() == [True] * 4
+    assert covered_tokens(rle_of(np.ones((2, 4))), (4, 2), halves).tolist() == [True] * 4
 
 
 def test_tokens_run_row_by_row() -> None:
     grid = cells("square", (3, 3), 3, (3, 3))
     mask = np.zeros((3, 3))
     mask[0, 2] = 1
-    assert np.flatnonzero(covered_tokens(encode(mask), (3, 3), grid)).tolist() == [2]
+    assert np.flatnonzero(covered_tokens(rle_of(mask), (3, 3), grid)).tolist() == [2]
 
 
 def test_a_region_may_cover_nothing() -> None:
     grid = cells("square", (9, 3), 3, (3, 3))  # the crop keeps the middle third
     outside = np.zeros((3, 9))
     outside[:, :3] = 1
-    tokens = covered_tokens_of_regions([encode(outside), encode(np.zeros((3, 9)))], (9, 3), grid)
+    tokens = covered_tokens_of_regions([rle_of(outside), rle_of(np.zeros((3, 9)))], (9, 3), grid)
     assert tokens.shape == (2, 9)
     assert not tokens.any()
     assert covered_tokens_of_regions([], (9, 3), grid).shape == (0, 9)
@@ -109,7 +106,7 @@ def test_a_layout_gives_the_tokens_of_each_of_its_grids() -> None:
     tiles = grid_over_box(size_wh, (-2.5, 0.5, 40, 30), (7, 9))
     order = np.random.default_rng(0).permutation(7 * 9).reshape(7, 9) + 15
     layout = Layout((TokenGrid(size_wh, tiles.x_edges, tiles.y_edges, order, "tiles"), thumbnail), 7 * 9 + 15 + 2)
-    rle_masks = [encode(mask) for mask in random_masks(1, 70, size_wh, 0.6)]
+    rle_masks = [rle_of(mask) for mask in random_masks(1, 70, size_wh, 0.6)]
     covered = covered_tokens_of_layout(rle_masks, size_wh, layout)
     for grid in layout.grids:
         expected = covered_tokens_of_regions(rle_masks, size_wh, grid)
@@ -128,7 +125,7 @@ def test_a_layout_gives_the_tokens_of_each_of_its_grids() -> None:
 )
 def test_a_size_that_is_not_the_images_is_refused(size_wh: tuple[int, int], message: str) -> None:
     grid = cells("square", (6, 4), 2, (2, 2))
-    rle_mask = encode(np.ones((size_wh[1], size_wh[0])))
+    rle_mask = rle_of(np.ones((size_wh[1], size_wh[0])))
     with pytest.raises(PatchMaskError, match=message):
         covered_tokens_of_regions([rle_mask], size_wh, grid, record="pad.json record 3")
 
@@ -136,17 +133,17 @@ def test_a_size_that_is_not_the_images_is_refused(size_wh: tuple[int, int], mess
 @pytest.mark.parametrize(
     ("rle_mask", "found"),
     [
-        (encode(np.ones((4, 5))), "found runs that sum to 20 pixels, expected runs that sum to 6 x 4 = 24 pixels"),
+        (rle_of(np.ones((4, 5))), "found runs that sum to 20 pixels, expected runs that sum to 6 x 4 = 24 pixels"),
         ("", "found an empty string"),
         ("H0\x7f", "found a character"),
         ("é", "found a character"),
-        (encode(np.ones((4, 6)))[:-1] + "h", "found "),
+        (rle_of(np.ones((4, 6)))[:-1] + "h", "found "),
         ("J", "found a run of -6 pixels"),
     ],
 )
 def test_a_malformed_mask_is_named(rle_mask: str, found: str) -> None:
     grid = cells("square", (6, 4), 2, (2, 2))
-    whole = encode(np.ones((4, 6)))
+    whole = rle_of(np.ones((4, 6)))
     with pytest.raises(PatchMaskError, match=f"cat\\.jpg, region 1, rle_mask: {found}"):
         covered_tokens_of_regions([whole, rle_mask, whole], (6, 4), grid, record="cat.jpg")
 
@@ -166,4 +163,4 @@ def test_impossible_thresholds_are_refused() -> None:
     grid = cells("square", (6, 4), 2, (2, 2))
     for threshold in (0.0, -0.1, 1.01):
         with pytest.raises(ValueError, match="min_coverage"):
-            covered_tokens(encode(np.ones((4, 6))), (6, 4), grid, threshold)
+            covered_tokens(rle_of(np.ones((4, 6))), (6, 4), grid, threshold)

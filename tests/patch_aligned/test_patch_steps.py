@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ import torch
 
 from llava.constants import IGNORE_INDEX
 from llava.train.llava_trainer import LLaVATrainer
+from tests.training import run_in_two_processes
 
 IMAGES = [f"im{number}.png" for number in range(6)]
 CAPTION = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a red boat on a lake"}]
@@ -142,7 +139,6 @@ def test_a_pad_file_with_some_empty_captions_is_a_mixed_file(run_stage_1: Any) -
 
 
 TRAIN_TWICE = Path(__file__).parents[1] / "llava" / "train" / "train_twice.py"
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 RUNS = ("plain", "zero2", "zero3")
 
 
@@ -170,17 +166,7 @@ def test_two_processes_with_warm_up_mixed_file_and_cached_features_equal_one_and
     for run in RUNS:
         own = f"--output_dir {run} --cache_features features-{run} {engine_of(run)}"
         commands += ["--next", *patch_flags(IMAGES, f"{flags} {start} {own}", more)]
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    finished = subprocess.run(
-        [*LAUNCHER, "--master_port", port, str(TRAIN_TWICE), "--plugin", *commands[1:]],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    run_in_two_processes(str(TRAIN_TWICE), "--plugin", *commands[1:])
     expected = [loss for (loss,) in columns(single, "loss")]
     projector = torch.load("one/mm_projector.bin")
     assert len(expected) == 4

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from patch_aligned.cells import square_grid
 from patch_aligned.masks import covered_tokens_of_regions
 from patch_aligned.train import picture
 from patch_aligned.train.picture import PicturedImage, PicturedRegion, save_picture
+from tests.pads import rle_of
 
 SIDE, GRID = 42, (3, 3)
 
@@ -23,7 +23,7 @@ def quarter_masked(treatment: str, label: str = "sea") -> PicturedImage:
     grid = square_grid((84, 42), treatment, GRID, SIDE)
     mask = np.zeros((42, 84), dtype=np.uint8)
     mask[:, :21] = 1
-    rle_mask = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
+    rle_mask = rle_of(mask)
     tokens = covered_tokens_of_regions([rle_mask], (84, 42), grid)[0]
     original, seen = Image.new("RGB", (84, 42), (128, 128, 128)), torch.full((3, SIDE, SIDE), 0.5)
     return PicturedImage(original, seen, "a.jpg", [PicturedRegion(label, rle_mask, tokens if tokens.any() else None)])

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from transformers import AutoTokenizer, HfArgumentParser
 
@@ -20,6 +19,7 @@ from patch_aligned.masks import PatchMaskError
 from patch_aligned.pad import AnnotationError
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.plugin import PatchAlignedPlugin
+from tests.pads import rle_of
 
 GRID = (4, 4)
 SIDE = 32
@@ -30,8 +30,7 @@ VIEW = ImageView((SIDE, SIDE), "crop", SIDE, SIDE, SIDE, GRID)  # a token is 8 x
 def label_at(tag: str, rows: slice, cols: slice, size_wh: tuple[int, int] = (SIDE, SIDE)) -> dict[str, Any]:
     mask = np.zeros(size_wh[::-1], dtype=np.uint8)
     mask[rows, cols] = 1
-    rle_mask = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
-    return {"tag": tag, "bbox": [0, 0, 1, 1], "rle_mask": rle_mask}
+    return {"tag": tag, "bbox": [0, 0, 1, 1], "rle_mask": rle_of(mask)}
 
 
 WATER = label_at("water", slice(0, 8), slice(0, 16))  # tokens 0 and 1

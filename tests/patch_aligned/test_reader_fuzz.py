@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from pycocotools import mask as coco_mask
 
 from patch_aligned.pad import (
     AnnotationError,
@@ -34,6 +33,7 @@ from patch_aligned.pad import (
     write_annotations,
 )
 from patch_aligned.record_files import PAD_SCHEMA, RecordFileError
+from tests.pads import rle_of
 
 CHOSEN = os.environ.get("PATCH_ALIGNED_FUZZ")
 EXAMPLES = int(CHOSEN or 300)
@@ -105,7 +105,7 @@ def is_image_id(value: Any) -> bool:
 def bad_extras(mapping: dict[str, Any], known: tuple[str, ...]) -> set[str]:
     extra = {key: value for key, value in mapping.items() if key not in known}
     bad = {key for key, value in extra.items() if not is_storable({key: value}) or key == "extra_json"}
-    return {key.encode("utf-8", "backslashreplace").decode() for key in bad}
+    return {key.rle_of("utf-8", "backslashreplace").decode() for key in bad}
 
 
 def bad_fields(record: Any) -> set[str]:
@@ -184,10 +184,6 @@ def check_reading(path: Path, records: list[Any]) -> None:
 # ---- spoilt records ----------------------------------------------------------------------------------------------
 
 
-def encode(mask_hw: np.ndarray) -> str:
-    return coco_mask.encode(np.asfortranarray(mask_hw.astype(np.uint8)))["counts"].decode()
-
-
 def make_records() -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     records: list[dict[str, Any]] = []
@@ -196,7 +192,7 @@ def make_records() -> list[dict[str, Any]]:
         for place in range(number % 3):
             mask = rng.random((height, width)) < 0.4
             box = [-0.25, 1, width + 0.5, height]
-            labels.append({"tag": ("water", "traffic light")[place], "bbox": box, "rle_mask": encode(mask)})
+            labels.append({"tag": ("water", "traffic light")[place], "bbox": box, "rle_mask": rle_of(mask)})
         image_id = f"{number}/ä.jpg"
         records.append({"image_id": image_id, "size": [width, height], "caption": "a cliff", "labels": labels})
     records[2]["labels"][0]["score"] = 0.75

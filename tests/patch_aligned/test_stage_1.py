@@ -12,11 +12,7 @@ from PIL import Image
 
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
-
-
-def logged(trainer: Any, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
+from tests.training import logged
 
 CABSTRACTOR = (
     "--mm_projector_type cabstractor --mm_projector_num_queries 4 --mm_projector_depth 1 --mm_projector_hidden_size 24"

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
 import patch_aligned
 from patch_aligned.web import render
+from tests.pads import rle_of
 
 PAGES = [
     ("patch_aligned.dataset", "view.html.j2", ""),
@@ -113,7 +113,7 @@ def test_the_outline_of_cells_has_the_sides_that_they_do_not_share():
 @node
 def test_a_mask_is_drawn_as_its_pixels():
     mask = np.asfortranarray(np.random.default_rng(1).random((7, 5)) < 0.6, dtype=np.uint8)
-    rle_mask = coco_mask.encode(mask)["counts"].decode()
+    rle_mask = rle_of(mask)
     path = in_node("masks.js", f"page.pathOfMask(page.runLengths({json.dumps(rle_mask)}), 7)")
     drawn = np.zeros_like(mask)
     for x, y, length in re.findall(r"M(\d+) (\d+)h1v(\d+)h-1z", path):

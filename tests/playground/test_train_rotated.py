@@ -6,34 +6,19 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from transformers import AutoTokenizer
 
 from llava.plugin import AlignmentContext, ImageView
 from llava.train.train import train
 from patch_aligned.train.plugin import PatchAlignedPlugin
 from playground.mini.train_rotated import RotatedWordsArguments, RotatedWordsPlugin, rotation_about
+from tests.pads import TAGS, record_of_quarters
 
-TAGS = ("water", "traffic light", "dog", "red boat")
 D = 12
-
-
-def record_of(image: str, size_wh: tuple[int, int] = (32, 32)) -> dict[str, Any]:
-    """The four quarters of an image, under four labels."""
-    width, height = size_wh
-    labels = []
-    for place, tag in enumerate(TAGS):
-        mask = np.zeros((2, height // 2, 2, width // 2), dtype=np.uint8)
-        mask[place // 2, :, place % 2] = 1
-        rle = coco_mask.encode(np.asfortranarray(mask.reshape(height, width)))["counts"].decode()
-        labels.append({"tag": tag, "bbox": [0, 0, 1, 1], "rle_mask": rle})
-    return {"image_id": image, "size": [width, height], "caption": "a lake", "labels": labels}
 
 
 def test_a_rotation_keeps_the_axis_and_all_angles() -> None:
@@ -63,7 +48,7 @@ def test_rotations_are_uniform_among_those_about_the_axis() -> None:
 
 def test_the_loss_is_that_of_the_patch_loss_towards_a_rotated_table(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "goldens" / "llava" / "tiny-vicuna")
-    (tmp_path / "pad.json").write_text(json.dumps([record_of("a.jpg")]))
+    (tmp_path / "pad.json").write_text(json.dumps([record_of_quarters("a.jpg", (32, 32))]))
     arguments = RotatedWordsArguments(patch_cache_dir=str(tmp_path / "cache"), patch_rotation_seed=3)
     plugins = [RotatedWordsPlugin(), PatchAlignedPlugin()]
     for plugin in plugins:
@@ -88,7 +73,7 @@ def test_a_run_trains_towards_rotated_words(golden_world: Path, monkeypatch: pyt
     monkeypatch.setenv("PATCH_ALIGNED_CACHE", str(golden_world / "cache"))
     monkeypatch.setattr("llava.data.records.HF_HOME", str(golden_world / "cache"))
     images = ("im0.png", "im5.png")
-    records = [record_of(image, Image.open(Path("images") / image).size) for image in images]
+    records = [record_of_quarters(image, Image.open(Path("images") / image).size) for image in images]
     Path("pad.json").write_text(json.dumps(records))
     flags = (
         "--bf16 False --use_cpu True --report_to none --logging_steps 1 --vision_tower tiny-clip --max_steps 2 "

@@ -12,19 +12,13 @@ from typing import Any
 
 import pytest
 
+from tests.record import compare as compare_records
+
 HERE = Path(__file__).parent
 GOLDEN = HERE.parents[0] / "goldens" / "record"
 SOUND = {"loss": [7.25, 1e-17], "rows": 3, "stderr": None, "answers": {"a/b": "yes", "": []}, "done": True}
 
 Compare = Callable[..., int]
-
-
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"record_{name}", HERE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -37,7 +31,7 @@ def compare(tmp_path: Path) -> Compare:
             (tmp_path / folder).mkdir(exist_ok=True)
             (tmp_path / folder / f"{part}.json").write_text(json.dumps(value))
         words = [str(tmp_path / "a"), str(tmp_path / "b"), "--differences", str(tmp_path / "differences.toml")]
-        return load("compare").main(words)
+        return compare_records.main(words)
 
     return compare
 
@@ -115,4 +109,4 @@ def test_commands_and_flags_are_those_recorded(tmp_path: Path, part: str, capsys
     for folder, value in (("a", recorded), ("b", found)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{part}.json").write_text(json.dumps(value))
-    assert load("compare").main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0, capsys.readouterr().out
+    assert compare_records.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0, capsys.readouterr().out

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from eval.captions.metrics import BLEU, METRICS, SPICE, CaptionScores, MetricSco
 from eval.captions.run import METEOR_MEAN, CaptionLog
 from llava.eval.answering import answer_questions
 from patch_aligned.results.run import read_run, read_samples
+from tests.training import run_in_two_processes
 
 pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is part of the extra `eval`")
 
@@ -164,26 +161,10 @@ def test_captions_may_be_written_where_there_is_no_java_and_scored_later(
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_images(world: Path) -> None:
+def test_two_processes_share_the_images(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert caption(*STAGE_2).exit_code == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "",
-                "PYTHONPATH": str(ROOT)}  # fmt: skip
-    command = [sys.executable, "-m", "eval.captions", *STAGE_2, *FLAGS, "--output", "two", "--answers-only"]
-    together = [
-        subprocess.Popen(
-            command,
-            env=os.environ | launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for process in together:
-        _, said = process.communicate(timeout=600)
-        assert process.returncode == 0, said[-3000:]
+    run_in_two_processes("-m", "eval.captions", *STAGE_2, *FLAGS, "--output", "two", "--answers-only")
     files = sorted(Path("two/captions_toy/answers").iterdir())
     lines = [map(json.loads, path.read_text().splitlines()) for path in files]
     written = [{image: caption for image, _, caption in of_process} for of_process in lines]

@@ -18,6 +18,7 @@ from eval.benchmarks import BENCHMARKS
 from eval.rec.boxes import ACCURACY, MEAN_IOU, METRICS, NOT_PARSED, Row, prompt_of, write_rows
 from eval.rec.convert import PUBLISHED_EXPRESSIONS
 from patch_aligned.cells import boxes_xyxy_to_square01
+from tests.eval.conftest import write_local_task
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is part of the extra `eval`")
 
@@ -116,9 +117,7 @@ def test_a_perfect_answerer_of_the_padded_square_by_both_readings_of_one_run(wor
 
 
 @pytest.mark.slow
-def test_the_shipped_task_gives_its_own_prompt_rows_and_verdict_on_local_files(
-    world: Path, write_local_task: Any
-) -> None:
+def test_the_shipped_task_gives_its_own_prompt_rows_and_verdict_on_local_files(world: Path) -> None:
     legacy = BENCHMARKS["legacy_refcocog_val"]
     shipped_yaml = f"{legacy.task_folder}/{legacy.task}.yaml"
     write_local_task(world / "tasks", shipped_yaml, legacy.name, legacy.data.split, world / "hub.parquet")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +12,13 @@ from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava.conversation import conv_templates
 from llava.convert.to_hf import to_hf
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from tests.folders import set_config
 
 
 class Pair(NamedTuple):
@@ -65,18 +57,7 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture
-def set_config() -> Callable[..., None]:
-    """Sets keys in a checkpoint's config.json."""
-
-    def set_config(folder: str, **values: Any) -> None:
-        path = Path(folder) / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return set_config
-
-
-@pytest.fixture
-def convert(golden_world: Path, set_config: Callable[..., None]) -> Callable[..., Pair]:
+def convert(golden_world: Path) -> Callable[..., Pair]:
     """Sets keys in a checkpoint's config, converts the checkpoint, and loads both."""
 
     def convert(folder: str = "tiny-llava", base: str | None = None, mode: str = "v1", **config: Any) -> Pair:
@@ -90,29 +71,3 @@ def convert(golden_world: Path, set_config: Callable[..., None]) -> Callable[...
         return Pair(tokenizer, ours, image_processor, theirs.eval(), processor, mode)
 
     return convert
-
-
-@pytest.fixture
-def tower_folder(golden_world: Path) -> Callable[[str], str]:
-    """Writes a tiny tower with random weights; gives its folder."""
-
-    def write(kind: str) -> str:
-        if kind == "clip":
-            return "tiny-clip"
-        torch.manual_seed(0)
-        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-        square = {"height": 56, "width": 56}
-        processor: Any = CLIPImageProcessorPil(size={"shortest_edge": 60}, crop_size=square)
-        encoder: Any
-        if kind == "siglip":  # 3 patches of 14 pixels leave 6 unseen, as 27 do in 384
-            encoder = SiglipVisionModel(SiglipVisionConfig(**size, image_size=48, patch_size=14))
-            processor = SiglipImageProcessorPil(size={"height": 48, "width": 48})
-        elif kind == "dinov2":
-            encoder = Dinov2Model(Dinov2Config(**size, image_size=70, patch_size=14))
-        else:
-            encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**size, image_size=70, patch_size=14))
-        encoder.save_pretrained(kind)
-        processor.save_pretrained(kind)
-        return kind
-
-    return write

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from llava.convert.from_hf import from_hf
 from llava.convert.to_hf import to_hf
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from tests.folders import set_config
 
 PROMPT = "USER: <image>\nWhat is this? ASSISTANT:"
 
@@ -38,7 +38,7 @@ def assert_same_tensors(found: str, expected: str) -> None:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
-def test_a_round_trip_is_bit_equal(aspect_ratio: str, golden_world: Path, set_config: Callable[..., None]) -> None:
+def test_a_round_trip_is_bit_equal(aspect_ratio: str, golden_world: Path) -> None:
     set_config("tiny-llava", image_aspect_ratio=aspect_ratio, conversation_version="v1")
     to_hf("tiny-llava", "hf")
     from_hf("hf", "back")
@@ -142,7 +142,7 @@ def test_a_tower_with_other_weights_is_not_named(golden_world: Path) -> None:
     ],
 )
 def test_what_llava_has_no_counterpart_for_is_refused_by_name(
-    values: dict[str, Any], message: str, golden_world: Path, set_config: Callable[..., None]
+    values: dict[str, Any], message: str, golden_world: Path
 ) -> None:
     to_hf("tiny-llava", "hf")
     set_config("hf", **values)

@@ -17,6 +17,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, Qwen2Config
 from llava.convert import to_hf as to_hf_module
 from llava.convert.to_hf import to_hf
 from llava.model.language_model.families import llava_config, llava_model_class
+from tests.folders import save_tower, set_config
 
 SHAPES = {"square": 0, "wide": 1, "tall": 2, "very wide": 6}
 QUESTIONS = [
@@ -135,6 +136,10 @@ def write_llava(folder: str, config: Any, tower: str, **values: Any) -> None:
     AutoTokenizer.from_pretrained("tiny-llava").save_pretrained(folder)
 
 
+def tower_of(kind: str) -> str:
+    return "tiny-clip" if kind == "clip" else save_tower(kind, Path(kind))
+
+
 SIZE = {
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -148,10 +153,8 @@ SIZE = {
     ("kind", "feature"),
     [("clip", "patch"), ("clip", "cls_patch"), ("dinov2", "patch"), ("dinov2", "cls_patch"), ("siglip", "patch")],
 )
-def test_each_tower_gives_the_same_features(
-    kind: str, feature: str, convert: Callable[..., Any], tower_folder: Callable[[str], str]
-) -> None:
-    write_llava("other", LlamaConfig(**SIZE), tower_folder(kind), mm_vision_select_feature=feature)
+def test_each_tower_gives_the_same_features(kind: str, feature: str, convert: Callable[..., Any]) -> None:
+    write_llava("other", LlamaConfig(**SIZE), tower_of(kind), mm_vision_select_feature=feature)
     for ratio in ("pad", "square"):
         shutil.rmtree("hf", ignore_errors=True)
         pair = convert("other", image_aspect_ratio=ratio)
@@ -162,11 +165,9 @@ def test_each_tower_gives_the_same_features(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_another_family_with_tied_and_untied_words(
-    tied: bool, convert: Callable[..., Any], tower_folder: Callable[[str], str]
-) -> None:
+def test_another_family_with_tied_and_untied_words(tied: bool, convert: Callable[..., Any]) -> None:
     config = Qwen2Config(**SIZE, num_key_value_heads=2, tie_word_embeddings=tied)
-    write_llava("other", config, tower_folder("clip"))
+    write_llava("other", config, tower_of("clip"))
     pair = convert("other", image_aspect_ratio="pad")
     assert type(pair.theirs.config.text_config) is Qwen2Config
     ours, theirs = pair.logits(picture(1), "What is this?")
@@ -195,7 +196,7 @@ def test_older_readers_find_image_processor_and_tokenizer_model(golden_world: Pa
     assert AutoProcessor.from_pretrained("hf").tokenizer.padding_side == "left"
 
 
-def test_no_file_says_where_the_checkpoint_was(golden_world: Path, set_config: Callable[..., None]) -> None:
+def test_no_file_says_where_the_checkpoint_was(golden_world: Path) -> None:
     set_config("tiny-llava", mm_vision_tower="tiny-clip")
     to_hf(str(golden_world / "tiny-llava"), "hf")
     texts = [path.read_text() for path in Path("hf").iterdir() if path.suffix in (".json", ".md", ".jinja")]
@@ -220,19 +221,15 @@ def test_a_patch_loss_in_the_training_log_is_on_the_card(golden_world: Path, gol
         ("image_aspect_ratio", "anyres"),
     ],
 )
-def test_what_has_no_counterpart_is_refused_by_name(
-    key: str, value: str, golden_world: Path, set_config: Callable[..., None]
-) -> None:
+def test_what_has_no_counterpart_is_refused_by_name(key: str, value: str, golden_world: Path) -> None:
     set_config("tiny-llava", **{key: value})
     with pytest.raises(ValueError, match=f"{key} is `{value}`"):
         to_hf("tiny-llava", "hf")
     assert not Path("hf").exists()
 
 
-def test_towers_with_registers_are_refused_by_name(
-    tower_folder: Callable[[str], str], set_config: Callable[..., None]
-) -> None:
-    set_config("tiny-llava", mm_vision_tower=tower_folder("dinov2_with_registers"))
+def test_towers_with_registers_are_refused_by_name() -> None:
+    set_config("tiny-llava", mm_vision_tower=tower_of("dinov2_with_registers"))
     with pytest.raises(ValueError, match="of model type `dinov2_with_registers`"):
         to_hf("tiny-llava", "hf")
 

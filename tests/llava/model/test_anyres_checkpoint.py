@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import LoadedModel, load_pretrained_model
+from tests.folders import set_config
 
 ANYRES = {
     "image_aspect_ratio": "anyres",
@@ -27,11 +26,6 @@ ANYRES = {
 PROMPTS = ("USER: <image>\nWhat is this? ASSISTANT:", "USER: <image>\nName three colours of it. ASSISTANT:")
 
 
-def edit_config(folder: str, **values: Any) -> None:
-    path = Path(folder, "config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 @pytest.fixture
 def newline(golden_world: Path, goldens: Path) -> torch.Tensor:
     """Makes the recorded stage-2 folder one of LLaVA 1.6; gives its `image_newline`."""
@@ -39,7 +33,7 @@ def newline(golden_world: Path, goldens: Path) -> torch.Tensor:
     vector = torch.randn(64, generator=torch.Generator().manual_seed(0))
     weights = load_file("anyres/model.safetensors") | {"model.image_newline": vector}
     save_file(weights, "anyres/model.safetensors", metadata={"format": "pt"})
-    edit_config("anyres", **ANYRES)
+    set_config("anyres", **ANYRES)
     return vector
 
 
@@ -90,7 +84,7 @@ def test_the_newline_changes_what_is_seen(newline: torch.Tensor) -> None:
 
 def test_a_projector_file_brings_its_newline(newline: torch.Tensor, goldens: Path) -> None:
     shutil.copytree(goldens / "ckpt_stage1", "stage1")
-    edit_config("stage1", mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres")
+    set_config("stage1", mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres")
     state = torch.load("stage1/mm_projector.bin", weights_only=True)
     torch.save(state | {"model.image_newline": newline}, "stage1/mm_projector.bin")
     model = load_pretrained_model("stage1", "tiny-vicuna", "x", device="cpu").model

@@ -14,6 +14,7 @@ from transformers import LlavaConfig
 
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from tests.folders import set_config
 
 
 @pytest.mark.golden
@@ -79,11 +80,6 @@ def test_a_projector_is_no_base(golden_world: Path, goldens: Path) -> None:
         load_pretrained_model("stage1", "stage1", "x", device="cpu")
 
 
-def edit_config(folder: str, **values: Any) -> None:
-    path = Path(folder, "config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 # Keys of the published llava-v1.5-7b that transformers does not know, and two that it reads into generation.
 PUBLISHED = {
     "freeze_mm_vision_resampler": False,
@@ -99,7 +95,7 @@ PUBLISHED = {
 def test_keys_and_names_of_published_checkpoints_do_no_harm(golden_world: Path, model_type: str) -> None:
     ids = torch.tensor([[1, 20, 30, 40]])
     expected = load_pretrained_model("tiny-llava", None, "x", device="cpu").model(input_ids=ids).logits
-    edit_config("tiny-llava", model_type=model_type, mm_vision_tower=str(Path("tiny-clip").resolve()), **PUBLISHED)
+    set_config("tiny-llava", model_type=model_type, mm_vision_tower=str(Path("tiny-clip").resolve()), **PUBLISHED)
     edit = json.loads(Path("tiny-llava/generation_config.json").read_text()) | {"temperature": 0.9, "top_p": 0.6}
     Path("tiny-llava/generation_config.json").write_text(json.dumps(edit))
     _, model, _, context_len = load_pretrained_model("tiny-llava", None, "x", device="cpu")
@@ -117,15 +113,15 @@ def test_the_llava_of_transformers_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_model_type_that_is_not_known_is_named(golden_world: Path) -> None:
-    edit_config("tiny-llava", model_type="llava_mpt")
+    set_config("tiny-llava", model_type="llava_mpt")
     with pytest.raises(ValueError, match="model type `llava_mpt`, which cannot be read"):
         load_pretrained_model("tiny-llava", None, "x", device="cpu")
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [(None, 1.0), ({"type": "linear", "factor": 4.0}, 4.0)])
 def test_rotary_settings_of_old_configs_are_read(golden_world: Path, scaling: Any, factor: float) -> None:
-    edit_config("tiny-llava", rope_theta=500000.0, rope_scaling=scaling)
-    edit_config("tiny-vicuna", rope_theta=500000.0, rope_scaling=scaling)
+    set_config("tiny-llava", rope_theta=500000.0, rope_scaling=scaling)
+    set_config("tiny-vicuna", rope_theta=500000.0, rope_scaling=scaling)
     expected = 500000.0 ** (-torch.arange(0, 16, 2) / 16) / factor  # heads of width 16
     for folder in ("tiny-llava", "tiny-vicuna"):
         _, model, _, _ = load_pretrained_model(folder, None, "x", device="cpu")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.model.builder import load_pretrained_model
+from tests.folders import set_config
 
 pytest.importorskip("peft", reason="peft is part of the extra `train`")
 
@@ -32,11 +33,6 @@ def logits(model: Any) -> torch.Tensor:
     images = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return model(input_ids=IDS, images=images).logits
-
-
-def edit_config(folder: str, **values: Any) -> None:
-    path = Path(folder, "config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def test_the_merged_weights_are_the_sum_by_hand() -> None:
@@ -91,7 +87,7 @@ def test_what_was_trained_beside_the_adapter_must_fit() -> None:
 
 
 def test_an_adapter_of_another_llm_is_refused() -> None:
-    edit_config("lora", intermediate_size=96)
+    set_config("lora", intermediate_size=96)
     with pytest.raises(ValueError, match=r"tiny-vicuna do not fit.*model \(64, 96\), file \(64, 128\)"):
         load()
 
@@ -111,7 +107,7 @@ def test_an_adapter_without_a_config_takes_its_bases() -> None:
 
 def test_generation_stops_at_the_end_mark_of_the_adapters_template() -> None:
     Path("tiny-vicuna/generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
-    edit_config("lora", conversation_version="v1")
+    set_config("lora", conversation_version="v1")
     assert load().generation_config.eos_token_id == [1, 2]
 
 
@@ -130,7 +126,7 @@ def test_tables_that_training_enlarged_are_read(golden_world: Path) -> None:
     beside = torch.load(BESIDE, weights_only=True)
     tables = {"base_model.model.model.embed_tokens.weight": table, "base_model.model.lm_head.weight": head}
     torch.save(beside | tables, BESIDE)
-    edit_config("lora", vocab_size=1001)
+    set_config("lora", vocab_size=1001)
     model = load()
     assert torch.equal(model.model.embed_tokens.weight, table)
     assert torch.equal(model.lm_head.weight, head)
@@ -138,7 +134,7 @@ def test_tables_that_training_enlarged_are_read(golden_world: Path) -> None:
 
 
 def test_a_vocabulary_smaller_than_the_bases_is_refused() -> None:
-    edit_config("lora", vocab_size=900)
+    set_config("lora", vocab_size=900)
     with pytest.raises(ValueError, match=r"trained with 900 words .* the base has 1000"):
         load()
 

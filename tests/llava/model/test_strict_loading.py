@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -18,33 +17,13 @@ from transformers.utils import is_flash_attn_2_available
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.weights import read_tensors
+from tests.folders import save_shards, set_config
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
 def load(folder: str, base: str | None = None) -> Any:
     return load_pretrained_model(folder, base, "x", device="cpu").model
-
-
-def edit_config(folder: str, **values: Any) -> None:
-    path = Path(folder, "config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def save_shards(weights: dict[str, Tensor], folder: Path, ending: str) -> None:
-    stem = "pytorch_model" if ending == "bin" else "model"
-    names = sorted(weights)
-    shards = [names[::2], names[1::2]]
-    files = [f"{stem}-0000{number}-of-00002.{ending}" for number in (1, 2)]
-    for file, shard in zip(files, shards, strict=True):
-        tensors = {name: weights[name] for name in shard}
-        if ending == "bin":
-            torch.save(tensors, folder / file)
-        else:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize("layout", ["bin", "old bin", "bin shards", "safetensors shards"])
@@ -111,7 +90,7 @@ def test_missing_and_unexpected_weights_are_named(golden_world: Path) -> None:
 
 
 def test_a_weight_of_another_shape_is_named_with_both_shapes(golden_world: Path) -> None:
-    edit_config("tiny-llava", intermediate_size=96)
+    set_config("tiny-llava", intermediate_size=96)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj\.weight: model \(64, 96\), file \(64, 128\)"):
         load("tiny-llava")
 
@@ -135,7 +114,7 @@ def test_a_stranger_in_a_projector_file_is_named(golden_world: Path, goldens: Pa
 
 def test_start_and_end_tokens_of_stage_1_get_their_trained_rows(golden_world: Path, goldens: Path) -> None:
     shutil.copytree(goldens / "ckpt_stage1", "stage1")
-    edit_config("stage1", mm_use_im_start_end=True, vocab_size=1002)
+    set_config("stage1", mm_use_im_start_end=True, vocab_size=1002)
     state = torch.load("stage1/mm_projector.bin", weights_only=True)
     table = torch.randn(1002, 64)
     torch.save(state | {"model.embed_tokens.weight": table}, "stage1/mm_projector.bin")
@@ -151,7 +130,7 @@ def tower_checkpoint(goldens: Path, trained: bool) -> dict[str, Tensor]:
     weights = load_file("stage2/model.safetensors")
     weights = {name: tensor + name.startswith(TOWER) for name, tensor in weights.items()}
     save_file(weights, "stage2/model.safetensors", metadata={"format": "pt"})
-    edit_config("stage2", unfreeze_mm_vision_tower=trained)
+    set_config("stage2", unfreeze_mm_vision_tower=trained)
     return {name: tensor for name, tensor in weights.items() if name.startswith(TOWER)}
 
 
@@ -213,7 +192,7 @@ def test_a_broken_safetensors_file_is_named(golden_world: Path, broken: str, con
 def test_a_config_that_describes_other_weights_is_refused(
     golden_world: Path, values: dict[str, Any], message: str
 ) -> None:
-    edit_config("tiny-llava", **values)
+    set_config("tiny-llava", **values)
     with pytest.raises(ValueError, match=message):
         load("tiny-llava")
 

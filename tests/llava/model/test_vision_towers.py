@@ -16,6 +16,7 @@ from transformers import SiglipConfig, SiglipModel
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
+from tests.folders import save_tower, set_config
 
 # kind -> side of the image, patches along a side, tokens before the patches
 KINDS = {
@@ -28,10 +29,10 @@ KINDS = {
 
 
 @pytest.fixture
-def build(tower_folder: Callable[[str], str]) -> Callable[..., VisionTower]:
+def build(tmp_path: Path) -> Callable[..., VisionTower]:
     def build(kind: str, layer: int = -2, feature: str = "patch") -> VisionTower:
         settings = {"mm_vision_select_layer": layer, "mm_vision_select_feature": feature}
-        return build_vision_tower(SimpleNamespace(mm_vision_tower=tower_folder(kind), **settings))
+        return build_vision_tower(SimpleNamespace(mm_vision_tower=save_tower(kind, tmp_path / kind), **settings))
 
     return build
 
@@ -103,12 +104,14 @@ def test_a_frozen_tower_stays_in_evaluation_mode(kind: str, build: Callable[...,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_reaches_a_tower_that_is_trained(kind: str, tower_folder: Callable[[str], str]) -> None:
+def test_the_loss_reaches_a_tower_that_is_trained(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LlavaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
     model: Any = LlavaLlamaForCausalLM(config)
     flags = {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu"}
-    model.get_model().initialize_vision_modules(SimpleNamespace(vision_tower=tower_folder(kind), **flags))
+    model.get_model().initialize_vision_modules(
+        SimpleNamespace(vision_tower=save_tower(kind, tmp_path / kind), **flags)
+    )
     tower = model.get_vision_tower().requires_grad_(True)
     side, per_side, _ = KINDS[kind]
     assert model.visual_grid == (per_side, per_side)
@@ -120,8 +123,10 @@ def test_the_loss_reaches_a_tower_that_is_trained(kind: str, tower_folder: Calla
     assert not [name for name in untouched if not any(part in name for part in after)]
 
 
-def test_a_whole_siglip_gives_its_vision_half(tower_folder: Callable[[str], str], tmp_path: Path) -> None:
-    vision = build_vision_tower(SimpleNamespace(mm_vision_tower=tower_folder("siglip"), mm_vision_select_layer=-2))
+def test_a_whole_siglip_gives_its_vision_half(tmp_path: Path) -> None:
+    vision = build_vision_tower(
+        SimpleNamespace(mm_vision_tower=save_tower("siglip", tmp_path / "vision"), mm_vision_select_layer=-2)
+    )
     text = {"vocab_size": 9, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "bos_token_id": 0}
     text |= {"num_attention_heads": 2, "eos_token_id": 1}
     whole: Any = SiglipModel(SiglipConfig(vision_config=vision.config.to_dict(), text_config=text))
@@ -169,16 +174,19 @@ def test_dinov3_says_that_it_needs_torchvision(tmp_path: Path, monkeypatch: pyte
         build_vision_tower(SimpleNamespace(mm_vision_tower=str(tmp_path), mm_vision_select_layer=-2))
 
 
-def test_several_scales_are_refused(tower_folder: Callable[[str], str]) -> None:
-    settings: dict[str, Any] = {"mm_vision_tower": tower_folder("clip"), "mm_vision_select_layer": -2, "s2": True}
+def test_several_scales_are_refused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "mm_vision_tower": save_tower("clip", tmp_path),
+        "mm_vision_select_layer": -2,
+        "s2": True,
+    }
     with pytest.raises(ValueError, match="several scales"):
         build_vision_tower(SimpleNamespace(**settings))
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_an_image_processor_of_another_side_is_refused(kind: str, tower_folder: Callable[[str], str]) -> None:
-    folder = Path(tower_folder(kind))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"image_size": 70}))
+def test_an_image_processor_of_another_side_is_refused(kind: str, tmp_path: Path) -> None:
+    folder = Path(save_tower(kind, tmp_path))
+    set_config(folder, image_size=70)
     with pytest.raises(ValueError, match=r"gives \d+ pixels .* has positions for 70"):
         build_vision_tower(SimpleNamespace(mm_vision_tower=str(folder), mm_vision_select_layer=-2), delay_load=True)

@@ -20,10 +20,9 @@ STAGE_1 = (
 )
 
 
-@pytest.fixture
-def stage_1_flags() -> Callable[..., list[str]]:
+def stage_1_flags(output_dir: str, flags: str = "") -> list[str]:
     """Command line of the recorded stage 1, with an output folder and further flags; of two, the later one counts."""
-    return lambda output_dir, flags="": [*STAGE_1.split(), "--output_dir", output_dir, *flags.split()]
+    return [*STAGE_1.split(), "--output_dir", output_dir, *flags.split()]
 
 
 @pytest.fixture
@@ -39,12 +38,6 @@ def run_training(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
 
 @pytest.fixture
-def run_stage_1(run_training: Callable[..., Any], stage_1_flags: Callable[..., list[str]]) -> Callable[..., Any]:
+def run_stage_1(run_training: Callable[..., Any]) -> Callable[..., Any]:
     """Runs the recorded stage 1 with an output folder, further flags and a plugin; returns the trainer."""
     return lambda output_dir, flags="", plugin=None: run_training(stage_1_flags(output_dir, flags), plugin)
-
-
-@pytest.fixture
-def logged() -> Callable[..., list[float]]:
-    """All values that a trainer logged under one name."""
-    return lambda trainer, name="loss": [entry[name] for entry in trainer.state.log_history if name in entry]

@@ -16,6 +16,7 @@ from llava.model.builder import stop_at_end_mark
 from llava.train import arguments
 from llava.train.assemble import give_padding_token, weights_dtype
 from llava.train.lora import find_all_linear_names
+from tests.training import logged
 
 LLAMA_3 = ("<|finetune_right_pad_id|>", "<|eot_id|>")
 STAGE_2 = "--version v1 --data_path two.json --tune_mm_mlp_adapter False --num_train_epochs 1"
@@ -53,9 +54,7 @@ def test_a_trained_tower_is_marked_in_the_config(trained_parts: Any) -> None:
     assert json.loads(Path("run/config.json").read_text())["unfreeze_mm_vision_tower"] is True
 
 
-def test_bfloat16_keeps_what_is_trained_in_float32(
-    golden_world: Path, run_stage_1: Any, logged: Any, goldens: Path
-) -> None:
+def test_bfloat16_keeps_what_is_trained_in_float32(golden_world: Path, run_stage_1: Any, goldens: Path) -> None:
     trainer = run_stage_1("run", "--bf16 True")
     dtypes = {param.requires_grad: param.dtype for param in trainer.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
@@ -64,7 +63,7 @@ def test_bfloat16_keeps_what_is_trained_in_float32(
 
 
 def test_bf16_auto_rounds_what_is_frozen_alone(
-    golden_world: Path, run_stage_1: Any, logged: Any, goldens: Path, monkeypatch: pytest.MonkeyPatch
+    golden_world: Path, run_stage_1: Any, goldens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arguments, "cpu_multiplies_bf16", lambda: True)
     trainer = run_stage_1("run", "--bf16 auto")

@@ -13,6 +13,7 @@ import torch
 
 from llava.data.dataset import LazySupervisedDataset
 from llava.model.multimodal_encoder.vision_tower import VisionTower
+from tests.training import logged
 
 FLAGS = "--cache_features features"
 STAGE_2 = "--version v1 --data_path data_mix.json --tune_mm_mlp_adapter False --image_aspect_ratio pad --max_steps 4"
@@ -29,7 +30,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 @pytest.mark.parametrize("flags", ["", f"{STAGE_2} --group_by_modality_length True", "--bf16 True"])
 def test_losses_are_those_without_cache_and_repeat_to_the_bit(
-    run_stage_1: Any, logged: Any, encoded: list[torch.Size], monkeypatch: pytest.MonkeyPatch, flags: str
+    run_stage_1: Any, encoded: list[torch.Size], monkeypatch: pytest.MonkeyPatch, flags: str
 ) -> None:
     uncached = run_stage_1("uncached", flags)
     encoded.clear()
@@ -46,7 +47,7 @@ def test_losses_are_those_without_cache_and_repeat_to_the_bit(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_workers_read_the_cache(run_stage_1: Any, logged: Any) -> None:
+def test_workers_read_the_cache(run_stage_1: Any) -> None:
     one, two = (run_stage_1(f"run{n}", f"{FLAGS} --dataloader_num_workers {n}") for n in (0, 2))
     assert logged(one) == logged(two)
 

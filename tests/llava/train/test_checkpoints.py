@@ -31,6 +31,8 @@ from llava.train.checkpointing import (
 )
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.phases import describe_run
+from tests.llava.train.conftest import stage_1_flags
+from tests.training import logged
 
 # Four samples, three epochs: saved in the middle of an epoch, and of a logging window.
 LONG_RUN = "--per_device_train_batch_size 1 --num_train_epochs 3 --save_strategy steps --save_steps 3 --logging_steps 2"
@@ -42,7 +44,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in entries if "train_runtime" not in entry]
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(run_stage_1: Any, stage_1_flags: Any) -> None:
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(run_stage_1: Any) -> None:
     run_stage_1("whole", LONG_RUN)
 
     command = [sys.executable, str(Path(__file__).with_name("killed_run.py")), *stage_1_flags("killed", LONG_RUN)]
@@ -175,7 +177,7 @@ def test_a_finished_run_is_left_as_it_is(run_stage_1: Any, length: str, caplog: 
     assert f"{steps} of {steps} steps" in caplog.text
 
 
-def test_a_run_killed_while_it_saved_its_weights_saves_them(run_stage_1: Any, logged: Any) -> None:
+def test_a_run_killed_while_it_saved_its_weights_saves_them(run_stage_1: Any) -> None:
     flags = "--save_strategy steps --save_steps 2 --per_device_train_batch_size 1 --max_steps 3"
     first = run_stage_1("run", flags)
     weights = Path("run/mm_projector.bin")
@@ -209,7 +211,7 @@ def test_a_disk_too_full_for_the_last_checkpoint_does_not_cost_the_result(
     assert run_stage_1("run", flags) is None
 
 
-def test_a_trained_tower_is_saved_and_goes_on(golden_world: Path, run_stage_1: Any, logged: Any) -> None:
+def test_a_trained_tower_is_saved_and_goes_on(golden_world: Path, run_stage_1: Any) -> None:
     flags = (
         "--version v1 --data_path data_mix.json --tune_mm_mlp_adapter False --unfreeze_mm_vision_tower True "
         "--num_train_epochs 2 --save_strategy steps --save_steps 2"

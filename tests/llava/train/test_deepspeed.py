@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.llava.train.conftest import stage_1_flags
+from tests.training import logged, run_in_two_processes
 
 for package in ("deepspeed", "peft", "bitsandbytes"):
     pytest.importorskip(package, reason=f"{package} is part of the extra `train`")
@@ -48,12 +46,6 @@ def write_mixed_data() -> None:
     Path("mix.json").write_text(json.dumps([*images, *texts, texts[0] | {"id": "again"}]))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -74,7 +66,7 @@ KINDS = {
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_and_resume(run_training: Any, stage_1_flags: Callable[..., list[str]]) -> None:
+def test_two_processes_equal_one_and_resume(run_training: Any) -> None:
     write_mixed_data()
     one = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2"
     singles = {kind: run_training(stage_1_flags(f"{kind}_one", f"{flags} {one}")) for kind, flags in KINDS.items()}
@@ -87,24 +79,13 @@ def test_two_processes_equal_one_and_resume(run_training: Any, stage_1_flags: Ca
             if (kind, stage) != ("qlora", 3):  # ZeRO-3 cannot split quantised weights
                 runs[f"{kind}_zero{stage}"] = kind
                 commands += ["--next", *stage_1_flags(f"{kind}_zero{stage}", f"{flags} {engine}")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    script = [str(free_port()), str(Path(__file__).with_name("train_twice.py"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [*launcher, *script, *commands[1:]],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    run_in_two_processes(str(Path(__file__).with_name("train_twice.py")), *commands[1:])
 
     for run, kind in runs.items():
         first, resumed = json.loads(Path(run, "losses.json").read_text())
         assert resumed == first, run
-        single = [entry["loss"] for entry in singles[kind].state.log_history if "loss" in entry]
         # DeepSpeed computes with bfloat16 copies of the weights, whose eight bits take up steps of 2e-4 late.
-        assert first == pytest.approx(single, rel=2e-2 if kind == "half" else 1e-5), run
+        assert first == pytest.approx(logged(singles[kind]), rel=2e-2 if kind == "half" else 1e-5), run
         check_files(run, kind)
 
 

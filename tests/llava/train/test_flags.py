@@ -6,7 +6,6 @@ import dataclasses
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from llava.command import parse_known_flags
 from llava.train.flags import DataArguments, ModelArguments, TrainingFlags, check_command_line
 from patch_aligned.train.arguments import PatchArguments
+from tests.llava.train.conftest import stage_1_flags
 
 CLASSES = (ModelArguments, DataArguments, TrainingFlags)
 
@@ -46,7 +46,7 @@ def test_help_and_wrong_flags_need_no_torch(module: str) -> None:
         assert last.startswith(status) and last.endswith(" False")
 
 
-def test_the_recorded_command_line_passes(golden_world: Path, stage_1_flags: Callable[..., list[str]]) -> None:
+def test_the_recorded_command_line_passes(golden_world: Path) -> None:
     check_command_line(PatchArguments, argv=[*stage_1_flags("run"), "--local_rank=0", "--no_double_quant"])
 
 
@@ -63,9 +63,7 @@ def test_the_recorded_command_line_passes(golden_world: Path, stage_1_flags: Cal
         ("--version v9", "--version v9: unknown conversation template"),
     ],
 )
-def test_what_is_wrong_is_named(
-    golden_world: Path, stage_1_flags: Callable[..., list[str]], flags: str, message: str
-) -> None:
+def test_what_is_wrong_is_named(golden_world: Path, flags: str, message: str) -> None:
     Path("projector").mkdir()
     Path("projector/mm_projector.bin").touch()
     with pytest.raises(SystemExit, match=re.escape(message)):

@@ -19,6 +19,7 @@ from llava.model import multimodal_merge
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model import causal_lm
 from llava.train.lora import get_peft_state_maybe_zero_3
+from tests.training import logged
 
 LORA = (
     "--version v1 --data_path mix.json --tune_mm_mlp_adapter False --image_aspect_ratio pad --learning_rate 2e-3 "
@@ -53,7 +54,7 @@ def resume_from(folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("adapts", [True, False])
-def test_packing_keeps_the_losses(run_lora: Any, logged: Any, adapts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_keeps_the_losses(run_lora: Any, adapts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # AdamW's first steps would make rounding as large as gradients.
     flags = f"--lora_enable {adapts} --per_device_train_batch_size 8 --max_steps 3 --optim sgd"
     padded = logged(run_lora("padded", flags))
@@ -70,7 +71,7 @@ def test_packing_keeps_the_losses(run_lora: Any, logged: Any, adapts: bool, monk
 
 
 @pytest.mark.parametrize("flags", ["", "--bits 4", "--unfreeze_mm_vision_tower True"], ids=["lora", "qlora", "tower"])
-def test_a_run_goes_on_from_any_checkpoint(run_lora: Any, logged: Any, flags: str) -> None:
+def test_a_run_goes_on_from_any_checkpoint(run_lora: Any, flags: str) -> None:
     flags += " --lora_dropout 0.1 --save_strategy steps --save_steps 2"
     whole = run_lora("run", flags)
     folder = Path("run")
@@ -163,7 +164,7 @@ def test_biases_of_adapted_layers_and_all_biases_differ(bias: str, names: set[st
     assert get_peft_state_maybe_zero_3([(name, torch.zeros(1)) for name in named], bias).keys() == names
 
 
-def test_bfloat16_keeps_adapters_in_float32_and_the_rest_small(run_lora: Any, logged: Any) -> None:
+def test_bfloat16_keeps_adapters_in_float32_and_the_rest_small(run_lora: Any) -> None:
     exact, half = run_lora("exact"), run_lora("half", "--bf16 True --gradient_checkpointing True")
     dtypes = {(param.requires_grad, param.dtype) for param in half.model.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
@@ -171,7 +172,7 @@ def test_bfloat16_keeps_adapters_in_float32_and_the_rest_small(run_lora: Any, lo
 
 
 @pytest.mark.parametrize("kwargs", ['{"use_reentrant":true}', '{"use_reentrant":false}'])
-def test_gradient_checkpointing_changes_nothing(run_lora: Any, logged: Any, kwargs: str) -> None:
+def test_gradient_checkpointing_changes_nothing(run_lora: Any, kwargs: str) -> None:
     # Of the projector nothing is trained, so that no gradient but the adapters' own keeps the first layer alive.
     flags = "--freeze_mm_mlp_adapter True --lora_dropout 0"
     plain = run_lora("plain", flags)
@@ -180,7 +181,7 @@ def test_gradient_checkpointing_changes_nothing(run_lora: Any, logged: Any, kwar
 
 
 @pytest.mark.parametrize(("bits", "layer"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
-def test_only_the_llms_layers_are_quantised(run_lora: Any, logged: Any, bits: int, layer: str) -> None:
+def test_only_the_llms_layers_are_quantised(run_lora: Any, bits: int, layer: str) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is part of the extra `train`")
     exact = run_lora("exact", "--lora_dropout 0")
     trainer = run_lora("run", f"--bits {bits} --lora_dropout 0 --bf16 True")
@@ -196,7 +197,7 @@ def test_only_the_llms_layers_are_quantised(run_lora: Any, logged: Any, bits: in
     assert "quantization_config" not in json.loads(Path("run/config.json").read_text())
 
 
-def test_stage_1_trains_the_projector_over_a_quantised_llm(run_stage_1: Any, logged: Any, goldens: Path) -> None:
+def test_stage_1_trains_the_projector_over_a_quantised_llm(run_stage_1: Any, goldens: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is part of the extra `train`")
     trainer = run_stage_1("run", "--bits 4")
     assert {name for name, param in trainer.model.named_parameters() if param.requires_grad} == {

@@ -13,6 +13,7 @@ import torch
 from llava.plugin import AlignmentContext, AuxiliaryOutput, TrainingPlugin
 from llava.train.checkpointing import CheckpointingTrainer
 from llava.train.llava_trainer import LLaVATrainer, run_progress
+from tests.training import logged
 
 
 class SquaresPlugin(TrainingPlugin):
@@ -43,7 +44,7 @@ def same_captions(count: int) -> None:
     Path("same.json").write_text(json.dumps(records))
 
 
-def test_a_plugin_of_weight_zero_leaves_every_bit_as_it_is(run_stage_1: Any, logged: Any) -> None:
+def test_a_plugin_of_weight_zero_leaves_every_bit_as_it_is(run_stage_1: Any) -> None:
     plain = run_stage_1("plain")
     with_plugin = run_stage_1("zero", plugin=SquaresPlugin(0.0))
     assert logged(plain) == logged(with_plugin)
@@ -52,7 +53,7 @@ def test_a_plugin_of_weight_zero_leaves_every_bit_as_it_is(run_stage_1: Any, log
 
 
 @pytest.mark.parametrize("flags", ["", "--bf16 True"])
-def test_the_total_is_the_weighted_sum_of_what_is_logged(flags: str, run_stage_1: Any, logged: Any) -> None:
+def test_the_total_is_the_weighted_sum_of_what_is_logged(flags: str, run_stage_1: Any) -> None:
     trainer = run_stage_1("run", flags, plugin=SquaresPlugin(3.0))
     assert logged(trainer, "squares/beta") == [3.0 * step / 4 for step in range(5)]
     totals = [
@@ -68,7 +69,7 @@ def test_the_total_is_the_weighted_sum_of_what_is_logged(flags: str, run_stage_1
     assert logged(trainer)[4] > logged(trainer, "loss/caption")[4] + 0.01
 
 
-def test_metrics_are_averaged_over_the_micro_batches_that_report(run_stage_1: Any, logged: Any) -> None:
+def test_metrics_are_averaged_over_the_micro_batches_that_report(run_stage_1: Any) -> None:
     flags = "--per_device_train_batch_size 1 --gradient_accumulation_steps 4 --logging_steps 5"
     plugin = SquaresPlugin(1.0)
     trainer = run_stage_1("run", flags, plugin=plugin)
@@ -79,7 +80,7 @@ def test_metrics_are_averaged_over_the_micro_batches_that_report(run_stage_1: An
 
 
 @pytest.mark.parametrize("plugin", [None, SquaresPlugin(2.0)], ids=["plain", "plugin"])
-def test_accumulation_in_four_equals_one_batch(run_stage_1: Any, logged: Any, plugin: Any) -> None:
+def test_accumulation_in_four_equals_one_batch(run_stage_1: Any, plugin: Any) -> None:
     same_captions(4)
     at_once = run_stage_1("one", "--data_path same.json", plugin=plugin)
     flags = "--data_path same.json --per_device_train_batch_size 1 --gradient_accumulation_steps 4"

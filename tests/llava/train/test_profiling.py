@@ -11,6 +11,7 @@ import pytest
 
 from llava.plugin import AuxiliaryOutput, TrainingPlugin
 from llava.train.profiling import table_of_parts
+from tests.training import logged
 
 
 class SquaresPlugin(TrainingPlugin):
@@ -21,7 +22,7 @@ class SquaresPlugin(TrainingPlugin):
         return {"squares": 1.0}
 
 
-def test_a_profiled_run_trains_the_same_and_writes_table_and_trace(run_stage_1: Any, logged: Any) -> None:
+def test_a_profiled_run_trains_the_same_and_writes_table_and_trace(run_stage_1: Any) -> None:
     plain = run_stage_1("plain", plugin=SquaresPlugin())
     profiled = run_stage_1("profiled", "--profile 2", plugin=SquaresPlugin())
     assert logged(profiled) == logged(plain)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from llava.conversation import conversation_mode
 from llava.model.builder import load_pretrained_model
+from tests.training import logged
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def qwen(golden_world: Path) -> str:
     return "qwen"
 
 
-def test_qwen_goes_through_both_stages(qwen: str, run_stage_1: Any, logged: Any) -> None:
+def test_qwen_goes_through_both_stages(qwen: str, run_stage_1: Any) -> None:
     own = f"--model_name_or_path {qwen} --learning_rate 1e-2"
     stage_1 = run_stage_1("stage1", own)
     assert logged(stage_1)[-1] < logged(stage_1)[0]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llava.train.screen import STEP_LINE, TOTAL_GROWS, StepLines
+from tests.training import logged
 
 PATCH_LOG = {
     "loss": 4.3, "loss/caption": 2.171, "loss/patch": 0.424, "patch/cosine": 0.591, "patch/contrast": -0.214,
@@ -60,7 +61,7 @@ def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_run_shows_its_steps_and_ends_with_what_it_wrote_and_the_next_command(
-    run_stage_1: Any, logged: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    run_stage_1: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = run_stage_1("run", "--max_steps 3 --disable_tqdm False")
     out, err = capsys.readouterr()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ from llava.data.dataset import LazySupervisedDataset
 from llava.train.checkpointing import missing_from_checkpoint
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.screen import STEP_LINE
+from tests.llava.train.conftest import stage_1_flags
+from tests.training import free_port, logged
 
 LAUNCHING = Path(__file__).parents[3] / "scripts" / "launching.sh"
 RUN = "--per_device_train_batch_size 1 --num_train_epochs 3 --save_strategy no --logging_steps 2"
@@ -48,8 +49,8 @@ def run(times: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
 def test_it_saves_and_goes_on(
-    run_stage_1: Any, logged: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-    number: int, status: int,
+    run_stage_1: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    number: int, status: int
 ) -> None:  # fmt: skip
     whole = run_stage_1("whole", RUN)
     compute_loss = LLaVATrainer.compute_loss
@@ -71,14 +72,14 @@ def test_it_saves_and_goes_on(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_process_group_ends_without_traceback(golden_world: Path, stage_1_flags: Any) -> None:
+def test_the_process_group_ends_without_traceback(golden_world: Path) -> None:
     stopped = run(1, stage_1_flags("run", f"{RUN} --dataloader_num_workers 1"))
     assert stopped.returncode == 143, stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert missing_from_checkpoint(Path("run/checkpoint-5")) == []
 
 
-def test_a_second_signal_ends_it_at_once(golden_world: Path, stage_1_flags: Any) -> None:
+def test_a_second_signal_ends_it_at_once(golden_world: Path) -> None:
     ended = run(2, stage_1_flags("run", RUN))
     assert ended.returncode == 143 and "Traceback" not in ended.stderr
     assert not list(Path("run").glob("checkpoint-*"))
@@ -130,10 +131,8 @@ def test_scripts_pass_signals_on_to_all_ranks(
     assert sorted(log.splitlines()[2:]) == [f"rank {rank} received {int(number)}" for rank in (0, 1)]
 
 
-def test_ranks_that_a_script_signals_save_one_checkpoint(golden_world: Path, stage_1_flags: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        launcher = f"torchrun --nproc_per_node 2 --master_port {probe.getsockname()[1]}"
+def test_ranks_that_a_script_signals_save_one_checkpoint(golden_world: Path) -> None:
+    launcher = f"torchrun --nproc_per_node 2 --master_port {free_port()}"
     flags = stage_1_flags("run", "--per_device_train_batch_size 1 --num_train_epochs 5000")
     command = f"{launcher} -m llava.train.train {' '.join(flags)}"
     status, log = signal_script(command, STEP_LINE.search, signal.SIGINT)

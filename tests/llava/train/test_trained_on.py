@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import own_name
+from tests.folders import set_config
 
 STEP = "--model_name_or_path tiny-llava --max_steps 1"
 STAGE_2 = f"{STEP} --version v1 --data_path data_mix.json --tune_mm_mlp_adapter False"
@@ -27,8 +28,7 @@ def train_on(golden_world: Path, run_stage_1: Callable[..., Any]) -> Callable[..
     """Trains the tiny LLaVA on, after changing its config; takes changes and further flags, returns the trainer."""
 
     def run(changes: dict[str, Any], flags: str) -> Any:
-        config = Path("tiny-llava/config.json")
-        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+        set_config("tiny-llava", **changes)
         return run_stage_1("run", flags)
 
     return run

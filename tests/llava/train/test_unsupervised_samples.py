@@ -11,6 +11,7 @@ import torch
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.train.llava_trainer import UnsupervisedSamples, supervised_tokens
+from tests.training import logged
 
 
 def book(path: Path) -> UnsupervisedSamples:
@@ -76,7 +77,7 @@ def test_supervised_tokens_beyond_the_cut_do_not_count() -> None:
     assert supervised_tokens(ids, labels, 4, 5).tolist() == [0, 2]
 
 
-def test_such_a_sample_leaves_the_loss_as_it_is(run_stage_1: Any, logged: Any) -> None:
+def test_such_a_sample_leaves_the_loss_as_it_is(run_stage_1: Any) -> None:
     records = json.loads(Path("data_plain.json").read_text())
     empty = records[0] | {"id": "empty"}
     empty["conversations"] = [empty["conversations"][0], {"from": "gpt", "value": ""}]

@@ -10,26 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_mask
+
+from tests import pads
 
 SIZE_WH = (80, 56)
 """Wider than high: the tower's centre crop keeps columns 12 to 67 and no resizing happens."""
 
 
-Rectangle = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def rectangle() -> Rectangle:
-    """Makes the label of a rectangular region, in pixels of an image of `SIZE_WH`."""
-
-    def make(left: int, top: int, right: int, bottom: int, tag: str) -> dict[str, Any]:
-        mask = np.zeros((SIZE_WH[1], SIZE_WH[0]), dtype=np.uint8, order="F")
-        mask[top:bottom, left:right] = 1
-        rle_mask = coco_mask.encode(mask)["counts"].decode()
-        return {"tag": tag, "bbox": [left, top, right, bottom], "rle_mask": rle_mask}
-
-    return make
+def rectangle(left: int, top: int, right: int, bottom: int, tag: str) -> dict[str, Any]:
+    """The label of a rectangular region, in pixels of an image of `SIZE_WH`."""
+    return pads.rectangle(left, top, right, bottom, SIZE_WH, tag)
 
 
 @pytest.fixture
@@ -53,7 +43,7 @@ def write_pad(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def pad(write_pad: Callable[..., Path], rectangle: Rectangle) -> Path:
+def pad(write_pad: Callable[..., Path]) -> Path:
     """Three images with regions and one without; one region lies outside the crop, one covers no token."""
     return write_pad(
         [rectangle(12, 0, 40, 28, "dog"), rectangle(40, 28, 68, 56, "red car")],

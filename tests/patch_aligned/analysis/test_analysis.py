@@ -19,6 +19,7 @@ from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettin
 from patch_aligned.intervals import Resampling
 from patch_aligned.models.load import load_models
 from patch_aligned.pad import AnnotatedImage, read_annotations
+from tests.patch_aligned.analysis.conftest import rectangle
 
 START = "start=train_init/mm_projector.bin"
 
@@ -53,7 +54,7 @@ def test_spectra_sum_to_one_and_give_the_entropy(golden_world: Path, pad: Path):
         assert entropy.tokens == 4 * 16
 
 
-def test_what_is_left_out_is_counted(golden_world: Path, write_pad: Callable, rectangle: Callable):
+def test_what_is_left_out_is_counted(golden_world: Path, write_pad: Callable):
     pad = write_pad(
         [rectangle(26, 14, 29, 17, "cup")],  # covers no token, and with it the image
         [rectangle(12, 0, 40, 28, "dog"), rectangle(0, 0, 12, 56, "tree")],  # the second lies outside the crop
@@ -145,9 +146,7 @@ def test_the_result_is_strict_json_with_the_rule_of_every_metric(golden_world: P
     assert document["images_per_second"] > 0
 
 
-def test_a_region_of_the_picture_outside_a_models_image_is_null_in_the_json(
-    golden_world: Path, write_pad: Callable, rectangle: Callable
-):
+def test_a_region_of_the_picture_outside_a_models_image_is_null_in_the_json(golden_world: Path, write_pad: Callable):
     pad = write_pad([rectangle(0, 0, 12, 56, "tree"), rectangle(14, 0, 40, 20, "dog")])  # the crop cuts the tree away
     document = run(pad, START).to_json()
     assert document["picture"] == [{"image_id": "0.png", "label": "tree", "iou_px": {"start": None}}]
@@ -184,9 +183,7 @@ def test_a_random_subset_follows_its_seed(golden_world: Path, pad: Path):
     assert images(1) == images(1)
 
 
-def test_sets_and_models_that_cannot_be_analysed_say_why(
-    golden_world: Path, pad: Path, write_pad: Callable, rectangle: Callable
-):
+def test_sets_and_models_that_cannot_be_analysed_say_why(golden_world: Path, pad: Path, write_pad: Callable):
     with pytest.raises(ValueError, match=r"none of the 1 regions covers a token.*--min-coverage"):
         run(write_pad([rectangle(26, 14, 29, 17, "cup")]))
     with pytest.raises(ValueError, match="no regions in 1 images"):

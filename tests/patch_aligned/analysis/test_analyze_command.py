@@ -19,6 +19,7 @@ from patch_aligned.analysis.cli import analyze
 from patch_aligned.analysis.words import WORD_LISTS
 from patch_aligned.annotated_sets import FORMATS
 from patch_aligned.cli import app
+from tests.patch_aligned.analysis.conftest import rectangle
 
 
 def invoke(pad: Path, output: Path, **changed: str | None):
@@ -157,7 +158,7 @@ def test_a_broken_config_beside_a_projector_is_named(
 
 
 def test_sets_without_regions_or_without_covered_tokens_are_refused(
-    golden_world: Path, write_pad: Callable, rectangle: Callable, tmp_path: Path
+    golden_world: Path, write_pad: Callable, tmp_path: Path
 ):
     result = invoke(write_pad([], []), tmp_path / "out")
     assert_refused(result, "no regions in 2 images", tmp_path)

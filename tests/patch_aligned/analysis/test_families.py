@@ -20,6 +20,7 @@ from patch_aligned.cli import app
 from patch_aligned.intervals import Resampling
 from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.tokens import image_inputs, visual_tokens
+from tests.pads import rle_of
 from tests.patch_aligned.models.families import FAMILIES, save_tiny
 
 SIZES = [(300, 200), (201, 333), (80, 56)]
@@ -39,7 +40,7 @@ def pad(tmp_path: Path) -> Path:
             mask = np.zeros((height, width), dtype=np.uint8, order="F")
             box = [round(left * width), round(top * height), round(right * width), round(bottom * height)]
             mask[box[1] : box[3], box[0] : box[2]] = 1
-            labels.append({"tag": tag, "bbox": box, "rle_mask": coco_mask.encode(mask)["counts"].decode()})
+            labels.append({"tag": tag, "bbox": box, "rle_mask": rle_of(mask)})
         records.append({"image_id": f"{index}.png", "size": [width, height], "caption": "noise", "labels": labels})
     (tmp_path / "pad.jsonl").write_text("\n".join(map(json.dumps, records)))
     return tmp_path / "pad.jsonl"

@@ -19,6 +19,7 @@ from patch_aligned.analysis.localisation import save_localisation_figure
 from patch_aligned.analysis.run import Analysis, AnalysisSettings, MeasureSettings, analyse
 from patch_aligned.intervals import Resampling
 from patch_aligned.models.load import load_models
+from tests.patch_aligned.analysis.conftest import rectangle
 
 
 def run(pad: Path, *specifications: str, image_aspect_ratio: str | None = None, **settings: object) -> Analysis:
@@ -105,7 +106,7 @@ def test_only_the_chosen_images_and_regions_count(golden_world: Path, pad: Path)
     assert (objects.images, objects.models["start"].counts["regions"]) == (4, 2)
 
 
-def test_instances_of_a_label_can_be_one_region(golden_world: Path, write_pad: Callable, rectangle: Callable):
+def test_instances_of_a_label_can_be_one_region(golden_world: Path, write_pad: Callable):
     """A map of a label cannot fit one of two instances, but both together."""
     halves, cup = [rectangle(12, 0, 40, 28, "dog"), rectangle(40, 0, 68, 28, "dog")], rectangle(12, 28, 68, 56, "cup")
     apart = run(write_pad([*halves, cup]), "start=train_init/mm_projector.bin")
@@ -130,7 +131,7 @@ def test_the_control_follows_its_seed(golden_world: Path, pad: Path):
     assert 1 < len(cosines) < 5
 
 
-def test_sets_that_cannot_be_measured_say_why(golden_world: Path, write_pad: Callable, rectangle: Callable):
+def test_sets_that_cannot_be_measured_say_why(golden_world: Path, write_pad: Callable):
     with pytest.raises(ValueError, match=r"no regions in 2 images.*records have labels"):
         run(write_pad([], []))
     with pytest.raises(ValueError, match=r"of kind 'object' \(kinds in the file: \['background'\]\)"):
@@ -153,9 +154,7 @@ def test_images_that_do_not_fit_their_records_are_named(golden_world: Path, pad:
         run(pad)
 
 
-def test_images_that_cannot_be_measured_can_be_left_out_as_if_they_had_never_been_there(
-    golden_world: Path, pad: Path, rectangle: Callable
-):
+def test_images_that_cannot_be_measured_can_be_left_out_as_if_they_had_never_been_there(golden_world: Path, pad: Path):
     records = [json.loads(line) for line in pad.read_text().splitlines()]
     extra = [rectangle(14, 0, 40, 30, "broken"), rectangle(14, 0, 40, 50, "dog")]
     for name in ("cut off.png", "turned.png", "missing.png"):

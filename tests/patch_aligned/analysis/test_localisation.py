@@ -20,6 +20,8 @@ from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, l
 from patch_aligned.analysis.localisation import PictureCell, map_difference, panel_jpegs, save_localisation_figure
 from patch_aligned.cells import Layout, TokenGrid, grid_over_box
 from patch_aligned.models.base import VisionLanguageModel
+from tests.folders import set_config
+from tests.patch_aligned.analysis.conftest import rectangle
 
 
 @pytest.fixture
@@ -46,10 +48,9 @@ def test_a_region_gives_the_maps_of_the_analysis(models: list[VisionLanguageMode
 
 
 def test_towers_that_cut_images_differently_show_the_same_region_each_under_its_own_cells(
-    golden_world: Path, write_pad: Callable, rectangle: Callable, tmp_path: Path
+    golden_world: Path, write_pad: Callable, tmp_path: Path
 ):
-    config = json.loads(Path("tiny-llava/config.json").read_text())
-    Path("tiny-llava/config.json").write_text(json.dumps(config | {"image_aspect_ratio": "pad"}))
+    set_config("tiny-llava", image_aspect_ratio="pad")
     to_hf("tiny-llava", tmp_path / "hf", dtype="float32")
     models = load_models(["own=tiny-llava", f"hf={tmp_path / 'hf'}"], image_aspect_ratio="square")
     regions = {"tree": rectangle(0, 0, 20, 56, "tree"), "dog": rectangle(40, 28, 68, 56, "dog")}

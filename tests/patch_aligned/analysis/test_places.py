@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from typer.testing import CliRunner
 
 from patch_aligned.analysis.places import coverage_of_models, inspect_model
 from patch_aligned.cli import app
+from tests.patch_aligned.analysis.conftest import rectangle
 from tests.patch_aligned.models.families import FAMILIES
 
 
@@ -60,7 +60,7 @@ def test_a_folder_that_is_not_there_is_named_and_not_sought_on_the_hub(tmp_path:
             ask()
 
 
-def test_coverage_counts_the_regions_that_keep_a_token(folder: Callable, write_pad: Callable, rectangle: Any):
+def test_coverage_counts_the_regions_that_keep_a_token(folder: Callable, write_pad: Callable):
     """Images of 80 x 56: a cell of Qwen2-VL takes 27 x 28 pixels, so the cat keeps no token."""
     pad = write_pad(
         [rectangle(0, 0, 40, 28, "dog"), rectangle(2, 2, 12, 12, "cat")], [rectangle(40, 28, 80, 56, "car")]

@@ -31,6 +31,7 @@ from patch_aligned.analysis.run import Analysis
 from patch_aligned.analysis.words import PursuitSettings
 from patch_aligned.intervals import Resampling
 from patch_aligned.tables import Cell, number
+from tests.patch_aligned.analysis.conftest import rectangle
 
 SPECIFICATIONS = ("random=random:1", "start=train_init/mm_projector.bin")
 
@@ -113,7 +114,7 @@ def test_the_floor_and_the_controls_stand_beside_the_headline(golden_world: Path
     assert health_table(analysis).markdown() in report_markdown(analysis)
 
 
-def test_the_markdown_has_the_papers_table_below(golden_world: Path, write_pad: Callable, rectangle: Callable):
+def test_the_markdown_has_the_papers_table_below(golden_world: Path, write_pad: Callable):
     pad = write_pad([rectangle(12, 0, 40, 28, "dog"), rectangle(26, 14, 29, 17, "cup")])  # one covers no token
     text = report_markdown(run(pad, seeds=()))
     assert "1 images, 2 regions: 1 cover no token" in text
@@ -180,9 +181,7 @@ def test_every_rule_and_hash_is_on_the_page(golden_world: Path, pad: Path, tmp_p
     assert all(digest[:16] in text for digest in provenance["sha256"].values())
 
 
-def test_hostile_labels_and_names_are_text(
-    golden_world: Path, write_pad: Callable, rectangle: Callable, tmp_path: Path
-):
+def test_hostile_labels_and_names_are_text(golden_world: Path, write_pad: Callable, tmp_path: Path):
     hostile = "</td><script>alert(1)</script><img src=x onerror=alert(1)>"
     pad = write_pad([rectangle(12, 0, 40, 28, hostile), rectangle(40, 28, 68, 56, "dog")])
     pad = pad.rename(pad.with_name("<script>alert(2)<").with_suffix(".jsonl"))
@@ -202,7 +201,7 @@ def test_hostile_labels_and_names_are_text(
 
 
 def test_names_and_labels_are_drawn_as_they_are_written(
-    golden_world: Path, write_pad: Callable, rectangle: Callable, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    golden_world: Path, write_pad: Callable, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ):
     label = "a $\\frac{1$ bill \U000e0100的 that hangs on a wall in a house far away from here"
     pad = write_pad([rectangle(12, 0, 40, 28, label)])

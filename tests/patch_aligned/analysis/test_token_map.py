@@ -46,6 +46,7 @@ from patch_aligned.cli import app
 from patch_aligned.models.base import WordEmbeddings
 from patch_aligned.models.llava import load_words
 from patch_aligned.models.load import load_models
+from tests.folders import set_config
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (28, 28, 3), dtype=np.uint8)
 ENGLISH = WordList("a test's list", frozenset({"the", "red", "he", "t"}))
@@ -194,8 +195,7 @@ def test_a_word_has_one_dark_colour_everywhere_and_fragments_have_none(mapped: M
 def test_maps_lie_over_the_whole_image_each_under_the_cells_of_its_own_model(
     golden_world: Path, pad: Path, tmp_path: Path
 ):
-    config = json.loads(Path("tiny-llava/config.json").read_text())
-    Path("tiny-llava/config.json").write_text(json.dumps(config | {"image_aspect_ratio": "pad"}))
+    set_config("tiny-llava", image_aspect_ratio="pad")
     to_hf("tiny-llava", tmp_path / "hf", dtype="float32")
     models = load_models(
         ["cut=random:1", "padded=" + str(tmp_path / "hf"), "too=tiny-llava"], "tiny-vicuna", "tiny-clip", "square"

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
 from patch_aligned.annotate.folder import RunFolder, merge
@@ -17,12 +16,13 @@ from patch_aligned.annotate.manifest import ManifestEntry
 from patch_aligned.cli import app
 from patch_aligned.pad import read_annotations
 from patch_aligned.record_files import RecordFileError
+from tests.pads import rle_of
 
 STATUSES = ["ok", "no_boxes", "ok", "unreadable", "ok"]
 
 
 def record_of(name: str, status: str) -> dict[str, Any]:
-    mask = coco_mask.encode(np.asfortranarray(np.eye(8, dtype=np.uint8)))["counts"].decode()
+    mask = rle_of(np.eye(8))
     labels = [{"tag": "line", "bbox": [0.0, 0.0, 8.0, 8.0], "rle_mask": mask, "score": 0.5}] if status == "ok" else []
     return {
         "image_id": name,

@@ -10,34 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_mask
+
+from tests.pads import rectangle
 
 Label = dict[str, Any]
 Record = dict[str, Any]
 WIDTH, HEIGHT = 96, 64
 
 
-@pytest.fixture
-def label() -> Callable[..., Label]:
-    """Makes a region whose mask fills the box `left, top, right, bottom`, whole pixels of an image of 96 x 64."""
-
-    def make(left: int, top: int, right: int, bottom: int, tag: str = "box", **changed: Any) -> Label:
-        mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
-        mask[top:bottom, left:right] = 1
-        counts = coco_mask.encode(mask)["counts"].decode()
-        return {"tag": tag, "bbox": [left, top, right, bottom], "rle_mask": counts} | changed
-
-    return make
+def label(left: int, top: int, right: int, bottom: int, tag: str = "box", **changed: Any) -> Label:
+    """A region whose mask fills the box, whole pixels of an image of 96 x 64."""
+    return rectangle(left, top, right, bottom, (WIDTH, HEIGHT), tag) | changed
 
 
-@pytest.fixture
-def record() -> Callable[..., Record]:
-    """Makes a record of an image of 96 x 64."""
-
-    def make(name: str, *labels: Label, **changed: Any) -> Record:
-        return {"image_id": name, "size": [WIDTH, HEIGHT], "caption": "two words", "labels": list(labels)} | changed
-
-    return make
+def record(name: str, *labels: Label, **changed: Any) -> Record:
+    """A record of an image of 96 x 64."""
+    return {"image_id": name, "size": [WIDTH, HEIGHT], "caption": "two words", "labels": list(labels)} | changed
 
 
 @pytest.fixture

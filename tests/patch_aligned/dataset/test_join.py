@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from patch_aligned.cli import app
 from patch_aligned.dataset.join import join
 from patch_aligned.pad import read_annotations
+from tests.patch_aligned.dataset.conftest import label, record
 
 Make = Callable[..., Any]
 
@@ -38,7 +39,7 @@ def samples(tmp_path: Path) -> Path:
     return path
 
 
-def test_captions_and_ids_come_from_the_first_sample(write_pad: Make, record: Make, label: Make, samples: Path):
+def test_captions_and_ids_come_from_the_first_sample(write_pad: Make, samples: Path):
     region = label(0, 0, 9, 9, score=0.5)
     pad = write_pad(record("a.png", region, split="x"), record("b.png"), record("c.png"))
     output = pad.with_name("joined.parquet")
@@ -56,7 +57,7 @@ def test_captions_and_ids_come_from_the_first_sample(write_pad: Make, record: Ma
 
 
 @pytest.mark.parametrize("place", ["pad", "samples"])
-def test_an_input_is_never_the_output(write_pad: Make, record: Make, samples: Path, place: str):
+def test_an_input_is_never_the_output(write_pad: Make, samples: Path, place: str):
     pad = write_pad(record("a.png"))
     output = {"pad": pad, "samples": samples}[place]
     before = output.read_bytes()
@@ -65,7 +66,7 @@ def test_an_input_is_never_the_output(write_pad: Make, record: Make, samples: Pa
     assert output.read_bytes() == before
 
 
-def test_records_without_a_sample_may_be_left_out(write_pad: Make, record: Make, samples: Path):
+def test_records_without_a_sample_may_be_left_out(write_pad: Make, samples: Path):
     pad = write_pad(record("a.png"), record("b.png"))
     output = pad.with_name("joined.jsonl")
     result = CliRunner().invoke(app, ["join", str(pad), str(samples), "--output", str(output), "--only-matched"])
@@ -73,7 +74,7 @@ def test_records_without_a_sample_may_be_left_out(write_pad: Make, record: Make,
     assert [image.image_id for image in read_annotations(output)] == ["a.png"]
 
 
-def test_paths_are_compared_as_annotation_writes_them(write_pad: Make, record: Make, samples: Path):
+def test_paths_are_compared_as_annotation_writes_them(write_pad: Make, samples: Path):
     samples.write_text(json.dumps([sample("./a.png", "a dog"), sample("x//b.png", "a cat"), sample("a.png", "again")]))
     pad = write_pad(record("a.png"), record("x/b.png"))
     joined = join(pad, samples, output := pad.with_name("joined.jsonl"))
@@ -83,7 +84,7 @@ def test_paths_are_compared_as_annotation_writes_them(write_pad: Make, record: M
     assert (joined.matched, joined.samples_only, joined.further_samples) == (2, 0, 1)
 
 
-def test_files_without_a_common_image_are_refused_with_an_id_of_each(write_pad: Make, record: Make, samples: Path):
+def test_files_without_a_common_image_are_refused_with_an_id_of_each(write_pad: Make, samples: Path):
     pad = write_pad(record("images/a.png"))
     output = pad.with_name("joined.json")
     with pytest.raises(ValueError, match=r"'images/a\.png'.*'c\.png'.*strip or add"):
@@ -91,7 +92,7 @@ def test_files_without_a_common_image_are_refused_with_an_id_of_each(write_pad: 
     assert not output.exists()
 
 
-def test_a_second_file_without_images_is_named_before_the_first_is_read(write_pad: Make, record: Make, samples: Path):
+def test_a_second_file_without_images_is_named_before_the_first_is_read(write_pad: Make, samples: Path):
     """Such as a PAD file in the place of LLaVA's JSON."""
     pad = write_pad(record("a.png"))
     with pytest.raises(ValueError, match=r"pad\.json: found no sample with one image"):
@@ -99,7 +100,7 @@ def test_a_second_file_without_images_is_named_before_the_first_is_read(write_pa
 
 
 @pytest.mark.parametrize("turns", [None, [], [{"from": "human", "value": "?"}], [{"from": "gpt", "value": 3}]])
-def test_a_sample_without_an_answer_is_named(write_pad: Make, record: Make, samples: Path, turns: Any):
+def test_a_sample_without_an_answer_is_named(write_pad: Make, samples: Path, turns: Any):
     samples.write_text(json.dumps([sample("c.png", "x"), sample("a.png", conversations=turns)]))
     pad = write_pad(record("a.png"))
     with pytest.raises(ValueError, match=r"record 1 \(image 'a.png'\), field 'conversations'"):

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 from patch_aligned.cli import app
 from patch_aligned.dataset.publish import publish
 from patch_aligned.pad import read_annotations
+from tests.patch_aligned.dataset.conftest import label, record
 
 Make = Callable[..., Any]
 
 
 @pytest.fixture
-def pad(write_pad: Make, record: Make, label: Make) -> Path:
+def pad(write_pad: Make) -> Path:
     records = [record(f"{number}.png", label(8, 0, 72, 64, "sky", score=0.5), split="x") for number in range(5)]
     return write_pad(*records)
 

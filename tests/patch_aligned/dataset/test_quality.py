@@ -28,6 +28,7 @@ from patch_aligned.dataset.quality import name_rule, pair_regions
 from patch_aligned.intervals import wilson_interval
 from patch_aligned.masks import rle_of_mask
 from patch_aligned.pad import AnnotatedImage, Region, read_annotations, write_annotations
+from tests.patch_aligned.dataset.conftest import label, record
 
 Make = Callable[..., Any]
 Rows = dict[tuple[str, str, str, str], dict[str, Any]]
@@ -172,7 +173,7 @@ def test_pairs_are_the_best_of_all(rows: int, columns: int, seed: int):
     assert found in choices
 
 
-def test_an_image_of_many_regions_is_paired(label: Make, record: Make, write_pad: Make, tmp_path: Path):
+def test_an_image_of_many_regions_is_paired(write_pad: Make, tmp_path: Path):
     """More than 255 masks, which overflow a byte in pycocotools with numpy 2; the same mask twice under two names."""
     cells = [label(x, y, x + 2, y + 2, f"column {x % 3}") for x in range(0, 96, 4) for y in range(0, 64, 4)]
     pad = write_pad(record("a.png", *cells, cells[0] | {"tag": "twin"}))
@@ -203,9 +204,7 @@ def coco(tmp_path: Path) -> Path:
     return path
 
 
-def test_crowds_of_coco_are_neither_missed_nor_wrong(
-    coco: Path, label: Make, record: Make, write_pad: Make, tmp_path: Path
-):
+def test_crowds_of_coco_are_neither_missed_nor_wrong(coco: Path, write_pad: Make, tmp_path: Path):
     pad = write_pad(
         record(
             "a.png",
@@ -228,9 +227,7 @@ def test_crowds_of_coco_are_neither_missed_nor_wrong(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_matches_misses_and_crowds_are_those_of_cocos_own_evaluation(
-    label: Make, record: Make, write_pad: Make, tmp_path: Path, seed: int
-):
+def test_matches_misses_and_crowds_are_those_of_cocos_own_evaluation(write_pad: Make, tmp_path: Path, seed: int):
     """Of boxes that do not overlap, so that COCO's greedy matching is the best one; a crowd covers the right half."""
     rng = np.random.default_rng(seed)
     drawn, regions = [], []
@@ -267,9 +264,7 @@ def test_matches_misses_and_crowds_are_those_of_cocos_own_evaluation(
         assert round(row["value"] * row["of"]) == (matched & counted).sum()
 
 
-def test_images_of_one_file_alone_are_counted_and_change_nothing(
-    coco: Path, label: Make, record: Make, write_pad: Make, tmp_path: Path
-):
+def test_images_of_one_file_alone_are_counted_and_change_nothing(coco: Path, write_pad: Make, tmp_path: Path):
     both = record("a.png", label(0, 0, 20, 20, "cat"))
     folder = ("--image-folder", tmp_path / "images")
     alone, _ = measured(write_pad(both), "--truth", coco, *folder)
@@ -280,12 +275,12 @@ def test_images_of_one_file_alone_are_counted_and_change_nothing(
     assert "no image in both" in run(elsewhere, "--truth", coco, *folder, fails=True)
 
 
-def test_an_image_of_two_sizes_is_refused(coco: Path, label: Make, record: Make, write_pad: Make):
+def test_an_image_of_two_sizes_is_refused(coco: Path, write_pad: Make):
     pad = write_pad(record("a.png", size=[64, 96]))
     assert "a.png" in (said := run(pad, "--truth", coco, fails=True)) and "swapped" in said
 
 
-def test_where_nothing_is_there_is_no_figure(label: Make, record: Make, write_pad: Make, tmp_path: Path):
+def test_where_nothing_is_there_is_no_figure(write_pad: Make, tmp_path: Path):
     nothing = write_pad(record("a.png"), record("b.png")).rename(tmp_path / "nothing.json")
     pad = write_pad(record("a.png", label(0, 0, 32, 32, "x")), record("b.png"))  # of 32 x 32 pixels: medium
     folder = ("--image-folder", tmp_path / "images")
@@ -297,7 +292,7 @@ def test_where_nothing_is_there_is_no_figure(label: Make, record: Make, write_pa
     assert measured(nothing, "--truth", pad, *folder)[0]["truth", "overall", "all", "recall"]["value"] == 0
 
 
-def test_a_broken_record_stops_rather_than_being_left_out(label: Make, record: Make, write_pad: Make, tmp_path: Path):
+def test_a_broken_record_stops_rather_than_being_left_out(write_pad: Make, tmp_path: Path):
     broken = record("b.png", label(0, 0, 9, 9) | {"rle_mask": "0"})
     pad = write_pad(record("a.png"), broken)
     for mode in (("--truth", pad), ("--spot-check", tmp_path / "answers", "--port", 0)):
@@ -307,7 +302,7 @@ def test_a_broken_record_stops_rather_than_being_left_out(label: Make, record: M
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_synonyms_are_names_of_one_entry(coco: Path, label: Make, record: Make, write_pad: Make, tmp_path: Path):
+def test_synonyms_are_names_of_one_entry(coco: Path, write_pad: Make, tmp_path: Path):
     pad = write_pad(record("a.png", label(0, 0, 20, 20, "Kitty"), label(30, 0, 50, 20, "puppy")))
     words = (pad, "--truth", coco, "--image-folder", tmp_path / "images")
     synonyms = tmp_path / "synonyms.json"
@@ -343,7 +338,7 @@ def test_embeddings_decide_by_their_cosine(golden_world: Path):
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def test_the_worst_image_is_shown_with_what_is_wrong(label: Make, record: Make, write_pad: Make, tmp_path: Path):
+def test_the_worst_image_is_shown_with_what_is_wrong(write_pad: Make, tmp_path: Path):
     attack = "</script><img src=x onerror=alert(1)>"
     truth = write_pad(
         record("good.png", label(0, 0, 9, 9, "cat")),
@@ -366,9 +361,7 @@ def test_the_worst_image_is_shown_with_what_is_wrong(label: Make, record: Make, 
     assert 'href="worst.html"' in (folder / "quality.html").read_text()
 
 
-def test_tables_begin_with_the_worst_label_that_both_files_know(
-    label: Make, record: Make, write_pad: Make, tmp_path: Path
-):
+def test_tables_begin_with_the_worst_label_that_both_files_know(write_pad: Make, tmp_path: Path):
     boxes = [(0, 0, 20, 20), (30, 0, 50, 20), (60, 0, 80, 20), (0, 40, 20, 60)]
     tags = (("dog", "cat", "cat", "sky"), ("cow", "cat", "cow", None))
     both = [[label(*box, tag) for box, tag in zip(boxes, own, strict=True) if tag] for own in tags]
@@ -384,7 +377,7 @@ def test_tables_begin_with_the_worst_label_that_both_files_know(
     assert tables["truth: label"] == ["cow", "cat"]
 
 
-def test_one_way_of_measuring_and_one_rule_for_names_is_chosen(record: Make, write_pad: Make):
+def test_one_way_of_measuring_and_one_rule_for_names_is_chosen(write_pad: Make):
     pad = write_pad(record("a.png"))
     assert "--truth" in run(pad, fails=True)
     assert "--truth" in run(pad, "--truth", pad, "--against", pad, fails=True)

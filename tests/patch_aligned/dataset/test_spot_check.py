@@ -23,6 +23,7 @@ from patch_aligned.masks import rle_of_mask
 from patch_aligned.pad import open_annotation_index
 from patch_aligned.web import listen
 from tests.patch_aligned.browser import CHROMIUM, Page
+from tests.patch_aligned.dataset.conftest import label, record
 
 Make = Callable[..., Any]
 SCRIPTS = (("patch_aligned.web", "masks.js"), ("patch_aligned.dataset", "spot_check.js"))
@@ -44,7 +45,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 @pytest.fixture
-def pad(write_pad: Make, record: Make, label: Make) -> Path:
+def pad(write_pad: Make) -> Path:
     """Twelve regions in four images, of one, two, three and six."""
     images = [
         [label(8 * n, 8 * image, 8 * n + 30, 8 * image + 20, f"thing {image} {n}") for n in range(count)]
@@ -258,7 +259,7 @@ def test_answers_about_another_file_or_seed_are_refused(check: Make, pad: Path, 
     with pytest.raises(ValueError, match=r"answers\.jsonl.*seed"):
         check(seed=1)
     records = json.loads(pad.read_text())
-    for changed in (records[:1], [record | {"image_id": f"x{record['image_id']}"} for record in records]):
+    for changed in (records[:1], [one | {"image_id": f"x{one['image_id']}"} for one in records]):
         other = tmp_path / "other.json"
         other.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=r"answers\.jsonl"):

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from patch_aligned.cli import app
 from patch_aligned.dataset.stats import TokenSettings, as_json, as_markdown, distribution, gather_statistics
+from tests.patch_aligned.dataset.conftest import label, record
 
 Make = Callable[..., Any]
 # 96 x 64 in stage 1: 64 x 64 from its middle, x from 16 to 80, over 4 x 4 tokens of 16 x 16 pixels.
@@ -22,7 +23,7 @@ TOKENS = TokenSettings(grid=4, side=64)
 
 
 @pytest.fixture
-def pad(write_pad: Make, record: Make, label: Make) -> Path:
+def pad(write_pad: Make) -> Path:
     return write_pad(
         record("a.png", label(16, 0, 48, 32, "sky"), label(32, 16, 48, 24, "sky"), label(0, 0, 16, 64, "dog|cat")),
         record("b.png", caption=""),
@@ -50,8 +51,8 @@ def test_counts_are_those_made_by_hand(pad: Path):
 def test_shares_of_area_are_those_of_the_decoded_masks(pad: Path):
     statistics = gather_statistics(pad, TOKENS)
     shares, together = [], []
-    for record in json.loads(pad.read_text()):
-        masks = [coco_mask.decode({"size": [64, 96], "counts": label["rle_mask"]}) for label in record["labels"]]
+    for of_image in json.loads(pad.read_text()):
+        masks = [coco_mask.decode({"size": [64, 96], "counts": label["rle_mask"]}) for label in of_image["labels"]]
         shares += [mask.mean() for mask in masks]
         together += [np.max(masks, axis=0).mean()] if masks else []
     np.testing.assert_allclose(statistics.area_shares, shares, rtol=1e-6)
@@ -70,13 +71,13 @@ def test_statuses_of_skipped_images_count_too(pad: Path):
     assert as_json(gather_statistics(pad, TOKENS))["statuses"] == {"ok": 1, "no_boxes": 1, "unreadable": 1}
 
 
-def test_a_file_without_regions_has_statistics(write_pad: Make, record: Make):
+def test_a_file_without_regions_has_statistics(write_pad: Make):
     numbers = as_json(gather_statistics(write_pad(record("a.png")), TOKENS))
     assert numbers["regions"] == 0 and numbers["tokens"]["tokens_per_region"] == {}
     assert "| regions | 0 |" in as_markdown(numbers)
 
 
-def test_tags_cannot_break_the_table(write_pad: Make, record: Make, label: Make):
+def test_tags_cannot_break_the_table(write_pad: Make):
     numbers = as_json(gather_statistics(write_pad(record("a.png", label(0, 0, 9, 9, "a|b\n<img> `c`"))), TOKENS))
     assert "| a\\|b &lt;img> \\`c\\` | 1 |" in as_markdown(numbers).splitlines()
 

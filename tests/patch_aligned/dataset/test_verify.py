@@ -17,6 +17,7 @@ from patch_aligned.dataset.verify import Problem, Verification, VerifySettings, 
 from patch_aligned.images import ImageFileError, stored_size_wh
 from patch_aligned.masks import areas_px
 from patch_aligned.pad import read_annotations
+from tests.patch_aligned.dataset.conftest import label, record
 
 Make = Callable[..., Any]
 
@@ -26,7 +27,7 @@ def problems_of(pad: Path, **settings: Any) -> tuple[Verification, list[Problem]
     return verify_file(pad, VerifySettings(**settings), problems.append), problems
 
 
-def test_a_sound_file_has_no_problem_and_is_counted(write_pad: Make, record: Make, label: Make, tmp_path: Path):
+def test_a_sound_file_has_no_problem_and_is_counted(write_pad: Make, tmp_path: Path):
     pad = write_pad(record("a.png", label(0, 0, 10, 10), label(20, 20, 96, 64)), record("b/c.png"))
     found, problems = problems_of(pad, image_folder=tmp_path / "images")
     assert problems == []
@@ -48,9 +49,7 @@ def test_a_sound_file_has_no_problem_and_is_counted(write_pad: Make, record: Mak
         ("error", "format of labels[].tag", {"tag": " "}),
     ],
 )
-def test_a_broken_region_is_named(
-    write_pad: Make, record: Make, label: Make, severity: str, check: str, changed: dict[str, Any]
-):
+def test_a_broken_region_is_named(write_pad: Make, severity: str, check: str, changed: dict[str, Any]):
     sound = label(0, 0, 10, 10)
     pad = write_pad(record("a.png", sound), record("b.png", sound, label(10, 10, 40, 30) | changed))
     found, problems = problems_of(pad)
@@ -61,27 +60,27 @@ def test_a_broken_region_is_named(
     assert found.counts[severity][check] == 1
 
 
-def test_a_box_may_leave_the_image_by_the_tolerance(write_pad: Make, record: Make, label: Make):
+def test_a_box_may_leave_the_image_by_the_tolerance(write_pad: Make):
     pad = write_pad(record("a.png", label(0, 0, 40, 30, bbox=[-4.8, -3.2, 40, 30])))
     assert problems_of(pad)[1] == []
     assert [problem.check for problem in problems_of(pad, box_tolerance=0.04)[1]] == ["box outside image"]
 
 
-def test_an_empty_mask_and_a_region_given_twice_are_found(write_pad: Make, record: Make, label: Make):
+def test_an_empty_mask_and_a_region_given_twice_are_found(write_pad: Make):
     pad = write_pad(record("a.png", label(5, 5, 5, 5, bbox=[5, 5, 9, 9]), label(0, 0, 9, 9), label(0, 0, 9, 9)))
     checks = [(problem.severity, problem.check, problem.field) for problem in problems_of(pad)[1]]
     assert checks == [("error", "empty mask", "labels[0].rle_mask"), ("warning", "region twice", "labels[2]")]
 
 
 @pytest.mark.parametrize("count", [255, 256, 300])
-def test_regions_of_an_image_may_be_many(write_pad: Make, record: Make, label: Make, count: int):
+def test_regions_of_an_image_may_be_many(write_pad: Make, count: int):
     pad = write_pad(record("a.png", *(label(8, 5, 30, 25, tag=f"t{number}") for number in range(count))))
     assert problems_of(pad)[1] == []
     [image] = read_annotations(pad)
     assert areas_px(image.coco_masks()).tolist() == [22 * 20] * count
 
 
-def test_records_behind_broken_ones_keep_their_place(write_pad: Make, record: Make, label: Make):
+def test_records_behind_broken_ones_keep_their_place(write_pad: Make):
     outside = label(0, 0, 40, 30, bbox=[0, 0, 400, 30])
     broken = record("x.png", size=[0, 5])
     pad = write_pad(broken, record("a.png"), broken, broken, record("b.png", outside), record("a.png"))
@@ -94,7 +93,7 @@ def test_records_behind_broken_ones_keep_their_place(write_pad: Make, record: Ma
     assert (found.records, found.images) == (6, 2)
 
 
-def test_images_are_compared_with_their_files(write_pad: Make, record: Make, tmp_path: Path):
+def test_images_are_compared_with_their_files(write_pad: Make, tmp_path: Path):
     pad = write_pad(*(record(name) for name in ("same.png", "swapped.png", "gone.png", "broken.png", "turned.png")))
     images = tmp_path / "images"
     Image.new("RGB", (64, 96)).save(images / "swapped.png")
@@ -122,7 +121,7 @@ def test_no_id_leads_out_of_the_image_folder(tmp_path: Path, image_id: str):
         stored_size_wh(tmp_path / "images", image_id)
 
 
-def test_a_file_that_is_cut_off_is_a_problem_behind_what_was_read(write_pad: Make, record: Make):
+def test_a_file_that_is_cut_off_is_a_problem_behind_what_was_read(write_pad: Make):
     pad = write_pad(*(record(f"{number}.png") for number in range(65)))  # records are read by 64
     pad.write_text(pad.read_text()[:-30])
     found, problems = problems_of(pad)
@@ -138,9 +137,7 @@ def test_a_file_without_records_is_not_called_right(write_pad: Make):
     ]
 
 
-def test_the_command_reports_and_ends_with_1_on_errors_alone(
-    write_pad: Make, record: Make, label: Make, tmp_path: Path
-):
+def test_the_command_reports_and_ends_with_1_on_errors_alone(write_pad: Make, tmp_path: Path):
     odd = label(10, 10, 40, 30, bbox=[10, 10, 40, 60])
     pad = write_pad(record("a.png", odd))
     result = CliRunner().invoke(app, ["verify", str(pad)])
@@ -158,7 +155,7 @@ def test_the_command_reports_and_ends_with_1_on_errors_alone(
     assert "b\\|c.png" in (tmp_path / "report" / "verify.md").read_text()
 
 
-def test_errors_of_single_regions_need_not_fail_the_command(write_pad: Make, record: Make, label: Make, tmp_path: Path):
+def test_errors_of_single_regions_need_not_fail_the_command(write_pad: Make, tmp_path: Path):
     off = label(0, 0, 40, 30, bbox=[60, 40, 90, 60])
     pad = write_pad(record("a.png", off, label(5, 5, 5, 5, bbox=[5, 5, 9, 9], score="high")))
     lenient = ["verify", str(pad), "--fail_on", "broken_file"]
@@ -172,7 +169,7 @@ def test_errors_of_single_regions_need_not_fail_the_command(write_pad: Make, rec
     assert CliRunner().invoke(app, lenient).exit_code == 1
 
 
-def test_a_missing_file_or_folder_ends_with_a_sentence_and_2(write_pad: Make, record: Make, tmp_path: Path):
+def test_a_missing_file_or_folder_ends_with_a_sentence_and_2(write_pad: Make, tmp_path: Path):
     for words in ([str(tmp_path / "none.json")], [str(write_pad(record("a.png"))), "--image-folder", "nowhere"]):
         result = CliRunner().invoke(app, ["verify", *words])
         assert result.exit_code == 2

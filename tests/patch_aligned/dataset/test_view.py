@@ -18,13 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
 from patch_aligned.cli import app
 from patch_aligned.dataset.stats import TokenSettings
 from patch_aligned.dataset.view import ViewSelection, write_view
 from patch_aligned.pad import read_annotations
+from tests.pads import rle_of
+from tests.patch_aligned.dataset.conftest import label, record
 
 Make = Callable[..., Any]
 TOKENS = TokenSettings(grid=4, side=64)
@@ -36,9 +37,7 @@ def data_of(page: Path) -> dict[str, Any]:
     return json.loads(found.group(1))
 
 
-def test_the_page_holds_images_regions_and_the_tokens_of_training(
-    write_pad: Make, record: Make, label: Make, tmp_path: Path
-):
+def test_the_page_holds_images_regions_and_the_tokens_of_training(write_pad: Make, tmp_path: Path):
     pad = write_pad(record("a.png", label(16, 0, 48, 32, "sky", score=0.456, kind="x"), label(0, 0, 16, 64)))
     viewed = write_view(pad, tmp_path / "images", tmp_path / "out" / "view.html", tokens=TOKENS, thumbnail_side=48)
     assert (viewed.images, viewed.regions, viewed.without_picture, viewed.next_record) == (1, 2, 0, None)
@@ -63,13 +62,13 @@ def test_the_page_holds_images_regions_and_the_tokens_of_training(
     assert picture.size == (48, 32)
 
 
-def test_a_score_that_is_no_number_is_not_shown(write_pad: Make, record: Make, label: Make, tmp_path: Path):
+def test_a_score_that_is_no_number_is_not_shown(write_pad: Make, tmp_path: Path):
     pad = write_pad(record("a.png", label(0, 0, 9, 9, score=10**400), label(0, 0, 9, 9, score=float("nan"))))
     regions = data_of(write_view(pad, tmp_path / "images", tmp_path / "view.html").pages[0])["records"][0]["regions"]
     assert ["score" in region for region in regions] == [False, False]
 
 
-def test_no_text_of_the_data_acts_in_the_page(write_pad: Make, record: Make, label: Make, tmp_path: Path):
+def test_no_text_of_the_data_acts_in_the_page(write_pad: Make, tmp_path: Path):
     attack = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{script}}\u2028"
     pad = write_pad(record("a.png", label(0, 0, 9, 9, attack, phrase=attack), caption=attack))
     pad = pad.rename(tmp_path / "<img src=x>.json")
@@ -81,15 +80,13 @@ def test_no_text_of_the_data_acts_in_the_page(write_pad: Make, record: Make, lab
     assert "innerHTML" not in text and "insertAdjacentHTML" not in text
 
 
-def test_the_page_may_load_nothing(write_pad: Make, record: Make, tmp_path: Path):
+def test_the_page_may_load_nothing(write_pad: Make, tmp_path: Path):
     text = write_view(write_pad(record("a.png")), tmp_path / "images", tmp_path / "view.html").pages[0].read_text()
     assert "default-src 'none'; img-src data:" in text
     assert not re.findall(r"(?:https?:)?//\w+\.\w+", text.replace("http://www.w3.org/2000/svg", "the name of SVG"))
 
 
-def test_more_records_than_a_page_holds_make_pages_that_lead_to_each_other(
-    write_pad: Make, record: Make, tmp_path: Path
-):
+def test_more_records_than_a_page_holds_make_pages_that_lead_to_each_other(write_pad: Make, tmp_path: Path):
     pad = write_pad(*(record(f"{number}.png") for number in range(8)))
     selection = ViewSelection(start=1, limit=5)
     viewed = write_view(pad, tmp_path / "images", tmp_path / "v.html", selection=selection, page_size=2)
@@ -100,7 +97,7 @@ def test_more_records_than_a_page_holds_make_pages_that_lead_to_each_other(
     assert viewed.next_record == 6
 
 
-def test_records_are_chosen_by_id_and_by_tag(write_pad: Make, record: Make, label: Make, tmp_path: Path):
+def test_records_are_chosen_by_id_and_by_tag(write_pad: Make, tmp_path: Path):
     pad = write_pad(
         record("a.png", label(0, 0, 9, 9, "Dog")), record("b.png"), record("c.png", label(0, 0, 9, 9, "hotdog"))
     )
@@ -117,7 +114,7 @@ def test_records_are_chosen_by_id_and_by_tag(write_pad: Make, record: Make, labe
         shown(ViewSelection(limit=5001))
 
 
-def test_an_image_that_cannot_be_shown_is_counted_and_says_why(write_pad: Make, record: Make, tmp_path: Path):
+def test_an_image_that_cannot_be_shown_is_counted_and_says_why(write_pad: Make, tmp_path: Path):
     pad = write_pad(*(record(name) for name in ("gone.png", "broken.png", "other.png", "cut.png")))
     images = tmp_path / "images"
     (images / "gone.png").unlink()
@@ -132,7 +129,7 @@ def test_an_image_that_cannot_be_shown_is_counted_and_says_why(write_pad: Make, 
         assert entry["picture"] is None and reason in entry["problem"]
 
 
-def test_the_command_says_how_to_go_on(write_pad: Make, record: Make, tmp_path: Path):
+def test_the_command_says_how_to_go_on(write_pad: Make, tmp_path: Path):
     pad = write_pad(*(record(f"{number}.png") for number in range(3)))
     words = ["view", str(pad), "--image-folder", str(tmp_path / "images"), "--output", str(tmp_path / "v.html")]
     result = CliRunner().invoke(app, [*words, "--limit", "2"])
@@ -161,7 +158,7 @@ def in_node(expression: str, *values: Any, package: str = "patch_aligned.dataset
 @settings(max_examples=20)
 def test_the_page_draws_masks_as_pycocotools_decodes_them(height: int, width: int, seed: int, share: float):
     mask = np.asfortranarray(np.random.default_rng(seed).random((height, width)) < share, dtype=np.uint8)
-    rle = coco_mask.encode(mask)["counts"].decode()
+    rle = rle_of(mask)
     draw = "(([rle, w, h, W, H]) => [...page.rasterise(page.runLengths(rle), w, h, W, H)])(v)"
     masks = {"package": "patch_aligned.web", "name": "masks.js"}
     same = np.array(in_node(draw, rle, width, height, width, height, **masks)).reshape(height, width)

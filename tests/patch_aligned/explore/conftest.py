@@ -10,7 +10,7 @@ import pytest
 from patch_aligned.models.base import VisionLanguageModel
 from patch_aligned.models.load import load_models
 from patch_aligned.pad import open_annotation_index
-from tests.patch_aligned.analysis.conftest import pad, rectangle, write_pad  # noqa: F401
+from tests.patch_aligned.analysis.conftest import pad, write_pad  # noqa: F401
 
 ADDRESS = "http://127.0.0.1:8300"
 

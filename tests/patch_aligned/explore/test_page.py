@@ -19,6 +19,7 @@ from patch_aligned.analysis.words import PursuitSettings, TokenMap, dictionary_o
 from patch_aligned.explore import app, session
 from patch_aligned.models.base import VisionLanguageModel
 from patch_aligned.models.load import load_models
+from tests.patch_aligned.analysis.conftest import rectangle
 from tests.patch_aligned.models.families import FAMILIES, save_tiny
 
 Models = list[VisionLanguageModel]
@@ -100,7 +101,7 @@ def test_a_word_has_the_map_and_iou_of_localise(client: Any, models: Models, pad
 
 
 def test_a_label_with_several_regions_is_their_union_and_one_without_has_no_iou(
-    page_over: Callable, models: Models, write_pad: Callable, rectangle: Callable
+    page_over: Callable, models: Models, write_pad: Callable
 ):
     halves = [rectangle(12, 0, 40, 56, "dog"), rectangle(40, 0, 68, 56, "dog")]
     client = page_over(models, write_pad(halves))

@@ -35,6 +35,7 @@ SETTINGS = RunSettings(
 
 
 def samples_of(scores: dict[str, Sequence[float]], first_id: int = 0) -> list[Sample]:
+    """Samples with given scores: `samples_of({"metric": [1, 0, 1]})`."""
     count = len(next(iter(scores.values())))
     return [
         Sample(
@@ -49,6 +50,7 @@ def samples_of(scores: dict[str, Sequence[float]], first_id: int = 0) -> list[Sa
 
 
 def result_of(samples: Sequence[Sample], scores: dict[str, Score], **changes: Any) -> RunResult:
+    """A result that fits some samples: `result_of(samples, {"metric": Score(...)}, column=...)`."""
     result = RunResult(
         benchmark="refcoco_val",
         tables=(5,),
@@ -63,18 +65,6 @@ def result_of(samples: Sequence[Sample], scores: dict[str, Score], **changes: An
         scores=scores,
     )
     return replace(result, **changes)
-
-
-@pytest.fixture(name="samples_of")
-def fixture_samples_of() -> Callable[..., list[Sample]]:
-    """Samples with given scores: `samples_of({"metric": [1, 0, 1]})`."""
-    return samples_of
-
-
-@pytest.fixture(name="result_of")
-def fixture_result_of() -> Callable[..., RunResult]:
-    """A result that fits some samples: `result_of(samples, {"metric": Score(...)}, column=...)`."""
-    return result_of
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from patch_aligned.results.paper import DASH
 from patch_aligned.results.render import Block
 from patch_aligned.results.run import RunFileError, RunResult, RunSettings, Sample, Score, rows_sha256, write_run
 from patch_aligned.results.tables import find_models, make_table
+from tests.patch_aligned.results.conftest import result_of
 
 Make = Callable[..., Path]
 
@@ -168,7 +169,7 @@ def test_benchmarks_on_which_the_first_model_has_nothing_have_no_relative_gain(m
     assert not any("Relative gain" in note for note in block.notes)
 
 
-def test_how_many_rows_matched_is_said(make_run: Make, result_of: Any, tmp_path: Path) -> None:
+def test_how_many_rows_matched_is_said(make_run: Make, tmp_path: Path) -> None:
     make_run("a/gqa", {"exact_match": [0, 0, 1, 0]}, benchmark="gqa")
     settings: RunSettings = result_of([], {}).settings
     limited = replace(settings, limit=2, prompt="another", conversation="plain", batch_size=1)
@@ -183,7 +184,7 @@ def test_how_many_rows_matched_is_said(make_run: Make, result_of: Any, tmp_path:
     )
 
 
-def test_other_steps_and_other_data_are_said(make_run: Make, result_of: Any, tmp_path: Path) -> None:
+def test_other_steps_and_other_data_are_said(make_run: Make, tmp_path: Path) -> None:
     result: RunResult = result_of([], {})
     for name, steps, revision in (("a", 10, "1111"), ("b", 20, "2222")):
         data = replace(result.data, revision=revision, rows=1, rows_sha256=rows_sha256([("0", [0.1, 0])]))
@@ -208,7 +209,7 @@ def test_a_mistyped_metric_ends_with_the_near_ones(make_run: Make, tmp_path: Pat
         compared(tmp_path / "a", tmp_path / "b", metric="exact-match")
 
 
-def test_runs_without_rows_are_not_compared(result_of: Any, tmp_path: Path) -> None:
+def test_runs_without_rows_are_not_compared(tmp_path: Path) -> None:
     for name in "ab":
         write_run(tmp_path / name / "gqa", result_of([], {"acc": Score(0.0, None, 0, "share")}, benchmark="gqa"), [])
     block = compared(tmp_path / "a", tmp_path / "b")

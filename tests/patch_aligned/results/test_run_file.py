@@ -17,13 +17,14 @@ from patch_aligned.results.run import (
     rows_sha256,
     write_run,
 )
+from tests.patch_aligned.results.conftest import result_of, samples_of
 
 Make = Callable[..., Any]
 HITS = {"acc": [1.0, 0.0, 1.0]}
 SCORES = {"acc": Score(2 / 3, 0.27, 3, "share")}
 
 
-def test_a_run_is_read_as_it_was_written(tmp_path: Path, samples_of: Make, result_of: Make) -> None:
+def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     samples = [replace(sample, answer="Äpfel\n[0.1, …") for sample in samples_of(HITS)]
     result = result_of(samples, SCORES, not_available={"SPICE": "no jars"}, submission="submission.json")
     write_run(tmp_path / "run", result, samples)
@@ -32,7 +33,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path, samples_of: Make, resul
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["result.json", "samples.jsonl"]
 
 
-def test_the_file_has_the_agreed_shape(tmp_path: Path, samples_of: Make, result_of: Make) -> None:
+def test_the_file_has_the_agreed_shape(tmp_path: Path) -> None:
     samples = samples_of(HITS)
     write_run(tmp_path, result_of(samples, SCORES), samples)
     document = json.loads((tmp_path / "result.json").read_text())
@@ -88,9 +89,7 @@ def set_field(document: dict[str, Any], path: str, value: Any) -> None:
         ("not_available", {"acc": "no"}, "field 'not_available': found 'acc', which has a score too"),
     ],
 )
-def test_a_wrong_field_is_named(
-    tmp_path: Path, path: str, value: Any, message: str, samples_of: Make, result_of: Make
-) -> None:
+def test_a_wrong_field_is_named(tmp_path: Path, path: str, value: Any, message: str) -> None:
     samples = samples_of(HITS)
     write_run(tmp_path, result_of(samples, SCORES), samples)
     document = json.loads((tmp_path / "result.json").read_text())
@@ -113,7 +112,7 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None
     assert message in str(error.value)
 
 
-def test_samples_of_another_run_are_refused(tmp_path: Path, samples_of: Make, result_of: Make) -> None:
+def test_samples_of_another_run_are_refused(tmp_path: Path) -> None:
     samples = samples_of(HITS)
     write_run(tmp_path, result_of(samples, SCORES), samples)
     place = tmp_path / "samples.jsonl"
@@ -133,7 +132,7 @@ def test_samples_of_another_run_are_refused(tmp_path: Path, samples_of: Make, re
         read_samples(tmp_path)
 
 
-def test_what_cannot_be_read_is_not_written(tmp_path: Path, samples_of: Make, result_of: Make) -> None:
+def test_what_cannot_be_read_is_not_written(tmp_path: Path) -> None:
     samples = samples_of(HITS)
     result = result_of(samples, SCORES)
     for bad_result, bad_samples, message in [
@@ -151,9 +150,7 @@ def test_what_cannot_be_read_is_not_written(tmp_path: Path, samples_of: Make, re
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_stops_midway_leaves_no_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples_of: Make, result_of: Make
-) -> None:
+def test_a_run_that_stops_midway_leaves_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = samples_of(HITS)
     write_run(tmp_path, result_of(samples, SCORES), samples)
     replaced = Path.replace

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,14 +23,13 @@ from patch_aligned.results.run import (
     write_run,
 )
 from patch_aligned.results.tables import find_models, free_block, make_table
+from tests.patch_aligned.results.conftest import result_of, samples_of
 
 Make = Callable[..., Path]
 BOTH_FRAMES = {PADDED_FRAME: [1, 1, 1, 0], IMAGE_FRAME: [1, 0, 0, 0]}
 
 
-@pytest.fixture
-def settings(result_of: Callable[..., Any]) -> RunSettings:
-    return result_of([], {}).settings
+SETTINGS: RunSettings = result_of([], {}).settings
 
 
 def row_of(block: Block, label: str) -> Row:
@@ -204,7 +202,7 @@ def test_a_trial_with_a_limit_is_marked(make_run: Make, settings: RunSettings, t
     assert any("cut by --limit 2" in note for note in block.notes)
 
 
-def test_a_server_scores_what_has_no_headline(make_run: Make, result_of: Any, samples_of: Any, tmp_path: Path) -> None:
+def test_a_server_scores_what_has_no_headline(make_run: Make, tmp_path: Path) -> None:
     samples = [replace(sample, scores={}) for sample in samples_of({"x": [0, 0]})]
     result = result_of(samples, {}, tables=(6,), column="VizWiz", benchmark="vizwiz_test", submission="answers.json")
     write_run(tmp_path / "out" / "vizwiz_test", result, samples)
@@ -253,9 +251,7 @@ def test_two_runs_of_one_benchmark_are_refused(make_run: Make, tmp_path: Path) -
         find_models([tmp_path / "out"])
 
 
-def test_notes_speak_of_standard_errors_where_there_are_some_and_keep_enough_of_a_files_hash(
-    result_of: Any, samples_of: Any, tmp_path: Path
-) -> None:
+def test_notes_speak_of_standard_errors_where_there_are_some_and_keep_enough_of_a_files_hash(tmp_path: Path) -> None:
     samples = samples_of({"acc": [1, 0]})
     for name, stderr in (("with", 0.5), ("without", None)):
         result = result_of(samples, {"acc": Score(0.5, stderr, 2, "share")}, benchmark=name)

@@ -35,6 +35,7 @@ from tests.patch_aligned.train.world import (
     sft_trainer,
     trainer_of,
 )
+from tests.training import logged
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3", "llava", "llava_next", "mistral3")
 UNDER_SFT = ("qwen2_vl", "qwen2_5_vl", "glm4v", "kimi_k25", "internvl", "llava", "llava_onevision", "molmo2")
@@ -82,21 +83,17 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
 
 
-def losses(trainer: Any, name: str = "loss") -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
 @pytest.mark.parametrize("make", [trainer_of, sft_trainer])
 def test_beta_0_equals_no_attach_bit_for_bit(make: Any, tmp_path: Path) -> None:
     runs = [make("qwen3_vl", tmp_path, beta=beta, max_steps=3) for beta in (None, (0, 0), (0, 5))]
     for run in runs:
         run.train()
     plain, zero, five = runs
-    assert losses(plain) == losses(zero)
+    assert logged(plain) == logged(zero)
     assert all(torch.equal(weight, weights(zero)[name]) for name, weight in weights(plain).items())
-    assert losses(plain)[0] == losses(five)[0] and losses(plain)[2] != losses(five)[2]
-    assert losses(five, "patch/beta") == [0, 2.5, 5]
-    assert losses(zero, "loss/caption") == pytest.approx(losses(plain), rel=1e-5)
+    assert logged(plain)[0] == logged(five)[0] and logged(plain)[2] != logged(five)[2]
+    assert logged(five, "patch/beta") == [0, 2.5, 5]
+    assert logged(zero, "loss/caption") == pytest.approx(logged(plain), rel=1e-5)
 
 
 def test_the_gradient_reaches_exactly_the_projector(tmp_path: Path) -> None:
@@ -170,8 +167,8 @@ def test_accumulated_and_checkpointed_steps_equal_one_batch(make: Any, name: str
     for run in (whole, parts, recomputed):
         run.train()
     for key in ("loss", "loss/caption", "loss/patch"):
-        assert losses(parts, key) == pytest.approx(losses(whole, key), rel=1e-5), key
-        assert losses(recomputed, key) == pytest.approx(losses(whole, key), rel=1e-6), key
+        assert logged(parts, key) == pytest.approx(logged(whole, key), rel=1e-5), key
+        assert logged(recomputed, key) == pytest.approx(logged(whole, key), rel=1e-6), key
     for key, weight in weights(whole).items():
         torch.testing.assert_close(weights(parts)[key], weight, rtol=1e-5, atol=1e-7)
 
@@ -190,7 +187,7 @@ def test_peft_trains_a_saved_projector_as_it_is_trained_without(tmp_path: Path) 
     runs = [trainer_of("internvl", tmp_path, model=one, **more) for one in (None, adapted)]
     for run in runs:
         run.train()
-    assert losses(runs[1], "loss/patch") == pytest.approx(losses(runs[0], "loss/patch"), rel=1e-5)
+    assert logged(runs[1], "loss/patch") == pytest.approx(logged(runs[0], "loss/patch"), rel=1e-5)
 
 
 def test_regions_without_caption_and_the_warm_up_do_not_run_the_llm(tmp_path: Path, monkeypatch: Any) -> None:
@@ -204,8 +201,8 @@ def test_regions_without_caption_and_the_warm_up_do_not_run_the_llm(tmp_path: Pa
     warm = [entry for entry in state["log_history"] if "loss" in entry]
     assert len(warm) == 8 and "loss/caption" not in warm[0] and warm[0]["loss"] == pytest.approx(warm[0]["loss/patch"])
     assert warm[-1]["loss"] < warm[0]["loss"] - 0.3
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) == 3 and logged[0]["loss/patch"] < warm[0]["loss"] - 0.3
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 3 and entries[0]["loss/patch"] < warm[0]["loss"] - 0.3
     trainer.compute_loss(trainer.model, expected_batch)
     expected = metrics_of(trainer)
     for layer in trainer.model.get_decoder().layers:
@@ -232,7 +229,7 @@ def test_a_warm_up_that_was_killed_resumes_exactly(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "whole" / place, tmp_path / "killed" / place)
     killed.train(resume_from_checkpoint=True)
     assert len(warm_losses("whole")) == 6 and warm_losses("killed") == warm_losses("whole")
-    assert losses(killed) == losses(whole) and len(losses(whole)) == 2
+    assert logged(killed) == logged(whole) and len(logged(whole)) == 2
     for one, other in zip(killed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -267,7 +264,7 @@ def test_an_empty_answer_in_a_conversation_is_no_caption(tmp_path: Path, monkeyp
     batch = trainer.data_collator([trainer.train_dataset[number] for number in range(4)])
     assert (batch["labels"] != -100).any(dim=1).tolist() == [True, False, True, True]
     trainer.train()
-    assert losses(trainer, "patch/regions") == [16]
+    assert logged(trainer, "patch/regions") == [16]
 
 
 def write_pad(path: Path, samples: list[dict[str, Any]], size: tuple[int, int] = SIZE) -> Path:
@@ -294,9 +291,9 @@ def test_a_pad_file_gives_what_a_column_gives(tmp_path: Path, monkeypatch: pytes
     joined = sft_trainer("smolvlm", tmp_path, rows=rows, regions=pad, beta=(5, 5), max_steps=2)
     column.train()
     joined.train()
-    assert losses(joined, "loss/patch")[0] == losses(column, "loss/patch")[0]
-    assert losses(joined, "patch/images_without_record") == [0, 1]
-    assert 0 < losses(joined, "patch/floor")[0] < 1 and len(losses(joined, "patch/floor")) == 1
+    assert logged(joined, "loss/patch")[0] == logged(column, "loss/patch")[0]
+    assert logged(joined, "patch/images_without_record") == [0, 1]
+    assert 0 < logged(joined, "patch/floor")[0] < 1 and len(logged(joined, "patch/floor")) == 1
     assert (tmp_path / "first_batch.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match=r"pad\.jsonl: found none of the 16 images of the data set, such as \['a'\]"):
         sft_trainer("smolvlm", tmp_path, rows=[row | {"image_id": "a"} for row in rows], regions=pad)
@@ -320,7 +317,7 @@ def test_subclasses_attach_by_a_mixin(tmp_path: Path) -> None:
     )
     attached.train()
     mixed.train()
-    assert losses(mixed) == losses(attached)
+    assert logged(mixed) == logged(attached)
     with pytest.raises(ValueError, match="already"):
         PatchAlignment().attach(mixed)
 

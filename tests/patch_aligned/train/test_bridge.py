@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
@@ -15,36 +14,21 @@ from llava.convert.to_hf import to_hf
 from llava.mm_utils import image_view_of, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from patch_aligned import PatchAlignment, train_projector_only
-from patch_aligned.masks import rle_of_mask
 from patch_aligned.train.arguments import PatchArguments
 from patch_aligned.train.plugin import PatchAlignedPlugin
+from tests.folders import set_config
+from tests.pads import record_of_quarters
 from tests.patch_aligned.train.world import arguments_of
 
 IMAGES = ("im0.png", "im1.png", "im2.png")  # square, wide, tall
-TAGS = ("water", "traffic light", "dog", "red boat")
-
-
-def write_pad() -> None:
-    records = []
-    for name in IMAGES:
-        width, height = Image.open(Path("images", name)).size
-        labels = []
-        for quarter, tag in enumerate(TAGS):
-            mask = np.zeros((height, width), dtype=bool)
-            top, left = height * (quarter // 2) // 2, width * (quarter % 2) // 2
-            mask[top : top + height // 2, left : left + width // 2] = True
-            labels.append({"tag": tag, "bbox": [0, 0, 1, 1], "rle_mask": rle_of_mask(mask)})
-        records.append({"image_id": name, "size": [width, height], "caption": "a lake", "labels": labels})
-    Path("pad.json").write_text(json.dumps(records))
 
 
 @pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
 def test_loss_and_gradients_are_those_of_the_plugin(aspect_ratio: str, golden_world: Path) -> None:
-    config = json.loads(Path("tiny-llava/config.json").read_text())
-    config |= {"conversation_version": "v1", "image_aspect_ratio": aspect_ratio}
-    Path("tiny-llava/config.json").write_text(json.dumps(config))
+    set_config("tiny-llava", conversation_version="v1", image_aspect_ratio=aspect_ratio)
     to_hf("tiny-llava", "hf", base=None)
-    write_pad()
+    records = [record_of_quarters(name, Image.open(Path("images", name)).size) for name in IMAGES]
+    Path("pad.json").write_text(json.dumps(records))
     images = [Image.open(Path("images", name)).convert("RGB") for name in IMAGES]
 
     tokenizer, ours, image_processor, _ = load_pretrained_model("tiny-llava", None, "tiny-llava", device="cpu")

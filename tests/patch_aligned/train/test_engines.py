@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +11,14 @@ import torch
 
 from tests.patch_aligned.train.attached_run import NAME, logged, settings
 from tests.patch_aligned.train.world import metrics_of, trainer_of
-
-ROOT = Path(__file__).parents[3]
+from tests.training import run_in_two_processes
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: Any) -> Path:
     pytest.importorskip("deepspeed", reason="deepspeed is part of the extra `train`")
     folder = tmp_path_factory.mktemp("engines")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        launcher = f"-m torch.distributed.run --nproc_per_node 2 --master_port {probe.getsockname()[1]}"
-    script = Path(__file__).with_name("attached_run.py")
-    finished = subprocess.run(
-        [sys.executable, *launcher.split(), str(script), str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    run_in_two_processes(str(Path(__file__).with_name("attached_run.py")), str(folder))
     return folder
 
 

@@ -6,9 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +18,7 @@ from transformers.integrations import WandbCallback
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models
 from patch_aligned.intervals import Resampling
 from patch_aligned.train.watch import COLUMNS, PAGE, AlignmentWatch
+from tests.training import run_in_two_processes
 
 IMAGES = [f"im{number}.png" for number in range(6)]
 WATCH = "--eval_align_steps 2 --patch_picture_steps 3 --eval_align_images 2"
@@ -131,19 +129,8 @@ def test_two_processes_measure_as_one_and_the_first_draws(
     flags = f"{WATCH} --max_steps 3 --save_strategy steps --save_steps 3 --mm_projector_type mlp2x_gelu"
     start = "--pretrain_mm_mlp_adapter train_init/mm_projector.bin"
     one, _ = run_stage_1(IMAGES, f"{flags} {start} --per_device_train_batch_size 4")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        launcher = f"-m torch.distributed.run --nproc_per_node 2 --master_port {probe.getsockname()[1]}"
     words = patch_flags(IMAGES, f"{flags} {start} --ddp_backend gloo --output_dir two")
-    finished = subprocess.run(
-        [sys.executable, *launcher.split(), "-m", "patch_aligned.train_mem", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    run_in_two_processes("-m", "patch_aligned.train_mem", *words)
     logged = figures(json.loads(Path("two/checkpoint-3/trainer_state.json").read_text())["log_history"])
     expected = figures(one.state.log_history)
     assert list(logged) == list(expected) == [0, 2, 3]

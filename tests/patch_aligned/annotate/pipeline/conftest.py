@@ -91,10 +91,9 @@ def annotate_arguments(models: ModelOptions, scenes: Path) -> Callable[[Path], l
     ]  # fmt: skip
 
 
-@pytest.fixture
-def deciding_files() -> Callable[[Path], dict[str, bytes]]:
+def deciding_files(output: Path) -> dict[str, bytes]:
     """Content of all files of a run's folder but its record and logs, by path."""
-    return lambda output: {
+    return {
         str(path.relative_to(output)): path.read_bytes()
         for path in sorted(output.rglob("*"))
         if path.is_file() and path.parent.name != "logs" and path.name != "run.json"

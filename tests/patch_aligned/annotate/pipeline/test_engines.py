@@ -27,6 +27,7 @@ from patch_aligned.annotate.pipeline import Stages
 from patch_aligned.annotate.run import AnnotationJob, Rank, rank_of, run_with_ray
 from patch_aligned.annotate.stages import build_stages
 from patch_aligned.cli import app
+from tests.patch_aligned.annotate.pipeline.conftest import deciding_files
 
 ROOT = Path(__file__).parents[4]
 PATIENCE_SECONDS = 300
@@ -68,7 +69,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
-    start: Start, annotate_arguments: Arguments, finished_run: Path, tmp_path: Path, deciding_files: Files
+    start: Start, annotate_arguments: Arguments, finished_run: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     process = start(annotate_arguments(output))
@@ -100,7 +101,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
 
 
 def test_two_processes_give_what_one_gives(
-    start: Start, annotate_arguments: Arguments, finished_run: Path, tmp_path: Path, deciding_files: Files
+    start: Start, annotate_arguments: Arguments, finished_run: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     arguments = [*annotate_arguments(output), "--engine", "torchrun"]
@@ -129,7 +130,6 @@ def test_rays_actors_give_what_one_process_gives(
     scenes: Path,
     finished_run: Path,
     tmp_path: Path,
-    deciding_files: Files,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ray = pytest.importorskip("ray", reason="ray is part of the extra `annotate`")
@@ -278,7 +278,7 @@ def test_every_shard_has_one_owner() -> None:
 
 
 def test_another_call_into_the_same_folder_is_refused_with_what_differs(
-    annotate_arguments: Arguments, finished_run: Path, deciding_files: Files
+    annotate_arguments: Arguments, finished_run: Path
 ) -> None:
     before = deciding_files(finished_run)
     changed = [*annotate_arguments(finished_run), "--nms_iou", "0.6", "--resample", "bicubic"]
@@ -289,9 +289,7 @@ def test_another_call_into_the_same_folder_is_refused_with_what_differs(
     assert deciding_files(finished_run) == before
 
 
-def test_the_first_process_records_the_run(
-    annotate_arguments: Arguments, finished_run: Path, deciding_files: Files, tmp_path: Path
-) -> None:
+def test_the_first_process_records_the_run(annotate_arguments: Arguments, finished_run: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished_run, output)
     RunFolder(output).shard_path(2).unlink()

@@ -25,6 +25,7 @@ from patch_aligned.cli import app
 from patch_aligned.pad import read_annotations
 from playground.mini.annotation_models import write_sam3
 from playground.mini.replay import app as replay
+from tests.patch_aligned.annotate.pipeline.conftest import deciding_files
 
 pytest.importorskip("torchvision", reason="torchvision is part of the extra `annotate`")
 
@@ -109,8 +110,7 @@ def test_settings_name_the_source_of_phrases_and_the_model(run: Path) -> None:
 
 
 def test_a_run_that_was_killed_and_torn_gives_the_same_bytes(
-    arguments: Callable[..., list[str]], run: Path, tmp_path: Path, deciding_files: Files,
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: Callable[..., list[str]], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     output, write = tmp_path / "run", RunFolder.write_shard
 
