@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from eval.plan import (
 )
 from eval.scores import UnscoredError
 from patch_aligned.files import checkpoint_sha256
+from tests.answering import json_server, saying
 from tests.folders import set_config
 
 needs_lmms_eval = pytest.mark.skipif(
@@ -37,63 +35,34 @@ needs_lmms_eval = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def judge_that_says() -> Iterator[Callable[[int, Any], str]]:
-    """Starts a judge on this machine, which gives one answer; returns its address."""
-    servers = []
-
-    def start(status: int, document: Any) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(json.dumps(document).encode())
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        server = HTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def says(content: str) -> dict[str, Any]:
-    return {"choices": [{"message": {"content": content}}]}
-
-
-def test_a_judge_that_answers_is_taken(judge_that_says: Callable[[int, Any], str], monkeypatch: Any) -> None:
+def test_a_judge_that_answers_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("API_TYPE", "LLM_JUDGE_URL", "MODEL_VERSION"):
         monkeypatch.setenv(name, "")  # so that what is set below is undone
-    set_judge(judge_that_says(200, says("1")), "local-judge")
-    judge = read_judge()
-    assert (judge.type, judge.model) == ("local", "local-judge")
-    check_judge(judge)
+    with json_server(lambda *_: (200, saying("1"))) as address:
+        set_judge(f"{address}/v1/chat/completions", "local-judge")
+        judge = read_judge()
+        assert (judge.type, judge.model) == ("local", "local-judge")
+        check_judge(judge)
 
 
 @pytest.mark.parametrize(
     ("status", "document", "said"),
     [
         (401, {"error": "bad key"}, r"refused: HTTP 401 .*bad key"),
-        (200, says(""), "gives an empty answer"),
-        (200, says("<think> One."), "found '<think> One.', expected a mark from 0 to 1 at the beginning"),
-        (200, says("10"), "found '10', expected a mark from 0 to 1"),
-        (200, says("nan"), "found 'nan', expected a mark from 0 to 1"),
-        (200, says("0.1"), "gave 0.1 to an answer that is right"),
+        (200, saying(""), "gives an empty answer"),
+        (200, saying("<think> One."), "found '<think> One.', expected a mark from 0 to 1 at the beginning"),
+        (200, saying("10"), "found '10', expected a mark from 0 to 1"),
+        (200, saying("nan"), "found 'nan', expected a mark from 0 to 1"),
+        (200, saying("0.1"), "gave 0.1 to an answer that is right"),
         (200, {"unexpected": 1}, "no judge m answers at"),
     ],
 )
-def test_a_judge_that_cannot_judge_is_said(
-    judge_that_says: Callable[[int, Any], str], status: int, document: Any, said: str
-) -> None:
-    with pytest.raises(ValueError, match=f"{said}.*next: .*--judge-url"):
-        check_judge(Judge("local", "m", judge_that_says(status, document)))
+def test_a_judge_that_cannot_judge_is_said(status: int, document: Any, said: str) -> None:
+    with (
+        json_server(lambda *_: (status, document)) as address,
+        pytest.raises(ValueError, match=f"{said}.*next: .*--judge-url"),
+    ):
+        check_judge(Judge("local", "m", f"{address}/v1/chat/completions"))
 
 
 def test_no_judge_and_no_key_are_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from eval.benchmarks import BENCHMARKS, Benchmark, HubData, LocalData
 from eval.hub import Lock
 from eval.judge import QUESTION
 from patch_aligned.results.run import read_run, read_samples
+from tests.answering import json_server, saying
 from tests.eval.conftest import write_picture_task
 from tests.eval.two_processes import EchoingAdapter
 from tests.training import free_port
@@ -234,23 +233,6 @@ def test_shipped_tasks_read_the_pinned_files_and_score_them(hub: Callable[..., N
     assert [row["image"] for row in answered] == ["1.jpg", "2.jpg"]
 
 
-class Judge(BaseHTTPRequestHandler):
-    """Says 1 when it is greeted, then what `marks` says of each answer."""
-
-    marks = "0.5"
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
-        said = "1" if asked == QUESTION else self.marks
-        self.send_response(200)
-        self.end_headers()
-        document = {"model": "local-judge", "choices": [{"message": {"content": said}}]}
-        self.wfile.write(json.dumps(document).encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 def test_a_judge_marks_the_answers_and_its_silence_is_no_zero(
     hub: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,26 +240,23 @@ def test_a_judge_marks_the_answers_and_its_silence_is_no_zero(
         monkeypatch.setenv(name, "")  # so that what the flags set is undone
     mmvet = BENCHMARKS["mmvet"]
     hub(mmvet.data, question_id=["v1_0", "v1_1"], question=["What?"] * 2, answer=["dog"] * 2, capability=["rec"] * 2)
-    server = HTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
-    flags = ["--benchmarks", "mmvet", "--max-new-tokens", "4", "--judge-url", url, "--judge-model", "local-judge"]
-    try:
-        monkeypatch.setattr(Judge, "marks", "")
-        assert evaluate(*flags) == 2
-        assert "mmvet: the judge did not score 2 of 2 rows" in capsys.readouterr().err
-        assert not Path("out/mmvet/result.json").exists()
-        for no_mark in ("7", "Half right"):  # of these the shipped scorer asks for ever, or makes a 0
-            monkeypatch.setattr(Judge, "marks", no_mark)
+    marks = ["", "7", "Half right", "0.5"]  # of the middle two the shipped scorer asks for ever, or makes a 0
+
+    def judge(path: str, headers: Any, asked: Any) -> tuple[int, Any]:
+        """Says 1 when it is greeted, then the first mark of each answer."""
+        return 200, saying("1" if asked["messages"][0]["content"] == QUESTION else marks[0])
+
+    with json_server(judge) as address:
+        url = f"{address}/v1/chat/completions"
+        flags = ["--benchmarks", "mmvet", "--max-new-tokens", "4", "--judge-url", url, "--judge-model", "local-judge"]
+        while len(marks) > 1:
             assert evaluate(*flags) == 2
             assert "mmvet: the judge did not score 2 of 2 rows" in capsys.readouterr().err
-        monkeypatch.setattr(Judge, "marks", "0.5")
+            assert not Path("out/mmvet/result.json").exists()
+            del marks[0]
         assert evaluate(*flags) == 0
         assert evaluate(*flags, "--judge-model", "stricter") == 2
         assert "out/mmvet: holds a run with another settings.judge" in capsys.readouterr().err
-    finally:
-        server.shutdown()
-        server.server_close()
     result = read_run(Path("out/mmvet"))
     assert result.settings.judge == {"type": "local", "model": "local-judge", "url": url}
     assert (result.settings.temperature, result.scores["gpt_eval_score"].value) == (0, 50)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from patch_aligned.annotate.manifest import list_images
 from patch_aligned.files import validated, written_whole
 from patch_aligned.images import UnreadableImageError, decode_image
 from patch_aligned.record_files import write_records
@@ -78,25 +77,6 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
     for path in (tmp_path / "a.png", Path("/dev/zero")):
         with pytest.raises(UnreadableImageError, match="pipe or device"):
             decode_image(path)
-
-
-def test_folders_are_searched_for_what_can_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("b/a.png", "c.JPE", "d.pgm", "e.jp2", "f.heic", "g.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    os.mkfifo(tmp_path / "h.png")
-    (tmp_path / "linked").symlink_to(tmp_path / "b")
-    entries, _ = list_images(tmp_path)
-    assert [entry.image_id for entry in entries] == ["b/a.png", "c.JPE", "d.pgm", "e.jp2", "linked/a.png"]
-    assert "3 files" in caplog.text and "1 .heic" in caplog.text
-
-
-def test_links_that_lead_to_each_other_are_named(tmp_path: Path) -> None:
-    for name, other in (("a", "b"), ("b", "a")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "next").symlink_to(tmp_path / other)
-    with pytest.raises(ValueError, match="a link that leads back to"):
-        list_images(tmp_path)
 
 
 class Point(BaseModel):

@@ -8,15 +8,7 @@ import numpy as np
 from PIL import ImageColor
 
 from playground.mini.backgrounds import BACKGROUND_LABELS
-from playground.mini.sprites import (
-    HELD_OUT,
-    SHEET,
-    TINTS,
-    held_out_names,
-    load_sprites,
-    names_by_kind,
-    sprite_picture,
-)
+from playground.mini.sprites import HELD_OUT, SHEET, TINTS, held_out_names, load_sprites, names_by_kind, sprite_picture
 
 
 def test_there_are_enough_names_and_some_have_several_tokens() -> None:

@@ -201,11 +201,7 @@ def test_a_second_run_on_a_machine_can_have_a_port_of_its_own(variables: dict[st
         ("finetune", {"NUM_GPUS": "0"}, ["NUM_GPUS=0"]),
         ("finetune", {"NUM_GPUS": "abc"}, ["NUM_GPUS=abc"]),
         ("finetune", {"NUM_GPUS": "2", "GLOBAL_BATCH_SIZE": "-8"}, ["GLOBAL_BATCH_SIZE=-8"]),
-        (
-            "finetune",
-            {"NUM_GPUS": "1", "PER_DEVICE_TRAIN_BATCH_SIZE": "0"},
-            ["PER_DEVICE_TRAIN_BATCH_SIZE=0"],
-        ),
+        ("finetune", {"NUM_GPUS": "1", "PER_DEVICE_TRAIN_BATCH_SIZE": "0"}, ["PER_DEVICE_TRAIN_BATCH_SIZE=0"]),
         ("finetune", {"NNODES": "none"}, ["NNODES=none"]),
         ("finetune", {"NUM_GPUS": "1", "MODEL_NAME_OR_PATH": "Qwen/Qwen2.5-7B-Instruct"}, ["VERSION", "OUTPUT_DIR"]),
     ],

@@ -11,16 +11,7 @@ from typing import Any
 
 import pytest
 
-from eval.captions.metrics import (
-    BLEU,
-    CIDER,
-    METEOR,
-    ROUGE_L,
-    SPICE,
-    CaptionScores,
-    score_captions,
-    tokenize,
-)
+from eval.captions.metrics import BLEU, CIDER, METEOR, ROUGE_L, SPICE, CaptionScores, score_captions, tokenize
 
 pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is part of the extra `eval`")
 

@@ -8,13 +8,7 @@ from typing import Any
 
 import pytest
 
-from eval.captions.references import (
-    CAPTION_SETS,
-    CaptionedImage,
-    choose_set,
-    image_files,
-    read_references,
-)
+from eval.captions.references import CAPTION_SETS, CaptionedImage, choose_set, image_files, read_references
 from patch_aligned.record_files import RecordFileError
 
 TWO = (CaptionedImage("9", "val/9.jpg", ("A dog.", "One dog.")), CaptionedImage("4", "val/4.jpg", ("Cats.",)))

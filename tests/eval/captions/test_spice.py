@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,15 +37,25 @@ def jars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_scores_come_back_in_the_order_of_the_images(
+@pytest.fixture
+def run_spice(
     jars: Path, tmp_path: Path, fake_java: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_java("F_SCORES = [0.5, 0.25, 0.0]" + SCORES_BACKWARDS)
-    monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
-    setup = find_spice(jars, None)
-    assert isinstance(setup, SpiceSetup)
-    assert score_spice(EXPECTED, FOUND, setup) == [0.5, 0.25, 0.0]
-    seen = json.loads((tmp_path / "seen.json").read_text())
+) -> Callable[..., Any]:
+    """Scores by a stand-in for Java, with these F scores by image; returns the result, and what Java was given."""
+
+    def run(f_scores: str, version: str = "11.0.2") -> tuple[Any, Any]:
+        fake_java(f"F_SCORES = {f_scores}" + SCORES_BACKWARDS, version=version)
+        monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
+        setup = find_spice(jars, None)
+        assert isinstance(setup, SpiceSetup)
+        return score_spice(EXPECTED, FOUND, setup), json.loads((tmp_path / "seen.json").read_text())
+
+    return run
+
+
+def test_scores_come_back_in_the_order_of_the_images(run_spice: Callable[..., Any]) -> None:
+    scores, seen = run_spice("[0.5, 0.25, 0.0]")
+    assert scores == [0.5, 0.25, 0.0]
     assert seen["rows"] == [
         {"image_id": 0, "test": "a dog", "refs": ["a dog", "one dog"]},
         {"image_id": 1, "test": "a cat", "refs": ["two cats"]},
@@ -53,14 +64,9 @@ def test_scores_come_back_in_the_order_of_the_images(
 
 
 def test_java_gets_both_sets_of_jars_and_writes_to_a_folder_that_goes_again(
-    jars: Path, tmp_path: Path, fake_java: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    jars: Path, run_spice: Callable[..., Any]
 ) -> None:
-    fake_java("F_SCORES = [1, 1, 1]" + SCORES_BACKWARDS)
-    monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
-    setup = find_spice(jars, None)
-    assert isinstance(setup, SpiceSetup)
-    score_spice(EXPECTED, FOUND, setup)
-    seen = json.loads((tmp_path / "seen.json").read_text())
+    _, seen = run_spice("[1, 1, 1]")
     arguments, folder = seen["arguments"], Path(seen["folder"])
     class_path = arguments[arguments.index("-cp") + 1].split(":")
     assert Path(class_path[0]).name == "spice-1.0.jar" and Path(class_path[0]).is_file()
@@ -72,16 +78,13 @@ def test_java_gets_both_sets_of_jars_and_writes_to_a_folder_that_goes_again(
     assert not folder.exists()
 
 
-def test_java_8_knows_no_modules_to_open(
-    jars: Path, tmp_path: Path, fake_java: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_java("F_SCORES = [1, 1, 1]" + SCORES_BACKWARDS, version="1.8.0_392")
-    monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
-    setup = find_spice(jars, None)
-    assert isinstance(setup, SpiceSetup)
-    score_spice(EXPECTED, FOUND, setup)
-    arguments = json.loads((tmp_path / "seen.json").read_text())["arguments"]
-    assert not [argument for argument in arguments if argument.startswith("--add-opens")]
+def test_java_8_knows_no_modules_to_open(run_spice: Callable[..., Any]) -> None:
+    _, seen = run_spice("[1, 1, 1]", version="1.8.0_392")
+    assert not [argument for argument in seen["arguments"] if argument.startswith("--add-opens")]
+
+
+def test_an_image_without_a_number_leaves_a_reason_and_no_mean_over_the_rest(run_spice: Callable[..., Any]) -> None:
+    assert run_spice("[1, None, float('nan')]")[0] == "gave no number for 2 of 3 images"
 
 
 def test_a_run_that_fails_leaves_a_reason_and_no_zero(jars: Path, fake_java: Callable[..., Path]) -> None:
@@ -94,16 +97,6 @@ def test_a_run_that_fails_leaves_a_reason_and_no_zero(jars: Path, fake_java: Cal
         "its Java process ended with status 1 and no result: "
         'Exception in thread "main" java.lang.NoClassDefFoundError: edu/stanford/nlp'
     )
-
-
-def test_an_image_without_a_number_leaves_a_reason_and_no_mean_over_the_rest(
-    jars: Path, tmp_path: Path, fake_java: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_java("F_SCORES = [1, None, float('nan')]" + SCORES_BACKWARDS)
-    monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
-    setup = find_spice(jars, None)
-    assert isinstance(setup, SpiceSetup)
-    assert score_spice(EXPECTED, FOUND, setup) == "gave no number for 2 of 3 images"
 
 
 def test_without_jars_spice_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,7 @@ def test_chance_the_best_constant_and_the_question_alone() -> None:
         {"question": "Colour of the tree?", "answer": "green"},
         {"question": "Colour of the boat?", "answer": "red"},
     ]
-    training = [
-        ("Colour of the car?", "blue"),
-        ("Colour of the tree?", "green"),
-        ("Colour of the leaf?", "green"),
-    ]
+    training = [("Colour of the car?", "blue"), ("Colour of the tree?", "green"), ("Colour of the leaf?", "green")]
     # Always "red" is right twice. By the question: blue, blue, green, and for the boat, never asked about, green.
     assert short_answer_baselines("colour", rows, training) == Baselines(1 / 3, 0.5, 0.5)
 
@@ -40,10 +36,7 @@ def test_the_constant_box_is_the_mean_one_read_in_the_padded_square() -> None:
 def test_the_table_is_in_per_cent() -> None:
     table = as_table({"colour": (60, Baselines(1 / 3, 0.5, 1.0)), "rec": (80, Baselines(None, 0.025, None))})
     lines = table.markdown().splitlines()
-    assert lines[2:] == [
-        "| mini_colour | 60 | 33.3 | 50.0 | 100.0 |",
-        "| mini_rec | 80 | – | 2.5 | – |",
-    ]
+    assert lines[2:] == ["| mini_colour | 60 | 33.3 | 50.0 | 100.0 |", "| mini_rec | 80 | – | 2.5 | – |"]
 
 
 def test_what_is_missing_is_named_with_the_next_command(tmp_path: Path) -> None:

@@ -9,10 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava.conversation import conv_templates
 from llava.convert.to_hf import to_hf

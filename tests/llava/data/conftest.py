@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,15 +48,3 @@ def data_args() -> SimpleNamespace:
         mm_use_im_start_end=False,
         lazy_preprocess=True,
     )
-
-
-@pytest.fixture
-def write_data(tmp_path: Path) -> Callable[[Any], Path]:
-    """Writes records as a JSON array and returns the file."""
-
-    def write(records: Any) -> Path:
-        path = tmp_path / "data.json"
-        path.write_text(json.dumps(records))
-        return path
-
-    return write

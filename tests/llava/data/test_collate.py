@@ -50,10 +50,7 @@ def test_images_come_in_the_order_of_their_places(collator: DataCollatorForSuper
             sample("a", [1, IMAGE_TOKEN_INDEX, 5], image=image(1), image_size=(4, 3)),
             sample("text", [1, 5]),
             sample(
-                "two",
-                [IMAGE_TOKEN_INDEX, IMAGE_TOKEN_INDEX],
-                image=[image(2), image(3)],
-                image_size=[(5, 5), (6, 6)],
+                "two", [IMAGE_TOKEN_INDEX, IMAGE_TOKEN_INDEX], image=[image(2), image(3)], image_size=[(5, 5), (6, 6)]
             ),
         ]
     )

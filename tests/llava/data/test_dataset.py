@@ -34,10 +34,17 @@ def processor(golden_world: Path) -> Any:
 
 
 @pytest.fixture
-def make_dataset(tokenizer: Any, data_args: SimpleNamespace, processor: Any) -> Callable[..., LazySupervisedDataset]:
-    def make(path: Any, **keywords: Any) -> LazySupervisedDataset:
+def make_dataset(
+    tokenizer: Any, data_args: SimpleNamespace, processor: Any, tmp_path: Path
+) -> Callable[..., LazySupervisedDataset]:
+    """Makes the dataset of a file, or of records, which go to `data.json`."""
+
+    def make(data: Any, **keywords: Any) -> LazySupervisedDataset:
+        if isinstance(data, list):
+            (tmp_path / "data.json").write_text(json.dumps(data))
+            data = tmp_path / "data.json"
         arguments = {"conversation": conv_templates["v1"], "image_processor": processor} | keywords
-        return LazySupervisedDataset(path, tokenizer, data_args, **arguments)
+        return LazySupervisedDataset(data, tokenizer, data_args, **arguments)
 
     return make
 
@@ -110,14 +117,14 @@ def test_lengths_count_words_and_tell_images_by_sign(make_dataset: Callable[...,
 
 
 def test_a_plugin_sees_the_whole_record_and_the_view(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], data_args: SimpleNamespace
+    make_dataset: Callable[..., Any], data_args: SimpleNamespace
 ) -> None:
     """An annotated image alone is enough: caption and regions."""
     data_args.image_aspect_ratio = "square"
     annotated = {"image_id": "im1.png", "size": [80, 40], "caption": "a boat", "labels": [{"tag": "boat"}]}
     plugin = Recording()
-    path = write_data([annotated])
-    dataset = make_dataset(path, plugin=plugin, grid=GRID, conversation=conv_templates["plain"])
+    records = [annotated]
+    dataset = make_dataset(records, plugin=plugin, grid=GRID, conversation=conv_templates["plain"])
     sample = dataset[0]
     seen, view = plugin.seen
     assert annotated.items() <= seen.items()
@@ -142,14 +149,14 @@ def test_rows_without_image_have_no_extras(
     assert batch["images"].shape[0] == 1
 
 
-def test_several_images_of_a_record(make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]) -> None:
+def test_several_images_of_a_record(make_dataset: Callable[..., Any]) -> None:
     several = record(image=["im1.png", "im2.png"], text="<image> and <image>?")
-    sample = make_dataset(write_data([several]))[0]
+    sample = make_dataset([several])[0]
     assert sample["input_ids"].tolist().count(IMAGE_TOKEN_INDEX) == 2
     assert [image.shape for image in sample["image"]] == [(3, 56, 56)] * 2
     assert sample["image_size"] == [(80, 40), (37, 91)]
     with pytest.raises(RecordError, match="found 2 images, expected one with a plugin"):
-        make_dataset(write_data([several]), plugin=Recording(), grid=GRID)[0]
+        make_dataset([several], plugin=Recording(), grid=GRID)[0]
 
 
 def test_workers_give_the_same_samples(make_dataset: Callable[..., Any]) -> None:
@@ -161,26 +168,22 @@ def test_workers_give_the_same_samples(make_dataset: Callable[..., Any]) -> None
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "a/../../secret.png"])
-def test_paths_cannot_leave_the_image_folder(
-    name: str, make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
-) -> None:
-    path = write_data([record("r1", image=name)])
+def test_paths_cannot_leave_the_image_folder(name: str, make_dataset: Callable[..., Any]) -> None:
+    records = [record("r1", image=name)]
     with pytest.raises(RecordError, match=r"data.json, record 0 \(id 'r1'\), field image.*expected a path inside"):
-        make_dataset(path)[0]
+        make_dataset(records)[0]
 
 
-def test_an_absolute_path_inside_the_folder_is_read(make_dataset: Callable[..., Any], write_data: Any) -> None:
-    dataset = make_dataset(write_data([record(image=str(Path("images/im1.png").absolute()))]))
-    torch.testing.assert_close(dataset[0]["image"], make_dataset(write_data([record()]))[0]["image"])
+def test_an_absolute_path_inside_the_folder_is_read(make_dataset: Callable[..., Any]) -> None:
+    dataset = make_dataset([record(image=str(Path("images/im1.png").absolute()))])
+    torch.testing.assert_close(dataset[0]["image"], make_dataset([record()])[0]["image"])
 
 
-def test_a_link_in_the_image_folder_is_followed(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], golden_world: Path
-) -> None:
+def test_a_link_in_the_image_folder_is_followed(make_dataset: Callable[..., Any], golden_world: Path) -> None:
     (golden_world / "elsewhere").mkdir()
     (golden_world / "images" / "im1.png").rename(golden_world / "elsewhere" / "im1.png")
     (golden_world / "images" / "coco").symlink_to(golden_world / "elsewhere")
-    assert make_dataset(write_data([record(image="coco/im1.png")]))[0]["image_size"] == (80, 40)
+    assert make_dataset([record(image="coco/im1.png")])[0]["image_size"] == (80, 40)
 
 
 def spoil(kind: str, folder: Path) -> None:
@@ -197,41 +200,39 @@ def spoil(kind: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "no image", "empty", "a folder"])
 def test_unreadable_images_are_named_or_skipped(
-    kind: str, make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], golden_world: Path, tokenizer: Any
+    kind: str, make_dataset: Callable[..., Any], golden_world: Path, tokenizer: Any
 ) -> None:
     spoil(kind, golden_world)
-    path = write_data([record("good"), record("bad", image="bad.png")])
+    records = [record("good"), record("bad", image="bad.png")]
     with pytest.raises(RecordError, match=r"(?s)record 1 \(id 'bad'\), field image: images/bad.png.*--on_error skip"):
-        make_dataset(path)[1]
-    sample = make_dataset(path, on_error="skip", output_dir="run")[1]
+        make_dataset(records)[1]
+    sample = make_dataset(records, on_error="skip", output_dir="run")[1]
     assert sample["sample_id"] == "bad" and "images/bad.png" in sample["skipped"] and "input_ids" not in sample
     (line,) = Path("run/skipped_samples.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == "bad"
 
 
-def test_records_are_checked_before_training_starts(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
-) -> None:
+def test_records_are_checked_before_training_starts(make_dataset: Callable[..., Any]) -> None:
     bad = [{"id": "no dialogue", "image": "im1.png"}, record("no mark", text="What?"), record("good"), "text"]
-    path = write_data(bad)
+    records = bad
     with pytest.raises(RecordError) as error:
-        make_dataset(path)
+        make_dataset(records)
     for part in ("3 of 4 records", "record 0 (id 'no dialogue')", "found 0 <image>, expected 1", "--on_error skip"):
         assert part in str(error.value)
-    dataset = make_dataset(path, on_error="skip", output_dir="run")
+    dataset = make_dataset(records, on_error="skip", output_dir="run")
     assert len(dataset) == 1 and dataset[0]["sample_id"] == "good"
     assert len(dataset.lengths) == len(dataset.modality_lengths) == 1
     listed = [json.loads(line)["id"] for line in Path("run/skipped_samples.jsonl").read_text().splitlines()]
     assert listed == ["no dialogue", "no mark", "record-3"]
     with pytest.raises(RecordError, match="none of 1 records can be trained on"):
-        make_dataset(write_data(["text"]), on_error="skip")
+        make_dataset(["text"], on_error="skip")
 
 
 def test_turns_that_do_not_fit_the_template_name_the_record(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], conversations: list[Any]
+    make_dataset: Callable[..., Any], conversations: list[Any]
 ) -> None:
     with pytest.raises(RecordError, match=r"record 0 \(id 'c3'\), field conversations: found 6 turns.*--version v1"):
-        make_dataset(write_data([conversations[3]]), conversation=conv_templates["plain"])
+        make_dataset([conversations[3]], conversation=conv_templates["plain"])
 
 
 QUESTION, ANSWER = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A boat."}
@@ -256,57 +257,51 @@ QUESTION, ANSWER = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt",
     ],
 )
 def test_what_cannot_be_trained_is_named_before_the_first_step(
-    changes: dict[str, Any], message: str, make_dataset: Callable[..., Any], write_data: Any, tokenizer: Any
+    changes: dict[str, Any], message: str, make_dataset: Callable[..., Any], tokenizer: Any
 ) -> None:
     tokenizer.model_max_length = 128
-    path = write_data([record("good"), record("bad") | changes])
+    records = [record("good"), record("bad") | changes]
     with pytest.raises(RecordError, match=rf"record 1 \(id 'bad'\).*{message}"):
-        make_dataset(path, visual_tokens_of=lambda size_wh: 16)
-    dataset = make_dataset(path, visual_tokens_of=lambda size_wh: 16, on_error="skip", output_dir="run")
+        make_dataset(records, visual_tokens_of=lambda size_wh: 16)
+    dataset = make_dataset(records, visual_tokens_of=lambda size_wh: 16, on_error="skip", output_dir="run")
     samples = [dataset[index] for index in range(len(dataset))]  # what breaks the format is no sample at all
     assert ["skipped" in sample for sample in samples] in ([False], [False, True])
     assert "bad" in Path("run/skipped_samples.jsonl").read_text()
 
 
 def test_only_the_first_rank_of_a_machine_looks_for_files(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
+    make_dataset: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_data([record("bad") | {"image": "none.png"}])
+    records = [record("bad") | {"image": "none.png"}]
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert len(make_dataset(path)) == 1
+    assert len(make_dataset(records)) == 1
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(RecordError, match=r"none\.png"):
-        make_dataset(path)
+        make_dataset(records)
 
 
-def test_a_text_that_leaves_no_room_for_its_image_is_skipped(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], tokenizer: Any
-) -> None:
+def test_a_text_that_leaves_no_room_for_its_image_is_skipped(make_dataset: Callable[..., Any], tokenizer: Any) -> None:
     tokenizer.model_max_length = 128
     long = record("long", image=["im1.png"] * 2, text="<image>" + "word " * 120 + "<image>")
-    dataset = make_dataset(write_data([long, record("good")]), visual_tokens_of=lambda size: 16, on_error="skip")
+    dataset = make_dataset([long, record("good")], visual_tokens_of=lambda size: 16, on_error="skip")
     assert ["skipped" in dataset[index] for index in range(2)] == [True, False]
 
 
-def test_a_line_of_pixels_is_skipped(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], data_args: SimpleNamespace
-) -> None:
+def test_a_line_of_pixels_is_skipped(make_dataset: Callable[..., Any], data_args: SimpleNamespace) -> None:
     Image.new("RGB", (60000, 2)).save("images/line.png")
     data_args.image_aspect_ratio = "pad"
-    dataset = make_dataset(write_data([record("bad", image="line.png")]), on_error="skip")
+    dataset = make_dataset([record("bad", image="line.png")], on_error="skip")
     assert "60000 x 2" in dataset[0]["skipped"]
 
 
-def test_a_sample_id_may_hold_half_a_character(make_dataset: Callable[..., Any], write_data: Any) -> None:
-    assert make_dataset(write_data([record("r \ud83d")]))[0]["sample_id"] == "r \\ud83d"
+def test_a_sample_id_may_hold_half_a_character(make_dataset: Callable[..., Any]) -> None:
+    assert make_dataset([record("r \ud83d")])[0]["sample_id"] == "r \\ud83d"
 
 
-def test_an_empty_answer_is_left_to_the_count_of_supervised_tokens(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
-) -> None:
+def test_an_empty_answer_is_left_to_the_count_of_supervised_tokens(make_dataset: Callable[..., Any]) -> None:
     empty = record()
     empty["conversations"][1]["value"] = ""
-    assert set(make_dataset(write_data([empty]))[0]["labels"].tolist()) == {IGNORE_INDEX}
+    assert set(make_dataset([empty])[0]["labels"].tolist()) == {IGNORE_INDEX}
 
 
 @pytest.mark.parametrize(
@@ -325,16 +320,14 @@ def test_arguments_that_do_not_go_together(
 
 
 def test_a_tiled_image_comes_with_the_view_of_its_base_tile(
-    make_dataset: Callable[..., Any], data_args: SimpleNamespace, write_data: Callable[[Any], Path]
+    make_dataset: Callable[..., Any], data_args: SimpleNamespace
 ) -> None:
     data_args.image_aspect_ratio, data_args.image_grid_pinpoints = "anyres", "[[56, 112], [112, 56], [112, 112]]"
     plugin = Recording()
-    [wide, square] = make_dataset(
-        write_data([record("wide"), record("square", "im0.png")]), plugin=plugin, grid=GRID, seen_side=56
-    )
+    [wide, square] = make_dataset([record("wide"), record("square", "im0.png")], plugin=plugin, grid=GRID, seen_side=56)
     assert wide["image"].shape == (3, 3, 56, 56) and wide["image_size"] == (80, 40)  # the whole image, and two tiles
     assert square["image"].shape == (3, 3, 56, 56)
-    wide_view = make_dataset(write_data([record()]), plugin=plugin, grid=GRID)[0] and plugin.seen[1]
+    wide_view = make_dataset([record()], plugin=plugin, grid=GRID)[0] and plugin.seen[1]
     assert wide_view == ImageView((80, 40), "squeeze", 56, 56, 56, GRID)
 
 
@@ -349,36 +342,30 @@ def test_a_missing_data_path_names_the_flag(tokenizer: Any) -> None:
         make_supervised_data_module(tokenizer, SimpleNamespace(data_path=None))
 
 
-def test_images_under_the_key_of_other_trainers_are_read(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
-) -> None:
+def test_images_under_the_key_of_other_trainers_are_read(make_dataset: Callable[..., Any]) -> None:
     ours, theirs = record("a"), record("b")
     theirs["images"] = [theirs.pop("image")]
-    first, second = make_dataset(write_data([ours, theirs]))
+    first, second = make_dataset([ours, theirs])
     assert first["image"].equal(second["image"]) and first["input_ids"].equal(second["input_ids"])
 
 
 @pytest.mark.parametrize("place", ["image_path", "the turn", "images"])
-def test_a_file_whose_images_are_not_seen_is_refused(
-    place: str, make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
-) -> None:
+def test_a_file_whose_images_are_not_seen_is_refused(place: str, make_dataset: Callable[..., Any]) -> None:
     blind = record("blind", text="What is there?")
     path = blind.pop("image")
     (blind["conversations"][0] if place == "the turn" else blind)[place.replace("the turn", "image")] = (
         [path] if place == "images" else path
     )
     with pytest.raises(ValueError, match="image"):
-        make_dataset(write_data([blind]))
-    assert len(make_dataset(write_data([blind, record("seen")]), on_error="skip")) == (1 if place == "images" else 2)
+        make_dataset([blind])
+    assert len(make_dataset([blind, record("seen")], on_error="skip")) == (1 if place == "images" else 2)
 
 
-def test_broken_records_stop_a_run_above_the_limit(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
-) -> None:
+def test_broken_records_stop_a_run_above_the_limit(make_dataset: Callable[..., Any]) -> None:
     bad = [record(f"bad-{number}", text="no mark") for number in range(11)]
-    assert len(make_dataset(write_data([record("good"), *bad[:10]]), on_error="skip")) == 1
+    assert len(make_dataset([record("good"), *bad[:10]], on_error="skip")) == 1
     with pytest.raises(RecordError, match="11 of 12"):
-        make_dataset(write_data([record("good"), *bad]), on_error="skip")
+        make_dataset([record("good"), *bad], on_error="skip")
 
 
 class Supervising(Recording):
@@ -396,15 +383,13 @@ def bare(image: Any, **keys: Any) -> dict[str, Any]:
 
 
 def test_images_without_text_are_samples_where_a_plugin_supervises_them(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], data_args: SimpleNamespace
+    make_dataset: Callable[..., Any], data_args: SimpleNamespace
 ) -> None:
     unanswered = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}]
     annotated = {"image_id": "im3.png", "size": [1, 1], "caption": "", "labels": []}
     data_args.on_error = "skip"
-    path = write_data(
-        [record(), bare("im1.png"), bare("im2.png"), bare("im2.png", conversations=unanswered), annotated]
-    )
-    dataset = make_dataset(path, plugin=Supervising("im1.png", "im3.png"), grid=GRID)
+    records = [record(), bare("im1.png"), bare("im2.png"), bare("im2.png", conversations=unanswered), annotated]
+    dataset = make_dataset(records, plugin=Supervising("im1.png", "im3.png"), grid=GRID)
     assert dataset.rows.tolist() == [0, 1, 3, 4]  # the others of im2.png stay what they were: a problem, a sample
     assert dataset.is_auxiliary.tolist() == [False, True, False, True]
     sample = dataset[1]
@@ -416,24 +401,20 @@ def test_images_without_text_are_samples_where_a_plugin_supervises_them(
     assert images.rows.tolist() == [0, 1, 4] and all(images.is_auxiliary)
     assert images[0]["auxiliary_only"] and images[0]["sample_id"] == "r"
     assert not dataset.is_auxiliary[0]
-    assert make_dataset(path).rows.tolist() == [0, 3, 4]  # without a plugin
+    assert make_dataset(records).rows.tolist() == [0, 3, 4]  # without a plugin
 
 
-def test_an_image_without_text_that_no_plugin_supervises_is_refused(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path]
-) -> None:
-    path = write_data([record(), bare("im1.png")])
+def test_an_image_without_text_that_no_plugin_supervises_is_refused(make_dataset: Callable[..., Any]) -> None:
+    records = [record(), bare("im1.png")]
     for plugin in (None, Supervising("im2.png")):
         with pytest.raises(RecordError, match=r"'bare im1\.png'\), field conversations"):
-            make_dataset(path, plugin=plugin, grid=GRID)
+            make_dataset(records, plugin=plugin, grid=GRID)
 
 
-def test_a_batch_is_of_one_kind(
-    make_dataset: Callable[..., Any], write_data: Callable[[Any], Path], tokenizer: Any
-) -> None:
+def test_a_batch_is_of_one_kind(make_dataset: Callable[..., Any], tokenizer: Any) -> None:
     plugin = Supervising("im1.png", "none.png")
-    path = write_data([record(), bare("im1.png"), bare("none.png")])
-    dataset = make_dataset(path, plugin=plugin, grid=GRID, on_error="skip")
+    records = [record(), bare("im1.png"), bare("none.png")]
+    dataset = make_dataset(records, plugin=plugin, grid=GRID, on_error="skip")
     collator = DataCollatorForSupervisedDataset(tokenizer, plugin)
     text, image, unreadable = (dataset[index] for index in range(3))
     assert "auxiliary_only" not in collator([text])

@@ -8,13 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.vqa_files import (
-    chunk_of,
-    read_answers,
-    read_jsonl,
-    require_all_answered,
-    vqa_questions,
-)
+from llava.eval.vqa_files import chunk_of, read_answers, read_jsonl, require_all_answered, vqa_questions
 
 GOOD = '{"question_id": 1, "image": "a.png", "text": "?"}'
 

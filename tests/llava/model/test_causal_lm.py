@@ -252,10 +252,7 @@ def test_rows_of_new_image_tokens_start_as_the_mean_of_the_others(model: LlavaLl
     tokenizer = AutoTokenizer.from_pretrained("tiny-llava")
     before = model.get_input_embeddings().weight.detach().clone()
     arguments = SimpleNamespace(
-        mm_use_im_patch_token=False,
-        mm_use_im_start_end=True,
-        tune_mm_mlp_adapter=True,
-        pretrain_mm_mlp_adapter=None,
+        mm_use_im_patch_token=False, mm_use_im_start_end=True, tune_mm_mlp_adapter=True, pretrain_mm_mlp_adapter=None
     )
     model.initialize_vision_tokenizer(arguments, tokenizer)
     after = model.get_input_embeddings().weight

@@ -15,21 +15,15 @@ from llava.model import consolidate
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointTensors
 from llava.model.consolidate import consolidate_ckpt
+from tests.folders import save_shards
 
 WEIGHTS = "model.safetensors"
 
 
 def shard_as_bin(folder: str) -> None:
     """Rewrites a folder's weights as two torch files with an index, as old checkpoints have them."""
-    weights = load_file(f"{folder}/{WEIGHTS}")
+    save_shards(load_file(f"{folder}/{WEIGHTS}"), Path(folder), "bin")
     Path(folder, WEIGHTS).unlink()
-    index = {}
-    for number in (0, 1):
-        file = f"pytorch_model-{number + 1:05d}-of-00002.bin"
-        part = {name: weights[name] for name in sorted(weights)[number::2]}
-        torch.save(part, f"{folder}/{file}")
-        index |= dict.fromkeys(part, file)
-    Path(folder, "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def test_consolidating_reads_old_shards_and_writes_half_precision(golden_world: Path) -> None:
@@ -76,23 +70,16 @@ def test_upstreams_flags_are_read(golden_world: Path, run_python: Any) -> None:
     assert Path("whole", WEIGHTS).is_file()
 
 
-@pytest.mark.parametrize("layout", ["sharded safetensors", "bin", "sharded bin"])
-def test_tensors_are_read_from_every_layout(tmp_path: Path, layout: str):
-    wanted, other = torch.arange(6.0).reshape(3, 2), torch.zeros(2)
-    shards = [{"model.embed_tokens.weight": wanted}, {"lm_head.weight": other}]
-    stem, ending = ("pytorch_model", "bin") if "bin" in layout else ("model", "safetensors")
-    save = torch.save if ending == "bin" else save_file
-    if "sharded" in layout:
-        names = [f"{stem}-0000{index + 1}-of-00002.{ending}" for index in range(2)]
-        for name, shard in zip(names, shards, strict=True):
-            save(shard, tmp_path / name)
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        (tmp_path / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+@pytest.mark.parametrize("layout", ["safetensors shards", "bin"])
+def test_tensors_are_read_from_other_layouts(tmp_path: Path, layout: str):
+    tensors = {"model.embed_tokens.weight": torch.arange(6.0).reshape(3, 2), "lm_head.weight": torch.zeros(2)}
+    if layout == "bin":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
     else:
-        save(shards[0] | shards[1], tmp_path / f"{stem}.{ending}")
+        save_shards(tensors, tmp_path, "safetensors")
     found = CheckpointTensors(str(tmp_path))
-    assert set(found) == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert torch.equal(found["model.embed_tokens.weight"], wanted)
+    assert set(found) == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path):

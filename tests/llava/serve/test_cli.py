@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llava.conversation import conv_templates, conversation_mode
+from llava.conversation import conv_templates
 from llava.eval.vqa_cli import load_model
 from llava.model import builder
 from llava.serve.cli import ImageChat, argument_parser, load_image, main, speaker_name
@@ -100,25 +99,6 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
     monkeypatch.setattr(builder, "from_pretrained_strictly", lambda *args, **kwargs: pytest.fail("it was loaded"))
     with pytest.raises((OSError, ValueError), match=re.escape(message)):
         main(argument_parser().parse_args(arguments(flag, value)))
-
-
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        ("llava-v1.5-7b", "llava_v1"),
-        ("llava-v1.6-34b", "chatml_direct"),
-        ("llava-v1.6-mistral-7b", "mistral_instruct"),
-        ("llava-llama-2-13b", "llava_llama_2"),
-        ("anything", "llava_v0"),
-    ],
-)
-def test_the_template_follows_the_name_where_the_config_says_nothing(name: str, mode: str) -> None:
-    assert conversation_mode(name, SimpleNamespace()) == mode
-
-
-def test_the_template_that_training_recorded_outranks_the_name() -> None:
-    config = SimpleNamespace(conversation_version="chatml_direct")
-    assert conversation_mode("llava-v1.5-7b", config) == "chatml_direct"
 
 
 def test_device_defaults_to_what_is_there(golden_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,18 +125,11 @@ def test_a_run_that_lost_the_rows_of_the_marks_is_said_to_have(run_lora: Any, ca
 
 
 def test_adapters_start_from_another_runs(run_lora: Any) -> None:
-    run_lora("first")
+    run_lora("first", "--max_steps 2")
     run_lora("second", "--lora_weight_path first --learning_rate 0 --mm_projector_lr 0 --max_steps 1")
     assert_same(saved_tensors(Path("second")), saved_tensors(Path("first")))
-
-
-def test_adapters_of_another_rank_are_refused(run_lora: Any) -> None:
-    run_lora("first", "--max_steps 1")
     with pytest.raises(ValueError, match=r"first does not fit this model.*down_proj\.lora_A\.weight.*\(4, 128\)"):
-        run_lora("second", "--lora_weight_path first --lora_r 8")
-
-
-def test_a_folder_without_adapters_is_refused(run_lora: Any) -> None:
+        run_lora("third", "--lora_weight_path first --lora_r 8")
     with pytest.raises(FileNotFoundError, match=r"No adapter_model\.safetensors in tiny-vicuna"):
         run_lora("run", "--lora_weight_path tiny-vicuna")
 
@@ -171,30 +164,31 @@ def test_bfloat16_keeps_adapters_in_float32_and_the_rest_small(run_lora: Any) ->
     assert logged(half) == pytest.approx(logged(exact), rel=5e-3)  # bfloat16 has eight bits
 
 
-@pytest.mark.parametrize("kwargs", ['{"use_reentrant":true}', '{"use_reentrant":false}'])
-def test_gradient_checkpointing_changes_nothing(run_lora: Any, kwargs: str) -> None:
+def test_gradient_checkpointing_changes_nothing(run_lora: Any) -> None:
     # Of the projector nothing is trained, so that no gradient but the adapters' own keeps the first layer alive.
     flags = "--freeze_mm_mlp_adapter True --lora_dropout 0"
     plain = run_lora("plain", flags)
-    saved = run_lora("saved", f"{flags} --gradient_checkpointing True --gradient_checkpointing_kwargs {kwargs}")
-    assert logged(saved) == pytest.approx(logged(plain), rel=1e-6)
+    for way in ("true", "false"):
+        kwargs = f'--gradient_checkpointing_kwargs {{"use_reentrant":{way}}}'
+        saved = run_lora(way, f"{flags} --gradient_checkpointing True {kwargs}")
+        assert logged(saved) == pytest.approx(logged(plain), rel=1e-6), way
 
 
-@pytest.mark.parametrize(("bits", "layer"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
-def test_only_the_llms_layers_are_quantised(run_lora: Any, bits: int, layer: str) -> None:
+def test_only_the_llms_layers_are_quantised(run_lora: Any) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is part of the extra `train`")
     exact = run_lora("exact", "--lora_dropout 0")
-    trainer = run_lora("run", f"--bits {bits} --lora_dropout 0 --bf16 True")
-    model = trainer.model.get_base_model()
-    modules = dict(model.named_modules())
-    quantised = {name for name, module in modules.items() if isinstance(module, getattr(bitsandbytes.nn, layer))}
-    assert quantised == {f"model.layers.{i}.{part}.base_layer" for i in range(3) for part in ADAPTED}
-    norms = [module for module in modules.values() if type(module).__name__ == "LlamaRMSNorm"]
-    assert {module.weight.dtype for module in norms} == {torch.float32}
-    assert model.lm_head.weight.dtype == torch.bfloat16
-    assert logged(trainer) == pytest.approx(logged(exact), rel=2e-2)
-    assert logged(trainer)[-1] < logged(trainer)[0]
-    assert "quantization_config" not in json.loads(Path("run/config.json").read_text())
+    for bits, layer in ((4, bitsandbytes.nn.Linear4bit), (8, bitsandbytes.nn.Linear8bitLt)):
+        trainer = run_lora(f"run{bits}", f"--bits {bits} --lora_dropout 0 --bf16 True")
+        model = trainer.model.get_base_model()
+        modules = dict(model.named_modules())
+        quantised = {name for name, module in modules.items() if isinstance(module, layer)}
+        assert quantised == {f"model.layers.{i}.{part}.base_layer" for i in range(3) for part in ADAPTED}
+        norms = [module for module in modules.values() if type(module).__name__ == "LlamaRMSNorm"]
+        assert {module.weight.dtype for module in norms} == {torch.float32}
+        assert model.lm_head.weight.dtype == torch.bfloat16
+        assert logged(trainer) == pytest.approx(logged(exact), rel=2e-2)
+        assert logged(trainer)[-1] < logged(trainer)[0]
+        assert "quantization_config" not in json.loads(Path(f"run{bits}/config.json").read_text())
 
 
 def test_stage_1_trains_the_projector_over_a_quantised_llm(run_stage_1: Any, goldens: Path) -> None:

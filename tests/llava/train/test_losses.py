@@ -44,12 +44,17 @@ def same_captions(count: int) -> None:
     Path("same.json").write_text(json.dumps(records))
 
 
-def test_a_plugin_of_weight_zero_leaves_every_bit_as_it_is(run_stage_1: Any) -> None:
-    plain = run_stage_1("plain")
-    with_plugin = run_stage_1("zero", plugin=SquaresPlugin(0.0))
+def test_a_plugin_of_weight_zero_leaves_every_bit_as_it_is_and_is_shown_the_first_batch(run_stage_1: Any) -> None:
+    plugin = SquaresPlugin(0.0)
+    plain, with_plugin = run_stage_1("plain"), run_stage_1("zero", plugin=plugin)
     assert logged(plain) == logged(with_plugin)
     ours, theirs = (torch.load(f"{name}/mm_projector.bin") for name in ("plain", "zero"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    [(shape, low, high)] = plugin.pictures
+    assert shape == (4, 3, 56, 56)
+    assert 0 <= low < 0.01 and 0.9 < high <= 1  # not normalised: the synthetic images use nearly the whole range
+    again = LLaVATrainer(model=plain.model, tokenizer=plain.processing_class, args=plain.args)  # upstream's name of it
+    assert again.processing_class is plain.processing_class
 
 
 @pytest.mark.parametrize("flags", ["", "--bf16 True"])
@@ -116,14 +121,6 @@ def test_a_loss_without_weight_is_refused(run_stage_1: Any, monkeypatch: pytest.
         run_stage_1("run", plugin=plugin)
 
 
-def test_the_plugin_is_shown_the_first_batch_without_normalisation(run_stage_1: Any) -> None:
-    plugin = SquaresPlugin(1.0)
-    run_stage_1("run", plugin=plugin)
-    [(shape, low, high)] = plugin.pictures
-    assert shape == (4, 3, 56, 56)
-    assert 0 <= low < 0.01 and 0.9 < high <= 1  # the synthetic images use nearly the whole range
-
-
 def test_a_loss_that_is_not_finite_stops_and_names_its_samples(
     run_stage_1: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,9 +151,3 @@ def test_several_gpus_in_one_process_are_refused(run_stage_1: Any, monkeypatch: 
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="One process sees 2 GPUs"):
         run_stage_1("run")
-
-
-def test_upstreams_name_of_the_tokenizer_is_understood(run_stage_1: Any) -> None:
-    trainer = run_stage_1("run")
-    again = LLaVATrainer(model=trainer.model, tokenizer=trainer.processing_class, args=trainer.args)
-    assert again.processing_class is trainer.processing_class

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from llava.train.llava_trainer import LLaVATrainer
+from llava.train.lora import find_all_linear_names
 
 pytestmark = pytest.mark.golden
 
@@ -66,8 +67,10 @@ def files_below(folder: Path) -> set[str]:
 
 def test_stage_1(goldens: Path, run_training: Any, recorded_steps: dict[str, Any]) -> None:
     golden = json.loads((goldens / "g_train_stage1.json").read_text())
-    run_training(golden["args"])
+    model = run_training(golden["args"]).model
     check_steps(recorded_steps, golden)
+    layers = json.loads((goldens / "g_projectors.json").read_text())["find_all_linear_names/after_tower"]
+    assert find_all_linear_names(model) == sorted(layers)
     folder = Path("ckpt_stage1")
     assert files_below(folder) == set(golden["files"])
     check_config(folder, golden["config.json"])

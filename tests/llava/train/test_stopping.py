@@ -47,29 +47,32 @@ def run(times: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+STATUSES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+
+
 def test_it_saves_and_goes_on(
-    run_stage_1: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-    number: int, status: int
-) -> None:  # fmt: skip
+    run_stage_1: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = run_stage_1("whole", RUN)
     compute_loss = LLaVATrainer.compute_loss
+    for number, status in STATUSES.items():
+        caplog.clear()
 
-    def signalled(self: LLaVATrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 4:
-            signal.raise_signal(number)
-        return compute_loss(self, *args, **kwargs)
+        def signalled(self: LLaVATrainer, *args: Any, number: int = number, **kwargs: Any) -> Any:
+            if self.state.global_step == 4:
+                signal.raise_signal(number)
+            return compute_loss(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(LLaVATrainer, "compute_loss", signalled)
-        run_stage_1("run", RUN)
-    assert stopped.value.code == status
-    assert "step 5 of 12" in caplog.text and "run/checkpoint-5" in caplog.text
-    assert not Path("run/mm_projector.bin").exists()
-    resumed = run_stage_1("run", RUN)
-    assert logged(resumed) == logged(whole)
-    before, after = torch.load("whole/mm_projector.bin"), torch.load("run/mm_projector.bin")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+        folder = number.name
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(LLaVATrainer, "compute_loss", signalled)
+            run_stage_1(folder, RUN)
+        assert stopped.value.code == status
+        assert "step 5 of 12" in caplog.text and f"{folder}/checkpoint-5" in caplog.text
+        assert not Path(folder, "mm_projector.bin").exists()
+        assert logged(run_stage_1(folder, RUN)) == logged(whole)
+        before, after = torch.load("whole/mm_projector.bin"), torch.load(f"{folder}/mm_projector.bin")
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_process_group_ends_without_traceback(golden_world: Path) -> None:
@@ -120,7 +123,7 @@ sys.exit(max(rank.wait() for rank in ranks))
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), STATUSES.items())
 def test_scripts_pass_signals_on_to_all_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:

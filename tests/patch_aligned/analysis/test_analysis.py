@@ -30,13 +30,13 @@ def run(pad: Path, *specifications: str, seeds: tuple[int, ...] = (), **settings
     return analyse(models, AnalysisSettings(measure, Resampling(200, seed=3), seeds))
 
 
-def test_an_interval_surrounds_its_metric(golden_world: Path, pad: Path):
+def test_an_interval_surrounds_its_metric(pad: Path):
     for model in run(pad).models.values():
         for name in ("align_px", "align_px_otsu", "cosine", "pointing"):
             assert model.metrics.loc[name, "low"] <= model.metrics.loc[name, "value"] <= model.metrics.loc[name, "high"]
 
 
-def test_threshold_rules_stand_side_by_side(golden_world: Path, pad: Path):
+def test_threshold_rules_stand_side_by_side(pad: Path):
     found = run(pad).models["start"].metrics
     assert found.loc["align_px"].equals(found.loc["align_px_mid_range"])
     for rule in THRESHOLD_RULES:
@@ -44,7 +44,7 @@ def test_threshold_rules_stand_side_by_side(golden_world: Path, pad: Path):
         assert chosen.loc["align_px"].equals(found.loc[f"align_px_{rule}"])
 
 
-def test_spectra_sum_to_one_and_give_the_entropy(golden_world: Path, pad: Path):
+def test_spectra_sum_to_one_and_give_the_entropy(pad: Path):
     for entropy in (run(pad).models["start"].entropy_before, run(pad).models["start"].entropy_after):
         assert len(entropy.spectrum) == entropy.width
         assert sum(entropy.spectrum) == pytest.approx(1, rel=1e-12)
@@ -54,7 +54,7 @@ def test_spectra_sum_to_one_and_give_the_entropy(golden_world: Path, pad: Path):
         assert entropy.tokens == 4 * 16
 
 
-def test_what_is_left_out_is_counted(golden_world: Path, write_pad: Callable):
+def test_what_is_left_out_is_counted(write_pad: Callable):
     pad = write_pad(
         [rectangle(26, 14, 29, 17, "cup")],  # covers no token, and with it the image
         [rectangle(12, 0, 40, 28, "dog"), rectangle(0, 0, 12, 56, "tree")],  # the second lies outside the crop
@@ -67,7 +67,7 @@ def test_what_is_left_out_is_counted(golden_world: Path, write_pad: Callable):
     }  # fmt: skip
 
 
-def test_breakdowns_make_up_the_whole(golden_world: Path, pad: Path):
+def test_breakdowns_make_up_the_whole(pad: Path):
     found = run(pad)
     model = found.models["start"]
     assert next(iter(model.by_label)) == "dog"  # the only label of two regions
@@ -78,14 +78,14 @@ def test_breakdowns_make_up_the_whole(golden_world: Path, pad: Path):
         assert mean == pytest.approx(model.metrics.loc["align_px", "value"], rel=1e-12)
 
 
-def test_the_later_model_is_compared_with_each_earlier_one(golden_world: Path, pad: Path):
+def test_the_later_model_is_compared_with_each_earlier_one(pad: Path):
     found = run(pad, "a=random:1", "b=random:2", START)
     assert [(pair.first, pair.second) for pair in found.comparisons] == [("b", "a"), ("start", "a"), ("start", "b")]
     values = {name: model.metrics.loc["cosine", "value"] for name, model in found.models.items()}
     assert found.comparisons[1].metrics.loc["cosine", "value"] == pytest.approx(values["start"] - values["a"], rel=1e-9)
 
 
-def test_untrained_projectors_are_those_of_their_seeds(golden_world: Path, pad: Path):
+def test_untrained_projectors_are_those_of_their_seeds(pad: Path):
     """`start` is an MLP like `random:SEED` beside it, so its untrained twins are the random projectors themselves."""
     found = run(pad, START, "one=random:1", "two=random:2", seeds=(1, 2), picture_rows=1)
     untrained = found.models["start"].untrained
@@ -107,7 +107,7 @@ def test_a_number_that_a_seed_leaves_undefined_is_undefined():
     assert math.isnan(mean_and_sd([1.0, math.nan])["sd"])
 
 
-def test_models_of_other_towers_are_analysed_beside_ours(golden_world: Path, pad: Path, tmp_path: Path):
+def test_models_of_other_towers_are_analysed_beside_ours(pad: Path, tmp_path: Path):
     """Hugging Face's form of a checkpoint sees the same pixels and gives the same numbers as the checkpoint itself."""
     config = json.loads(Path("tiny-llava/config.json").read_text())
     Path("tiny-llava/config.json").write_text(json.dumps(config | {"image_aspect_ratio": "pad"}))
@@ -130,7 +130,7 @@ def test_models_of_other_towers_are_analysed_beside_ours(golden_world: Path, pad
         torch.testing.assert_close(row.cells["hf"].cosine, row.cells["own"].cosine, rtol=1e-4, atol=1e-6)
 
 
-def test_the_result_is_strict_json_with_the_rule_of_every_metric(golden_world: Path, pad: Path):
+def test_the_result_is_strict_json_with_the_rule_of_every_metric(pad: Path):
     found = run(pad, seeds=(0, 1), threshold_rule="otsu", picture_rows=1)
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
     model = document["models"]["start"]
@@ -146,13 +146,13 @@ def test_the_result_is_strict_json_with_the_rule_of_every_metric(golden_world: P
     assert document["images_per_second"] > 0
 
 
-def test_a_region_of_the_picture_outside_a_models_image_is_null_in_the_json(golden_world: Path, write_pad: Callable):
+def test_a_region_of_the_picture_outside_a_models_image_is_null_in_the_json(write_pad: Callable):
     pad = write_pad([rectangle(0, 0, 12, 56, "tree"), rectangle(14, 0, 40, 20, "dog")])  # the crop cuts the tree away
     document = run(pad, START).to_json()
     assert document["picture"] == [{"image_id": "0.png", "label": "tree", "iou_px": {"start": None}}]
 
 
-def test_the_data_frame_has_a_row_a_region_and_model(golden_world: Path, pad: Path):
+def test_the_data_frame_has_a_row_a_region_and_model(pad: Path):
     found = run(pad, START, "a=random:1", seeds=(0,))
     regions = found.regions
     assert dict(regions.groupby("model").size()) == dict.fromkeys(["start", "a", "start, untrained, seed 0"], 7)
@@ -163,7 +163,7 @@ def test_the_data_frame_has_a_row_a_region_and_model(golden_world: Path, pad: Pa
     assert (trees["area_px"].tolist(), trees["size"].tolist(), trees["image"].tolist()) == ([672], ["small"], [2])
 
 
-def test_the_data_file_is_read_once_whatever_is_chosen(golden_world: Path, pad: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_data_file_is_read_once_whatever_is_chosen(pad: Path, monkeypatch: pytest.MonkeyPatch):
     read = []
 
     def counted(path: Path) -> Iterator[AnnotatedImage]:
@@ -175,7 +175,7 @@ def test_the_data_file_is_read_once_whatever_is_chosen(golden_world: Path, pad: 
     assert read == [pad]
 
 
-def test_a_random_subset_follows_its_seed(golden_world: Path, pad: Path):
+def test_a_random_subset_follows_its_seed(pad: Path):
     def images(seed: int) -> int:
         return run(pad, START, limit=3, subset="random", seed=seed).models["start"].counts["regions"]
 
@@ -183,7 +183,7 @@ def test_a_random_subset_follows_its_seed(golden_world: Path, pad: Path):
     assert images(1) == images(1)
 
 
-def test_sets_and_models_that_cannot_be_analysed_say_why(golden_world: Path, pad: Path, write_pad: Callable):
+def test_sets_and_models_that_cannot_be_analysed_say_why(pad: Path, write_pad: Callable):
     with pytest.raises(ValueError, match=r"none of the 1 regions covers a token.*--min-coverage"):
         run(write_pad([rectangle(26, 14, 29, 17, "cup")]))
     with pytest.raises(ValueError, match="no regions in 1 images"):

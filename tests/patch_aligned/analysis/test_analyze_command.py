@@ -38,7 +38,7 @@ def invoke(pad: Path, output: Path, **changed: str | None):
     return CliRunner().invoke(app, ["analyze", "--projector", "random=random:3", *words])
 
 
-def test_a_report_its_numbers_and_pictures_are_written(golden_world: Path, pad: Path, tmp_path: Path):
+def test_a_report_its_numbers_and_pictures_are_written(pad: Path, tmp_path: Path):
     output = tmp_path / "out"
     result = invoke(pad, output, threshold_rule="otsu", picture_rows="2", token_maps="1", rounds="2", random_init="2")
     assert result.exit_code == 0, result.output
@@ -62,9 +62,7 @@ def test_a_report_its_numbers_and_pictures_are_written(golden_world: Path, pad: 
     assert "start" in result.output
 
 
-def test_without_pictures_none_is_written_and_an_earlier_reports_are_removed(
-    golden_world: Path, pad: Path, tmp_path: Path
-):
+def test_without_pictures_none_is_written_and_an_earlier_reports_are_removed(pad: Path, tmp_path: Path):
     output = tmp_path / "out [/b]"  # no markup of the terminal's
     assert invoke(pad, output).exit_code == 0
     (output / "notes.txt").touch()
@@ -77,7 +75,7 @@ def test_without_pictures_none_is_written_and_an_earlier_reports_are_removed(
 
 
 def test_an_output_that_cannot_be_written_or_a_word_list_that_is_missing_shows_before_the_images_are_read(
-    golden_world: Path, pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("patch_aligned.models.load.load_models", lambda *_: pytest.fail("too late"))
     assert_refused(invoke(pad, pad), f"found a file at {pad}; expected a folder", tmp_path)
@@ -89,7 +87,7 @@ def test_an_output_that_cannot_be_written_or_a_word_list_that_is_missing_shows_b
     assert_refused(invoke(pad, tmp_path / "out", english="nltk"), "'nltk' is not installed", tmp_path)
 
 
-def test_broken_images_stop_the_command_unless_they_are_to_be_skipped(golden_world: Path, pad: Path, tmp_path: Path):
+def test_broken_images_stop_the_command_unless_they_are_to_be_skipped(pad: Path, tmp_path: Path):
     (pad.parent / "pictures" / "0.png").write_text("no image")
     assert_refused(invoke(pad, tmp_path / "out"), "leave images like it out with --on_error skip", tmp_path)
     result = invoke(pad, tmp_path / "out", on_error="skip")
@@ -97,7 +95,7 @@ def test_broken_images_stop_the_command_unless_they_are_to_be_skipped(golden_wor
     assert "Left out: 1 images" in result.output
 
 
-def test_a_limit_chooses_by_seed_unless_the_first_are_asked_for(golden_world: Path, pad: Path, tmp_path: Path):
+def test_a_limit_chooses_by_seed_unless_the_first_are_asked_for(pad: Path, tmp_path: Path):
     def shown(**changed: str) -> list[str]:
         assert invoke(pad, tmp_path / "out", limit="2", token_maps="0", **changed).exit_code == 0
         document = json.loads((tmp_path / "out" / "analysis.json").read_text())
@@ -107,7 +105,7 @@ def test_a_limit_chooses_by_seed_unless_the_first_are_asked_for(golden_world: Pa
     assert len({tuple(shown(seed=str(seed))) for seed in range(6)}) > 1
 
 
-def test_names_of_a_file_are_asked_of_the_llm(golden_world: Path, pad: Path, tmp_path: Path):
+def test_names_of_a_file_are_asked_of_the_llm(pad: Path, tmp_path: Path):
     (tmp_path / "names.txt").write_text("dog, hounds\n\nred car\nzebra\n")
     options = {"names": "names.txt", "name_stem": "A picture of a", "token_maps": "0", "random_init": "0"}
     result = invoke(pad, tmp_path / "out", **options)
@@ -139,7 +137,7 @@ def test_names_of_a_file_are_asked_of_the_llm(golden_world: Path, pad: Path, tmp
     ],
 )
 def test_wrong_input_ends_with_a_sentence_and_code_2(
-    golden_world: Path, pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict, message: str
+    pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict, message: str
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     Path("images/empty.txt").touch()
@@ -148,25 +146,21 @@ def test_wrong_input_ends_with_a_sentence_and_code_2(
 
 @pytest.mark.parametrize("content", ['{"mm_projector_type":', "[]"])
 @pytest.mark.parametrize("place", ["train_init", "train_init/mm_projector.bin"])
-def test_a_broken_config_beside_a_projector_is_named(
-    golden_world: Path, pad: Path, tmp_path: Path, content: str, place: str
-):
+def test_a_broken_config_beside_a_projector_is_named(pad: Path, tmp_path: Path, content: str, place: str):
     Path("train_init/config.json").write_text(content)
     result = invoke(pad, tmp_path / "out", projector=f"start={place}")
     assert_refused(result, "config.json", tmp_path)
     assert "a checkpoint's config" in result.output
 
 
-def test_sets_without_regions_or_without_covered_tokens_are_refused(
-    golden_world: Path, write_pad: Callable, tmp_path: Path
-):
+def test_sets_without_regions_or_without_covered_tokens_are_refused(write_pad: Callable, tmp_path: Path):
     result = invoke(write_pad([], []), tmp_path / "out")
     assert_refused(result, "no regions in 2 images", tmp_path)
     result = invoke(write_pad([rectangle(26, 14, 29, 17, "cup")]), tmp_path / "out")
     assert_refused(result, "none of the 1 regions covers a token", tmp_path)
 
 
-def test_a_table_smaller_than_its_tokenizer_is_refused(golden_world: Path, pad: Path, tmp_path: Path):
+def test_a_table_smaller_than_its_tokenizer_is_refused(pad: Path, tmp_path: Path):
     weights = load_file("tiny-vicuna/model.safetensors")
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:900].clone()
     save_file(weights, "tiny-vicuna/model.safetensors", metadata={"format": "pt"})
@@ -180,7 +174,7 @@ def assert_refused(result, message: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_debug_shows_where_an_error_comes_from(golden_world: Path, pad: Path, tmp_path: Path):
+def test_debug_shows_where_an_error_comes_from(pad: Path, tmp_path: Path):
     words = ["--debug", "analyze", "--projector", "a=nowhere", "--base", "b", "--data", str(pad)]
     result = CliRunner().invoke(app, [*words, "--image-folder", str(tmp_path), "--output", str(tmp_path / "out")])
     assert isinstance(result.exception, FileNotFoundError)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,7 +68,7 @@ def test_the_scale_holds_0_and_all_values_with_their_intervals() -> None:
     assert lowest_of(analysis_of({"a": metrics(0.3), "b": metrics(0, -0.11, 0.1)})) == -0.2
 
 
-def test_the_page_begins_with_the_finding_and_places_dots_on_the_scale(golden_world: Path, write_pad: Callable) -> None:
+def test_the_page_begins_with_the_finding_and_places_dots_on_the_scale(write_pad: Callable) -> None:
     regions = [rectangle(12, 0, 40, 28, "dog"), rectangle(40, 28, 68, 56, "cup")]
     pad = write_pad(regions, regions[:1])
     models = load_models(("random=random:1", "start=train_init/mm_projector.bin"), "tiny-vicuna", "tiny-clip")

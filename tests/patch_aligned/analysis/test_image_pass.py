@@ -39,7 +39,7 @@ def entropy(tokens: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def test_measures_equal_a_reference_from_files_to_numbers(golden_world: Path, pad: Path):
+def test_measures_equal_a_reference_from_files_to_numbers(pad: Path):
     """The centre crop keeps columns 12 to 67 of 80 x 56 pixels, unscaled, so model pixels are slices of the mask."""
     records = [json.loads(line) for line in pad.read_text().splitlines()]
     processor, tower = CLIPImageProcessorPil.from_pretrained("tiny-clip"), CLIPVisionModel.from_pretrained("tiny-clip")
@@ -86,11 +86,11 @@ def test_measures_equal_a_reference_from_files_to_numbers(golden_world: Path, pa
     assert (found.counts["regions_outside"], found.counts["regions_without_token"]) == (1, 1)
 
 
-def test_padding_keeps_the_region_that_the_crop_cuts_away(golden_world: Path, pad: Path):
+def test_padding_keeps_the_region_that_the_crop_cuts_away(pad: Path):
     assert run(pad, image_aspect_ratio="pad").models["start"].counts["regions_outside"] == 0
 
 
-def test_no_number_depends_on_the_batch_size_or_on_other_projectors(golden_world: Path, pad: Path):
+def test_no_number_depends_on_the_batch_size_or_on_other_projectors(pad: Path):
     together, alone = run(pad, batch_size=3), run(pad, "start=train_init/mm_projector.bin", batch_size=1)
     first, second = together.models["start"], alone.models["start"]
     assert first.entropy_after.entropy_nats == pytest.approx(second.entropy_after.entropy_nats, rel=1e-6)
@@ -99,14 +99,14 @@ def test_no_number_depends_on_the_batch_size_or_on_other_projectors(golden_world
         assert values[0] == pytest.approx(values[1], rel=tolerance)
 
 
-def test_only_the_chosen_images_and_regions_count(golden_world: Path, pad: Path):
+def test_only_the_chosen_images_and_regions_count(pad: Path):
     limited = run(pad, limit=2)
     assert (limited.images, limited.models["start"].counts["regions"]) == (2, 2)
     objects = run(pad, region_kind="object")
     assert (objects.images, objects.models["start"].counts["regions"]) == (4, 2)
 
 
-def test_instances_of_a_label_can_be_one_region(golden_world: Path, write_pad: Callable):
+def test_instances_of_a_label_can_be_one_region(write_pad: Callable):
     """A map of a label cannot fit one of two instances, but both together."""
     halves, cup = [rectangle(12, 0, 40, 28, "dog"), rectangle(40, 0, 68, 28, "dog")], rectangle(12, 28, 68, 56, "cup")
     apart = run(write_pad([*halves, cup]), "start=train_init/mm_projector.bin")
@@ -116,7 +116,7 @@ def test_instances_of_a_label_can_be_one_region(golden_world: Path, write_pad: C
     assert together.models["start"].metrics.equals(drawn.models["start"].metrics)
 
 
-def test_thresholds_can_be_kept_above_zero(golden_world: Path, pad: Path):
+def test_thresholds_can_be_kept_above_zero(pad: Path):
     found = [run(pad, positive_threshold=positive, picture_rows=3) for positive in (False, True)]
     free, positive = (np.stack([row.cells["start"].predicted for row in analysis.picture]) for analysis in found)
     cosines = np.stack([row.cells["start"].cosine for row in found[0].picture])
@@ -126,12 +126,12 @@ def test_thresholds_can_be_kept_above_zero(golden_world: Path, pad: Path):
     assert aligns[0] != aligns[1]
 
 
-def test_the_control_follows_its_seed(golden_world: Path, pad: Path):
+def test_the_control_follows_its_seed(pad: Path):
     cosines = {run(pad, seed=seed).models["start"].metrics.loc["shuffled_cosine", "value"] for seed in (0, 0, 1, 2, 3)}
     assert 1 < len(cosines) < 5
 
 
-def test_sets_that_cannot_be_measured_say_why(golden_world: Path, write_pad: Callable):
+def test_sets_that_cannot_be_measured_say_why(write_pad: Callable):
     with pytest.raises(ValueError, match=r"no regions in 2 images.*records have labels"):
         run(write_pad([], []))
     with pytest.raises(ValueError, match=r"of kind 'object' \(kinds in the file: \['background'\]\)"):
@@ -140,7 +140,7 @@ def test_sets_that_cannot_be_measured_say_why(golden_world: Path, write_pad: Cal
         run(write_pad([rectangle(0, 0, 10, 56, "dog")]))
 
 
-def test_images_that_do_not_fit_their_records_are_named(golden_world: Path, pad: Path):
+def test_images_that_do_not_fit_their_records_are_named(pad: Path):
     records = [json.loads(line) for line in pad.read_text().splitlines()]
     Image.new("RGB", (56, 80)).save(pad.parent / "pictures" / "2.png")
     with pytest.raises(ValueError, match=r"2\.png.*\[80, 56\].*\[56, 80\]"):
@@ -154,7 +154,7 @@ def test_images_that_do_not_fit_their_records_are_named(golden_world: Path, pad:
         run(pad)
 
 
-def test_images_that_cannot_be_measured_can_be_left_out_as_if_they_had_never_been_there(golden_world: Path, pad: Path):
+def test_images_that_cannot_be_measured_can_be_left_out_as_if_they_had_never_been_there(pad: Path):
     records = [json.loads(line) for line in pad.read_text().splitlines()]
     extra = [rectangle(14, 0, 40, 30, "broken"), rectangle(14, 0, 40, 50, "dog")]
     for name in ("cut off.png", "turned.png", "missing.png"):
@@ -181,7 +181,7 @@ def test_images_that_cannot_be_measured_can_be_left_out_as_if_they_had_never_bee
         run(pad, on_error="skip")
 
 
-def test_a_projector_of_another_width_names_both_shapes(golden_world: Path, pad: Path, tmp_path: Path):
+def test_a_projector_of_another_width_names_both_shapes(pad: Path, tmp_path: Path):
     torch.save(
         {"model.mm_projector.weight": torch.zeros(64, 48), "model.mm_projector.bias": torch.zeros(64)}, "wide.bin"
     )
@@ -189,7 +189,7 @@ def test_a_projector_of_another_width_names_both_shapes(golden_world: Path, pad:
         run(pad, "wide=wide.bin")
 
 
-def test_the_picture_shows_the_largest_region_of_evenly_spread_images(golden_world: Path, pad: Path, tmp_path: Path):
+def test_the_picture_shows_the_largest_region_of_evenly_spread_images(pad: Path, tmp_path: Path):
     measures = run(pad, picture_rows=3)
     assert [(row.image_id, row.label) for row in measures.picture] == [
         ("0.png", "dog"), ("2.png", "dog"), ("3.png", "table"),

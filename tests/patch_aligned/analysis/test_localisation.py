@@ -48,7 +48,7 @@ def test_a_region_gives_the_maps_of_the_analysis(models: list[VisionLanguageMode
 
 
 def test_towers_that_cut_images_differently_show_the_same_region_each_under_its_own_cells(
-    golden_world: Path, write_pad: Callable, tmp_path: Path
+    write_pad: Callable, tmp_path: Path
 ):
     set_config("tiny-llava", image_aspect_ratio="pad")
     to_hf("tiny-llava", tmp_path / "hf", dtype="float32")

@@ -220,7 +220,7 @@ def run(pad: Path, names: NameSettings | None = None) -> Analysis:
     return analyse(models, AnalysisSettings(measure, Resampling(50), (0,), names))
 
 
-def test_an_analysis_has_name_scores_of_the_regions_it_sees(golden_world: Path, pad: Path):
+def test_an_analysis_has_name_scores_of_the_regions_it_sees(pad: Path):
     told = []
     models = load_models([START, "full=tiny-llava"], "tiny-vicuna", "tiny-clip", "square")
     measure = MeasureSettings(pad, pad.parent / "pictures", batch_size=3)
@@ -242,14 +242,14 @@ def test_an_analysis_has_name_scores_of_the_regions_it_sees(golden_world: Path, 
     assert run(pad).models["start"].names is None
 
 
-def test_a_name_counts_once_an_image_at_its_largest(golden_world: Path, write_pad: Callable):
+def test_a_name_counts_once_an_image_at_its_largest(write_pad: Callable):
     dogs = [rectangle(12, 0, 26, 14, "dog"), rectangle(12, 0, 68, 28, "dog"), rectangle(40, 28, 68, 56, "cow")]
     asked = NameSettings({"cat": (), "dog": ()}, (STEM,), 2)
     regions = run(write_pad(dogs, dogs[:1]), asked).regions.query("model == 'start'")
     assert regions["name_auc"].notna().tolist() == [False, True, False, True]  # a cow is none of the names
 
 
-def test_names_of_the_caption_and_others_stand_apart(golden_world: Path, write_pad: Callable):
+def test_names_of_the_caption_and_others_stand_apart(write_pad: Callable):
     regions = [rectangle(12, 0, 40, 28, "dog"), rectangle(40, 28, 68, 56, "car"), rectangle(12, 28, 40, 56, "cup")]
     told = [region | {"in_caption": region["tag"] == "dog"} for region in regions]
     by_caption = run(write_pad(told, told[:2]), names=NameSettings(stems=(STEM,))).models["start"].by_caption

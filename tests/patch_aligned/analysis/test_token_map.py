@@ -23,11 +23,7 @@ from llava.convert.to_hf import to_hf
 from llava.mm_utils import load_rgb_image
 from patch_aligned.analysis.cli import token_map as token_map_command
 from patch_aligned.analysis.localisation import HEAT_MAP
-from patch_aligned.analysis.token_map import (
-    save_token_map_figure,
-    token_map_document,
-    write_token_map_page,
-)
+from patch_aligned.analysis.token_map import save_token_map_figure, token_map_document, write_token_map_page
 from patch_aligned.analysis.words import (
     WORD_LISTS,
     MappedImage,
@@ -192,9 +188,7 @@ def test_a_word_has_one_dark_colour_everywhere_and_fragments_have_none(mapped: M
         assert (0.64 + 0.05) / (luminance + 0.05) > 4  # contrast on the darkest background of a map
 
 
-def test_maps_lie_over_the_whole_image_each_under_the_cells_of_its_own_model(
-    golden_world: Path, pad: Path, tmp_path: Path
-):
+def test_maps_lie_over_the_whole_image_each_under_the_cells_of_its_own_model(pad: Path, tmp_path: Path):
     set_config("tiny-llava", image_aspect_ratio="pad")
     to_hf("tiny-llava", tmp_path / "hf", dtype="float32")
     models = load_models(
@@ -331,7 +325,7 @@ def test_the_nearest_words_equal_a_reference_from_files_to_ids(golden_world: Pat
     assert [ids[0] for ids in found["ids"]] == expected.tolist()
 
 
-def test_images_come_from_a_pad_file_too(golden_world: Path, pad: Path, tmp_path: Path):
+def test_images_come_from_a_pad_file_too(pad: Path, tmp_path: Path):
     output = tmp_path / "out"
     folder = str(pad.parent / "pictures")
     result = invoke(output, "--no-png", image=None, data=str(pad), image_folder=folder, limit="2")
@@ -340,7 +334,7 @@ def test_images_come_from_a_pad_file_too(golden_world: Path, pad: Path, tmp_path
     assert [image["image_id"] for image in document["images"]] == ["0.png", "1.png"]
 
 
-def test_images_come_from_cocos_instances_too(golden_world: Path, pad: Path, tmp_path: Path):
+def test_images_come_from_cocos_instances_too(pad: Path, tmp_path: Path):
     image = {"id": 7, "file_name": "2.png", "width": 80, "height": 56}
     coco = tmp_path / "instances.json"
     coco.write_text(json.dumps({"images": [image], "annotations": [], "categories": []}))
@@ -365,7 +359,7 @@ def test_images_come_from_cocos_instances_too(golden_world: Path, pad: Path, tmp
     ],
 )
 def test_wrong_input_ends_with_a_sentence_and_code_2(
-    golden_world: Path, pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict, message: str
+    pad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict, message: str
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     changed = {name: str(pad) if value == "PAD" else value for name, value in changed.items()}
@@ -376,9 +370,7 @@ def test_wrong_input_ends_with_a_sentence_and_code_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_id_that_leads_out_of_the_folder_is_refused(
-    golden_world: Path, write_pad: Callable[..., Path], tmp_path: Path
-):
+def test_an_image_id_that_leads_out_of_the_folder_is_refused(write_pad: Callable[..., Path], tmp_path: Path):
     pad = write_pad([])
     record = json.loads(pad.read_text())
     pad.write_text(json.dumps(record | {"image_id": "../pad.jsonl"}))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +14,7 @@ from PIL import Image
 
 from patch_aligned.annotate import taggers
 from patch_aligned.annotate.pipeline import Failure, ImageInWork
+from tests.answering import json_server, saying
 
 IMAGES = ["a.jpg", "b/c.jpg"]
 
@@ -178,48 +177,39 @@ def test_a_picture_whose_answer_fails_is_one_alone_and_models_see_no_large_pictu
     assert tagger.settings["question"] == taggers.QUESTION and tagger.settings["model"] == "m"
 
 
-class Server(BaseHTTPRequestHandler):
-    """Lists the picture's width, as an OpenAI-compatible server would list things."""
-
-    asked: list[dict[str, Any]]
-    keys: list[str | None]
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append(body)
-        self.keys.append(self.headers["Authorization"])
-        known = self.path == "/v1/chat/completions" and body["model"] == "m"
-        answer = {"choices": [{"message": {"content": json.dumps(["dog", "sky"])}}]} if known else {"error": "?"}
-        self.send_response(200 if known else 404)
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
+Asked = list[tuple[str | None, dict[str, Any]]]
 
 
 @pytest.fixture
-def server() -> Iterator[str]:
-    Server.asked, Server.keys = [], []
-    http = HTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=http.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{http.server_port}/v1"
-    http.shutdown()
-    thread.join()
-    http.server_close()
+def asked() -> Asked:
+    """Keys and documents that the server was sent."""
+    return []
 
 
-def test_a_server_is_asked_about_each_picture(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def server(asked: Asked) -> Iterator[str]:
+    """Lists two things, as an OpenAI-compatible server of the model `m` would."""
+
+    def answer(path: str, headers: Any, document: dict[str, Any]) -> tuple[int, Any]:
+        asked.append((headers["Authorization"], document))
+        known = path == "/v1/chat/completions" and document["model"] == "m"
+        return (200, saying(json.dumps(["dog", "sky"]))) if known else (404, {"error": "?"})
+
+    with json_server(answer) as address:
+        yield f"{address}/v1"
+
+
+def test_a_server_is_asked_about_each_picture(server: str, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLM_API_KEY", "secret")
     tagger = taggers.of_answers(taggers.ask_server(f"{server}/", "m"), {"server_model": "m"})
     assert names(tagger.tag(items())) == [["dog", "sky"]] * 2
-    assert Server.keys == ["Bearer secret"] * 2
+    keys, (document, _) = zip(*asked, strict=True)
+    assert keys == ("Bearer secret",) * 2
     assert "secret" not in json.dumps(tagger.settings)
-    (message,) = Server.asked[0]["messages"]
+    (message,) = document["messages"]
     assert message["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     assert message["content"][1] == {"type": "text", "text": taggers.QUESTION}
-    assert Server.asked[0]["temperature"] == 0
+    assert document["temperature"] == 0
 
 
 def test_a_server_that_does_not_answer_ends_the_run_by_name(server: str) -> None:

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
 from patch_aligned.cli import app
-from patch_aligned.dataset.stats import TokenSettings, as_json, as_markdown, distribution, gather_statistics
+from patch_aligned.dataset.stats import TokenSettings, as_json, as_markdown, gather_statistics
 from tests.patch_aligned.dataset.conftest import label, record
 
 Make = Callable[..., Any]
@@ -80,12 +80,6 @@ def test_a_file_without_regions_has_statistics(write_pad: Make):
 def test_tags_cannot_break_the_table(write_pad: Make):
     numbers = as_json(gather_statistics(write_pad(record("a.png", label(0, 0, 9, 9, "a|b\n<img> `c`"))), TOKENS))
     assert "| a\\|b &lt;img> \\`c\\` | 1 |" in as_markdown(numbers).splitlines()
-
-
-def test_quantiles_are_numpys():
-    values = np.arange(101) / 2
-    found = distribution(values)
-    assert (found["mean"], found["min"], found["p5"], found["p50"], found["max"]) == (25, 0, 2.5, 25, 50)
 
 
 def test_the_command_writes_numbers_tags_and_a_picture(pad: Path, tmp_path: Path):

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from patch_aligned.cells import box_iou
 from patch_aligned.cli import app
 from patch_aligned.dataset.verify import Problem, Verification, VerifySettings, verify_file
 from patch_aligned.images import ImageFileError, stored_size_wh
@@ -175,10 +174,3 @@ def test_a_missing_file_or_folder_ends_with_a_sentence_and_2(write_pad: Make, tm
         assert result.exit_code == 2
         assert "no such" in result.output
     assert not (tmp_path / "none.json.verify").exists()
-
-
-def test_box_iou_by_hand():
-    assert box_iou((0, 0, 4, 4), (2, 2, 6, 6)) == pytest.approx(4 / 28)
-    assert box_iou((0, 0, 4, 4), (4, 0, 8, 4)) == 0
-    assert box_iou((1, 1, 1, 1), (1, 1, 1, 1)) == 0
-    assert box_iou((1, 2, 3, 4), (1, 2, 3, 4)) == 1

@@ -48,7 +48,7 @@ def test_models_are_served_on_a_free_port_of_this_machine_alone(
 
 
 def test_wrong_input_is_one_sentence_before_anything_is_loaded(
-    golden_world: Path, pad: Path, served: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+    pad: Path, served: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ):
     def no_load(*args: Any) -> Any:
         raise AssertionError("weights were read")

@@ -61,9 +61,7 @@ def test_words_are_those_of_a_token_map(client: Any, models: Models, pad: Path):
 
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen3_vl"])
-def test_a_model_of_transformers_stands_beside_a_projector(
-    name: str, page_over: Callable, golden_world: Path, pad: Path, tmp_path: Path
-):
+def test_a_model_of_transformers_stands_beside_a_projector(name: str, page_over: Callable, pad: Path, tmp_path: Path):
     if not FAMILIES[name].is_installed:
         pytest.skip(f"needs transformers >= {FAMILIES[name].since}")
     save_tiny(name, tmp_path / "whole")

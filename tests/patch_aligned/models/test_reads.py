@@ -23,14 +23,7 @@ from patch_aligned.models.base import VisionLanguageModel
 from patch_aligned.models.language import LanguageModel
 from patch_aligned.models.llava import CAPTION_REQUEST
 from patch_aligned.models.load import load_models
-from patch_aligned.models.reads import (
-    PICTURES,
-    Caption,
-    measure_reads,
-    read_captions,
-    reader_of,
-    reads_metrics,
-)
+from patch_aligned.models.reads import PICTURES, Caption, measure_reads, read_captions, reader_of, reads_metrics
 from patch_aligned.models.tiny import tiny_config
 from patch_aligned.models.whole import WholeModel
 from tests.patch_aligned.models.families import FAMILIES

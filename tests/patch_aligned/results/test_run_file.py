@@ -8,15 +8,7 @@ from typing import Any
 
 import pytest
 
-from patch_aligned.results.run import (
-    RunFileError,
-    Score,
-    find_runs,
-    read_run,
-    read_samples,
-    rows_sha256,
-    write_run,
-)
+from patch_aligned.results.run import RunFileError, Score, find_runs, read_run, read_samples, rows_sha256, write_run
 from tests.patch_aligned.results.conftest import result_of, samples_of
 
 Make = Callable[..., Any]
@@ -75,11 +67,7 @@ def set_field(document: dict[str, Any], path: str, value: Any) -> None:
         ("data.shard", 1, "field 'data.shard': found 1"),
         ("tables", [5, "6"], "field 'tables[1]': found '6'"),
         ("data.rows", True, "field 'data.rows': found True"),
-        (
-            "settings.box_frame",
-            "padded",
-            "field 'settings.box_frame': found 'padded'",
-        ),
+        ("settings.box_frame", "padded", "field 'settings.box_frame': found 'padded'"),
         ("scores.acc.value", "0.5", "field 'scores.acc.value': found '0.5'"),
         ("scores.acc.value", float("nan"), "field 'scores.acc.value': found nan"),
         ("scores.acc.value", 43.33, "field 'scores.acc.value': found 43.33, expected a share from 0 to 1"),
@@ -102,8 +90,7 @@ def test_a_wrong_field_is_named(tmp_path: Path, path: str, value: Any, message: 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [("{", "Expecting property name"), ("[]", "found []"), ("", "Expecting value")],
+    ("text", "message"), [("{", "Expecting property name"), ("[]", "found []"), ("", "Expecting value")]
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "result.json").write_text(text)

@@ -14,13 +14,19 @@ from patch_aligned.annotate.folder import RunFolder
 from patch_aligned.annotate.manifest import ManifestEntry, list_images
 
 
-def test_a_folder_is_listed_by_path_without_what_is_no_image(tmp_path: Path) -> None:
-    for name in ("b/2.png", "b/10.JPG", "a.jpeg", "b/notes.txt", "c.json"):
+def test_a_folder_is_listed_by_path_and_what_is_no_image_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("b/2.png", "b/10.JPG", "c.JPE", "d.pgm", "e.jp2", "f.heic", "g.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "h.png")
+    (tmp_path / "linked").symlink_to(tmp_path / "b")
     entries, folder = list_images(tmp_path)
-    assert entries == [ManifestEntry("a.jpeg"), ManifestEntry("b/10.JPG"), ManifestEntry("b/2.png")]
+    names = ["b/10.JPG", "b/2.png", "c.JPE", "d.pgm", "e.jp2", "linked/10.JPG", "linked/2.png"]
+    assert entries == [ManifestEntry(name) for name in names]
     assert folder == tmp_path
+    assert "3 files" in caplog.text and "1 .heic" in caplog.text
 
 
 def test_llavas_json_gives_images_in_its_order_with_the_answer_as_caption(tmp_path: Path) -> None:
@@ -76,15 +82,18 @@ def test_a_folder_that_cannot_be_read_is_refused_and_not_passed_over(
         list_images(tmp_path)
 
 
-def test_a_link_in_a_circle_is_refused_and_others_are_followed(tmp_path: Path) -> None:
+def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "a.jpg").touch()
     (tmp_path / "images" / "part").symlink_to(tmp_path / "elsewhere")
-    assert list_images(tmp_path / "images")[0] == [ManifestEntry("part/a.jpg")]
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path)
     with pytest.raises(ValueError, match=r"part/back.*: found a link that leads back to"):
         list_images(tmp_path / "images")
+    for name, other in (("a", "b"), ("b", "a")):  # to each other
+        (tmp_path / "links" / name).mkdir(parents=True)
+        (tmp_path / "links" / name / "next").symlink_to(tmp_path / "links" / other)
+    with pytest.raises(ValueError, match="a link that leads back to"):
+        list_images(tmp_path / "links")
 
 
 @pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "x/../../a.jpg", "a\ud800.jpg", "."])
