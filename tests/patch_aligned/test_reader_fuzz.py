@@ -105,7 +105,7 @@ def is_image_id(value: Any) -> bool:
 def bad_extras(mapping: dict[str, Any], known: tuple[str, ...]) -> set[str]:
     extra = {key: value for key, value in mapping.items() if key not in known}
     bad = {key for key, value in extra.items() if not is_storable({key: value}) or key == "extra_json"}
-    return {key.rle_of("utf-8", "backslashreplace").decode() for key in bad}
+    return {key.encode("utf-8", "backslashreplace").decode() for key in bad}
 
 
 def bad_fields(record: Any) -> set[str]:

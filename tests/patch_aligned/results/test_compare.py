@@ -14,9 +14,9 @@ import pytest
 from patch_aligned.results.compare import compare, paired_difference, paired_over_seeds
 from patch_aligned.results.paper import DASH
 from patch_aligned.results.render import Block
-from patch_aligned.results.run import RunFileError, RunResult, RunSettings, Sample, Score, rows_sha256, write_run
+from patch_aligned.results.run import RunFileError, RunResult, Sample, Score, rows_sha256, write_run
 from patch_aligned.results.tables import find_models, make_table
-from tests.patch_aligned.results.conftest import result_of
+from tests.patch_aligned.results.conftest import SETTINGS, result_of
 
 Make = Callable[..., Path]
 
@@ -171,8 +171,7 @@ def test_benchmarks_on_which_the_first_model_has_nothing_have_no_relative_gain(m
 
 def test_how_many_rows_matched_is_said(make_run: Make, tmp_path: Path) -> None:
     make_run("a/gqa", {"exact_match": [0, 0, 1, 0]}, benchmark="gqa")
-    settings: RunSettings = result_of([], {}).settings
-    limited = replace(settings, limit=2, prompt="another", conversation="plain", batch_size=1)
+    limited = replace(SETTINGS, limit=2, prompt="another", conversation="plain", batch_size=1)
     make_run("b/gqa", {"exact_match": [1, 1]}, benchmark="gqa", settings=limited)
     block = compared(tmp_path / "a", tmp_path / "b")
     assert [str(cell) for cell in block.rows[0].cells[1:4]] == ["2 of 4 and 2 †", "0.00", "100.00"]

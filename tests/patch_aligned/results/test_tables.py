@@ -18,18 +18,14 @@ from patch_aligned.results.run import (
     PADDED_FRAME,
     ModelIdentity,
     RunFileError,
-    RunSettings,
     Score,
     write_run,
 )
 from patch_aligned.results.tables import find_models, free_block, make_table
-from tests.patch_aligned.results.conftest import result_of, samples_of
+from tests.patch_aligned.results.conftest import SETTINGS, result_of, samples_of
 
 Make = Callable[..., Path]
 BOTH_FRAMES = {PADDED_FRAME: [1, 1, 1, 0], IMAGE_FRAME: [1, 0, 0, 0]}
-
-
-SETTINGS: RunSettings = result_of([], {}).settings
 
 
 def row_of(block: Block, label: str) -> Row:
@@ -84,16 +80,14 @@ def test_every_row_of_the_paper_has_a_cell_a_column() -> None:
             assert all(re.fullmatch(rf"[\d.]+|{DASH}", cell) for cell in row.cells)
 
 
-def test_legacy_runs_stand_beside_the_papers_rows_and_own_ones_apart(
-    make_run: Make, settings: RunSettings, tmp_path: Path
-) -> None:
+def test_legacy_runs_stand_beside_the_papers_rows_and_own_ones_apart(make_run: Make, tmp_path: Path) -> None:
     make_run("out/refcoco_val", BOTH_FRAMES)
     make_run(
         "out/legacy",
         {LEGACY_METRIC: [1, 0]},
         benchmark="legacy_refcoco_val",
         task="refcoco_bbox_rec_val",
-        settings=replace(settings, box_frame="image"),
+        settings=replace(SETTINGS, box_frame="image"),
     )
     legacy, own = make_table(5, find_models([tmp_path / "out"]))
     assert "legacy protocol" in legacy.title
@@ -115,9 +109,9 @@ def test_without_legacy_runs_the_papers_rows_stand_alone(make_run: Make, tmp_pat
     assert len(own.rows) == 1
 
 
-def test_boxes_are_read_as_asked_or_as_the_run_says(make_run: Make, settings: RunSettings, tmp_path: Path) -> None:
+def test_boxes_are_read_as_asked_or_as_the_run_says(make_run: Make, tmp_path: Path) -> None:
     make_run("square/refcoco_val", BOTH_FRAMES)
-    make_run("image/refcoco_val", BOTH_FRAMES, settings=replace(settings, box_frame="image"))
+    make_run("image/refcoco_val", BOTH_FRAMES, settings=replace(SETTINGS, box_frame="image"))
     models = find_models([tmp_path / "square", tmp_path / "image"], ["a", "b"])
     own = make_table(5, models)[1]
     assert [cell_of(own, name, "RefCOCO val") for name in "ab"] == ["75.00 ±1.00", "25.00 ±1.00"]
@@ -193,8 +187,8 @@ def test_runs_as_they_are_have_a_column_a_benchmark(make_run: Make, tmp_path: Pa
     assert list(map(str, block.rows[0].cells)) == ["15.00 ±0.01", "100.00 ±1.00"]
 
 
-def test_a_trial_with_a_limit_is_marked(make_run: Make, settings: RunSettings, tmp_path: Path) -> None:
-    limited = replace(settings, limit=2, box_frame=None)
+def test_a_trial_with_a_limit_is_marked(make_run: Make, tmp_path: Path) -> None:
+    limited = replace(SETTINGS, limit=2, box_frame=None)
     make_run("out/gqa", {"exact_match": [1, 0]}, tables=(6,), column="GQA", benchmark="gqa", settings=limited)
     (block,) = make_table(6, find_models([tmp_path / "out"]))
     assert cell_of(block, "plain", "GQA") == "50.00 ±1.00 †"
@@ -211,12 +205,10 @@ def test_a_server_scores_what_has_no_headline(make_run: Make, tmp_path: Path) ->
     assert "VizWiz of plain: scored by a server, file answers.json." in block.notes
 
 
-def test_conditions_that_all_share_are_said_once_and_others_by_column_and_model(
-    make_run: Make, settings: RunSettings, tmp_path: Path
-) -> None:
+def test_conditions_that_all_share_are_said_once_and_others_by_column_and_model(make_run: Make, tmp_path: Path) -> None:
     of_gqa = {"tables": (6,), "column": "GQA", "benchmark": "gqa", "task": "gqa"}
     make_run("a/gqa", {"exact_match": [1, 0]}, **of_gqa)
-    make_run("b/gqa", {"exact_match": [1, 0]}, first_id=7, **of_gqa, settings=replace(settings, batch_size=1))
+    make_run("b/gqa", {"exact_match": [1, 0]}, first_id=7, **of_gqa, settings=replace(SETTINGS, batch_size=1))
     make_run("a/okvqa", {"exact_match": [1, 0, 1]}, tables=(6,), column="OKVQA", benchmark="okvqa", task="okvqa")
     (block,) = make_table(6, find_models([tmp_path / "a", tmp_path / "b"], ["a", "b"]))
     (shared,) = [note for note in block.notes if note.startswith("All columns: ")]
