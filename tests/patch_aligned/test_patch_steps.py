@@ -41,23 +41,13 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "more",
-    [
-        [],
-        [
-            "--image_aspect_ratio",
-            "anyres",
-            "--image_grid_pinpoints",
-            "[[56, 112]]",
-            "--mm_patch_merge_type",
-            "spatial_unpad",
-        ],
-    ],
+    ["", "--image_aspect_ratio anyres --image_grid_pinpoints [[56,112]] --mm_patch_merge_type spatial_unpad"],
     ids=["square", "tiles"],
 )
 def test_gradients_are_those_of_the_full_pass_with_masked_captions(
-    run_stage_1: Any, monkeypatch: pytest.MonkeyPatch, more: list[str]
+    run_stage_1: Any, monkeypatch: pytest.MonkeyPatch, more: str
 ) -> None:
-    trainer, _ = run_stage_1(IMAGES[:3], "--max_steps 1 --mm_projector_type mlp2x_gelu --learning_rate 0", more)
+    trainer, _ = run_stage_1(IMAGES[:3], "--max_steps 1 --mm_projector_type mlp2x_gelu --learning_rate 0", more.split())
     model = trainer.model.train()
     dataset = trainer.train_dataset
     full, alone = (trainer.data_collator([data[row] for row in range(3)]) for data in (dataset, dataset.without_text()))
@@ -128,8 +118,10 @@ def test_records_without_text_are_refused_where_more_than_the_projector_is_train
         run_stage_1(IMAGES, "--max_steps 1 --tune_mm_mlp_adapter False", more)
 
 
-def test_a_pad_file_with_some_empty_captions_is_a_mixed_file(run_stage_1: Any) -> None:
-    trainer, _ = run_stage_1(IMAGES[:4], "--max_steps 1")
+def test_a_pad_file_with_some_empty_captions_is_a_mixed_file(
+    run_stage_1: Any, patch_flags: Callable[..., list[str]]
+) -> None:
+    patch_flags(IMAGES[:4], "")
     records = json.loads(Path("pad.json").read_text())
     records[1]["caption"] = ""
     Path("some.json").write_text(json.dumps(records))

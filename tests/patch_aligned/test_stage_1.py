@@ -19,7 +19,7 @@ CABSTRACTOR = (
 )
 
 
-def test_regions_pull_on_the_grid_of_a_c_abstractor(run_stage_1: Any) -> None:
+def test_regions_pull_on_the_grid_of_a_c_abstractor_which_is_saved_and_read_back(run_stage_1: Any) -> None:
     trainer, plugin = run_stage_1(["im0.png", "im5.png"], f"{CABSTRACTOR} --max_steps 12")
     assert trainer.model.visual_grid == plugin.context.grid == (2, 2)  # the tower's is 4 x 4
     assert plugin.context.visual_tokens.shape[:2] == (2, 4)
@@ -29,9 +29,6 @@ def test_regions_pull_on_the_grid_of_a_c_abstractor(run_stage_1: Any) -> None:
     assert patch[-1] < patch[0] - 0.3 and cosine[-1] > cosine[0] + 0.3
     assert logged(trainer, "patch/dropped_regions") == [0] * 12
 
-
-def test_a_trained_c_abstractor_is_saved_and_read_back(run_stage_1: Any) -> None:
-    trainer, _ = run_stage_1(["im0.png", "im5.png"], f"{CABSTRACTOR} --max_steps 1")
     trained = trainer.model.get_model().mm_projector.state_dict()
     stored = torch.load("run/mm_projector.bin", weights_only=True)
     assert stored.keys() == {f"model.mm_projector.{name}" for name in trained}
@@ -81,10 +78,8 @@ def test_regions_of_a_tiled_image_pull_on_its_base_tile(run_stage_1: Any, merge_
 
 
 def test_only_the_base_tile_is_pulled(run_stage_1: Any) -> None:
-    _, plugin = run_stage_1(["im1.png", "im5.png"], "--mm_projector_type linear --max_steps 1", ANYRES)
-    trainer, _ = run_stage_1(
-        ["im1.png", "im5.png"], "--mm_projector_type linear --max_steps 1 --learning_rate 0", ANYRES
-    )
+    flags = "--mm_projector_type linear --max_steps 1 --learning_rate 0"
+    trainer, plugin = run_stage_1(["im1.png", "im5.png"], flags, ANYRES)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
     batch.pop("labels")
     trainer.model.train().attach_plugin(plugin)

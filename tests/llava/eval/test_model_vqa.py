@@ -52,12 +52,16 @@ def flags(golden_world: Path) -> dict[str, Any]:
     }
 
 
+def answer(flags: dict[str, Any], module: Any = model_vqa_loader, **changes: Any) -> None:
+    module.eval_model(SimpleNamespace(**flags | changes))
+
+
 def answered(path: str = "new/folder/a.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def test_answers_have_upstreams_keys_in_the_order_of_the_questions(flags: dict[str, Any], tiny: LoadedModel) -> None:
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    answer(flags)
     answers = answered()
     assert [answer["question_id"] for answer in answers] == [3, "b", 3, "none", 9]
     assert [answer["prompt"] for answer in answers] == [question["text"] for question in QUESTIONS]
@@ -72,7 +76,7 @@ def test_answers_have_upstreams_keys_in_the_order_of_the_questions(flags: dict[s
 
 
 def test_a_killed_run_goes_on_and_leaves_the_same_file(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    answer(flags)
     path = Path(flags["answers_file"])
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -85,17 +89,17 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(flags: dict[str, Any], mo
         return answer_questions(questions, *rest, **options)
 
     monkeypatch.setattr("llava.eval.answering.answer_questions", watched)
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    answer(flags)
     assert asked == [3, "none", 9]
     assert path.read_bytes() == whole
-    model_vqa_loader.eval_model(SimpleNamespace(**flags, workers=1))
+    answer(flags, workers=1)
     assert len(asked) == 3
     assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("change", ["settings", "template", "questions", "weights", "no origin", "broken origin"])
 def test_answers_of_another_run_are_set_aside(flags: dict[str, Any], change: str) -> None:
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    answer(flags)
     path = Path(flags["answers_file"])
     marked = path.read_bytes().replace(b'"text": "', b'"text": "old ')
     path.write_bytes(marked)
@@ -112,59 +116,53 @@ def test_answers_of_another_run_are_set_aside(flags: dict[str, Any], change: str
         path.with_name("a.jsonl.run.json").unlink()
     else:
         path.with_name("a.jsonl.run.json").write_text("[1]")
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    answer(flags)
     assert b"old " not in path.read_bytes()
     assert len(answered()) == (1 if change == "questions" else 5)
     assert path.with_name("a.jsonl.old").read_bytes() == marked
 
 
 def test_answers_of_the_same_model_and_questions_are_kept_however_they_are_spelled(flags: dict[str, Any]) -> None:
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    answer(flags)
     path = Path(flags["answers_file"])
     marked = path.read_bytes().replace(b'"text": "', b'"text": "old ')
     path.write_bytes(marked)
     Path("tiny-llava/README.md").touch()
     os.utime("tiny-llava/model.safetensors", (1, 1))
     flags |= {"model_path": "./tiny-llava/", "image_folder": str(Path("images").resolve())}
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    answer(flags)
     assert path.read_bytes() == marked
 
 
 def test_no_answers_are_ever_overwritten(flags: dict[str, Any]) -> None:
     path, kept = Path(flags["answers_file"]), []
     for mode in ("v0", "v1", "v0", "v1"):
-        model_vqa_loader.eval_model(SimpleNamespace(**{**flags, "conv_mode": mode}))
+        answer(flags, conv_mode=mode)
         kept.append(path.read_bytes())
     path.write_bytes(b"\n" + kept[-1])  # by an editor: no line of it can be continued
-    model_vqa_loader.eval_model(SimpleNamespace(**{**flags, "conv_mode": "v1"}))
+    answer(flags, conv_mode="v1")
     old = [path.with_name(f"a.jsonl.old{number}").read_bytes() for number in ("", 1, 2, 3)]
     assert old == [*kept[:3], b"\n" + kept[3]]
 
 
 def test_a_run_that_cannot_start_leaves_old_answers_alone(flags: dict[str, Any]) -> None:
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    answer(flags)
     whole = Path(flags["answers_file"]).read_bytes()
     with pytest.raises(FileNotFoundError):
-        model_vqa_loader.eval_model(SimpleNamespace(**{**flags, "model_path": "no-such-model"}))
+        answer(flags, model_path="no-such-model")
     assert Path(flags["answers_file"]).read_bytes() == whole
 
 
-def test_chunks_together_are_the_whole(flags: dict[str, Any]) -> None:
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+def test_chunks_together_and_model_vqa_give_the_whole(flags: dict[str, Any]) -> None:
+    answer(flags)
     whole = answered()
     parts: list[dict[str, Any]] = []
     for chunk in range(4):  # of 5 questions: 2, 2, 1 and none
-        own = {**flags, "num_chunks": 4, "chunk_idx": chunk, "answers_file": f"4_{chunk}.jsonl"}
-        model_vqa_loader.eval_model(SimpleNamespace(**own))
+        answer(flags, num_chunks=4, chunk_idx=chunk, answers_file=f"4_{chunk}.jsonl")
         parts += answered(f"4_{chunk}.jsonl")
     assert parts == whole
-
-
-def test_model_vqa_gives_the_same_answers(flags: dict[str, Any]) -> None:
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))
-    expected = answered()
-    model_vqa.eval_model(SimpleNamespace(**{**flags, "answers_file": "b.jsonl"}))
-    assert answered("b.jsonl") == expected
+    answer(flags, model_vqa, answers_file="b.jsonl")
+    assert answered("b.jsonl") == whole
 
 
 def test_science_questions_with_and_without_an_image(flags: dict[str, Any]) -> None:
@@ -172,8 +170,7 @@ def test_science_questions_with_and_without_an_image(flags: dict[str, Any]) -> N
     text_turns = [{"from": "human", "value": "Context: x\nWhich?"}]
     records = [{"id": "4", "image": "im1.png", "conversations": turns}, {"id": "7", "conversations": text_turns}]
     Path("sqa.json").write_text(json.dumps(records), encoding="utf-8")
-    own = {**flags, "question_file": "sqa.json", "single_pred_prompt": True, "answer_prompter": False}
-    model_vqa_science.eval_model(SimpleNamespace(**own))
+    answer(flags, model_vqa_science, question_file="sqa.json", single_pred_prompt=True, answer_prompter=False)
     letter = "Answer with the option's letter from the given choices directly."
     assert [answer["prompt"] for answer in answered()] == [
         f"<image>\nWhich?\nA. one\nB. two\n{letter}",
@@ -206,8 +203,7 @@ def table_row(index: int, **cells: str) -> dict[str, Any]:
 
 def test_mmbench_asks_once_for_each_place_of_the_options(flags: dict[str, Any]) -> None:
     write_table([table_row(5, hint="Look.", C='a "bird"\nor two'), table_row(8, hint="nan", C="None", D="never read")])
-    own = {**flags, "question_file": "mmb.tsv", "all_rounds": True, "single_pred_prompt": True, "lang": "en"}
-    model_vqa_mmbench.eval_model(SimpleNamespace(**own))
+    answer(flags, model_vqa_mmbench, question_file="mmb.tsv", all_rounds=True, single_pred_prompt=True, lang="en")
     answers = answered()
     assert [(answer["question_id"], answer["round_id"]) for answer in answers] == [
         (5, 0),
@@ -236,7 +232,7 @@ def test_mmbench_asks_once_for_each_place_of_the_options(flags: dict[str, Any]) 
 def test_a_broken_table_is_refused(flags: dict[str, Any], rows: list[dict[str, str]], drop: str, message: str) -> None:
     write_table([{**table_row(place), **cells} for place, cells in enumerate(rows)], drop)
     with pytest.raises(ValueError, match=message):
-        model_vqa_mmbench.eval_model(SimpleNamespace(**{**flags, "question_file": "mmb.tsv"}))
+        answer(flags, model_vqa_mmbench, question_file="mmb.tsv")
 
 
 # As upstream's scripts/v1_5/eval/*.sh call them.
@@ -278,9 +274,9 @@ def test_all_tools_ask_a_checkpoint_in_the_same_template(
     modes = []
     for module in (answering_command, run_llava):
         monkeypatch.setattr(module, "template_named", lambda mode: modes.append(mode) or template_named(mode))
-    common = {**flags, "model_path": name, "conv_mode": None}
-    model_vqa_loader.eval_model(SimpleNamespace(**common))
-    run_llava.eval_model(SimpleNamespace(**common, query="What is this?", image_file="images/im0.png"))
+    flags |= {"model_path": name, "conv_mode": None}
+    answer(flags)
+    answer(flags, run_llava, query="What is this?", image_file="images/im0.png")
     assert modes == [conversation_mode(name, SimpleNamespace())] * 2
 
 
@@ -308,19 +304,19 @@ def test_wrong_input_is_one_sentence_before_the_model_is_loaded(
     Path("marked.jsonl").write_text(json.dumps(marked) + "\n", encoding="utf-8")
     monkeypatch.setattr(builder, "from_pretrained_strictly", lambda *args, **kwargs: pytest.fail("it was loaded"))
     with pytest.raises((ValueError, OSError)) as caught:
-        model_vqa_loader.eval_model(SimpleNamespace(**{**flags, **change}))
+        answer(flags | change)
     assert message in str(caught.value)
     assert not Path(flags["answers_file"]).exists()
 
 
 def test_a_model_without_vision_is_refused(flags: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="no vision tower"):
-        model_vqa_loader.eval_model(SimpleNamespace(**{**flags, "model_path": "tiny-vicuna"}))
+        answer(flags, model_path="tiny-vicuna")
     assert not Path(flags["answers_file"]).exists()
 
 
 def test_a_second_process_is_kept_out_of_an_answers_file(flags: dict[str, Any]) -> None:
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))
+    answer(flags)
     path = Path(flags["answers_file"])
     whole = path.read_bytes()
     path.write_bytes(whole.splitlines(keepends=True)[0])  # where the other process is
@@ -330,11 +326,11 @@ def test_a_second_process_is_kept_out_of_an_answers_file(flags: dict[str, Any]) 
         assert other.stdout is not None
         assert other.stdout.readline() == "1\n"
         with pytest.raises(BlockingIOError, match=r"a\.jsonl: another process is answering into it; wait for its end"):
-            model_vqa_loader.eval_model(SimpleNamespace(**flags))
+            answer(flags)
         assert path.read_bytes() == whole.splitlines(keepends=True)[0]
-        model_vqa_loader.eval_model(SimpleNamespace(**{**flags, "answers_file": "new/folder/b.jsonl"}))
+        answer(flags, answers_file="new/folder/b.jsonl")
         other.kill()
-    model_vqa_loader.eval_model(SimpleNamespace(**flags))  # nothing is left of the killed process's hold
+    answer(flags)  # nothing is left of the killed process's hold
     assert path.read_bytes() == Path("new/folder/b.jsonl").read_bytes() == whole
 
 
