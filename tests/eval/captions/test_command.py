@@ -105,13 +105,6 @@ def test_a_base_is_known_by_its_weights(world: Path) -> None:
     assert other.exit_code == 2 and "model.weights" in other.output
 
 
-def test_the_users_prompt_is_what_the_model_gets(world: Path) -> None:
-    assert caption(*STAGE_2, "--prompt", "What is it?", "--limit", "2").exit_code == 0
-    result = read_run(RUN)
-    assert "<image>\nWhat is it? ASSISTANT:" in result.settings.prompt
-    assert (result.settings.limit, result.data.rows) == (2, 2)
-
-
 class StoppedError(Exception):
     """What ends a run in the middle."""
 
@@ -172,12 +165,15 @@ def test_two_processes_share_the_images(world: Path, monkeypatch: pytest.MonkeyP
     assert written[0] | written[1] == {sample.id: sample.answer for sample in read_samples(RUN)}
 
 
-def test_a_run_of_other_settings_is_replaced_only_on_request(world: Path) -> None:
-    assert caption(*STAGE_2, "--limit", "2").exit_code == 0
-    done = caption(*STAGE_2)
-    assert done.exit_code == 2
-    assert "holds a run with another settings.limit: found 2, asked for None; next: another --output" in done.output
-    assert caption(*STAGE_2, "--again").exit_code == 0
+def test_the_users_prompt_is_asked_and_a_run_of_other_settings_is_replaced_only_on_request(world: Path) -> None:
+    own = (*STAGE_2, "--prompt", "What is it?")
+    assert caption(*own, "--limit", "2").exit_code == 0
+    result = read_run(RUN)
+    assert "<image>\nWhat is it? ASSISTANT:" in result.settings.prompt
+    assert (result.settings.limit, result.data.rows) == (2, 2)
+    found = "holds a run with another settings.limit: found 2, asked for None; next: another --output"
+    assert found in refused(*own)
+    assert caption(*own, "--again").exit_code == 0
     assert read_run(RUN).settings.limit is None
 
 

@@ -85,7 +85,9 @@ ONE_STEP = "--per_device_train_batch_size 1 --save_strategy steps --save_steps 1
 TWO_STEPS = f"{ONE_STEP} --max_steps 2"
 
 
-def test_data_in_another_order_are_noticed(run_stage_1: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_data_in_another_order_and_another_model_are_refused(
+    run_stage_1: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     run_stage_1("run", ONE_STEP)
     Path("other.json").write_text(json.dumps(json.loads(Path("data_plain.json").read_text())[::-1]))
     before = contents("run")
@@ -94,28 +96,20 @@ def test_data_in_another_order_are_noticed(run_stage_1: Any, caplog: pytest.LogC
         "--gradient_accumulation_steps 2": "global_batch_size: 1 before, 2 now",
         "--seed 7": "seed: 42 before, 7 now",
         "--data_seed 7": "data_seed: None before, 7 now",
+        "--version v1": "version: ",
+        "--pretrain_mm_mlp_adapter run/mm_projector.bin": "pretrain_mm_mlp_adapter: ",
     }.items():
         with pytest.raises(ValueError, match=f"run holds another run, up to checkpoint-1.*{named}"):
             run_stage_1("run", f"{TWO_STEPS} {flags}")
     assert contents("run") == before
-    Path("run/run.json").unlink()  # as in folders of earlier versions
-    run_stage_1("run", f"{TWO_STEPS} --data_seed 7")
-    assert "samples will be repeated" in caplog.text
-
-
-def test_another_model_is_refused(run_stage_1: Any) -> None:
-    run_stage_1("run", ONE_STEP)
-    for flags, name in {
-        "--version v1": "version",
-        "--pretrain_mm_mlp_adapter run/mm_projector.bin": "pretrain_mm_mlp_adapter",
-    }.items():
-        with pytest.raises(ValueError, match=rf"holds another run.*{name}: "):
-            run_stage_1("run", f"{TWO_STEPS} {flags}")
     resumed = run_stage_1("other", f"{TWO_STEPS} --version v1 --resume_from_checkpoint run/checkpoint-1")  # asked for
     assert resumed.state.global_step == 2
     set_config("tiny-vicuna", rope_theta=1e6)  # another LLM of the same name
     with pytest.raises(ValueError, match=r"holds another run.*model_name_or_path: "):
         run_stage_1("run", TWO_STEPS)
+    Path("run/run.json").unlink()  # as in folders of earlier versions
+    run_stage_1("run", f"{TWO_STEPS} --data_seed 7")
+    assert "samples will be repeated" in caplog.text
 
 
 def test_another_rate_is_named_and_recorded(run_stage_1: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -98,11 +98,18 @@ def test_the_runs_own_selection_gives_the_runs_own_records() -> None:
         assert reselected(one, Selection()) == (one, [])
 
 
-def test_higher_thresholds_leave_regions_out(run: Path, tmp_path: Path) -> None:
-    before, after = reselect(run, tmp_path / "pad.jsonl", {"box_threshold": 0.35})
-    assert labels_of(tmp_path / "pad.jsonl") == {"a.jpg": [("tennis racket", 0.9), ("dog", 0.4)]}
+def test_higher_thresholds_leave_regions_out_and_settings_say_how_labels_were_chosen(run: Path, tmp_path: Path) -> None:
+    pad = tmp_path / "pad.jsonl.gz"
+    before, after = reselect(run, pad, {"box_threshold": 0.35, "label_mode": "best_tag"})
+    assert labels_of(pad) == {"a.jpg": [("tennis racket", 0.9), ("dog", 0.4)]}
     assert (before.images, before.regions, before.tags) == (2, 3, {"tennis racket", "dog", "cat"})
     assert (after.images, after.regions, after.tags) == (1, 2, {"tennis racket", "dog"})
+    lines = (tmp_path / "pad.jsonl.gz.skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    status = {entry["image_id"]: entry["status"] for entry in map(json.loads, lines)}
+    assert status == {"b.jpg": "no_boxes", "c.jpg": "no_boxes", "d.jpg": "unreadable"}
+    settings = json.loads((tmp_path / "pad.jsonl.gz.settings.json").read_text(encoding="utf-8"))
+    assert settings["selection"] == asdict(Selection(box_threshold=0.35, label_mode="best_tag"))
+    assert settings["detector"] == SETTINGS["detector"]
 
 
 def test_regions_keep_their_masks_and_are_renamed(run: Path, tmp_path: Path) -> None:
@@ -112,20 +119,6 @@ def test_regions_keep_their_masks_and_are_renamed(run: Path, tmp_path: Path) -> 
     assert (second.tag, third.tag, third.extra["phrase"]) == ("dog", "cat", "")
     assert first.rle_mask == mask_of(candidate(0.9))["rle_mask"]
     assert first.extra["area_px"] == 20 * 30
-
-
-def test_the_images_left_out_are_listed_with_their_status(run: Path, tmp_path: Path) -> None:
-    reselect(run, tmp_path / "pad.jsonl.gz", {"box_threshold": 0.35})
-    lines = (tmp_path / "pad.jsonl.gz.skipped.jsonl").read_text(encoding="utf-8").splitlines()
-    status = {entry["image_id"]: entry["status"] for entry in map(json.loads, lines)}
-    assert status == {"b.jpg": "no_boxes", "c.jpg": "no_boxes", "d.jpg": "unreadable"}
-
-
-def test_settings_say_how_the_labels_were_chosen(run: Path, tmp_path: Path) -> None:
-    reselect(run, tmp_path / "pad.jsonl", {"box_threshold": 0.35, "label_mode": "best_tag"})
-    settings = json.loads((tmp_path / "pad.jsonl.settings.json").read_text(encoding="utf-8"))
-    assert settings["selection"] == asdict(Selection(box_threshold=0.35, label_mode="best_tag"))
-    assert settings["detector"] == SETTINGS["detector"]
 
 
 def test_what_is_not_changed_stays_as_in_the_run(tmp_path: Path) -> None:
