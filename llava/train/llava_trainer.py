@@ -21,7 +21,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.dataset import LARGEST_SHARE, too_many_are_lost
 from llava.data.sampler import (
     EpochSampler,
@@ -139,7 +138,7 @@ class LLaVATrainer(CheckpointingTrainer):
         outputs = model(**inputs)
         loss, logs = self._weighted_sum(outputs, "auxiliary_only" not in inputs)
         if model.training:
-            self._check_samples(inputs, ids, loss, logs, skipped)
+            self._check_samples(inputs, outputs.supervised_tokens, ids, loss, logs, skipped)
             self.window.add({**logs, **(outputs.auxiliary_metrics or {})})
         return (loss, outputs) if return_outputs else loss
 
@@ -192,18 +191,17 @@ class LLaVATrainer(CheckpointingTrainer):
         return total, logs
 
     def _check_samples(
-        self, inputs: dict[str, Any], ids: list[str], loss: Tensor, logs: dict[str, Any], skipped: int
+        self,
+        inputs: dict[str, Any],
+        counts: Tensor | None,
+        ids: list[str],
+        loss: Tensor,
+        logs: dict[str, Any],
+        skipped: int,
     ) -> None:
-        """Raise if the loss is not finite, and track samples that contribute nothing."""
-        config = self.model.config
-        has_tower = self.model.get_vision_tower() is not None
-        sizes = [self.model.visual_tokens_of(size) for size in inputs.get("image_sizes", [])] if has_tower else []
-        visual_tokens = torch.tensor(sizes, dtype=torch.long, device=inputs["input_ids"].device)  # [N]
-        max_length = getattr(config, "tokenizer_model_max_length", None) if has_tower else None
-        counts = supervised_tokens(inputs["input_ids"], inputs["labels"], visual_tokens, max_length)
-        if "auxiliary_only" in inputs:
-            counts = torch.ones_like(counts)  # the plugin supervises them
+        """Raise if the loss is not finite, and track samples that contribute nothing: whose count of labels is 0."""
         is_finite = loss.detach().isfinite().long().reshape(1)
+        counts = is_finite.new_ones(len(ids)) if counts is None else counts  # [B]; the plugin supervises its own batch
         finite, *tokens = torch.cat([is_finite, counts]).tolist()  # the only GPU synchronisation
         step = self.state.global_step
         if not finite:
@@ -421,23 +419,6 @@ class MetricWindow:
                 totals[name] = (before[0] + total, before[1] + count)
         self._sums = {}
         return {name: total / count for name, (total, count) in totals.items() if count}
-
-
-def supervised_tokens(input_ids: Tensor, labels: Tensor, visual_tokens: Tensor, max_length: int | None) -> Tensor:
-    """Count the labelled tokens of each row after images are inserted and the row is truncated, `[B]`.
-
-    Args:
-        input_ids: `[B, T]`, right-padded, IMAGE_TOKEN_INDEX for an image.
-        labels: `[B, T]`.
-        visual_tokens: `[N]`, number of visual tokens of each image, in the order of the rows.
-        max_length: length to which the model truncates rows, if it does.
-    """
-    supervised = labels != IGNORE_INDEX  # [B, T]
-    if max_length is not None:
-        lengths = (input_ids != IMAGE_TOKEN_INDEX).long()
-        lengths[input_ids == IMAGE_TOKEN_INDEX] = visual_tokens
-        supervised = supervised & (lengths.cumsum(1) <= max_length)
-    return supervised[:, 1:].sum(1)  # [B]; the first position is not predicted
 
 
 class UnsupervisedSamples:
