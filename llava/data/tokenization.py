@@ -94,11 +94,8 @@ def preprocess_independent_turns(
 ) -> dict[str, Tensor]:
     """Tokenise each question of a dialogue as a dialogue of its own, and join them after their common prefix.
 
-    The prefix ends with the image. `turns` has the number of the question that each token belongs to, from 1, and 0 in
-    the prefix; the model reads it to keep questions apart.
-
-    Returns:
-        `input_ids`, `labels` and `turns`, int64 `[L]`.
+    The prefix ends with the image. Returns `input_ids`, `labels` and `turns`, int64 `[L]`: the number of the question
+    that each token belongs to, from 1, and 0 in the prefix; the model reads it to keep questions apart.
     """
     marks = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in dialogue]
     if marks[:1] != [1] or sum(marks) != 1:

@@ -19,26 +19,17 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 @dataclass(frozen=True)
 class MergedBatch:
-    """Input batch of the LLM.
+    """Input batch of the LLM."""
 
-    Attributes:
-        inputs_embeds: `[B, L, D]`.
-        attention_mask: `[B, L]` bool, true at tokens.
-        position_ids: `[B, L]`, counted from 0 in each row; 0 at padding.
-        labels: `[B, L]`; IGNORE_INDEX at visual tokens and padding.
-        image_of_row: indices of each row's images. Dummy images belong to no row.
-        truncated_rows: rows in which `max_length` truncated visual tokens.
-        turns: `[B, L]`, the number of the question that each position belongs to; 0 before all questions and at
-            padding. None if questions see each other.
-    """
-
-    inputs_embeds: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    labels: Tensor
-    image_of_row: list[list[int]]
-    truncated_rows: list[int]
+    inputs_embeds: Tensor  # [B, L, D]
+    attention_mask: Tensor  # [B, L] bool, true at tokens
+    position_ids: Tensor  # [B, L], counted from 0 in each row; 0 at padding
+    labels: Tensor  # [B, L]; IGNORE_INDEX at visual tokens and padding
+    image_of_row: list[list[int]]  # indices of each row's images; dummy images belong to no row
+    truncated_rows: list[int]  # rows in which `max_length` truncated visual tokens
     turns: Tensor | None = None
+    """`[B, L]`, the number of the question that each position belongs to; 0 before all questions and at padding. None
+    if questions see each other."""
 
 
 def assign_images(images_per_row: list[int], image_count: int) -> list[list[int]]:
@@ -122,7 +113,7 @@ def merge(
 
 
 def placed(values: Tensor, row: Tensor, column: Tensor, shape: tuple[int, int], padding: int = 0) -> Tensor:
-    """Put each of `values` `[P, ...]` into its place in a padded tensor `[*shape, ...]`, but drop those beyond its end."""
+    """Put each of `values` `[P, ...]` into its place in a tensor `[*shape, ...]` of padding; drop what lies beyond."""
     width = max(shape[1], int(column.max()) + 1)
     padded = values.new_full((shape[0], width, *values.shape[1:]), padding)
     return padded.index_put((row.to(values.device), column.to(values.device)), values)[:, : shape[1]]
@@ -163,9 +154,8 @@ def pack(merged: MergedBatch, capacity: int) -> MergedBatch:
 def attention_of_turns(merged: MergedBatch) -> tuple[Tensor, Tensor]:
     """Return mask and positions with which each question about an image sees the image and itself alone.
 
-    Returns:
-        The mask, `[B, 1, L, L]` in the embeddings' dtype, to be added to attention scores, and `[B, L]` positions:
-        those that the question would have if it was the only one.
+    The mask, `[B, 1, L, L]` in the embeddings' dtype, is added to attention scores. Positions, `[B, L]`, are those that
+    the question would have if it was the only one.
     """
     assert merged.turns is not None
     samples = (merged.position_ids == 0).cumsum(dim=1)  # [B, L]; padding sees itself alone
@@ -184,12 +174,7 @@ def mask_of_padding(input_ids: Tensor, padding: int) -> Tensor:
 
 
 def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:
-    """Crop the letterbox from a feature map.
-
-    Args:
-        tensor: `[D, rows, cols]`, features of the letterboxed image.
-        original_size: width and height of the original image.
-    """
+    """Crop the letterbox from a feature map `[D, rows, cols]` of an image of `original_size` (width, height)."""
     width, height = original_size
     rows, cols = tensor.shape[1:]
     if width / height > cols / rows:

@@ -8,11 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from llava.checkpoint_files import may_be_hub_name, no_checkpoint, require_whole_model
-from llava.command import errors_as_sentences, names_config, parse_known_flags
+from llava.checkpoint_files import require_place, require_whole_model
+from llava.command import errors_as_sentences, names_config, parse_known_flags, require_files
 from llava.conversation import conv_templates
 
 
@@ -217,9 +216,7 @@ def check_model_and_data(model_args: Any, data_args: Any) -> None:
 def check_command_line(*plugin_classes: type, argv: Sequence[str] | None = None) -> None:
     """End a training whose command line is wrong, before torch is imported. `--help` ends here too.
 
-    Args:
-        *plugin_classes: dataclasses of a plugin's flags.
-        argv: the command line; None is that of the process.
+    `plugin_classes` are dataclasses of a plugin's flags; `argv` is the command line, by default that of the process.
     """
     argv = sys.argv[1:] if argv is None else argv
     # The first process of a machine says it once. The keys of a file of flags are read with all flags.
@@ -229,14 +226,8 @@ def check_command_line(*plugin_classes: type, argv: Sequence[str] | None = None)
         classes = (ModelArguments, DataArguments, TrainingFlags, *plugin_classes)
         flags = parse_known_flags(classes, argv, transformers=["training_args.py"])
         check_model_and_data(flags, flags)
-        for name in ("data_path", "image_folder", "pretrain_mm_mlp_adapter", "patch_data_path"):
-            place = getattr(flags, name, None)
-            if place is not None and not Path(place).exists():
-                raise FileNotFoundError(
-                    f"--{name} {place}: found no such file or folder. What data is missing, and where it comes from: "
-                    "bash scripts/prepare_data.sh --check"
-                )
+        hint = ". What data is missing, and where it comes from: bash scripts/prepare_data.sh --check"
+        require_files(flags, ("data_path", "image_folder", "pretrain_mm_mlp_adapter", "patch_data_path"), hint)
         require_whole_model(str(flags.model_name_or_path))
-        tower = flags.vision_tower
-        if tower is not None and not Path(tower).is_dir() and not may_be_hub_name(tower):
-            raise no_checkpoint(tower, FileNotFoundError("There is no such folder."))
+        if flags.vision_tower is not None:
+            require_place(flags.vision_tower)

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from llava.checkpoint_files import may_be_hub_name
 from patch_aligned.cells import Layout
 from patch_aligned.models.base import Encoded, VisionLanguageModel
 from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.llava import lazy_tensors, load_words, read_config
 from patch_aligned.models.tokens import PROJECTORS, image_inputs, image_token_id, visual_tokens
-from patch_aligned.models.whole import TransformersSource, may_be_hub_name
+from patch_aligned.models.whole import TransformersSource
 
 
 def is_of_transformers(place: str) -> bool:

@@ -17,16 +17,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llava.checkpoint_files import may_be_hub_name
 from patch_aligned.models.language import precise
 from patch_aligned.models.llava import CAPTION_REQUEST
 
 _ROWS_AT_ONCE = 9
 """Continuations that are read together, each with its own copy of what the LLM keeps of the prompt."""
-
-
-def may_be_hub_name(place: str) -> bool:
-    """Whether a place is no path here and has the form of a hub name, OWNER/NAME."""
-    return not Path(place).exists() and place.count("/") == 1 and not place.startswith(("/", ".", "~"))
 
 
 def processor_of(place: str) -> Any:

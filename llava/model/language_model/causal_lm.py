@@ -55,6 +55,7 @@ class LlavaOutput(CausalLMOutputWithPast):
 class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
     """Mixin before a text-only `...ForCausalLM`, whose decoder it replaces by `decoder_class`."""
 
+    config_class: Any
     decoder_class: type
     # Otherwise transformers would not divide the loss by the gradient accumulation steps.
     accepts_loss_kwargs = False
@@ -315,11 +316,10 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None and input_ids.dim() == 2 and len(input_ids) > 1:
             attention_mask = self._mask_of_unmasked_batch(input_ids, kwargs.get("pad_token_id"))
-        tower = self.get_vision_tower()
-        has_images = images is not None and tower is not None
+        is_text = images is None or self.get_vision_tower() is None
         merged = merge(
             input_ids,
-            self.encode_image_batch(images, image_sizes).tokens if has_images and images is not None else [],
+            [] if is_text else self.encode_image_batch(images, image_sizes).tokens,
             self.get_input_embeddings(),
             attention_mask=attention_mask,
             padding_side="left",  # new tokens must follow the prompt in every row
