@@ -94,15 +94,7 @@ def chat_template(conversation: Conversation, tokenizer: Any, has_start_and_end:
     The template writes the BOS token itself, if the tokenizer has one: serving engines tokenise the result of a chat
     template without adding any. A SentencePiece tokenizer treats text after a token such as `<image>` or BOS as the
     middle of a sentence, where LLaVA tokenises it as a beginning; a space after the token compensates. All combinations
-    are tried.
-
-    Args:
-        conversation: an entry of `conv_templates`.
-        tokenizer: with `<image>` among its tokens.
-        has_start_and_end: whether the checkpoint puts `<im_start>` and `<im_end>` around images.
-
-    Raises:
-        ValueError: no such template gives the same ids.
+    are tried, and `ValueError` is raised if none gives the same ids. `tokenizer` has `<image>` among its tokens.
     """
     layout = layout_of(conversation)
     image_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)

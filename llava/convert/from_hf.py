@@ -36,20 +36,10 @@ def from_hf(
     conv_mode: str | None = None,
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Writes the checkpoint and returns its path. Runs on the CPU, with memory for about one copy of the model.
+    """Write a full checkpoint to the new folder `destination` and return its path.
 
-    Args:
-        source: folder or hub name, such as llava-hf/llava-1.5-7b-hf.
-        destination: a new folder. It becomes a full checkpoint, as stage 2 writes it.
-        vision_tower: what `mm_vision_tower` is to name, if its weights are those of the source; None writes the
-            source's tower to `destination/vision_tower` and names that.
-        image_aspect_ratio: `pad` or `square`; None for what the source's image processor does.
-        conv_mode: template that the checkpoint is talked to in; None for what the source records, if anything.
-        max_shard_size: largest file of weights.
-
-    Raises:
-        FileExistsError: `destination` holds files.
-        ValueError: the source is another kind of model, or `vision_tower` has other weights.
+    Arguments are the options of `llava-convert from-hf`. Raises `ValueError` if the source is another kind of model, or
+    `vision_tower` has other weights.
     """
     destination = Path(destination)
     require_new_folder(destination)

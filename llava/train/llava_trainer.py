@@ -62,15 +62,9 @@ def run_progress(step: int, max_steps: int) -> float:
 class LLaVATrainer(CheckpointingTrainer):
     """Trainer for both stages of LLaVA.
 
-    Args:
-        *args: as for `transformers.Trainer`.
-        plugin: adds losses to the caption loss; `None` is plain LLaVA.
-        phase: what a checkpoint says that it is of: "run", or "warm-up", in which the plugin's losses have weight 1.
-        tokenizer: upstream's name of `processing_class`.
-        **kwargs: as for `transformers.Trainer`.
-
-    Raises:
-        ValueError: one process sees several GPUs (each needs its own process).
+    `plugin` adds losses to the caption loss; None is plain LLaVA. `phase` is what a checkpoint says that it is of: in a
+    "warm-up" the plugin's losses have weight 1. `tokenizer` is upstream's name of `processing_class`. All else is as
+    for `transformers.Trainer`.
     """
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch; the Trainer divides by their number
@@ -126,9 +120,7 @@ class LLaVATrainer(CheckpointingTrainer):
     ) -> Any:
         """Return the weighted sum of a micro-batch's losses, and record each of them for logging.
 
-        Raises:
-            ValueError: a loss is not finite, an image does not fit into `model_max_length`, or too many samples have no
-                supervised token; the message names the samples.
+        Raises `ValueError` naming the samples if a loss is not finite, or too many samples have no supervised token.
         """
         ids = inputs.get("sample_ids") or [f"row {row}" for row in range(len(inputs["input_ids"]))]
         if self._first_batch_pending and self.state.global_step == 0:

@@ -27,9 +27,6 @@ class VisionTower(nn.Module):
         args: read for `mm_vision_select_layer`, `mm_vision_select_feature` (`patch` drops the CLS token, `cls_patch`
             keeps it). Register tokens are always dropped.
         delay_load: read only the configuration now; `load_model` reads the weights.
-
-    Raises:
-        ValueError: the encoder cannot give what is selected, or the image processor's output does not fit the encoder.
     """
 
     model_class: Any
