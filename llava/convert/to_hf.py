@@ -155,8 +155,9 @@ def to_hf(
 
     destination.mkdir(parents=True, exist_ok=True)
     save_weights(weights, destination, max_shard_size)
+    vision = {key: value for key, value in tower.config.to_dict().items() if key not in ("_name_or_path", "model_type")}
     hf_config = HfLlavaConfig(
-        vision_config=without_place(tower.config),
+        vision_config=type(tower.config)(**vision),  # without a local path
         text_config=text_config(model, rows, kept),
         image_token_index=image_id,
         image_seq_length=tower.num_patches + int(HAS_CLS[tower_type] and not drops_cls),
@@ -240,12 +241,6 @@ def text_config(model: Any, rows: int, dtype: torch.dtype) -> Any:
     known = config_class().to_dict().keys() - {"model_type", "_name_or_path"}
     values = {key: value for key, value in model.config.to_dict().items() if key in known}
     return config_class(**{**values, "vocab_size": rows, "architectures": [model_class.__name__], "dtype": dtype})
-
-
-def without_place(config: Any) -> Any:
-    """Copy a config without its local path."""
-    values = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "model_type")}
-    return type(config)(**values)
 
 
 def generation_config(tokenizer: Any, conversation: Conversation) -> GenerationConfig:

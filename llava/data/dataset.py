@@ -107,7 +107,10 @@ class LazySupervisedDataset(Dataset):
         self.on_error = on_error or getattr(data_args, "on_error", "fail")
         self.output_dir = output_dir
         self.visual_tokens_of = visual_tokens_of
-        self._check_arguments()
+        if self.on_error not in ("fail", "skip"):
+            raise ValueError(f"--on_error: found {self.on_error!r}, expected 'fail' or 'skip'")
+        if plugin is not None and grid is None:
+            raise ValueError("a plugin is given without `grid`; pass the model's visual_grid")
         self.records = open_records(data_path)
         self.rows, self.is_auxiliary = self._usable_rows()
         self.features: FeatureCache | None = None  # of the tower, in place of pixels; see `llava.train.cache_features`
@@ -246,15 +249,6 @@ class LazySupervisedDataset(Dataset):
             return self.plugin.transform_sample(record, view)
         except ValueError as error:
             raise RecordError(f"{self.records.where(row)}, {error}") from error
-
-    def _check_arguments(self) -> None:
-        if self.on_error not in ("fail", "skip"):
-            raise ValueError(f"--on_error: found {self.on_error!r}, expected 'fail' or 'skip'")
-        aspect_ratio = getattr(self.data_args, "image_aspect_ratio", None)
-        if aspect_ratio not in (None, "square", "pad", "anyres"):
-            raise ValueError(f"--image_aspect_ratio: found {aspect_ratio!r}, expected 'square', 'pad' or 'anyres'")
-        if self.plugin is not None and self.grid is None:
-            raise ValueError("a plugin is given without `grid`; pass the model's visual_grid")
 
     def _problems_in_this_run(self, is_auxiliary: np.ndarray) -> Iterator[tuple[int, str]]:
         """Yield row and problem of records that break no format, but do not fit the run: all are known before it."""

@@ -5,13 +5,9 @@ All templates share one mechanism. The template renders the dialogue as segments
 characters. Nothing is tokenised twice and no lengths are counted. So labels are correct for any tokenizer and text,
 even if an answer contains the template's separators.
 
-`preprocess` and its variants keep upstream's names and results, except for upstream's defects:
-
-- On a miscount it dropped all labels of a sample: for answers that contain "ASSISTANT: ", for an empty answer, and for
-  every dialogue in the `mpt` and ChatML templates. Here these are labelled like any other.
-- In the `v0` templates its labels drifted by one or more tokens per turn, over roles and questions.
-- Several `<image>` in one message became one. Here each keeps its position.
-- An empty caption in a `plain` template was learnt as a line break. Here an empty answer is not learnt.
+`preprocess` and its variants keep upstream's names and results, except for its defects: docs/differences.md lists what
+it labelled wrongly, or not at all. An empty caption in a `plain` template, which it learned as a line break, is not
+learned here.
 
 Letters: B dialogues, L tokens of the longest.
 """

@@ -136,11 +136,9 @@ class LlavaMetaForCausalLM(ABC):
         return projector(features if weight is None else features.to(weight.dtype))  # [N, S, D]
 
     def encode_image_batch(self, images: Images, image_sizes: list[tuple[int, int]] | None = None) -> EncodedImages:
-        """Encode a batch in one pass of the tower.
+        """Encode images in one pass of the tower: `[N, 3, H, W]`, with tiles `[N, t, 3, H, W]`, or a list of either's.
 
-        Args:
-            images: `[N, 3, H, W]`; or, with tiles, `[N, t, 3, H, W]` or a list of `[t, 3, H, W]` or `[3, H, W]`.
-            image_sizes: width and height of each original image; required for spatially arranged tiles.
+        `image_sizes` (width, height) of the original images are required for spatially arranged tiles.
         """
         may_be_tiled = isinstance(images, list) or images.dim() == 5
         tiled = [image if image.dim() == 4 else image[None] for image in images]  # each [t, 3, H, W]

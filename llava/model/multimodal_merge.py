@@ -192,15 +192,11 @@ def arrange_tiles(
     original_size: tuple[int, int] | None,
     newline: Tensor | None,
 ) -> Tensor:
-    """Arrange one image's visual tokens in the order in which the LLM reads them, `[*, D]`.
+    """Arrange one image's tiles `[t, S, D]`, the full image first, in the order in which the LLM reads them, `[*, D]`.
 
-    Args:
-        tiles: `[t, S, D]`; the base tile (the full image) first.
-        merge_type: `flat` (tile after tile), `spatial` (the tiles as one large grid, row by row) or `spatial_unpad`
-            (the same without the letterbox, and with `newline` after each row of the grid).
-        tile_grid: returns columns and rows of tiles; called only if there is more than one tile.
-        original_size: width and height of the original image, for `spatial_unpad`.
-        newline: `[D]`, the learned row separator of `spatial_unpad`.
+    `merge_type` is `flat` (tile after tile), `spatial` (the tiles as one large grid, row by row) or `spatial_unpad`
+    (the same without the letterbox of the image of `original_size`, width and height, and with the learned `newline`
+    `[D]` after each row of the grid). `tile_grid` returns columns and rows of tiles, if there is more than one.
     """
     if merge_type == "flat":
         return tiles.flatten(0, 1)

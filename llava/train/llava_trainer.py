@@ -130,7 +130,8 @@ class LLaVATrainer(CheckpointingTrainer):
         outputs = model(**inputs)
         loss, logs = self._weighted_sum(outputs, "auxiliary_only" not in inputs)
         if model.training:
-            self._check_samples(inputs, outputs.supervised_tokens, ids, loss, logs, skipped)
+            is_placeholder = skipped and inputs["input_ids"].shape[1] == 1  # of a batch that was skipped as a whole
+            self._check_samples([] if is_placeholder else ids, outputs.supervised_tokens, loss, logs, skipped)
             self.window.add({**logs, **(outputs.auxiliary_metrics or {})})
         return (loss, outputs) if return_outputs else loss
 
@@ -183,13 +184,7 @@ class LLaVATrainer(CheckpointingTrainer):
         return total, logs
 
     def _check_samples(
-        self,
-        inputs: dict[str, Any],
-        counts: Tensor | None,
-        ids: list[str],
-        loss: Tensor,
-        logs: dict[str, Any],
-        skipped: int,
+        self, ids: list[str], counts: Tensor | None, loss: Tensor, logs: dict[str, Any], skipped: int
     ) -> None:
         """Raise if the loss is not finite, and track samples that contribute nothing: whose count of labels is 0."""
         is_finite = loss.detach().isfinite().long().reshape(1)
@@ -203,8 +198,7 @@ class LLaVATrainer(CheckpointingTrainer):
                 "lower --learning_rate, or train with --bf16 True instead of --fp16. "
                 f"{set_aside_from(self.args.output_dir, step)}"
             )
-        is_placeholder = skipped and inputs["input_ids"].shape[1] == 1  # a single token, for a batch that was skipped
-        self.unsupervised.add(*([], []) if is_placeholder else (ids, tokens), step=step, skipped=skipped)
+        self.unsupervised.add(ids, tokens[: len(ids)], step=step, skipped=skipped)
         if self.accelerator.sync_gradients:
             self.unsupervised.close_step(step)
 
