@@ -28,7 +28,7 @@ class Form(Enum):
 
 
 def checkpoint_form(model_path: str) -> Form:
-    """Detect the kind of a checkpoint from its files, or raise `FileNotFoundError` if there is none, here or there."""
+    """Detect the kind of a checkpoint from its files. Raises `FileNotFoundError` if it is not here, nor on the hub."""
     if not Path(model_path).is_dir():
         require_place(model_path)
         from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -98,7 +98,7 @@ def may_be_hub_name(place: str) -> bool:
 
 
 def require_place(place: str) -> None:
-    """Raise `FileNotFoundError` for what is not here and may be no name on the hub, which would be asked for it."""
+    """Raise `FileNotFoundError` for what is not here and cannot be a name on the hub, before the hub is asked."""
     if not Path(place).exists() and not may_be_hub_name(place):
         raise no_checkpoint(place, FileNotFoundError("There is no such folder."))
 

@@ -136,7 +136,7 @@ class LlavaMetaForCausalLM(ABC):
         return projector(features if weight is None else features.to(weight.dtype))  # [N, S, D]
 
     def encode_image_batch(self, images: Images, image_sizes: list[tuple[int, int]] | None = None) -> EncodedImages:
-        """Encode images in one pass of the tower: `[N, 3, H, W]`, with tiles `[N, t, 3, H, W]`, or a list of either's.
+        """Encode images in one pass of the tower: `[N, 3, H, W]`, with tiles `[N, t, 3, H, W]`, or a list of images.
 
         `image_sizes` (width, height) of the original images are required for spatially arranged tiles.
         """

@@ -98,7 +98,7 @@ SHOWN = 10
 def fill_strictly(
     parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: object, hint: str
 ) -> None:
-    """Copy `tensors`, of any dtype, into the parameters of the same names, all of which are filled.
+    """Copy `tensors`, of any dtype, into `parameters` by name. Both must have the same names and shapes.
 
     Under ZeRO-3 the parameters are gathered. A message names the `source` of the tensors, and ends with `hint`: the
     likely reason and the next step.

@@ -186,7 +186,7 @@ class LLaVATrainer(CheckpointingTrainer):
     def _check_samples(
         self, ids: list[str], counts: Tensor | None, loss: Tensor, logs: dict[str, Any], skipped: int
     ) -> None:
-        """Raise if the loss is not finite, and track samples that contribute nothing: whose count of labels is 0."""
+        """Raise if the loss is not finite, and track samples that contribute nothing: their count of labels is 0."""
         is_finite = loss.detach().isfinite().long().reshape(1)
         counts = is_finite.new_ones(len(ids)) if counts is None else counts  # [B]; the plugin supervises its own batch
         finite, *tokens = torch.cat([is_finite, counts]).tolist()  # the only GPU synchronisation

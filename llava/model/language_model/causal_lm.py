@@ -279,7 +279,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             yield
 
     def supervised_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Compute the mean cross entropy from states `[B, L, D]`, with logits where they predict a label alone."""
+        """Compute the mean cross entropy from states `[B, L, D]`, with logits only where they predict a label."""
         predicts = predicts_label(labels)  # [B, L]
         return token_loss(self.lm_head(hidden[predicts]), labels.roll(-1, dims=1)[predicts])
 
