@@ -129,13 +129,15 @@ def pack(merged: MergedBatch, capacity: int) -> MergedBatch:
     row_of, start_of = [0] * len(lengths), [0] * len(lengths)
     for sample in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # first fit, longest first
         row = next((row for row, taken in enumerate(filled) if taken + lengths[sample] <= capacity), len(filled))
-        filled += [0] * (row == len(filled))
+        if row == len(filled):
+            filled.append(0)
         row_of[sample], start_of[sample] = row, filled[row]
         filled[row] += lengths[sample]
 
-    sample, _ = merged.attention_mask.nonzero(as_tuple=True)  # [P]
+    sample_of, _ = merged.attention_mask.nonzero(as_tuple=True)  # [P]
     position_ids = merged.position_ids[merged.attention_mask]
-    rows, columns = sample.new_tensor(row_of)[sample], sample.new_tensor(start_of)[sample] + position_ids
+    rows = sample_of.new_tensor(row_of)[sample_of]
+    columns = sample_of.new_tensor(start_of)[sample_of] + position_ids
 
     def packed(padded: Tensor, padding: int = 0) -> Tensor:
         return placed(padded[merged.attention_mask], rows, columns, (len(filled), max(filled)), padding)

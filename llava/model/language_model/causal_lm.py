@@ -316,10 +316,10 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None and input_ids.dim() == 2 and len(input_ids) > 1:
             attention_mask = self._mask_of_unmasked_batch(input_ids, kwargs.get("pad_token_id"))
-        is_text = images is None or self.get_vision_tower() is None
+        has_images = images is not None and self.get_vision_tower() is not None
         merged = merge(
             input_ids,
-            [] if is_text else self.encode_image_batch(images, image_sizes).tokens,
+            self.encode_image_batch(images, image_sizes).tokens if has_images else [],  # type: ignore[arg-type]
             self.get_input_embeddings(),
             attention_mask=attention_mask,
             padding_side="left",  # new tokens must follow the prompt in every row
