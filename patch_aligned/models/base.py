@@ -69,15 +69,10 @@ class WordEmbeddings:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Images after the vision tower, which projectors of one tower share.
+    """Images after the vision tower, which projectors of one tower share."""
 
-    Attributes:
-        features: `[..., d]` of all images together, float32: what the projector reads.
-        project: computes the visual tokens with a projector of the tower, `[T, D]` for each image.
-    """
-
-    features: Tensor
-    project: Callable[[nn.Module], Sequence[Tensor]]
+    features: Tensor  # `[..., d]` of all images together, float32: what the projector reads
+    project: Callable[[nn.Module], Sequence[Tensor]]  # visual tokens by a projector of the tower, `[T, D]` an image
 
 
 class Encoder(Protocol):
@@ -85,14 +80,8 @@ class Encoder(Protocol):
 
     name: str
     device: str
-
-    @property
-    def image_aspect_ratio(self) -> str:
-        """How images are treated, as shown in the report: LLaVA's `square` or `pad`, else the image processor."""
-
-    @property
-    def takes_batches(self) -> bool:
-        """Whether several images may be encoded at once."""
+    image_aspect_ratio: str  # how images are treated, for reports: LLaVA's `square` or `pad`, else the image processor
+    takes_batches: bool  # whether several images may be encoded at once
 
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
         """Run the vision tower on RGB images."""
@@ -166,10 +155,6 @@ class VisionLanguageModel:
     def layout(self, image_wh: tuple[int, int], visual_tokens: Tensor) -> Layout:
         """Return where the visual tokens `[T, D]` of an image of this size (width, height in pixels) look."""
         return self.encoder.layout(image_wh, len(visual_tokens))
-
-    def word_embeddings(self, ids: Tensor) -> Tensor:
-        """Look up word embeddings of the LLM: ids `[...]` -> `[..., D]`, float32."""
-        return self.words.table[ids].float()
 
     def untrained(self, seed: int) -> VisionLanguageModel:
         """Return a copy with a random projector of the same shape. The global random state is unchanged."""

@@ -26,17 +26,11 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class ImpulseResult:
-    """What changed, summed over rectangles.
+    """What changed, summed over rectangles."""
 
-    Attributes:
-        changed: tokens that changed.
-        missed: tokens whose cell lies in the rectangle, and that did not change.
-        foreign: tokens that changed, and whose cell lies outside of the rectangle.
-    """
-
-    changed: int
-    missed: int
-    foreign: int
+    changed: int  # tokens that changed
+    missed: int  # tokens whose cell lies in the rectangle, and that did not change
+    foreign: int  # tokens that changed, and whose cell lies outside of the rectangle
 
     @property
     def passed(self) -> bool:
@@ -126,15 +120,15 @@ def _attention_off(model: Any) -> Iterator[None]:
     """Let attention of the vision encoder add nothing, so that a token depends on its own patches."""
     encoder = model.get_encoder(modality="image")
     layers = [module for module in encoder.modules() if type(module).__name__.endswith("Attention")]
-    handles = [layer.register_forward_hook(_zero) for layer in layers]
+
+    def zero(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (torch.zeros_like(output[0]), *output[1:])
+        return torch.zeros_like(output)
+
+    handles = [layer.register_forward_hook(zero) for layer in layers]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _zero(module: Any, args: Any, output: Any) -> Any:
-    if isinstance(output, tuple):
-        return (torch.zeros_like(output[0]), *output[1:])
-    return torch.zeros_like(output)

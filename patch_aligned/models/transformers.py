@@ -58,12 +58,9 @@ def is_of_transformers(place: str) -> bool:
 
 
 def load_transformers(name: str, place: str, device: str = "cpu") -> VisionLanguageModel:
-    """Load a model up to its projector, and its word embeddings.
+    """Load a model (folder or hub name) up to its projector, in float32, and its word embeddings.
 
-    Args:
-        name: name of the projector in tables.
-        place: folder or hub name. Of sharded weights only the files with tower, projector and words are opened.
-        device: device of tower and projector, which run in float32.
+    Of sharded weights only the files with tower, projector and words are opened.
 
     Raises:
         ValueError: weights are missing, or the tokens have no place.
@@ -77,14 +74,7 @@ def load_transformers(name: str, place: str, device: str = "cpu") -> VisionLangu
 
 
 class TransformersEncoder:
-    """The vision tower of a model of transformers, with its processor.
-
-    Attributes:
-        projector: the trained one.
-
-    Raises:
-        ValueError: weights of the tower or the projector are missing, or the tokens have no place.
-    """
+    """The vision tower of a model of transformers, with its processor and its trained projector."""
 
     takes_batches = False
 
@@ -93,13 +83,9 @@ class TransformersEncoder:
         self.processor = AutoProcessor.from_pretrained(place)
         # On PIL where it can be, as in LLaVA: pixels are those that most models were trained with.
         self.processor.image_processor = AutoImageProcessor.from_pretrained(place, backend="pil")
+        self.image_aspect_ratio = type(self.processor.image_processor).__name__  # it resizes and tiles images
         layouts_of(self.processor, [(64, 64)])
         self.projector = InnerProjector(_without_language_model(place, self.config).to(device))
-
-    @property
-    def image_aspect_ratio(self) -> str:
-        """The image processor, which decides how images are resized and tiled."""
-        return type(self.processor.image_processor).__name__
 
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
         """Run the tower on one RGB image."""
@@ -109,11 +95,7 @@ class TransformersEncoder:
         return Encoded(features, lambda projector: [projector(inputs, outputs)])
 
     def layout(self, image_wh: tuple[int, int], tokens: int) -> Layout:
-        """Return the layout of the visual tokens of an image of this size.
-
-        Raises:
-            ValueError: the model gives another number of tokens than its processor announces.
-        """
+        """Return the layout of the visual tokens of an image of this size."""
         [layout] = layouts_of(self.processor, [image_wh])
         if layout.length != tokens:
             raise ValueError(
