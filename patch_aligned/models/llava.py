@@ -90,7 +90,7 @@ class LazyTensor:
 
 
 def lazy_tensors(checkpoint: str) -> dict[str, LazyTensor]:
-    """Return the tensors of a checkpoint (folder or hub name) by name. A shard is opened when one of its own is read."""
+    """Return the tensors of a checkpoint (folder or hub name). A shard is opened when one of its tensors is read."""
     weights = CheckpointTensors(checkpoint)
     return {name: LazyTensor(weights, name) for name in weights}
 

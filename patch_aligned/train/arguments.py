@@ -87,15 +87,11 @@ class PatchArguments:
             raise ValueError(
                 f"--patch_min_coverage: found {self.patch_min_coverage}; expected a fraction above 0 and up to 1"
             )
-        for name in ("patch_beta_start", "patch_beta_end", "patch_nce_weight"):
-            weight = getattr(self, name)
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"--{name}: found {weight}; expected a finite number, 0 or more")
-        if self.patch_warmup_steps < 0:
-            raise ValueError(f"--patch_warmup_steps: found {self.patch_warmup_steps}; expected 0 or more")
-        ratio = self.patch_regions_only_ratio
-        if ratio is not None and not (math.isfinite(ratio) and ratio >= 0):
-            raise ValueError(f"--patch_regions_only_ratio: found {ratio}; expected a finite number, 0 or more")
+        amounts = ("beta_start", "beta_end", "nce_weight", "regions_only_ratio", "warmup_steps")
+        for name in (f"patch_{amount}" for amount in amounts):
+            found = getattr(self, name)
+            if found is not None and not (math.isfinite(found) and found >= 0):
+                raise ValueError(f"--{name}: found {found}; expected a finite number, 0 or more")
         if not (math.isfinite(self.patch_nce_temperature) and self.patch_nce_temperature > 0):
             raise ValueError(f"--patch_nce_temperature: found {self.patch_nce_temperature}; expected a number above 0")
         for name, choices in (("patch_on_error", ("fail", "skip")), ("patch_loss", ("cosine", "cosine+nce"))):
