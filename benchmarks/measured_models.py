@@ -9,10 +9,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measuring import ROOT, times_of
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -34,68 +34,23 @@ from llava.model.language_model.causal_lm import token_loss
 from llava.train.arguments import parse_arguments
 from llava.train.assemble import add_vision, give_padding_token, load_language_model, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "playground/mini/cache/models"
+
+
+def _tower(width: int, mlp: int, layers: int, heads: int, side: int = 336) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {**sizes, "image_size": side, "patch_size": 14}
+
+
+SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+           "num_key_value_heads": 3, "tie_word_embeddings": True}  # fmt: skip
+TINY_LLM = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "7b": (
-        {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 336,
-            "patch_size": 14,
-        },
-        {},
-    ),
-    "7b_two_layers": (
-        {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 16,
-            "image_size": 336,
-            "patch_size": 14,
-        },
-        {"num_hidden_layers": 2},
-    ),
-    "smollm2_six_layers": (
-        {
-            "hidden_size": 192,
-            "intermediate_size": 768,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 3,
-            "image_size": 336,
-            "patch_size": 14,
-        },
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "tiny": (
-        {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 56,
-            "patch_size": 14,
-        },
-        {
-            "vocab_size": 512,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-        },
-    ),
+    "7b": (_tower(1024, 4096, layers=24, heads=16), {}),
+    "7b_two_layers": (_tower(1024, 4096, layers=2, heads=16), {"num_hidden_layers": 2}),
+    "smollm2_six_layers": (_tower(192, 768, layers=6, heads=3), SMOLLM2 | {"num_hidden_layers": 6}),
+    "tiny": (_tower(32, 64, layers=2, heads=2, side=56), TINY_LLM),
 }
 """Sizes of tower and LLM; what is not said is CLIP ViT-L's and Llama-7B's."""
 
@@ -223,20 +178,6 @@ def to_device(value: Any, device: str) -> Any:
     return value.to(device) if torch.is_tensor(value) else value
 
 
-def median_seconds(action: Callable[[], object], repeats: int, device: str) -> float:
-    """Median time of `action`, after one run to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        action()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
 def keep_layers(model: Any, layers: int | None) -> None:
     """Keep the LLM's first layers alone, for a quick look; None keeps all."""
     model.config.num_hidden_layers = layers or model.config.num_hidden_layers
@@ -252,13 +193,7 @@ def seconds_in_turn(actions: Mapping[str, Callable[[], object]], repeats: int, d
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats + 1):
         for name, action in actions.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = clock()
-            action()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(clock() - start)
+            seconds[name] += times_of(action, 1, clock, device)
     return {name: spent[1:] for name, spent in seconds.items()}
 
 

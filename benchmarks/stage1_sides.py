@@ -9,7 +9,6 @@ same checkpoint under transformers' own Trainer.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from measured_models import SIZES, assembled_model, batch_of_transformers, byte_tokenizer, random_batch
+from measuring import command_line
 from safetensors.torch import load_file, save_file
 from served_steps import Step, serve
 from transformers import (
@@ -36,6 +36,7 @@ from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.llava_trainer import LLaVATrainer
 
 TEXT_TOKENS, NEW_TOKENS = 21, 32
+GREEDY = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True}
 Side = Literal["ours", "plain", "transformers"]
 
 
@@ -116,8 +117,7 @@ def our_side(folder: Path, task: str, bf16: str, *, is_plain: bool = False) -> C
     tokenizer, model, _, _, args = assembled_model(flags)
     if task == "generate":
         ids, images = batch["input_ids"][:1], batch["images"][:1]
-        lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True}
-        return generated(partial(model.eval().generate, ids, images=images, image_sizes=[(336, 336)], **lengths))
+        return generated(partial(model.eval().generate, ids, images=images, image_sizes=[(336, 336)], **GREEDY))
     if is_plain:
         model.eval().train = lambda mode=True: model
     rows: list[dict] = [{}] * len(batch["input_ids"])
@@ -137,8 +137,7 @@ def transformers_side(folder: Path, task: str, bf16: str) -> Callable[[], Step]:
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     if task == "generate":
         first = {name: value[:1] for name, value in inputs.items() if name != "labels"}
-        lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True}
-        return generated(partial(model.eval().generate, **first, **lengths))
+        return generated(partial(model.eval().generate, **first, **GREEDY))
     rows: list[dict] = [{}] * len(inputs["input_ids"])
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
@@ -159,7 +158,7 @@ def side_of(folder: Path, side: Side, task: str, bf16: str) -> Callable[[], Step
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve the steps of a side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("side", choices=("ours", "plain", "transformers"))
     parser.add_argument("task", choices=("train", "generate"))

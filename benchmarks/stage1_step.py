@@ -9,7 +9,6 @@ logits at all positions over that of a step as it is.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,12 +20,12 @@ from measured_models import (
     MODELS,
     ROOT,
     loss_of_all_logits,
-    median_seconds,
     miniature_model,
     random_batch,
     random_model,
     to_device,
 )
+from measuring import command_line, median_seconds
 from torch import Tensor
 
 from llava.plugin import AlignmentContext, AuxiliaryOutput
@@ -116,7 +115,7 @@ def step_of(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the ratios, then the times they come from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--shape", choices=("mini", "7b"), default="mini")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch-size", type=int, default=8)

@@ -111,7 +111,8 @@ def _draw_block(
         draw.rounded_rectangle(box_xyxy_px, 4, fill=colour if is_used else None, outline=colour, width=2)
         covers = "covers no token, not in the loss"
         if region.tokens is not None:
-            covers = f"{region.tokens.sum()} token{'s' * (region.tokens.sum() != 1)}"
+            count = int(region.tokens.sum())
+            covers = f"{count} token{'' if count == 1 else 's'}"
         text = _shortened(f"{region.label}  ({covers})", _PANEL - 40, font)
         draw.text((left + 34, top), text, font=font, fill=_INK if is_used else _FADED)
     return block
