@@ -58,10 +58,8 @@ def derange_names(seed: int, held_out_seed: int | None) -> dict[str, str]:
     mapping: dict[str, str] = {}
     for block in (HELD_OUT, held_out - HELD_OUT, everything - held_out):
         for names in names_by_kind(block).values():
-            order = np.arange(len(names))
-            while (
-                order == np.arange(len(names))
-            ).any():  # of two names every second permutation moves both, of many one in e
+            unmoved = order = np.arange(len(names))
+            while (order == unmoved).any():  # of two names every second permutation moves both, of many one in e
                 order = rng.permutation(len(names))
             mapping |= {name: names[i] for name, i in zip(names, order, strict=True)}
     return mapping
@@ -96,12 +94,7 @@ def _with_objects(record: Record, change: Callable[[Record], Record]) -> Record:
 
 
 def write_arm(data: Path, arm: str, out: Path, seed: int = 0) -> None:
-    """Writes the training files of one of `ARMS` to `out`.
-
-    Raises:
-        FileNotFoundError: `data` is not a data set of `make_scenes`.
-        ValueError: it is not of the simple style, whose names alone can be deranged.
-    """
+    """Writes the training files of one of `ARMS` to `out`. Names can be deranged in the simple style alone."""
     settings = DatasetSettings(**json.loads((data / SUMMARY).read_text(encoding="utf-8"))["settings"])
     train, pad = (json.loads((data / JSON_FILES[key]).read_text(encoding="utf-8")) for key in ("train", "pad"))
     written: dict[str, Any] = {JSON_FILES["train"]: train, JSON_FILES["pad"]: pad}

@@ -35,11 +35,7 @@ _POSITION_GRID = 37  # positions a side in the published table: 518 px / 14 px
 
 
 def save_smollm2_from_gguf(gguf_path: Path, folder: Path) -> None:
-    """Reads the GGUF file through transformers and saves model and tokenizer to `folder` in float32.
-
-    Raises:
-        PrepareError: the converted model does not continue "The capital of France is" with Paris.
-    """
+    """Reads the GGUF file through transformers and saves model and tokenizer to `folder` in float32."""
     source, name = str(gguf_path.parent), gguf_path.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
@@ -107,14 +103,7 @@ def save_dinov2_from_onnx(onnx_path: Path, folder: Path, image_size: int) -> Non
 
     The graph's initialisers keep Hugging Face's names under `backbone.`, except for the linear weights, which are
     constants of MatMul nodes (transposed), and the position table, which was folded into two constants.
-
-    Args:
-        onnx_path: the graph.
-        folder: where to write.
-        image_size: side in pixels that the saved image processor crops to.
-
-    Raises:
-        PrepareError: the weights do not fill a `Dinov2Model`.
+    `image_size` is the side in pixels that the saved image processor crops to.
     """
     state = read_dinov2_state(onnx_path)
     config = Dinov2Config(

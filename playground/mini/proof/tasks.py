@@ -29,12 +29,7 @@ TASKS = {
 
 
 class StageTwo:
-    """What was measured of stage 2 of all arms and seeds.
-
-    Args:
-        state: folder of the run.
-        budget: what was trained.
-    """
+    """What was measured of stage 2 of all arms and seeds."""
 
     def __init__(self, state: Path, budget: Budget):
         self.budget = budget
