@@ -51,11 +51,8 @@ class PatchObjective:
         image_row, record_row `[N]`, region_position `[R]`: their origin, for the picture.
         counts `[3]`: images without a record, regions that cover no token, records skipped for their size.
 
-    Args:
-        arguments: the flags.
-        labels: of the LLM's tokenizer.
-        index: the annotated images; None if each sample brings its regions.
-        grids: the grids that regions are read in, of images that have several; of one that lacks them, all.
+    `index` has the annotated images; it is None if each sample brings its regions. `grids` are those that regions are
+    read in, of images that have several; of one that lacks them, all.
     """
 
     def __init__(
@@ -100,9 +97,7 @@ class PatchObjective:
     def collate(self, targets: Sequence[dict[str, Tensor]], is_joined: bool = False) -> dict[str, Tensor]:
         """Concatenate the regions of all rows, with each label once; rows without image are `{}`.
 
-        Args:
-            targets: what `targets` returns, of each row.
-            is_joined: the rows are images of different lengths: `region_tokens` are then `[V, T]`.
+        With `is_joined` the rows are images of different lengths: `region_tokens` are then `[V, T]`.
         """
         rows = torch.tensor([row for row, extra in enumerate(targets) if extra], dtype=torch.int64)  # [rows with image]
         given = [extra for extra in targets if extra]
@@ -215,11 +210,7 @@ class PatchObjective:
 
 
 def open_regions(arguments: PatchArguments, source: str, output_dir: Path | None) -> AnnotationIndex:
-    """Open a PAD file, and list its broken records beside the run's output if they are to be skipped.
-
-    Raises:
-        AnnotationError: there are some and `--patch_on_error` is `fail`.
-    """
+    """Open a PAD file. Its broken records are refused, or listed beside the run's output if they are to be skipped."""
     index = open_annotation_index(source, arguments.patch_cache_dir)
     if not index.rejected:
         return index
