@@ -142,12 +142,7 @@ def busy_boxes(device: str, names: Sequence[str], dtype: torch.dtype | None = No
     kept = CandidateThresholds(LEAST_SCORE, LEAST_SCORE)
     return BusyBoxes(
         GroundingDetector(
-            detector,
-            tokenizer,
-            GroundingDinoImageProcessorPil(),
-            device=device,
-            dtype=dtype,
-            candidate_thresholds=kept,
+            detector, tokenizer, GroundingDinoImageProcessorPil(), device=device, dtype=dtype, candidate_thresholds=kept
         ),
         SamSegmenter(sam, SamImageProcessorPil(), device=device, dtype=dtype),
     )

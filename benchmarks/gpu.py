@@ -40,32 +40,18 @@ Status = Literal["ok", "skipped", "missing", "out of memory", "failed", "cut off
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
-
-    Attributes:
-        part: which part measured it.
-        name: what was measured.
-        status: `missing` names a package that is not installed; `cut off` is a part that ran out of its time.
-        seconds: of one run, the median of several.
-        rate: `unit` a second.
-        unit: what is counted.
-        baseline: name of the row that `speedup` compares with.
-        speedup: rate over the baseline's.
-        peak_gib: most memory that torch held on the card, weights included.
-        peak_share: floating-point operations that the task needs, over what the card does at most in that time.
-        detail: what else is to be said.
-    """
+    """One line of the table."""
 
     part: str
     name: str
-    status: Status = "ok"
-    seconds: float | None = None
-    rate: float | None = None
+    status: Status = "ok"  # `missing` names a package that is not installed; `cut off` ran out of its time
+    seconds: float | None = None  # of one run, the median of several
+    rate: float | None = None  # `unit` a second
     unit: str | None = None
-    baseline: str | None = None
-    speedup: float | None = None
-    peak_gib: float | None = None
-    peak_share: float | None = None
+    baseline: str | None = None  # name of the row that `speedup` compares with
+    speedup: float | None = None  # rate over the baseline's
+    peak_gib: float | None = None  # most memory that torch held on the card, weights included
+    peak_share: float | None = None  # operations that the task needs, over what the card does at most in that time
     detail: str = ""
 
 

@@ -49,12 +49,7 @@ def gpu_tests(report: Report) -> None:
 def stage_1(report: Report) -> None:
     """A step of stage 1, in which the projector is trained, with the patch loss and without."""
     import torch
-    from measured_models import (
-        batch_of_transformers,
-        loss_of_all_logits,
-        random_model_of_transformers,
-        to_device,
-    )
+    from measured_models import batch_of_transformers, loss_of_all_logits, random_model_of_transformers, to_device
     from stage1_step import plugin_alone, random_weights
 
     size = 2 if report.is_tiny else 32

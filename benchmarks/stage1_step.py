@@ -16,15 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from measured_models import (
-    MODELS,
-    ROOT,
-    loss_of_all_logits,
-    miniature_model,
-    random_batch,
-    random_model,
-    to_device,
-)
+from measured_models import MODELS, ROOT, loss_of_all_logits, miniature_model, random_batch, random_model, to_device
 from measuring import command_line, median_seconds
 from torch import Tensor
 

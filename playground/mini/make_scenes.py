@@ -206,10 +206,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--size", type=_size_wh, dest="size_wh", metavar="WxH", help="size of all pictures (default: the style's own)"
     )
     parser.add_argument(
-        "--held-out-seed",
-        type=int,
-        metavar="N",
-        help="hold ten more names out of texts (default: only the fixed ten)",
+        "--held-out-seed", type=int, metavar="N", help="hold ten more names out of texts (default: only the fixed ten)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     return parser.parse_args(argv)

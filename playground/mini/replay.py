@@ -16,13 +16,7 @@ from pycocotools import mask as coco_mask
 
 from llava.command import clear_errors, typer_app
 from patch_aligned.annotate.manifest import list_images
-from patch_aligned.annotate.options import (
-    SAM3_BOX_THRESHOLD,
-    CandidateThresholds,
-    SegmenterName,
-    Selection,
-    Workload,
-)
+from patch_aligned.annotate.options import SAM3_BOX_THRESHOLD, CandidateThresholds, SegmenterName, Selection, Workload
 from patch_aligned.annotate.pipeline import ImageInWork
 from patch_aligned.annotate.regions import Candidate, Mask, Tag
 from patch_aligned.annotate.run import AnnotationJob, run_annotate, statuses_named

@@ -214,11 +214,7 @@ def _place_in_depth(rng: np.random.Generator, shape_hw: tuple[int, int], backgro
 
 
 def _place_in_setting(
-    rng: np.random.Generator,
-    sprite: Sprite,
-    colour: str | None,
-    shape_hw: tuple[int, int],
-    background: Background,
+    rng: np.random.Generator, sprite: Sprite, colour: str | None, shape_hw: tuple[int, int], background: Background
 ) -> Placement:
     height, width = shape_hw
     water = background.masks.get("water")

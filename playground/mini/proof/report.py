@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
@@ -103,52 +103,49 @@ def with_interval(found: Estimate) -> list[Cell]:
     return [Cell(f"{found.value:.2f}"), Cell(f"{found.low:.2f} … {found.high:.2f}"), Cell(seeds_of(found.of_seed))]
 
 
-def alignment_table(runs: Runs) -> Table:
-    """How tokens of objects lie to words, by arm; each cell has all seeds."""
-    columns: dict[str, Callable[[str], str]] = {
-        "retrieval of the own label": lambda arm: runs.seeds(arm, "top1"),
-        "contrast": lambda arm: runs.seeds(arm, "contrast"),
-        "cosine": lambda arm: runs.seeds(arm, "cosine"),
-        "best word": lambda arm: runs.seeds(arm, "best_word_cosine"),
-        "Align own": lambda arm: runs.seeds(arm, "iou_px"),
-        "Align other": lambda arm: runs.seeds(arm, "shuffled_iou_px"),
-        "H after": lambda arm: runs.numbers(arm, "entropy_after_nats"),
-        "background retrieval": lambda arm: runs.numbers(arm, "background", "retrieval_top1"),
-    }
-    return _by_arm("Alignment", runs, columns)
+def arm_table(runs: Runs, columns: Mapping[str, Callable[[Runs, str], str]], arms: Sequence[str] = ()) -> Table:
+    """A row for each arm; each cell has all seeds."""
+    rows = [[Cell(arm), *(Cell(text(runs, arm)) for text in columns.values())] for arm in arms or runs.arms]
+    return Table("", ["arm", *columns], rows)
 
 
-def naming_table(runs: Runs) -> Table:
-    """What the frozen LLM says, by arm; each cell has all seeds."""
-    columns: dict[str, Callable[[str], str]] = {
-        "name score (i), all": lambda arm: runs.seeds(arm, "name_bound"),
-        "named in captions": lambda arm: runs.seeds(arm, "name_bound", "named"),
-        "not named": lambda arm: runs.seeds(arm, "name_bound", "unnamed"),
-        "(ii)": lambda arm: runs.seeds(arm, "name_information"),
-        "AUC": lambda arm: runs.seeds(arm, "name_auc"),
-        "captions: precision": lambda arm: runs.numbers(arm, "captions", "precision"),
-        "captions: recall": lambda arm: runs.numbers(arm, "captions", "recall"),
-        "captions: F1": lambda arm: runs.numbers(arm, "captions", "f1"),
-    }
-    return _by_arm("What the frozen LLM names", runs, columns)
+def _scored(score: str, of: str = "all") -> Callable[[Runs, str], str]:
+    return lambda runs, arm: runs.seeds(arm, score, of)
 
 
-def own_table(runs: Runs) -> Table:
-    """How well the controls learnt their own targets."""
-    columns: dict[str, Callable[[str], str]] = {
-        "retrieval of own targets": lambda arm: runs.seeds(arm, "own_top1"),
-        "contrast with own targets": lambda arm: runs.seeds(arm, "own_contrast"),
-        "name score (i), own names": lambda arm: runs.seeds(arm, "own_name_bound"),
-        "AUC, own names": lambda arm: runs.seeds(arm, "own_name_auc"),
-    }
-    return _by_arm("Own targets", runs, columns, [arm for arm in ("P", "R", "D") if arm in runs.arms])
+def _numbered(*keys: str) -> Callable[[Runs, str], str]:
+    return lambda runs, arm: runs.numbers(arm, *keys)
 
 
-def _by_arm(
-    title: str, runs: Runs, columns: dict[str, Callable[[str], str]], arms: Sequence[str] | None = None
-) -> Table:
-    rows = [[Cell(arm), *(Cell(text(arm)) for text in columns.values())] for arm in arms or runs.arms]
-    return Table(title, ["arm", *columns], rows)
+ALIGNMENT = {
+    "retrieval of the own label": _scored("top1"),
+    "contrast": _scored("contrast"),
+    "cosine": _scored("cosine"),
+    "best word": _scored("best_word_cosine"),
+    "Align own": _scored("iou_px"),
+    "Align other": _scored("shuffled_iou_px"),
+    "H after": _numbered("entropy_after_nats"),
+    "background retrieval": _numbered("background", "retrieval_top1"),
+}
+"""How tokens of objects lie to words."""
+NAMING = {
+    "name score (i), all": _scored("name_bound"),
+    "named in captions": _scored("name_bound", "named"),
+    "not named": _scored("name_bound", "unnamed"),
+    "(ii)": _scored("name_information"),
+    "AUC": _scored("name_auc"),
+    "captions: precision": _numbered("captions", "precision"),
+    "captions: recall": _numbered("captions", "recall"),
+    "captions: F1": _numbered("captions", "f1"),
+}
+"""What the frozen LLM says."""
+OWN = {
+    "retrieval of own targets": _scored("own_top1"),
+    "contrast with own targets": _scored("own_contrast"),
+    "name score (i), own names": _scored("own_name_bound"),
+    "AUC, own names": _scored("own_name_auc"),
+}
+"""How well the controls learnt their own targets."""
 
 
 def difference_table(runs: Runs, pairs: Sequence[tuple[str, str]]) -> Table:
@@ -255,9 +252,9 @@ def write(runs: Runs, stage_2: StageTwo, name: str, folder: Path) -> Path:
         "arms": Table("", ["arm", "stage 1", "a difference isolates"], arms),
         "primary": difference_table(runs, PRIMARY),
         "required": requirement_table(runs),
-        "naming": naming_table(runs),
-        "alignment": alignment_table(runs),
-        "own": own_table(runs),
+        "naming": arm_table(runs, NAMING),
+        "alignment": arm_table(runs, ALIGNMENT),
+        "own": arm_table(runs, OWN, [arm for arm in ("P", "R", "D") if arm in runs.arms]),
         "exploratory": difference_table(runs, EXPLORATORY),
         "captions": captions_table(runs),
         "paper": paper_table(runs),

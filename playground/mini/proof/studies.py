@@ -51,17 +51,11 @@ Run = tuple[dict[str, Any], Callable[[], dict[str, float]]]
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes as a projector is trained on them.
+    """Scenes as a projector is trained on them."""
 
-    Attributes:
-        features: `[I, S, d]`.
-        tokens: of each image, `[R, S]` bool: what the objects' masks cover, what their boxes cover, and all tokens.
-        names: of each image, R names.
-    """
-
-    features: Tensor
-    tokens: dict[Place, list[Tensor]]
-    names: list[list[str]]
+    features: Tensor  # [I, S, d]
+    tokens: dict[Place, list[Tensor]]  # of each image, [R, S] bool: what masks cover, what boxes cover, and all tokens
+    names: list[list[str]]  # of each image, R names
 
 
 def read_scenes(model: VisionLanguageModel, folder: Path) -> Scenes:

@@ -18,13 +18,7 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its spread.
-
-    Attributes:
-        value: mean over seeds.
-        of_seed: of each seed.
-        low, high: 95% interval; scenes and names are drawn for all seeds alike, and seeds if there are several.
-    """
+    """A mean over seeds with its 95% interval: scenes and names are drawn for all seeds alike, and seeds if several."""
 
     value: float
     of_seed: tuple[float, ...]
