@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from measured_models import MODELS, ROOT, keep_layers, miniature_model, random_model, ratio_and_spread, seconds_in_turn
-from measuring import command_line
+from measuring import command_line, require_miniature
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from llava.conversation import Conversation, conv_templates
@@ -120,9 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=4)
     args = parser.parse_args(arguments)
-    for path in (MODELS / "smollm2-135m-instruct", SCENES / "questions.jsonl"):
-        if not path.exists():
-            raise SystemExit(f"No {path}; next: bash scripts/prepare_mini.sh")
+    require_miniature(MODELS / "smollm2-135m-instruct", SCENES / "questions.jsonl")
 
     questions = vqa_questions(SCENES / "questions.jsonl", SCENES)
     if args.one_an_image:

@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "smollm2_six_layers": (_tower(192, 768, layers=6, heads=3), SMOLLM2 | {"num_hidden_layers": 6}),
     "tiny": (_tower(32, 64, layers=2, heads=2, side=56), TINY_LLM),
 }
-"""Sizes of tower and LLM; what is not said is CLIP ViT-L's and Llama-7B's."""
+"""Sizes of tower and LLM; what is not said is CLIP ViT-L's and Llama-7B's. `tiny` has all parts and takes no time."""
 
 
 class Assembled(NamedTuple):
@@ -91,26 +92,30 @@ def assembled_model(flags: str) -> Assembled:
     return Assembled(tokenizer, model, model_args, data_args, training_args)
 
 
-def random_model(shape: str, device: str, tower_side_px: int | None = None, **settings: Any) -> Any:
-    """LLaVA-1.5 with random weights in bfloat16.
+def random_model(
+    shape: str,
+    device: str,
+    tower_side_px: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    tower_folder: Path | None = None,
+    **settings: Any,
+) -> Any:
+    """LLaVA-1.5 with random weights and these settings of its config.
 
-    Args:
-        shape: `7b` is that of LLaVA-1.5-7B; `tiny` has the same parts and takes no time.
-        device: where it is made.
-        tower_side_px: side of the model image, instead of the shape's.
-        settings: of its config.
+    `tower_side_px` is the side of the model image, instead of the shape's; `tower_folder` keeps the tower.
     """
     tower_sizes, llm_sizes = SIZES[shape]
     tower = CLIPVisionConfig(**tower_sizes)
     side = tower.image_size = tower_side_px or tower.image_size
-    with tempfile.TemporaryDirectory() as folder:
-        CLIPVisionModel(tower).bfloat16().save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(tower_folder or temporary)
+        CLIPVisionModel(tower).to(dtype).save_pretrained(folder)
         CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
             folder
         )
         vision = {"mm_vision_tower": folder, "mm_hidden_size": tower.hidden_size, "mm_projector_type": "mlp2x_gelu"}
         config = LlavaConfig(**vision, mm_vision_select_layer=-2, **{**llm_sizes, **settings})  # type: ignore[arg-type, call-arg]
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(dtype)
         with torch.device(device):
             model: Any = LlavaLlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)

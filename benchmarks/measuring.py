@@ -23,6 +23,13 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
     )
 
 
+def require_miniature(*paths: Path) -> None:
+    """End the program where a part of the miniature is missing."""
+    for path in paths:
+        if not path.exists():
+            raise SystemExit(f"No {path}; next: bash scripts/prepare_mini.sh")
+
+
 def times_of(
     action: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter, device: str = "cpu"
 ) -> list[float]:

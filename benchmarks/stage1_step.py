@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from measured_models import MODELS, ROOT, loss_of_all_logits, miniature_model, random_batch, random_model, to_device
-from measuring import command_line, median_seconds
+from measuring import command_line, median_seconds, require_miniature
 from torch import Tensor
 
 from llava.plugin import AlignmentContext, AuxiliaryOutput
@@ -42,9 +42,7 @@ class WatchedPlugin(PatchAlignedPlugin):
 
 def miniature(batch_size: int) -> tuple[Any, WatchedPlugin, dict[str, Any]]:
     """Model, plugin and first batch of `PRESET=mini bash scripts/v1_5/pretrain_patchaligned.sh`."""
-    for path in (MODELS / "smollm2-135m-instruct", SCENES / "pad.json"):
-        if not path.exists():
-            raise SystemExit(f"No {path}; next: bash scripts/prepare_mini.sh")
+    require_miniature(MODELS / "smollm2-135m-instruct", SCENES / "pad.json")
     flags = (
         f"--version plain --tune_mm_mlp_adapter True --data_path {SCENES}/train.json --image_folder {SCENES} "
         "--lazy_preprocess True --model_max_length 2048"

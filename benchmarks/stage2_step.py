@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from measured_models import MODELS, ROOT, keep_layers, miniature_model, ratio_and_spread, seconds_in_turn
-from measuring import command_line
+from measuring import command_line, require_miniature
 
 from llava.train.assemble import make_data
 from playground.mini.proof.finetune import by_scene
@@ -88,8 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="of the LLM, for a quick look")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(arguments)
-    if not (MODELS / "smollm2-135m-instruct").exists() or not (SCENES / "choices_instruct.json").exists():
-        raise SystemExit(f"No {MODELS} or {SCENES}; next: bash scripts/prepare_mini.sh")
+    require_miniature(MODELS / "smollm2-135m-instruct", SCENES / "choices_instruct.json")
 
     questions, together, alone = sides_of(args.scenes, args.layers)
     compare("answered questions / s, behind one prefix against one by one", together, alone, args.repeats)

@@ -247,8 +247,7 @@ class ProjectorSource:
         language = LlavaLanguage(words.source, None, encoder.device)
         if self.path is not None and self.path.is_file() and self.path.with_name(ADAPTER_CONFIG_FILE).is_file():
             language = LlavaLanguage(str(self.path.parent), words.source, encoder.device)
-        modules = ("model.mm_projector",)
-        return VisionLanguageModel(self.name, source, encoder, projector, words, build, modules, language=language)
+        return VisionLanguageModel(self.name, source, encoder, projector, words, build, language)
 
 
 @dataclass(frozen=True)

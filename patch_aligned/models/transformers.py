@@ -66,11 +66,9 @@ def load_transformers(name: str, place: str, device: str = "cpu") -> VisionLangu
         ValueError: weights are missing, or the tokens have no place.
     """
     encoder = TransformersEncoder(place, device)
-    config, projector = encoder.config, encoder.projector
-    words = load_words(place, placeholder=image_token_id(config))
-    modules = PROJECTORS[config.model_type]
+    projector, words = encoder.projector, load_words(place, placeholder=image_token_id(encoder.config))
     language = TransformersSource(place, device)
-    return VisionLanguageModel(name, place, encoder, projector, words, projector.untrained, modules, True, language)
+    return VisionLanguageModel(name, place, encoder, projector, words, projector.untrained, language)
 
 
 class TransformersEncoder:

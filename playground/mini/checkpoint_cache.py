@@ -24,10 +24,6 @@ FORMAT = 1
 """Raised when the converted files change in meaning, so that folders of an older format are rebuilt."""
 
 
-class PrepareError(RuntimeError):
-    """A model could not be prepared; the message says why and what to do next."""
-
-
 def write_manifest(folder: Path, origin: dict[str, Any]) -> None:
     """Records every file of `folder` and where it came from."""
     files = {}
@@ -112,6 +108,4 @@ def _put_in_place(building: Path, folder: Path, origin: dict[str, Any]) -> None:
     except OSError as error:
         # Another process finished the same build between the two calls; its folder serves as well as ours.
         if why_unusable(folder, origin) is not None:
-            raise PrepareError(
-                f"{folder} cannot be put in place: {error}. Delete it and run the command again."
-            ) from error
+            raise OSError(f"{folder} cannot be put in place: {error}. Delete it and run the command again.") from error

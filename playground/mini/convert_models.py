@@ -22,8 +22,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from playground.mini.checkpoint_cache import PrepareError
-
 END_OF_TURN = "<|im_end|>"
 START_OF_TURN = "<|im_start|>"
 PAD = "<|endoftext|>"
@@ -91,7 +89,7 @@ def _check_that_it_speaks(model: Any, tokenizer: Any) -> None:
         output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     answer = tokenizer.decode(output[0, inputs.input_ids.shape[1] :])
     if "Paris" not in answer:
-        raise PrepareError(
+        raise ValueError(
             f"The converted language model continues {prompt!r} with {answer!r}, expected Paris. "
             "The installed transformers probably reads this GGUF file differently: install the versions of "
             "constraints.txt and run the command again."
@@ -116,7 +114,7 @@ def save_dinov2_from_onnx(onnx_path: Path, folder: Path, image_size: int) -> Non
     _, report = loaded
     problems = {kind: sorted(keys) for kind, keys in report.items() if keys}
     if problems:
-        raise PrepareError(f"{onnx_path} does not fill a DINOv2-small model: {problems}")
+        raise ValueError(f"{onnx_path} does not fill a DINOv2-small model: {problems}")
     write_image_processor(folder, image_size)
 
 

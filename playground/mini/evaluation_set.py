@@ -7,12 +7,10 @@ balanced, so that no constant answer scores well.
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import json
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from llava.command import command_parser
 from patch_aligned.files import written_whole
 from playground.mini.scene_records import JPEG_QUALITY, DatasetSettings, compose, scene_records
 from playground.mini.scenes import STYLES
@@ -187,14 +186,10 @@ Scores of chance, of constant answers and of questions alone: python -m eval.min
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m playground.mini.evaluation_set",
-        description=__doc__,
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = command_parser("playground.mini.evaluation_set", __doc__)
+    parser.epilog = _HELP
     parser.add_argument("--out", type=Path, default=OUT, help="folder to write to (default: playground/data/mini/eval)")
     parser.add_argument("--seed", type=int, default=0, help="of the random streams (default: 0)")
     arguments = parser.parse_args(argv)
@@ -202,8 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--seed {arguments.seed}: expected a number from 0")
     summary = make_evaluation_set(arguments.out, seed=arguments.seed)
     print(f"{arguments.out}: " + ", ".join(f"{count} {name}" for name, count in summary["counts"].items()))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llava.command import command_parser, run_command
 from patch_aligned.files import written_whole
 from playground.mini.scene_records import DatasetSettings, write_scene
 from playground.mini.scenes import SPLITS, STYLES
@@ -30,10 +30,6 @@ PARTS = ".parts"
 SCENES_PER_PART = 50
 
 
-class DatasetError(RuntimeError):
-    """The data set cannot be made as asked; the message says why and what to do next."""
-
-
 def make_dataset(settings: DatasetSettings, out: Path, *, workers: int = 1, progress: bool = True) -> dict[str, Any]:
     """Writes the data set to `out` and returns its summary.
 
@@ -41,10 +37,10 @@ def make_dataset(settings: DatasetSettings, out: Path, *, workers: int = 1, prog
     files appear only when all parts are there. A finished data set of the same settings is left as it is.
 
     Raises:
-        DatasetError: `out` holds a data set of other settings, or other files in its place.
+        ValueError: `out` holds a data set of other settings, or other files in its place.
     """
     if settings.count < 1 or settings.seed < 0 or (settings.held_out_seed or 0) < 0:
-        raise DatasetError(
+        raise ValueError(
             f"count {settings.count}, seed {settings.seed}, held-out seed {settings.held_out_seed}: expected a count "
             "from 1 and seeds from 0."
         )
@@ -80,13 +76,13 @@ def _finished_summary(settings: DatasetSettings, out: Path) -> dict[str, Any] | 
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
     if summary.get("settings") != settings.to_json():
-        raise DatasetError(
+        raise ValueError(
             f"{out} holds another data set: {summary.get('settings')}, asked for is {settings.to_json()}. "
             "Choose another --out, or delete that folder."
         )
     absent = [name for name in (*JSON_FILES.values(), *JSONL_FILES.values()) if not (out / name).is_file()]
     if absent:
-        raise DatasetError(
+        raise ValueError(
             f"{path} says that the data set is complete, but {', '.join(absent)} is missing. Delete {out}."
         )
     return summary
@@ -98,14 +94,14 @@ def _open_parts(settings: DatasetSettings, out: Path, parts: Path) -> None:
     if marker.is_file():
         begun = json.loads(marker.read_text(encoding="utf-8"))
         if begun != settings.to_json():
-            raise DatasetError(
+            raise ValueError(
                 f"{out} holds the beginnings of another data set: {begun}, asked for is {settings.to_json()}. "
                 "Choose another --out, or delete that folder."
             )
         return
     foreign = [name for name in ("images", *JSON_FILES.values(), *JSONL_FILES.values()) if (out / name).exists()]
     if foreign:
-        raise DatasetError(f"{out} already holds {', '.join(foreign)} of unknown origin. Choose another --out.")
+        raise ValueError(f"{out} already holds {', '.join(foreign)} of unknown origin. Choose another --out.")
     parts.mkdir(parents=True, exist_ok=True)
     _write(marker, [json.dumps(settings.to_json())])
 
@@ -186,13 +182,10 @@ examples:
 """
 
 
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m playground.mini.make_scenes",
-        description=__doc__,
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = command_parser("playground.mini.make_scenes", __doc__)
+    parser.epilog = _HELP
     parser.add_argument("--count", type=int, required=True, help="number of scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="of the random streams (default: 0)")
@@ -209,23 +202,15 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--held-out-seed", type=int, metavar="N", help="hold ten more names out of texts (default: only the fixed ten)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
-    return parser.parse_args(argv)
+    run_command(_make, parser, argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    arguments = _parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def _make(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     out, workers = given.pop("out"), max(1, given.pop("workers"))
-    try:
-        summary = make_dataset(DatasetSettings(**given), out, workers=workers)
-    except DatasetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    summary = make_dataset(DatasetSettings(**given), out, workers=workers)
     print(f"{out}: " + ", ".join(f"{count} {key}" for key, count in summary["counts"].items()))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

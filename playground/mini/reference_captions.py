@@ -8,15 +8,14 @@ The first caption of a scene is the one in its PAD record.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from llava.command import command_parser, run_command
 from patch_aligned.files import written_whole
 from playground.mini.captions import write_caption
 from playground.mini.make_scenes import JSON_FILES, SUMMARY
@@ -60,19 +59,12 @@ def caption_dataset(folder: Path, progress: bool = True) -> Path:
     return folder / FILE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = command_parser("playground.mini.reference_captions", __doc__)
     parser.add_argument("--data", type=Path, default=HELDOUT, help="folder of the data set; default: the held-out one")
-    arguments = parser.parse_args(argv)
-    try:
-        path = caption_dataset(arguments.data)
-    except FileNotFoundError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    print(path)
-    return 0
+    run_command(lambda arguments: print(caption_dataset(arguments.data)), parser, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
