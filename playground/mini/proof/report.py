@@ -19,10 +19,9 @@ import typer
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from patch_aligned.files import written_whole
-from patch_aligned.tables import Cell, Table
 from playground.mini.proof.experiment import ARMS, BUDGETS, PRIMARY, RATES, Budget
 from playground.mini.proof.steps import file_name
-from playground.mini.proof.summary import Bootstrap, Estimate
+from playground.mini.proof.summary import Bootstrap, Estimate, markdown, seeds_of
 from playground.mini.proof.tasks import StageTwo
 
 TEMPLATES = Environment(
@@ -93,20 +92,10 @@ def _scores(objects: pd.DataFrame, score: str, of: str) -> np.ndarray:
     return np.where(named if of == "named" else ~named, scores, np.nan)
 
 
-def seeds_of(values: Sequence[float | None]) -> str:
-    """Values of the seeds, one after the other; a dash where nothing could be counted."""
-    return " / ".join("–" if value is None or math.isnan(value) else f"{value:z.2f}" for value in values)
-
-
-def with_interval(found: Estimate) -> list[Cell]:
-    """Cells for the mean, its interval and the seeds."""
-    return [Cell(f"{found.value:.2f}"), Cell(f"{found.low:.2f} … {found.high:.2f}"), Cell(seeds_of(found.of_seed))]
-
-
-def arm_table(runs: Runs, columns: Mapping[str, Callable[[Runs, str], str]], arms: Sequence[str] = ()) -> Table:
+def arm_table(runs: Runs, columns: Mapping[str, Callable[[Runs, str], str]], arms: Sequence[str] = ()) -> str:
     """A row for each arm; each cell has all seeds."""
-    rows = [[Cell(arm), *(Cell(text(runs, arm)) for text in columns.values())] for arm in arms or runs.arms]
-    return Table("", ["arm", *columns], rows)
+    rows = [[arm, *(text(runs, arm) for text in columns.values())] for arm in arms or runs.arms]
+    return markdown(["arm", *columns], rows)
 
 
 def _scored(score: str, of: str = "all") -> Callable[[Runs, str], str]:
@@ -148,22 +137,18 @@ OWN = {
 """How well the controls learnt their own targets."""
 
 
-def difference_table(runs: Runs, pairs: Sequence[tuple[str, str]]) -> Table:
+def difference_table(runs: Runs, pairs: Sequence[tuple[str, str]]) -> str:
     """Differences of the name score (i) over all objects."""
     columns = ["difference", "nats", "95% interval", "seeds", "isolates"]
     rows = [
-        [
-            Cell(f"{first} − {second}"),
-            *with_interval(runs.estimate(first, "name_bound", less=second)),
-            Cell(ISOLATES[first, second]),
-        ]
+        [f"{first} − {second}", *runs.estimate(first, "name_bound", less=second).cells, ISOLATES[first, second]]
         for first, second in pairs
         if {first, second} <= set(runs.arms)
     ]
-    return Table("Differences of the name score", columns, rows)
+    return markdown(columns, rows)
 
 
-def requirement_table(runs: Runs) -> Table:
+def requirement_table(runs: Runs) -> str:
     """What must hold on P, object regions alone."""
     align = runs.bootstrap.difference(
         *([_scores(run.objects, score, "all") for run in runs.arms["P"]] for score in ("iou_px", "shuffled_iou_px"))
@@ -175,34 +160,34 @@ def requirement_table(runs: Runs) -> Table:
         _required("Align own − other", align, 0.10, align.value),
         _required("name score (i), lower end", bound, 0.0, bound.low),
     ]
-    return Table("What must hold on P", ["measure", "mean", "95% interval", "seeds", "at least", "holds"], rows)
+    return markdown(["measure", "mean", "95% interval", "seeds", "at least", "holds"], rows)
 
 
-def _required(name: str, found: Estimate, least: float, judged: float) -> list[Cell]:
-    return [Cell(name), *with_interval(found), Cell(f"{least:.2f}"), Cell("yes" if judged >= least else "no")]
+def _required(name: str, found: Estimate, least: float, judged: float) -> list[str]:
+    return [name, *found.cells, f"{least:.2f}", "yes" if judged >= least else "no"]
 
 
-def captions_table(runs: Runs) -> Table:
+def captions_table(runs: Runs) -> str:
     """Captions alone: the rates that were tried on development scenes, and longer training at the best."""
     trials = [(f"rate {rate:g}, development scenes", runs.read(f"C at {rate:g}")) for rate in RATES]
     curve = [(f"{steps} steps, test scenes", runs.read(f"C after {steps} steps")) for steps in runs.budget.curve]
     columns = ["captions alone, one seed", "retrieval", "name score (i)", "AUC", "captions: F1"]
     rows = [
         [
-            Cell(name),
-            *(Cell(f"{run.objects[score].mean():.2f}") for score in ("top1", "name_bound", "name_auc")),
-            Cell(seeds_of([run.numbers["captions"]["f1"]])),
+            name,
+            *(f"{run.objects[score].mean():.2f}" for score in ("top1", "name_bound", "name_auc")),
+            seeds_of([run.numbers["captions"]["f1"]]),
         ]
         for name, run in [*trials, *curve]
     ]
-    return Table("Captions alone", columns, rows)
+    return markdown(columns, rows)
 
 
 def _entropy_drop(run: Run) -> float:
     return run.numbers["entropy_before_nats"] - run.numbers["entropy_after_nats"]
 
 
-def paper_table(runs: Runs) -> Table:
+def paper_table(runs: Runs) -> str:
     """The rows of the paper's Table 3, and whether its direction holds here."""
     captions, patches = runs.arms["C"], runs.arms["P"]
 
@@ -219,10 +204,9 @@ def paper_table(runs: Runs) -> Table:
     for name, (paper_captions, paper_patches, value) in measures.items():
         here = mean(captions, value), mean(patches, value)
         holds = "holds" if here[1] > here[0] else "does not hold"
-        cells = [f"{paper_captions:g}", f"{paper_patches:g}", *(f"{number:.2f}" for number in here)]
-        rows.append([Cell(name), *map(Cell, cells), Cell(holds)])
+        rows.append([name, f"{paper_captions:g}", f"{paper_patches:g}", *(f"{number:.2f}" for number in here), holds])
     columns = ["Table 3", "paper: captions", "paper: patch-aligned", "here: C", "here: P", "direction"]
-    return Table("The paper's Table 3", columns, rows)
+    return markdown(columns, rows)
 
 
 def draw(runs: Runs, path: Path) -> None:
@@ -247,9 +231,9 @@ def write(runs: Runs, stage_2: StageTwo, name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     draw(runs, folder / "arms.png")
     first = runs.arms["P"][0].numbers
-    arms = [[Cell(arm), Cell(ARMS[arm].training), Cell(ARMS[arm].isolates)] for arm in runs.arms]
+    arms = [[arm, ARMS[arm].training, ARMS[arm].isolates] for arm in runs.arms]
     tables = {
-        "arms": Table("", ["arm", "stage 1", "a difference isolates"], arms),
+        "arms": markdown(["arm", "stage 1", "a difference isolates"], arms),
         "primary": difference_table(runs, PRIMARY),
         "required": requirement_table(runs),
         "naming": arm_table(runs, NAMING),
@@ -272,7 +256,7 @@ def write(runs: Runs, stage_2: StageTwo, name: str, folder: Path) -> Path:
         numbers=first,
         ceiling=math.log(first["images"]),
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
-        **{key: table.markdown() for key, table in tables.items()},
+        **tables,
     )
     path = folder / "report.md"
     with written_whole(path) as temporary:
