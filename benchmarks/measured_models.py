@@ -109,7 +109,8 @@ def random_model(
     side = tower.image_size = tower_side_px or tower.image_size
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(tower_folder or temporary)
-        CLIPVisionModel(tower).to(dtype).save_pretrained(folder)
+        vision_model: Any = CLIPVisionModel(tower)
+        vision_model.to(dtype).save_pretrained(folder)
         CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
             folder
         )

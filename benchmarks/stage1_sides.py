@@ -34,7 +34,7 @@ Side = Literal["ours", "plain", "transformers"]
 def write_weights(shape: str, folder: Path, batch_size: int) -> None:
     """Write random weights as `tower`, `llava` and `transformers`, and a batch as `batch.pt`."""
     torch.manual_seed(0)
-    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_mm_proj": True,
+    settings: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_mm_proj": True,
                 "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
                 "image_aspect_ratio": "pad", "tokenizer_padding_side": "right",
                 "tokenizer_model_max_length": 2048}  # fmt: skip
