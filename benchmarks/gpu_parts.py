@@ -86,7 +86,7 @@ def stage_1(report: Report) -> None:
 def stage_2(report: Report) -> None:
     """A step of stage 2, in which LLM and projector are trained."""
     import torch
-    from measured_models import loss_of_all_logits, random_batch, random_model, to_device
+    from measured_models import loss_of_all_logits, ragged, random_batch, random_model, to_device
 
     size, text_tokens = (2, 32) if report.is_tiny else (16, 256)
     model = random_model("tiny" if report.is_tiny else "7b", report.device)
@@ -106,6 +106,12 @@ def stage_2(report: Report) -> None:
     timed("logits at supervised positions", step, against=plain, detail=f"gradient checkpointing, {states}")
     model.gradient_checkpointing_disable()
     timed("the same, activations kept", step, against=plain, detail=f"no gradient checkpointing, {states}")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    step = partial(training_step, model, optimizer, ragged(batch, text_tokens // 2))
+    timed = partial(report.time, count=size, unit="images/s", detail="gradient checkpointing, half of the text to all")
+    padded = timed("rows of many lengths, padded", step)
+    model.get_model().packs_samples = True
+    timed("the same, packed (--pack_samples)", step, against=padded)
 
 
 def vlm_step(report: Report) -> None:

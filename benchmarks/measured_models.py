@@ -151,6 +151,15 @@ def random_batch(model: Any, batch_size: int, text_tokens: int, prompt_tokens: i
     }
 
 
+def ragged(batch: dict[str, Any], shortest: int) -> dict[str, Any]:
+    """The same `random_batch`, whose rows end one after another, from `shortest` ids on to all of them."""
+    size, length = batch["input_ids"].shape
+    kept = torch.arange(length) < torch.linspace(shortest, length, size)[:, None].round()  # [B, T]
+    kept = kept.to(batch["input_ids"].device)
+    labels = batch["labels"].masked_fill(~kept, IGNORE_INDEX)
+    return batch | {"input_ids": batch["input_ids"].masked_fill(~kept, 0), "labels": labels, "attention_mask": kept}
+
+
 def batch_of_transformers(batch: dict[str, Any], image_id: int, visual_tokens: int) -> dict[str, Any]:
     """A `random_batch` as transformers' LLaVA takes it: an id for each visual token, `[B, T - 1 + S]`."""
     [place] = (batch["input_ids"][0] == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()

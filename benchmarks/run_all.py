@@ -264,6 +264,16 @@ def shared_prefix(run: Run, row: Row) -> None:
     run.take_turns(row, Local(together), Local(alone))
 
 
+def packed(run: Run, row: Row) -> None:
+    """A step of stage 2 whose samples follow each other in rows, against a padded row for each sample."""
+    require_miniature()
+    from stage2_step import packed_sides
+
+    samples = 3 if run.is_tiny else 12
+    row.detail = f"{samples} samples, a third of them without an image"
+    run.take_turns(row, *map(Local, packed_sides(samples)))
+
+
 def pursuit(run: Run, row: Row) -> None:
     """Matching pursuit of an image's tokens at once, against Algorithm 1 token by token."""
     from matching_pursuit import ROUNDS, literal_loop, tokens_of_words
@@ -313,9 +323,12 @@ ROWS: dict[str, tuple[str, str, Callable[..., None], dict[str, Any]]] = {
     "attach": ("Trainer step with the patch loss", "without", attach, {}),
     "generate_upstream": ("answer", "upstream", stage1, {"shape": SMALL, "against": "upstream", "task": "generate"}),
     "generate_transformers": ("answer", "transformers", stage1, {"shape": SMALL, "task": "generate"}),
+    "generate_bf16": ("answer, bfloat16", "ours in float32", stage1,
+                      {"shape": SMALL, "against": "ours", "task": "generate", "bf16": "auto"}),
     "answers_1": ("answers, one at a time", "upstream's loop", answers, {"batch_size": 1}),
     "answers_16": ("answers, 16 at a time", "upstream's loop", answers, {"batch_size": 16}),
     "stage2_prefix": ("stage-2 step, --independent_turns", "a row a question", shared_prefix, {}),
+    "stage2_packed": ("stage-2 step, --pack_samples", "padded rows", packed, {}),
     "pursuit": ("matching pursuit", "token by token", pursuit, {}),
     "masks": ("tokens of regions", "decoding the masks", masks, {}),
 }  # fmt: skip
