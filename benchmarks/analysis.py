@@ -8,7 +8,6 @@ process of its own. `bash scripts/prepare_mini.sh` makes models and scenes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import shutil
@@ -18,6 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from measuring import command_line
 
 from patch_aligned.analysis import AnalysisSettings, MeasureSettings, analyse, load_models
 from patch_aligned.intervals import Resampling
@@ -49,9 +50,7 @@ def analyse_images(images: int) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a line a number of images; the exit status is 1 if the most images take more memory than the fewest."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[100, 1000], help="numbers of images, rising")
     parser.add_argument("--alone", action="store_true", help="in this process, as JSON")
     options = parser.parse_args(arguments)

@@ -142,12 +142,7 @@ def busy_boxes(device: str, names: Sequence[str], dtype: torch.dtype | None = No
     kept = CandidateThresholds(LEAST_SCORE, LEAST_SCORE)
     return BusyBoxes(
         GroundingDetector(
-            detector,
-            tokenizer,
-            GroundingDinoImageProcessorPil(),
-            device=device,
-            dtype=dtype,
-            candidate_thresholds=kept,
+            detector, tokenizer, GroundingDinoImageProcessorPil(), device=device, dtype=dtype, candidate_thresholds=kept
         ),
         SamSegmenter(sam, SamImageProcessorPil(), device=device, dtype=dtype),
     )
@@ -273,17 +268,11 @@ def show(name: str, seconds: float, images: int, times: StageTimes) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="Folder of real models. Default: tiny random ones.")
     parser.add_argument("--images", type=Path, help="Folder of images. Default: scenes of the miniature.")
     parser.add_argument("--limit", type=int, default=120, help="Images.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tag_batch", type=int, default=64)
-    parser.add_argument("--detect_batch", type=int, default=8)
-    parser.add_argument("--segment_batch", type=int, default=8)
-    parser.add_argument("--decode_workers", type=int, default=8)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -295,13 +284,7 @@ def main() -> None:
         # The recipe computes in float32; the pipeline in bfloat16 where there is a GPU. The weights are the same.
         single = build(arguments.device, "float32")
         batched = build(arguments.device) if arguments.device != "cpu" else single
-        workload = Workload(
-            tag_batch=arguments.tag_batch,
-            detect_batch=arguments.detect_batch,
-            segment_batch=arguments.segment_batch,
-            decode_workers=arguments.decode_workers,
-            chunk=64,
-        )
+        workload = Workload(chunk=64)
         one_at_a_time(single, entries[:8], images, folder / "warm.jsonl")
         timed_shard(batched, entries[:16], images, folder / "warm", workload)
 

@@ -14,10 +14,8 @@ decides near ties, the share of equal texts is printed.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 
 import torch
 from measured_models import MODELS, ROOT, keep_layers, miniature_model, random_model, ratio_and_spread, seconds_in_turn
+from measuring import command_line, require_miniature
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from llava.conversation import Conversation, conv_templates
@@ -106,18 +105,9 @@ def of_transformers(
     return texts
 
 
-def timed(run: Callable[[], list[str]], device: str) -> tuple[list[str], float]:
-    """What a run returns, and its seconds."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    texts = run()
-    return texts, time.perf_counter() - start
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the ratios, then the times they come from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model-path", help="a checkpoint of stage 2 to use instead")
     parser.add_argument("--shape", choices=("mini", "7b"), default="mini")
     parser.add_argument("--layers", type=int, help="of the miniature's LLM, for a quick look")
@@ -130,9 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=4)
     args = parser.parse_args(arguments)
-    for path in (MODELS / "smollm2-135m-instruct", SCENES / "questions.jsonl"):
-        if not path.exists():
-            raise SystemExit(f"No {path}; next: bash scripts/prepare_mini.sh")
+    require_miniature(MODELS / "smollm2-135m-instruct", SCENES / "questions.jsonl")
 
     questions = vqa_questions(SCENES / "questions.jsonl", SCENES)
     if args.one_an_image:

@@ -10,43 +10,34 @@ fastest run; beside them is the time of all processors, since other work on the 
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
 
 import torch
+from measuring import command_line, fastest
 
 from patch_aligned.analysis.matching_pursuit import WordDictionary, matching_pursuit
 from patch_aligned.explore.session import Session
 from patch_aligned.models.load import load_models
 
+TOKENS, WORDS, WIDTHS = 576, 32000, (576, 1024, 4096)
+
 
 def measure(name: str, run: Callable[[], object], repeats: int) -> None:
     """Prints the fastest run's time, and its processor time."""
-    times = []
-    for _ in range(repeats):
-        clock, processor = time.perf_counter(), time.process_time()
-        run()
-        times.append((time.perf_counter() - clock, time.process_time() - processor))
-    seconds, processor_seconds = min(times)
+    seconds, processor_seconds = fastest(run, repeats)
     print(f"| {name} | {seconds:.2f} | {processor_seconds:.2f} |", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument("models", nargs="*", metavar="NAME=PATH", help="as analyze takes them")
     parser.add_argument("--base", help="language model of LLaVA's projectors")
     parser.add_argument("--image", type=Path, help="picture that is uploaded")
-    parser.add_argument("--tokens", type=int, default=576, help="default 576")
-    parser.add_argument("--words", type=int, default=32000, help="words of the table (default 32000)")
-    parser.add_argument("--widths", type=int, nargs="+", default=[576, 1024, 4096], help="default 576 1024 4096")
     parser.add_argument("--threads", type=int, default=2, help="default 2")
     parser.add_argument("--repeats", type=int, default=5, help="default 5")
     options = parser.parse_args(arguments)
@@ -54,16 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("found one of models and --image; expected both, or neither")
     torch.set_num_threads(options.threads)
     print("| what | seconds | of processors |\n|---|--:|--:|")
-    for width in options.widths:
+    for width in WIDTHS:
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randn(options.tokens, width, generator=generator)
-        dictionary = WordDictionary(torch.randn(options.words, width, generator=generator))
-        sizes = f"over {options.words:,} words of width {width}"
-        measure(
-            f"a word of {options.tokens} tokens {sizes}",
-            partial(matching_pursuit, tokens, dictionary, 1),
-            options.repeats,
-        )
+        tokens = torch.randn(TOKENS, width, generator=generator)
+        dictionary = WordDictionary(torch.randn(WORDS, width, generator=generator))
+        sizes = f"over {WORDS:,} words of width {width}"
+        measure(f"a word of {TOKENS} tokens {sizes}", partial(matching_pursuit, tokens, dictionary, 1), options.repeats)
         measure(f"five words of a token {sizes}", partial(matching_pursuit, tokens[:1], dictionary, 5), options.repeats)
     if options.models:
         session, content = Session(load_models(options.models, options.base), None, Path()), options.image.read_bytes()

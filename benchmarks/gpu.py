@@ -7,29 +7,24 @@ row's rate over that of its baseline, a row of the same run. The parts are in gp
 
 from __future__ import annotations
 
-import argparse
 import gc
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import re
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 from gpu_parts import PARTS
+from measuring import ROOT, command_line, describe_machine, median_seconds
 
-ROOT = Path(__file__).parents[1]
 SECONDS = 520
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "pycocotools", "flash-attn")
 PRELOADED = ["torch", "transformers", "llava.model"]  # not what imports bitsandbytes, which touches the card
@@ -45,32 +40,18 @@ Status = Literal["ok", "skipped", "missing", "out of memory", "failed", "cut off
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
-
-    Attributes:
-        part: which part measured it.
-        name: what was measured.
-        status: `missing` names a package that is not installed; `cut off` is a part that ran out of its time.
-        seconds: of one run, the median of several.
-        rate: `unit` a second.
-        unit: what is counted.
-        baseline: name of the row that `speedup` compares with.
-        speedup: rate over the baseline's.
-        peak_gib: most memory that torch held on the card, weights included.
-        peak_share: floating-point operations that the task needs, over what the card does at most in that time.
-        detail: what else is to be said.
-    """
+    """One line of the table."""
 
     part: str
     name: str
-    status: Status = "ok"
-    seconds: float | None = None
-    rate: float | None = None
+    status: Status = "ok"  # `missing` names a package that is not installed; `cut off` ran out of its time
+    seconds: float | None = None  # of one run, the median of several
+    rate: float | None = None  # `unit` a second
     unit: str | None = None
-    baseline: str | None = None
-    speedup: float | None = None
-    peak_gib: float | None = None
-    peak_share: float | None = None
+    baseline: str | None = None  # name of the row that `speedup` compares with
+    speedup: float | None = None  # rate over the baseline's
+    peak_gib: float | None = None  # most memory that torch held on the card, weights included
+    peak_share: float | None = None  # operations that the task needs, over what the card does at most in that time
     detail: str = ""
 
 
@@ -126,7 +107,6 @@ class Report:
     ) -> Row | None:
         """Times an action that does `count` things and needs `flop`, and adds its row; None where it lacks memory."""
         import torch
-        from measured_models import median_seconds
 
         self.peak_gib()  # what came before does not count
         try:
@@ -157,33 +137,21 @@ def run_part(name: str, out: Path, is_tiny: bool) -> None:
         report.say("out of memory" if is_memory else "failed", "the part", f"{type(error).__name__}: {error}"[:300])
 
 
-def describe_machine(is_tiny: bool) -> dict[str, Any]:
+def describe_card(is_tiny: bool) -> dict[str, Any]:
     """What the numbers are measured on."""
     import torch
 
     has_card = not is_tiny and not torch.cuda._is_in_bad_fork() and torch.cuda.is_available()
     card = torch.cuda.get_device_properties(0) if has_card else None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "card": card.name if card else None,
         "card_gib": card.total_memory / 2**30 if card else None,
         "peak_tflops": PEAK_TFLOPS.get(card.name) if card else None,
         "cores": os.cpu_count(),
-        "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "versions": {package: version_of(package) for package in PACKAGES},
-        "commit": git.stdout.strip() or None,
-        "date": date.today().isoformat(),
+        **describe_machine(*PACKAGES),
         "tiny": is_tiny,
     }
-
-
-def version_of(package: str) -> str | None:
-    """Its version, None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def write_tables(out: Path) -> None:
@@ -223,7 +191,7 @@ def shown(value: float | None, form: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the parts one after the other; the exit status is 1 if one of them failed or was cut off."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU, to see that all of it runs")
     parser.add_argument("--parts", default=",".join(PARTS), help="names with commas between (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/gpu-CARD-DATE)")
@@ -240,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes: Any = multiprocessing.get_context(method)
         processes.set_forkserver_preload(PRELOADED)
         with processes.Pool(1) as pool:
-            machine = pool.apply(describe_machine, (args.tiny,))
+            machine = pool.apply(describe_card, (args.tiny,))
         if args.tiny or machine["card"]:
             break
     else:

@@ -6,7 +6,6 @@ function to `PARTS`; the whole stays within nine minutes whatever the shares are
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import tempfile
@@ -50,12 +49,7 @@ def gpu_tests(report: Report) -> None:
 def stage_1(report: Report) -> None:
     """A step of stage 1, in which the projector is trained, with the patch loss and without."""
     import torch
-    from measured_models import (
-        batch_of_transformers,
-        loss_of_all_logits,
-        random_model_of_transformers,
-        to_device,
-    )
+    from measured_models import batch_of_transformers, loss_of_all_logits, random_model_of_transformers, to_device
     from stage1_step import plugin_alone, random_weights
 
     size = 2 if report.is_tiny else 32
@@ -92,7 +86,7 @@ def stage_1(report: Report) -> None:
 def stage_2(report: Report) -> None:
     """A step of stage 2, in which LLM and projector are trained."""
     import torch
-    from measured_models import loss_of_all_logits, random_batch, random_model, to_device
+    from measured_models import loss_of_all_logits, ragged, random_batch, random_model, to_device
 
     size, text_tokens = (2, 32) if report.is_tiny else (16, 256)
     model = random_model("tiny" if report.is_tiny else "7b", report.device)
@@ -112,6 +106,12 @@ def stage_2(report: Report) -> None:
     timed("logits at supervised positions", step, against=plain, detail=f"gradient checkpointing, {states}")
     model.gradient_checkpointing_disable()
     timed("the same, activations kept", step, against=plain, detail=f"no gradient checkpointing, {states}")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    step = partial(training_step, model, optimizer, ragged(batch, text_tokens // 2))
+    timed = partial(report.time, count=size, unit="images/s", detail="gradient checkpointing, half of the text to all")
+    padded = timed("rows of many lengths, padded", step)
+    model.get_model().packs_samples = True
+    timed("the same, packed (--pack_samples)", step, against=padded)
 
 
 def vlm_step(report: Report) -> None:
@@ -196,38 +196,35 @@ def patch_loss(report: Report) -> None:
 def pursuit(report: Report) -> None:
     """Matching pursuit of an image's tokens at once, against Algorithm 1 token by token."""
     import torch
-    from matching_pursuit import largest_difference, literal_loop, tokens_of_words
+    from matching_pursuit import ROUNDS, largest_difference, literal_loop, tokens_of_words
 
     from patch_aligned.analysis.matching_pursuit import Pursuit, WordDictionary, matching_pursuit
 
     visual, words, width, images, looped = (16, 200, 64, 2, 4) if report.is_tiny else (576, 32000, 4096, 8, 24)
-    sizes = argparse.Namespace(seed=0, words=words, tokens=visual * images, rounds=5)
-    tokens, units = (tensor.to(report.device) for tensor in tokens_of_words(width, sizes))
+    tokens, units = (tensor.to(report.device) for tensor in tokens_of_words(width, words, visual * images, ROUNDS))
     dictionary = WordDictionary(units)
 
     def loop() -> list[Any]:
-        return [literal_loop(token, units, sizes.rounds) for token in tokens[:looped]]
+        return [literal_loop(token, units, ROUNDS) for token in tokens[:looped]]
 
     ids, coefficients = (torch.stack(part) for part in zip(*loop(), strict=True))
-    found = matching_pursuit(tokens, dictionary, sizes.rounds)
+    found = matching_pursuit(tokens, dictionary, ROUNDS)
     on_cpu = Pursuit(*(tensor.cpu() for tensor in (found.ids, found.coefficients, found.cosines, found.residual_norms)))
     other, gap = largest_difference(on_cpu, ids, coefficients)
     detail = f"{other} of {looped} tokens get other words; coefficients differ by {gap:.0e}"
     plain = report.time("plain: Algorithm 1, token by token", loop, looped, "tokens/s")
     for some in (tokens[:visual], tokens):
-        run = partial(matching_pursuit, some, dictionary, sizes.rounds)
+        run = partial(matching_pursuit, some, dictionary, ROUNDS)
         report.time(f"{len(some)} tokens at once", run, len(some), "tokens/s", plain, detail=detail)
 
 
 def masks(report: Report) -> None:
     """Covered tokens of regions from run lengths, on one core, against decoding the masks alone."""
-    from mask_tokens import compare, parser
+    from mask_tokens import GRID, compare
 
-    options = parser().parse_args(["--images", "2", "--repeats", "1"] if report.is_tiny else [])
-    found = compare(options)
-    count = options.images * options.regions
-    detail = f"{found.differing} of {count * options.grid**2} coverages differ from the decoded mask's"
-    add = partial(report.measured, count=count, unit="regions/s")
+    found = compare(2, repeats=1) if report.is_tiny else compare()
+    detail = f"{found.differing} of {found.regions * GRID**2} coverages differ from the decoded mask's"
+    add = partial(report.measured, count=found.regions, unit="regions/s")
     plain = add("plain: decoding the mask alone", found.decode_s, against=None)
     add("exact coverage from run lengths", found.cover_s, against=plain, detail=detail)
     add("where each image has a size not seen before", found.cover_new_sizes_s, against=plain, detail=detail)
@@ -235,7 +232,7 @@ def masks(report: Report) -> None:
 
 def answering(report: Report) -> None:
     """Answers a second in batches, against upstream's loop of one question at a time."""
-    from answering import one_by_one, timed
+    from answering import one_by_one
     from measured_models import byte_tokenizer, random_model
     from PIL import Image
 
@@ -261,10 +258,13 @@ def answering(report: Report) -> None:
 
         batched(1, questions[:2])  # warms up
         add = partial(report.measured, count=len(questions), unit="answers/s")
-        expected, seconds = timed(lambda: one_by_one(questions, loaded, template, new_tokens), report.device)
-        plain = add("plain: one question at a time", seconds, against=None)
+        start = time.perf_counter()
+        expected = one_by_one(questions, loaded, template, new_tokens)
+        plain = add("plain: one question at a time", time.perf_counter() - start, against=None)
         for size in (1, 4, 16):
-            found, seconds = timed(partial(batched, size, questions), report.device)
+            start = time.perf_counter()
+            found = batched(size, questions)
+            seconds = time.perf_counter() - start
             equal = sum(ours == theirs for ours, theirs in zip(found, expected, strict=True))
             detail = f"{equal} of {len(questions)} texts equal, of up to {new_tokens} tokens"
             add(f"batch {size}", seconds, against=plain, detail=detail)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured_models import median_seconds, random_batch, random_model
+from measured_models import random_batch, random_model
+from measuring import median_seconds
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX

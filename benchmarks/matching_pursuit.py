@@ -10,21 +10,19 @@ counts little; the ratio of processor time stands beside that of the clock.
 
 from __future__ import annotations
 
-import argparse
-import math
 import resource
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 
 import torch
+from measuring import command_line, fastest
 from torch import Tensor
 
 from patch_aligned.analysis.matching_pursuit import Pursuit, WordDictionary, matching_pursuit
 
 TARGET = 8.0
+TOKENS, WORDS, ROUNDS, CHUNK, LOOP_TOKENS = 576, 32000, 5, 2048, 48
 
 
 def literal_loop(token: Tensor, units: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
@@ -39,22 +37,6 @@ def literal_loop(token: Tensor, units: Tensor, rounds: int) -> tuple[Tensor, Ten
     return ids, coefficients
 
 
-@dataclass
-class Fastest:
-    """The least time of several runs, by the clock and by the processor."""
-
-    seconds: float = math.inf
-    processor_seconds: float = math.inf
-
-    @contextmanager
-    def run(self) -> Iterator[None]:
-        """Times what happens inside."""
-        clock, processor = time.perf_counter(), time.process_time()
-        yield
-        self.seconds = min(self.seconds, time.perf_counter() - clock)
-        self.processor_seconds = min(self.processor_seconds, time.process_time() - processor)
-
-
 def largest_difference(found: Pursuit, ids: Tensor, coefficients: Tensor) -> tuple[int, float]:
     """How many tokens got other words, and the largest difference of a coefficient of the others."""
     same = (found.ids[: len(ids)] == ids).all(dim=1)
@@ -67,43 +49,37 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
 
 
-def tokens_of_words(width: int, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def tokens_of_words(width: int, words: int, count: int, rounds: int) -> tuple[Tensor, Tensor]:
     """Tokens `[S, D]` that are made of words, as the hypothesis of the paper has it, and noise; the words `[M, D]`."""
-    generator = torch.Generator().manual_seed(options.seed)
-    units = torch.randn(options.words, width, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    units = torch.randn(words, width, generator=generator)
     units /= units.norm(dim=1, keepdim=True)
-    made_of = torch.randint(options.words, (options.tokens, options.rounds), generator=generator)
-    weights = torch.rand(options.tokens, options.rounds, 1, generator=generator) + 0.2
-    tokens = (weights * units[made_of]).sum(dim=1) + torch.randn(options.tokens, width, generator=generator) / width
+    made_of = torch.randint(words, (count, rounds), generator=generator)
+    weights = torch.rand(count, rounds, 1, generator=generator) + 0.2
+    tokens = (weights * units[made_of]).sum(dim=1) + torch.randn(count, width, generator=generator) / width
     return tokens, units
 
 
-def measure(width: int, options: argparse.Namespace) -> tuple[float, int]:
+def measure(width: int, repeats: int) -> tuple[float, int]:
     """Prints a row of the table for one width; returns the ratio and the number of tokens with other words."""
-    tokens, units = tokens_of_words(width, options)
-    dictionary = WordDictionary(units, chunk=options.chunk)
+    tokens, units = tokens_of_words(width, WORDS, TOKENS, ROUNDS)
+    run = partial(matching_pursuit, tokens, WordDictionary(units, chunk=CHUNK), ROUNDS)
 
     before = peak_mib()
-    together, one_token = Fastest(), Fastest()
-    for _ in range(options.repeats):
-        with together.run():
-            found = matching_pursuit(tokens, dictionary, options.rounds)
+    seconds, processor_seconds = fastest(run, repeats)
     extra = peak_mib() - before
-    looped = min(options.loop_tokens, options.tokens)
-    rows = []
-    for token in tokens[:looped]:
-        with one_token.run():
-            rows.append(literal_loop(token, units, options.rounds))
+    rows: list[tuple[Tensor, Tensor]] = []
+    of_token = iter(tokens)
+    one_token = fastest(lambda: rows.append(literal_loop(next(of_token), units, ROUNDS)), LOOP_TOKENS)
     ids, coefficients = (torch.stack(part) for part in zip(*rows, strict=True))
 
-    differing, gap = largest_difference(found, ids, coefficients)
-    loop = one_token.seconds * options.tokens
-    ratio = loop / together.seconds
-    processor_ratio = one_token.processor_seconds * options.tokens / together.processor_seconds
+    differing, gap = largest_difference(run(), ids, coefficients)
+    loop, processor_loop = (least * TOKENS for least in one_token)
+    ratio = loop / seconds
     table = units.numel() * units.element_size() / 2**20
     print(
-        f"| {width} | {together.seconds:.2f} | {loop:.1f} | {ratio:.1f}x | {processor_ratio:.1f}x | {table:.0f} "
-        f"| {extra:.0f} | {differing} of {looped} | {gap:.0e} |",
+        f"| {width} | {seconds:.2f} | {loop:.1f} | {ratio:.1f}x | {processor_loop / processor_seconds:.1f}x "
+        f"| {table:.0f} | {extra:.0f} | {differing} of {LOOP_TOKENS} | {gap:.0e} |",
         flush=True,
     )
     return ratio, differing
@@ -111,31 +87,23 @@ def measure(width: int, options: argparse.Namespace) -> tuple[float, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; the exit status is 1 if a ratio is below the target or a token gets other words."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--tokens", type=int, default=576, help="visual tokens of the image (default 576)")
-    parser.add_argument("--words", type=int, default=32000, help="words of the table (default 32000)")
+    parser = command_line(__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[1024, 4096], help="default 1024 4096")
-    parser.add_argument("--rounds", type=int, default=5, help="words a token (default 5)")
-    parser.add_argument("--chunk", type=int, default=2048, help="words compared at a time (default 2048)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of both (default 2)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of the fast way (default 3)")
-    parser.add_argument("--loop_tokens", type=int, default=48, help="tokens that the loop takes (default 48)")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
     print(
-        f"{options.tokens} tokens, {options.words} words, {options.rounds} rounds, chunks of {options.chunk}, "
-        f"{options.threads} threads (target {TARGET:.0f}x)"
+        f"{TOKENS} tokens, {WORDS} words, {ROUNDS} rounds, chunks of {CHUNK}, {options.threads} threads "
+        f"(target {TARGET:.0f}x)"
     )
     print(
         "| width | together, s | loop, s | ratio | processor's | table, MiB | further memory, MiB | other words "
         "| largest gap |"
     )
     print("|--:" * 9 + "|")
-    results = [measure(width, options) for width in options.widths]
+    results = [measure(width, options.repeats) for width in options.widths]
     return int(any(ratio < TARGET or differing for ratio, differing in results))
 
 

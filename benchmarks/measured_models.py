@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measuring import ROOT, times_of
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -34,70 +35,25 @@ from llava.model.language_model.causal_lm import token_loss
 from llava.train.arguments import parse_arguments
 from llava.train.assemble import add_vision, give_padding_token, load_language_model, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "playground/mini/cache/models"
+
+
+def _tower(width: int, mlp: int, layers: int, heads: int, side: int = 336) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {**sizes, "image_size": side, "patch_size": 14}
+
+
+SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+           "num_key_value_heads": 3, "tie_word_embeddings": True}  # fmt: skip
+TINY_LLM = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "7b": (
-        {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 336,
-            "patch_size": 14,
-        },
-        {},
-    ),
-    "7b_two_layers": (
-        {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 16,
-            "image_size": 336,
-            "patch_size": 14,
-        },
-        {"num_hidden_layers": 2},
-    ),
-    "smollm2_six_layers": (
-        {
-            "hidden_size": 192,
-            "intermediate_size": 768,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 3,
-            "image_size": 336,
-            "patch_size": 14,
-        },
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "tiny": (
-        {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 56,
-            "patch_size": 14,
-        },
-        {
-            "vocab_size": 512,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-        },
-    ),
+    "7b": (_tower(1024, 4096, layers=24, heads=16), {}),
+    "7b_two_layers": (_tower(1024, 4096, layers=2, heads=16), {"num_hidden_layers": 2}),
+    "smollm2_six_layers": (_tower(192, 768, layers=6, heads=3), SMOLLM2 | {"num_hidden_layers": 6}),
+    "tiny": (_tower(32, 64, layers=2, heads=2, side=56), TINY_LLM),
 }
-"""Sizes of tower and LLM; what is not said is CLIP ViT-L's and Llama-7B's."""
+"""Sizes of tower and LLM; what is not said is CLIP ViT-L's and Llama-7B's. `tiny` has all parts and takes no time."""
 
 
 class Assembled(NamedTuple):
@@ -136,26 +92,31 @@ def assembled_model(flags: str) -> Assembled:
     return Assembled(tokenizer, model, model_args, data_args, training_args)
 
 
-def random_model(shape: str, device: str, tower_side_px: int | None = None, **settings: Any) -> Any:
-    """LLaVA-1.5 with random weights in bfloat16.
+def random_model(
+    shape: str,
+    device: str,
+    tower_side_px: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    tower_folder: Path | None = None,
+    **settings: Any,
+) -> Any:
+    """LLaVA-1.5 with random weights and these settings of its config.
 
-    Args:
-        shape: `7b` is that of LLaVA-1.5-7B; `tiny` has the same parts and takes no time.
-        device: where it is made.
-        tower_side_px: side of the model image, instead of the shape's.
-        settings: of its config.
+    `tower_side_px` is the side of the model image, instead of the shape's; `tower_folder` keeps the tower.
     """
     tower_sizes, llm_sizes = SIZES[shape]
     tower = CLIPVisionConfig(**tower_sizes)
     side = tower.image_size = tower_side_px or tower.image_size
-    with tempfile.TemporaryDirectory() as folder:
-        CLIPVisionModel(tower).bfloat16().save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(tower_folder or temporary)
+        vision_model: Any = CLIPVisionModel(tower)
+        vision_model.to(dtype).save_pretrained(folder)
         CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
             folder
         )
         vision = {"mm_vision_tower": folder, "mm_hidden_size": tower.hidden_size, "mm_projector_type": "mlp2x_gelu"}
         config = LlavaConfig(**vision, mm_vision_select_layer=-2, **{**llm_sizes, **settings})  # type: ignore[arg-type, call-arg]
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(dtype)
         with torch.device(device):
             model: Any = LlavaLlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
@@ -188,6 +149,15 @@ def random_batch(model: Any, batch_size: int, text_tokens: int, prompt_tokens: i
         "attention_mask": torch.ones_like(ids, dtype=torch.bool),
         "images": torch.randn(batch_size, 3, side, side, dtype=torch.bfloat16),
     }
+
+
+def ragged(batch: dict[str, Any], shortest: int) -> dict[str, Any]:
+    """The same `random_batch`, whose rows end one after another, from `shortest` ids on to all of them."""
+    size, length = batch["input_ids"].shape
+    kept = torch.arange(length) < torch.linspace(shortest, length, size)[:, None].round()  # [B, T]
+    kept = kept.to(batch["input_ids"].device)
+    labels = batch["labels"].masked_fill(~kept, IGNORE_INDEX)
+    return batch | {"input_ids": batch["input_ids"].masked_fill(~kept, 0), "labels": labels, "attention_mask": kept}
 
 
 def batch_of_transformers(batch: dict[str, Any], image_id: int, visual_tokens: int) -> dict[str, Any]:
@@ -223,20 +193,6 @@ def to_device(value: Any, device: str) -> Any:
     return value.to(device) if torch.is_tensor(value) else value
 
 
-def median_seconds(action: Callable[[], object], repeats: int, device: str) -> float:
-    """Median time of `action`, after one run to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        action()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
 def keep_layers(model: Any, layers: int | None) -> None:
     """Keep the LLM's first layers alone, for a quick look; None keeps all."""
     model.config.num_hidden_layers = layers or model.config.num_hidden_layers
@@ -252,13 +208,7 @@ def seconds_in_turn(actions: Mapping[str, Callable[[], object]], repeats: int, d
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats + 1):
         for name, action in actions.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = clock()
-            action()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(clock() - start)
+            seconds[name] += times_of(action, 1, clock, device)
     return {name: spent[1:] for name, spent in seconds.items()}
 
 

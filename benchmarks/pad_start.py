@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import command_line
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
@@ -163,7 +164,7 @@ def launch(arguments: argparse.Namespace, path: Path) -> dict[str, float]:
 
 def main() -> None:
     """Writes the file, starts twice, prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--images", type=int, default=558_128)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()) / "pad_start")
     parser.add_argument("--workers", type=int, default=2)

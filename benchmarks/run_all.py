@@ -11,15 +11,12 @@ and `growth.svg`. What needs the miniature or upstream says `not run` without th
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import json
 import math
 import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +28,8 @@ from typing import Any, Protocol
 
 import torch
 from growth import measure_growth, plot_growth
-from measured_models import MODELS, ROOT
+from measured_models import MODELS
+from measuring import ROOT, command_line, describe_machine, times_of
 from served_steps import Memory, ServedSide, Step
 
 from llava.train.arguments import cpu_multiplies_bf16
@@ -227,12 +225,8 @@ def attach(run: Run, row: Row) -> None:
 
     def waited(actions: Sequence[Callable[[], object]]) -> Callable[[], Step]:
         def action() -> Step:
-            times = []
-            for _ in range(1 if run.is_tiny else 10):  # the least of several: a step takes milliseconds
-                start = time.process_time()
-                for part in actions:
-                    part()
-                times.append(time.process_time() - start)
+            # The least of several: a step takes milliseconds.
+            times = times_of(lambda: [part() for part in actions], 1 if run.is_tiny else 10, time.process_time)
             return Step(min(times) + WAIT_SECONDS, math.nan)
 
         return action
@@ -270,37 +264,45 @@ def shared_prefix(run: Run, row: Row) -> None:
     run.take_turns(row, Local(together), Local(alone))
 
 
+def packed(run: Run, row: Row) -> None:
+    """A step of stage 2 whose samples follow each other in rows, against a padded row for each sample."""
+    require_miniature()
+    from stage2_step import packed_sides
+
+    samples = 3 if run.is_tiny else 12
+    row.detail = f"{samples} samples, a third of them without an image"
+    run.take_turns(row, *map(Local, packed_sides(samples)))
+
+
 def pursuit(run: Run, row: Row) -> None:
     """Matching pursuit of an image's tokens at once, against Algorithm 1 token by token."""
-    from matching_pursuit import literal_loop, tokens_of_words
+    from matching_pursuit import ROUNDS, literal_loop, tokens_of_words
 
     from patch_aligned.analysis.matching_pursuit import WordDictionary, matching_pursuit
 
     words, width, tokens, looped = (200, 64, 16, 2) if run.is_tiny else (32000, 1024, 576, 12)
-    sizes = argparse.Namespace(seed=0, words=words, tokens=tokens, rounds=5)
-    made, units = tokens_of_words(width, sizes)
+    made, units = tokens_of_words(width, words, tokens, ROUNDS)
     dictionary = WordDictionary(units)
     row.detail = f"{tokens} tokens of width {width}, {words} words; the loop's time is that of {looped} tokens, scaled"
 
     def loop() -> Step:
         start = time.perf_counter()
         for token in made[:looped]:
-            literal_loop(token, units, sizes.rounds)
+            literal_loop(token, units, ROUNDS)
         return Step((time.perf_counter() - start) * tokens / looped, math.nan)
 
-    run.take_turns(row, Local(lambda: matching_pursuit(made, dictionary, sizes.rounds)), Local(loop))
+    run.take_turns(row, Local(lambda: matching_pursuit(made, dictionary, ROUNDS)), Local(loop))
 
 
 def masks(run: Run, row: Row) -> None:
     """Covered tokens of regions from run lengths, against decoding the masks alone."""
-    from mask_tokens import compare, parser
+    from mask_tokens import compare
 
-    options = parser().parse_args(["--repeats", "1", "--images", "2"] if run.is_tiny else ["--repeats", "5"])
     for _ in range(run.repeats):
-        found = compare(options)
+        found = compare(2, repeats=1) if run.is_tiny else compare(repeats=5)
         row.seconds.append(found.cover_s)
         row.baseline_seconds.append(found.decode_s)
-    row.detail = f"{options.images * options.regions} regions, CPU time"
+        row.detail = f"{found.regions} regions, CPU time"
 
 
 SMALL, WIDE = "smollm2_six_layers", "7b_two_layers"
@@ -321,18 +323,20 @@ ROWS: dict[str, tuple[str, str, Callable[..., None], dict[str, Any]]] = {
     "attach": ("Trainer step with the patch loss", "without", attach, {}),
     "generate_upstream": ("answer", "upstream", stage1, {"shape": SMALL, "against": "upstream", "task": "generate"}),
     "generate_transformers": ("answer", "transformers", stage1, {"shape": SMALL, "task": "generate"}),
+    "generate_bf16": ("answer, bfloat16", "ours in float32", stage1,
+                      {"shape": SMALL, "against": "ours", "task": "generate", "bf16": "auto"}),
     "answers_1": ("answers, one at a time", "upstream's loop", answers, {"batch_size": 1}),
     "answers_16": ("answers, 16 at a time", "upstream's loop", answers, {"batch_size": 16}),
     "stage2_prefix": ("stage-2 step, --independent_turns", "a row a question", shared_prefix, {}),
+    "stage2_packed": ("stage-2 step, --pack_samples", "padded rows", packed, {}),
     "pursuit": ("matching pursuit", "token by token", pursuit, {}),
     "masks": ("tokens of regions", "decoding the masks", masks, {}),
 }  # fmt: skip
 """What is measured, against what, by which function, with which arguments."""
 
 
-def describe_machine(run: Run) -> dict[str, Any]:
+def describe_cpu(run: Run) -> dict[str, Any]:
     """What the numbers are measured on."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     cpuinfo = Path("/proc/cpuinfo")
     names = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return {
@@ -340,10 +344,7 @@ def describe_machine(run: Run) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "multiplies_bf16": cpu_multiplies_bf16(),
-        "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None,
-        "date": date.today().isoformat(),
+        **describe_machine(*PACKAGES),
         "repeats": run.repeats,
         "tiny": run.is_tiny,
     }
@@ -367,7 +368,7 @@ def table_of(report: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures the rows and writes the files; the exit status is 1 if a row failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rows", default=",".join([*ROWS, "growth"]), help="names with commas between")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side (default 5)")
     parser.add_argument("--upstream", type=Path, help="checkout of the original LLaVA with its environment in .venv")
@@ -383,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), args.repeats, args.tiny, args.upstream)
-        report: dict[str, Any] = {"machine": describe_machine(run)}
+        report: dict[str, Any] = {"machine": describe_cpu(run)}
         for name in wanted:
             if name == "growth":
                 report["growth"] = measure_growth(args.repeats, is_tiny=args.tiny)

@@ -9,7 +9,6 @@ same checkpoint under transformers' own Trainer.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,49 +17,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measured_models import SIZES, assembled_model, batch_of_transformers, byte_tokenizer, random_batch
+from measured_models import assembled_model, batch_of_transformers, byte_tokenizer, random_batch, random_model
+from measuring import command_line
 from safetensors.torch import load_file, save_file
 from served_steps import Step, serve
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlavaForConditionalGeneration,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from llava.convert.to_hf import to_hf
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.llava_trainer import LLaVATrainer
 
 TEXT_TOKENS, NEW_TOKENS = 21, 32
+GREEDY = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True}
 Side = Literal["ours", "plain", "transformers"]
 
 
 def write_weights(shape: str, folder: Path, batch_size: int) -> None:
     """Write random weights as `tower`, `llava` and `transformers`, and a batch as `batch.pt`."""
     torch.manual_seed(0)
-    tower_sizes, llm_sizes = SIZES[shape]
-    tower = CLIPVisionConfig(**tower_sizes)
-    side = {"height": tower.image_size, "width": tower.image_size}
-    CLIPVisionModel(tower).save_pretrained(folder / "tower")
+    settings: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_mm_proj": True,
+                "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+                "image_aspect_ratio": "pad", "tokenizer_padding_side": "right",
+                "tokenizer_model_max_length": 2048}  # fmt: skip
+    model = random_model(shape, "cpu", dtype=torch.float32, tower_folder=folder / "tower", **settings)
     weights = folder / "tower/model.safetensors"  # transformers 4 reads them in a `vision_model`
     tensors = {f"vision_model.{name.removeprefix('vision_model.')}": w for name, w in load_file(weights).items()}
     save_file(tensors, weights, {"format": "pt"})
-    CLIPImageProcessor(size={"shortest_edge": tower.image_size}, crop_size=side).save_pretrained(folder / "tower")
-    config: Any = LlavaConfig(**llm_sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    settings = {"mm_vision_tower": str(folder / "tower"), "mm_hidden_size": tower.hidden_size, "use_mm_proj": True,
-                "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
-                "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad",
-                "tokenizer_padding_side": "right", "tokenizer_model_max_length": 2048}  # fmt: skip
-    for name, value in settings.items():
-        setattr(config, name, value)
-    model: Any = LlavaLlamaForCausalLM(config)
-    model.get_vision_tower().load_model()
     model.save_pretrained(folder / "llava")
-    byte_tokenizer(config.vocab_size - 1).save_pretrained(folder / "llava")  # `<image>` takes the last row
+    byte_tokenizer(model.config.vocab_size - 1).save_pretrained(folder / "llava")  # `<image>` takes the last row
     batch = random_batch(model, batch_size, TEXT_TOKENS, prompt_tokens=2)
     torch.save(batch | {"images": batch["images"].float()}, folder / "batch.pt")
     del model
@@ -116,8 +99,7 @@ def our_side(folder: Path, task: str, bf16: str, *, is_plain: bool = False) -> C
     tokenizer, model, _, _, args = assembled_model(flags)
     if task == "generate":
         ids, images = batch["input_ids"][:1], batch["images"][:1]
-        lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True}
-        return generated(partial(model.eval().generate, ids, images=images, image_sizes=[(336, 336)], **lengths))
+        return generated(partial(model.eval().generate, ids, images=images, image_sizes=[(336, 336)], **GREEDY))
     if is_plain:
         model.eval().train = lambda mode=True: model
     rows: list[dict] = [{}] * len(batch["input_ids"])
@@ -137,8 +119,7 @@ def transformers_side(folder: Path, task: str, bf16: str) -> Callable[[], Step]:
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     if task == "generate":
         first = {name: value[:1] for name, value in inputs.items() if name != "labels"}
-        lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True}
-        return generated(partial(model.eval().generate, **first, **lengths))
+        return generated(partial(model.eval().generate, **first, **GREEDY))
     rows: list[dict] = [{}] * len(inputs["input_ids"])
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
@@ -159,7 +140,7 @@ def side_of(folder: Path, side: Side, task: str, bf16: str) -> Callable[[], Step
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve the steps of a side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("side", choices=("ours", "plain", "transformers"))
     parser.add_argument("task", choices=("train", "generate"))

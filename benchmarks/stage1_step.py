@@ -9,7 +9,6 @@ logits at all positions over that of a step as it is.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,16 +16,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from measured_models import (
-    MODELS,
-    ROOT,
-    loss_of_all_logits,
-    median_seconds,
-    miniature_model,
-    random_batch,
-    random_model,
-    to_device,
-)
+from measured_models import MODELS, ROOT, loss_of_all_logits, miniature_model, random_batch, random_model, to_device
+from measuring import command_line, median_seconds, require_miniature
 from torch import Tensor
 
 from llava.plugin import AlignmentContext, AuxiliaryOutput
@@ -51,9 +42,7 @@ class WatchedPlugin(PatchAlignedPlugin):
 
 def miniature(batch_size: int) -> tuple[Any, WatchedPlugin, dict[str, Any]]:
     """Model, plugin and first batch of `PRESET=mini bash scripts/v1_5/pretrain_patchaligned.sh`."""
-    for path in (MODELS / "smollm2-135m-instruct", SCENES / "pad.json"):
-        if not path.exists():
-            raise SystemExit(f"No {path}; next: bash scripts/prepare_mini.sh")
+    require_miniature(MODELS / "smollm2-135m-instruct", SCENES / "pad.json")
     flags = (
         f"--version plain --tune_mm_mlp_adapter True --data_path {SCENES}/train.json --image_folder {SCENES} "
         "--lazy_preprocess True --model_max_length 2048"
@@ -116,7 +105,7 @@ def step_of(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the ratios, then the times they come from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--shape", choices=("mini", "7b"), default="mini")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch-size", type=int, default=8)

@@ -9,7 +9,6 @@ second; the second of samples, with images and without, as drawn and not grouped
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from measured_models import MODELS, ROOT, keep_layers, miniature_model, ratio_and_spread, seconds_in_turn
+from measuring import command_line, require_miniature
 
 from llava.train.assemble import make_data
 from playground.mini.proof.finetune import by_scene
@@ -82,14 +82,13 @@ def compare(what: str, fast: Callable[[], float], plain: Callable[[], float], re
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print ratios, each with the times it comes from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--scenes", type=int, default=4)
     parser.add_argument("--samples", type=int, default=16, help="of the packed batch")
     parser.add_argument("--layers", type=int, help="of the LLM, for a quick look")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(arguments)
-    if not (MODELS / "smollm2-135m-instruct").exists() or not (SCENES / "choices_instruct.json").exists():
-        raise SystemExit(f"No {MODELS} or {SCENES}; next: bash scripts/prepare_mini.sh")
+    require_miniature(MODELS / "smollm2-135m-instruct", SCENES / "choices_instruct.json")
 
     questions, together, alone = sides_of(args.scenes, args.layers)
     compare("answered questions / s, behind one prefix against one by one", together, alone, args.repeats)

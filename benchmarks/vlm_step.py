@@ -10,7 +10,6 @@ the CPU the least time of the processor counts, so that other programs do not, a
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from mask_tokens import blob_masks
-from measured_models import byte_tokenizer, median_seconds, to_device
+from measured_models import byte_tokenizer, to_device
+from measuring import command_line, median_seconds, times_of
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -141,17 +141,12 @@ def seconds_of(action: Callable[[], object], repeats: int, device: str, waits: b
     """Median time of an action; on the CPU the least time of the processor, and the wait if there is one in it."""
     if device != "cpu":
         return median_seconds(action, repeats, device)
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        action()
-        times.append(time.process_time() - start)
-    return min(times) + waits * WAIT_SECONDS
+    return min(times_of(action, repeats, time.process_time)) + waits * WAIT_SECONDS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the share, then the times that it comes from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--shape", choices=("tiny", "2b"), default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch-size", type=int, default=2)

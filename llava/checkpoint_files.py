@@ -28,14 +28,9 @@ class Form(Enum):
 
 
 def checkpoint_form(model_path: str) -> Form:
-    """Detect the kind of a checkpoint from its files.
-
-    Raises:
-        FileNotFoundError: there is no such folder, and no such name on the hub, or the hub cannot be reached.
-    """
+    """Detect the kind of a checkpoint from its files. Raises `FileNotFoundError` if it is not here, nor on the hub."""
     if not Path(model_path).is_dir():
-        if not may_be_hub_name(model_path):  # the hub would be asked for it again and again
-            raise no_checkpoint(model_path, FileNotFoundError("There is no such folder."))
+        require_place(model_path)
         from huggingface_hub.errors import RemoteEntryNotFoundError
         from transformers.utils import cached_file
 
@@ -95,11 +90,17 @@ def recorded_base(model_path: str) -> str:
     return f" (in training it was {name})" if name else ""
 
 
-def may_be_hub_name(model_path: str) -> bool:
-    """Whether a path that is no folder here may be a name on the hub: `owner/name`, where no folder `owner` is."""
-    parent = Path(model_path).parent
-    is_path = model_path.startswith(("/", ".", "~")) or model_path.count("/") > 1
-    return not (is_path or (parent.name and parent.is_dir()))
+def may_be_hub_name(place: str) -> bool:
+    """Whether a place may be a name on the hub: `owner/name`, where neither it nor a folder `owner` is here."""
+    owner, _, name = place.partition("/")
+    has_form = bool(name) and "/" not in name and not place.startswith(("/", ".", "~"))
+    return has_form and not Path(place).exists() and not Path(owner).is_dir()
+
+
+def require_place(place: str) -> None:
+    """Raise `FileNotFoundError` for what is not here and cannot be a name on the hub, before the hub is asked."""
+    if not Path(place).exists() and not may_be_hub_name(place):
+        raise no_checkpoint(place, FileNotFoundError("There is no such folder."))
 
 
 def find_file(model_path: str, name: str) -> str | None:
@@ -121,11 +122,7 @@ def find_file(model_path: str, name: str) -> str | None:
 
 
 def whose_weights(form: Form, model_path: str, model_base: str | None) -> str:
-    """Return the path of the LLM's weights: the checkpoint itself, or its base.
-
-    Raises:
-        ValueError: a required base is missing, or is not a full model.
-    """
+    """Return the path of the LLM's weights: the checkpoint itself, or its base, which must be given and whole."""
     if form is Form.WHOLE_MODEL:
         if model_base is not None:
             logger.warning("%s holds %s: --model-base %s is not read.", model_path, form.value, model_base)

@@ -90,6 +90,13 @@ def parse_known_flags(
     return flags
 
 
+def require_files(flags: argparse.Namespace, names: Sequence[str], hint: str = "") -> None:
+    """Raise `FileNotFoundError` for the first of the named flags whose file or folder does not exist."""
+    for name in names:
+        if (place := getattr(flags, name, None)) is not None and not Path(place).exists():
+            raise FileNotFoundError(f"--{name} {place}: found no such file or folder{hint}")
+
+
 def _fields_in_source(package: str, file: str) -> list[str]:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -158,9 +158,7 @@ class Conversation:
                 for _, text, is_answer in turns:
                     if text:
                         yield Segment(text + (self.sep2 or self.sep if is_answer else self.sep), supervised=is_answer)
-            case (
-                SeparatorStyle.LLAMA_2
-            ):  # the system text is inside the first "[INST]"; the tokenizer adds the first "<s>"
+            case SeparatorStyle.LLAMA_2:  # the system text is in the first "[INST]"; the tokenizer adds the first "<s>"
                 if turns and (not turns[0][1] or turns[0][0] != self.roles[0]):
                     raise ValueError(
                         f"a LLAMA_2 conversation starts with text of {self.roles[0]!r}, found {turns[0][:2]!r}"
@@ -220,22 +218,17 @@ class Conversation:
         max_len: int = 1344,
         min_len: int = 672,
     ) -> Image | str:
-        """Prepare an image to be shown or sent: shaped by mode, and made smaller if longer than `max_len`.
+        """Return a picture, or its base64 text in `image_format`, to be shown or sent.
 
-        Args:
-            image: the picture.
-            image_process_mode: "Pad" (centred on a square of CLIP's mean colour), "Default" or "Crop" (as it is),
-                "Resize" (336 x 336).
-            return_pil: return the picture instead of its base64 text.
-            image_format: file format inside the base64 text.
-            max_len: longest side allowed, pixels.
-            min_len: shortest side after making it smaller, pixels, at most.
-
-        Raises:
-            ValueError: for another mode.
+        The mode is "Pad" (centred on a square of CLIP's mean colour), "Default" or "Crop" (as it is), or "Resize"
+        (336 x 336). If a side is longer than `max_len` pixels, the picture is made smaller, the shortest side at most
+        `min_len`.
         """
         if image_process_mode == "Pad":
-            image = _centred_on_square(image, (122, 116, 104))
+            from llava.mm_utils import expand2square
+
+            colour = (122, 116, 104)
+            image = expand2square(image, colour if len(image.getbands()) == 3 else colour[0])
         elif image_process_mode == "Resize":
             image = image.resize((336, 336))
         elif image_process_mode not in ("Default", "Crop"):
@@ -275,31 +268,13 @@ class Conversation:
 
     def copy(self) -> Conversation:
         """Return a copy with its own messages."""
-        messages = [[role, message] for role, message in self.messages]
-        return Conversation(
-            self.system, self.roles, messages, self.offset, self.sep_style, self.sep, self.sep2, self.version
-        )
+        return replace(self, messages=[[role, message] for role, message in self.messages])
 
     def dict(self) -> Mapping[str, Any]:
         """Return the fields as JSON values; of messages with an image, the text."""
         messages = [[role, message[0] if isinstance(message, tuple) else message] for role, message in self.messages]
-        return {
-            "system": self.system,
-            "roles": self.roles,
-            "messages": messages,
-            "offset": self.offset,
-            "sep": self.sep,
-            "sep2": self.sep2,
-        }
-
-
-def _centred_on_square(image: Image, colour: tuple[int, int, int]) -> Image:
-    from PIL import Image
-
-    side = max(image.size)
-    square = Image.new(image.mode, (side, side), colour if len(image.getbands()) == 3 else colour[0])
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+        fields = ("system", "roles", "messages", "offset", "sep", "sep2")
+        return {name: getattr(self, name) for name in fields} | {"messages": messages}
 
 
 def _llama_2(system: str, sep: str = "<s>") -> Conversation:

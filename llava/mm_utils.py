@@ -207,13 +207,7 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
 
 
 def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Any) -> Tensor:
-    """Return `[1 + tiles, 3, side, side]`: the image squeezed to a square, then the tiles of its letterboxed copy.
-
-    Args:
-        image: RGB.
-        processor: image processor of the vision tower.
-        grid_pinpoints: possible resolutions (width, height), as a list or its text form.
-    """
+    """Return `[1 + tiles, 3, side, side]`: an RGB image squeezed to a square, then tiles of its letterboxed copy."""
     import torch
 
     side = processed_side(processor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def require_package(package: str, needed_by: str) -> None:
+    """Raise `ImportError` if a package of the extra `train` is not installed."""
+    if find_spec(package) is None:
+        raise ImportError(f"{needed_by} needs the package {package}. Install it with: pip install -e '.[train]'")
 
 
 def follow_umask(folder: Path) -> None:

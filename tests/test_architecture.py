@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "llava.checkpoint_files": (),
     "llava.command": (),
     "llava.stopping_criteria": (),
-    "llava.conversation": ("llava.constants",),
+    "llava.conversation": ("llava.constants", "llava.mm_utils"),
     "llava.plugin": ("llava.constants",),
     "llava.mm_utils": GROUND,
     "llava.utils": GROUND,
@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "patch_aligned.train.watch": (*CORE, *PAGES, "patch_aligned.train", "patch_aligned.analysis"),
     "patch_aligned.train.plugin": (*CORE, "patch_aligned.train", "patch_aligned.models", "llava"),
-    "patch_aligned.models": (*CORE, "patch_aligned.models"),
+    "patch_aligned.models": (*CORE, "patch_aligned.models", "llava.checkpoint_files"),
     "patch_aligned.models.llava": (*CORE, "patch_aligned.models", "llava"),
     "patch_aligned.analysis": (*CORE, *PAGES, "patch_aligned.models", "patch_aligned.analysis"),
     "patch_aligned.analysis.entropy": (),
@@ -96,8 +96,8 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Lines of *.py that a folder may hold.
 BUDGETS = {
-    "llava": 11052,
-    "patch_aligned": 17689,
+    "llava": 10587,
+    "patch_aligned": 17412,
     "patch_aligned/analysis": 3648,
     "patch_aligned/annotate": 3718,
     "patch_aligned/dataset": 1548,

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
@@ -49,21 +49,11 @@ _TEMPLATE = """\
 """
 
 
-class Layout(NamedTuple):
-    """What a template writes around the texts of a dialogue."""
+def layout_of(conversation: Conversation) -> dict[str, str]:
+    """Return what a template writes around the texts of a dialogue, by name in `_TEMPLATE`.
 
-    start: str
-    before_system: str
-    after_system: str
-    before_answer: str
-    before_question: str
-    prompt_for_answer: str
-    end: str
-    trims: bool
-
-
-def layout_of(conversation: Conversation) -> Layout:
-    """Derive the layout from rendered dialogues, which works for every separator style."""
+    It is derived from rendered dialogues, which works for every separator style.
+    """
     asker, assistant = conversation.roles
     closed = [(asker, _QUESTION), (assistant, _ANSWER), (asker, _QUESTION), (assistant, _ANSWER)]
     start, before_answer, before_question, _, end = re.split(
@@ -77,7 +67,16 @@ def layout_of(conversation: Conversation) -> Layout:
     opening = _rendered(other, closed).split(_QUESTION)[0]
     before_system, _, after_system = opening.partition(_SYSTEM)
     trims = f" {_QUESTION}" not in _rendered(conversation, [(asker, f"\n {_QUESTION}")])
-    return Layout(start, before_system, after_system, before_answer, before_question, prompt_for_answer, end, trims)
+    return {
+        "START": start,
+        "BEFORE_SYSTEM": before_system,
+        "AFTER_SYSTEM": after_system,
+        "BEFORE_ANSWER": before_answer,
+        "BEFORE_QUESTION": before_question,
+        "PROMPT_FOR_ANSWER": prompt_for_answer,
+        "END": end,
+        "TRIM": " | trim" if trims else "",
+    }
 
 
 def image_text(conversation: Conversation, has_start_and_end: bool, gap: str) -> str:
@@ -94,15 +93,7 @@ def chat_template(conversation: Conversation, tokenizer: Any, has_start_and_end:
     The template writes the BOS token itself, if the tokenizer has one: serving engines tokenise the result of a chat
     template without adding any. A SentencePiece tokenizer treats text after a token such as `<image>` or BOS as the
     middle of a sentence, where LLaVA tokenises it as a beginning; a space after the token compensates. All combinations
-    are tried.
-
-    Args:
-        conversation: an entry of `conv_templates`.
-        tokenizer: with `<image>` among its tokens.
-        has_start_and_end: whether the checkpoint puts `<im_start>` and `<im_end>` around images.
-
-    Raises:
-        ValueError: no such template gives the same ids.
+    are tried, and `ValueError` is raised if none gives the same ids. `tokenizer` has `<image>` among its tokens.
     """
     layout = layout_of(conversation)
     image_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
@@ -141,9 +132,7 @@ def _rendered(conversation: Conversation, messages: Sequence[tuple[str, str | No
     return dialogue.get_prompt()
 
 
-def _filled(layout: Layout, opening: str, image: str) -> str:
-    texts = {name.upper(): text for name, text in layout._asdict().items()} | {"IMAGE": image}
-    for name in ("START", "BEFORE_SYSTEM"):
-        texts[name] = opening + texts[name]
-    template = _TEMPLATE.replace(" | TRIM", " | trim" if layout.trims else "")
+def _filled(layout: dict[str, str], opening: str, image: str) -> str:
+    texts = layout | {"IMAGE": image} | {name: opening + layout[name] for name in ("START", "BEFORE_SYSTEM")}
+    template = _TEMPLATE.replace(" | TRIM", texts.pop("TRIM"))
     return re.sub(r"\b[A-Z_]{3,}\b", lambda match: json.dumps(texts[match[0]]), template)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-from llava.checkpoint_files import find_file
+from llava.checkpoint_files import find_file, require_place
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_named
 from llava.convert.to_hf import ADDS_BOS, HAS_CLS, ORIGINAL_CONFIG, OUR_TOWER, image_settings, name_of_module_tensor
 from llava.model.checkpoint import VOCABULARY_TABLES, copy_file, require_new_folder, save_weights
-from llava.model.language_model.families import FAMILIES, llava_config
+from llava.model.language_model.families import FAMILIES, llava_config, llava_model_class
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.utils import follow_umask
 
@@ -36,25 +36,16 @@ def from_hf(
     conv_mode: str | None = None,
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Writes the checkpoint and returns its path. Runs on the CPU, with memory for about one copy of the model.
+    """Write a full checkpoint to the new folder `destination` and return its path.
 
-    Args:
-        source: folder or hub name, such as llava-hf/llava-1.5-7b-hf.
-        destination: a new folder. It becomes a full checkpoint, as stage 2 writes it.
-        vision_tower: what `mm_vision_tower` is to name, if its weights are those of the source; None writes the
-            source's tower to `destination/vision_tower` and names that.
-        image_aspect_ratio: `pad` or `square`; None for what the source's image processor does.
-        conv_mode: template that the checkpoint is talked to in; None for what the source records, if anything.
-        max_shard_size: largest file of weights.
-
-    Raises:
-        FileExistsError: `destination` holds files.
-        ValueError: the source is another kind of model, or `vision_tower` has other weights.
+    Arguments are the options of `llava-convert from-hf`. Raises `ValueError` if the source is another kind of model, or
+    `vision_tower` has other weights.
     """
     destination = Path(destination)
     require_new_folder(destination)
     if conv_mode is not None:
         template_named(conv_mode)
+    require_place(source)
     config: Any = AutoConfig.from_pretrained(source)
     require_llava(config)
 
@@ -95,7 +86,7 @@ def from_hf(
         require_same_tower(own, tower_weights)
 
     save_weights(weights, destination, max_shard_size)
-    own.architectures = [next(f.model_class for f in FAMILIES.values() if isinstance(own, f.config_class)).__name__]
+    own.architectures = [llava_model_class(own).__name__]
     own.save_pretrained(destination)
     tokenizer.save_pretrained(destination)
     forget_image_token(destination, own.vocab_size)

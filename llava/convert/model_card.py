@@ -91,12 +91,11 @@ def shown(name: str) -> str:
 def training_stage(source: str, base: str | None) -> str:
     """Describe the training stage that wrote the checkpoint, by its files."""
     llm = shown(base or "")
-    form = checkpoint_form(source)
-    if form is Form.ADAPTER:
-        return f"stage 2 by LoRA on {llm}, merged"
-    if form is Form.PROJECTOR:
-        return f"stage 1: the projector alone; the language model is {llm} as it was"
-    return "stage 2, or a checkpoint of unknown training: all weights come from it"
+    return {
+        Form.WHOLE_MODEL: "stage 2, or a checkpoint of unknown training: all weights come from it",
+        Form.PROJECTOR: f"stage 1: the projector alone; the language model is {llm} as it was",
+        Form.ADAPTER: f"stage 2 by LoRA on {llm}, merged",
+    }[checkpoint_form(source)]
 
 
 def patch_aligned(source: str, config: Any) -> str:

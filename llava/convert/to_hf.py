@@ -100,20 +100,6 @@ def add_image_token(tokenizer: Any) -> int:
     return tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
 
 
-def llava_processor(
-    tokenizer: Any, image_processor: Any, patch_size: int, has_cls: bool, strategy: str, template: str | None
-) -> LlavaProcessor:
-    """The processor that expands `<image>` to visual tokens. Strategy `default` drops the first one, `full` none."""
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(has_cls),
-        chat_template=template,
-    )
-
-
 logger = logging.getLogger(__name__)
 
 ORIGINAL_CONFIG = "llava_config.json"
@@ -139,19 +125,9 @@ def to_hf(
     conv_mode: str | None = None,
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Writes the folder and returns its path. Runs on the CPU, with memory for about one copy of the model.
+    """Write the new folder `destination` and return its path; arguments are the options of `llava-convert to-hf`.
 
-    Args:
-        source: folder or hub name of a LLaVA checkpoint, of any form that `load_pretrained_model` takes.
-        destination: a new folder.
-        base: the LLM that a projector or an adapter belongs to.
-        dtype: dtype of the weights; `auto` keeps that of the checkpoint's config.
-        conv_mode: template to talk to it in; None for the checkpoint's own.
-        max_shard_size: largest file of weights.
-
-    Raises:
-        FileExistsError: `destination` holds files.
-        ValueError: the checkpoint has a part that Hugging Face's Llava has no counterpart for; names it.
+    Raises `ValueError` naming the part of the checkpoint that Hugging Face's Llava has no counterpart for.
     """
     destination = Path(destination)
     require_new_folder(destination)
@@ -179,8 +155,9 @@ def to_hf(
 
     destination.mkdir(parents=True, exist_ok=True)
     save_weights(weights, destination, max_shard_size)
+    vision = {key: value for key, value in tower.config.to_dict().items() if key not in ("_name_or_path", "model_type")}
     hf_config = HfLlavaConfig(
-        vision_config=without_place(tower.config),
+        vision_config=type(tower.config)(**vision),  # without a local path
         text_config=text_config(model, rows, kept),
         image_token_index=image_id,
         image_seq_length=tower.num_patches + int(HAS_CLS[tower_type] and not drops_cls),
@@ -201,7 +178,14 @@ def to_hf(
     (destination / ORIGINAL_CONFIG).write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     images = llava_image_processor(tower.image_processor, getattr(model.config, "image_aspect_ratio", None) == "pad")
-    processor = llava_processor(tokenizer, images, tower.config.patch_size, HAS_CLS[tower_type], strategy, template)
+    processor = LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(HAS_CLS[tower_type]),
+        chat_template=template,
+    )
     processor.save_pretrained(destination)
     images.save_pretrained(destination)  # transformers 4 reads preprocessor_config.json
     copy_file(base or source, destination, "tokenizer.model")
@@ -257,12 +241,6 @@ def text_config(model: Any, rows: int, dtype: torch.dtype) -> Any:
     known = config_class().to_dict().keys() - {"model_type", "_name_or_path"}
     values = {key: value for key, value in model.config.to_dict().items() if key in known}
     return config_class(**{**values, "vocab_size": rows, "architectures": [model_class.__name__], "dtype": dtype})
-
-
-def without_place(config: Any) -> Any:
-    """Copy a config without its local path."""
-    values = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "model_type")}
-    return type(config)(**values)
 
 
 def generation_config(tokenizer: Any, conversation: Conversation) -> GenerationConfig:

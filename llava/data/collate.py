@@ -24,35 +24,24 @@ SMALLEST_TEXT_BUDGET = 16
 
 @dataclass
 class DataCollatorForSupervisedDataset:
-    """Collates samples of `LazySupervisedDataset`.
+    """Collates samples of `LazySupervisedDataset`, truncated to `tokenizer.model_max_length` and padded on the right.
 
-    Rows are truncated to `tokenizer.model_max_length` (before images are inserted; the model truncates again) and
-    padded on the right. The batch has `input_ids`, `labels` and `attention_mask`, `[B, T]`, and `sample_ids`. If a row
-    has an image, it also has `images`, `[N, 3, H, W]` (anyres: `[N, tiles, 3, H, W]`) or a list if shapes differ, in
-    the order of their `<image>`, and `image_sizes`. With independent turns it also has `turns`, `[B, T]`, all 0 in rows
-    without them. With a plugin it also has `plugin_batch`. A batch of samples
-    without text, which the plugin's losses train, has `auxiliary_only`.
+    The batch has `input_ids`, `labels` and `attention_mask`, `[B, T]`, and `sample_ids`. With images it also has
+    `images`, `[N, 3, H, W]` (anyres: `[N, tiles, 3, H, W]`) or a list if shapes differ, in the order of their
+    `<image>`, and `image_sizes`; with independent turns `turns`, `[B, T]`, all 0 in rows without them; with a plugin
+    `plugin_batch`. A batch of samples without text, which the plugin's losses train, has `auxiliary_only`.
 
-    Unlike upstream's, the mask is computed from the rows' lengths, so that real tokens equal to the padding token are
-    not masked.
+    Unlike upstream's, the mask follows from the rows' lengths: real tokens equal to the padding token are not masked.
 
     Samples that could not be read (see `on_error`) are skipped; `skipped` is their number. If none is left, the batch
     is one padding token without label, so that all ranks stay in step.
-
-    Args:
-        tokenizer: its `pad_token_id` and `model_max_length` are used.
-        plugin: collates the tensors that it added to the samples.
     """
 
     tokenizer: Any
     plugin: TrainingPlugin | None = None
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Collate samples.
-
-        Raises:
-            ValueError: if truncation removes an `<image>`, or there is no padding token.
-        """
+        """Collate samples. Raises `ValueError` if truncation removes an `<image>`, or there is no padding token."""
         readable = [sample for sample in instances if "skipped" not in sample]
         samples = readable or [self._placeholder(instances[0])]
         names = [str(sample.get("sample_id", f"row {row}")) for row, sample in enumerate(samples)]
@@ -105,19 +94,13 @@ class DataCollatorForSupervisedDataset:
         }
 
 
-def check_sequence_budget(model_max_length: int, visual_tokens: int, images: int = 1) -> None:
-    """Check before training that sequences have room for images and some text.
-
-    Args:
-        model_max_length: maximum sequence length, including images.
-        visual_tokens: number of tokens of one image.
-        images: maximum number of images per sample.
-    """
-    needed = visual_tokens * images + SMALLEST_TEXT_BUDGET
+def check_sequence_budget(model_max_length: int, visual_tokens: int) -> None:
+    """Check before training that sequences have room for an image of `visual_tokens` tokens and some text."""
+    needed = visual_tokens + SMALLEST_TEXT_BUDGET
     if model_max_length < needed:
         raise ValueError(
-            f"--model_max_length: found {model_max_length}, expected at least {needed}, since images take "
-            f"{visual_tokens * images} tokens and text needs some; LLaVA trains with 2048"
+            f"--model_max_length: found {model_max_length}, expected at least {needed}, since an image takes "
+            f"{visual_tokens} tokens and text needs some; LLaVA trains with 2048"
         )
 
 

@@ -49,39 +49,15 @@ def too_many_are_lost(lost: int, samples: int) -> bool:
     return lost > max(GRACE_SAMPLES, LARGEST_SHARE * samples)
 
 
-class SkippedSamples:
-    """Lists samples skipped under `--on_error skip` as JSON lines, in one file per rank.
-
-    Workers of a rank append to the same file. A sample that is skipped in two epochs is listed twice.
-
-    Args:
-        output_dir: folder of the run; None only logs the samples.
-    """
-
-    def __init__(self, output_dir: str | Path | None) -> None:
-        self.path: Path | None = None
-        if output_dir is not None:
-            rank = int(os.environ.get("RANK", "0"))
-            self.path = Path(output_dir) / (f"skipped_samples_rank{rank}.jsonl" if rank else "skipped_samples.jsonl")
-
-    def add(self, sample_id: str, reason: str) -> None:
-        """Log and list one sample."""
-        logger.warning("Skipped: %s", reason)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"id": sample_id, "reason": reason}, ensure_ascii=False) + "\n")
-
-
 class LazySupervisedDataset(Dataset):
     """Samples of a data file, prepared on access.
 
     A sample is a dict with `input_ids` and `labels`, int64 `[L]`, and `sample_id`. With an image it also has `image`,
     `[3, H, W]` (anyres: `[tiles, 3, H, W]`, the base tile first), and `image_size`, (width, height) in pixels; with
-    several images, lists of these. With a plugin it also has `plugin_extras`, a dict, empty for text. With
-    `independent_turns` and an image it also has `turns`, int64 `[L]`. A record without
-    text whose image the plugin supervises has `auxiliary_only`, and its only token is the image. With
-    `on_error="skip"`, a sample that cannot be read has `sample_id` and `skipped`, the reason; the collator skips it.
+    several images, lists of these; with `independent_turns` and an image `turns`, int64 `[L]`; with a plugin
+    `plugin_extras`, a dict, empty for text. A record without text whose image the plugin supervises has
+    `auxiliary_only`, and its only token is the image. With `on_error="skip"`, a sample that cannot be read has
+    `sample_id` and `skipped`, the reason; the collator skips it.
 
     Args:
         data_path: the data file; see `llava.data.records`.
@@ -94,8 +70,9 @@ class LazySupervisedDataset(Dataset):
         grid: rows and columns of visual tokens; required for a plugin.
         seen_side: side of the model image that patches cover, in pixels; None for all.
         image_processor: converts images to pixel tensors.
-        on_error: "fail", or "skip" to skip samples that cannot be read and list them in `output_dir`.
-        output_dir: folder of the run.
+        on_error: "fail", or "skip" to skip samples that cannot be read and list them in `output_dir`, in a file of
+            JSON lines for each rank. A sample that is skipped in two epochs is listed twice.
+        output_dir: folder of the run; None only logs them.
         visual_tokens_of: the number of visual tokens of an image of some (width, height), for samples that
             `tokenizer.model_max_length` has no room for.
 
@@ -128,9 +105,12 @@ class LazySupervisedDataset(Dataset):
         self.grid, self.seen_side = grid, seen_side
         self.image_processor = image_processor or getattr(data_args, "image_processor", None)
         self.on_error = on_error or getattr(data_args, "on_error", "fail")
-        self.skipped = SkippedSamples(output_dir)
+        self.output_dir = output_dir
         self.visual_tokens_of = visual_tokens_of
-        self._check_arguments()
+        if self.on_error not in ("fail", "skip"):
+            raise ValueError(f"--on_error: found {self.on_error!r}, expected 'fail' or 'skip'")
+        if plugin is not None and grid is None:
+            raise ValueError("a plugin is given without `grid`; pass the model's visual_grid")
         self.records = open_records(data_path)
         self.rows, self.is_auxiliary = self._usable_rows()
         self.features: FeatureCache | None = None  # of the tower, in place of pixels; see `llava.train.cache_features`
@@ -165,8 +145,18 @@ class LazySupervisedDataset(Dataset):
         except RecordError as error:
             if self.on_error == "fail":
                 raise
-            self.skipped.add(self.records.sample_id(row), str(error))
+            self._list_skipped(row, str(error))
             return {"sample_id": self.records.sample_id(row), "skipped": str(error)} | kind
+
+    def _list_skipped(self, row: int, reason: str) -> None:
+        logger.warning("Skipped: %s", reason)
+        if self.output_dir is None:
+            return
+        rank = int(os.environ.get("RANK", "0"))
+        path = Path(self.output_dir) / (f"skipped_samples_rank{rank}.jsonl" if rank else "skipped_samples.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:  # workers of a rank append to the same file
+            file.write(json.dumps({"id": self.records.sample_id(row), "reason": reason}, ensure_ascii=False) + "\n")
 
     def being_read(self) -> dict[int, str]:
         """Return the last record that each data loader worker took, with its images."""
@@ -260,15 +250,6 @@ class LazySupervisedDataset(Dataset):
         except ValueError as error:
             raise RecordError(f"{self.records.where(row)}, {error}") from error
 
-    def _check_arguments(self) -> None:
-        if self.on_error not in ("fail", "skip"):
-            raise ValueError(f"--on_error: found {self.on_error!r}, expected 'fail' or 'skip'")
-        aspect_ratio = getattr(self.data_args, "image_aspect_ratio", None)
-        if aspect_ratio not in (None, "square", "pad", "anyres"):
-            raise ValueError(f"--image_aspect_ratio: found {aspect_ratio!r}, expected 'square', 'pad' or 'anyres'")
-        if self.plugin is not None and self.grid is None:
-            raise ValueError("a plugin is given without `grid`; pass the model's visual_grid")
-
     def _problems_in_this_run(self, is_auxiliary: np.ndarray) -> Iterator[tuple[int, str]]:
         """Yield row and problem of records that break no format, but do not fit the run: all are known before it."""
         yield from missing_files(self.records, Path(self.data_args.image_folder or ""))
@@ -321,7 +302,7 @@ class LazySupervisedDataset(Dataset):
                 f"Correct them; --on_error skip leaves out up to {LARGEST_SHARE:.0%} (or {GRACE_SAMPLES})"
             )
         for row, reason in zip(problems, described, strict=False):
-            self.skipped.add(self.records.sample_id(row), reason)
+            self._list_skipped(row, reason)
         usable = np.setdiff1d(rows[~held_out(self.records, self.plugin)], list(problems))
         if not len(usable):
             reason = described[0] if described else "all show images that are held out"
@@ -383,14 +364,7 @@ def make_supervised_data_module(
 ) -> dict[str, Any]:
     """Build the trainer's data arguments: `train_dataset`, `eval_dataset` (None) and `data_collator`.
 
-    Args:
-        tokenizer: the LLM's tokenizer.
-        data_args: as for `LazySupervisedDataset`; its `data_path` is the data file.
-        plugin: adds tensors to samples and collates them.
-        **dataset_arguments: keyword arguments of `LazySupervisedDataset`.
-
-    Raises:
-        ValueError: without `data_path`.
+    `data_args` has the `data_path`; all arguments are those of `LazySupervisedDataset`.
     """
     if not data_args.data_path:
         raise ValueError("--data_path is missing; pass the training JSON")

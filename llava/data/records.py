@@ -38,8 +38,8 @@ from huggingface_hub.constants import HF_HOME
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
-_CHARACTERS_AT_ONCE = 1 << 22
-_SPACE = re.compile(r"\s*")
+_CHARACTERS_AT_ONCE = 1 << 16
+_DECODER = json.JSONDecoder()
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # what is left of an emoji that was cut in two
 
 
@@ -54,7 +54,7 @@ def read_json_values(source: Path) -> Iterator[tuple[str, Any]]:
         in_array = text.skip("[")
         number = 0
         while not (in_array and text.skip("]")):
-            if text.at_end():
+            if not text.ahead():
                 if in_array:
                     raise RecordError(
                         f"{source}: found the end after {number} records, expected ']'; download it again"
@@ -68,13 +68,13 @@ def read_json_values(source: Path) -> Iterator[tuple[str, Any]]:
                     "download it again"
                 ) from None
             yield value
-            if in_array and not text.skip(",") and not text.follows("]"):
+            if in_array and not text.skip(",") and not text.ahead().startswith("]"):
                 raise RecordError(
                     f"{source}, after record {number}: found {text.ahead()!r}, expected ',' or ']'; correct it or "
                     "download it again"
                 )
             number += 1
-        if not text.at_end():
+        if text.ahead():
             raise RecordError(f"{source}: found {text.ahead()!r} after the closing ']', expected the end; correct it")
 
 
@@ -85,56 +85,44 @@ def _open_text(source: Path) -> IO[str]:
 
 
 class _Text:
-    """Buffered reader of a text file that skips whitespace between JSON values."""
+    """A text file read in pieces, without the white space between JSON values."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file = file
         self.buffer = ""
-        self.position = 0
         self.exhausted = False
-        self.decoder = json.JSONDecoder()
 
-    def at_end(self) -> bool:
-        return not self.ahead()
-
-    def follows(self, mark: str) -> bool:
-        return self.ahead().startswith(mark)
+    def ahead(self) -> str:
+        """Peek at the next few characters; empty at the end of the file."""
+        while not (self.buffer or self.exhausted):
+            self._read()
+        return self.buffer[:20]
 
     def skip(self, mark: str) -> bool:
         """Consume `mark` if it comes next. Returns whether it did."""
-        if found := self.follows(mark):
-            self.position += len(mark)
+        if found := self.ahead().startswith(mark):
+            self.buffer = self.buffer[len(mark) :].lstrip()
         return found
-
-    def ahead(self) -> str:
-        """Peek at the next few characters after whitespace; empty at the end of the file."""
-        while True:
-            self.position = _SPACE.match(self.buffer, self.position).end()  # type: ignore[union-attr]
-            if self.position < len(self.buffer) or self.exhausted:
-                return self.buffer[self.position : self.position + 20]
-            self._read()
 
     def decode(self) -> tuple[str, Any]:
         """Consume the next value. Returns its text and the parsed value."""
         while True:
-            start = self.position
             try:
-                value, end = self.decoder.raw_decode(self.buffer, start)
+                value, end = _DECODER.raw_decode(self.buffer)
             except json.JSONDecodeError:
                 if self.exhausted:
                     raise
             else:
                 if end < len(self.buffer) or self.exhausted:
-                    self.position = end
-                    return self.buffer[start:end], value
+                    text, self.buffer = self.buffer[:end], self.buffer[end:].lstrip()
+                    return text, value
             self._read()
 
     def _read(self) -> None:
-        kept = self.buffer[self.position :]
         # Read ever larger pieces for a long record, so that it is not decoded too often.
-        piece = self.file.read(max(_CHARACTERS_AT_ONCE, len(kept)))
+        piece = self.file.read(max(_CHARACTERS_AT_ONCE, len(self.buffer)))
         self.exhausted = not piece
-        self.buffer, self.position = kept + piece, 0
+        self.buffer = (self.buffer + piece).lstrip()
 
 
 logger = logging.getLogger(__name__)
@@ -222,13 +210,9 @@ def find_problem(record: Any) -> str | None:
 
 
 class RecordTable:
-    """Memory-mapped sequence of a data file's records, as dicts in LLaVA's form.
+    """Memory-mapped sequence of a data file's records, as dicts in LLaVA's form, in the Arrow file `path`.
 
     Cheap to pickle: each worker opens the table itself.
-
-    Attributes:
-        source: the data file.
-        path: the Arrow file.
     """
 
     def __init__(self, source: Path, path: Path) -> None:
@@ -283,18 +267,10 @@ class RecordTable:
 
 
 def open_records(data_path: str | Path, cache_dir: str | Path | None = None) -> RecordTable:
-    """Open a data file, and convert it first if its table is not cached.
+    """Open a data file, and convert it first if `cache_dir` (default: `llava_records` in `HF_HOME`) has no table of it.
 
-    If several ranks or jobs start at the same time, one converts and the others wait.
-
-    Args:
-        data_path: JSON or JSON lines, optionally gzipped, or Parquet.
-        cache_dir: cache folder. Default: `llava_records` in `HF_HOME`.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        RecordError: if it cannot be parsed, or has no records. `RecordTable.problems` lists records that parse but
-            cannot be trained on.
+    If several ranks or jobs start at the same time, one converts and the others wait. Raises `RecordError` for a file
+    that cannot be parsed or has no records; `RecordTable.problems` lists those that parse but cannot be trained on.
     """
     source = Path(data_path)
     if not source.is_file():

@@ -43,12 +43,8 @@ def get_length_grouped_indices(
 ) -> list[int]:
     """Draw a random order in which each global batch is sorted, longest first, and split evenly between ranks.
 
-    Args:
-        lengths: lengths of all samples.
-        batch_size: size of a micro-batch.
-        world_size: micro-batches of a global batch: ranks times accumulation steps.
-        generator: random generator. Default: torch's global one.
-        merge: unused; accepted for upstream's callers. The order is always one flat list.
+    A global batch has `world_size` micro-batches (ranks times accumulation steps) of `batch_size` samples. `merge` is
+    unused; accepted for upstream's callers. The order is always one flat list.
     """
     order = torch.randperm(len(lengths), generator=generator).tolist()
     grouped: list[int] = []
@@ -62,18 +58,10 @@ def get_length_grouped_indices(
 def get_modality_length_grouped_indices(
     lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
 ) -> list[int]:
-    """Draw a random order of global batches that are all images or all text, each grouped by length.
+    """Draw a random order of global batches that are all images or all text (negative length), each grouped by length.
 
-    The remainders of both modalities come last, together, in the order of the data.
-
-    Args:
-        lengths: lengths of all samples, negative for text.
-        batch_size: size of a micro-batch.
-        world_size: micro-batches of a global batch: ranks times accumulation steps.
-        generator: random generator of the order of global batches. Default: torch's global one.
-
-    Raises:
-        ValueError: if a length is 0, which is neither image nor text.
+    The remainders of both modalities come last, together, in the order of the data. `generator` draws the order of
+    global batches alone.
     """
     with_image = [index for index, length in enumerate(lengths) if length > 0]
     text = [index for index, length in enumerate(lengths) if length < 0]
@@ -99,15 +87,7 @@ def get_modality_length_grouped_indices(
 class LengthGroupedSampler(Sampler[int]):
     """Sampler that draws a new length-grouped order in each pass. The order depends only on torch's random state.
 
-    Args:
-        batch_size: size of a micro-batch.
-        world_size: micro-batches of a global batch: ranks times accumulation steps.
-        lengths: lengths of all samples; negative for text if `group_by_modality`.
-        generator: as for the functions of this module.
-        group_by_modality: separate images and text.
-
-    Raises:
-        ValueError: if `lengths` is None.
+    With `group_by_modality` images and text, whose lengths are negative, are separate.
     """
 
     def __init__(
@@ -135,13 +115,10 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def micro_steps_of_kinds(text: int, auxiliary: int, size: int, ratio: float | None) -> tuple[int, int]:
-    """Return an epoch's micro-steps of samples with text, and of auxiliary-only samples.
+    """Return an epoch's micro-steps, of `size` samples over all ranks, of samples with text and of auxiliary ones.
 
-    Args:
-        text: samples with text.
-        auxiliary: samples without text, which a plugin's losses train.
-        size: samples of a micro-step, over all ranks.
-        ratio: auxiliary-only micro-steps for each one with text, if there are both; None: each sample once.
+    `ratio` is the number of auxiliary-only micro-steps for each one with text, if there are both; None: each sample
+    once.
     """
     with_text, without = math.ceil(text / size), math.ceil(auxiliary / size)
     return with_text, round(ratio * with_text) if ratio is not None and text and auxiliary else without
@@ -168,10 +145,7 @@ def _batches(order: list[int], size: int) -> list[list[int]]:
 class EpochSampler(Sampler[int]):
     """Samples in an order that depends on seed and epoch only, so it is equal on all ranks and after a restart.
 
-    Args:
-        draw_order: draws an order from torch's global generator, which is seeded before and restored afterwards.
-        length: number of samples.
-        seed: seed of the data order.
+    `draw_order` draws it from torch's global generator, which is seeded before and restored afterwards.
     """
 
     def __init__(self, draw_order: Callable[[], list[int]], length: int, seed: int):

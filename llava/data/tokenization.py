@@ -5,13 +5,9 @@ All templates share one mechanism. The template renders the dialogue as segments
 characters. Nothing is tokenised twice and no lengths are counted. So labels are correct for any tokenizer and text,
 even if an answer contains the template's separators.
 
-`preprocess` and its variants keep upstream's names and results, except for upstream's defects:
-
-- On a miscount it dropped all labels of a sample: for answers that contain "ASSISTANT: ", for an empty answer, and for
-  every dialogue in the `mpt` and ChatML templates. Here these are labelled like any other.
-- In the `v0` templates its labels drifted by one or more tokens per turn, over roles and questions.
-- Several `<image>` in one message became one. Here each keeps its position.
-- An empty caption in a `plain` template was learnt as a line break. Here an empty answer is not learnt.
+`preprocess` and its variants keep upstream's names and results, except for its defects: docs/differences.md lists what
+it labelled wrongly, or not at all. An empty caption in a `plain` template, which it learned as a line break, is not
+learned here.
 
 Letters: B dialogues, L tokens of the longest.
 """
@@ -94,11 +90,8 @@ def preprocess_independent_turns(
 ) -> dict[str, Tensor]:
     """Tokenise each question of a dialogue as a dialogue of its own, and join them after their common prefix.
 
-    The prefix ends with the image. `turns` has the number of the question that each token belongs to, from 1, and 0 in
-    the prefix; the model reads it to keep questions apart.
-
-    Returns:
-        `input_ids`, `labels` and `turns`, int64 `[L]`.
+    The prefix ends with the image. Returns `input_ids`, `labels` and `turns`, int64 `[L]`: the number of the question
+    that each token belongs to, from 1, and 0 in the prefix; the model reads it to keep questions apart.
     """
     marks = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in dialogue]
     if marks[:1] != [1] or sum(marks) != 1:

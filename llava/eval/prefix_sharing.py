@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
 
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -27,7 +28,7 @@ def generate_sharing(
     images_of_row: list[list[int]],
     **options: Any,
 ) -> Tensor:
-    """Generate as `model.generate` does, with each common prefix computed once.
+    """Generate as `model.generate` does, with each common prefix computed once. Returns the new tokens, `[B, new]`.
 
     Args:
         model: a LLaVA of this package.
@@ -36,9 +37,6 @@ def generate_sharing(
         image_sizes: width and height of each of them before processing.
         images_of_row: indices of each row's images, in order; rows may share images.
         **options: of `generate`.
-
-    Returns:
-        The new tokens `[B, new]`, padded on the right.
     """
     lengths = beginnings(prompts, images_of_row)
     keys = [
@@ -124,12 +122,8 @@ def encode(model: Any, images: list[Tensor], image_sizes: list[tuple[int, int]])
 
 def merged(model: Any, prompts: list[list[int]], image_tokens: list[Tensor]) -> MergedBatch:
     """Return prompts with their images' visual tokens, in order, as a batch of embeddings padded on the left."""
-    length = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)  # [B, T]
-    mask = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-        mask[row, : len(prompt)] = True
     words = model.get_input_embeddings()
-    device = words.weight.device
-    return merge(ids.to(device), image_tokens, words, attention_mask=mask.to(device), padding_side="left")
+    rows = [torch.tensor(prompt, device=words.weight.device) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True)  # [B, T]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return merge(ids, image_tokens, words, attention_mask=mask, padding_side="left")

@@ -99,11 +99,9 @@ def answer_to_file(args: argparse.Namespace, questions: Sequence[Question]) -> N
     }
     with open_answers(args.answers_file, questions, get_model_name_from_path(model_path), run) as answers_file:
         remaining = questions[answers_file.kept :]
-        if remaining:
-            answers = answers_of(args, model_path, remaining, settings)
-        else:
+        if not remaining:
             logger.info("%s: nothing is left to answer", args.answers_file)
-            answers = iter(())
+        answers = answers_of(args, model_path, remaining, settings) if remaining else iter(())
         empty = 0
         with (
             logging_redirect_tqdm(),

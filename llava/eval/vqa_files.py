@@ -63,16 +63,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of a model.
-
-    Attributes:
-        question: the question.
-        prompt: the full prompt, with template and `<image>`.
-        text: the answer without special tokens, the template's closing mark and outer white space.
-    """
+    """An answer of a model: its text is without special tokens, the template's closing mark and outer white space."""
 
     question: Question
-    prompt: str
+    prompt: str  # in full, with template and `<image>`
     text: str
 
 
@@ -331,7 +325,10 @@ def require_positive(**counts: int) -> None:
 def open_answers(
     path: str | Path, questions: Sequence[Question], model_id: str, run: Mapping[str, Any]
 ) -> Iterator[AnswersFile]:
-    """Open a run's `AnswersFile`, locked against other processes."""
+    """Open the `AnswersFile` of a `run` (checkpoint, template, settings: JSON values), locked against other processes.
+
+    `questions` are all of the run, in order; `model_id` is written to each answer.
+    """
     place = Path(path).expanduser()
     if place.is_dir():
         raise IsADirectoryError(f"--answers-file {path}: found a folder, expected a file")
@@ -348,29 +345,17 @@ def open_answers(
 
 
 class AnswersFile:
-    """A file of answers; use `open_answers`. Nothing is changed before `writer` opens it.
-
-    Args:
-        path: the file.
-        questions: all questions of the run, in order.
-        model_id: written to each answer.
-        run: describes checkpoint, template and settings; JSON values.
-    """
+    """A file of answers, of which the first `kept` are of this run. Nothing is changed before `writer` opens it."""
 
     def __init__(self, path: Path, questions: Sequence[Question], model_id: str, run: Mapping[str, Any]):
-        self.path = path
+        self.path, self.model_id = path, model_id
         self.run_path = self.path.with_name(f"{self.path.name}.run.json")
         places = (self.path.with_name(f"{self.path.name}.old{number or ''}") for number in itertools.count())
         self.old_path = next(place for place in places if not place.exists())
-        self.model_id = model_id
         description = {**run, "questions": hash_of_questions(questions), "number of questions": len(questions)}
         self.description = json.loads(json.dumps(description))
         self.kept_lines = self._kept_lines(questions)
-
-    @property
-    def kept(self) -> int:
-        """Number of questions, from the first on, that the file answers."""
-        return len(self.kept_lines)
+        self.kept = len(self.kept_lines)
 
     def _kept_lines(self, questions: Sequence[Question]) -> list[bytes]:
         if not self.path.is_file() or not self.path.stat().st_size:

@@ -26,7 +26,6 @@ from llava.model.checkpoint import (
     read_config,
     read_trained_tensors,
 )
-from llava.model.language_model.causal_lm import NOT_QUANTISED
 from llava.model.language_model.families import llava_model_class
 from llava.model.weights import fill_strictly, from_pretrained_strictly
 
@@ -164,14 +163,13 @@ def model_kwargs(
         dtype = torch.float16 if is_cuda else torch.float32
     resolved = {"dtype": dtype, "device_map": device_map if device == "cuda" else {"": device}, **kwargs}
     if load_8bit:
-        resolved["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTISED)
+        resolved["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif load_4bit:
         resolved["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_compute_dtype=torch.float16 if dtype == "auto" else dtype,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_quant_type="nf4",
-            llm_int8_skip_modules=NOT_QUANTISED,
         )
     if use_flash_attn and not is_flash_attn_2_available():
         logger.warning("use_flash_attn: the package flash-attn is not installed; the same attention runs without it.")
@@ -217,7 +215,7 @@ def load_tower(model: Any, trained: dict[str, Tensor], weights_path: str) -> Non
     says `unfreeze_mm_vision_tower`.
     """
     tower = model.get_vision_tower()
-    tower.load_model(device_map=None)
+    tower.load_model()
     tower.to(device=model.device, dtype=model.dtype)
     if any(name.startswith(TOWER) for name in trained):
         fill_tower(tower, trained, weights_path)

@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from llava.checkpoint_files import ADAPTER_FILES, UNSHARDED_FILES, find_file, no_checkpoint, no_config
+from llava.checkpoint_files import ADAPTER_FILES, UNSHARDED_FILES, find_file, no_checkpoint, no_config, require_place
 from llava.model.language_model.families import llava_config
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.weights import differences, fill_strictly, open_safetensors, projector_state, read_tensors
-from llava.utils import follow_umask
+from llava.utils import follow_umask, require_package
 
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors with one row per token of the vocabulary."""
@@ -182,8 +181,7 @@ def apply_adapter(model: Any, adapter_path: str, *, merge: bool) -> Any:
     Call it before the vision tower is loaded: adapters name layers by their last part, and a tower has some of the same
     names. Do not merge into quantised weights: the sum would be rounded again, and small adapters would be lost.
     """
-    if find_spec("peft") is None:
-        raise ImportError("A LoRA adapter needs the package peft. Install it with: pip install -e '.[train]'")
+    require_package("peft", "A LoRA adapter")
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     config = PeftConfig.from_pretrained(adapter_path)
@@ -235,6 +233,7 @@ def read_config(model_path: str, **kwargs: Any) -> Any:
         FileNotFoundError: there is no config, and no such name on the hub.
         ValueError: the model type is not supported, such as transformers' own LLaVA.
     """
+    require_place(model_path)
     try:
         values, _ = PreTrainedConfig.get_config_dict(model_path, **kwargs)
     except OSError as error:

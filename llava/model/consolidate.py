@@ -15,12 +15,7 @@ from llava.model.checkpoint import CheckpointTensors, require_new_folder, save_c
 
 
 def consolidate_ckpt(src_path: str, dst_path: str, dtype: torch.dtype = torch.float16) -> None:
-    """Writes all tensors of `src_path`, in `dtype`, with config and tokenizer, to the folder `dst_path`.
-
-    Raises:
-        FileExistsError: `dst_path` holds files.
-        FileNotFoundError: there are no weights at `src_path`.
-    """
+    """Write all tensors of `src_path`, in `dtype`, with config and tokenizer, to the new folder `dst_path`."""
     require_new_folder(Path(dst_path))
     tensors = CheckpointTensors(src_path)
     save_checkpoint({name: tensors[name].to(dtype) for name in tensors}, Path(dst_path), src_path, dtype)

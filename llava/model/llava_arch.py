@@ -13,11 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_PATCH_TOKEN,
-)
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
@@ -33,15 +29,10 @@ Images = Tensor | list[Tensor]
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Projector outputs of a batch's images.
+    """Projector outputs of a batch's images."""
 
-    Attributes:
-        tokens: visual tokens of each image as the LLM reads them, `[*, D]`.
-        base_tiles: `[N, S, D]`, each image's base tile (the full image).
-    """
-
-    tokens: list[Tensor]
-    base_tiles: Tensor
+    tokens: list[Tensor]  # each [*, D], as the LLM reads them
+    base_tiles: Tensor  # [N, S, D], the full images
 
 
 class LlavaMetaModel:
@@ -70,13 +61,9 @@ class LlavaMetaModel:
         return getattr(self, "vision_tower", None)
 
     def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
-        """Build tower and projector at the start of training, and record them in the config.
+        """Build tower and projector at the start of training as the flags say, and record them in the config.
 
-        Args:
-            model_args: `vision_tower`, `mm_projector_type` (and a C-Abstractor's settings), `mm_vision_select_layer`,
-                `mm_vision_select_feature`, `mm_patch_merge_type` and `pretrain_mm_mlp_adapter` (an `mm_projector.bin`
-                to start from, or None).
-            fsdp: unused; accepted for upstream's callers.
+        `fsdp` is unused; accepted for upstream's callers.
         """
         # Also rebuild the tower of a LLaVA: the flags may give another path.
         self.vision_tower = build_vision_tower(model_args)
@@ -149,11 +136,9 @@ class LlavaMetaForCausalLM(ABC):
         return projector(features if weight is None else features.to(weight.dtype))  # [N, S, D]
 
     def encode_image_batch(self, images: Images, image_sizes: list[tuple[int, int]] | None = None) -> EncodedImages:
-        """Encode a batch in one pass of the tower.
+        """Encode images in one pass of the tower: `[N, 3, H, W]`, with tiles `[N, t, 3, H, W]`, or a list of images.
 
-        Args:
-            images: `[N, 3, H, W]`; or, with tiles, `[N, t, 3, H, W]` or a list of `[t, 3, H, W]` or `[3, H, W]`.
-            image_sizes: width and height of each original image; required for spatially arranged tiles.
+        `image_sizes` (width, height) of the original images are required for spatially arranged tiles.
         """
         may_be_tiled = isinstance(images, list) or images.dim() == 5
         tiled = [image if image.dim() == 4 else image[None] for image in images]  # each [t, 3, H, W]

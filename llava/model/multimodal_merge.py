@@ -6,50 +6,30 @@ of one tile.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
-class TruncatedImageError(ValueError):
-    """Raised if `max_length` truncates visual tokens. `rows` are the affected rows of the batch."""
-
-    def __init__(self, rows: list[int], max_length: int, sample_ids: list[str] | None = None):
-        self.rows = rows
-        named = [sample_ids[row] if sample_ids else f"row {row} of the batch" for row in rows]
-        super().__init__(
-            f"model_max_length {max_length} cuts visual tokens off in {', '.join(named)}. "
-            "Raise --model_max_length, or shorten the text before the image."
-        )
-
-
 @dataclass(frozen=True)
 class MergedBatch:
-    """Input batch of the LLM.
+    """Input batch of the LLM."""
 
-    Attributes:
-        inputs_embeds: `[B, L, D]`.
-        attention_mask: `[B, L]` bool, true at tokens.
-        position_ids: `[B, L]`, counted from 0 in each row; 0 at padding.
-        labels: `[B, L]`; IGNORE_INDEX at visual tokens and padding.
-        image_of_row: indices of each row's images. Dummy images belong to no row.
-        truncated_rows: rows in which `max_length` truncated visual tokens.
-        turns: `[B, L]`, the number of the question that each position belongs to; 0 before all questions and at
-            padding. None if questions see each other.
-    """
-
-    inputs_embeds: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    labels: Tensor
-    image_of_row: list[list[int]]
-    truncated_rows: list[int]
+    inputs_embeds: Tensor  # [B, L, D]
+    attention_mask: Tensor  # [B, L] bool, true at tokens
+    position_ids: Tensor  # [B, L], counted from 0 in each row; 0 at padding
+    labels: Tensor  # [B, L]; IGNORE_INDEX at visual tokens and padding
+    image_of_row: list[list[int]]  # indices of each row's images; dummy images belong to no row
+    truncated_rows: list[int]  # rows in which `max_length` truncated visual tokens
     turns: Tensor | None = None
+    """`[B, L]`, the number of the question that each position belongs to; 0 before all questions and at padding. None
+    if questions see each other."""
 
 
 def assign_images(images_per_row: list[int], image_count: int) -> list[list[int]]:
@@ -84,7 +64,7 @@ def merge(
     padding_side: str = "right",
     max_length: int | None = None,
 ) -> MergedBatch:
-    """Replace each `<image>` id by the image's visual tokens.
+    """Replace each `<image>` id by the image's visual tokens, and truncate rows to their first `max_length` positions.
 
     Args:
         input_ids: `[B, T]` with IMAGE_TOKEN_INDEX for each image.
@@ -93,52 +73,50 @@ def merge(
         attention_mask: `[B, T]`, true (or 1) at tokens. Padding may be on either side.
         labels: `[B, T]`, or None if nothing is supervised.
         turns: `[B, T]`, the number of the question that each id belongs to, 0 before all questions; or None.
-        padding_side: padding side of the merged batch.
-        max_length: truncate rows to their first `max_length` positions.
-
-    Raises:
-        ValueError: the numbers of `<image>` ids and of images differ.
+        padding_side: of the merged batch.
     """
     if input_ids.dim() != 2:
         raise ValueError(f"Found ids of shape {list(input_ids.shape)}, expected [B, T]; one prompt is ids[None].")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if labels is None:
-        labels = torch.full_like(input_ids, IGNORE_INDEX)
-    rows = [(ids[keep], row_labels[keep]) for ids, row_labels, keep in zip(input_ids, labels, mask, strict=True)]
-    is_image = [ids == IMAGE_TOKEN_INDEX for ids, _ in rows]
-    image_of_row = assign_images([int(marks.sum()) for marks in is_image], len(image_tokens))
-
-    texts = [ids[~marks] for (ids, _), marks in zip(rows, is_image, strict=True)]
+    labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
+    is_image = mask & (input_ids == IMAGE_TOKEN_INDEX)  # [B, T]
+    image_of_row = assign_images(is_image.sum(dim=1).tolist(), len(image_tokens))
     # One call for the batch: under ZeRO-3 each call gathers the table on all ranks.
-    text_embeds = embed_words(torch.cat(texts)).split([len(text) for text in texts])
+    words = embed_words(input_ids[mask & ~is_image])
+    # With a model spread over several GPUs, projector and word embeddings may be on different devices.
+    images = [image_tokens[i].to(words) for row in image_of_row for i in row]
 
-    merged_embeds, merged_labels, merged_turns, truncated_rows = [], [], [], []
-    for row, ((_, row_labels), marks) in enumerate(zip(rows, is_image, strict=True)):
-        # With a model spread over several GPUs, projector and word embeddings may be on different devices.
-        images = [image_tokens[i].to(text_embeds[row]) for i in image_of_row[row]]
-        embeds, row_labels, images_end = merge_row(text_embeds[row], row_labels, marks, images)
-        if max_length is not None:
-            if images_end > max_length:
-                truncated_rows.append(row)
-            embeds, row_labels = embeds[:max_length], row_labels[:max_length]
-        merged_embeds.append(embeds)
-        merged_labels.append(row_labels)
-        if turns is not None:
-            repeats = torch.ones_like(marks, dtype=torch.long)  # [t + i]
-            repeats[marks] = repeats.new_tensor([len(image) for image in images])
-            merged_turns.append(turns[row][mask[row]].repeat_interleave(repeats)[: len(embeds)])  # [n]
+    widths = mask.long()  # [B, T], positions that each id takes
+    widths[is_image] = widths.new_tensor([len(image) for image in images])
+    lengths = widths.sum(dim=1)  # [B]
+    # All rows' positions, one after another: P of them, each with its id, its row and its place there.
+    source = torch.arange(input_ids.numel(), device=widths.device).repeat_interleave(widths.flatten())  # [P]
+    row = source // input_ids.shape[1]
+    position = torch.arange(len(source), device=row.device) - (lengths.cumsum(dim=0) - lengths)[row]
+    is_visual = is_image.flatten()[source]
+    limit = sys.maxsize if max_length is None else max_length
 
-    length = max(len(embeds) for embeds in merged_embeds)
-    offsets = [length - len(embeds) if padding_side == "left" else 0 for embeds in merged_embeds]
+    lengths = lengths.clamp(max=limit)
+    length = int(lengths.max())
+    column = position + (length - lengths)[row] if padding_side == "left" else position
+    place = partial(placed, row=row, column=column, shape=(len(input_ids), length))
+    words_first = is_visual.long().argsort(stable=True)  # [P]
     return MergedBatch(
-        inputs_embeds=pad_rows(merged_embeds, length, offsets, 0.0),
-        attention_mask=pad_rows([torch.ones_like(row, dtype=torch.bool) for row in merged_labels], length, offsets, 0),
-        position_ids=pad_rows([torch.arange(len(row), device=row.device) for row in merged_labels], length, offsets, 0),
-        labels=pad_rows(merged_labels, length, offsets, IGNORE_INDEX),
+        inputs_embeds=place(torch.cat([words, *images]), row=row[words_first], column=column[words_first]),
+        attention_mask=place(torch.ones_like(is_visual)),
+        position_ids=place(position),
+        labels=place(labels.flatten()[source].masked_fill(is_visual, IGNORE_INDEX), padding=IGNORE_INDEX),
         image_of_row=image_of_row,
-        truncated_rows=truncated_rows,
-        turns=None if turns is None else pad_rows(merged_turns, length, offsets, 0),
+        truncated_rows=row[is_visual & (position >= limit)].unique().tolist(),
+        turns=None if turns is None else place(turns.flatten()[source]),
     )
+
+
+def placed(values: Tensor, row: Tensor, column: Tensor, shape: tuple[int, int], padding: int = 0) -> Tensor:
+    """Put each of `values` `[P, ...]` into its place in a tensor `[*shape, ...]` of padding; drop what lies beyond."""
+    width = max(shape[1], int(column.max()) + 1)
+    padded = values.new_full((shape[0], width, *values.shape[1:]), padding)
+    return padded.index_put((row.to(values.device), column.to(values.device)), values)[:, : shape[1]]
 
 
 def pack(merged: MergedBatch, capacity: int) -> MergedBatch:
@@ -147,36 +125,39 @@ def pack(merged: MergedBatch, capacity: int) -> MergedBatch:
     Positions restart with each sample, and tell the model to keep them apart. `image_of_row` stays that of the samples.
     """
     lengths = merged.attention_mask.sum(dim=1).tolist()
-    samples_of_row: list[list[int]] = []
+    filled: list[int] = []  # positions of each row
+    row_of, start_of = [0] * len(lengths), [0] * len(lengths)
     for sample in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # first fit, longest first
-        free = (row for row in samples_of_row if sum(lengths[i] for i in row) + lengths[sample] <= capacity)
-        if (row := next(free, None)) is None:
-            samples_of_row.append(row := [])
-        row.append(sample)
-    length = max(sum(lengths[sample] for sample in row) for row in samples_of_row)
+        row = next((row for row, taken in enumerate(filled) if taken + lengths[sample] <= capacity), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        row_of[sample], start_of[sample] = row, filled[row]
+        filled[row] += lengths[sample]
 
-    def packed(padded: Tensor, value: float) -> Tensor:
-        rows = [torch.cat([padded[i][merged.attention_mask[i]] for i in row]) for row in samples_of_row]
-        return pad_rows(rows, length, [0] * len(rows), value)
+    sample_of, _ = merged.attention_mask.nonzero(as_tuple=True)  # [P]
+    position_ids = merged.position_ids[merged.attention_mask]
+    rows = sample_of.new_tensor(row_of)[sample_of]
+    columns = sample_of.new_tensor(start_of)[sample_of] + position_ids
 
-    position_ids = packed(merged.position_ids, 0)
-    labels = packed(merged.labels, IGNORE_INDEX)
+    def packed(padded: Tensor, padding: int = 0) -> Tensor:
+        return placed(padded[merged.attention_mask], rows, columns, (len(filled), max(filled)), padding)
+
+    positions = packed(merged.position_ids)
     return replace(
         merged,
-        inputs_embeds=packed(merged.inputs_embeds, 0.0),
-        attention_mask=packed(merged.attention_mask, 0),
-        position_ids=position_ids,
-        labels=labels.masked_fill(position_ids == 0, IGNORE_INDEX),  # the sample before does not predict it
-        turns=None if merged.turns is None else packed(merged.turns, 0),
+        inputs_embeds=packed(merged.inputs_embeds),
+        attention_mask=packed(merged.attention_mask),
+        position_ids=positions,
+        labels=packed(merged.labels, IGNORE_INDEX).masked_fill(positions == 0, IGNORE_INDEX),  # nothing predicts them
+        turns=None if merged.turns is None else packed(merged.turns),
     )
 
 
 def attention_of_turns(merged: MergedBatch) -> tuple[Tensor, Tensor]:
     """Return mask and positions with which each question about an image sees the image and itself alone.
 
-    Returns:
-        The mask, `[B, 1, L, L]` in the embeddings' dtype, to be added to attention scores, and `[B, L]` positions:
-        those that the question would have if it was the only one.
+    The mask, `[B, 1, L, L]` in the embeddings' dtype, is added to attention scores. Positions, `[B, L]`, are those that
+    the question would have if it was the only one.
     """
     assert merged.turns is not None
     samples = (merged.position_ids == 0).cumsum(dim=1)  # [B, L]; padding sees itself alone
@@ -194,47 +175,8 @@ def mask_of_padding(input_ids: Tensor, padding: int) -> Tensor:
     return (is_text.cumsum(1) > 0) & (is_text.flip(1).cumsum(1).flip(1) > 0)
 
 
-def merge_row(
-    text_embeds: Tensor, labels: Tensor, is_image: Tensor, images: list[Tensor]
-) -> tuple[Tensor, Tensor, int]:
-    """Merge one row without padding. Returns embeddings `[n, D]`, labels `[n]` and the end of its last image, or 0.
-
-    Args:
-        text_embeds: `[t, D]`, embeddings of the row's text ids.
-        labels: `[t + i]`, labels of all ids of the row, images included.
-        is_image: `[t + i]`, true at `<image>` ids.
-        images: visual tokens of the row's i images.
-    """
-    positions = is_image.nonzero().flatten().tolist()
-    embeds: list[Tensor] = []
-    row_labels: list[Tensor] = []
-    text_start = label_start = images_end = 0
-    for image, position in zip(images, positions, strict=True):
-        words = position - label_start
-        embeds += [text_embeds[text_start : text_start + words], image]
-        row_labels += [labels[label_start:position], labels.new_full((len(image),), IGNORE_INDEX)]
-        text_start, label_start, images_end = text_start + words, position + 1, images_end + words + len(image)
-    embeds.append(text_embeds[text_start:])
-    row_labels.append(labels[label_start:])
-    return torch.cat(embeds), torch.cat(row_labels), images_end
-
-
-def pad_rows(rows: list[Tensor], length: int, offsets: list[int], value: float) -> Tensor:
-    """Pad rows `[n_i, ...]` to `[B, length, ...]` with `value`, each row starting at its offset."""
-    padded = []
-    for row, offset in zip(rows, offsets, strict=True):
-        margins = (0, 0) * (row.dim() - 1) + (offset, length - offset - len(row))
-        padded.append(F.pad(row, margins, value=value))  # [length, ...]
-    return torch.stack(padded)  # [B, length, ...]
-
-
 def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:
-    """Crop the letterbox from a feature map.
-
-    Args:
-        tensor: `[D, rows, cols]`, features of the letterboxed image.
-        original_size: width and height of the original image.
-    """
+    """Crop the letterbox from a feature map `[D, rows, cols]` of an image of `original_size` (width, height)."""
     width, height = original_size
     rows, cols = tensor.shape[1:]
     if width / height > cols / rows:
@@ -252,15 +194,11 @@ def arrange_tiles(
     original_size: tuple[int, int] | None,
     newline: Tensor | None,
 ) -> Tensor:
-    """Arrange one image's visual tokens in the order in which the LLM reads them, `[*, D]`.
+    """Arrange one image's tiles `[t, S, D]`, the full image first, in the order in which the LLM reads them, `[*, D]`.
 
-    Args:
-        tiles: `[t, S, D]`; the base tile (the full image) first.
-        merge_type: `flat` (tile after tile), `spatial` (the tiles as one large grid, row by row) or `spatial_unpad`
-            (the same without the letterbox, and with `newline` after each row of the grid).
-        tile_grid: returns columns and rows of tiles; called only if there is more than one tile.
-        original_size: width and height of the original image, for `spatial_unpad`.
-        newline: `[D]`, the learned row separator of `spatial_unpad`.
+    `merge_type` is `flat` (tile after tile), `spatial` (the tiles as one large grid, row by row) or `spatial_unpad`
+    (the same without the letterbox of the image of `original_size`, width and height, and with the learned `newline`
+    `[D]` after each row of the grid). `tile_grid` returns columns and rows of tiles, if there is more than one.
     """
     if merge_type == "flat":
         return tiles.flatten(0, 1)

@@ -98,13 +98,10 @@ SHOWN = 10
 def fill_strictly(
     parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: object, hint: str
 ) -> None:
-    """Copy `tensors` into the parameters of the same names. Under ZeRO-3 the parameters are gathered.
+    """Copy `tensors`, of any dtype, into `parameters` by name. Both must have the same names and shapes.
 
-    Args:
-        parameters: all parameters to fill.
-        tensors: of any dtype.
-        source: origin of the tensors, for messages.
-        hint: the likely reason and the next step, for messages.
+    Under ZeRO-3 the parameters are gathered. A message names the `source` of the tensors, and ends with `hint`: the
+    likely reason and the next step.
     """
     expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -139,15 +136,11 @@ def from_pretrained_strictly(
 ) -> tuple[Any, list[str]]:
     """Call `model_class.from_pretrained`, and raise for missing, unexpected or misshapen weights.
 
-    Args:
-        may_come_later: whether a weight of a given name may be missing because another file has it. None: none may.
-        **kwargs: arguments of `from_pretrained`.
-
-    Returns:
-        the model, and the names of the weights that are still missing.
+    `may_come_later` says of a name whether its weight may be missing because another file has it. Returns the model,
+    and the names of the weights that are still missing.
     """
     with broken_files_named(weights_path):
-        if not {"quantization_config"} & kwargs.keys() and not hasattr(kwargs["config"], "quantization_config"):
+        if "quantization_config" not in kwargs and not hasattr(kwargs["config"], "quantization_config"):
             require_described(model_class, kwargs["config"], weights_path)
         with without_load_report():
             model, report = model_class.from_pretrained(
@@ -207,8 +200,6 @@ def without_load_report() -> Iterator[None]:
 
 
 # Projector weights, as written by training of the LLaVA family.
-
-__all__ = ["gathered", "load_projector", "projector_state", "read_projector_file"]
 
 MARK = "mm_projector."
 HONEYBEE_MARK = "abstractor."

@@ -297,9 +297,14 @@ def make_data(
     plugin: TrainingPlugin | None,
 ) -> dict[str, Any]:
     """Return training set and collator, as keyword arguments of the trainer."""
-    tower = model.get_vision_tower()
-    grid = model.visual_grid if tower is not None else None
-    if grid is not None:
+    tower, of_tower = model.get_vision_tower(), {}
+    if tower is not None:
+        of_tower = {
+            "grid": model.visual_grid,
+            "seen_side": tower.seen_side,
+            "image_processor": tower.image_processor,
+            "visual_tokens_of": model.visual_tokens_of,
+        }
         sizes = getattr(model.config, "image_grid_pinpoints", None) or [(1, 1)]
         most_visual_tokens = max(model.visual_tokens_of(tuple(size)) for size in sizes)
         check_sequence_budget(training_args.model_max_length, most_visual_tokens)
@@ -310,11 +315,8 @@ def make_data(
         data_args,
         plugin=plugin,
         conversation=conv_templates[str(model_args.version)],
-        grid=grid,
-        seen_side=None if tower is None else tower.seen_side,
-        image_processor=None if tower is None else tower.image_processor,
         output_dir=training_args.output_dir,
-        visual_tokens_of=None if tower is None else model.visual_tokens_of,
+        **of_tower,
     )
     auxiliary = np.flatnonzero(data["train_dataset"].is_auxiliary)
     found = f"{len(auxiliary)} records without text" if len(auxiliary) else "a warm-up"

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +61,7 @@ class _Pixels(torch.utils.data.Dataset):
 def cache_features(
     model: Any, dataset: LazySupervisedDataset, data_args: DataArguments, training_args: TrainingArguments
 ) -> None:
-    """Compute the features of all images that have none yet, split over the ranks, and let dataset and model use them.
-
-    Raises:
-        ValueError: the disk has no room for them.
-    """
+    """Compute the features of all images that have none, split over the ranks, and let dataset and model use them."""
     ranks, tower = PartialState(), model.get_vision_tower()
     with gathered(list(tower.parameters())), torch.no_grad():
         folder = Path(str(data_args.cache_features)) / tower_key(tower, data_args, training_args)
@@ -83,14 +81,9 @@ def cache_features(
             )
             is_hidden = bool(training_args.disable_tqdm) or not ranks.is_main_process
             encoded = encode(tower, tqdm(loader, "Features", disable=is_hidden), training_args)
-            held: list[CachedImage] = []
-            for image in encoded:
-                held.append(image)
-                if len(held) * image[1].nbytes >= _SHARD_BYTES:
-                    cache.add(held)
-                    held = []
-            if held:
-                cache.add(held)
+            of_shard = math.ceil(_SHARD_BYTES / (math.prod(shape) * tower.dtype.itemsize))
+            while images_of_shard := list(islice(encoded, of_shard)):
+                cache.add(images_of_shard)
             ranks.wait_for_everyone()
     cache.reload()
     dataset.features, model.reads_features = cache, True
@@ -121,11 +114,7 @@ def tower_key(tower: Any, data_args: DataArguments, training_args: TrainingArgum
 
 
 def check_room(folder: Path, missing: int, images: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Log what the missing features will take.
-
-    Raises:
-        ValueError: there is less room.
-    """
+    """Log what the missing features will take, and raise `ValueError` if there is less room."""
     tokens, width = shape
     needed, free = missing * tokens * width * dtype.itemsize, shutil.disk_usage(folder).free
     taken = f"{missing:,} x {tokens} x {width:,} in {str(dtype).removeprefix('torch.')} take {needed / 1e9:,.2f} GB"

@@ -92,12 +92,9 @@ def missing_from_checkpoint(folder: Path) -> list[str]:
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """Return the last `checkpoint-N` that a run can resume from, with a warning for each later, incomplete one."""
-    numbered = []
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
-        if match and folder.is_dir():
-            numbered.append((int(match.group(1)), folder))
-    for _, folder in sorted(numbered, reverse=True):
+    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+    folders = [folder for folder in Path(output_dir).glob("*") if name.fullmatch(folder.name) and folder.is_dir()]
+    for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
         missing = missing_from_checkpoint(folder)
         if not missing:
             return folder
@@ -180,12 +177,8 @@ def finished_step(output_dir: str | Path) -> int:
 def publish_checkpoint(staged: Path, final: Path) -> None:
     """Rename a finished checkpoint to its final name, replacing an older one of that name."""
     if final.exists():
-        old = staged.with_name(f"replaced-{final.name}")
-        final.replace(old)
-        staged.replace(final)
-        shutil.rmtree(old)
-    else:
-        staged.replace(final)
+        final.replace(staged.with_name(f"replaced-{final.name}"))
+    staged.replace(final)
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 

@@ -21,7 +21,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.dataset import LARGEST_SHARE, too_many_are_lost
 from llava.data.sampler import (
     EpochSampler,
@@ -63,15 +62,9 @@ def run_progress(step: int, max_steps: int) -> float:
 class LLaVATrainer(CheckpointingTrainer):
     """Trainer for both stages of LLaVA.
 
-    Args:
-        *args: as for `transformers.Trainer`.
-        plugin: adds losses to the caption loss; `None` is plain LLaVA.
-        phase: what a checkpoint says that it is of: "run", or "warm-up", in which the plugin's losses have weight 1.
-        tokenizer: upstream's name of `processing_class`.
-        **kwargs: as for `transformers.Trainer`.
-
-    Raises:
-        ValueError: one process sees several GPUs (each needs its own process).
+    `plugin` adds losses to the caption loss; None is plain LLaVA. `phase` is what a checkpoint says that it is of: in a
+    "warm-up" the plugin's losses have weight 1. `tokenizer` is upstream's name of `processing_class`. All else is as
+    for `transformers.Trainer`.
     """
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch; the Trainer divides by their number
@@ -127,9 +120,7 @@ class LLaVATrainer(CheckpointingTrainer):
     ) -> Any:
         """Return the weighted sum of a micro-batch's losses, and record each of them for logging.
 
-        Raises:
-            ValueError: a loss is not finite, an image does not fit into `model_max_length`, or too many samples have no
-                supervised token; the message names the samples.
+        Raises `ValueError` naming the samples if a loss is not finite, or too many samples have no supervised token.
         """
         ids = inputs.get("sample_ids") or [f"row {row}" for row in range(len(inputs["input_ids"]))]
         if self._first_batch_pending and self.state.global_step == 0:
@@ -139,7 +130,8 @@ class LLaVATrainer(CheckpointingTrainer):
         outputs = model(**inputs)
         loss, logs = self._weighted_sum(outputs, "auxiliary_only" not in inputs)
         if model.training:
-            self._check_samples(inputs, ids, loss, logs, skipped)
+            is_placeholder = skipped and inputs["input_ids"].shape[1] == 1  # of a batch that was skipped as a whole
+            self._check_samples([] if is_placeholder else ids, outputs.supervised_tokens, loss, logs, skipped)
             self.window.add({**logs, **(outputs.auxiliary_metrics or {})})
         return (loss, outputs) if return_outputs else loss
 
@@ -192,18 +184,11 @@ class LLaVATrainer(CheckpointingTrainer):
         return total, logs
 
     def _check_samples(
-        self, inputs: dict[str, Any], ids: list[str], loss: Tensor, logs: dict[str, Any], skipped: int
+        self, ids: list[str], counts: Tensor | None, loss: Tensor, logs: dict[str, Any], skipped: int
     ) -> None:
-        """Raise if the loss is not finite, and track samples that contribute nothing."""
-        config = self.model.config
-        has_tower = self.model.get_vision_tower() is not None
-        sizes = [self.model.visual_tokens_of(size) for size in inputs.get("image_sizes", [])] if has_tower else []
-        visual_tokens = torch.tensor(sizes, dtype=torch.long, device=inputs["input_ids"].device)  # [N]
-        max_length = getattr(config, "tokenizer_model_max_length", None) if has_tower else None
-        counts = supervised_tokens(inputs["input_ids"], inputs["labels"], visual_tokens, max_length)
-        if "auxiliary_only" in inputs:
-            counts = torch.ones_like(counts)  # the plugin supervises them
+        """Raise if the loss is not finite, and track samples that contribute nothing: their count of labels is 0."""
         is_finite = loss.detach().isfinite().long().reshape(1)
+        counts = is_finite.new_ones(len(ids)) if counts is None else counts  # [B]; the plugin supervises its own batch
         finite, *tokens = torch.cat([is_finite, counts]).tolist()  # the only GPU synchronisation
         step = self.state.global_step
         if not finite:
@@ -213,8 +198,7 @@ class LLaVATrainer(CheckpointingTrainer):
                 "lower --learning_rate, or train with --bf16 True instead of --fp16. "
                 f"{set_aside_from(self.args.output_dir, step)}"
             )
-        is_placeholder = skipped and inputs["input_ids"].shape[1] == 1  # a single token, for a batch that was skipped
-        self.unsupervised.add(*([], []) if is_placeholder else (ids, tokens), step=step, skipped=skipped)
+        self.unsupervised.add(ids, tokens[: len(ids)], step=step, skipped=skipped)
         if self.accelerator.sync_gradients:
             self.unsupervised.close_step(step)
 
@@ -421,23 +405,6 @@ class MetricWindow:
                 totals[name] = (before[0] + total, before[1] + count)
         self._sums = {}
         return {name: total / count for name, (total, count) in totals.items() if count}
-
-
-def supervised_tokens(input_ids: Tensor, labels: Tensor, visual_tokens: Tensor, max_length: int | None) -> Tensor:
-    """Count the labelled tokens of each row after images are inserted and the row is truncated, `[B]`.
-
-    Args:
-        input_ids: `[B, T]`, right-padded, IMAGE_TOKEN_INDEX for an image.
-        labels: `[B, T]`.
-        visual_tokens: `[N]`, number of visual tokens of each image, in the order of the rows.
-        max_length: length to which the model truncates rows, if it does.
-    """
-    supervised = labels != IGNORE_INDEX  # [B, T]
-    if max_length is not None:
-        lengths = (input_ids != IMAGE_TOKEN_INDEX).long()
-        lengths[input_ids == IMAGE_TOKEN_INDEX] = visual_tokens
-        supervised = supervised & (lengths.cumsum(1) <= max_length)
-    return supervised[:, 1:].sum(1)  # [B]; the first position is not predicted
 
 
 class UnsupervisedSamples:

@@ -7,7 +7,6 @@ A folder holds what was trained and no more: the adapter in peft's format (`adap
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from llava.checkpoint_files import ADAPTER_FILES, NON_LORA_FILE, find_file
-from llava.model.builder import NOT_QUANTISED
 from llava.model.checkpoint import save_config, save_tensors
 from llava.model.weights import fill_strictly, maybe_zero_3, read_tensors
 from llava.train.arguments import TrainingArguments
-from llava.utils import follow_umask
+from llava.utils import follow_umask, require_package
 
 RESUMING_HINT = "Give the flags that its run was started with; to start a new run, give another --output_dir."
 VISION_PARTS = ("mm_projector", "vision_tower", "vision_resampler")
 ADAPTER = "default"
 """peft's name of the one adapter, part of the names of parameters, but not of those in files."""
-
-
-def require(package: str, flag: str) -> None:
-    """Raise `ImportError` if a package of the extra `train`, which `flag` needs, is not installed."""
-    if find_spec(package) is None:
-        raise ImportError(f"{flag} needs the package {package}. Install it with: pip install -e '.[train]'")
 
 
 def find_all_linear_names(model: nn.Module) -> list[str]:
@@ -48,11 +40,8 @@ def add_lora(model: Any, training_args: TrainingArguments) -> Any:
 
     Adapters are float32, as trained weights are, except under DeepSpeed, which keeps its own float32 copy and wants one
     dtype.
-
-    Raises:
-        ImportError: peft is not installed.
     """
-    require("peft", "--lora_enable True")
+    require_package("peft", "--lora_enable True")
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -72,11 +61,7 @@ def is_adapted(model: Any) -> bool:
 
 
 def get_peft_state_maybe_zero_3(named_params: Iterable[tuple[str, Tensor]], bias: str) -> dict[str, Tensor]:
-    """Copy LoRA's parameters to the CPU, with the biases `none`, `all` or `lora_only` (of layers with LoRA weights).
-
-    Raises:
-        NotImplementedError: another value of `bias`.
-    """
+    """Copy LoRA's parameters to the CPU, with the biases `none`, `all` or `lora_only` (of layers with LoRA weights)."""
     if bias not in ("none", "all", "lora_only"):
         raise NotImplementedError(f"lora_bias {bias!r}: expected 'none', 'all' or 'lora_only'.")
     params = dict(named_params)
@@ -118,12 +103,7 @@ def save_adapter(model: Any, folder: Path, *, is_writer: bool) -> None:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Load the output of `save_adapter` (or of upstream's training) into a model in training, strictly.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: names or shapes differ from what the model trains; the message shows both.
-    """
+    """Load the output of `save_adapter` (or of upstream's training) into a model in training, strictly."""
     weights = next((path for name in ADAPTER_FILES if (path := find_file(str(folder), name))), None)
     rest = find_file(str(folder), NON_LORA_FILE)
     if weights is None or rest is None:
@@ -165,13 +145,12 @@ def quantized_loading(training_args: TrainingArguments, compute_dtype: torch.dty
     """Return the arguments of `from_pretrained` that quantise the LLM's linear layers; none with `--bits 16`."""
     if training_args.bits == 16:
         return {}
-    require("bitsandbytes", f"--bits {training_args.bits}")
+    require_package("bitsandbytes", f"--bits {training_args.bits}")
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=training_args.bits == 4,
         load_in_8bit=training_args.bits == 8,
-        llm_int8_skip_modules=NOT_QUANTISED,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_use_double_quant=training_args.double_quant,
         bnb_4bit_quant_type=training_args.quant_type,
@@ -181,7 +160,7 @@ def quantized_loading(training_args: TrainingArguments, compute_dtype: torch.dty
 
 def freeze_quantized(model: Any) -> None:
     """Freezes a model whose layers were quantised, with its norms in float32."""
-    require("peft", "--bits 4|8")
+    require_package("peft", "--bits 4|8")
     from peft import prepare_model_for_kbit_training
 
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]

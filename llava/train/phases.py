@@ -137,10 +137,8 @@ def warm_up(
     """Train the projector by the plugin's losses on all images that it supervises, without text and LLM.
 
     It is a run of its own in a folder of the run's, with its own checkpoints, so that it resumes and ends as any other.
-    The run then starts from the projector in that folder.
-
-    Returns:
-        The run's arguments, made again: accelerate has one engine for each set of arguments.
+    The run then starts from the projector in that folder. Returns its arguments, built again: accelerate has one engine
+    for each set of arguments.
     """
     folder = Path(training_args.output_dir) / plugin.warmup_folder
     if finished_step(folder) < plugin.warmup_steps:

@@ -31,27 +31,9 @@ from llava.data.tokenization import (
 from llava.model.builder import stop_at_end_mark
 from llava.model.weights import maybe_zero_3
 from llava.plugin import TrainingPlugin
-from llava.train.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    parse_arguments,
-)
-from llava.train.assemble import (
-    FALLBACK,
-    add_vision,
-    check_reads_back,
-    choose_attention,
-    count_samples,
-    give_padding_token,
-    load_language_model,
-    load_tokenizer,
-    log_trained_parts,
-    make_data,
-    show_log_of_first_rank,
-    smart_tokenizer_and_embedding_resize,
-    start_engine,
-)
+from llava.train import assemble
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.train.assemble import smart_tokenizer_and_embedding_resize
 from llava.train.cache_features import cache_features
 from llava.train.checkpointing import (
     check_state_files,
@@ -119,11 +101,11 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
         SystemExit: a signal stopped the run, which was saved; status 143, or 130 after Ctrl-C.
         ValueError: arguments, data or a step of training are at fault; the message says which and what to do.
     """
-    show_log_of_first_rank()
+    assemble.show_log_of_first_rank()
     model_args, data_args, training_args, plugin_args = parse_arguments(
         plugin_arguments_class=None if plugin is None else plugin.arguments_class
     )
-    tokenizer = load_tokenizer(model_args, training_args)
+    tokenizer = assemble.load_tokenizer(model_args, training_args)
     if plugin is not None:
         plugin.setup(
             plugin_args,
@@ -139,7 +121,7 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
         check_same_run(record, begun)
     if checkpoint is not None:
         done = finished_step(training_args.output_dir)
-        steps = steps_of_run(training_args, count_samples(data_args, training_args, plugin))
+        steps = steps_of_run(training_args, assemble.count_samples(data_args, training_args, plugin))
         if done >= steps and not training_args.resume_from_checkpoint:
             logger.info("%s: finished, %d of %d steps; nothing to do.", training_args.output_dir, done, steps)
             return None
@@ -147,24 +129,25 @@ def train(attn_implementation: str | None = None, plugin: TrainingPlugin | None 
         if not training_args.trust_checkpoint:
             check_state_files(checkpoint)
     record.begin()
-    start_engine(training_args)
+    assemble.start_engine(training_args)
     set_seed(training_args.seed)  # the Trainer seeds too, but only after the projector got its random weights
 
-    asked = FALLBACK if data_args.independent_turns else attn_implementation  # flash attention takes no such mask
-    attention = choose_attention(model_args.attn_implementation, asked, training_args)
-    model = load_language_model(model_args, training_args, attention)
-    give_padding_token(tokenizer, model, model_args.version)
+    # Flash attention takes no mask that keeps questions apart.
+    asked = assemble.FALLBACK if data_args.independent_turns else attn_implementation
+    attention = assemble.choose_attention(model_args.attn_implementation, asked, training_args)
+    model = assemble.load_language_model(model_args, training_args, attention)
+    assemble.give_padding_token(tokenizer, model, model_args.version)
     stop_at_end_mark(tokenizer, model, str(model_args.version))
     if training_args.lora_enable:
         model = add_lora(model, training_args)
     if model_args.vision_tower is not None:
-        add_vision(model, tokenizer, model_args, data_args, training_args)
+        assemble.add_vision(model, tokenizer, model_args, data_args, training_args)
     if training_args.lora_weight_path:
         load_adapter(model, Path(training_args.lora_weight_path))
-    log_trained_parts(model)
-    check_reads_back(model)
+    assemble.log_trained_parts(model)
+    assemble.check_reads_back(model)
 
-    data = make_data(tokenizer, model, model_args, data_args, training_args, plugin)
+    data = assemble.make_data(tokenizer, model, model_args, data_args, training_args, plugin)
     if data_args.cache_features:
         cache_features(model, data["train_dataset"], data_args, training_args)
     if plugin is not None and plugin.warmup_steps and checkpoint is None:

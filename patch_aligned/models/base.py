@@ -23,11 +23,9 @@ from patch_aligned.labels import LabelTokenizer
 
 
 class WordEmbeddings:
-    """Input-embedding table of an LLM, with its tokenizer.
+    """Input-embedding table `[M, D]` of an LLM, in the dtype it is stored in, with its tokenizer.
 
     Args:
-        tokenizer: the LLM's tokenizer.
-        table: `[M, D]`, in the dtype it is stored in.
         source: folder or hub name, for messages.
         placeholder: id of the token that visual tokens replace before the LLM reads it, if there is one.
 
@@ -52,11 +50,7 @@ class WordEmbeddings:
         return self.table.shape[1]
 
     def of_labels(self, labels: Sequence[str]) -> Tensor:
-        """Return label embeddings `[R, D]`, float32: the mean of the rows of each label's tokens (equation 2).
-
-        Raises:
-            ValueError: a label has no token.
-        """
+        """Return label embeddings `[R, D]`, float32: the mean of the rows of each label's tokens (equation 2)."""
         if not labels:
             return torch.zeros(0, self.width)
         ids = [torch.tensor(self.token_ids(label)) for label in labels]  # [K] each
@@ -69,15 +63,10 @@ class WordEmbeddings:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Images after the vision tower, which projectors of one tower share.
+    """Images after the vision tower, which projectors of one tower share."""
 
-    Attributes:
-        features: `[..., d]` of all images together, float32: what the projector reads.
-        project: computes the visual tokens with a projector of the tower, `[T, D]` for each image.
-    """
-
-    features: Tensor
-    project: Callable[[nn.Module], Sequence[Tensor]]
+    features: Tensor  # `[..., d]` of all images together, float32: what the projector reads
+    project: Callable[[nn.Module], Sequence[Tensor]]  # visual tokens by a projector of the tower, `[T, D]` an image
 
 
 class Encoder(Protocol):
@@ -85,24 +74,14 @@ class Encoder(Protocol):
 
     name: str
     device: str
-
-    @property
-    def image_aspect_ratio(self) -> str:
-        """How images are treated, as shown in the report: LLaVA's `square` or `pad`, else the image processor."""
-
-    @property
-    def takes_batches(self) -> bool:
-        """Whether several images may be encoded at once."""
+    image_aspect_ratio: str  # how images are treated, for reports: LLaVA's `square` or `pad`, else the image processor
+    takes_batches: bool  # whether several images may be encoded at once
 
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
         """Run the vision tower on RGB images."""
 
     def layout(self, image_wh: tuple[int, int], tokens: int) -> Layout:
-        """Return the layout of the visual tokens of an image of this size (width, height in pixels).
-
-        Raises:
-            ValueError: such an image cannot have so many tokens.
-        """
+        """Return the layout of an image of this size (pixels); raise `ValueError` if it cannot have so many tokens."""
 
 
 class LanguageSource(Protocol):
@@ -130,29 +109,16 @@ class ReadingModel(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class VisionLanguageModel:
-    """A named projector, with its encoder and the word embeddings that its tokens are compared with.
+    """A named projector, with its encoder and the word embeddings that its tokens are compared with."""
 
-    Attributes:
-        name: name in tables.
-        source: origin of the projector's weights, in words.
-        encoder: the vision tower.
-        projector: what `Encoded.project` takes.
-        words: word embeddings of the base LLM; of a full checkpoint its own, since fine-tuning changes the table.
-        build: builds an untrained projector of the same shape, using torch's global random state.
-        projector_modules: names of the projector's modules in the full model.
-        pictured: whether pictures show its maps.
-        language: the whole LLM, which only name scores need; None in models that were put together by hand.
-    """
-
-    name: str
-    source: str
+    name: str  # in tables
+    source: str  # origin of the projector's weights, in words
     encoder: Encoder
-    projector: nn.Module
-    words: WordEmbeddings
-    build: Callable[[], nn.Module]
-    projector_modules: tuple[str, ...]
-    pictured: bool = True
-    language: LanguageSource | None = None
+    projector: nn.Module  # what `Encoded.project` takes
+    words: WordEmbeddings  # of the base LLM; of a full checkpoint its own, since fine-tuning changes the table
+    build: Callable[[], nn.Module]  # an untrained projector of the same shape, from torch's global random state
+    language: LanguageSource | None = None  # the whole LLM, which only name scores need; None if put together by hand
+    pictured: bool = True  # whether pictures show its maps
 
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
         """Run the vision tower on RGB images."""
@@ -166,10 +132,6 @@ class VisionLanguageModel:
     def layout(self, image_wh: tuple[int, int], visual_tokens: Tensor) -> Layout:
         """Return where the visual tokens `[T, D]` of an image of this size (width, height in pixels) look."""
         return self.encoder.layout(image_wh, len(visual_tokens))
-
-    def word_embeddings(self, ids: Tensor) -> Tensor:
-        """Look up word embeddings of the LLM: ids `[...]` -> `[..., D]`, float32."""
-        return self.words.table[ids].float()
 
     def untrained(self, seed: int) -> VisionLanguageModel:
         """Return a copy with a random projector of the same shape. The global random state is unchanged."""

@@ -39,20 +39,13 @@ class Beginning:
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A causal LLM, and how its prompts are written.
+    """A causal LLM, and how its prompts are written."""
 
-    Attributes:
-        model: of transformers, with sdpa or eager attention.
-        tokenizer: the LLM's.
-        prompt_ids: from the beginning of an answer to the prompt's ids before and after the image.
-        stop, stopping: text that closes an answer, and what ends generation there.
-    """
-
-    model: Any
+    model: Any  # of transformers, with sdpa or eager attention
     tokenizer: Any
-    prompt_ids: Callable[[str], tuple[list[int], list[int]]]
-    stop: str
-    stopping: StoppingCriteria
+    prompt_ids: Callable[[str], tuple[list[int], list[int]]]  # an answer's beginning -> ids before and after the image
+    stop: str  # text that closes an answer
+    stopping: StoppingCriteria  # ends generation there
 
     def answer_ids(self, text: str) -> list[int]:
         """Token ids of an answer as it stands behind the prompt."""

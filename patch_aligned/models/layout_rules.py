@@ -24,10 +24,7 @@ Resized = tuple[Size, Size, int]
 class Settings:
     """Settings of a processor that decide where its tokens look. Equal settings have equal layouts.
 
-    Attributes:
-        processor: processor of text and images, which knows how many tokens a tile has.
-        image_processor: its part for images.
-        module: the module of the image processor's class, with its functions of sizes.
+    `processor` knows how many tokens a tile has; `module`, that of the image processor's class, computes sizes.
     """
 
     def __init__(self, processor: Any, image_processor: Any, module: Any):
@@ -73,20 +70,13 @@ Rule = Callable[[Settings, Size, int], Layout]
 
 @dataclass(frozen=True)
 class View:
-    """A grid of tokens before it is placed on the image.
+    """A grid of tokens before it is placed on the image."""
 
-    Attributes:
-        x, y: `[cols + 1]` and `[rows + 1]` edges, in pixels of the original image.
-        tiles: rows and columns of tiles that the grid consists of. Tokens run tile by tile.
-        kind: as in `TokenGrid`.
-        row_ends: tokens after each row that have no place, such as `image_newline`.
-    """
-
-    x: Sequence[float]
-    y: Sequence[float]
-    tiles: Size = (1, 1)
+    x: Sequence[float]  # [cols + 1] edges, in pixels of the original image
+    y: Sequence[float]  # [rows + 1]
+    tiles: Size = (1, 1)  # rows and columns of tiles that the grid consists of; tokens run tile by tile
     kind: Kind = "whole"
-    row_ends: int = 0
+    row_ends: int = 0  # tokens after each row that have no place, such as `image_newline`
 
 
 def layout_of_views(image_wh: Size, views: Sequence[View], before: int = 0) -> Layout:
@@ -124,9 +114,8 @@ def tiles(image_wh: Size, tile_rows: int, tile_cols: int, rows: int, cols: int) 
 def dynamic_grid(resize: Callable[[Settings, int, int], Resized]) -> Rule:
     """Make the rule of a processor that resizes an image, and pads it right and below.
 
-    Args:
-        resize: (settings, height, width) -> heights and widths after resizing and after padding, and the side of a
-            token's cell, all in pixels of the model.
+    `resize` returns height and width after resizing and after padding, and the side of a token's cell, in pixels of the
+    model.
     """
 
     def rule(settings: Settings, image_wh: Size, images: int) -> Layout:

@@ -90,21 +90,13 @@ class LazyTensor:
 
 
 def lazy_tensors(checkpoint: str) -> dict[str, LazyTensor]:
-    """Return the tensors of a checkpoint (folder or hub name) by name. A shard is opened when one of its own is read.
-
-    Raises:
-        FileNotFoundError: there are no weights.
-    """
+    """Return the tensors of a checkpoint (folder or hub name). A shard is opened when one of its tensors is read."""
     weights = CheckpointTensors(checkpoint)
     return {name: LazyTensor(weights, name) for name in weights}
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Read a checkpoint's config.json.
-
-    Raises:
-        ValueError: the file is not a JSON object.
-    """
+    """Read a checkpoint's config.json. Raises `ValueError` if it is not a JSON object."""
     try:
         config = json.loads(file.read_bytes())
     except ValueError as error:
@@ -115,18 +107,12 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 class LlavaEncoder:
-    """LLaVA's vision tower with its image preprocessing. All measured projectors share it.
+    """LLaVA's vision tower, in float32, with its image preprocessing. All measured projectors share it.
 
-    Args:
-        name: folder or hub name of the encoder.
-        image_aspect_ratio: LLaVA's setting, `square` or `pad`.
-        select_layer: hidden layer whose features are used.
-        select_feature: must be `patch`, so that each visual token corresponds to a cell of the image.
-        device: device of the tower, which runs in float32.
-
-    Raises:
-        ValueError: the tower cannot be found or is of an unknown kind, or a setting is not one of those above.
+    `name` is the folder or hub name of the encoder; the others are settings of LLaVA's configs.
     """
+
+    takes_batches = True
 
     def __init__(
         self,
@@ -149,84 +135,51 @@ class LlavaEncoder:
         config = SimpleNamespace(
             mm_vision_tower=name, mm_vision_select_layer=select_layer, mm_vision_select_feature=select_feature
         )
-        self.name, self.image_aspect_ratio, self.select_layer, self.device = (
-            name,
-            image_aspect_ratio,
-            select_layer,
-            device,
-        )
+        self.name, self.image_aspect_ratio, self.device = name, image_aspect_ratio, device
         self.tower = build_vision_tower(config, delay_load=False).to(device=device, dtype=torch.float32).eval()
 
-    takes_batches = True
-
-    @property
-    def width(self) -> int:
-        """d, the width of the features."""
-        return self.tower.hidden_size
-
+    @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
         """Run the tower on RGB images."""
-        features = self.features(self.inputs(images))
+        config = SimpleNamespace(image_aspect_ratio=self.image_aspect_ratio)
+        pixels = process_images(images, self.tower.image_processor, config)  # [B, 3, side, side]
+        assert isinstance(pixels, Tensor)  # a list only with tiles, which measured images do not have
+        features = self.tower(pixels.to(self.device, torch.float32))  # [B, S, d]
         return Encoded(features, lambda projector: projector(features))
 
-    def inputs(self, images: Sequence[Image.Image]) -> Tensor:
-        """Preprocess RGB images for the tower: `[B, 3, side, side]`."""
-        config = SimpleNamespace(image_aspect_ratio=self.image_aspect_ratio)
-        pixels = process_images(images, self.tower.image_processor, config)
-        assert isinstance(pixels, Tensor)  # a list only with tiles, which measured images do not have
-        return pixels
-
-    @torch.no_grad()
-    def features(self, inputs: Tensor) -> Tensor:
-        """Compute features before the projector: `[B, 3, side, side]` -> `[B, S, d]`, float32."""
-        return self.tower(inputs.to(self.device, torch.float32))
-
     def layout(self, image_wh: tuple[int, int], tokens: int) -> Layout:
-        """Return the layout of the visual tokens of an image of this size.
-
-        Raises:
-            ValueError: the projector gives a number that is not a square.
-        """
+        """Return the layout of the visual tokens of an image of this size."""
         side = math.isqrt(tokens)  # a resampling projector, such as the C-Abstractor, sets the number of tokens
         if side * side != tokens:
             raise ValueError(f"The projector gives {tokens} visual tokens, which do not fill a square grid.")
-        shape = side, side
-        processor, seen_side = self.tower.image_processor, self.tower.seen_side
-        return layout_of(image_view_of(image_wh, processor, self.image_aspect_ratio, shape, seen_side))
+        tower, ratio = self.tower, self.image_aspect_ratio
+        return layout_of(image_view_of(image_wh, tower.image_processor, ratio, (side, side), tower.seen_side))
 
 
 @dataclass(frozen=True)
 class ProjectorSource:
-    """Origin of a projector, resolved before any weights are read.
-
-    Attributes:
-        name: name in tables.
-        path: file with the projector's weights, or folder of a full checkpoint; None for random weights.
-        seed: seed of random weights.
-        config: config.json beside the weights; empty if there is none.
-    """
+    """Origin of a projector, resolved before any weights are read."""
 
     name: str
-    path: Path | None
-    seed: int
-    config: Mapping[str, Any]
+    path: Path | None  # file with the projector's weights, or folder of a full checkpoint; None for random weights
+    seed: int  # of random weights
+    config: Mapping[str, Any]  # config.json beside the weights; empty if there is none
 
     @classmethod
-    def parse(cls, specification: str) -> ProjectorSource:
-        """Parse `NAME=PATH` or `NAME=random[:SEED]`.
+    def parse(cls, name: str, place: str) -> ProjectorSource:
+        """Parse a path, or `random[:SEED]`.
 
-        PATH is the output folder of stage 1 (`mm_projector.bin` and `config.json`), the projector file itself, a LoRA
-        folder (`non_lora_trainables.bin`) or the folder of a full checkpoint.
+        The path is the output folder of stage 1 (`mm_projector.bin` and `config.json`), the projector file itself, a
+        LoRA folder (`non_lora_trainables.bin`) or the folder of a full checkpoint.
 
         Raises:
-            ValueError: the specification is malformed, or the checkpoint has no projector or a trained vision tower.
+            ValueError: the checkpoint has no projector or a trained vision tower.
             FileNotFoundError: the path does not exist, or the folder has no weights.
         """
-        where = f"--projector {specification}"
-        name, value = name_and_place(specification)
-        if match := re.fullmatch(r"random(?::(\d+))?", value):
+        where = f"--projector {name}={place}"
+        if match := re.fullmatch(r"random(?::(\d+))?", place):
             return cls(name, None, int(match.group(1) or 0), {})
-        path = Path(value)
+        path = Path(place)
         if not path.exists():
             raise FileNotFoundError(
                 f"{where}: there is no {path}. Pass an --output_dir of stage 1, with mm_projector.bin and config.json, "
@@ -248,7 +201,7 @@ class ProjectorSource:
                 "Pass the --output_dir of a finished training run."
             )
         # Checked before looking for a tower, which the config of a language model does not name.
-        if not any(MARK in tensor for tensor in CheckpointTensors(value)):
+        if not any(MARK in tensor for tensor in CheckpointTensors(place)):
             raise ValueError(
                 f"{where}: {path} holds no projector: none of its tensors is named *{MARK}*. Pass a language model as "
                 "--base, an encoder as --vision-tower, and as --projector an --output_dir of stage 1 or a full LLaVA "
@@ -269,12 +222,9 @@ class ProjectorSource:
     def build(
         self, encoder: LlavaEncoder, base_words: WordEmbeddings, default_config: Mapping[str, Any]
     ) -> VisionLanguageModel:
-        """Build the projector between the encoder and the LLM, and load its weights.
+        """Build the projector between the encoder and the LLM's words, a checkpoint's own or `base_words`.
 
-        Args:
-            encoder: sets the input width.
-            base_words: set the output width, unless the checkpoint has its own words.
-            default_config: sets the architecture of random weights.
+        `default_config` has the architecture of random weights.
 
         Raises:
             ValueError: the weights have another width or architecture; the message names both shapes.
@@ -287,32 +237,24 @@ class ProjectorSource:
         elif self.path is not None:
             state = read_projector_file(self.path)
         config = dict(self.config) or (architecture_of(state) if state else dict(default_config))
-        config |= {"mm_hidden_size": encoder.width, "hidden_size": words.width}
+        config |= {"mm_hidden_size": encoder.tower.hidden_size, "hidden_size": words.width}
         build = partial(build_vision_projector, SimpleNamespace(**config))
         projector = seeded(build, self.seed)
         if self.path is not None:
             load_projector(projector, state, self.path)
         source = str(self.path or f"random weights, seed {self.seed}, {config.get('mm_projector_type', 'linear')}")
         projector = projector.to(encoder.device, torch.float32).eval()
-        language = self._language(base_words.source, encoder.device)
-        modules = ("model.mm_projector",)
-        return VisionLanguageModel(self.name, source, encoder, projector, words, build, modules, language=language)
-
-    def _language(self, base: str, device: str) -> LlavaLanguage:
-        if self.is_full_checkpoint:
-            return LlavaLanguage(str(self.path), None, device)
-        if self.path is not None and (self.path.parent / ADAPTER_CONFIG_FILE).is_file():
-            return LlavaLanguage(str(self.path.parent), base, device)
-        return LlavaLanguage(base, None, device)
+        language = LlavaLanguage(words.source, None, encoder.device)
+        if self.path is not None and self.path.is_file() and self.path.with_name(ADAPTER_CONFIG_FILE).is_file():
+            language = LlavaLanguage(str(self.path.parent), words.source, encoder.device)
+        return VisionLanguageModel(self.name, source, encoder, projector, words, build, language)
 
 
 @dataclass(frozen=True)
 class LlavaLanguage:
     """The LLM of a LLaVA checkpoint, or a base LLM, which reads images as in stage 1.
 
-    Attributes:
-        path, base: as `load_pretrained_model` takes them.
-        device: of the LLM; its weights are float16 on CUDA and float32 elsewhere.
+    `path` and `base` are as `load_pretrained_model` takes them. Weights are float16 on CUDA and float32 elsewhere.
     """
 
     path: str
@@ -343,11 +285,7 @@ class LlavaLanguage:
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Infer the config of a projector from its tensor names: `linear` or `mlpNx_gelu`.
-
-    Raises:
-        ValueError: the names match neither.
-    """
+    """Infer the config of a projector from its tensor names: `linear` or `mlpNx_gelu`."""
     names = set(projector_state(state))
     if names == {"weight", "bias"}:
         return {"mm_projector_type": "linear"}
@@ -359,34 +297,10 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"mm_projector_type": f"mlp{len(names) // 2}x_gelu"}
 
 
-def parse_projectors(specifications: Sequence[str]) -> list[ProjectorSource]:
-    """Parse all `--projector` options.
-
-    Raises:
-        ValueError: there are none, or two share a name.
-    """
-    sources = [ProjectorSource.parse(specification) for specification in specifications]
-    if not sources:
-        raise ValueError("No projector to measure: pass --projector NAME=PATH at least once.")
-    require_distinct([source.name for source in sources])
-    return sources
-
-
-def default_config_of(sources: Sequence[ProjectorSource]) -> Mapping[str, Any]:
-    """Return the config of the first trained projector, which random projectors copy."""
-    return next((source.config for source in sources if source.config), DEFAULT_CONFIG)
-
-
 def load_encoder(
     sources: Sequence[ProjectorSource], vision_tower: str | None, image_aspect_ratio: str | None, device: str
 ) -> LlavaEncoder:
-    """Load the tower that all projectors were trained on, with the settings of their configs.
-
-    Args:
-        sources: the projectors.
-        vision_tower: folder or hub name. Default: from the configs.
-        image_aspect_ratio: `square` or `pad`. Default: from the configs, else `square`.
-        device: device of the tower.
+    """Load the tower that all projectors were trained on. What is None comes from their configs.
 
     Raises:
         ValueError: no tower is given, or the projectors were trained on different features and no argument decides.
@@ -410,32 +324,10 @@ def load_encoder(
 def _agreed(configs: Mapping[str, Mapping[str, Any]], key: str, default: Any, remedy: str) -> Any:
     """Return the value of a key that all configs share. A config without it counts as `default`, unless that is None.
 
-    Raises:
-        ValueError: the configs disagree; `remedy` says what to do.
+    If they disagree, `remedy` says what to do.
     """
     values = {projector: config.get(key, default) for projector, config in configs.items()}
     said = {projector: value for projector, value in values.items() if value is not None}
     if len(set(said.values())) > 1:
         raise ValueError(f"The projectors were trained on different features: {key} is {said}. {remedy}")
     return next(iter(said.values()), default)
-
-
-def name_and_place(specification: str) -> tuple[str, str]:
-    """Split `NAME=PATH`.
-
-    Raises:
-        ValueError: either side is missing.
-    """
-    name, _, place = specification.partition("=")
-    if not name or not place:
-        raise ValueError(
-            f"--projector {specification}: expected NAME=PATH or NAME=random[:SEED], "
-            "for example --projector llava=checkpoints/llava-v1.5-7b-pretrain"
-        )
-    return name, place
-
-
-def require_distinct(names: Sequence[str]) -> None:
-    """Raise `ValueError` if two projectors have the same name."""
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--projector: the name {twice[0]!r} is given twice; each projector needs its own name.")

@@ -7,14 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from patch_aligned.models.base import VisionLanguageModel
-from patch_aligned.models.llava import (
-    default_config_of,
-    load_encoder,
-    load_words,
-    name_and_place,
-    parse_projectors,
-    require_distinct,
-)
+from patch_aligned.models.llava import DEFAULT_CONFIG, ProjectorSource, load_encoder, load_words
 from patch_aligned.models.transformers import is_of_transformers, load_transformers
 
 
@@ -39,26 +32,38 @@ def load_models(
         FileNotFoundError: a path does not exist.
     """
     _require_device(device)
-    places = [name_and_place(specification) for specification in specifications]
+    if not specifications:
+        raise ValueError("No projector to measure: pass --projector NAME=PATH at least once.")
+    places = [_name_and_place(specification) for specification in specifications]
     names = [name for name, _ in places]
-    require_distinct(names)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--projector: the name {twice[0]!r} is given twice; each projector needs its own name.")
     of_transformers = {name: place for name, place in places if is_of_transformers(place)}
-    own = [f"{name}={place}" for name, place in places if name not in of_transformers]
-    sources = parse_projectors(own) if own or not of_transformers else []
+    sources = [ProjectorSource.parse(name, place) for name, place in places if name not in of_transformers]
     if base is None and not all(source.is_full_checkpoint for source in sources):
         raise ValueError("--base is missing: projectors are compared with the word embeddings of their LLM.")
     models = {name: load_transformers(name, place, device) for name, place in of_transformers.items()}
     if sources:
         words = load_words(base or str(sources[0].path))  # first: a wrong --base is found before the tower is read
         encoder = load_encoder(sources, vision_tower, image_aspect_ratio, device)
-        for source in sources:
-            models[source.name] = source.build(encoder, words, default_config_of(sources))
+        default_config = next((source.config for source in sources if source.config), DEFAULT_CONFIG)
+        models |= {source.name: source.build(encoder, words, default_config) for source in sources}
     return [models[name] for name in names]
 
 
 def sources_of(models: Sequence[VisionLanguageModel]) -> dict[str, str]:
     """Describe the origin of each model's projector and words, by name, for captions."""
     return {model.name: f"{model.source}, words of {model.words.source}" for model in models}
+
+
+def _name_and_place(specification: str) -> tuple[str, str]:
+    name, _, place = specification.partition("=")
+    if not name or not place:
+        raise ValueError(
+            f"--projector {specification}: expected NAME=PATH or NAME=random[:SEED], "
+            "for example --projector llava=checkpoints/llava-v1.5-7b-pretrain"
+        )
+    return name, place
 
 
 def _require_device(device: str) -> None:

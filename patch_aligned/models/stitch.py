@@ -29,23 +29,18 @@ _PLAIN = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{
 class Architecture:
     """How the models of one `model_type` are put together.
 
-    Attributes:
-        make: source of the encoder, encoder, LLM, tokenizer -> processor, encoder as the architecture has it.
-        encoder: name of the encoder in the base model.
-        tokens: special tokens of the processor, by their names as attributes of the tokenizer.
-        image: what the chat template writes for an image.
-        encoders, llms: model types that the classes can hold (none: any), and `why` no others.
-        rotary_share: sixteenths of a head's rotary frequencies that tell a token's row, and as many its column.
+    `make` gets the encoder's source, encoder, LLM and tokenizer, and returns a processor, and the encoder as the
+    architecture has it.
     """
 
     make: Callable[[str, Any, Any, Any], tuple[Any, Any]]
-    encoder: str
-    tokens: Mapping[str, str]
-    image: str
-    encoders: tuple[str, ...]
-    why: str
-    llms: tuple[str, ...] = ()
-    rotary_share: int = 0
+    encoder: str  # its name in the base model
+    tokens: Mapping[str, str]  # special tokens of the processor, by their names as attributes of the tokenizer
+    image: str  # what the chat template writes for an image
+    encoders: tuple[str, ...]  # model types that its classes can hold
+    why: str  # they hold no others
+    llms: tuple[str, ...] = ()  # model types that its classes can hold; none: any
+    rotary_share: int = 0  # sixteenths of a head's rotary frequencies that tell a token's row, and as many its column
 
 
 @torch.random.fork_rng(devices=[])

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from llava.checkpoint_files import may_be_hub_name
 from patch_aligned.cells import Layout
 from patch_aligned.models.base import Encoded, VisionLanguageModel
 from patch_aligned.models.layouts import layouts_of
 from patch_aligned.models.llava import lazy_tensors, load_words, read_config
 from patch_aligned.models.tokens import PROJECTORS, image_inputs, image_token_id, visual_tokens
-from patch_aligned.models.whole import TransformersSource, may_be_hub_name
+from patch_aligned.models.whole import TransformersSource
 
 
 def is_of_transformers(place: str) -> bool:
@@ -57,33 +58,21 @@ def is_of_transformers(place: str) -> bool:
 
 
 def load_transformers(name: str, place: str, device: str = "cpu") -> VisionLanguageModel:
-    """Load a model up to its projector, and its word embeddings.
+    """Load a model (folder or hub name) up to its projector, in float32, and its word embeddings.
 
-    Args:
-        name: name of the projector in tables.
-        place: folder or hub name. Of sharded weights only the files with tower, projector and words are opened.
-        device: device of tower and projector, which run in float32.
+    Of sharded weights only the files with tower, projector and words are opened.
 
     Raises:
         ValueError: weights are missing, or the tokens have no place.
     """
     encoder = TransformersEncoder(place, device)
-    config, projector = encoder.config, encoder.projector
-    words = load_words(place, placeholder=image_token_id(config))
-    modules = PROJECTORS[config.model_type]
+    projector, words = encoder.projector, load_words(place, placeholder=image_token_id(encoder.config))
     language = TransformersSource(place, device)
-    return VisionLanguageModel(name, place, encoder, projector, words, projector.untrained, modules, True, language)
+    return VisionLanguageModel(name, place, encoder, projector, words, projector.untrained, language)
 
 
 class TransformersEncoder:
-    """The vision tower of a model of transformers, with its processor.
-
-    Attributes:
-        projector: the trained one.
-
-    Raises:
-        ValueError: weights of the tower or the projector are missing, or the tokens have no place.
-    """
+    """The vision tower of a model of transformers, with its processor and its trained projector."""
 
     takes_batches = False
 
@@ -92,13 +81,9 @@ class TransformersEncoder:
         self.processor = AutoProcessor.from_pretrained(place)
         # On PIL where it can be, as in LLaVA: pixels are those that most models were trained with.
         self.processor.image_processor = AutoImageProcessor.from_pretrained(place, backend="pil")
+        self.image_aspect_ratio = type(self.processor.image_processor).__name__  # it resizes and tiles images
         layouts_of(self.processor, [(64, 64)])
         self.projector = InnerProjector(_without_language_model(place, self.config).to(device))
-
-    @property
-    def image_aspect_ratio(self) -> str:
-        """The image processor, which decides how images are resized and tiled."""
-        return type(self.processor.image_processor).__name__
 
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
         """Run the tower on one RGB image."""
@@ -108,11 +93,7 @@ class TransformersEncoder:
         return Encoded(features, lambda projector: [projector(inputs, outputs)])
 
     def layout(self, image_wh: tuple[int, int], tokens: int) -> Layout:
-        """Return the layout of the visual tokens of an image of this size.
-
-        Raises:
-            ValueError: the model gives another number of tokens than its processor announces.
-        """
+        """Return the layout of the visual tokens of an image of this size."""
         [layout] = layouts_of(self.processor, [image_wh])
         if layout.length != tokens:
             raise ValueError(

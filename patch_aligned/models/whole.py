@@ -9,7 +9,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -17,16 +17,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llava.checkpoint_files import may_be_hub_name
 from patch_aligned.models.language import precise
 from patch_aligned.models.llava import CAPTION_REQUEST
 
 _ROWS_AT_ONCE = 9
 """Continuations that are read together, each with its own copy of what the LLM keeps of the prompt."""
-
-
-def may_be_hub_name(place: str) -> bool:
-    """Whether a place is no path here and has the form of a hub name, OWNER/NAME."""
-    return not Path(place).exists() and place.count("/") == 1 and not place.startswith(("/", ".", "~"))
 
 
 def processor_of(place: str) -> Any:
@@ -38,12 +34,7 @@ def processor_of(place: str) -> Any:
 
 @dataclass(frozen=True)
 class TransformersSource:
-    """Where a whole model of transformers is loaded from.
-
-    Attributes:
-        place: folder or hub name.
-        device: of the whole model, whose weights keep their dtype.
-    """
+    """Where a whole model of transformers is loaded from: a folder or hub name. Its weights keep their dtype."""
 
     place: str
     device: str
@@ -56,30 +47,18 @@ class TransformersSource:
         return WholeModel(model.to(self.device).eval(), processor, request)
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """An image and what the LLM keeps of it.
+class Prompt(NamedTuple):
+    """An image and what the LLM keeps of it."""
 
-    Attributes:
-        inputs: what the processor makes of the prompt.
-        cache: keys and values.
-        logits: of the next token, `[M]`.
-    """
-
-    inputs: Any
-    cache: Any
-    logits: Tensor
+    inputs: Any  # what the processor makes of the prompt
+    cache: Any  # keys and values
+    logits: Tensor  # of the next token, `[M]`
 
 
 class WholeModel:
-    """A model with its processor, and with the prompt that its chat template writes around an image.
+    """A model of transformers with its processor, and the prompt that its chat template writes around an image.
 
-    Args:
-        model, processor: of transformers.
-        request: what the user says after the image. Without a chat template the image stands alone.
-
-    Attributes:
-        prompt: the text before an answer.
+    `request` is what the user says after the image. Without a chat template the image stands alone.
     """
 
     def __init__(self, model: Any, processor: Any, request: str = CAPTION_REQUEST):

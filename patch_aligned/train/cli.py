@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from llava.checkpoint_files import require_checkpoint
-from llava.command import RunRecord, clear_errors, names_config, parse_known_flags, read_record
+from llava.command import RunRecord, clear_errors, names_config, parse_known_flags, read_record, require_files
 from patch_aligned.train.arguments import PatchArguments, TrainArguments
 
 app = typer.Typer(rich_markup_mode="markdown")
@@ -90,7 +90,5 @@ def _check_command_line(arguments: Sequence[str]) -> None:
     """Refuse what is wrong before torch and TRL are imported, which takes seconds."""
     trainers = {"trl": ["trainer/sft_config.py", "trainer/base_config.py"], "transformers": ["training_args.py"]}
     flags = parse_known_flags((TrainArguments, PatchArguments), arguments, "patch-aligned train", **trainers)
-    for name in ("data", "images"):
-        if not Path(getattr(flags, name)).exists():
-            raise FileNotFoundError(f"--{name} {getattr(flags, name)}: found no such file or folder")
+    require_files(flags, ("data", "images"))
     require_checkpoint(flags.model, None)

@@ -51,11 +51,8 @@ class PatchObjective:
         image_row, record_row `[N]`, region_position `[R]`: their origin, for the picture.
         counts `[3]`: images without a record, regions that cover no token, records skipped for their size.
 
-    Args:
-        arguments: the flags.
-        labels: of the LLM's tokenizer.
-        index: the annotated images; None if each sample brings its regions.
-        grids: the grids that regions are read in, of images that have several; of one that lacks them, all.
+    `index` has the annotated images; it is None if each sample brings its regions. `grids` are those that regions are
+    read in, of images that have several; of one that lacks them, all.
     """
 
     def __init__(
@@ -67,11 +64,7 @@ class PatchObjective:
         self.grids = grids
 
     def targets(self, image_id: str | None, layout: Layout) -> dict[str, Tensor]:
-        """Return the tokens that each region of an image covers, and the ids of its label.
-
-        Raises:
-            PatchMaskError: if the record's size is not the image's and `--patch_on_error` is `fail`.
-        """
+        """Return the tokens that each region of an image covers, and the ids of its label."""
         assert self.index is not None
         row = self.index.find(image_id) if image_id is not None else None
         image = self.index[row] if row is not None else None
@@ -80,15 +73,17 @@ class PatchObjective:
         return targets | {"record_row": torch.tensor(row if is_used else NO_RECORD)}
 
     def targets_of(self, image: AnnotatedImage | None, layout: Layout, name: str) -> dict[str, Tensor]:
-        """Return the same of an image whose annotation is at hand, or None. `name` is that of the record in errors."""
-        covered = self._covered_tokens(image, layout, name) if image is not None else None
-        tags = [region.tag for region in image.regions] if image is not None and covered is not None else []
-        is_skipped = image is not None and covered is None
-        if covered is None:
-            covered = np.zeros((0, 1, layout.length), dtype=bool)
+        """Return the same of an image whose annotation is at hand, or None. `name` is that of the record in errors.
+
+        Raises:
+            PatchMaskError: if the record's size is not the image's and `--patch_on_error` is `fail`.
+        """
+        found = self._covered_tokens(image, layout, name) if image is not None else None
+        is_skipped = image is not None and found is None
+        covered = np.zeros((0, 1, layout.length), dtype=bool) if found is None else found
         regions, grids = covered.any(axis=2).nonzero()  # [V] views that cover a token, in the order of their regions
         position, view_region = np.unique(regions, return_inverse=True)  # [R], [V]
-        labels = [self.labels(tags[index]) for index in position.tolist()]
+        labels = [self.labels(image.regions[index].tag) for index in position.tolist()] if image is not None else []
         return {
             "region_tokens": torch.from_numpy(covered[regions, grids]),
             "view_region": torch.from_numpy(view_region),
@@ -102,9 +97,7 @@ class PatchObjective:
     def collate(self, targets: Sequence[dict[str, Tensor]], is_joined: bool = False) -> dict[str, Tensor]:
         """Concatenate the regions of all rows, with each label once; rows without image are `{}`.
 
-        Args:
-            targets: what `targets` returns, of each row.
-            is_joined: the rows are images of different lengths: `region_tokens` are then `[V, T]`.
+        With `is_joined` the rows are images of different lengths: `region_tokens` are then `[V, T]`.
         """
         rows = torch.tensor([row for row, extra in enumerate(targets) if extra], dtype=torch.int64)  # [rows with image]
         given = [extra for extra in targets if extra]
@@ -217,11 +210,7 @@ class PatchObjective:
 
 
 def open_regions(arguments: PatchArguments, source: str, output_dir: Path | None) -> AnnotationIndex:
-    """Open a PAD file, and list its broken records beside the run's output if they are to be skipped.
-
-    Raises:
-        AnnotationError: there are some and `--patch_on_error` is `fail`.
-    """
+    """Open a PAD file. Its broken records are refused, or listed beside the run's output if they are to be skipped."""
     index = open_annotation_index(source, arguments.patch_cache_dir)
     if not index.rejected:
         return index

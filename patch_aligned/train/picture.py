@@ -107,14 +107,12 @@ def _draw_block(
             draw.text((left, top), f"and {len(image.regions) - _MOST_LABELS} more", font=font, fill=_FADED)
             continue
         is_used = region.tokens is not None
-        draw.rounded_rectangle(
-            (left, top + 3, left + 26, top + 19),
-            4,
-            fill=_colour(index) if is_used else None,
-            outline=_colour(index),
-            width=2,
-        )
-        covers = _counted(int(region.tokens.sum())) if region.tokens is not None else "covers no token, not in the loss"
+        box_xyxy_px, colour = (left, top + 3, left + 26, top + 19), _colour(index)
+        draw.rounded_rectangle(box_xyxy_px, 4, fill=colour if is_used else None, outline=colour, width=2)
+        covers = "covers no token, not in the loss"
+        if region.tokens is not None:
+            count = int(region.tokens.sum())
+            covers = f"{count} token{'' if count == 1 else 's'}"
         text = _shortened(f"{region.label}  ({covers})", _PANEL - 40, font)
         draw.text((left + 34, top), text, font=font, fill=_INK if is_used else _FADED)
     return block
@@ -165,10 +163,6 @@ def _draw_tokens(
     return picture
 
 
-def _counted(tokens: int) -> str:
-    return f"{tokens} token{'' if tokens == 1 else 's'}"
-
-
 def _outline(inside: np.ndarray) -> np.ndarray:
     """Return the mask's pixels within two pixels of its border."""
     core = inside.copy()
@@ -184,8 +178,7 @@ def _colour(index: int) -> tuple[int, int, int]:
 
 
 def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    shown, end = text, ""
+    while shown and font.getlength(shown + end) > width:
+        shown, end = shown[:-1], "..."
+    return shown + end

@@ -74,11 +74,7 @@ class PatchAlignedPlugin(TrainingPlugin):
         return self.index.has_regions(image_id_of(record) or "" for record in records).tolist()
 
     def transform_sample(self, record: Mapping[str, Any], view: ImageView) -> dict[str, Tensor]:
-        """Return the tokens that each region of the image covers, and the ids of its label. anyres: base tile only.
-
-        Raises:
-            PatchMaskError: if the record's size is not the image's and `--patch_on_error` is `fail`.
-        """
+        """Return the tokens that each region of the image covers, and the ids of its label. anyres: base tile only."""
         return self.objective.targets(image_id_of(record), layout_of(view))
 
     def collate(self, extras: list[dict[str, Tensor]]) -> dict[str, Tensor]:

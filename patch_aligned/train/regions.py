@@ -39,32 +39,18 @@ class _Sample:
 
 @dataclass
 class RegionCollator:
-    """Calls a trainer's data collator, and adds the targets of the samples' regions under `TARGETS`.
+    """Calls a trainer's data collator, and adds the targets of the samples' regions under `TARGETS`."""
 
-    Attributes:
-        collator: the trainer's own.
-        processor: of the model.
-        objective: makes the targets.
-        token_id: stands for a visual token in `input_ids`.
-        regions: column of regions; None if the objective's PAD file has them.
-        image_id: column of the paths by which the PAD file names images.
-        picture: where to draw the next batch, without suffix; None for not at all.
-    """
-
-    collator: Callable[[list[Any]], Any]
-    processor: Any
-    objective: PatchObjective
-    token_id: int
-    regions: str | None
-    image_id: str
-    picture: Path | None = None
+    collator: Callable[[list[Any]], Any]  # the trainer's own
+    processor: Any  # of the model
+    objective: PatchObjective  # makes the targets
+    token_id: int  # stands for a visual token in `input_ids`
+    regions: str | None  # column of regions; None if the objective's PAD file has them
+    image_id: str  # column of the paths by which the PAD file names images
+    picture: Path | None = None  # where to draw the next batch, without suffix; None for not at all
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Any:
-        """Collate samples.
-
-        Raises:
-            ValueError: regions do not fit their images, or the number of image tokens is not that of the layouts.
-        """
+        """Collate samples, and check that regions fit their images, and image tokens the layouts."""
         read = [self._read(sample, row) for row, sample in enumerate(samples)]  # before the collator changes them
         unanswered = [row for row, sample in enumerate(samples) if _is_unanswered(sample)]
         batch = self.collator([{key: sample[key] for key in sample if key != self.regions} for sample in samples])

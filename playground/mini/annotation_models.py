@@ -52,8 +52,7 @@ _SPREAD_OF_SAM3 = 1.5
 def write_models(out: Path) -> None:
     """Writes `ram.converted.safetensors`, `ram_tag_list.txt`, `ram_thresholds.txt`, `grounding_dino` and `sam`.
 
-    Args:
-        out: folder, made if need be. The same files come out each time.
+    The same files come out each time.
     """
     out.mkdir(parents=True, exist_ok=True)
     tags = tag_names()

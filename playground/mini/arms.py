@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from llava.command import command_parser, run_command
 from patch_aligned.files import written_whole
 from playground.mini.make_scenes import JSON_FILES, SUMMARY
 from playground.mini.scene_records import DatasetSettings
@@ -58,10 +58,8 @@ def derange_names(seed: int, held_out_seed: int | None) -> dict[str, str]:
     mapping: dict[str, str] = {}
     for block in (HELD_OUT, held_out - HELD_OUT, everything - held_out):
         for names in names_by_kind(block).values():
-            order = np.arange(len(names))
-            while (
-                order == np.arange(len(names))
-            ).any():  # of two names every second permutation moves both, of many one in e
+            unmoved = order = np.arange(len(names))
+            while (order == unmoved).any():  # of two names every second permutation moves both, of many one in e
                 order = rng.permutation(len(names))
             mapping |= {name: names[i] for name, i in zip(names, order, strict=True)}
     return mapping
@@ -96,12 +94,7 @@ def _with_objects(record: Record, change: Callable[[Record], Record]) -> Record:
 
 
 def write_arm(data: Path, arm: str, out: Path, seed: int = 0) -> None:
-    """Writes the training files of one of `ARMS` to `out`.
-
-    Raises:
-        FileNotFoundError: `data` is not a data set of `make_scenes`.
-        ValueError: it is not of the simple style, whose names alone can be deranged.
-    """
+    """Writes the training files of one of `ARMS` to `out`. Names can be deranged in the simple style alone."""
     settings = DatasetSettings(**json.loads((data / SUMMARY).read_text(encoding="utf-8"))["settings"])
     train, pad = (json.loads((data / JSON_FILES[key]).read_text(encoding="utf-8")) for key in ("train", "pad"))
     written: dict[str, Any] = {JSON_FILES["train"]: train, JSON_FILES["pad"]: pad}
@@ -120,24 +113,20 @@ def write_arm(data: Path, arm: str, out: Path, seed: int = 0) -> None:
             path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m playground.mini.arms", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = command_parser("playground.mini.arms", __doc__)
     parser.add_argument("data", type=Path, help="what make_scenes --out wrote")
     parser.add_argument("arm", choices=ARMS)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="of the derangement (default: 0)")
-    arguments = parser.parse_args(argv)
-    try:
-        write_arm(arguments.data, arguments.arm, arguments.out, arguments.seed)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    run_command(_write, parser, argv)
+
+
+def _write(arguments: argparse.Namespace) -> None:
+    write_arm(arguments.data, arguments.arm, arguments.out, arguments.seed)
     print(arguments.out)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

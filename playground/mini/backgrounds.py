@@ -12,21 +12,13 @@ from playground.mini.materials import Material, value_noise
 
 @dataclass(frozen=True)
 class Band:
-    """One surface of a setting, from its upper edge down to the next band's.
+    """One surface of a setting, from its upper edge down to the next band's."""
 
-    Attributes:
-        label: what a person would call it.
-        material: paints it.
-        share: least and greatest part of the picture's height.
-        roughness: height of the bumps of its upper edge, as a part of the picture's height.
-        chance: probability that the band is there at all.
-    """
-
-    label: str
-    material: Material
-    share: tuple[float, float]
-    roughness: float = 0.0
-    chance: float = 1.0
+    label: str  # what a person would call it
+    material: Material  # paints it
+    share: tuple[float, float]  # least and greatest part of the picture's height
+    roughness: float = 0.0  # height of the bumps of its upper edge, as a part of the picture's height
+    chance: float = 1.0  # probability that the band is there at all
 
 
 @dataclass(frozen=True)
@@ -100,19 +92,12 @@ def label_phrase(label: str) -> str:
 
 @dataclass(frozen=True)
 class Background:
-    """A painted background.
+    """A painted background."""
 
-    Attributes:
-        picture: uint8 `[height, width, 3]`.
-        setting: what it shows.
-        masks: bool `[height, width]` by label, from top to bottom; they share no pixel.
-        ground_top: height at which the ground begins, pixels (mean over the width).
-    """
-
-    picture: np.ndarray
-    setting: Setting
-    masks: dict[str, np.ndarray]
-    ground_top: int
+    picture: np.ndarray  # uint8 `[height, width, 3]`
+    setting: Setting  # what it shows
+    masks: dict[str, np.ndarray]  # bool `[height, width]` by label, from top to bottom; they share no pixel
+    ground_top: int  # height at which the ground begins, pixels (mean over the width)
 
 
 def paint_setting(

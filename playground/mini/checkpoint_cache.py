@@ -7,7 +7,6 @@ whose sizes and times still match is taken as it is; a file that was touched is 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -16,24 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from patch_aligned.files import sha256_of
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Raised when the converted files change in meaning, so that folders of an older format are rebuilt."""
-
-
-class PrepareError(RuntimeError):
-    """A model could not be prepared; the message says why and what to do next."""
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as lowercase hex."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, origin: dict[str, Any]) -> None:
@@ -55,10 +43,7 @@ def write_manifest(folder: Path, origin: dict[str, Any]) -> None:
 def why_unusable(folder: Path, origin: dict[str, Any], *, rehash: bool = False) -> str | None:
     """None if `folder` holds what its manifest says and came from `origin`, else the reason in words.
 
-    Args:
-        folder: a checkpoint folder, which need not exist.
-        origin: what the folder must have been made from.
-        rehash: hash every file, even where size and modification time still match.
+    `rehash` hashes every file, even where size and modification time still match.
     """
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
@@ -123,6 +108,4 @@ def _put_in_place(building: Path, folder: Path, origin: dict[str, Any]) -> None:
     except OSError as error:
         # Another process finished the same build between the two calls; its folder serves as well as ours.
         if why_unusable(folder, origin) is not None:
-            raise PrepareError(
-                f"{folder} cannot be put in place: {error}. Delete it and run the command again."
-            ) from error
+            raise OSError(f"{folder} cannot be put in place: {error}. Delete it and run the command again.") from error

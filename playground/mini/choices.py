@@ -32,21 +32,15 @@ _DISTRACTORS = 3
 class ChoiceQuestion:
     """A question and its possible answers.
 
-    Attributes:
-        task: `existence`, `name_of_category` (all options of one category), `name`, `side`, `cell` or `caption`.
-        question: text without the image token.
-        options: texts of the answers; a caption is the only one.
-        answer: position of the right one.
-        name: of the object asked about, also where it is absent; None for a caption.
-        held_out: whether the names are those that texts mention (None), those never mentioned (`fixed`), or those that
-            the data set's seed held out (`seed`).
+    `held_out` says whether names are those that texts mention (None), those never mentioned (`fixed`), or those that
+    the data set's seed held out (`seed`).
     """
 
-    task: str
-    question: str
-    options: tuple[str, ...]
-    answer: int
-    name: str | None = None
+    task: str  # `existence`, `name_of_category` (all options of one category), `name`, `side`, `cell` or `caption`
+    question: str  # text without the image token
+    options: tuple[str, ...]  # texts of the answers; a caption is the only one
+    answer: int  # position of the right one
+    name: str | None = None  # of the object asked about, also where it is absent; None for a caption
     held_out: str | None = None
 
     def as_conversation(self) -> list[dict[str, str]]:

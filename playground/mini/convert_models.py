@@ -22,8 +22,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from playground.mini.checkpoint_cache import PrepareError
-
 END_OF_TURN = "<|im_end|>"
 START_OF_TURN = "<|im_start|>"
 PAD = "<|endoftext|>"
@@ -35,11 +33,7 @@ _POSITION_GRID = 37  # positions a side in the published table: 518 px / 14 px
 
 
 def save_smollm2_from_gguf(gguf_path: Path, folder: Path) -> None:
-    """Reads the GGUF file through transformers and saves model and tokenizer to `folder` in float32.
-
-    Raises:
-        PrepareError: the converted model does not continue "The capital of France is" with Paris.
-    """
+    """Reads the GGUF file through transformers and saves model and tokenizer to `folder` in float32."""
     source, name = str(gguf_path.parent), gguf_path.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
@@ -95,7 +89,7 @@ def _check_that_it_speaks(model: Any, tokenizer: Any) -> None:
         output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     answer = tokenizer.decode(output[0, inputs.input_ids.shape[1] :])
     if "Paris" not in answer:
-        raise PrepareError(
+        raise ValueError(
             f"The converted language model continues {prompt!r} with {answer!r}, expected Paris. "
             "The installed transformers probably reads this GGUF file differently: install the versions of "
             "constraints.txt and run the command again."
@@ -107,14 +101,7 @@ def save_dinov2_from_onnx(onnx_path: Path, folder: Path, image_size: int) -> Non
 
     The graph's initialisers keep Hugging Face's names under `backbone.`, except for the linear weights, which are
     constants of MatMul nodes (transposed), and the position table, which was folded into two constants.
-
-    Args:
-        onnx_path: the graph.
-        folder: where to write.
-        image_size: side in pixels that the saved image processor crops to.
-
-    Raises:
-        PrepareError: the weights do not fill a `Dinov2Model`.
+    `image_size` is the side in pixels that the saved image processor crops to.
     """
     state = read_dinov2_state(onnx_path)
     config = Dinov2Config(
@@ -127,7 +114,7 @@ def save_dinov2_from_onnx(onnx_path: Path, folder: Path, image_size: int) -> Non
     _, report = loaded
     problems = {kind: sorted(keys) for kind, keys in report.items() if keys}
     if problems:
-        raise PrepareError(f"{onnx_path} does not fill a DINOv2-small model: {problems}")
+        raise ValueError(f"{onnx_path} does not fill a DINOv2-small model: {problems}")
     write_image_processor(folder, image_size)
 
 

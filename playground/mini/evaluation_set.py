@@ -7,13 +7,10 @@ balanced, so that no constant answer scores well.
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import json
 import logging
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +19,8 @@ from typing import Any
 
 from PIL import Image
 
+from llava.command import command_parser
+from patch_aligned.files import written_whole
 from playground.mini.scene_records import JPEG_QUALITY, DatasetSettings, compose, scene_records
 from playground.mini.scenes import STYLES
 
@@ -41,21 +40,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which questions make a benchmark.
+    """Which questions make a benchmark."""
 
-    Attributes:
-        name: of the benchmark and its file.
-        category: of the questions, as `playground.mini.questions` calls it.
-        style: of the scenes.
-        rows: number of questions.
-        per_answer: at most so many have the same answer.
-    """
-
-    name: str
-    category: str
-    style: str
-    rows: int
-    per_answer: int
+    name: str  # of the benchmark and its file
+    category: str  # of the questions, as `playground.mini.questions` calls it
+    style: str  # of the scenes
+    rows: int  # number of questions
+    per_answer: int  # at most so many have the same answer
 
 
 SELECTIONS = (
@@ -101,9 +92,8 @@ def make_evaluation_set(
     _write_parquet(out / f"{REFERRING}.parquet", select_referring(seed, referring_rows))
     counts[REFERRING] = referring_rows
     summary = {"settings": settings, "counts": counts}
-    temporary = _temporary(out / SUMMARY)
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(out / SUMMARY)
+    with written_whole(out / SUMMARY) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
 
@@ -183,13 +173,8 @@ def _write_parquet(path: Path, rows: list[Row]) -> None:
     features |= {"image": datasets.Image(), "width": datasets.Value("int32"), "height": datasets.Value("int32")}
     if "box_xyxy_px" in rows[0]:
         features["box_xyxy_px"] = datasets.List(datasets.Value("float64"))
-    temporary = _temporary(path)
-    parquet.write_table(Table.from_pylist(rows, schema=datasets.Features(features).arrow_schema), temporary)
-    temporary.replace(path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    with written_whole(path) as temporary:
+        parquet.write_table(Table.from_pylist(rows, schema=datasets.Features(features).arrow_schema), temporary)
 
 
 _HELP = f"""
@@ -201,14 +186,10 @@ Scores of chance, of constant answers and of questions alone: python -m eval.min
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m playground.mini.evaluation_set",
-        description=__doc__,
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = command_parser("playground.mini.evaluation_set", __doc__)
+    parser.epilog = _HELP
     parser.add_argument("--out", type=Path, default=OUT, help="folder to write to (default: playground/data/mini/eval)")
     parser.add_argument("--seed", type=int, default=0, help="of the random streams (default: 0)")
     arguments = parser.parse_args(argv)
@@ -216,8 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--seed {arguments.seed}: expected a number from 0")
     summary = make_evaluation_set(arguments.out, seed=arguments.seed)
     print(f"{arguments.out}: " + ", ".join(f"{count} {name}" for name, count in summary["counts"].items()))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

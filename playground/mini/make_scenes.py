@@ -6,9 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llava.command import command_parser, run_command
+from patch_aligned.files import written_whole
 from playground.mini.scene_records import DatasetSettings, write_scene
 from playground.mini.scenes import SPLITS, STYLES
 
@@ -30,10 +30,6 @@ PARTS = ".parts"
 SCENES_PER_PART = 50
 
 
-class DatasetError(RuntimeError):
-    """The data set cannot be made as asked; the message says why and what to do next."""
-
-
 def make_dataset(settings: DatasetSettings, out: Path, *, workers: int = 1, progress: bool = True) -> dict[str, Any]:
     """Writes the data set to `out` and returns its summary.
 
@@ -41,10 +37,10 @@ def make_dataset(settings: DatasetSettings, out: Path, *, workers: int = 1, prog
     files appear only when all parts are there. A finished data set of the same settings is left as it is.
 
     Raises:
-        DatasetError: `out` holds a data set of other settings, or other files in its place.
+        ValueError: `out` holds a data set of other settings, or other files in its place.
     """
     if settings.count < 1 or settings.seed < 0 or (settings.held_out_seed or 0) < 0:
-        raise DatasetError(
+        raise ValueError(
             f"count {settings.count}, seed {settings.seed}, held-out seed {settings.held_out_seed}: expected a count "
             "from 1 and seeds from 0."
         )
@@ -57,21 +53,20 @@ def make_dataset(settings: DatasetSettings, out: Path, *, workers: int = 1, prog
     start = time.monotonic()
     missing = [first for first in range(0, settings.count, SCENES_PER_PART) if not _part_path(parts, first).exists()]
     jobs = [(settings, first, out) for first in missing]
+    made_now = sum(min(SCENES_PER_PART, settings.count - first) for first in missing)
     with tqdm(total=settings.count, unit="scene", disable=not progress) as bar, _mapper(workers) as mapper:
-        bar.update(settings.count - sum(min(SCENES_PER_PART, settings.count - first) for first in missing))
+        bar.update(settings.count - made_now)
         for made in mapper(_make_part, jobs):
             bar.update(made)
     seconds = time.monotonic() - start
 
-    counts = {key: _join_parts(parts, settings, out, key) for key in (*JSON_FILES, *JSONL_FILES)}
+    counts = _join_parts(parts, settings, out)
     summary = {"settings": settings.to_json(), "counts": counts}
-    _write_atomically(out / SUMMARY, [json.dumps(summary, indent=2)])
+    _write(out / SUMMARY, [json.dumps(summary, indent=2)])
     shutil.rmtree(parts)
-    made_now = sum(min(SCENES_PER_PART, settings.count - first) for first in missing)
     if made_now:
-        logger.info(
-            "%d scenes in %.1f s: %.0f scenes/s with %d worker(s)", made_now, seconds, made_now / seconds, workers
-        )
+        rate = made_now / seconds
+        logger.info("%d scenes in %.1f s: %.0f scenes/s with %d worker(s)", made_now, seconds, rate, workers)
     return summary
 
 
@@ -81,13 +76,13 @@ def _finished_summary(settings: DatasetSettings, out: Path) -> dict[str, Any] | 
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
     if summary.get("settings") != settings.to_json():
-        raise DatasetError(
+        raise ValueError(
             f"{out} holds another data set: {summary.get('settings')}, asked for is {settings.to_json()}. "
             "Choose another --out, or delete that folder."
         )
     absent = [name for name in (*JSON_FILES.values(), *JSONL_FILES.values()) if not (out / name).is_file()]
     if absent:
-        raise DatasetError(
+        raise ValueError(
             f"{path} says that the data set is complete, but {', '.join(absent)} is missing. Delete {out}."
         )
     return summary
@@ -99,16 +94,16 @@ def _open_parts(settings: DatasetSettings, out: Path, parts: Path) -> None:
     if marker.is_file():
         begun = json.loads(marker.read_text(encoding="utf-8"))
         if begun != settings.to_json():
-            raise DatasetError(
+            raise ValueError(
                 f"{out} holds the beginnings of another data set: {begun}, asked for is {settings.to_json()}. "
                 "Choose another --out, or delete that folder."
             )
         return
     foreign = [name for name in ("images", *JSON_FILES.values(), *JSONL_FILES.values()) if (out / name).exists()]
     if foreign:
-        raise DatasetError(f"{out} already holds {', '.join(foreign)} of unknown origin. Choose another --out.")
+        raise ValueError(f"{out} already holds {', '.join(foreign)} of unknown origin. Choose another --out.")
     parts.mkdir(parents=True, exist_ok=True)
-    _write_atomically(marker, [json.dumps(settings.to_json())])
+    _write(marker, [json.dumps(settings.to_json())])
 
 
 def _part_path(parts: Path, first: int) -> Path:
@@ -120,7 +115,7 @@ def _make_part(job: tuple[DatasetSettings, int, Path]) -> int:
     settings, first, out = job
     indices = range(first, min(first + SCENES_PER_PART, settings.count))
     lines = [json.dumps(write_scene(settings, index, out)) for index in indices]
-    _write_atomically(_part_path(out / PARTS, first), lines)
+    _write(_part_path(out / PARTS, first), lines)
     return len(indices)
 
 
@@ -134,45 +129,23 @@ def _mapper(workers: int) -> Iterator[Any]:
         yield pool.map
 
 
-def _join_parts(parts: Path, settings: DatasetSettings, out: Path, key: str) -> int:
-    """Writes one data file from all parts, record by record, and returns the number of records."""
-    count = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal count
-        for first in range(0, settings.count, SCENES_PER_PART):
-            with _part_path(parts, first).open(encoding="utf-8") as file:
-                for line in file:
-                    for record in json.loads(line)[key]:
-                        count += 1
-                        yield json.dumps(record)
-
-    if key in JSONL_FILES:
-        _write_atomically(out / JSONL_FILES[key], lines())
-    else:
-        _write_atomically(out / JSON_FILES[key], _as_json_array(lines()))
-    return count
+def _join_parts(parts: Path, settings: DatasetSettings, out: Path) -> dict[str, int]:
+    """Writes the data files from all parts, a record a line, and returns the number of records in each."""
+    lines: dict[str, list[str]] = {key: [] for key in (*JSON_FILES, *JSONL_FILES)}
+    for first in range(0, settings.count, SCENES_PER_PART):
+        for scene in map(json.loads, _part_path(parts, first).read_text(encoding="utf-8").splitlines()):
+            for key, records in scene.items():
+                lines[key] += map(json.dumps, records)
+    for key, name in JSONL_FILES.items():
+        _write(out / name, lines[key])
+    for key, name in JSON_FILES.items():
+        _write(out / name, ["[", *(f"{line}," for line in lines[key][:-1]), *lines[key][-1:], "]"])
+    return {key: len(records) for key, records in lines.items()}
 
 
-def _as_json_array(lines: Iterable[str]) -> Iterator[str]:
-    """Lines of one JSON array with a record a line."""
-    yield "["
-    previous = None
-    for line in lines:
-        if previous is not None:
-            yield f"{previous},"
-        previous = line
-    if previous is not None:
-        yield previous
-    yield "]"
-
-
-def _write_atomically(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(line + "\n")
-    temporary.replace(path)
+def _write(path: Path, lines: Iterable[str]) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _size_wh(text: str) -> tuple[int, int]:
@@ -209,13 +182,10 @@ examples:
 """
 
 
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m playground.mini.make_scenes",
-        description=__doc__,
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = command_parser("playground.mini.make_scenes", __doc__)
+    parser.epilog = _HELP
     parser.add_argument("--count", type=int, required=True, help="number of scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="of the random streams (default: 0)")
@@ -225,37 +195,22 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="simple: two to four things of the smaller set on one surface, none hidden; full: more things out of all "
         "names, partly hidden, on several surfaces (default: simple)",
     )  # fmt: skip
-    parser.add_argument("--size", type=_size_wh, metavar="WxH", help="size of all pictures (default: the style's own)")
     parser.add_argument(
-        "--held-out-seed",
-        type=int,
-        metavar="N",
-        help="hold ten more names out of texts (default: only the fixed ten)",
+        "--size", type=_size_wh, dest="size_wh", metavar="WxH", help="size of all pictures (default: the style's own)"
+    )
+    parser.add_argument(
+        "--held-out-seed", type=int, metavar="N", help="hold ten more names out of texts (default: only the fixed ten)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
-    return parser.parse_args(argv)
+    run_command(_make, parser, argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    arguments = _parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    settings = DatasetSettings(
-        count=arguments.count,
-        seed=arguments.seed,
-        split=arguments.split,
-        style=arguments.style,
-        size_wh=arguments.size,
-        held_out_seed=arguments.held_out_seed,
-    )
-    try:
-        summary = make_dataset(settings, arguments.out, workers=max(1, arguments.workers))
-    except DatasetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{arguments.out}: " + ", ".join(f"{count} {key}" for key, count in summary["counts"].items()))
-    return 0
+def _make(arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    out, workers = given.pop("out"), max(1, given.pop("workers"))
+    summary = make_dataset(DatasetSettings(**given), out, workers=workers)
+    print(f"{out}: " + ", ".join(f"{count} {key}" for key, count in summary["counts"].items()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,12 +20,8 @@ def value_noise(
 ) -> np.ndarray:
     """Smooth noise, `[height, width]` float32, mean about 0.5, range about 0..1.
 
-    Args:
-        rng: source of the random grids.
-        shape_hw: size of the result.
-        cell_px: height of the coarsest blobs; each further octave is twice as fine and half as strong.
-        octaves: number of layers.
-        stretch: blobs are this many times as wide as high.
+    The coarsest blobs are `cell_px` high; each further octave is twice as fine and half as strong. Blobs are `stretch`
+    times as wide as high.
     """
     height, width = shape_hw
     total = np.zeros(shape_hw, dtype=np.float32)

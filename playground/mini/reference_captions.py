@@ -8,15 +8,15 @@ The first caption of a scene is the one in its PAD record.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from llava.command import command_parser, run_command
+from patch_aligned.files import written_whole
 from playground.mini.captions import write_caption
 from playground.mini.make_scenes import JSON_FILES, SUMMARY
 from playground.mini.scene_records import DatasetSettings, compose
@@ -43,11 +43,7 @@ def reference_captions(scene: Scene, first: str, rng: np.random.Generator, count
 
 
 def caption_dataset(folder: Path, progress: bool = True) -> Path:
-    """Writes `captions.json` of a data set that `make_scenes` made: records of `image` and `captions`.
-
-    Raises:
-        FileNotFoundError: the folder is not such a data set.
-    """
+    """Writes `captions.json` of a data set that `make_scenes` made: records of `image` and `captions`."""
     summary, pad = folder / SUMMARY, folder / JSON_FILES["pad"]
     if not summary.is_file() or not pad.is_file():
         raise FileNotFoundError(f"{folder}: found no {summary.name} and {pad.name}; next: bash scripts/prepare_mini.sh")
@@ -58,26 +54,17 @@ def caption_dataset(folder: Path, progress: bool = True) -> Path:
         stream = [SPLITS.index(settings.split), STYLES.index(settings.style), index, _STREAM]
         rng = np.random.default_rng([settings.seed, *stream])
         records.append({"image": record["image_id"], "captions": reference_captions(scene, record["caption"], rng)})
-    path = folder / FILE
-    temporary = path.with_name(f".{FILE}.tmp")
-    temporary.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
+    with written_whole(folder / FILE) as temporary:
+        temporary.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    return folder / FILE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = command_parser("playground.mini.reference_captions", __doc__)
     parser.add_argument("--data", type=Path, default=HELDOUT, help="folder of the data set; default: the held-out one")
-    arguments = parser.parse_args(argv)
-    try:
-        path = caption_dataset(arguments.data)
-    except FileNotFoundError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    print(path)
-    return 0
+    run_command(lambda arguments: print(caption_dataset(arguments.data)), parser, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

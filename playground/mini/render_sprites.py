@@ -6,15 +6,14 @@ python -m playground.mini.render_sprites
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from llava.command import command_parser
 from playground.mini.sprites import ASSETS, SHEET, SHEET_INDEX
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -76,21 +75,16 @@ def render_sheet(font_path: Path) -> None:
     SHEET_INDEX.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = command_parser("playground.mini.render_sprites", __doc__)
     parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
-    arguments = parser.parse_args(argv)
-    if not arguments.font.is_file():
-        print(
-            f"error: {arguments.font} does not exist. Run `apt-get install fonts-noto-color-emoji` or pass --font.",
-            file=sys.stderr,
-        )
-        return 1
-    render_sheet(arguments.font)
+    font = parser.parse_args(argv).font
+    if not font.is_file():
+        parser.error(f"{font} does not exist. Run `apt-get install fonts-noto-color-emoji` or pass --font.")
+    render_sheet(font)
     print(f"{SHEET}: {SHEET.stat().st_size / 2**20:.2f} MiB")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

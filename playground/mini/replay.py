@@ -16,13 +16,7 @@ from pycocotools import mask as coco_mask
 
 from llava.command import clear_errors, typer_app
 from patch_aligned.annotate.manifest import list_images
-from patch_aligned.annotate.options import (
-    SAM3_BOX_THRESHOLD,
-    CandidateThresholds,
-    SegmenterName,
-    Selection,
-    Workload,
-)
+from patch_aligned.annotate.options import SAM3_BOX_THRESHOLD, CandidateThresholds, SegmenterName, Selection, Workload
 from patch_aligned.annotate.pipeline import ImageInWork
 from patch_aligned.annotate.regions import Candidate, Mask, Tag
 from patch_aligned.annotate.run import AnnotationJob, run_annotate, statuses_named
@@ -56,13 +50,7 @@ class ReplayStages:
 
     def detect(self, items: Sequence[ImageInWork]) -> list[list[Candidate]]:
         """The regions' boxes."""
-        return [
-            [
-                Candidate(region.bbox_xyxy_px, 1.0, region.tag, 1.0, ((region.tag, 1.0),))
-                for region in self._regions(item)
-            ]
-            for item in items
-        ]
+        return [[self._candidate(region, item) for region in self._regions(item)] for item in items]
 
     def segment(self, items: Sequence[ImageInWork]) -> list[list[Mask]]:
         """The regions' masks."""
@@ -78,6 +66,9 @@ class ReplayStages:
                 f"{list(item.image.size)} as the picture has. Give the --image_folder that the file was made for"
             )
         return image.regions
+
+    def _candidate(self, region: Region, item: ImageInWork) -> Candidate:
+        return Candidate(region.bbox_xyxy_px, 1.0, region.tag, 1.0, ((region.tag, 1.0),))
 
     def _mask(self, region: Region, item: ImageInWork) -> Mask:
         width, height = item.image.size
@@ -96,19 +87,12 @@ class ReplaySam3(ReplayStages):
         self.settings["sam3"] = {"candidate_thresholds": CandidateThresholds()._asdict()}
         self.settings["selection"] = asdict(self.selection)
 
-    def detect(self, items: Sequence[ImageInWork]) -> list[list[Candidate]]:
-        """The regions' boxes and masks."""
-        return [
-            [
-                Candidate(region.bbox_xyxy_px, 1.0, region.tag, 1.0, (), self._mask(region, item))
-                for region in self._regions(item)
-            ]
-            for item in items
-        ]
-
     def segment(self, items: Sequence[ImageInWork]) -> list[list[Any]]:
         """The masks that came with the candidates."""
         return [[item.candidates[place].mask for place in item.to_segment] for item in items]
+
+    def _candidate(self, region: Region, item: ImageInWork) -> Candidate:
+        return Candidate(region.bbox_xyxy_px, 1.0, region.tag, 1.0, (), self._mask(region, item))
 
     def _mask(self, region: Region, item: ImageInWork) -> Mask:
         mask = super()._mask(region, item)

@@ -32,26 +32,15 @@ TEXT_ONLY_EVERY = 10
 
 @dataclass(frozen=True)
 class DatasetSettings:
-    """What determines a data set: the same settings give the same files.
+    """What determines a data set: the same settings give the same files. Pictures do not depend on `held_out_seed`."""
 
-    Attributes:
-        count: number of scenes.
-        seed: of the random streams.
-        split: `train` or `heldout`: streams that never share a scene, even with the same seed.
-        style: `simple` or `full`.
-        size_wh: fixed picture size, None for the style's own.
-        held_out_seed: draws ten names that no text mentions beside `HELD_OUT`; None for those alone. The pictures do
-            not depend on it.
-        generator: version of the generator.
-    """
-
-    count: int
-    seed: int = 0
-    split: str = "train"
-    style: str = "simple"
-    size_wh: tuple[int, int] | None = None
-    held_out_seed: int | None = None
-    generator: int = 2
+    count: int  # of scenes
+    seed: int = 0  # of the random streams
+    split: str = "train"  # or `heldout`: streams that never share a scene, even with the same seed
+    style: str = "simple"  # or `full`
+    size_wh: tuple[int, int] | None = None  # None for the style's own
+    held_out_seed: int | None = None  # draws ten names that no text mentions beside `HELD_OUT`; None for those alone
+    generator: int = 2  # version of the generator
 
     def to_json(self) -> dict[str, Any]:
         """The settings as they are written to files."""

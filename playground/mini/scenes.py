@@ -36,21 +36,13 @@ _TINTED = 0.5
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One sprite in the picture.
+    """One sprite in the picture."""
 
-    Attributes:
-        sprite: what it is.
-        mask: bool `[height, width]`, the pixels where it can be seen.
-        box_xyxy_px: tight box of the mask, pixel edges.
-        hidden: part of the sprite's own area that cannot be seen, 0..`MOST_HIDDEN`.
-        colour: its tint, None for the sprite's own colours. All objects of a name have the same.
-    """
-
-    sprite: Sprite
-    mask: np.ndarray
-    box_xyxy_px: tuple[int, int, int, int]
-    hidden: float
-    colour: str | None
+    sprite: Sprite  # what it is
+    mask: np.ndarray  # bool `[height, width]`, the pixels where it can be seen
+    box_xyxy_px: tuple[int, int, int, int]  # tight box of the mask, pixel edges
+    hidden: float  # part of the sprite's own area that cannot be seen, 0..`MOST_HIDDEN`
+    colour: str | None  # its tint, None for the sprite's own colours. All objects of a name have the same
 
     @property
     def area_px(self) -> int:
@@ -75,27 +67,16 @@ class BackgroundRegion:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and all that is in it.
+    """A picture and all that is in it."""
 
-    Attributes:
-        index: position in its split.
-        style: `simple` or `full`.
-        picture: uint8 `[height, width, 3]`.
-        objects: from left to right.
-        background: labelled parts, from top to bottom.
-        setting: what the background shows.
-        mentions: number of names that its captions mention.
-        held_out: names that no text mentions.
-    """
-
-    index: int
-    style: str
-    picture: np.ndarray
-    objects: tuple[SceneObject, ...]
-    background: tuple[BackgroundRegion, ...]
-    setting: Setting
-    mentions: int
-    held_out: frozenset[str]
+    index: int  # position in its split
+    style: str  # `simple` or `full`
+    picture: np.ndarray  # uint8 `[height, width, 3]`
+    objects: tuple[SceneObject, ...]  # from left to right
+    background: tuple[BackgroundRegion, ...]  # labelled parts, from top to bottom
+    setting: Setting  # what the background shows
+    mentions: int  # number of names that its captions mention
+    held_out: frozenset[str]  # names that no text mentions
 
     @property
     def size_wh(self) -> tuple[int, int]:
@@ -157,13 +138,8 @@ def compose_scene(
 ) -> tuple[Scene, np.random.Generator]:
     """Scene `index` of a split, and its generator, from which the texts about the scene are drawn next.
 
-    Args:
-        seed: any non-negative number.
-        split: `train` or `heldout`.
-        style: `simple` or `full`.
-        index: zero-based.
-        size_wh: width and height in pixels; by default 224 x 224 (simple) or one of several shapes (full).
-        held_out: names that no text mentions. The picture does not depend on them.
+    Without `size_wh` pictures have 224 x 224 pixels (simple) or one of several shapes (full). They do not depend on the
+    names that are held out.
     """
     rng = scene_rng(seed, split, style, index)
     if style == "simple":
@@ -238,11 +214,7 @@ def _place_in_depth(rng: np.random.Generator, shape_hw: tuple[int, int], backgro
 
 
 def _place_in_setting(
-    rng: np.random.Generator,
-    sprite: Sprite,
-    colour: str | None,
-    shape_hw: tuple[int, int],
-    background: Background,
+    rng: np.random.Generator, sprite: Sprite, colour: str | None, shape_hw: tuple[int, int], background: Background
 ) -> Placement:
     height, width = shape_hw
     water = background.masks.get("water")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
+
+from llava.command import command_parser, run_command
 
 CELL_WH = (336, 336)
 _CAPTION_PX = 58
@@ -62,26 +63,26 @@ def contact_sheet(folder: Path, count: int, columns: int) -> Image.Image:
     return sheet
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m playground.mini.show_scenes", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = command_parser("playground.mini.show_scenes", __doc__)
     parser.add_argument("folder", type=Path, help="what make_scenes --out wrote")
     parser.add_argument("--count", type=int, default=20, help="scenes to show, from the first on (default: 20)")
     parser.add_argument("--columns", type=int, default=5, help="scenes in a row (default: 5)")
     parser.add_argument("--out", type=Path, help="picture to write (default: FOLDER/overview.png)")
-    arguments = parser.parse_args(argv)
+    run_command(_show, parser, argv)
+
+
+def _show(arguments: argparse.Namespace) -> None:
     if not (arguments.folder / "pad.json").is_file():
-        print(
-            f"error: {arguments.folder}/pad.json does not exist. Make a data set first:\n"
-            f"    python -m playground.mini.make_scenes --count 100 --out {arguments.folder}",
-            file=sys.stderr,
+        raise FileNotFoundError(
+            f"{arguments.folder}/pad.json does not exist. Make a data set first:\n"
+            f"    python -m playground.mini.make_scenes --count 100 --out {arguments.folder}"
         )
-        return 1
     out = arguments.out or arguments.folder / "overview.png"
     contact_sheet(arguments.folder, arguments.count, arguments.columns).save(out)
     print(out)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -32,29 +32,17 @@ _HELD_OUT_A_KIND = 5
 
 @dataclass(frozen=True)
 class Sprite:
-    """One picture and how English speaks of it.
+    """One picture and how English speaks of it."""
 
-    Attributes:
-        name: singular, without article ("pine tree").
-        article: "a" or "an".
-        plural: "pine trees".
-        category: animal, food, vehicle, ...
-        habitat: where it is put in a scene that has such a place: "air", "water" or "ground".
-        tokens: number of tokens of the name in a sentence, by SmolLM2's tokenizer.
-        simple: belongs to the smaller set of well distinguishable things.
-        codepoint: the emoji, as "U+1F415".
-        box_xyxy_px: its place on the sheet.
-    """
-
-    name: str
-    article: str
-    plural: str
-    category: str
-    habitat: str
-    tokens: int
-    simple: bool
-    codepoint: str
-    box_xyxy_px: tuple[int, int, int, int]
+    name: str  # singular, without article ("pine tree")
+    article: str  # "a" or "an"
+    plural: str  # "pine trees"
+    category: str  # animal, food, vehicle ...
+    habitat: str  # where it is put in a scene that has such a place: "air", "water" or "ground"
+    tokens: int  # number of tokens of the name in a sentence, by SmolLM2's tokenizer
+    simple: bool  # belongs to the smaller set of well distinguishable things
+    codepoint: str  # the emoji, as "U+1F415"
+    box_xyxy_px: tuple[int, int, int, int]  # its place on the sheet
 
     @property
     def with_article(self) -> str:

@@ -47,13 +47,7 @@ class RotatedWordsPlugin(PatchAlignedPlugin):
 
 
 class RotatedWords:
-    """Rotates an LLM's word table about the mean of labels. A label's mean commutes with the rotation.
-
-    Args:
-        tags: the labels, each once.
-        labels: of the LLM's tokenizer.
-        seed: of the rotation.
-    """
+    """Rotates an LLM's word table about the mean of `tags`, each once. A label's mean commutes with the rotation."""
 
     def __init__(self, tags: Iterable[str], labels: LabelTokenizer, seed: int):
         self.label_ids = [labels(tag) for tag in sorted(tags)]

@@ -24,7 +24,6 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.llava_arch import EncodedImages, Images, LlavaMetaForCausalLM
 from llava.model.multimodal_merge import (
     MergedBatch,
-    TruncatedImageError,
     attention_of_turns,
     mask_of_padding,
     merge,
@@ -49,11 +48,14 @@ class LlavaOutput(CausalLMOutputWithPast):
 
     auxiliary_losses: dict[str, Tensor] | None = None
     auxiliary_metrics: dict[str, Tensor] | None = None
+    supervised_tokens: Tensor | None = None
+    """`[B]`, how many tokens of each row are learned, after truncation."""
 
 
 class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
     """Mixin before a text-only `...ForCausalLM`, whose decoder it replaces by `decoder_class`."""
 
+    config_class: Any
     decoder_class: type
     # Otherwise transformers would not divide the loss by the gradient accumulation steps.
     accepts_loss_kwargs = False
@@ -127,10 +129,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             cost and memory. Loss and gradients are the same.
 
         Raises:
-            ValueError: the numbers of `<image>` tokens and of images differ.
-            TruncatedImageError: in training, `tokenizer_model_max_length` would truncate visual tokens.
+            ValueError: the numbers of `<image>` tokens and of images differ; or, in training,
+                `tokenizer_model_max_length` would truncate visual tokens.
         """
         auxiliary = AuxiliaryOutput({})
+        supervised_tokens = None if labels is None else predicts_label(labels).sum(dim=1)  # [B]
         if auxiliary_only or (inputs_embeds is None and self.needs_merge(input_ids, images)):
             assert input_ids is not None
             encoded = self.encode_image_batch(images, image_sizes) if images is not None else self.encode_dummy()
@@ -146,7 +149,12 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
                 max_length=getattr(self.config, "tokenizer_model_max_length", None),
             )
             if self.training and merged.truncated_rows:
-                raise TruncatedImageError(merged.truncated_rows, self.config.tokenizer_model_max_length, sample_ids)
+                names = [sample_ids[row] if sample_ids else f"row {row} of the batch" for row in merged.truncated_rows]
+                raise ValueError(
+                    f"model_max_length {self.config.tokenizer_model_max_length} cuts visual tokens off in "
+                    f"{', '.join(names)}. Raise --model_max_length, or shorten the text before the image."
+                )
+            supervised_tokens = predicts_label(merged.labels).sum(dim=1)  # [B]; a packed row has several samples
             if self.plugin is not None and plugin_batch is not None:
                 auxiliary = self.plugin.auxiliary_losses(self.alignment_context(encoded, merged), plugin_batch)
             is_packed = self.get_model().packs_samples and self.training
@@ -202,6 +210,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             attentions=decoded.attentions,
             auxiliary_losses=auxiliary.losses or None,
             auxiliary_metrics=auxiliary.metrics or None,
+            supervised_tokens=supervised_tokens,
             **{CACHE: decoded.get(CACHE)},
         )
         return output.to_tuple() if return_dict is False else output
@@ -249,7 +258,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         The final norm alone does with gradient checkpointing, where backward runs the layer again when this has ended,
         and with dropout, as in LoRA, which would draw other random numbers.
         """
-        predicts = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))  # [B, L]; position i predicts the token at i + 1
+        predicts = predicts_label(labels)  # [B, L]
         chosen = predicts.flatten().nonzero().flatten()  # [n]
 
         def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -270,15 +279,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             yield
 
     def supervised_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Compute the mean cross entropy over supervised positions, with logits at these positions only.
-
-        Args:
-            hidden: `[B, L, D]`.
-            labels: `[B, L]`.
-        """
-        targets = labels[:, 1:]  # position i predicts the token at i + 1
-        supervised = targets != IGNORE_INDEX
-        return token_loss(self.lm_head(hidden[:, :-1][supervised]), targets[supervised])
+        """Compute the mean cross entropy from states `[B, L, D]`, with logits only where they predict a label."""
+        predicts = predicts_label(labels)  # [B, L]
+        return token_loss(self.lm_head(hidden[predicts]), labels.roll(-1, dims=1)[predicts])
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -313,11 +316,10 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None and input_ids.dim() == 2 and len(input_ids) > 1:
             attention_mask = self._mask_of_unmasked_batch(input_ids, kwargs.get("pad_token_id"))
-        tower = self.get_vision_tower()
-        has_images = images is not None and tower is not None
+        has_images = images is not None and self.get_vision_tower() is not None
         merged = merge(
             input_ids,
-            self.encode_image_batch(images, image_sizes).tokens if has_images and images is not None else [],
+            self.encode_image_batch(images, image_sizes).tokens if has_images else [],  # type: ignore[arg-type]
             self.get_input_embeddings(),
             attention_mask=attention_mask,
             padding_side="left",  # new tokens must follow the prompt in every row
@@ -367,13 +369,13 @@ class LlavaCausalLM(LlavaMetaForCausalLM, PreTrainedModel, GenerationMixin):
             follow_umask(Path(save_directory))
 
 
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Compute the mean cross entropy in float32 over targets that are not IGNORE_INDEX; 0, with a graph, if none are.
+def predicts_label(labels: Tensor) -> Tensor:
+    """Return which positions `[B, L]` predict a label: position i predicts the token at i + 1."""
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
 
-    Args:
-        logits: `[n, M]`.
-        targets: `[n]`.
-    """
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Compute the mean cross entropy of `[n, M]` in float32 over targets but IGNORE_INDEX; 0, with a graph, if none."""
     total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 

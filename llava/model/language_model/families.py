@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from llava.model.language_model.causal_lm import LlavaCausalLM
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
-from llava.model.language_model.llava_qwen import (
-    LlavaQwen3Config,
-    LlavaQwen3ForCausalLM,
-    LlavaQwenConfig,
-    LlavaQwenForCausalLM,
-)
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+from llava.model.language_model.llava_qwen import LlavaQwen3ForCausalLM, LlavaQwenForCausalLM
 
-
-class Family(NamedTuple):
-    """The LLaVA classes of an LLM's architecture."""
-
-    config_class: type
-    model_class: type[LlavaCausalLM]
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(LlavaConfig, LlavaLlamaForCausalLM),
-    "mistral": Family(LlavaMistralConfig, LlavaMistralForCausalLM),
-    "qwen2": Family(LlavaQwenConfig, LlavaQwenForCausalLM),
-    "qwen3": Family(LlavaQwen3Config, LlavaQwen3ForCausalLM),
+FAMILIES: dict[str, type[LlavaCausalLM]] = {
+    "llama": LlavaLlamaForCausalLM,
+    "mistral": LlavaMistralForCausalLM,
+    "qwen2": LlavaQwenForCausalLM,
+    "qwen3": LlavaQwen3ForCausalLM,
 }
 """By the `model_type` of the plain LLM."""
 
@@ -37,7 +24,7 @@ def llava_config(config: Any) -> Any:
     Raises:
         ValueError: there is no family for the LLM's architecture.
     """
-    if any(isinstance(config, family.config_class) for family in FAMILIES.values()):
+    if any(isinstance(config, model_class.config_class) for model_class in FAMILIES.values()):
         return config
     if config.model_type not in FAMILIES:
         raise ValueError(
@@ -50,12 +37,8 @@ def llava_config(config: Any) -> Any:
 
 
 def llava_model_class(config: Any) -> type[LlavaCausalLM]:
-    """The model that reads the LLaVA config `config`.
-
-    Raises:
-        ValueError: it is not a LLaVA config.
-    """
-    for family in FAMILIES.values():
-        if isinstance(config, family.config_class):
-            return family.model_class
+    """Return the class of the model that a LLaVA config describes, or raise `ValueError` for another config."""
+    for model_class in FAMILIES.values():
+        if isinstance(config, model_class.config_class):
+            return model_class
     raise ValueError(f"No LLaVA config: model type `{config.model_type}`. Pass what llava_config() returns.")

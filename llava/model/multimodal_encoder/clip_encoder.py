@@ -5,18 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import CLIPVisionModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, SiglipVisionModel
 
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 
@@ -25,7 +14,6 @@ class CLIPVisionTower(VisionTower):
     """`VisionTower` over `CLIPVisionModel`."""
 
     model_class = CLIPVisionModel
-    config_class = CLIPVisionConfig
     was_nested = True
 
 
@@ -38,7 +26,6 @@ class SiglipVisionTower(VisionTower):
     """`VisionTower` over `SiglipVisionModel`, which has patches alone and no CLS token."""
 
     model_class = SiglipVisionModel
-    config_class = SiglipVisionConfig
     has_cls = False
     was_nested = True
 
@@ -50,7 +37,6 @@ class Dinov2VisionTower(VisionTower):
     """`VisionTower` over `Dinov2Model`, the tower of the miniature world."""
 
     model_class = Dinov2Model
-    config_class = Dinov2Config
     has_position_table = False  # the processor's crop, 224 pixels, is not the side of pretraining, 518
 
 
@@ -58,7 +44,6 @@ class Dinov2WithRegistersVisionTower(VisionTower):
     """`VisionTower` over `Dinov2WithRegistersModel`."""
 
     model_class = Dinov2WithRegistersModel
-    config_class = Dinov2WithRegistersConfig
     has_position_table = False
 
 
@@ -72,7 +57,6 @@ class Dinov3VisionTower(VisionTower):
     """`VisionTower` over `DINOv3ViTModel`: CLS and register tokens before the patches."""
 
     model_class = DINOv3ViTModel
-    config_class = DINOv3ViTConfig
     has_position_table = False
 
     def __init__(self, vision_tower: str, args: Any, delay_load: bool = False):

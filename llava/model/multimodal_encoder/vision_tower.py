@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoImageProcessor
 
 from llava.mm_utils import processed_side
 from llava.model.weights import broken_files_named
@@ -27,13 +27,10 @@ class VisionTower(nn.Module):
         args: read for `mm_vision_select_layer`, `mm_vision_select_feature` (`patch` drops the CLS token, `cls_patch`
             keeps it). Register tokens are always dropped.
         delay_load: read only the configuration now; `load_model` reads the weights.
-
-    Raises:
-        ValueError: the encoder cannot give what is selected, or the image processor's output does not fit the encoder.
     """
 
-    model_class: type[PreTrainedModel]
-    config_class: type[PreTrainedConfig]
+    model_class: Any
+    """The encoder's class in transformers."""
     has_cls = True
     """Whether a CLS token stands before the patches."""
     has_position_table = True
@@ -57,7 +54,7 @@ class VisionTower(nn.Module):
                 "Set --mm_vision_select_feature to `patch`."
             )
         self.is_loaded = False
-        self.cfg_only = self.config_class.from_pretrained(vision_tower)
+        self.cfg_only = self.model_class.config_class.from_pretrained(vision_tower)
         layers = self.cfg_only.num_hidden_layers  # their inputs and the last one's output may be selected
         if not (isinstance(self.select_layer, int) and -layers - 1 <= self.select_layer <= layers):
             raise ValueError(

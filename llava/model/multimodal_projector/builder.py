@@ -27,18 +27,10 @@ class IdentityMap(nn.Module):
 
 
 def build_vision_projector(config: Any, delay_load: bool = False, **kwargs: Any) -> nn.Module:
-    """Builds the projector that `config.mm_projector_type` names.
+    """Build the projector that `config.mm_projector_type` names: `linear`, `mlpNx_gelu`, `cabstractor` or `identity`.
 
-    `linear`, `mlpNx_gelu` (any N), `cabstractor` or `identity`. One that changes the number of visual tokens has an
-    attribute `grid`, their rows and columns.
-
-    Args:
-        config: read for `mm_projector_type` (default `linear`), `mm_hidden_size` (in) and `hidden_size` (out); for
-            `cabstractor` also for what `record_projector` wrote.
-        delay_load: accepted for upstream's callers; a projector has no weights of its own to load.
-
-    Raises:
-        ValueError: the type is not known, or a C-Abstractor cannot be built as the config says.
+    It maps `config.mm_hidden_size` to `config.hidden_size`. One that changes the number of visual tokens has an
+    attribute `grid`, their rows and columns. `delay_load` is accepted for upstream's callers.
     """
     projector_type = getattr(config, "mm_projector_type", "linear")
     if projector_type == "linear":

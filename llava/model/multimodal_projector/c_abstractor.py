@@ -18,16 +18,8 @@ from torch import Tensor, nn
 class CAbstractor(nn.Module):
     """Maps features `[B, S, C]` to visual tokens `[B, Q, D]`, row-major over `grid`.
 
-    Args:
-        patches: S, patches of the tower without CLS; a square number.
-        width_in: C.
-        width_out: D.
-        queries: Q; a square number.
-        depth: blocks before and after the pooling; 0 leaves the pooling alone.
-        hidden_size: H.
-
-    Raises:
-        ValueError: `patches` or `queries` is not a square number.
+    `patches` and `queries` (S and Q) are square numbers. `depth` blocks stand before and after the pooling; 0 leaves
+    the pooling alone.
     """
 
     def __init__(

@@ -30,15 +30,10 @@ STAGE_2_STEPS = (30, 100, 300)
 
 @dataclass(frozen=True)
 class Draw:
-    """A set of scenes.
+    """A set of scenes."""
 
-    Attributes:
-        seed: of the generator; no two sets share one.
-        scenes: how many.
-    """
-
-    seed: int
-    scenes: int
+    seed: int  # of the generator; no two sets share one
+    scenes: int  # how many
 
 
 DRAWS = {"train": Draw(0, 1600), "development": Draw(1, 120), "test": Draw(2, 240)}
@@ -46,25 +41,15 @@ DRAWS = {"train": Draw(0, 1600), "development": Draw(1, 120), "test": Draw(2, 24
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training stage 1. Arms of one seed share initialisation, scenes and their order.
+    """One way of training stage 1. Arms of one seed share initialisation, scenes and their order."""
 
-    Attributes:
-        name: in tables.
-        training: in words.
-        isolates: what a difference from another arm shows.
-        variant: of the training files, see `playground.mini.arms`; None leaves them as they are.
-        has_warmup: whether patch steps come before the joint ones.
-        beta: weight of the patch loss at the first and at the last joint step; None for captions alone.
-        rotated: whether targets are rotated words.
-    """
-
-    name: str
-    training: str
-    isolates: str
-    variant: Literal["tags", "deranged", "union"] | None = None
-    has_warmup: bool = True
-    beta: tuple[float, float] | None = (BETA, BETA)
-    rotated: bool = False
+    name: str  # in tables
+    training: str  # in words
+    isolates: str  # what a difference from another arm shows
+    variant: Literal["tags", "deranged", "union"] | None = None  # of the training files, see `playground.mini.arms`
+    has_warmup: bool = True  # whether patch steps come before the joint ones
+    beta: tuple[float, float] | None = (BETA, BETA)  # at the first and last joint step; None for captions alone
+    rotated: bool = False  # whether targets are rotated words
 
 
 ARMS = {
@@ -92,29 +77,19 @@ PRIMARY_STAGE_2, PRIMARY_STEP = (("P", "C"), ("P", "R")), 100
 class Budget:
     """How much of the experiment is run.
 
-    Attributes:
-        seeds: of initialisation and order.
-        arms: names of `ARMS`.
-        joint_steps: of stage 1, for all arms.
-        curve: steps after which captions alone are measured once more, at their best rate, with the first seed.
-        warmup_steps: of the arms that have a warm-up.
-        draws: sets of scenes.
-        stage_2: arms whose projectors stage 2 starts from.
-        stage_2_seeds: of stage 1 and 2.
-        stage_2_steps: steps after which stage 2 is measured.
-        like: architecture of transformers that `patch-aligned stitch` puts together and `patch-aligned train` trains;
-            None for LLaVA's own.
+    `like` is the architecture of transformers that `patch-aligned stitch` puts together and `patch-aligned train`
+    trains; None for LLaVA's own.
     """
 
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # of initialisation and order
     arms: tuple[str, ...] = tuple(ARMS)
-    joint_steps: int = JOINT_STEPS
-    curve: tuple[int, ...] = (300,)
-    warmup_steps: int = WARMUP_STEPS
+    joint_steps: int = JOINT_STEPS  # of stage 1, for all arms
+    curve: tuple[int, ...] = (300,)  # steps after which C is measured again, at its best rate, with the first seed
+    warmup_steps: int = WARMUP_STEPS  # of the arms that have a warm-up
     draws: Mapping[str, Draw] = field(default_factory=lambda: DRAWS)
-    stage_2: tuple[str, ...] = ()
-    stage_2_seeds: tuple[int, ...] = ()
-    stage_2_steps: tuple[int, ...] = STAGE_2_STEPS
+    stage_2: tuple[str, ...] = ()  # arms whose projectors stage 2 starts from
+    stage_2_seeds: tuple[int, ...] = ()  # of stage 1 and 2
+    stage_2_steps: tuple[int, ...] = STAGE_2_STEPS  # after which it is measured
     like: str | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
@@ -19,10 +19,9 @@ import typer
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from patch_aligned.files import written_whole
-from patch_aligned.tables import Cell, Table
 from playground.mini.proof.experiment import ARMS, BUDGETS, PRIMARY, RATES, Budget
 from playground.mini.proof.steps import file_name
-from playground.mini.proof.summary import Bootstrap, Estimate
+from playground.mini.proof.summary import Bootstrap, Estimate, markdown, seeds_of
 from playground.mini.proof.tasks import StageTwo
 
 TEMPLATES = Environment(
@@ -93,80 +92,63 @@ def _scores(objects: pd.DataFrame, score: str, of: str) -> np.ndarray:
     return np.where(named if of == "named" else ~named, scores, np.nan)
 
 
-def seeds_of(values: Sequence[float | None]) -> str:
-    """Values of the seeds, one after the other; a dash where nothing could be counted."""
-    return " / ".join("–" if value is None or math.isnan(value) else f"{value:z.2f}" for value in values)
+def arm_table(runs: Runs, columns: Mapping[str, Callable[[Runs, str], str]], arms: Sequence[str] = ()) -> str:
+    """A row for each arm; each cell has all seeds."""
+    rows = [[arm, *(text(runs, arm) for text in columns.values())] for arm in arms or runs.arms]
+    return markdown(["arm", *columns], rows)
 
 
-def with_interval(found: Estimate) -> list[Cell]:
-    """Cells for the mean, its interval and the seeds."""
-    return [Cell(f"{found.value:.2f}"), Cell(f"{found.low:.2f} … {found.high:.2f}"), Cell(seeds_of(found.of_seed))]
+def _scored(score: str, of: str = "all") -> Callable[[Runs, str], str]:
+    return lambda runs, arm: runs.seeds(arm, score, of)
 
 
-def alignment_table(runs: Runs) -> Table:
-    """How tokens of objects lie to words, by arm; each cell has all seeds."""
-    columns: dict[str, Callable[[str], str]] = {
-        "retrieval of the own label": lambda arm: runs.seeds(arm, "top1"),
-        "contrast": lambda arm: runs.seeds(arm, "contrast"),
-        "cosine": lambda arm: runs.seeds(arm, "cosine"),
-        "best word": lambda arm: runs.seeds(arm, "best_word_cosine"),
-        "Align own": lambda arm: runs.seeds(arm, "iou_px"),
-        "Align other": lambda arm: runs.seeds(arm, "shuffled_iou_px"),
-        "H after": lambda arm: runs.numbers(arm, "entropy_after_nats"),
-        "background retrieval": lambda arm: runs.numbers(arm, "background", "retrieval_top1"),
-    }
-    return _by_arm("Alignment", runs, columns)
+def _numbered(*keys: str) -> Callable[[Runs, str], str]:
+    return lambda runs, arm: runs.numbers(arm, *keys)
 
 
-def naming_table(runs: Runs) -> Table:
-    """What the frozen LLM says, by arm; each cell has all seeds."""
-    columns: dict[str, Callable[[str], str]] = {
-        "name score (i), all": lambda arm: runs.seeds(arm, "name_bound"),
-        "named in captions": lambda arm: runs.seeds(arm, "name_bound", "named"),
-        "not named": lambda arm: runs.seeds(arm, "name_bound", "unnamed"),
-        "(ii)": lambda arm: runs.seeds(arm, "name_information"),
-        "AUC": lambda arm: runs.seeds(arm, "name_auc"),
-        "captions: precision": lambda arm: runs.numbers(arm, "captions", "precision"),
-        "captions: recall": lambda arm: runs.numbers(arm, "captions", "recall"),
-        "captions: F1": lambda arm: runs.numbers(arm, "captions", "f1"),
-    }
-    return _by_arm("What the frozen LLM names", runs, columns)
+ALIGNMENT = {
+    "retrieval of the own label": _scored("top1"),
+    "contrast": _scored("contrast"),
+    "cosine": _scored("cosine"),
+    "best word": _scored("best_word_cosine"),
+    "Align own": _scored("iou_px"),
+    "Align other": _scored("shuffled_iou_px"),
+    "H after": _numbered("entropy_after_nats"),
+    "background retrieval": _numbered("background", "retrieval_top1"),
+}
+"""How tokens of objects lie to words."""
+NAMING = {
+    "name score (i), all": _scored("name_bound"),
+    "named in captions": _scored("name_bound", "named"),
+    "not named": _scored("name_bound", "unnamed"),
+    "(ii)": _scored("name_information"),
+    "AUC": _scored("name_auc"),
+    "captions: precision": _numbered("captions", "precision"),
+    "captions: recall": _numbered("captions", "recall"),
+    "captions: F1": _numbered("captions", "f1"),
+}
+"""What the frozen LLM says."""
+OWN = {
+    "retrieval of own targets": _scored("own_top1"),
+    "contrast with own targets": _scored("own_contrast"),
+    "name score (i), own names": _scored("own_name_bound"),
+    "AUC, own names": _scored("own_name_auc"),
+}
+"""How well the controls learnt their own targets."""
 
 
-def own_table(runs: Runs) -> Table:
-    """How well the controls learnt their own targets."""
-    columns: dict[str, Callable[[str], str]] = {
-        "retrieval of own targets": lambda arm: runs.seeds(arm, "own_top1"),
-        "contrast with own targets": lambda arm: runs.seeds(arm, "own_contrast"),
-        "name score (i), own names": lambda arm: runs.seeds(arm, "own_name_bound"),
-        "AUC, own names": lambda arm: runs.seeds(arm, "own_name_auc"),
-    }
-    return _by_arm("Own targets", runs, columns, [arm for arm in ("P", "R", "D") if arm in runs.arms])
-
-
-def _by_arm(
-    title: str, runs: Runs, columns: dict[str, Callable[[str], str]], arms: Sequence[str] | None = None
-) -> Table:
-    rows = [[Cell(arm), *(Cell(text(arm)) for text in columns.values())] for arm in arms or runs.arms]
-    return Table(title, ["arm", *columns], rows)
-
-
-def difference_table(runs: Runs, pairs: Sequence[tuple[str, str]]) -> Table:
+def difference_table(runs: Runs, pairs: Sequence[tuple[str, str]]) -> str:
     """Differences of the name score (i) over all objects."""
     columns = ["difference", "nats", "95% interval", "seeds", "isolates"]
     rows = [
-        [
-            Cell(f"{first} − {second}"),
-            *with_interval(runs.estimate(first, "name_bound", less=second)),
-            Cell(ISOLATES[first, second]),
-        ]
+        [f"{first} − {second}", *runs.estimate(first, "name_bound", less=second).cells, ISOLATES[first, second]]
         for first, second in pairs
         if {first, second} <= set(runs.arms)
     ]
-    return Table("Differences of the name score", columns, rows)
+    return markdown(columns, rows)
 
 
-def requirement_table(runs: Runs) -> Table:
+def requirement_table(runs: Runs) -> str:
     """What must hold on P, object regions alone."""
     align = runs.bootstrap.difference(
         *([_scores(run.objects, score, "all") for run in runs.arms["P"]] for score in ("iou_px", "shuffled_iou_px"))
@@ -178,34 +160,34 @@ def requirement_table(runs: Runs) -> Table:
         _required("Align own − other", align, 0.10, align.value),
         _required("name score (i), lower end", bound, 0.0, bound.low),
     ]
-    return Table("What must hold on P", ["measure", "mean", "95% interval", "seeds", "at least", "holds"], rows)
+    return markdown(["measure", "mean", "95% interval", "seeds", "at least", "holds"], rows)
 
 
-def _required(name: str, found: Estimate, least: float, judged: float) -> list[Cell]:
-    return [Cell(name), *with_interval(found), Cell(f"{least:.2f}"), Cell("yes" if judged >= least else "no")]
+def _required(name: str, found: Estimate, least: float, judged: float) -> list[str]:
+    return [name, *found.cells, f"{least:.2f}", "yes" if judged >= least else "no"]
 
 
-def captions_table(runs: Runs) -> Table:
+def captions_table(runs: Runs) -> str:
     """Captions alone: the rates that were tried on development scenes, and longer training at the best."""
     trials = [(f"rate {rate:g}, development scenes", runs.read(f"C at {rate:g}")) for rate in RATES]
     curve = [(f"{steps} steps, test scenes", runs.read(f"C after {steps} steps")) for steps in runs.budget.curve]
     columns = ["captions alone, one seed", "retrieval", "name score (i)", "AUC", "captions: F1"]
     rows = [
         [
-            Cell(name),
-            *(Cell(f"{run.objects[score].mean():.2f}") for score in ("top1", "name_bound", "name_auc")),
-            Cell(seeds_of([run.numbers["captions"]["f1"]])),
+            name,
+            *(f"{run.objects[score].mean():.2f}" for score in ("top1", "name_bound", "name_auc")),
+            seeds_of([run.numbers["captions"]["f1"]]),
         ]
         for name, run in [*trials, *curve]
     ]
-    return Table("Captions alone", columns, rows)
+    return markdown(columns, rows)
 
 
 def _entropy_drop(run: Run) -> float:
     return run.numbers["entropy_before_nats"] - run.numbers["entropy_after_nats"]
 
 
-def paper_table(runs: Runs) -> Table:
+def paper_table(runs: Runs) -> str:
     """The rows of the paper's Table 3, and whether its direction holds here."""
     captions, patches = runs.arms["C"], runs.arms["P"]
 
@@ -222,10 +204,9 @@ def paper_table(runs: Runs) -> Table:
     for name, (paper_captions, paper_patches, value) in measures.items():
         here = mean(captions, value), mean(patches, value)
         holds = "holds" if here[1] > here[0] else "does not hold"
-        cells = [f"{paper_captions:g}", f"{paper_patches:g}", *(f"{number:.2f}" for number in here)]
-        rows.append([Cell(name), *map(Cell, cells), Cell(holds)])
+        rows.append([name, f"{paper_captions:g}", f"{paper_patches:g}", *(f"{number:.2f}" for number in here), holds])
     columns = ["Table 3", "paper: captions", "paper: patch-aligned", "here: C", "here: P", "direction"]
-    return Table("The paper's Table 3", columns, rows)
+    return markdown(columns, rows)
 
 
 def draw(runs: Runs, path: Path) -> None:
@@ -250,14 +231,14 @@ def write(runs: Runs, stage_2: StageTwo, name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     draw(runs, folder / "arms.png")
     first = runs.arms["P"][0].numbers
-    arms = [[Cell(arm), Cell(ARMS[arm].training), Cell(ARMS[arm].isolates)] for arm in runs.arms]
+    arms = [[arm, ARMS[arm].training, ARMS[arm].isolates] for arm in runs.arms]
     tables = {
-        "arms": Table("", ["arm", "stage 1", "a difference isolates"], arms),
+        "arms": markdown(["arm", "stage 1", "a difference isolates"], arms),
         "primary": difference_table(runs, PRIMARY),
         "required": requirement_table(runs),
-        "naming": naming_table(runs),
-        "alignment": alignment_table(runs),
-        "own": own_table(runs),
+        "naming": arm_table(runs, NAMING),
+        "alignment": arm_table(runs, ALIGNMENT),
+        "own": arm_table(runs, OWN, [arm for arm in ("P", "R", "D") if arm in runs.arms]),
         "exploratory": difference_table(runs, EXPLORATORY),
         "captions": captions_table(runs),
         "paper": paper_table(runs),
@@ -275,7 +256,7 @@ def write(runs: Runs, stage_2: StageTwo, name: str, folder: Path) -> Path:
         numbers=first,
         ceiling=math.log(first["images"]),
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
-        **{key: table.markdown() for key, table in tables.items()},
+        **tables,
     )
     path = folder / "report.md"
     with written_whole(path) as temporary:

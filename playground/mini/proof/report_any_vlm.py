@@ -12,10 +12,10 @@ import transformers
 import typer
 
 from patch_aligned.files import written_whole
-from patch_aligned.tables import Cell, Table
 from playground.mini.proof.experiment import BUDGETS, Budget
 from playground.mini.proof.report import TEMPLATES, Runs, difference_table
 from playground.mini.proof.steps import file_name
+from playground.mini.proof.summary import markdown
 
 LLAVA, LLAVA_BUDGET = Path("docs/miniature/short"), BUDGETS["primary"]
 PAIRS = (("P", "C"), ("P", "R"), ("R", "C"))
@@ -41,9 +41,9 @@ def main(
         llava=LLAVA_BUDGET,
         numbers=runs["LLaVA"].arms["P"][0].numbers,
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
-        scores=scores_table(runs).markdown(),
-        differences={name: difference_table(of, PAIRS).markdown() for name, of in runs.items()},
-        reads=reads_table(state, chosen).markdown(),
+        scores=scores_table(runs),
+        differences={name: difference_table(of, PAIRS) for name, of in runs.items()},
+        reads=reads_table(state, chosen),
     )
     path = output or state / "report" / "report.md"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,17 +52,17 @@ def main(
     print(path)
 
 
-def scores_table(runs: dict[str, Runs]) -> Table:
+def scores_table(runs: dict[str, Runs]) -> str:
     """Scores of objects by architecture and arm, each with all seeds."""
     rows = [
-        [Cell(name), Cell(arm), *(Cell(of.seeds(arm, score)) for score in SCORES.values())]
+        [name, arm, *(of.seeds(arm, score) for score in SCORES.values())]
         for name, of in runs.items()
         for arm in of.arms
     ]
-    return Table("Scores", ["architecture", "arm", *SCORES], rows)
+    return markdown(["architecture", "arm", *SCORES], rows)
 
 
-def reads_table(state: Path, budget: Budget) -> Table:
+def reads_table(state: Path, budget: Budget) -> str:
     """What `patch-aligned reads` says of each run, and whether it is what was expected."""
     rows = []
     for arm in budget.arms:
@@ -75,9 +75,9 @@ def reads_table(state: Path, budget: Budget) -> Table:
             }.get(arm, ("–", None))
             cells = [arm, str(seed), f"{found['value']:.2f}", f"{found['low']:.2f} … {found['high']:.2f}"]
             cells += [f"{metrics['loss_per_token']['value']:.2f}", expected, {True: "yes", False: "no"}.get(holds, "–")]
-            rows.append([Cell(text) for text in cells])
+            rows.append(cells)
     columns = ["arm", "seed", "`reads`, nats a caption", "95% interval", "loss a token", "expected", "holds"]
-    return Table("Reads", columns, rows)
+    return markdown(columns, rows)
 
 
 def _reads_of(state: Path, arm: str, seed: int) -> Path:

@@ -14,18 +14,7 @@ from typing import Annotated
 
 import typer
 
-from playground.mini.proof.experiment import (
-    ARMS,
-    BUDGETS,
-    LLM,
-    PRIMARY,
-    RATE,
-    RATES,
-    TILE_PX,
-    TOWER,
-    Arm,
-    Budget,
-)  # fmt: skip
+from playground.mini.proof.experiment import ARMS, BUDGETS, LLM, PRIMARY, RATE, RATES, TILE_PX, TOWER, Arm, Budget
 from playground.mini.proof.steps import Step, StepError, Steps, file_name
 
 BudgetName = Enum("BudgetName", {name: name for name in BUDGETS})  # type: ignore[misc]
@@ -45,9 +34,8 @@ def steps_of(budget: Budget, name: str) -> list[Step]:
     for run, tried_rate in zip(tried, RATES, strict=True):
         steps += _run(budget, captions, first, run, budget.joint_steps, str(tried_rate), "development")
     names = [f"measure {run}" for run in tried]
-    steps.append(
-        _step("choose the rate of C", "playground.mini.proof.choose_rate", "{state}", *tried, needs=names, minutes=0.1)
-    )
+    choice = ("playground.mini.proof.choose_rate", "{state}", *tried)
+    steps.append(_step("choose the rate of C", *choice, needs=names, minutes=0.1))
     measured = []
     of_primary = {arm for pair in PRIMARY for arm in pair}
     runs = [(ARMS[arm], seed) for seed in budget.seeds for arm in budget.arms]
@@ -64,19 +52,8 @@ def steps_of(budget: Budget, name: str) -> list[Step]:
             of_stage_2 = _stage_2(budget, f"{name_of_arm}, seed {seed}", seed)
             steps += of_stage_2
             measured += [step.name for step in of_stage_2 if step.kind == "ask"]
-    steps.append(
-        _step(
-            "report",
-            "playground.mini.proof.report",
-            "--budget",
-            name,
-            "--state",
-            "{state}",
-            needs=measured,
-            minutes=0.2,
-        )
-    )
-    return steps
+    report = ("playground.mini.proof.report", "--budget", name, "--state", "{state}")
+    return [*steps, _step("report", *report, needs=measured, minutes=0.2)]
 
 
 def _scenes(budget: Budget, place: str, seed: int) -> Step:
@@ -192,8 +169,7 @@ def _step(
 def main(
     budget: Annotated[BudgetName, typer.Option(help="How much is run; see experiment.py.")] = BudgetName["short"],
     state: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the run. [default: ~/.cache/patch_aligned/reproduce/BUDGET]"),
+        Path | None, typer.Option(help="Folder of the run. [default: ~/.cache/patch_aligned/reproduce/BUDGET]")
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Commands at a time. [default: one for each core]")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each command.")] = 1,

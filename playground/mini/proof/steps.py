@@ -32,21 +32,13 @@ class StepError(RuntimeError):
 
 @dataclass(frozen=True)
 class Step:
-    """One command.
+    """One command."""
 
-    Attributes:
-        name: unique, and the name of its log.
-        command: program and arguments; `{state}` stands for the folder of the run.
-        needs: names of the steps before it.
-        kind: steps of a kind take about the same time.
-        minutes: how long one takes, until a step of its kind was timed here.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-    kind: str = ""
-    minutes: float = 1.0
+    name: str  # unique, and the name of its log
+    command: tuple[str, ...]  # program and arguments; `{state}` stands for the folder of the run
+    needs: tuple[str, ...] = ()  # names of the steps before it
+    kind: str = ""  # steps of a kind take about the same time
+    minutes: float = 1.0  # how long one takes, until a step of its kind was timed here
 
 
 def file_name(name: str) -> str:
@@ -55,13 +47,9 @@ def file_name(name: str) -> str:
 
 
 class Steps:
-    """All steps of a run, and which are done.
+    """All steps of a run, in an order in which needs come first, and which are done.
 
-    Args:
-        steps: in an order in which needs come first.
-        folder: where logs, notes and the page go.
-        title: of the page.
-        jobs: commands at a time.
+    Logs, notes and the page go to `folder`; `jobs` commands run at a time.
     """
 
     def __init__(self, steps: Sequence[Step], folder: Path, title: str, jobs: int = 1):
@@ -88,11 +76,7 @@ class Steps:
         return [name for name in self.steps if name in pending]
 
     def run(self) -> None:
-        """Run what is not done.
-
-        Raises:
-            StepError: a step has failed. Steps beside it were finished first; the same call continues from there.
-        """
+        """Run what is not done. Steps beside one that fails are finished before the `StepError`."""
         waiting = self.pending
         running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
         failed: str | None = None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import compress, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,17 +51,11 @@ Run = tuple[dict[str, Any], Callable[[], dict[str, float]]]
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes as a projector is trained on them.
+    """Scenes as a projector is trained on them."""
 
-    Attributes:
-        features: `[I, S, d]`.
-        tokens: of each image, `[R, S]` bool: what the objects' masks cover, what their boxes cover, and all tokens.
-        names: of each image, R names.
-    """
-
-    features: Tensor
-    tokens: dict[Place, list[Tensor]]
-    names: list[list[str]]
+    features: Tensor  # [I, S, d]
+    tokens: dict[Place, list[Tensor]]  # of each image, [R, S] bool: what masks cover, what boxes cover, and all tokens
+    names: list[list[str]]  # of each image, R names
 
 
 def read_scenes(model: VisionLanguageModel, folder: Path) -> Scenes:
@@ -105,13 +99,7 @@ def train(
 ) -> nn.Module:
     """Train a new projector by the patch loss alone, as the warm-up of stage 1 does.
 
-    Args:
-        model: its projector's shape is trained.
-        scenes: to train on.
-        place: which tokens a label gets.
-        targets: of each image, R vectors `[D]`.
-        steps: of the optimizer, `BATCH` images each.
-        seed: of initialisation and order.
+    `place` says which tokens a label gets; `targets` are R vectors `[D]` for each image. A step has `BATCH` images.
     """
     projector = seeded(model.build, seed).train()
     optimizer = torch.optim.AdamW(projector.parameters(), lr=RATE, weight_decay=0.0)
@@ -193,7 +181,8 @@ def study_unseen(model: VisionLanguageModel, train_on: Scenes, test_on: Scenes, 
         target = dict(zip(names, table, strict=True))
         targets = [[target[name] for name in own] for own in train_on.names]
         kept = [[name in half for name in own] for own in train_on.names]
-        projector = train(model, _only(train_on, kept), "mask", _chosen(targets, kept), steps, seed)
+        chosen = [list(compress(*pair)) for pair in zip(targets, kept, strict=True)]
+        projector = train(model, _only(train_on, kept), "mask", chosen, steps, seed)
         other = [name for name in names if name not in half]
         of_other = torch.stack([target[name] for name in other])
         return {
@@ -206,12 +195,6 @@ def study_unseen(model: VisionLanguageModel, train_on: Scenes, test_on: Scenes, 
         yield {"arm": arm, "seed": seed}, partial(measure, arm, seed)
 
 
-def _chosen(rows: Sequence[Sequence[Tensor]], kept: Sequence[Sequence[bool]]) -> list[list[Tensor]]:
-    return [
-        [row for row, is_kept in zip(own, flags, strict=True) if is_kept] for own, flags in zip(rows, kept, strict=True)
-    ]
-
-
 def _only(scenes: Scenes, kept: Sequence[Sequence[bool]]) -> Scenes:
     flags = [torch.tensor(of_image, dtype=torch.bool) for of_image in kept]
     tokens = {place: [own[flag] for own, flag in zip(of, flags, strict=True)] for place, of in scenes.tokens.items()}
@@ -221,10 +204,7 @@ def _only(scenes: Scenes, kept: Sequence[Sequence[bool]]) -> Scenes:
 def study_exactness(model: VisionLanguageModel, scenes: Scenes, background: Sequence[str]) -> Iterator[Run]:
     """Name scores of a frozen LLM that reads tokens made of words, at several cosines and lengths.
 
-    Args:
-        model: gives the LLM and its words.
-        scenes: whose objects the tokens stand for.
-        background: of each image, the name of the tokens that no object covers.
+    Tokens stand for the objects of `scenes`; those that no object covers have the image's name in `background`.
     """
     assert model.language is not None
     language = model.language.load()

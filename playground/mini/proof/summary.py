@@ -5,38 +5,48 @@ Letters: R regions of the test scenes, S seeds, N draws.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from patch_aligned.intervals import percentile_interval, resampled_over_seeds
+from patch_aligned.tables import Cell, Table
 
 DRAWS = 2000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its spread.
-
-    Attributes:
-        value: mean over seeds.
-        of_seed: of each seed.
-        low, high: 95% interval; scenes and names are drawn for all seeds alike, and seeds if there are several.
-    """
+    """A mean over seeds with its 95% interval: scenes and names are drawn for all seeds alike, and seeds if several."""
 
     value: float
     of_seed: tuple[float, ...]
     low: float
     high: float
 
+    @property
+    def cells(self) -> list[str]:
+        """The mean, its interval and the seeds."""
+        return [f"{self.value:.2f}", f"{self.low:.2f} … {self.high:.2f}", seeds_of(self.of_seed)]
+
+
+def seeds_of(values: Sequence[float | None]) -> str:
+    """Values of the seeds, one after the other; a dash where nothing could be counted."""
+    return " / ".join("–" if value is None or math.isnan(value) else f"{value:z.2f}" for value in values)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of texts."""
+    return Table("", columns, [[*map(Cell, row)] for row in rows]).markdown()
+
 
 class Bootstrap:
     """Draws of scenes, names and seeds that all arms and scores share, so that differences are paired.
 
-    Args:
-        regions: frame of any run: all have the same regions in the same order, with `image` and `label`.
+    `regions` is the frame of any run: all have the same regions in the same order, with `image` and `label`.
     """
 
     def __init__(self, regions: pd.DataFrame):

@@ -5,17 +5,15 @@ Letters: Q questions of a task, S seeds, N draws, P and A questions about what i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from patch_aligned.tables import Cell, Table
 from playground.mini.proof.experiment import PRIMARY_STAGE_2, PRIMARY_STEP, Budget
 from playground.mini.proof.steps import file_name
-from playground.mini.proof.summary import DRAWS, Estimate, estimate_over_seeds
+from playground.mini.proof.summary import DRAWS, Estimate, estimate_over_seeds, markdown, seeds_of
 
 TASKS = {
     "existence": "existence, d' (0)",
@@ -29,12 +27,7 @@ TASKS = {
 
 
 class StageTwo:
-    """What was measured of stage 2 of all arms and seeds.
-
-    Args:
-        state: folder of the run.
-        budget: what was trained.
-    """
+    """What was measured of stage 2 of all arms and seeds."""
 
     def __init__(self, state: Path, budget: Budget):
         self.budget = budget
@@ -65,41 +58,34 @@ class StageTwo:
         scores = score(questions[chosen], weights[:, chosen])
         return float(scores[0]), scores[1:]
 
-    def table(self, held_out: bool = False) -> Table:
+    def table(self, held_out: bool = False) -> str:
         """Scores of all tasks by arm and step; a cell has all seeds."""
         tasks = [task for task in TASKS if task != "caption" or not held_out]
         rows = [
-            [
-                Cell(arm),
-                Cell(str(step)),
-                *(Cell(_seeds(self.estimate(task, arm, step, held_out).of_seed)) for task in tasks),
-            ]
+            [arm, str(step), *(seeds_of(self.estimate(task, arm, step, held_out).of_seed) for task in tasks)]
             for arm in self.budget.stage_2
             for step in self.steps
         ]
-        return Table("Stage 2", ["stage 1", "steps", *(TASKS[task] for task in tasks)], rows)
+        return markdown(["stage 1", "steps", *(TASKS[task] for task in tasks)], rows)
 
-    def areas(self) -> Table:
+    def areas(self) -> str:
         """Mean of each curve over the steps of stage 2, by trapezoids."""
 
         def area(task: str, arm: str) -> str:
             curve = np.array([self.estimate(task, arm, step).of_seed for step in self.steps])  # [steps, S]
-            return _seeds(tuple(np.trapezoid(curve, self.steps, axis=0) / self.steps[-1]))
+            return seeds_of(tuple(np.trapezoid(curve, self.steps, axis=0) / self.steps[-1]))
 
-        rows = [[Cell(arm), *(Cell(area(task, arm)) for task in TASKS)] for arm in self.budget.stage_2]
-        return Table("Areas", ["stage 1", *TASKS.values()], rows)
+        rows = [[arm, *(area(task, arm) for task in TASKS)] for arm in self.budget.stage_2]
+        return markdown(["stage 1", *TASKS.values()], rows)
 
-    def differences(self) -> Table:
+    def differences(self) -> str:
         """The primary outcomes."""
         step = PRIMARY_STEP if PRIMARY_STEP in self.steps else self.steps[-1]
-        rows = []
-        for first, second in PRIMARY_STAGE_2:
-            found = self.estimate("existence", first, step, less=second)
-            interval = f"{found.low:.2f} … {found.high:.2f}"
-            rows.append(
-                [Cell(f"{first} − {second}"), Cell(f"{found.value:.2f}"), Cell(interval), Cell(_seeds(found.of_seed))]
-            )
-        return Table("", [f"d' of existence after {step} steps", "mean", "95% interval", "seeds"], rows)
+        rows = [
+            [f"{first} − {second}", *self.estimate("existence", first, step, less=second).cells]
+            for first, second in PRIMARY_STAGE_2
+        ]
+        return markdown([f"d' of existence after {step} steps", "mean", "95% interval", "seeds"], rows)
 
 
 def score(questions: pd.DataFrame, weights: np.ndarray) -> np.ndarray:
@@ -126,7 +112,3 @@ def detectability(margins: np.ndarray, is_present: np.ndarray, weights: np.ndarr
     area = ((of_present @ wins) * of_absent).sum(axis=1) / (of_present.sum(axis=1) * of_absent.sum(axis=1))
     margin = 0.5 / wins.size
     return np.sqrt(2) * torch.special.ndtri(torch.from_numpy(area.clip(margin, 1 - margin))).numpy()
-
-
-def _seeds(values: Sequence[float]) -> str:
-    return " / ".join(f"{value:z.2f}" for value in values)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
-from llava.model.multimodal_merge import TruncatedImageError, merge
+from llava.model.multimodal_merge import merge
 from llava.plugin import AlignmentContext, AuxiliaryOutput, TrainingPlugin
 
 
@@ -171,9 +171,21 @@ def test_a_text_only_training_batch_keeps_the_projector_in_the_graph(model: Llav
 
 def test_training_stops_where_the_length_limit_cuts_an_image(model: LlavaLlamaForCausalLM) -> None:
     model.config.tokenizer_model_max_length = 12
-    with pytest.raises(TruncatedImageError, match="in first, third") as caught:
+    with pytest.raises(ValueError, match=r"in first, third\."):
         model.train()(**training_batch(), sample_ids=["first", "second", "third"])
-    assert caught.value.rows == [0, 2]
+
+
+@pytest.mark.parametrize("packs_samples", [False, True])
+def test_supervised_tokens_beyond_the_cut_do_not_count(model: LlavaLlamaForCausalLM, packs_samples: bool) -> None:
+    model.get_model().packs_samples = packs_samples
+    batch = {
+        "input_ids": torch.tensor([[1, IMAGE_TOKEN_INDEX, 5, 6], [1, 5, 6, 7]]),
+        "labels": torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 5, 6], [1, IGNORE_INDEX, 6, 7]]),
+        "images": pixels(1),
+    }
+    for kept, counts in ((None, [2, 2]), (18, [1, 2]), (17, [0, 2])):  # the first position is predicted by none
+        model.config.tokenizer_model_max_length = kept
+        assert model.train()(**batch).supervised_tokens.tolist() == counts
 
 
 class RecordingPlugin(TrainingPlugin):

@@ -62,11 +62,14 @@ def test_the_recorded_command_line_passes(golden_world: Path) -> None:
         ("--image_folder ./nowhere", "--image_folder ./nowhere: found no such"),
         ("--patch_data_path pad.json", "--patch_data_path pad.json: found no such"),
         ("--model_name_or_path ./nowhere", "No checkpoint at ./nowhere"),
+        ("--model_name_or_path tiny-vicunia", "No checkpoint at tiny-vicunia: expected a folder with config.json, or a "
+         "name on the hub. There is no such folder."),
         ("--vision_tower ./nowhere", "No checkpoint at ./nowhere"),
+        ("--vision_tower tiny-clib", "No checkpoint at tiny-clib"),
         ("--model_name_or_path projector", "projector holds a projector alone"),
         ("--version v9", "--version v9: unknown conversation template"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_is_named(golden_world: Path, flags: str, message: str) -> None:
     Path("projector").mkdir()
     Path("projector/mm_projector.bin").touch()

@@ -208,6 +208,6 @@ def test_stage_1_trains_the_projector_over_a_quantised_llm(run_stage_1: Any, gol
 def test_a_missing_package_is_named_with_its_extra(
     run_lora: Any, monkeypatch: pytest.MonkeyPatch, package: str, flags: str
 ) -> None:
-    monkeypatch.setattr("llava.train.lora.find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr("llava.utils.find_spec", lambda name: None if name == package else object())
     with pytest.raises(ImportError, match=rf"needs the package {package}\. .*pip install -e '\.\[train\]'"):
         run_lora("run", flags)

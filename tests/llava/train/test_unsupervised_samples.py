@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.train.llava_trainer import UnsupervisedSamples, supervised_tokens
+from llava.train.llava_trainer import UnsupervisedSamples
 from tests.training import logged
 
 
@@ -67,14 +65,6 @@ def test_more_than_one_in_a_hundred_stops(tmp_path: Path, bad: int, stops: bool)
         return
     with pytest.raises(ValueError, match=r"11 of 1000 .*1%"):
         samples.close_step(0)
-
-
-def test_supervised_tokens_beyond_the_cut_do_not_count() -> None:
-    ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 5, 6], [1, 5, 6, 7]])
-    labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 5, 6], [1, IGNORE_INDEX, 6, 7]])
-    assert supervised_tokens(ids, labels, 4, None).tolist() == [2, 2]  # the first position is predicted by none
-    assert supervised_tokens(ids, labels, 4, 6).tolist() == [1, 2]  # 1 + 4 + 1 positions are kept
-    assert supervised_tokens(ids, labels, 4, 5).tolist() == [0, 2]
 
 
 def test_such_a_sample_leaves_the_loss_as_it_is(run_stage_1: Any) -> None:

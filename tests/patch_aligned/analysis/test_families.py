@@ -19,7 +19,7 @@ from patch_aligned.analysis.words import PursuitSettings
 from patch_aligned.cli import app
 from patch_aligned.intervals import Resampling
 from patch_aligned.models.layouts import layouts_of
-from patch_aligned.models.tokens import image_inputs, visual_tokens
+from patch_aligned.models.tokens import PROJECTORS, image_inputs, visual_tokens
 from tests.pads import rle_of
 from tests.patch_aligned.models.families import FAMILIES, save_tiny
 
@@ -85,7 +85,7 @@ def test_figures_equal_numpy_on_every_grid(name: str, pad: Path, tmp_path: Path)
 
     table = whole.get_input_embeddings().weight.detach().double().numpy()
     before: list[np.ndarray] = []
-    first = model.projector_modules[0]
+    first = PROJECTORS[encoder.config.model_type][0]
     whole.get_submodule(first).register_forward_pre_hook(
         lambda module, args: before.append(args[0].reshape(-1, args[0].shape[-1]).double().numpy())
     )

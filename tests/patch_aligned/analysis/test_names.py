@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.mm_utils import tokenizer_image_token
+from llava.mm_utils import process_images, tokenizer_image_token
 from patch_aligned.analysis.names import (
     NameSettings,
     caption_metrics,
@@ -200,7 +201,8 @@ def test_captions_are_those_of_the_whole_model(golden_world: Path):
     tokens = torch.stack(list(model.visual_tokens(model.encode(images))))
     before, after = language.prompt_ids("")
     ids = torch.tensor([[*before, IMAGE_TOKEN_INDEX, *after]]).expand(3, -1)
-    new = language.model.generate(ids, images=encoder.inputs(images), do_sample=False, max_new_tokens=9)
+    pixels = process_images(images, encoder.tower.image_processor, SimpleNamespace(image_aspect_ratio="square"))
+    new = language.model.generate(ids, images=pixels, do_sample=False, max_new_tokens=9)
     texts = language.tokenizer.batch_decode(new, skip_special_tokens=True)
     expected = [text.split(language.stop)[0].strip() for text in texts]
     assert language.captions(language.read(tokens[1:]), 9) == expected[1:]
