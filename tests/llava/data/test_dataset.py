@@ -331,12 +331,6 @@ def test_a_tiled_image_comes_with_the_view_of_its_base_tile(
     assert wide_view == ImageView((80, 40), "squeeze", 56, 56, 56, GRID)
 
 
-def test_an_unknown_aspect_ratio_is_refused(make_dataset: Callable[..., Any], data_args: SimpleNamespace) -> None:
-    data_args.image_aspect_ratio = "letterbox"
-    with pytest.raises(ValueError, match="--image_aspect_ratio: found 'letterbox'"):
-        make_dataset("data_conv.json")
-
-
 def test_a_missing_data_path_names_the_flag(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="--data_path is missing"):
         make_supervised_data_module(tokenizer, SimpleNamespace(data_path=None))

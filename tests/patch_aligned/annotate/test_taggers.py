@@ -225,8 +225,10 @@ def test_a_model_of_transformers_is_asked_in_its_own_chat_format(
     import torch
     from transformers import AutoModelForImageTextToText, Idefics3Config, Idefics3ImageProcessorPil, Idefics3Processor
 
-    from benchmarks.measured_models import byte_tokenizer
     from patch_aligned.models.tiny import tiny_copy
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
+    from measured_models import byte_tokenizer
 
     tile = 56
     images = Idefics3ImageProcessorPil(size={"longest_edge": 2 * tile}, max_image_size={"longest_edge": tile})
