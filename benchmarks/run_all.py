@@ -221,7 +221,7 @@ def attach(run: Run, row: Row) -> None:
     from vlm_step import WAIT_SECONDS, steps_of
 
     steps = steps_of("tiny", "cpu", 2)
-    row.detail = f"CPU time, and {WAIT_SECONDS * 1e3:.0f} ms for the layers of the LLM"
+    row.detail = f"CPU time of one thread, and {WAIT_SECONDS * 1e3:.0f} ms for the layers of the LLM"
 
     def waited(actions: Sequence[Callable[[], object]]) -> Callable[[], Step]:
         def action() -> Step:
@@ -231,7 +231,10 @@ def attach(run: Run, row: Row) -> None:
 
         return action
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # CPU time would count a second one that waits
     run.take_turns(row, Local(waited([steps.aligned, steps.collator])), Local(waited([steps.captions])))
+    torch.set_num_threads(threads)
 
 
 def answers(run: Run, row: Row, *, batch_size: int) -> None:
