@@ -1,6 +1,6 @@
 """Everything that is measured against something else on a CPU, in one table of ratios.
 
-    python benchmarks/run_all.py                        # all rows: under 12 minutes on two free cores
+    python benchmarks/run_all.py                        # all rows: a quarter of an hour on two free cores
     python benchmarks/run_all.py --rows masks,pursuit
     python benchmarks/run_all.py --upstream DIR         # DIR has the original LLaVA, and its environment in DIR/.venv
 
