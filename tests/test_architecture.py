@@ -96,7 +96,7 @@ TORCH_ONLY = ("patch_aligned.loss", "patch_aligned.analysis.entropy", "patch_ali
               "patch_aligned.analysis.matching_pursuit")  # fmt: skip
 # Lines of *.py that a folder may hold.
 BUDGETS = {
-    "llava": 10587,
+    "llava": 10589,
     "patch_aligned": 17412,
     "patch_aligned/analysis": 3648,
     "patch_aligned/annotate": 3718,

@@ -137,11 +137,13 @@ class _Answerer:
     def _with_images(self, batches: Iterator[list[_Row]], workers: int) -> Iterator[tuple[list[_Row], _Loading]]:
         """Yield batches with their images, which threads prepare while earlier batches are answered."""
         waiting: deque[tuple[list[_Row], _Loading]] = deque()
+        last: _Loading = {}  # the next batch may ask about the same image
         pool = ThreadPoolExecutor(workers)
         try:
             for rows in batches:
                 shown = {key_of(image): (image, row.question) for row in rows for image in row.question.images}
-                waiting.append((rows, {key: pool.submit(self._load, *image) for key, image in shown.items()}))
+                last = {key: last.get(key) or pool.submit(self._load, *image) for key, image in shown.items()}
+                waiting.append((rows, last))
                 if len(waiting) > BATCHES_AHEAD:
                     yield waiting.popleft()
             while waiting:

@@ -76,6 +76,16 @@ def test_a_picture_that_is_not_read_yet_may_be_shared_by_questions(tiny: LoadedM
     assert len(set(texts(tiny, questions, GenerationSettings(max_new_tokens=2)))) == 1
 
 
+def test_questions_in_a_row_about_an_image_read_it_once(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(answering, "open_image", lambda image, owner: read.append(image) or open_image(image, owner))
+    images = ["im1", "im1", "im1", "im2", "im1"]
+    questions = [Question(place, "What?", (f"images/{name}.png",)) for place, name in enumerate(images)]
+    answers = texts(tiny, questions)
+    assert read == ["images/im1.png", "images/im2.png", "images/im1.png"]
+    assert answers == [texts(tiny, [question])[0] for question in questions]
+
+
 @pytest.mark.parametrize("content", [b"no image", b"cut off"])
 def test_an_image_that_cannot_be_read_is_told_with_its_question(tiny: LoadedModel, content: bytes) -> None:
     image = Path("images/im0.png").read_bytes()[:-300] if content == b"cut off" else content
