@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -50,7 +51,10 @@ def test_layouts_count_the_tokens_that_the_llm_reads_in_a_padded_batch(name: str
     ids = inputs["input_ids"]
     assert (ids == image_token_id(model.config)).sum(dim=1).tolist() == expected
     inputs["pixel_values"] = inputs["pixel_values"].float()  # Llama 4's are bfloat16
-    with VisualTokenHook(model) as hook, torch.no_grad():
+    # Llama 4's forward ends so in transformers 5.24, after its LLM has read the tokens.
+    ends_badly = name.startswith("llama4") and transformers.__version__.startswith("5.24.")
+    ending: Any = pytest.raises(AttributeError, match="image_outputs") if ends_badly else nullcontext()
+    with VisualTokenHook(model) as hook, torch.no_grad(), ending:
         model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
     assert hook.tokens is not None
     torch.testing.assert_close(hook.tokens, visual_tokens(model, inputs), rtol=1e-5, atol=1e-5)
