@@ -23,8 +23,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 # Weights of the tiny model are Gaussian and 64 wide, which costs nf4 more than a trained model: 10% a layer.
+# Products of 8 bits cost 13% in all with oneDNN's AVX2, which has no VNNI, and 2% with AVX512.
 @pytest.mark.parametrize(
-    ("option", "kind", "error"), [("load_8bit", "Linear8bitLt", 0.04), ("load_4bit", "Linear4bit", 0.3)]
+    ("option", "kind", "error"), [("load_8bit", "Linear8bitLt", 0.2), ("load_4bit", "Linear4bit", 0.3)]
 )
 def test_the_llms_layers_are_quantised_and_nothing_else(
     golden_world: Path, option: str, kind: str, error: float
