@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+
+from tests.answering import serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GATED = ".gated"  # a file of this name in a data set closes it
@@ -93,14 +93,6 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def serve(root: Path) -> Iterator[str]:
+def serve(root: Path) -> AbstractContextManager[str]:
     """Serves `root/<owner>/<name>` as data sets; gives the address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"root": root}))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    return serving(type("Hub", (_Hub,), {"root": root}))
