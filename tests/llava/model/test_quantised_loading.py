@@ -43,6 +43,23 @@ def test_the_llms_layers_are_quantised_and_nothing_else(
     assert model.generate(IDS[:, 2:], do_sample=False, max_new_tokens=3, min_new_tokens=3).shape == (1, 3)
 
 
+def test_8_bit_weights_are_the_checkpoints_to_half_a_step(golden_world: Path) -> None:
+    """The weights themselves, multiplied in float32: no CPU's products of 8 bits decide."""
+    whole = load_pretrained_model("tiny-llava", None, "x", device="cpu").model
+    model = load_pretrained_model("tiny-llava", None, "x", device="cpu", load_8bit=True).model
+    expected = logits(whole)
+    layers = [name for name, module in model.named_modules() if type(module).__name__ == "Linear8bitLt"]
+    for name in layers:
+        weight, quantised = whole.get_submodule(name).weight.data, model.get_submodule(name).weight
+        found = quantised.data * quantised.SCB[:, None] / 127
+        step = weight.abs().amax(dim=1, keepdim=True) / 127  # [out, 1]
+        # bitsandbytes rounds to float16 first: up to 127 / 2048 of a step.
+        assert ((found - weight).abs() <= (0.5 + 127 / 2048 + 1e-3) * step).all()
+        weight.copy_(found)
+    assert layers
+    assert 0 < (logits(whole) - expected).norm() / expected.norm() < 0.04
+
+
 def test_a_callers_own_quantisation_leaves_the_projector(golden_world: Path) -> None:
     config = BitsAndBytesConfig(load_in_8bit=True)
     model = load_pretrained_model("tiny-llava", None, "x", device="cpu", quantization_config=config).model
