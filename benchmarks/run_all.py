@@ -233,8 +233,10 @@ def attach(run: Run, row: Row) -> None:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # CPU time would count a second one that waits
-    run.take_turns(row, Local(waited([steps.aligned, steps.collator])), Local(waited([steps.captions])))
-    torch.set_num_threads(threads)
+    try:
+        run.take_turns(row, Local(waited([steps.aligned, steps.collator])), Local(waited([steps.captions])))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def answers(run: Run, row: Row, *, batch_size: int) -> None:
